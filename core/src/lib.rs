@@ -1,0 +1,44 @@
+//! The decisions of Hawker, without I/O, clock or randomness: what each daemon does next, given what it has seen.
+//!
+//! - [`digest`], [`piece`]: what a blob's pieces are and how each is verified on its own
+//! - [`reference`], [`range`]: what a request asks for
+//! - [`node`], [`fetch`], [`parents`], [`message`]: one peer's downloads and uploads
+//! - [`swarm`]: the scheduler's view of all peers
+//! - [`limit`], [`cache`]: how fast, and what stays on disk
+//!
+//! Time comes in as [`Time`], randomness as `rng: &mut R`. The proxy, the scheduler and the simulator run this same code.
+
+pub mod cache;
+pub mod digest;
+pub mod fetch;
+pub mod limit;
+pub mod message;
+pub mod node;
+pub mod offer;
+pub mod parents;
+pub mod piece;
+pub mod range;
+pub mod reference;
+pub mod rendezvous;
+pub mod swarm;
+
+use std::time::Duration;
+
+/// A moment, as time since some fixed start of the daemon's (or the simulation's) choosing.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Time(pub Duration);
+
+impl Time {
+    /// How long ago `earlier` was; zero when it is not earlier.
+    pub fn since(self, earlier: Time) -> Duration {
+        self.0.saturating_sub(earlier.0)
+    }
+}
+
+impl std::ops::Add<Duration> for Time {
+    type Output = Time;
+
+    fn add(self, wait: Duration) -> Time {
+        Time(self.0.saturating_add(wait))
+    }
+}

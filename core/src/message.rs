@@ -1,0 +1,139 @@
+//! What two peers say to each other about pieces. Bytes of pieces are not here: they follow a granted [`Message::Request`].
+//!
+//! `api` gives these words their form on the wire.
+
+use std::fmt;
+
+use crate::digest::{ChainValue, Digest};
+use crate::piece::{PieceIndex, SignedPrefix};
+use crate::reference::Source;
+
+/// What a member is allowed to be; its certificate says so.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Role {
+    /// A node: takes and gives pieces.
+    Peer,
+    /// A seed peer: fetches from the origin first and issues piece tables.
+    Seed,
+    /// A scheduler: never a parent.
+    Scheduler,
+}
+
+impl fmt::Display for Role {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Role::Peer => "peer",
+            Role::Seed => "seed",
+            Role::Scheduler => "scheduler",
+        })
+    }
+}
+
+/// Pieces that a peer offers, as said once: in addition to what it offered before.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Offer {
+    /// Every piece.
+    All,
+    /// A bitfield, one bit a piece, lowest bit first.
+    Bits(Vec<u8>),
+    /// A few pieces.
+    Some(Vec<PieceIndex>),
+}
+
+/// Why a peer can't help with a task, or with a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Refusal {
+    /// It does not hold that, and is not getting it.
+    NotHeld,
+    /// The origin refused it: the HTTP status.
+    Origin(u16),
+    /// It could not reach the origin.
+    OriginUnreachable,
+    /// All its upload slots and its queue are taken: try elsewhere.
+    Busy,
+    /// It is about to stop.
+    Draining,
+    /// It can't store or relay this task (full disk, unknown length).
+    Unable,
+}
+
+/// One message between two peers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Message {
+    /// "Tell me what you hold of this task, now and as it comes. If you are a seed, get it."
+    Interest {
+        /// The task.
+        task: Digest,
+        /// Where a seed may get it.
+        source: Source,
+        /// Its size, when known.
+        size_bytes: Option<u64>,
+    },
+    /// "I offer you these pieces."
+    Have {
+        /// The task.
+        task: Digest,
+        /// Its size.
+        size_bytes: u64,
+        /// The pieces.
+        offer: Offer,
+    },
+    /// "These are values of the piece table."
+    Table {
+        /// The task.
+        task: Digest,
+        /// Its size.
+        size_bytes: u64,
+        /// Index of the first of `values`.
+        first: u32,
+        /// Values, each after one piece.
+        values: Vec<ChainValue>,
+        /// The issuer's statement over all values up to the last of these, or further back.
+        signed: Option<SignedPrefix>,
+    },
+    /// "I hold nothing of it yet but am getting it: wait for me."
+    Working {
+        /// The task.
+        task: Digest,
+    },
+    /// "Do not wait for me."
+    Unavailable {
+        /// The task.
+        task: Digest,
+        /// Why.
+        reason: Refusal,
+    },
+    /// "Tell me no more of this task."
+    Leave {
+        /// The task.
+        task: Digest,
+    },
+    /// "The bytes of this piece that you sent do not match." Whoever sent them looks at its disk.
+    Wrong {
+        /// The task.
+        task: Digest,
+        /// The piece.
+        piece: PieceIndex,
+    },
+    /// "Send me this piece." The bytes come under `request`, a number the asker picks, unique on the connection.
+    Request {
+        /// The asker's number.
+        request: u32,
+        /// The task.
+        task: Digest,
+        /// The piece.
+        piece: PieceIndex,
+    },
+    /// "I don't want it any more." Bytes under way are thrown away.
+    Cancel {
+        /// The number.
+        request: u32,
+    },
+    /// "You don't get it from me."
+    Reject {
+        /// The number.
+        request: u32,
+        /// Why.
+        reason: Refusal,
+    },
+}

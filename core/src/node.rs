@@ -1,0 +1,608 @@
+//! All tasks of one peer: what to ask of whom, whom to serve next, what to offer, when to go to the origin.
+//!
+//! The shell tells what happens (`peer_up`, `message`, `piece`, …); [`Node::decide`] then works out what follows, and
+//! [`Node::poll`] hands it out. Bytes never come here: the shell moves and hashes them, this module says what they count for.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::ops::Range;
+use std::time::Duration;
+
+use rand::Rng;
+
+use crate::Time;
+use crate::digest::{Chain, Digest};
+use crate::fetch::{Asked, Fetch};
+use crate::message::{Message, Offer, Refusal, Role};
+use crate::offer::Offers;
+use crate::parents::{Fault, Parents};
+use crate::piece::{PeerId, PieceIndex, PieceLayout, PieceSet, PieceTable, SignedPrefix};
+use crate::reference::Source;
+use crate::rendezvous;
+
+mod decide;
+mod messages;
+mod pieces;
+mod table;
+mod task;
+mod uploads;
+
+#[cfg(test)]
+mod tests;
+
+use table::Unproven;
+pub use table::{Notary, Trust};
+use task::{Reading, Task};
+use uploads::{Uploads, Waiting};
+
+/// News for peers is gathered for this long: a piece takes longer, and a message a piece to everybody would not scale.
+const NEWS_EVERY: Duration = Duration::from_millis(50);
+
+/// The first pieces are told of sooner: a client waits for the first byte, and they are few and small.
+const FIRST_NEWS_EVERY: Duration = Duration::from_millis(5);
+const FIRST_PIECES: u32 = 8;
+
+/// How long a scheduler may say nothing before it is no longer waited for: it is advice.
+const ANSWER_WITHIN: Duration = Duration::from_millis(1500);
+
+/// How long a seed, or the issuer, may take to be reached and to answer. A deploy hits it with everybody's handshakes at once, and
+/// giving up on it early costs another copy from the origin; a client can wait this long.
+const SEED_ANSWERS_WITHIN: Duration = Duration::from_secs(5);
+
+/// How long a peer's "working on it" is believed without a piece.
+const WORKING_FOR: Duration = Duration::from_secs(8);
+
+/// How often a peer that waits for pieces is told that they will come.
+const SAY_WORKING_EVERY: Duration = Duration::from_secs(2);
+
+/// A download that has not moved for this long reads from the origin, whatever hope there is (invariant: a client that has
+/// waited 10 s is served from the origin).
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// After the origin failed it is tried again after this long, as long as somebody waits.
+const ORIGIN_RETRY: Duration = Duration::from_secs(2);
+
+/// The scheduler is asked for other parents when a download has not moved for this long.
+const ASK_AGAIN: Duration = Duration::from_secs(3);
+
+/// A peer that answered "busy" is left alone for this long.
+const BUSY_REST: Duration = Duration::from_millis(200);
+
+/// Patience while requests are under way: the transport gives up on those that do not move well before.
+const PATIENCE_IN_FLIGHT: Duration = Duration::from_secs(25);
+
+/// What this node is.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Its id.
+    pub me: PeerId,
+    /// Its role.
+    pub role: Role,
+    /// Pieces sent at once.
+    pub upload_slots: usize,
+    /// Bytes asked for at once, over all tasks.
+    pub in_flight_bytes: u64,
+}
+
+/// What the shell is to do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Output {
+    /// Connect to a peer; `peer_up` or `dial_failed` follows.
+    Dial(PeerId),
+    /// Say this.
+    Send(PeerId, Message),
+    /// Ask for a piece and receive it; `piece` follows.
+    Download {
+        /// Whom.
+        peer: PeerId,
+        /// Under which number.
+        request: u32,
+        /// Of which task.
+        task: Digest,
+        /// Which.
+        piece: PieceIndex,
+    },
+    /// Give that request up; nothing follows.
+    Cancel {
+        /// Whose.
+        peer: PeerId,
+        /// Which.
+        request: u32,
+    },
+    /// Send a piece; `uploaded` follows.
+    Upload {
+        /// To whom.
+        peer: PeerId,
+        /// Under the asker's number.
+        request: u32,
+        /// Of which task.
+        task: Digest,
+        /// Which.
+        piece: PieceIndex,
+    },
+    /// Read the origin from the start of this piece on; `origin_piece` and at the end `origin_over` follow.
+    ReadOrigin {
+        /// Of which task.
+        task: Digest,
+        /// From where.
+        from: PieceIndex,
+    },
+    /// Stop reading it; nothing follows.
+    StopOrigin(Digest),
+    /// Ask the scheduler for parents.
+    Want {
+        /// For which task.
+        task: Digest,
+        /// Not for the first time.
+        again: bool,
+    },
+    /// Tell the scheduler what became of a parent.
+    Report(PeerId, Digest, Fault),
+    /// Look for this task: another peer asks for it. `open` follows when it is here or to be got, else `refuse`.
+    Load {
+        /// The task.
+        task: Digest,
+        /// Where it may be had.
+        source: Source,
+        /// Who asks.
+        peer: PeerId,
+    },
+    /// A peer got wrong bytes of this task from us: hash what is on disk again.
+    Recheck(Digest),
+    /// The size has become known.
+    Sized(Digest, u64),
+    /// Clients may see this piece.
+    Show(Digest, PieceIndex),
+    /// The table has grown or was signed anew: keep it.
+    TableGrew(Digest),
+    /// Every piece is held and verified: commit.
+    Complete(Digest),
+    /// The table was poisoned: throw away every piece of this task.
+    Poisoned(Digest),
+    /// Nobody can give this task, and the origin said this.
+    Failed(Digest, Failure),
+}
+
+/// Why the origin gave nothing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Failure {
+    /// It answered with this status.
+    Status(u16),
+    /// It could not be reached, or broke off.
+    Unreachable,
+    /// Its bytes have another digest.
+    WrongDigest,
+    /// It does not say how long the blob is.
+    UnknownLength,
+    /// It says another length than was known.
+    WrongSize,
+}
+
+/// What a piece that came in counts for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// It is right: keep it, show it as told.
+    Keep,
+    /// It is here already, or nobody wants it any more: drop it.
+    Drop,
+    /// It is wrong: drop it.
+    Wrong,
+}
+
+/// A task as it is opened.
+#[derive(Clone, Debug)]
+pub struct Opening {
+    /// Where it can be had.
+    pub source: Source,
+    /// What is known of it: size and table come with each other.
+    pub known: Option<(PieceTable, PieceSet)>,
+    /// Whether the table counts for clients although nobody signed it: this node read it from the origin itself.
+    pub own_table: bool,
+    /// Whether pieces may be offered (not when the disk refuses them).
+    pub announce: bool,
+}
+
+/// The decisions of one peer.
+pub struct Node<N> {
+    config: Config,
+    notary: N,
+    tasks: BTreeMap<Digest, Task>,
+    connected: BTreeMap<PeerId, Role>,
+    dialling: BTreeMap<PeerId, Time>,
+    undialled: BTreeMap<PeerId, Time>,
+    seeds: Vec<PeerId>,
+    isolated: BTreeSet<PeerId>,
+    /// Issuers of poisoned tables: no statement of theirs counts here any more.
+    poisoners: BTreeSet<PeerId>,
+    scheduler: bool,
+    parents: Parents,
+    uploads: Uploads,
+    asked: BTreeMap<(PeerId, u32), (Digest, PieceIndex, Time)>,
+    next_request: u32,
+    outputs: VecDeque<Output>,
+}
+
+impl<N: Notary> Node<N> {
+    /// A node that knows nobody yet.
+    pub fn new(config: Config, notary: N) -> Self {
+        let uploads = Uploads::new(config.upload_slots);
+        Self {
+            config,
+            notary,
+            tasks: BTreeMap::new(),
+            connected: BTreeMap::new(),
+            dialling: BTreeMap::new(),
+            undialled: BTreeMap::new(),
+            seeds: Vec::new(),
+            isolated: BTreeSet::new(),
+            poisoners: BTreeSet::new(),
+            scheduler: false,
+            parents: Parents::default(),
+            uploads,
+            asked: BTreeMap::new(),
+            next_request: 0,
+            outputs: VecDeque::new(),
+        }
+    }
+
+    // ---- who there is -------------------------------------------------------------------------------------------
+
+    /// The live seeds, as the member list has them.
+    pub fn seeds(&mut self, seeds: Vec<PeerId>) {
+        self.seeds = seeds;
+        self.seeds.retain(|seed| *seed != self.config.me);
+    }
+
+    /// Whether a scheduler listens.
+    pub const fn scheduler(&mut self, listens: bool) {
+        self.scheduler = listens;
+    }
+
+    /// Peers that nobody fetches from.
+    pub fn isolated(&mut self, now: Time, peers: impl IntoIterator<Item = PeerId>) {
+        self.isolated = peers.into_iter().collect();
+        for peer in self.isolated.clone() {
+            self.forget_parent(now, peer);
+        }
+    }
+
+    /// A connection stands.
+    pub fn peer_up(&mut self, now: Time, peer: PeerId, role: Role) {
+        self.connected.insert(peer, role);
+        self.dialling.remove(&peer);
+        self.undialled.remove(&peer);
+        let interested: Vec<Digest> = self
+            .tasks
+            .iter()
+            .filter(|(_, t)| t.running && t.links.contains_key(&peer))
+            .map(|(d, _)| *d)
+            .collect();
+        for task in interested {
+            self.interest(now, task, peer);
+        }
+    }
+
+    /// No connection led to that peer.
+    pub fn dial_failed(&mut self, now: Time, peer: PeerId) {
+        self.dialling.remove(&peer);
+        self.undialled.insert(peer, now);
+        for (digest, task) in self.tasks.iter_mut().filter(|(_, t)| t.running) {
+            if let Some(link) = task.links.get_mut(&peer) {
+                link.unavailable = true;
+                self.outputs.push_back(Output::Report(peer, *digest, Fault::Failed));
+            }
+        }
+    }
+
+    /// The last connection with a peer is gone; its transfers fail by themselves.
+    pub fn peer_down(&mut self, now: Time, peer: PeerId) {
+        self.connected.remove(&peer);
+        self.uploads.peer_gone(peer);
+        self.forget_parent(now, peer);
+        for task in self.tasks.values_mut() {
+            task.offers.leave(peer);
+            task.links.remove(&peer);
+        }
+    }
+
+    pub(super) fn forget_parent(&mut self, now: Time, peer: PeerId) {
+        for task in self.tasks.values_mut() {
+            if let Some(fetch) = &mut task.fetch {
+                fetch.parent_lost(peer);
+            }
+            if let Some(link) = task.links.get_mut(&peer) {
+                link.unavailable = true;
+                link.working = None;
+            }
+        }
+        self.asked.retain(|(whom, _), _| *whom != peer);
+        self.undialled.retain(|_, at| now.since(*at) < PATIENCE);
+    }
+
+    // ---- tasks --------------------------------------------------------------------------------------------------
+
+    /// A task comes into play: somebody here reads it, or a peer asked for it.
+    pub fn open(&mut self, now: Time, digest: Digest, opening: Opening) {
+        if self.tasks.contains_key(&digest) {
+            return;
+        }
+        let mut task = Task {
+            source: opening.source,
+            fetch: None,
+            table: None,
+            trust: opening.own_table.then_some(Trust::Clients),
+            offers: Offers::new(0),
+            links: BTreeMap::new(),
+            issuer: None,
+            elected: false,
+            announce: opening.announce,
+            running: false,
+            whole: false,
+            complete: false,
+            reading: Reading::No,
+            shown: PieceSet::empty(0),
+            moved: now,
+            wanted: None,
+            answered: false,
+            news: Time::default(),
+            last_wrong: BTreeSet::new(),
+            failed: false,
+        };
+        if let Some((table, held)) = opening.known {
+            let trust = table.signed().and_then(|signed| {
+                let statement = table.statement_of(signed);
+                table::weigh(&self.notary, signed, &statement, None)
+            });
+            task.trust = task.trust.max(trust);
+            task.complete = held.is_full();
+            task.set_size(&digest, table.layout(), Some((table, held)));
+            if self.config.role == Role::Seed {
+                task.issue(&self.notary);
+            }
+            self.outputs.push_back(Output::Sized(digest, task.size_bytes().unwrap_or(0)));
+            task.show(&digest, &mut self.outputs);
+        }
+        self.tasks.insert(digest, task);
+    }
+
+    /// Forgets a task: nobody reads it here, nobody asks for it.
+    pub fn close(&mut self, digest: &Digest) {
+        self.stop(digest);
+        if let Some(task) = self.tasks.remove(digest) {
+            for peer in task.links.keys().filter(|peer| self.connected.contains_key(*peer)) {
+                self.outputs.push_back(Output::Send(*peer, Message::Leave { task: *digest }));
+            }
+        }
+        self.uploads.task_gone(digest);
+    }
+
+    /// Whether any peer still hears of this task from us.
+    pub fn has_children(&self, digest: &Digest) -> bool {
+        self.tasks.get(digest).is_some_and(|t| !t.offers.is_empty())
+    }
+
+    /// Whether a peer that hears of this task from us still lacks some of it.
+    pub fn has_hungry_children(&self, digest: &Digest) -> bool {
+        self.tasks.get(digest).is_some_and(|t| t.offers.hungry() > 0)
+    }
+
+    /// Starts or resumes downloading. `whole`: everything, not only what readers read. `as_owner`: another seed asks for it,
+    /// so the origin is read here, whoever owns the task by rendezvous (else two seeds with different lists wait for each other).
+    pub fn run(&mut self, now: Time, digest: Digest, whole: bool, as_owner: bool) {
+        let Some(task) = self.tasks.get_mut(&digest) else { return };
+        task.whole |= whole;
+        if let Some(fetch) = &mut task.fetch {
+            fetch.want_whole(task.whole);
+        }
+        if task.complete || (task.running && !task.failed) {
+            return;
+        }
+        task.running = true;
+        task.failed = false;
+        task.moved = now;
+        task.wanted = None;
+        task.answered = false;
+        if let Reading::FailedAt(..) = task.reading {
+            task.reading = Reading::No;
+        }
+        for link in task.links.values_mut() {
+            link.unavailable = false;
+        }
+        // A seed that owns the task reads the origin at once; everybody else asks the owner.
+        let owner = rendezvous::owner(&digest, self.candidates());
+        if owner == Some(self.config.me) || self.config.role == Role::Seed && as_owner {
+            self.elect(&digest);
+        } else if let Some(seed) = owner {
+            self.approach(now, digest, seed);
+        }
+        let connected: Vec<PeerId> = self.tasks[&digest].links.keys().copied().collect();
+        for peer in connected {
+            self.interest(now, digest, peer);
+        }
+    }
+
+    /// Stops downloading; what is held stays on offer.
+    pub fn pause(&mut self, digest: &Digest) {
+        self.stop(digest);
+        if let Some(task) = self.tasks.get_mut(digest) {
+            task.running = false;
+            task.whole = false;
+            if let Some(fetch) = &mut task.fetch {
+                fetch.want_whole(false);
+            }
+        }
+    }
+
+    fn stop(&mut self, digest: &Digest) {
+        let Some(task) = self.tasks.get_mut(digest) else { return };
+        if let Reading::At(_) = task.reading {
+            self.outputs.push_back(Output::StopOrigin(*digest));
+        }
+        task.reading = Reading::No;
+        let theirs: Vec<(PeerId, u32)> =
+            self.asked.iter().filter(|(_, (d, ..))| d == digest).map(|(key, _)| *key).collect();
+        for (peer, request) in theirs {
+            if let Some((_, piece, _)) = self.asked.remove(&(peer, request))
+                && let Some(fetch) = &mut task.fetch
+            {
+                fetch.failed(piece, peer, request);
+            }
+            self.outputs.push_back(Output::Cancel { peer, request });
+        }
+    }
+
+    /// A client's reader has come or moved, or (`None`) gone: the pieces it still needs.
+    pub fn reader(
+        &mut self,
+        now: Time,
+        digest: &Digest,
+        id: u64,
+        pieces: Option<Range<PieceIndex>>,
+        partial: bool,
+    ) {
+        let Some(task) = self.tasks.get_mut(digest) else { return };
+        let (Some(fetch), Some(table)) = (&mut task.fetch, &task.table) else { return };
+        if !fetch.is_wanting() {
+            // What it newly wants has not been waited for yet.
+            task.moved = now;
+        }
+        // The last piece is shown when the whole is known to match: without a seal that takes the whole.
+        if let (Some(pieces), Some(last)) = (&pieces, fetch.layout().last())
+            && pieces.contains(&last)
+            && (!partial || pieces.start == last)
+            && !table.is_sealed()
+        {
+            task.whole = true;
+            fetch.want_whole(true);
+        }
+        fetch.reader(now, id, pieces, partial);
+    }
+
+    /// The shell has learned the size (from the origin's headers or a manifest).
+    pub fn sized(&mut self, now: Time, digest: Digest, size_bytes: u64) {
+        let Some(task) = self.tasks.get_mut(&digest) else { return };
+        if task.fetch.is_none() {
+            task.set_size(&digest, PieceLayout::new(size_bytes), None);
+            if self.config.role == Role::Seed || task.elected {
+                task.issue(&self.notary);
+            }
+            self.outputs.push_back(Output::Sized(digest, size_bytes));
+            self.prove(now, &digest);
+        }
+    }
+
+    /// The disk refuses this task: what is held stays in memory, so only pieces in `window` are asked for, and no peer is offered
+    /// anything of it.
+    pub fn in_memory(&mut self, digest: &Digest, window: Range<PieceIndex>) {
+        let Some(task) = self.tasks.get_mut(digest) else { return };
+        if let Some(fetch) = &mut task.fetch {
+            fetch.keep_within(window);
+        }
+        if task.announce {
+            task.announce = false;
+            for peer in task.offers.children().collect::<Vec<_>>() {
+                task.offers.leave(peer);
+                let reason = Refusal::Unable;
+                self.outputs.push_back(Output::Send(peer, Message::Unavailable { task: *digest, reason }));
+            }
+        }
+    }
+
+    /// The scheduler's answer.
+    pub fn parents(
+        &mut self,
+        now: Time,
+        digest: Digest,
+        parents: &[PeerId],
+        issuer: Option<PeerId>,
+        elected: bool,
+    ) {
+        let Some(task) = self.tasks.get_mut(&digest) else { return };
+        task.answered = true;
+        task.issuer = issuer;
+        if elected && !task.elected {
+            self.elect(&digest);
+        } else if self.config.role != Role::Seed {
+            task.elected = elected;
+        }
+        self.prove(now, &digest);
+        if self.tasks.get(&digest).is_some_and(|t| t.running) {
+            let me = self.config.me;
+            for peer in parents.iter().copied().filter(|p| *p != me) {
+                if let Some(link) = self.tasks.get_mut(&digest).and_then(|t| t.links.get_mut(&peer)) {
+                    link.unavailable = false;
+                }
+                self.approach(now, digest, peer);
+            }
+        }
+    }
+
+    /// This node is to read the origin and issue the table.
+    fn elect(&mut self, digest: &Digest) {
+        if let Some(task) = self.tasks.get_mut(digest) {
+            task.elected = true;
+            if task.fetch.is_some() {
+                task.issue(&self.notary);
+            }
+        }
+    }
+
+    /// A peer that asked could not be helped: the shell has nothing and may get nothing.
+    pub fn refuse(&mut self, peer: PeerId, task: Digest, reason: Refusal) {
+        self.outputs.push_back(Output::Send(peer, Message::Unavailable { task, reason }));
+    }
+
+    /// A peer that asked is now a child.
+    pub fn adopt(&mut self, now: Time, digest: &Digest, peer: PeerId) {
+        let Some(task) = self.tasks.get_mut(digest) else { return };
+        let reason = match (task.announce, task.running || task.may_share()) {
+            (false, _) => Some(Refusal::Unable),
+            (true, false) => Some(Refusal::NotHeld),
+            (true, true) => None,
+        };
+        if let Some(reason) = reason {
+            self.outputs.push_back(Output::Send(peer, Message::Unavailable { task: *digest, reason }));
+            return;
+        }
+        task.offers.join(peer);
+        task.links.entry(peer).or_default().told = None;
+        // It wants the task, so it will hold pieces of it: hear of them.
+        self.interest(now, *digest, peer);
+    }
+
+    /// An upload is over.
+    pub fn uploaded(&mut self, peer: PeerId, request: u32) {
+        self.uploads.over(peer, request);
+    }
+
+    // ---- for the shell and for people ---------------------------------------------------------------------------
+
+    /// Which piece was asked of a peer under this number, while that stands.
+    pub fn asked_for(&self, peer: PeerId, request: u32) -> Option<PieceIndex> {
+        self.asked.get(&(peer, request)).map(|(_, piece, _)| *piece)
+    }
+
+    /// The table of a task.
+    pub fn table(&self, digest: &Digest) -> Option<&PieceTable> {
+        self.tasks.get(digest).and_then(|t| t.table.as_ref())
+    }
+
+    /// The pieces held of a task.
+    pub fn held(&self, digest: &Digest) -> Option<&PieceSet> {
+        self.tasks.get(digest).and_then(|t| t.fetch.as_ref()).map(Fetch::held)
+    }
+
+    /// Whether a task is being downloaded.
+    pub fn is_running(&self, digest: &Digest) -> bool {
+        self.tasks.get(digest).is_some_and(|t| t.running)
+    }
+
+    /// Whether all of a task is held.
+    pub fn is_complete(&self, digest: &Digest) -> bool {
+        self.tasks.get(digest).is_some_and(|t| t.complete)
+    }
+
+    /// Whether a task's pieces may go to peers.
+    pub fn is_shared(&self, digest: &Digest) -> bool {
+        self.tasks.get(digest).is_some_and(|t| t.announce && t.may_share())
+    }
+}

@@ -1,0 +1,268 @@
+//! What to do next: whom to ask, whom to tell, whom to serve, when to go to the origin.
+
+use super::*;
+
+impl<N: Notary> Node<N> {
+    /// Works out what follows from all that was told. Call it after inputs, and at [`Node::deadline`].
+    pub fn decide<R: Rng + ?Sized>(&mut self, now: Time, rng: &mut R) {
+        let tasks: Vec<Digest> = self.tasks.keys().copied().collect();
+        for digest in &tasks {
+            self.seek_parents(now, digest);
+            self.read_origin(now, digest);
+        }
+        self.ask(now, &tasks, rng);
+        for digest in &tasks {
+            self.tell(now, digest);
+        }
+        self.serve();
+    }
+
+    /// When to decide again though nothing happened.
+    pub fn deadline(&self, now: Time) -> Option<Time> {
+        let busy = self.tasks.values().filter(|t| t.running || !t.offers.is_empty());
+        busy.map(|t| now + t.news_every()).min()
+    }
+
+    /// What to do next.
+    pub fn poll(&mut self) -> Option<Output> {
+        self.outputs.pop_front()
+    }
+
+    /// Asks the scheduler, and the seeds in turn.
+    pub(super) fn seek_parents(&mut self, now: Time, digest: &Digest) {
+        let Some(task) = self.tasks.get_mut(digest).filter(|t| t.running) else { return };
+        let stale =
+            task.wanted.is_none_or(|at| now.since(at) >= ASK_AGAIN && now.since(task.moved) >= ASK_AGAIN);
+        if self.scheduler && stale {
+            let again = task.wanted.is_some();
+            task.wanted = Some(now);
+            self.outputs.push_back(Output::Want { task: *digest, again });
+        }
+        if task.elected {
+            return;
+        }
+        // The owner first; the next seed only when those before it can't help.
+        let order = rendezvous::order(digest, self.candidates());
+        let next = order
+            .into_iter()
+            .take_while(|seed| *seed != self.config.me)
+            .find(|seed| !self.gave_up_on(now, digest, *seed));
+        if let Some(seed) = next {
+            self.approach(now, *digest, seed);
+        }
+    }
+
+    /// The seeds that could own a task: those known, and this node if it is one.
+    pub(super) fn candidates(&self) -> impl Iterator<Item = PeerId> + '_ {
+        let me = (self.config.role == Role::Seed).then_some(self.config.me);
+        self.seeds.iter().copied().filter(|seed| !self.isolated.contains(seed)).chain(me)
+    }
+
+    pub(super) fn gave_up_on(&self, now: Time, digest: &Digest, peer: PeerId) -> bool {
+        let unreachable = self.undialled.get(&peer).is_some_and(|at| now.since(*at) < PATIENCE);
+        let link = self.tasks.get(digest).and_then(|t| t.links.get(&peer));
+        unreachable || self.parents.banned(now, peer) || link.is_some_and(|l| l.unavailable)
+    }
+
+    /// Makes a peer a parent: dials it if need be, tells it of our interest.
+    pub(super) fn approach(&mut self, now: Time, digest: Digest, peer: PeerId) {
+        if self.isolated.contains(&peer) || self.parents.banned(now, peer) {
+            return;
+        }
+        let Some(task) = self.tasks.get_mut(&digest) else { return };
+        task.links.entry(peer).or_default().named = true;
+        if self.connected.contains_key(&peer) {
+            self.interest(now, digest, peer);
+        } else if !self.dialling.contains_key(&peer)
+            && self.undialled.get(&peer).is_none_or(|at| now.since(*at) >= ANSWER_WITHIN)
+        {
+            self.dialling.insert(peer, now);
+            self.outputs.push_back(Output::Dial(peer));
+        }
+    }
+
+    pub(super) fn interest(&mut self, now: Time, digest: Digest, peer: PeerId) {
+        let Some(task) = self.tasks.get_mut(&digest) else { return };
+        if !task.running || !self.connected.contains_key(&peer) || task.complete {
+            return;
+        }
+        let size_bytes = task.size_bytes();
+        let source = task.source.clone();
+        let announce = task.announce;
+        let link = task.links.entry(peer).or_default();
+        if link.asked.is_none() {
+            link.asked = Some(now);
+            if announce {
+                task.offers.join(peer);
+            }
+            self.outputs
+                .push_back(Output::Send(peer, Message::Interest { task: digest, source, size_bytes }));
+        }
+    }
+
+    /// Goes to the origin when this node is elected, when there is nobody else to hope for, or when it has waited enough.
+    pub(super) fn read_origin(&mut self, now: Time, digest: &Digest) {
+        let hope = self.hope(now, digest);
+        let Some(task) = self.tasks.get_mut(digest).filter(|t| t.running) else { return };
+        // For readers of ranges alone the blob is not read from its start: they read theirs from the origin themselves.
+        if !(task.whole || task.elected) {
+            return;
+        }
+        let from = match &task.fetch {
+            Some(fetch) if !fetch.is_wanting() => return,
+            // The values are known up to the first piece that is missing: read on from there.
+            Some(fetch) => {
+                let known = task.table.as_ref().map_or(0, |table| table.values().len() as u32);
+                fetch.held().first_missing(0).min(known)
+            }
+            None => 0,
+        };
+        let moving = task.fetch.as_ref().is_some_and(|f| f.asked_bytes() > 0);
+        let waited = now.since(task.moved) >= if moving { PATIENCE_IN_FLIGHT } else { PATIENCE };
+        match task.reading {
+            Reading::At(_) => return,
+            Reading::FailedAt(at, failure) => {
+                let useless = task.fetch.as_ref().is_none_or(|f| !f.has_useful_parent(now, &self.parents));
+                if !task.failed && useless && (!hope || waited) {
+                    task.failed = true;
+                    task.running = false;
+                    self.outputs.push_back(Output::Failed(*digest, failure));
+                    return;
+                }
+                if now.since(at) < ORIGIN_RETRY || !task.elected && hope && !waited {
+                    return;
+                }
+            }
+            Reading::No => {
+                if !task.elected && hope && !waited {
+                    return;
+                }
+            }
+        }
+        task.reading = Reading::At(from);
+        self.outputs.push_back(Output::ReadOrigin { task: *digest, from });
+    }
+
+    /// Whether anybody else may still bring what is missing.
+    pub(super) fn hope(&self, now: Time, digest: &Digest) -> bool {
+        let Some(task) = self.tasks.get(digest) else { return false };
+        let scheduler =
+            self.scheduler && !task.answered && task.wanted.is_none_or(|at| now.since(at) < ANSWER_WITHIN);
+        let offers = task.fetch.as_ref().is_some_and(|f| f.has_useful_parent(now, &self.parents));
+        let peers = task.links.iter().any(|(peer, link)| {
+            let dialling = self.dialling.get(peer).is_some_and(|at| now.since(*at) < SEED_ANSWERS_WITHIN);
+            let reads = self.connected.get(peer) == Some(&Role::Seed) || task.issuer == Some(*peer);
+            // A peer that asked us is asked in turn, but nobody said that it has anything.
+            let patience = if reads { SEED_ANSWERS_WITHIN } else { ANSWER_WITHIN };
+            let asked = link.asked.is_some_and(|at| now.since(at) < patience) && (reads || link.named);
+            let working = link.working.is_some_and(|at| now.since(at) < WORKING_FOR) && reads;
+            !link.unavailable && (dialling || asked || working)
+        });
+        scheduler || offers || peers
+    }
+
+    /// Sends requests as long as there is room in flight, to all tasks in turn.
+    pub(super) fn ask<R: Rng + ?Sized>(&mut self, now: Time, tasks: &[Digest], rng: &mut R) {
+        let mut open: Vec<Digest> = tasks
+            .iter()
+            .filter(|d| self.tasks[*d].running && self.tasks[*d].fetch.is_some())
+            .copied()
+            .collect();
+        let mut in_flight: u64 =
+            self.tasks.values().filter_map(|t| t.fetch.as_ref()).map(Fetch::asked_bytes).sum();
+        while !open.is_empty() {
+            open.retain(|digest| {
+                let Some(task) = self.tasks.get_mut(digest) else { return false };
+                let (Some(fetch), Some(table)) = (&mut task.fetch, &task.table) else { return false };
+                let taken = if let Reading::At(piece) = task.reading { Some(piece) } else { None };
+                let Some((peer, piece)) = fetch.choose(now, &self.parents, table.verifiable(), taken, rng)
+                else {
+                    return false;
+                };
+                let len = fetch.layout().len_bytes(piece);
+                // At least one request is always allowed: a piece may be longer than the room.
+                if in_flight > 0 && in_flight + len > self.config.in_flight_bytes {
+                    return false;
+                }
+                in_flight += len;
+                let request = self.next_request;
+                self.next_request = self.next_request.wrapping_add(1);
+                fetch.ask(piece, Asked { peer, request, at: now });
+                self.asked.insert((peer, request), (*digest, piece, now));
+                self.outputs.push_back(Output::Download { peer, request, task: *digest, piece });
+                true
+            });
+        }
+    }
+
+    /// Tells children of new values and pieces.
+    pub(super) fn tell(&mut self, now: Time, digest: &Digest) {
+        let idle = self.uploads.is_idle();
+        let Some(task) = self.tasks.get_mut(digest) else { return };
+        if !task.announce || task.offers.is_empty() || now.since(task.news) < task.news_every() {
+            return;
+        }
+        task.news = now;
+        if task.failed {
+            let reason = match task.reading {
+                Reading::FailedAt(_, Failure::Status(status)) => Refusal::Origin(status),
+                Reading::FailedAt(_, Failure::UnknownLength) => Refusal::Unable,
+                _ => Refusal::OriginUnreachable,
+            };
+            for peer in task.offers.children().collect::<Vec<_>>() {
+                task.offers.leave(peer);
+                self.outputs.push_back(Output::Send(peer, Message::Unavailable { task: *digest, reason }));
+            }
+            return;
+        }
+        let issuer = self.config.role == Role::Seed || task.elected;
+        if issuer {
+            task.issue(&self.notary);
+        }
+        if task.may_share() {
+            task.send_tables(now, digest, &mut self.outputs);
+            let (Some(fetch), Some(size_bytes)) = (&task.fetch, task.size_bytes()) else { return };
+            for (peer, pieces) in task.offers.next(now, fetch.held(), issuer, idle) {
+                task.links.entry(peer).or_default().told = Some(now);
+                let offer = offer_of(fetch.layout().count(), pieces);
+                self.outputs
+                    .push_back(Output::Send(peer, Message::Have { task: *digest, size_bytes, offer }));
+            }
+        }
+        if task.running && (task.elected || self.config.role == Role::Seed) {
+            for peer in task.offers.children() {
+                let link = task.links.entry(peer).or_default();
+                if link.told.is_none_or(|at| now.since(at) >= SAY_WORKING_EVERY) {
+                    link.told = Some(now);
+                    self.outputs.push_back(Output::Send(peer, Message::Working { task: *digest }));
+                }
+            }
+        }
+    }
+
+    /// Fills the upload slots: what the fewest hold goes first.
+    pub(super) fn serve(&mut self) {
+        let tasks = &self.tasks;
+        let spread =
+            |waiting: &Waiting| tasks.get(&waiting.task).map_or(0, |t| t.offers.spread(waiting.piece));
+        while let Some(next) = self.uploads.next(spread) {
+            let Waiting { peer, request, task, piece, .. } = next;
+            self.outputs.push_back(Output::Upload { peer, request, task, piece });
+        }
+    }
+}
+
+/// The shortest way to say it.
+pub(super) fn offer_of(count: u32, pieces: Vec<PieceIndex>) -> Offer {
+    if pieces.len() as u32 == count {
+        Offer::All
+    } else if pieces.len() as u32 > count.div_ceil(16) {
+        let mut set = PieceSet::empty(count);
+        pieces.iter().for_each(|piece| {
+            set.insert(*piece);
+        });
+        Offer::Bits(set.to_bytes())
+    } else {
+        Offer::Some(pieces)
+    }
+}

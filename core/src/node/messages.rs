@@ -1,0 +1,159 @@
+//! What peers say, and what their piece tables are worth.
+
+use super::*;
+
+impl<N: Notary> Node<N> {
+    /// A peer said something.
+    pub fn message(&mut self, now: Time, peer: PeerId, message: Message) {
+        match message {
+            Message::Interest { task, source, size_bytes: _ } => {
+                if self.tasks.contains_key(&task) {
+                    self.adopt(now, &task, peer);
+                }
+                // Also for a task in play: one that is held in part only may be wanted whole from now on.
+                self.outputs.push_back(Output::Load { task, source, peer });
+            }
+            Message::Have { task, size_bytes, offer } => self.have(now, peer, task, size_bytes, &offer),
+            Message::Table { task, size_bytes, first, values, signed } => {
+                if let Some(t) = self.tasks.get_mut(&task) {
+                    let link = t.links.entry(peer).or_default();
+                    link.unproven.take_in(size_bytes, first, values, signed);
+                    self.prove(now, &task);
+                }
+            }
+            Message::Working { task } => {
+                if let Some(link) = self.tasks.get_mut(&task).and_then(|t| t.links.get_mut(&peer)) {
+                    link.working = Some(now);
+                    link.unavailable = false;
+                }
+            }
+            Message::Unavailable { task, reason: _ } => {
+                if let Some(t) = self.tasks.get_mut(&task)
+                    && let Some(link) = t.links.get_mut(&peer)
+                {
+                    link.unavailable = true;
+                    link.working = None;
+                    // Should somebody name it again, it is asked again.
+                    link.asked = None;
+                }
+            }
+            Message::Leave { task } => {
+                if let Some(t) = self.tasks.get_mut(&task) {
+                    t.offers.leave(peer);
+                }
+            }
+            Message::Wrong { task, piece: _ } => self.outputs.push_back(Output::Recheck(task)),
+            Message::Request { request, task, piece } => self.requested(now, peer, request, task, piece),
+            Message::Cancel { request } => self.uploads.cancel(peer, request),
+            // The transport reports a rejected download as failed: see `piece_failed`.
+            Message::Reject { .. } => {}
+        }
+    }
+
+    pub(super) fn have(&mut self, now: Time, peer: PeerId, digest: Digest, size_bytes: u64, offer: &Offer) {
+        let isolated = self.isolated.contains(&peer);
+        let Some(task) = self.tasks.get_mut(&digest) else { return };
+        task.links.entry(peer).or_default().working = Some(now);
+        let Some(fetch) = &mut task.fetch else {
+            task.links.entry(peer).or_default().unproven.early(size_bytes, offer);
+            return;
+        };
+        if fetch.layout().size_bytes() != size_bytes {
+            task.links.entry(peer).or_default().unavailable = true;
+            return;
+        }
+        let count = fetch.layout().count();
+        let pieces: Vec<PieceIndex> = match offer {
+            Offer::All => (0..count).collect(),
+            Offer::Bits(bits) => PieceSet::from_bytes(count, bits).iter().collect(),
+            Offer::Some(some) => some.iter().copied().filter(|piece| *piece < count).collect(),
+        };
+        for piece in &pieces {
+            task.offers.holds(peer, *piece);
+        }
+        if !isolated {
+            fetch.offered(peer, pieces);
+        }
+    }
+
+    pub(super) fn requested(
+        &mut self,
+        now: Time,
+        peer: PeerId,
+        request: u32,
+        digest: Digest,
+        piece: PieceIndex,
+    ) {
+        let held = self
+            .tasks
+            .get_mut(&digest)
+            .filter(|t| {
+                t.announce && t.fetch.as_ref().is_some_and(|f| f.held().contains(piece)) && t.may_share()
+            })
+            .map(|t| t.offers.asked(now, peer, piece))
+            .is_some();
+        let reason = match held {
+            false => Some(Refusal::NotHeld),
+            true => (!self.uploads.wait(Waiting { peer, request, task: digest, piece, since: now }))
+                .then_some(Refusal::Busy),
+        };
+        if let Some(reason) = reason {
+            self.outputs.push_back(Output::Send(peer, Message::Reject { request, reason }));
+        }
+    }
+
+    /// Takes in what peers sent of the table as far as it counts now.
+    pub(super) fn prove(&mut self, now: Time, digest: &Digest) {
+        let Some(task) = self.tasks.get_mut(digest) else { return };
+        let named = task.issuer;
+        let peers: Vec<PeerId> =
+            task.links.iter().filter(|(_, l)| l.unproven.has_news()).map(|(peer, _)| *peer).collect();
+        for peer in peers {
+            let Some(task) = self.tasks.get_mut(digest) else { return };
+            let Some(link) = task.links.get_mut(&peer) else { continue };
+            let Some((size_bytes, values, signed)) = link.unproven.complete() else { continue };
+            if self.isolated.contains(&signed.issuer) || self.poisoners.contains(&signed.issuer) {
+                continue;
+            }
+            let statement = SignedPrefix::statement(
+                digest,
+                size_bytes,
+                &values[..signed.count as usize],
+                signed.sealed,
+                signed.signed_at_s,
+            );
+            let Some(trust) = table::weigh(&self.notary, &signed, &statement, named) else { continue };
+            link.unproven.settle();
+            let early = link.unproven.take_early();
+            if task.fetch.is_none() {
+                task.set_size(digest, PieceLayout::new(size_bytes), None);
+                self.outputs.push_back(Output::Sized(*digest, size_bytes));
+            }
+            let Some(known) = &mut task.table else { continue };
+            if known.layout().size_bytes() != size_bytes {
+                link_unavailable(task, peer);
+                continue;
+            }
+            match known.extend(0, &values[..signed.count as usize], Some(signed)) {
+                Ok(grew) => {
+                    task.trust = task.trust.max(Some(trust));
+                    if grew {
+                        task.show(digest, &mut self.outputs);
+                        self.outputs.push_back(Output::TableGrew(*digest));
+                    }
+                }
+                // Two statements that count contradict each other: the origin decides, see `origin_piece`.
+                Err(_) => link_unavailable(task, peer),
+            }
+            for (size, offer) in early {
+                self.have(now, peer, *digest, size, &offer);
+            }
+        }
+    }
+}
+
+pub(super) fn link_unavailable(task: &mut Task, peer: PeerId) {
+    if let Some(link) = task.links.get_mut(&peer) {
+        link.unavailable = true;
+    }
+}

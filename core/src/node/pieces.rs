@@ -1,0 +1,207 @@
+//! Pieces that come, from peers and from the origin, and what follows when they are wrong.
+
+use super::*;
+
+impl<N: Notary> Node<N> {
+    /// A piece came from a peer; `chain` ran over its bytes from the piece's start.
+    pub fn piece(&mut self, now: Time, peer: PeerId, request: u32, chain: &Chain) -> Verdict {
+        let Some((digest, piece, at)) = self.asked.remove(&(peer, request)) else { return Verdict::Drop };
+        let Some(task) = self.tasks.get_mut(&digest) else { return Verdict::Drop };
+        let (Some(fetch), Some(table)) = (&mut task.fetch, &task.table) else { return Verdict::Drop };
+        fetch.failed(piece, peer, request);
+        if fetch.held().contains(piece) {
+            return Verdict::Drop;
+        }
+        match table.verify(piece, chain) {
+            // The table shrank under it (poisoned and begun anew).
+            None => Verdict::Drop,
+            Some(true) => {
+                self.parents.served(peer, fetch.layout().len_bytes(piece), now.since(at));
+                self.kept(now, &digest, piece);
+                self.leave_origin_to_others(now, &digest);
+                Verdict::Keep
+            }
+            Some(false) => {
+                let last = Some(piece) == fetch.layout().last();
+                fetch.withdrawn(peer, piece);
+                if last {
+                    task.last_wrong.insert(peer);
+                }
+                let poisoned = task.last_wrong.len() >= 2;
+                self.outputs.push_back(Output::Send(peer, Message::Wrong { task: digest, piece }));
+                self.punish(now, peer, &digest, Fault::WrongBytes);
+                if poisoned {
+                    self.poison(now, &digest);
+                }
+                Verdict::Wrong
+            }
+        }
+    }
+
+    /// Peers bring pieces after all: whoever is not to read the origin for others stops reading it.
+    fn leave_origin_to_others(&mut self, now: Time, digest: &Digest) {
+        let hope = self.hope(now, digest);
+        let Some(task) = self.tasks.get_mut(digest) else { return };
+        if hope && !task.elected && matches!(task.reading, Reading::At(_)) {
+            task.reading = Reading::No;
+            self.outputs.push_back(Output::StopOrigin(*digest));
+        }
+    }
+
+    /// A request to a peer came to nothing.
+    pub fn piece_failed(
+        &mut self,
+        now: Time,
+        peer: PeerId,
+        request: u32,
+        refused: Option<Refusal>,
+        fault: Fault,
+    ) {
+        let Some((digest, piece, _)) = self.asked.remove(&(peer, request)) else { return };
+        if let Some(fetch) = self.tasks.get_mut(&digest).and_then(|t| t.fetch.as_mut()) {
+            fetch.failed(piece, peer, request);
+            match refused {
+                // A busy peer still has it; one that lost it has not.
+                Some(Refusal::NotHeld) => fetch.withdrawn(peer, piece),
+                Some(Refusal::Draining | Refusal::Unable) => fetch.parent_lost(peer),
+                Some(Refusal::Busy) => fetch.rest(peer, now + BUSY_REST),
+                _ => {}
+            }
+        }
+        // To shed load is no fault.
+        if refused != Some(Refusal::Busy) {
+            self.punish(now, peer, &digest, fault);
+        }
+    }
+
+    pub(super) fn punish(&mut self, now: Time, peer: PeerId, digest: &Digest, fault: Fault) {
+        self.parents.punish(now, peer, fault);
+        self.outputs.push_back(Output::Report(peer, *digest, fault));
+        if fault == Fault::WrongBytes {
+            self.forget_parent(now, peer);
+        }
+    }
+
+    /// The next piece of the origin's stream is whole; `chain` ran from the piece's start.
+    pub fn origin_piece(&mut self, now: Time, digest: &Digest, piece: PieceIndex, chain: &Chain) -> Verdict {
+        let honest = self.honest_prefix(digest);
+        let Some(task) = self.tasks.get_mut(digest) else { return Verdict::Drop };
+        let (Some(fetch), Some(table), Reading::At(at)) = (&task.fetch, &mut task.table, task.reading) else {
+            return Verdict::Drop;
+        };
+        if at != piece {
+            return Verdict::Drop;
+        }
+        let next = piece + 1;
+        let last = Some(piece) == fetch.layout().last();
+        match (table.verify(piece, chain), chain.value()) {
+            (Some(true), _) => {}
+            (Some(false), _) if last && honest => {
+                // Everything before was read from the origin too: its bytes are not what the digest says.
+                self.origin_over(now, digest, Some(Failure::WrongDigest));
+                return Verdict::Wrong;
+            }
+            // Peers' values say otherwise, or peers' pieces make the digest wrong: believe the origin, and start over.
+            (Some(false), _) => {
+                self.poison(now, digest);
+                return Verdict::Wrong;
+            }
+            (None, Some(value)) if table.values().len() as u32 == piece => {
+                table.push(value);
+                // Pieces on disk are worth nothing after a restart without the values that verify them.
+                self.outputs.push_back(Output::TableGrew(*digest));
+                if task.signed_by_nobody() {
+                    task.trust = Some(Trust::Clients);
+                }
+            }
+            (None, _) => return Verdict::Drop,
+        }
+        let Some(task) = self.tasks.get_mut(digest) else { return Verdict::Drop };
+        let fresh = task.fetch.as_ref().is_some_and(|f| !f.held().contains(piece));
+        task.reading = Reading::At(next);
+        if fresh {
+            self.kept(now, digest, piece);
+        }
+        self.origin_next(digest, next);
+        if fresh { Verdict::Keep } else { Verdict::Drop }
+    }
+
+    /// Whether the whole table came from this node's own reading of the origin.
+    pub(super) fn honest_prefix(&self, digest: &Digest) -> bool {
+        self.tasks.get(digest).is_some_and(|t| {
+            t.table.as_ref().and_then(PieceTable::signed).is_none_or(|signed| signed.issuer == self.config.me)
+        })
+    }
+
+    /// Goes on reading, skips what is held, or stops.
+    pub(super) fn origin_next(&mut self, digest: &Digest, next: PieceIndex) {
+        let Some(task) = self.tasks.get_mut(digest) else { return };
+        let Some(fetch) = &task.fetch else { return };
+        if task.complete || next >= fetch.layout().count() {
+            // The stream ends by itself, or there is nothing left to read.
+            if !matches!(task.reading, Reading::No) {
+                task.reading = Reading::No;
+                self.outputs.push_back(Output::StopOrigin(*digest));
+            }
+        } else if fetch.held().contains(next) {
+            task.reading = Reading::No;
+            self.outputs.push_back(Output::StopOrigin(*digest));
+        }
+    }
+
+    /// The origin's stream is over: by itself, or by failure.
+    pub fn origin_over(&mut self, now: Time, digest: &Digest, failure: Option<Failure>) {
+        let Some(task) = self.tasks.get_mut(digest) else { return };
+        if let Reading::At(_) = task.reading {
+            task.reading = match failure {
+                Some(failure) => Reading::FailedAt(now, failure),
+                None => Reading::No,
+            };
+        }
+        if failure == Some(Failure::WrongDigest) {
+            task.reading = Reading::FailedAt(now, Failure::WrongDigest);
+            self.outputs.push_back(Output::Poisoned(*digest));
+            task.start_over(digest);
+        }
+    }
+
+    pub(super) fn kept(&mut self, now: Time, digest: &Digest, piece: PieceIndex) {
+        let Some(task) = self.tasks.get_mut(digest) else { return };
+        let Some(fetch) = &mut task.fetch else { return };
+        task.moved = now;
+        for rest in fetch.got(piece) {
+            self.asked.remove(&(rest.peer, rest.request));
+            self.outputs.push_back(Output::Cancel { peer: rest.peer, request: rest.request });
+        }
+        if fetch.held().is_full() {
+            task.complete = true;
+            task.running = false;
+            // Every piece matches and the last one ends in the digest: whoever made the table, it is right.
+            task.trust = Some(Trust::Clients);
+            if self.config.role == Role::Seed || task.elected {
+                task.issue(&self.notary);
+            }
+            task.show(digest, &mut self.outputs);
+            if let Reading::At(_) = task.reading {
+                task.reading = Reading::No;
+                self.outputs.push_back(Output::StopOrigin(*digest));
+            }
+            self.outputs.push_back(Output::Complete(*digest));
+        } else {
+            task.show_piece(digest, piece, &mut self.outputs);
+        }
+    }
+
+    pub(super) fn poison(&mut self, now: Time, digest: &Digest) {
+        self.stop(digest);
+        let Some(task) = self.tasks.get_mut(digest) else { return };
+        let issuer = task.table.as_ref().and_then(PieceTable::signed).map(|s| s.issuer);
+        task.start_over(digest);
+        task.moved = now;
+        self.outputs.push_back(Output::Poisoned(*digest));
+        if let Some(issuer) = issuer.filter(|i| *i != self.config.me) {
+            self.poisoners.insert(issuer);
+            self.punish(now, issuer, digest, Fault::WrongBytes);
+        }
+    }
+}

@@ -1,0 +1,110 @@
+//! Which piece tables count, and for what.
+
+use crate::digest::ChainValue;
+use crate::message::{Offer, Role};
+use crate::piece::{PeerId, PieceLayout, PieceTable, SignedPrefix};
+
+/// What pieces that match a table are good for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Trust {
+    /// Other peers' disks: an elected peer issued the table and has not sealed it.
+    Peers,
+    /// Clients.
+    Clients,
+}
+
+/// Signs for this node and checks what others signed: the shell has the keys.
+pub trait Notary {
+    /// The role of the member who signed, if the signature and its certificate hold.
+    fn check(&self, signed: &SignedPrefix, statement: &[u8]) -> Option<Role>;
+
+    /// Signs all values of `table` as this node and attaches the statement.
+    fn sign(&self, table: &mut PieceTable, sealed: bool);
+}
+
+/// What a statement is worth: a seed's everything; that of the issuer whom the scheduler named, once sealed, as much;
+/// anybody else's nothing.
+pub(super) fn weigh<N: Notary>(
+    notary: &N,
+    signed: &SignedPrefix,
+    statement: &[u8],
+    named: Option<PeerId>,
+) -> Option<Trust> {
+    let role = notary.check(signed, statement)?;
+    match role {
+        Role::Seed => Some(Trust::Clients),
+        _ if named == Some(signed.issuer) => Some(if signed.sealed { Trust::Clients } else { Trust::Peers }),
+        _ => None,
+    }
+}
+
+/// Offers kept at most while the size is unknown.
+const EARLY_OFFERS: usize = 64;
+
+/// What one peer sent of a table, until a statement makes it count.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Unproven {
+    size_bytes: u64,
+    values: Vec<ChainValue>,
+    signed: Option<SignedPrefix>,
+    news: bool,
+    early: Vec<(u64, Offer)>,
+}
+
+impl Unproven {
+    /// Values that follow, or repeat, those sent before; another size or a gap starts over.
+    pub(super) fn take_in(
+        &mut self,
+        size_bytes: u64,
+        first: u32,
+        values: Vec<ChainValue>,
+        signed: Option<SignedPrefix>,
+    ) {
+        let first = first as usize;
+        // No more than the size allows: nobody has vouched for these yet.
+        if first + values.len() > PieceLayout::new(size_bytes).count() as usize {
+            return;
+        }
+        if size_bytes != self.size_bytes || first > self.values.len() {
+            self.values.clear();
+            self.signed = None;
+            if first > 0 {
+                return;
+            }
+        }
+        self.size_bytes = size_bytes;
+        self.values.truncate(first);
+        self.values.extend(values);
+        if signed.is_some() {
+            self.signed = signed;
+        }
+        self.news = true;
+    }
+
+    /// Offers that came before the size was known.
+    pub(super) fn early(&mut self, size_bytes: u64, offer: &Offer) {
+        if self.early.len() < EARLY_OFFERS {
+            self.early.push((size_bytes, offer.clone()));
+        }
+    }
+
+    pub(super) fn take_early(&mut self) -> Vec<(u64, Offer)> {
+        std::mem::take(&mut self.early)
+    }
+
+    /// Whether anything came since it last counted.
+    pub(super) const fn has_news(&self) -> bool {
+        self.news
+    }
+
+    /// It counts now.
+    pub(super) const fn settle(&mut self) {
+        self.news = false;
+    }
+
+    /// All that is covered by a statement: size, values, statement.
+    pub(super) fn complete(&self) -> Option<(u64, Vec<ChainValue>, SignedPrefix)> {
+        let signed = self.signed.as_ref().filter(|s| s.count as usize <= self.values.len())?;
+        Some((self.size_bytes, self.values.clone(), signed.clone()))
+    }
+}

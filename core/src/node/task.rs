@@ -1,0 +1,173 @@
+//! One task of this node, and what each peer has to do with it.
+
+use super::*;
+
+/// The origin, as far as one task goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Reading {
+    No,
+    /// The piece that comes next.
+    At(PieceIndex),
+    FailedAt(Time, Failure),
+}
+
+/// What one peer has to do with one task.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Link {
+    /// We told it of our interest at that time.
+    pub(super) asked: Option<Time>,
+    /// It last said that it is working on it.
+    pub(super) working: Option<Time>,
+    /// The scheduler named it, or it is the seed to ask.
+    pub(super) named: bool,
+    /// It can't help.
+    pub(super) unavailable: bool,
+    /// How many values of our table it was sent, and under which statement.
+    pub(super) table_sent: u32,
+    pub(super) signed_sent: Option<(bool, u32)>,
+    /// When it was last told anything.
+    pub(super) told: Option<Time>,
+    /// Values it sent that do not count yet.
+    pub(super) unproven: Unproven,
+}
+
+#[derive(Clone, Debug)]
+pub(super) struct Task {
+    pub(super) source: Source,
+    /// Known once the size is.
+    pub(super) fetch: Option<Fetch>,
+    pub(super) table: Option<PieceTable>,
+    pub(super) trust: Option<Trust>,
+    pub(super) offers: Offers,
+    pub(super) links: BTreeMap<PeerId, Link>,
+    /// Whose statements count besides the seeds'.
+    pub(super) issuer: Option<PeerId>,
+    /// We are to read the origin and issue the table.
+    pub(super) elected: bool,
+    pub(super) announce: bool,
+    /// Somebody here wants pieces of it.
+    pub(super) running: bool,
+    /// All of them.
+    pub(super) whole: bool,
+    pub(super) complete: bool,
+    pub(super) reading: Reading,
+    pub(super) shown: PieceSet,
+    /// When a piece last came, or the download began.
+    pub(super) moved: Time,
+    /// When the scheduler was last asked; whether it has answered.
+    pub(super) wanted: Option<Time>,
+    pub(super) answered: bool,
+    pub(super) news: Time,
+    /// The last piece's senders that failed the digest: two different ones mean that the table is wrong.
+    pub(super) last_wrong: BTreeSet<PeerId>,
+    pub(super) failed: bool,
+}
+
+impl Task {
+    /// How often children are told of new pieces.
+    pub(super) fn news_every(&self) -> Duration {
+        let few = self.running && self.fetch.as_ref().is_some_and(|f| f.held().len() <= FIRST_PIECES);
+        if few { FIRST_NEWS_EVERY } else { NEWS_EVERY }
+    }
+
+    pub(super) fn size_bytes(&self) -> Option<u64> {
+        self.fetch.as_ref().map(|f| f.layout().size_bytes())
+    }
+
+    pub(super) fn set_size(
+        &mut self,
+        digest: &Digest,
+        layout: PieceLayout,
+        known: Option<(PieceTable, PieceSet)>,
+    ) {
+        let (table, held) =
+            known.unwrap_or_else(|| (PieceTable::new(*digest, layout), PieceSet::empty(layout.count())));
+        let mut offers = Offers::new(layout.count());
+        self.offers.children().for_each(|child| offers.join(child));
+        self.offers = offers;
+        self.shown = PieceSet::empty(layout.count());
+        self.table = Some(table);
+        let mut fetch = Fetch::new(layout, held);
+        fetch.want_whole(self.whole);
+        self.fetch = Some(fetch);
+    }
+
+    /// Forgets all that was learned but the size.
+    pub(super) fn start_over(&mut self, digest: &Digest) {
+        let Some(layout) = self.fetch.as_ref().map(Fetch::layout) else { return };
+        self.set_size(digest, layout, None);
+        self.trust = None;
+        self.complete = false;
+        self.last_wrong.clear();
+        for link in self.links.values_mut() {
+            link.table_sent = 0;
+            link.signed_sent = None;
+            link.unproven = Unproven::default();
+            link.asked = None;
+        }
+    }
+
+    pub(super) fn signed_by_nobody(&self) -> bool {
+        self.table.as_ref().is_none_or(|t| t.signed().is_none())
+    }
+
+    /// Whether peers may have what is held: its table is signed by somebody they may trust.
+    pub(super) fn may_share(&self) -> bool {
+        self.table.as_ref().is_some_and(|t| t.signed().is_some())
+    }
+
+    /// Signs what has not been signed yet, as the issuer.
+    pub(super) fn issue<N: Notary>(&mut self, notary: &N) {
+        let Some(table) = &mut self.table else { return };
+        let count = table.values().len() as u32;
+        let fresh = table.signed().is_none_or(|s| (s.sealed, s.count) < (self.complete, count));
+        if fresh {
+            notary.sign(table, self.complete);
+            self.trust = Some(Trust::Clients);
+        }
+    }
+
+    pub(super) fn show(&mut self, digest: &Digest, outputs: &mut VecDeque<Output>) {
+        let Some(fetch) = &self.fetch else { return };
+        let pieces: Vec<PieceIndex> = fetch.held().minus(&self.shown).collect();
+        for piece in pieces {
+            self.show_piece(digest, piece, outputs);
+        }
+    }
+
+    /// Shows a piece to clients if the table counts for them, and the last piece if the whole digest is known to match.
+    pub(super) fn show_piece(&mut self, digest: &Digest, piece: PieceIndex, outputs: &mut VecDeque<Output>) {
+        let (Some(fetch), Some(table)) = (&self.fetch, &self.table) else { return };
+        let last = Some(piece) == fetch.layout().last();
+        let whole_matches = self.complete || table.is_sealed();
+        if self.trust == Some(Trust::Clients) && (!last || whole_matches) && self.shown.insert(piece) {
+            outputs.push_back(Output::Show(*digest, piece));
+        }
+    }
+
+    pub(super) fn send_tables(&mut self, now: Time, digest: &Digest, outputs: &mut VecDeque<Output>) {
+        let Some(table) = &self.table else { return };
+        let Some(signed) = table.signed() else { return };
+        let version = (signed.sealed, signed.count);
+        for peer in self.offers.children() {
+            let link = self.links.entry(peer).or_default();
+            if link.signed_sent.is_some_and(|sent| sent >= version) {
+                continue;
+            }
+            let first = link.table_sent.min(signed.count);
+            link.table_sent = signed.count;
+            link.signed_sent = Some(version);
+            link.told = Some(now);
+            outputs.push_back(Output::Send(
+                peer,
+                Message::Table {
+                    task: *digest,
+                    size_bytes: table.layout().size_bytes(),
+                    first,
+                    values: table.values()[first as usize..signed.count as usize].to_vec(),
+                    signed: Some(signed.clone()),
+                },
+            ));
+        }
+    }
+}

@@ -1,0 +1,520 @@
+//! Several nodes, one seed and an origin in one process: messages arrive at once, pieces take time on serial links.
+
+use super::*;
+use crate::digest::Algorithm;
+use rand::SeedableRng;
+use rand::rngs::StdRng;
+
+/// Signs with nothing but a name: here members are honest about who they are.
+#[derive(Clone)]
+struct Names {
+    me: PeerId,
+    roles: BTreeMap<PeerId, Role>,
+}
+
+impl Notary for Names {
+    fn check(&self, signed: &SignedPrefix, statement: &[u8]) -> Option<Role> {
+        let good = signed.signature == Digest::of(Algorithm::Sha256, statement).as_bytes();
+        good.then(|| self.roles.get(&signed.issuer).copied()).flatten()
+    }
+
+    fn sign(&self, table: &mut PieceTable, sealed: bool) {
+        let statement = table.statement(sealed, 0);
+        table.sign(SignedPrefix {
+            count: table.values().len() as u32,
+            sealed,
+            signed_at_s: 0,
+            issuer: self.me,
+            certificate: Vec::new().into(),
+            signature: Digest::of(Algorithm::Sha256, &statement).as_bytes().to_vec(),
+        });
+    }
+}
+
+/// Bytes a second of each host's link, each way.
+const LINK: f64 = 12_500_000.0;
+
+struct Host {
+    node: Node<Names>,
+    up_free: Time,
+    down_free: Time,
+    origin: Option<(PieceIndex, u64)>,
+    generation: u64,
+    requests: BTreeMap<(PeerId, u32), (Digest, PieceIndex)>,
+    shown: BTreeSet<PieceIndex>,
+    wakes: Option<Time>,
+    done: Option<Time>,
+    failed: Option<Failure>,
+    lies: bool,
+}
+
+enum What {
+    Arrive { to: PeerId, from: PeerId, message: Message },
+    Piece { to: PeerId, from: PeerId, request: u32, piece: PieceIndex },
+    Sent { from: PeerId, to: PeerId, request: u32, piece: PieceIndex },
+    Origin { to: PeerId, generation: u64, piece: PieceIndex },
+    Wake(PeerId),
+}
+
+struct World {
+    data: Vec<u8>,
+    task: Digest,
+    layout: PieceLayout,
+    hosts: BTreeMap<PeerId, Host>,
+    queue: BTreeMap<(Time, u64), What>,
+    next: u64,
+    now: Time,
+    rng: StdRng,
+    origin_free: Time,
+    origin_bytes: u64,
+    origin_works: bool,
+    elect: Option<PeerId>,
+    dead: BTreeSet<PeerId>,
+    trace: Chain,
+    sent: BTreeMap<PeerId, u64>,
+}
+
+fn id(n: u8) -> PeerId {
+    PeerId([n; 16])
+}
+
+const SEED: u8 = 200;
+
+impl World {
+    fn new(nodes: u8, seed: bool, size: usize, rng: u64) -> Self {
+        let data: Vec<u8> = (0..size).map(|i| (i.wrapping_mul(2_654_435_761) >> 7) as u8).collect();
+        let task = Digest::of(Algorithm::Sha256, &data);
+        let mut roles: BTreeMap<PeerId, Role> = (0..nodes).map(|n| (id(n), Role::Peer)).collect();
+        if seed {
+            roles.insert(id(SEED), Role::Seed);
+        }
+        let hosts = roles.iter().map(|(me, role)| {
+            let config = Config { me: *me, role: *role, upload_slots: 4, in_flight_bytes: 32 << 20 };
+            let mut node = Node::new(config, Names { me: *me, roles: roles.clone() });
+            node.seeds(if seed { vec![id(SEED)] } else { Vec::new() });
+            let host = Host {
+                node,
+                up_free: Time::default(),
+                down_free: Time::default(),
+                origin: None,
+                generation: 0,
+                requests: BTreeMap::new(),
+                shown: BTreeSet::new(),
+                wakes: None,
+                done: None,
+                failed: None,
+                lies: false,
+            };
+            (*me, host)
+        });
+        Self {
+            hosts: hosts.collect(),
+            layout: PieceLayout::new(size as u64),
+            data,
+            task,
+            queue: BTreeMap::new(),
+            next: 0,
+            now: Time::default(),
+            rng: StdRng::seed_from_u64(rng),
+            origin_free: Time::default(),
+            origin_bytes: 0,
+            origin_works: true,
+            elect: None,
+            dead: BTreeSet::new(),
+            trace: Chain::new(Algorithm::Sha256),
+            sent: BTreeMap::new(),
+        }
+    }
+
+    fn at(&mut self, when: Time, what: What) {
+        self.next += 1;
+        self.queue.insert((when, self.next), what);
+    }
+
+    fn source() -> Source {
+        Source { registry: "registry.test".into(), repository: "library/image".into() }
+    }
+
+    /// These nodes want the task at once.
+    fn pull(&mut self, nodes: u8) {
+        (0..nodes).for_each(|n| self.want(id(n)));
+        (0..nodes).for_each(|n| self.settle(id(n)));
+    }
+
+    fn want(&mut self, peer: PeerId) {
+        let (now, task, count) = (self.now, self.task, self.layout.count());
+        let node = &mut self.hosts.get_mut(&peer).unwrap().node;
+        let opening = Opening { source: Self::source(), known: None, own_table: false, announce: true };
+        node.open(now, task, opening);
+        node.run(now, task, true, false);
+        node.reader(now, &task, 1, Some(0..count), false);
+    }
+
+    fn settle(&mut self, peer: PeerId) {
+        if self.dead.contains(&peer) {
+            return;
+        }
+        let now = self.now;
+        self.hosts.get_mut(&peer).unwrap().node.decide(now, &mut self.rng);
+        while let Some(output) = self.hosts.get_mut(&peer).unwrap().node.poll() {
+            self.carry_out(peer, output);
+        }
+        let host = self.hosts.get_mut(&peer).unwrap();
+        let soonest =
+            host.node.deadline(now).filter(|at| host.wakes.is_none_or(|wakes| wakes <= now || *at < wakes));
+        if let Some(at) = soonest {
+            host.wakes = Some(at);
+            self.at(at, What::Wake(peer));
+        }
+    }
+
+    fn carry_out(&mut self, me: PeerId, output: Output) {
+        let now = self.now;
+        self.trace.update(format!("{now:?} {me:?} {output:?}").as_bytes());
+        match output {
+            Output::Dial(peer) if self.dead.contains(&peer) => {
+                self.hosts.get_mut(&me).unwrap().node.dial_failed(now, peer);
+            }
+            Output::Dial(peer) => {
+                for (a, b) in [(me, peer), (peer, me)] {
+                    let role = if b == id(SEED) { Role::Seed } else { Role::Peer };
+                    self.hosts.get_mut(&a).unwrap().node.peer_up(now, b, role);
+                }
+            }
+            Output::Send(to, message) => {
+                self.at(now + Duration::from_millis(1), What::Arrive { to, from: me, message });
+            }
+            Output::Download { peer, request, task, piece } => {
+                self.hosts.get_mut(&me).unwrap().requests.insert((peer, request), (task, piece));
+                let message = Message::Request { request, task, piece };
+                self.at(now + Duration::from_millis(1), What::Arrive { to: peer, from: me, message });
+            }
+            Output::Cancel { peer, request } => {
+                self.hosts.get_mut(&me).unwrap().requests.remove(&(peer, request));
+                let message = Message::Cancel { request };
+                self.at(now + Duration::from_millis(1), What::Arrive { to: peer, from: me, message });
+            }
+            Output::Upload { peer, request, piece, .. } => {
+                *self.sent.entry(me).or_default() += self.layout.len_bytes(piece);
+                let took = Duration::from_secs_f64(self.layout.len_bytes(piece) as f64 / LINK);
+                let sent = self.hosts[&me].up_free.max(now) + took;
+                self.hosts.get_mut(&me).unwrap().up_free = sent;
+                self.at(sent, What::Sent { from: me, to: peer, request, piece });
+            }
+            Output::ReadOrigin { from, .. } => {
+                let host = self.hosts.get_mut(&me).unwrap();
+                host.generation += 1;
+                let generation = host.generation;
+                host.origin = Some((from, generation));
+                if !self.origin_works {
+                    host.node.origin_over(now, &self.task, Some(Failure::Unreachable));
+                    return;
+                }
+                host.node.sized(now, self.task, self.layout.size_bytes());
+                self.schedule_origin(me, generation, from);
+            }
+            Output::StopOrigin(_) => self.hosts.get_mut(&me).unwrap().origin = None,
+            Output::Want { .. } => {
+                let others: Vec<PeerId> = self.hosts.keys().copied().filter(|p| *p != me).collect();
+                let (task, elect) = (self.task, self.elect);
+                self.hosts.get_mut(&me).unwrap().node.parents(now, task, &others, elect, elect == Some(me));
+            }
+            Output::Load { task, peer, source } => {
+                let host = self.hosts.get_mut(&me).unwrap();
+                if me == id(SEED) {
+                    host.node.open(
+                        now,
+                        task,
+                        Opening { source, known: None, own_table: false, announce: true },
+                    );
+                    host.node.run(now, task, true, false);
+                    host.node.adopt(now, &task, peer);
+                } else if !host.node.is_running(&task) && !host.node.is_complete(&task) {
+                    host.node.refuse(peer, task, Refusal::NotHeld);
+                }
+            }
+            Output::Show(_, piece) => {
+                let host = self.hosts.get_mut(&me).unwrap();
+                assert!(
+                    host.node.held(&self.task).unwrap().contains(piece),
+                    "only what is verified is shown"
+                );
+                host.shown.insert(piece);
+            }
+            Output::Complete(_) => {
+                let host = self.hosts.get_mut(&me).unwrap();
+                assert_eq!(host.shown.len() as u32, self.layout.count(), "a complete blob is shown whole");
+                host.done.get_or_insert(now);
+            }
+            Output::Failed(_, failure) => self.hosts.get_mut(&me).unwrap().failed = Some(failure),
+            Output::Poisoned(_) => self.hosts.get_mut(&me).unwrap().shown.clear(),
+            Output::Report(..) | Output::Sized(..) | Output::TableGrew(_) | Output::Recheck(_) => {}
+        }
+    }
+
+    fn schedule_origin(&mut self, to: PeerId, generation: u64, piece: PieceIndex) {
+        if piece >= self.layout.count() {
+            return;
+        }
+        let took = Duration::from_secs_f64(self.layout.len_bytes(piece) as f64 / LINK);
+        let sent = self.origin_free.max(self.now) + took;
+        self.origin_free = sent;
+        self.origin_bytes += self.layout.len_bytes(piece);
+        self.at(sent, What::Origin { to, generation, piece });
+    }
+
+    fn chain(&self, piece: PieceIndex, node: &Node<Names>, corrupt: bool) -> Option<Chain> {
+        let mut chain = node.table(&self.task)?.chain_at(piece)?;
+        let range = self.layout.range(piece);
+        let mut bytes = self.data[range.start as usize..range.end as usize].to_vec();
+        if corrupt {
+            bytes[0] ^= 1;
+        }
+        chain.update(&bytes);
+        Some(chain)
+    }
+
+    fn step(&mut self) -> bool {
+        let Some(((when, _), what)) = self.queue.pop_first() else { return false };
+        self.now = when;
+        let now = when;
+        let whom = match what {
+            What::Arrive { to, from, message } => {
+                if self.dead.contains(&to) || self.dead.contains(&from) {
+                    return true;
+                }
+                if let Message::Reject { request, reason } = message {
+                    let node = &mut self.hosts.get_mut(&to).unwrap().node;
+                    node.piece_failed(now, from, request, Some(reason), Fault::Failed);
+                } else {
+                    self.hosts.get_mut(&to).unwrap().node.message(now, from, message);
+                }
+                to
+            }
+            What::Piece { to, from, request, piece } => {
+                if self.dead.contains(&to) || self.dead.contains(&from) {
+                    return true;
+                }
+                if self.hosts.get_mut(&to).unwrap().requests.remove(&(from, request)).is_some() {
+                    let lies = self.hosts[&from].lies;
+                    let node = &self.hosts[&to].node;
+                    if let Some(chain) = self.chain(piece, node, lies) {
+                        let verdict = self.hosts.get_mut(&to).unwrap().node.piece(now, from, request, &chain);
+                        assert!(!lies || verdict != Verdict::Keep, "wrong bytes are never kept");
+                    }
+                }
+                to
+            }
+            What::Sent { from, to, request, piece } => {
+                let took = Duration::from_secs_f64(self.layout.len_bytes(piece) as f64 / LINK);
+                let link = self.hosts.get_mut(&to).unwrap();
+                let came = now.max(link.down_free + took);
+                link.down_free = came;
+                self.at(came, What::Piece { to, from, request, piece });
+                self.hosts.get_mut(&from).unwrap().node.uploaded(to, request);
+                from
+            }
+            What::Origin { to, generation, piece } => {
+                let host = &self.hosts[&to];
+                if host.origin.is_none_or(|(_, g)| g != generation) || self.dead.contains(&to) {
+                    return true;
+                }
+                let chain = self.chain(piece, &host.node, false).expect("the origin is read in order");
+                self.hosts.get_mut(&to).unwrap().node.origin_piece(now, &self.task, piece, &chain);
+                if self.hosts[&to].origin.is_some() {
+                    self.schedule_origin(to, generation, piece + 1);
+                }
+                to
+            }
+            What::Wake(peer) => peer,
+        };
+        self.settle(whom);
+        true
+    }
+
+    fn run_until(&mut self, end: Duration, mut over: impl FnMut(&Self) -> bool) {
+        while self.now.0 < end && !over(self) && self.step() {}
+    }
+
+    fn all_done(&self, nodes: u8) -> bool {
+        (0..nodes).all(|n| self.dead.contains(&id(n)) || self.hosts[&id(n)].done.is_some())
+    }
+
+    fn kill(&mut self, peer: PeerId) {
+        self.dead.insert(peer);
+        let now = self.now;
+        let others: Vec<PeerId> = self.hosts.keys().copied().filter(|p| *p != peer).collect();
+        for other in others {
+            self.hosts.get_mut(&other).unwrap().node.peer_down(now, peer);
+            self.settle(other);
+        }
+    }
+
+    fn with_scheduler(&mut self) {
+        self.hosts.values_mut().for_each(|host| host.node.scheduler(true));
+    }
+}
+
+const MIB: usize = 1 << 20;
+
+/// Seconds that one copy takes on one link.
+fn one_copy(size: usize) -> f64 {
+    size as f64 / LINK
+}
+
+#[test]
+fn a_node_alone_reads_from_the_origin() {
+    let mut world = World::new(1, false, 3 * MIB + 17, 1);
+    world.pull(1);
+    world.run_until(Duration::from_secs(60), |w| w.all_done(1));
+    assert!(world.all_done(1));
+    assert_eq!(world.origin_bytes, world.layout.size_bytes());
+}
+
+#[test]
+fn eight_nodes_at_once_cost_one_copy_and_little_more_than_its_time() {
+    let mut world = World::new(8, true, 64 * MIB, 7);
+    world.with_scheduler();
+    world.pull(8);
+    world.run_until(Duration::from_secs(120), |w| w.all_done(8));
+    assert!(world.all_done(8), "{:?}", world.hosts.values().map(|h| h.done).collect::<Vec<_>>());
+    assert_eq!(world.origin_bytes, world.layout.size_bytes());
+    let last = world.hosts.values().filter_map(|h| h.done).max().unwrap();
+    let ratio = last.0.as_secs_f64() / one_copy(64 * MIB);
+    assert!(ratio < 1.3, "{ratio}");
+}
+
+#[test]
+fn without_a_scheduler_the_seed_alone_still_costs_one_copy() {
+    let mut world = World::new(4, true, 8 * MIB, 3);
+    world.pull(4);
+    world.run_until(Duration::from_secs(120), |w| w.all_done(4));
+    assert!(world.all_done(4));
+    assert_eq!(world.origin_bytes, world.layout.size_bytes());
+}
+
+#[test]
+fn without_a_seed_the_elected_node_reads_for_all() {
+    let mut world = World::new(4, false, 16 * MIB, 5);
+    world.with_scheduler();
+    world.elect = Some(id(2));
+    world.pull(4);
+    world.run_until(Duration::from_secs(120), |w| w.all_done(4));
+    assert!(world.all_done(4));
+    assert_eq!(world.origin_bytes, world.layout.size_bytes());
+}
+
+#[test]
+fn an_unsealed_table_of_an_elected_peer_shows_clients_nothing() {
+    let mut world = World::new(2, false, 16 * MIB, 5);
+    world.with_scheduler();
+    world.elect = Some(id(1));
+    world.pull(2);
+    world.run_until(Duration::from_millis(700), |_| false);
+    assert!(!world.hosts[&id(0)].node.held(&world.task).unwrap().is_empty());
+    assert!(world.hosts[&id(0)].shown.is_empty());
+    assert!(!world.hosts[&id(1)].shown.is_empty(), "what a node read itself it may show");
+}
+
+#[test]
+fn a_dead_seed_does_not_fail_a_pull() {
+    for when in [0, 300, 2000] {
+        let mut world = World::new(3, true, 32 * MIB, 11);
+        world.with_scheduler();
+        world.pull(3);
+        world.run_until(Duration::from_millis(when), |_| false);
+        world.kill(id(SEED));
+        world.run_until(Duration::from_secs(120), |w| w.all_done(3));
+        assert!(world.all_done(3), "killed after {when} ms");
+    }
+}
+
+#[test]
+fn a_liar_harms_nobody() {
+    let mut world = World::new(5, true, 16 * MIB, 13);
+    world.with_scheduler();
+    world.hosts.get_mut(&id(4)).unwrap().lies = true;
+    world.pull(5);
+    world.run_until(Duration::from_secs(120), |w| w.all_done(5));
+    assert!(world.all_done(5));
+    assert_eq!(world.origin_bytes, world.layout.size_bytes());
+}
+
+#[test]
+fn a_dead_origin_ends_in_an_error_and_soon() {
+    let mut world = World::new(1, false, MIB, 1);
+    world.origin_works = false;
+    world.pull(1);
+    world.run_until(Duration::from_secs(5), |w| w.hosts[&id(0)].failed.is_some());
+    assert_eq!(world.hosts[&id(0)].failed, Some(Failure::Unreachable));
+}
+
+#[test]
+fn the_same_seed_gives_the_same_trace() {
+    let trace = |rng| {
+        let mut world = World::new(5, true, 24 * MIB, rng);
+        world.with_scheduler();
+        world.pull(5);
+        world.run_until(Duration::from_secs(60), |w| w.all_done(5));
+        world.trace.finish()
+    };
+    assert_eq!(trace(1), trace(1));
+}
+
+/// A node with a scheduler, and a task of 1 MiB that somebody here reads.
+fn wanting(data: &[u8]) -> (Node<Names>, Digest, StdRng) {
+    let config = Config { me: id(0), role: Role::Peer, upload_slots: 4, in_flight_bytes: 32 << 20 };
+    let roles = (0..3).map(|n| (id(n), Role::Peer)).collect();
+    let mut node = Node::new(config, Names { me: id(0), roles });
+    let (task, start) = (Digest::of(Algorithm::Sha256, data), Time::default());
+    let opening = Opening { source: World::source(), known: None, own_table: false, announce: true };
+    node.open(start, task, opening);
+    node.run(start, task, true, false);
+    (node, task, StdRng::seed_from_u64(1))
+}
+
+fn outputs(node: &mut Node<Names>, now: Time, rng: &mut StdRng) -> Vec<Output> {
+    node.decide(now, rng);
+    std::iter::from_fn(|| node.poll()).collect()
+}
+
+#[test]
+fn what_is_read_from_the_origin_is_told_to_be_kept() {
+    let data = vec![7; MIB];
+    let (mut node, task, mut rng) = wanting(&data);
+    let now = Time::default();
+    assert!(outputs(&mut node, now, &mut rng).contains(&Output::ReadOrigin { task, from: 0 }));
+    node.sized(now, task, data.len() as u64);
+    let mut chain = Chain::new(Algorithm::Sha256);
+    chain.update(&data[..node.table(&task).unwrap().layout().len_bytes(0) as usize]);
+    assert_eq!(node.origin_piece(now, &task, 0, &chain), Verdict::Keep);
+    assert!(outputs(&mut node, now, &mut rng).contains(&Output::TableGrew(task)));
+}
+
+#[test]
+fn a_peer_that_the_scheduler_named_is_waited_for_but_not_long() {
+    let (mut node, task, mut rng) = wanting(&[7; 1000]);
+    node.scheduler(true);
+    let now = Time::default();
+    outputs(&mut node, now, &mut rng);
+    node.parents(now, task, &[id(1)], None, false);
+    assert!(outputs(&mut node, now, &mut rng).contains(&Output::Dial(id(1))));
+    node.peer_up(now, id(1), Role::Peer);
+    let reads = Output::ReadOrigin { task, from: 0 };
+    assert!(!outputs(&mut node, now + ANSWER_WITHIN / 2, &mut rng).contains(&reads));
+    assert!(outputs(&mut node, now + ANSWER_WITHIN, &mut rng).contains(&reads));
+}
+
+#[test]
+fn pieces_whose_values_are_unknown_are_read_again() {
+    let data = vec![7; MIB];
+    let task = Digest::of(Algorithm::Sha256, &data);
+    let (mut node, _, mut rng) = wanting(b"another");
+    let (layout, now) = (PieceLayout::new(data.len() as u64), Time::default());
+    let mut held = PieceSet::empty(layout.count());
+    held.insert(0);
+    let known = Some((PieceTable::new(task, layout), held));
+    node.open(now, task, Opening { source: World::source(), known, own_table: true, announce: true });
+    node.run(now, task, true, false);
+    assert!(outputs(&mut node, now, &mut rng).contains(&Output::ReadOrigin { task, from: 0 }));
+}

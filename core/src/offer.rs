@@ -1,0 +1,279 @@
+//! What one task's holder offers to its children, and when.
+//!
+//! An ordinary peer offers everything it has to everybody. The issuer is frugal while several children are hungry: it offers a
+//! new piece to one of them only, until another peer holds it, so that its uplink carries what nobody else can give (receiver-driven
+//! choice makes a seed send everything twice). With nothing new to give and nothing to send, it reveals what has spread already.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use crate::Time;
+use crate::piece::{PeerId, PieceIndex, PieceSet};
+
+/// New pieces that one child may have on offer and not hold yet: one on its way and the next.
+const QUOTA: usize = 2;
+
+/// An offer that led to nothing for this long is made to another child.
+const OFFER_LIFE: Duration = Duration::from_secs(3);
+
+/// Spread pieces revealed to a child at a time while the holder idles.
+const REVEAL: usize = 2;
+
+#[derive(Clone, Debug)]
+struct Child {
+    /// What it was told.
+    told: PieceSet,
+    /// What it said it holds.
+    holds: PieceSet,
+    /// New pieces it was offered so far: all children get their turn, since each passes on what it got.
+    dealt: u32,
+}
+
+/// The offers of one task.
+#[derive(Clone, Debug)]
+pub struct Offers {
+    count: u32,
+    children: BTreeMap<PeerId, Child>,
+    /// How many children hold each piece.
+    spread: Vec<u16>,
+    /// New pieces on offer to one child.
+    pending: BTreeMap<PieceIndex, (PeerId, Time)>,
+}
+
+impl Offers {
+    /// No children yet; `count` pieces.
+    pub fn new(count: u32) -> Self {
+        Self { count, children: BTreeMap::new(), spread: vec![0; count as usize], pending: BTreeMap::new() }
+    }
+
+    /// A peer wants to hear of this task.
+    pub fn join(&mut self, peer: PeerId) {
+        let count = self.count;
+        self.children.entry(peer).or_insert_with(|| Child {
+            told: PieceSet::empty(count),
+            holds: PieceSet::empty(count),
+            dealt: 0,
+        });
+    }
+
+    /// A child is gone; what was on offer to it is new again.
+    pub fn leave(&mut self, peer: PeerId) {
+        if let Some(child) = self.children.remove(&peer) {
+            for piece in child.holds.iter() {
+                self.spread[piece as usize] = self.spread[piece as usize].saturating_sub(1);
+            }
+        }
+        self.pending.retain(|_, (to, _)| *to != peer);
+    }
+
+    /// Who hears of this task.
+    pub fn children(&self) -> impl Iterator<Item = PeerId> + '_ {
+        self.children.keys().copied()
+    }
+
+    /// Whether nobody does.
+    pub fn is_empty(&self) -> bool {
+        self.children.is_empty()
+    }
+
+    /// A child says that it holds a piece.
+    pub fn holds(&mut self, peer: PeerId, piece: PieceIndex) {
+        if let Some(child) = self.children.get_mut(&peer)
+            && child.holds.insert(piece)
+        {
+            self.spread[piece as usize] = self.spread[piece as usize].saturating_add(1);
+            self.pending.remove(&piece);
+        }
+    }
+
+    /// A child has asked for a piece on offer to it: the offer stands until it is served.
+    pub fn asked(&mut self, now: Time, peer: PeerId, piece: PieceIndex) {
+        if let Some((to, at)) = self.pending.get_mut(&piece)
+            && *to == peer
+        {
+            *at = now;
+        }
+    }
+
+    /// How many children hold `piece`.
+    pub fn spread(&self, piece: PieceIndex) -> u16 {
+        self.spread.get(piece as usize).copied().unwrap_or(0)
+    }
+
+    /// Children that still lack something.
+    pub fn hungry(&self) -> usize {
+        self.children.values().filter(|c| !c.holds.is_full()).count()
+    }
+
+    /// What to tell whom now, of the pieces `held`. `frugal`: as the issuer does. `idle`: nothing is being sent or waits to be.
+    pub fn next(
+        &mut self,
+        now: Time,
+        held: &PieceSet,
+        frugal: bool,
+        idle: bool,
+    ) -> Vec<(PeerId, Vec<PieceIndex>)> {
+        if !(frugal && self.hungry() >= 2) {
+            return self.everything(held);
+        }
+        let mut told: BTreeMap<PeerId, Vec<PieceIndex>> = BTreeMap::new();
+        self.expire(now);
+        self.deal(now, held, &mut told);
+        if idle && told.is_empty() {
+            self.reveal(held, &mut told);
+        }
+        told.into_iter().collect()
+    }
+
+    fn everything(&mut self, held: &PieceSet) -> Vec<(PeerId, Vec<PieceIndex>)> {
+        self.pending.clear();
+        self.children
+            .iter_mut()
+            .filter(|(_, child)| !child.holds.is_full())
+            .filter_map(|(peer, child)| {
+                let new: Vec<PieceIndex> = held.minus(&child.told).collect();
+                new.iter().for_each(|piece| {
+                    child.told.insert(*piece);
+                });
+                (!new.is_empty()).then_some((*peer, new))
+            })
+            .collect()
+    }
+
+    fn expire(&mut self, now: Time) {
+        self.pending.retain(|_, (_, at)| now.since(*at) < OFFER_LIFE);
+    }
+
+    /// Deals new pieces out, each to the child with the fewest on offer.
+    fn deal(&mut self, now: Time, held: &PieceSet, told: &mut BTreeMap<PeerId, Vec<PieceIndex>>) {
+        let mut load: BTreeMap<PeerId, usize> =
+            self.children.iter().filter(|(_, c)| !c.holds.is_full()).map(|(peer, _)| (*peer, 0)).collect();
+        for (to, _) in self.pending.values() {
+            load.entry(*to).and_modify(|n| *n += 1);
+        }
+        for piece in held.iter().filter(|p| self.spread[*p as usize] == 0) {
+            if load.values().all(|n| *n >= QUOTA) {
+                break;
+            }
+            if self.pending.contains_key(&piece) {
+                continue;
+            }
+            // Fewest on offer first; one that let this very offer lapse comes after all others.
+            let Some((to, n)) = load.iter_mut().filter(|(_, n)| **n < QUOTA).min_by_key(|(peer, n)| {
+                let child = &self.children[*peer];
+                (child.told.contains(piece), **n, child.dealt, **peer)
+            }) else {
+                break;
+            };
+            *n += 1;
+            self.pending.insert(piece, (*to, now));
+            if let Some(child) = self.children.get_mut(to) {
+                child.dealt += 1;
+                if child.told.insert(piece) {
+                    told.entry(*to).or_default().push(piece);
+                }
+            }
+        }
+    }
+
+    /// Tells each hungry child of a few pieces that others have too, the least spread first.
+    fn reveal(&mut self, held: &PieceSet, told: &mut BTreeMap<PeerId, Vec<PieceIndex>>) {
+        for (peer, child) in self.children.iter_mut().filter(|(_, c)| !c.holds.is_full()) {
+            let open = held.minus(&child.told).filter(|p| !child.holds.contains(*p)).count();
+            let revealed = child.told.minus(&child.holds).count();
+            if open == 0 || revealed >= QUOTA + REVEAL {
+                continue;
+            }
+            let mut rare: Vec<(u16, PieceIndex)> = held
+                .minus(&child.told)
+                .filter(|p| !child.holds.contains(*p) && !self.pending.contains_key(p))
+                .map(|p| (self.spread[p as usize], p))
+                .collect();
+            rare.sort_unstable();
+            for (_, piece) in rare.into_iter().take(REVEAL) {
+                child.told.insert(piece);
+                told.entry(*peer).or_default().push(piece);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn peer(n: u8) -> PeerId {
+        PeerId([n; 16])
+    }
+
+    fn offers(children: u8, count: u32) -> Offers {
+        let mut offers = Offers::new(count);
+        (0..children).for_each(|n| offers.join(peer(n)));
+        offers
+    }
+
+    #[test]
+    fn an_ordinary_peer_tells_everybody_everything_once() {
+        let mut offers = offers(3, 10);
+        let held = PieceSet::full(10);
+        let told = offers.next(Time::default(), &held, false, true);
+        assert_eq!(told.len(), 3);
+        assert!(told.iter().all(|(_, pieces)| pieces.len() == 10));
+        assert!(offers.next(Time::default(), &held, false, true).is_empty());
+    }
+
+    #[test]
+    fn the_issuer_offers_each_new_piece_to_one_child() {
+        let mut offers = offers(4, 8);
+        let told = offers.next(Time::default(), &PieceSet::full(8), true, true);
+        let mut all: Vec<PieceIndex> = told.iter().flat_map(|(_, p)| p.clone()).collect();
+        all.sort_unstable();
+        assert_eq!(all, (0..8).collect::<Vec<_>>());
+        assert!(told.iter().all(|(_, pieces)| pieces.len() == QUOTA));
+    }
+
+    #[test]
+    fn the_issuer_with_one_hungry_child_holds_nothing_back() {
+        let mut offers = offers(1, 50);
+        assert_eq!(offers.next(Time::default(), &PieceSet::full(50), true, false)[0].1.len(), 50);
+    }
+
+    #[test]
+    fn a_child_that_took_its_piece_gets_the_next() {
+        let mut offers = offers(2, 100);
+        offers.next(Time::default(), &PieceSet::full(100), true, false);
+        assert!(offers.next(Time::default(), &PieceSet::full(100), true, false).is_empty());
+        offers.holds(peer(0), 0);
+        assert_eq!(offers.next(Time::default(), &PieceSet::full(100), true, false), [(peer(0), vec![4])]);
+    }
+
+    #[test]
+    fn an_offer_that_leads_to_nothing_goes_to_another_child() {
+        let mut offers = offers(2, 1);
+        let first = offers.next(Time::default(), &PieceSet::full(1), true, false);
+        let later = Time(OFFER_LIFE);
+        let second = offers.next(later, &PieceSet::full(1), true, false);
+        assert_ne!(first[0].0, second[0].0);
+    }
+
+    #[test]
+    fn what_was_on_offer_to_a_lost_child_is_offered_again() {
+        let mut offers = offers(3, 2);
+        let first = offers.next(Time::default(), &PieceSet::full(2), true, false);
+        offers.leave(first[0].0);
+        let again = offers.next(Time::default(), &PieceSet::full(2), true, false);
+        assert_eq!(again.len(), 1);
+        assert_eq!(again[0].1, first[0].1);
+    }
+
+    #[test]
+    fn an_idle_issuer_reveals_what_has_spread() {
+        let mut offers = offers(2, 2);
+        offers.next(Time::default(), &PieceSet::full(2), true, false);
+        offers.holds(peer(0), 0);
+        offers.holds(peer(1), 1);
+        assert!(offers.next(Time::default(), &PieceSet::full(2), true, false).is_empty());
+        let told = offers.next(Time::default(), &PieceSet::full(2), true, true);
+        assert_eq!(told, [(peer(0), vec![1]), (peer(1), vec![0])]);
+    }
+}

@@ -1,0 +1,170 @@
+//! How good each parent is: measured rate, recent failures, bans. Punish fast, forgive slowly.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use crate::Time;
+use crate::piece::PeerId;
+
+/// What a parent did wrong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Fault {
+    /// It sent bytes that do not match the table: a lie or broken memory. Banned at once.
+    WrongBytes,
+    /// It stopped sending.
+    Stalled,
+    /// It could not be reached, broke off, or refused what it had offered.
+    Failed,
+}
+
+impl Fault {
+    /// Weight of one fault. At [`SHUNNED`] a parent is asked only when nobody else offers the piece.
+    const fn weight(self) -> f64 {
+        match self {
+            Fault::WrongBytes => 8.0,
+            // A stall costs the child seconds; a refused request or a reset costs a round trip.
+            Fault::Stalled => 2.0,
+            Fault::Failed => 1.0,
+        }
+    }
+}
+
+/// Faults are half forgotten after this long: a deploy later a node that was restarted is trusted again.
+const HALF_LIFE: Duration = Duration::from_secs(60);
+
+/// Faults that make a parent the last choice: two stalls, or four failures, within about a half-life.
+const SHUNNED: f64 = 4.0;
+
+/// How long wrong bytes keep a parent out on this node. The scheduler decides for everybody else.
+const BAN: Duration = Duration::from_secs(600);
+
+/// How much of the old rate stays when a piece was measured: four pieces or so make the estimate.
+const RATE_MEMORY: f64 = 0.75;
+
+/// What is known of one peer, over all tasks.
+#[derive(Clone, Debug, Default)]
+struct Record {
+    rate_bytes: f64,
+    faults: f64,
+    faults_at: Time,
+    banned_until: Option<Time>,
+}
+
+impl Record {
+    fn faults(&self, now: Time) -> f64 {
+        let lives = now.since(self.faults_at).as_secs_f64() / HALF_LIFE.as_secs_f64();
+        self.faults * 0.5f64.powf(lives)
+    }
+}
+
+/// What this node knows of its parents.
+#[derive(Clone, Debug, Default)]
+pub struct Parents {
+    records: BTreeMap<PeerId, Record>,
+}
+
+/// Peers remembered at most; past it the one with the fewest faults goes.
+const REMEMBERED: usize = 4096;
+
+impl Parents {
+    /// A piece of `bytes` came in `took`, from the request to its last byte.
+    pub fn served(&mut self, peer: PeerId, bytes: u64, took: Duration) {
+        let record = self.record(peer);
+        let rate = bytes as f64 / took.as_secs_f64().max(1e-4);
+        record.rate_bytes = if record.rate_bytes == 0.0 {
+            rate
+        } else {
+            RATE_MEMORY * record.rate_bytes + (1.0 - RATE_MEMORY) * rate
+        };
+    }
+
+    /// It did something wrong.
+    pub fn punish(&mut self, now: Time, peer: PeerId, fault: Fault) {
+        let record = self.record(peer);
+        record.faults = record.faults(now) + fault.weight();
+        record.faults_at = now;
+        if fault == Fault::WrongBytes {
+            record.banned_until = Some(now + BAN);
+        }
+    }
+
+    /// Whether nothing may be asked of it.
+    pub fn banned(&self, now: Time, peer: PeerId) -> bool {
+        self.records.get(&peer).and_then(|r| r.banned_until).is_some_and(|until| now < until)
+    }
+
+    /// Whether it is asked only when nobody else will do.
+    pub fn shunned(&self, now: Time, peer: PeerId) -> bool {
+        self.records.get(&peer).is_some_and(|r| r.faults(now) >= SHUNNED)
+    }
+
+    /// Measured bytes a second; `None` before the first piece.
+    pub fn rate_bytes(&self, peer: PeerId) -> Option<f64> {
+        self.records.get(&peer).map(|r| r.rate_bytes).filter(|rate| *rate > 0.0)
+    }
+
+    fn record(&mut self, peer: PeerId) -> &mut Record {
+        if self.records.len() >= REMEMBERED && !self.records.contains_key(&peer) {
+            let mildest =
+                self.records.iter().min_by(|a, b| a.1.faults.total_cmp(&b.1.faults)).map(|(peer, _)| *peer);
+            if let Some(mildest) = mildest {
+                self.records.remove(&mildest);
+            }
+        }
+        self.records.entry(peer).or_default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PEER: PeerId = PeerId([1; 16]);
+
+    fn at(seconds: u64) -> Time {
+        Time(Duration::from_secs(seconds))
+    }
+
+    #[test]
+    fn wrong_bytes_ban_at_once_and_for_ten_minutes() {
+        let mut parents = Parents::default();
+        parents.punish(at(0), PEER, Fault::WrongBytes);
+        assert!(parents.banned(at(599), PEER));
+        assert!(!parents.banned(at(600), PEER));
+    }
+
+    #[test]
+    fn stalls_shun_and_are_forgiven_slowly() {
+        let mut parents = Parents::default();
+        parents.punish(at(0), PEER, Fault::Stalled);
+        assert!(!parents.shunned(at(0), PEER));
+        parents.punish(at(0), PEER, Fault::Stalled);
+        assert!(parents.shunned(at(0), PEER));
+        assert!(!parents.banned(at(0), PEER));
+        assert!(!parents.shunned(at(60), PEER));
+    }
+
+    #[test]
+    fn the_rate_follows_what_is_measured() {
+        let mut parents = Parents::default();
+        assert_eq!(parents.rate_bytes(PEER), None);
+        for _ in 0..20 {
+            parents.served(PEER, 1 << 20, Duration::from_millis(100));
+        }
+        let rate = parents.rate_bytes(PEER).unwrap();
+        assert!((rate / (10 << 20) as f64 - 1.0).abs() < 0.05, "{rate}");
+    }
+
+    #[test]
+    fn memory_is_bounded_and_keeps_the_worst() {
+        let mut parents = Parents::default();
+        parents.punish(at(0), PEER, Fault::WrongBytes);
+        for n in 0..2 * REMEMBERED as u64 {
+            let mut id = [0; 16];
+            id[..8].copy_from_slice(&n.to_be_bytes());
+            parents.served(PeerId(id), 1, Duration::from_secs(1));
+        }
+        assert!(parents.records.len() <= REMEMBERED);
+        assert!(parents.banned(at(1), PEER));
+    }
+}

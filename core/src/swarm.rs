@@ -1,0 +1,701 @@
+//! The scheduler's view of all peers: who holds what, whom to fetch from, who reads the origin, who is isolated.
+//!
+//! Soft state only: peers say everything again when the scheduler comes back. Drive a [`Swarm`] with
+//! [`Swarm::handle`] and, when [`Swarm::deadline`] has come, [`Swarm::tick`]; then carry out what [`Swarm::poll`] gives.
+//!
+//! - **Parents.** Everybody who wants a task is a future holder of it, so wanters are named to each other: up to
+//!   [`MAX_PARENTS`] of them everybody to everybody, beyond that a random mesh of [`MESH_DEGREE`] links a peer. Links run
+//!   both ways: who is named to a newcomer is told of the newcomer. Complete holders come on top, a few each.
+//! - **Sources.** Who can read the origin is named first: the seed that rendezvous hashing picks, or a seed that has the
+//!   task already; without any seed one peer is elected and its table counts. Only so many children get a source directly.
+//! - **Evidence** decides who is isolated: see the `conduct` module.
+//!
+//! Every decision looks at [`SAMPLE`] copies at most, however many there are.
+
+mod choose;
+mod conduct;
+mod election;
+mod parents;
+mod slab;
+mod task;
+#[cfg(test)]
+mod tests;
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::Arc;
+use std::time::Duration;
+
+use rand::Rng;
+
+use crate::Time;
+use crate::digest::Digest;
+use crate::message::Role;
+use crate::piece::PeerId;
+
+use conduct::Conduct;
+pub use conduct::{
+    EVIDENCE_WINDOW, ISOLATION, LONE_ACCUSATIONS, REPORTERS_TO_ISOLATE, SUSPICION_HALF_LIFE,
+    VERDICTS_PER_REPORTER,
+};
+use slab::{Slab, Slot};
+use task::Task;
+
+/// Parents of one child of one task at most.
+pub const MAX_PARENTS: usize = 32;
+/// Parents that a child gets in a swarm too big for everybody to know everybody: rarest-first works on random graphs of this
+/// degree as well as on complete ones, and a peer's messages about availability stay few.
+pub const MESH_DEGREE: usize = 24;
+/// Complete holders among a child's parents at most: they don't take anything back, so few must do for many.
+pub const MAX_COMPLETE: usize = 8;
+/// Seeds among a child's parents at most: the one that reads the origin, and one more that has the task.
+pub const MAX_SEEDS: usize = 2;
+/// Children of one task that get a source (a seed or the elected peer) directly. The others get the pieces from these: a
+/// source sends each piece about once whatever their number, and says what it has to each of them.
+pub const SOURCE_CHILDREN: u32 = 64;
+/// Copies looked at for one decision.
+pub const SAMPLE: usize = 128;
+/// How long a peer whose stream broke still counts: a reconnect takes less, and the dead are found out by their children.
+pub const GRACE: Duration = Duration::from_secs(3);
+/// Without new pieces for this long an elected peer is replaced. Pieces are announced once a second.
+pub const ELECTION_STALL: Duration = Duration::from_secs(10);
+/// A swarm that has just come up elects nobody: peers that have the task, or are reading it, are still coming back.
+pub const WARM_UP: Duration = Duration::from_secs(2);
+/// How long news about a peer's parents wait for more of them. It doubles with each message: in a burst the first matter.
+const PUSH_DELAY: Duration = Duration::from_millis(20);
+/// As far as it doubles: 32 times, two thirds of a second.
+const PUSH_DOUBLINGS: u32 = 5;
+/// A task that nobody wanted or announced for this long is forgotten; a later pull finds the seed.
+pub const IDLE_TTL: Duration = Duration::from_secs(7 * 24 * 3600);
+/// How precisely idleness is known.
+const IDLE_GRAIN: Duration = Duration::from_secs(60);
+/// Tasks kept at most; beyond that the longest idle one goes.
+pub const MAX_TASKS: usize = 4_000_000;
+/// Tasks in which one peer has a part, at most; beyond that nothing new of it is noted.
+pub const MAX_TASKS_PER_PEER: usize = 1_000_000;
+/// Tasks that one peer wants at a time, at most.
+pub const MAX_WANTS_PER_PEER: u32 = 4096;
+/// Reports taken from one peer a second, and at once.
+const REPORTS_PER_SECOND: f32 = 32.0;
+const REPORTS_BURST: f32 = 256.0;
+/// A peer with limited upload counts as one slot for each of these many bytes a second.
+const SLOT_RATE_BYTES: f32 = 4_194_304.0;
+
+/// What a peer says of itself when its stream starts.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Registration {
+    /// Who, by its certificate.
+    pub peer: PeerId,
+    /// [`Role::Peer`] or [`Role::Seed`], by its certificate.
+    pub role: Role,
+    /// Where it stands; empty when not told.
+    pub zone: Arc<str>,
+    /// Pieces that it sends at once.
+    pub upload_slots: u32,
+    /// Bytes a second, 0 when not limited.
+    pub upload_rate_bytes: u64,
+    /// It may be elected to read the origin.
+    pub reads_origins: bool,
+}
+
+/// What a peer offers of one task.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Holding {
+    /// The task.
+    pub task: Digest,
+    /// Its size.
+    pub size_bytes: u64,
+    /// How many pieces; 0: none any more.
+    pub pieces: u32,
+    /// Committed.
+    pub complete: bool,
+}
+
+/// What became of a parent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum ReportKind {
+    /// It sent bytes that do not match the table.
+    WrongBytes,
+    /// It stopped sending.
+    Stalled,
+    /// It could not be reached or broke off.
+    Failed,
+    /// It served this many bytes since the last report.
+    Served(u64),
+}
+
+/// What happens to the scheduler.
+#[derive(Clone, Debug)]
+pub enum Input {
+    /// A peer's stream has started.
+    Joined(Registration),
+    /// A seed that was there before this scheduler started: it counts for so long, as if its stream had just broken.
+    Expected(Registration, Duration),
+    /// A peer's stream is over.
+    Left(PeerId),
+    /// What a peer holds.
+    Holdings {
+        /// Who.
+        peer: PeerId,
+        /// Forget what it said before.
+        replaces_all: bool,
+        /// What.
+        holdings: Vec<Holding>,
+    },
+    /// A peer asks for parents.
+    Want {
+        /// Who.
+        peer: PeerId,
+        /// The task.
+        task: Digest,
+        /// Its size, when known.
+        size_bytes: Option<u64>,
+        /// The parents named before did not suffice.
+        again: bool,
+    },
+    /// A peer no longer fetches.
+    Forget {
+        /// Who.
+        peer: PeerId,
+        /// The task.
+        task: Digest,
+    },
+    /// A peer tells what became of a parent.
+    Report {
+        /// Who tells.
+        reporter: PeerId,
+        /// Of whom.
+        peer: PeerId,
+        /// What.
+        kind: ReportKind,
+    },
+}
+
+/// What to tell.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Output {
+    /// Whom to fetch a task from.
+    Parents {
+        /// To whom this goes.
+        to: PeerId,
+        /// The task.
+        task: Digest,
+        /// The parents, sources first, then best first. The whole list.
+        parents: Vec<PeerId>,
+        /// The elected peer, whose table counts although it is no seed's.
+        issuer: Option<PeerId>,
+        /// `to` is elected: read it from the origin (what it lacks of it) and issue the table.
+        fetch_from_origin: bool,
+    },
+    /// Everybody who is isolated, for all: it has changed.
+    Isolated(Vec<PeerId>),
+}
+
+/// What is known of a peer, for people.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct PeerState {
+    /// Named to nobody.
+    pub isolated: bool,
+    /// Tasks in which it has a part.
+    pub tasks: usize,
+    /// Bytes that others said it served.
+    pub served_bytes: u64,
+    /// 0 to 1: how much is held against it.
+    pub suspicion: f32,
+}
+
+#[derive(Debug)]
+struct Peer {
+    about: Registration,
+    /// Its stream is over; it is forgotten then.
+    gone_at: Option<Time>,
+    joined_at: Time,
+    tasks: BTreeSet<Slot>,
+    /// How many children it was given, over all tasks.
+    children: u32,
+    wants: u32,
+    served_bytes: u64,
+    /// Reports it may still make, as of `allowance_at`.
+    allowance: f32,
+    allowance_at: Time,
+}
+
+impl Peer {
+    fn new(about: Registration, now: Time) -> Self {
+        Self {
+            about,
+            gone_at: None,
+            joined_at: now,
+            tasks: BTreeSet::new(),
+            children: 0,
+            wants: 0,
+            served_bytes: 0,
+            allowance: REPORTS_BURST,
+            allowance_at: now,
+        }
+    }
+
+    /// Children over how many it can serve at a time.
+    fn load(&self) -> f32 {
+        let slots = self.about.upload_slots.max(1) as f32;
+        let rate = match self.about.upload_rate_bytes {
+            0 => slots,
+            rate => rate as f32 / SLOT_RATE_BYTES,
+        };
+        self.children as f32 / slots.min(rate).max(0.25)
+    }
+
+    fn may_report(&mut self, now: Time) -> bool {
+        let earned = now.since(self.allowance_at).as_secs_f32() * REPORTS_PER_SECOND;
+        self.allowance = (self.allowance + earned).min(REPORTS_BURST);
+        self.allowance_at = now;
+        let may = self.allowance >= 1.0;
+        self.allowance -= f32::from(u8::from(may));
+        may
+    }
+}
+
+/// Something to look at when its time has come. What it was set for may be over by then: whoever handles it checks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Timer {
+    /// A peer's grace is over.
+    Gone(Slot),
+    /// A peer that came back has had the time to say again what it wants.
+    Stale(Slot),
+    /// Tell a peer (second) of its parents of a task (first).
+    Push(Slot, Slot),
+    /// Look whether a task's elected peer makes progress.
+    Stall(Slot),
+    /// Elections may begin.
+    WarmUp,
+}
+
+/// The scheduler's view of all peers.
+#[derive(Debug)]
+pub struct Swarm {
+    elects_from: Time,
+    peers: Slab<Peer>,
+    by_id: BTreeMap<PeerId, Slot>,
+    seeds: BTreeMap<PeerId, Slot>,
+    tasks: Slab<Task>,
+    by_digest: BTreeMap<Digest, Slot>,
+    /// Tasks that somebody wants.
+    wanted: BTreeSet<Slot>,
+    /// All tasks, longest idle first.
+    idle: BTreeSet<(Time, Slot)>,
+    conduct: Conduct,
+    timers: BTreeSet<(Time, Timer)>,
+    outputs: VecDeque<Output>,
+}
+
+impl Swarm {
+    /// A scheduler that has just come up.
+    pub fn new(now: Time) -> Self {
+        let elects_from = now + WARM_UP;
+        Self {
+            elects_from,
+            peers: Slab::new(),
+            by_id: BTreeMap::new(),
+            seeds: BTreeMap::new(),
+            tasks: Slab::new(),
+            by_digest: BTreeMap::new(),
+            wanted: BTreeSet::new(),
+            idle: BTreeSet::new(),
+            conduct: Conduct::default(),
+            timers: BTreeSet::from([(elects_from, Timer::WarmUp)]),
+            outputs: VecDeque::new(),
+        }
+    }
+
+    /// Takes in what happened.
+    pub fn handle<R: Rng + ?Sized>(&mut self, now: Time, rng: &mut R, input: Input) {
+        self.tick(now, rng);
+        match input {
+            Input::Joined(about) => self.joined(now, about),
+            Input::Expected(about, wait) => self.expected(now, about, wait),
+            Input::Left(peer) => self.left(now, peer),
+            Input::Holdings { peer, replaces_all, holdings } => {
+                self.holdings(now, rng, peer, replaces_all, &holdings);
+            }
+            Input::Want { peer, task, size_bytes, again } => {
+                self.want(now, rng, peer, task, size_bytes, again)
+            }
+            Input::Forget { peer, task } => self.forget(now, rng, peer, &task),
+            Input::Report { reporter, peer, kind } => self.report(now, rng, reporter, peer, kind),
+        }
+        self.tick(now, rng);
+    }
+
+    /// Does what has come due.
+    pub fn tick<R: Rng + ?Sized>(&mut self, now: Time, rng: &mut R) {
+        while let Some((due, timer)) = self.timers.first().copied().filter(|(due, _)| *due <= now) {
+            self.timers.pop_first();
+            match timer {
+                Timer::Gone(peer) => self.gone(now, rng, due, peer),
+                Timer::Stale(peer) => self.drop_stale_wants(now, rng, peer),
+                Timer::Push(task, peer) => self.push(now, rng, due, task, peer),
+                Timer::Stall(task) => self.check_election(now, rng, task),
+                Timer::WarmUp => self.ensure_sources(now, rng),
+            }
+        }
+        if self.conduct.sweep(now) {
+            self.outputs.push_back(Output::Isolated(self.conduct.isolated(now)));
+        }
+        while let Some((touched, task)) =
+            self.idle.first().copied().filter(|(at, _)| now.since(*at) >= IDLE_TTL)
+        {
+            match self.tasks.get(task).is_some_and(|task| task.wanting > 0) {
+                true => self.touch(now, task),
+                false => self.remove_task(task),
+            }
+            self.idle.remove(&(touched, task));
+        }
+    }
+
+    /// When [`Swarm::tick`] is to be called next.
+    pub fn deadline(&self) -> Option<Time> {
+        let timer = self.timers.first().map(|(due, _)| *due);
+        let idle = self.idle.first().map(|(touched, _)| *touched + IDLE_TTL);
+        [timer, idle, self.conduct.deadline()].into_iter().flatten().min()
+    }
+
+    /// The next thing to tell.
+    pub fn poll(&mut self) -> Option<Output> {
+        self.outputs.pop_front()
+    }
+
+    /// How many peers there are, those in grace included.
+    pub fn peer_count(&self) -> usize {
+        self.peers.len()
+    }
+
+    /// How many tasks are known.
+    pub fn task_count(&self) -> usize {
+        self.tasks.len()
+    }
+
+    /// Everybody who is isolated, ascending.
+    pub fn isolated(&self, now: Time) -> Vec<PeerId> {
+        self.conduct.isolated(now)
+    }
+
+    /// What is known of a peer; nothing known is the default.
+    pub fn peer_state(&self, now: Time, peer: PeerId) -> PeerState {
+        let here = self.by_id.get(&peer).and_then(|slot| self.peers.get(*slot));
+        PeerState {
+            isolated: self.conduct.is_isolated(now, peer),
+            tasks: here.map_or(0, |peer| peer.tasks.len()),
+            served_bytes: here.map_or(0, |peer| peer.served_bytes),
+            suspicion: self.conduct.suspicion(now, peer),
+        }
+    }
+
+    // Peers come and go.
+
+    fn joined(&mut self, now: Time, about: Registration) {
+        if about.role == Role::Scheduler {
+            return;
+        }
+        let known = self.by_id.get(&about.peer).copied();
+        let slot = known.unwrap_or_else(|| self.insert_peer(now, &about));
+        if known.is_some() {
+            self.timers.insert((now + GRACE, Timer::Stale(slot)));
+        }
+        let is_new_seed = match about.role {
+            Role::Seed => self.seeds.insert(about.peer, slot).is_none(),
+            _ => {
+                self.seeds.remove(&about.peer);
+                false
+            }
+        };
+        if let Some(peer) = self.peers.get_mut(slot) {
+            (peer.about, peer.gone_at, peer.joined_at) = (about, None, now);
+        }
+        if is_new_seed {
+            self.offer_seed(now);
+        }
+    }
+
+    fn expected(&mut self, now: Time, about: Registration, wait: Duration) {
+        if about.role == Role::Seed && !self.by_id.contains_key(&about.peer) {
+            let slot = self.insert_peer(now, &about);
+            self.seeds.insert(about.peer, slot);
+            self.expire_peer(slot, now + wait);
+        }
+    }
+
+    fn insert_peer(&mut self, now: Time, about: &Registration) -> Slot {
+        let slot = self.peers.insert(Peer::new(about.clone(), now));
+        self.by_id.insert(about.peer, slot);
+        slot
+    }
+
+    fn left(&mut self, now: Time, peer: PeerId) {
+        if let Some(slot) = self.by_id.get(&peer) {
+            self.expire_peer(*slot, now + GRACE);
+        }
+    }
+
+    fn expire_peer(&mut self, slot: Slot, at: Time) {
+        if let Some(peer) = self.peers.get_mut(slot) {
+            peer.gone_at = Some(at);
+            self.timers.insert((at, Timer::Gone(slot)));
+        }
+    }
+
+    fn gone<R: Rng + ?Sized>(&mut self, now: Time, rng: &mut R, due: Time, slot: Slot) {
+        let Some(peer) = self.peers.get_mut(slot).filter(|peer| peer.gone_at == Some(due)) else { return };
+        let (id, tasks) = (peer.about.peer, std::mem::take(&mut peer.tasks));
+        let was_seed = self.seeds.remove(&id).is_some();
+        for task in tasks {
+            self.remove_copy(now, rng, task, slot);
+        }
+        self.by_id.remove(&id);
+        self.peers.remove(slot);
+        if was_seed {
+            self.ensure_sources(now, rng);
+        }
+    }
+
+    /// A seed has come: whoever waits without a source gets it with the next news.
+    fn offer_seed(&mut self, now: Time) {
+        for task in self.wanted.iter().copied().collect::<Vec<_>>() {
+            if self.tasks.get(task).is_some_and(|task| task.election.is_none()) {
+                self.tell_all(now, task, PUSH_DELAY);
+            }
+        }
+    }
+
+    /// A peer that came back has said again what it wants; the rest is over.
+    fn drop_stale_wants<R: Rng + ?Sized>(&mut self, now: Time, rng: &mut R, slot: Slot) {
+        let Some(peer) = self.peers.get(slot) else { return };
+        let joined_at = peer.joined_at;
+        let is_stale = |task: &Slot| {
+            let want =
+                self.tasks.get(*task).and_then(|task| task.copy(slot)).and_then(|copy| copy.want.as_deref());
+            want.is_some_and(|want| want.said_at < joined_at)
+        };
+        for task in peer.tasks.iter().copied().filter(is_stale).collect::<Vec<_>>() {
+            self.end_want(now, rng, task, slot);
+        }
+    }
+
+    // What peers hold and want.
+
+    fn holdings<R: Rng + ?Sized>(
+        &mut self,
+        now: Time,
+        rng: &mut R,
+        peer: PeerId,
+        replaces_all: bool,
+        holdings: &[Holding],
+    ) {
+        let Some(slot) = self.by_id.get(&peer).copied() else { return };
+        if replaces_all {
+            self.withdraw_others(now, rng, slot, holdings);
+        }
+        for holding in holdings {
+            self.holding(now, rng, slot, holding);
+        }
+    }
+
+    /// Nothing is held any more but what `holdings` says.
+    fn withdraw_others<R: Rng + ?Sized>(&mut self, now: Time, rng: &mut R, slot: Slot, holdings: &[Holding]) {
+        let named: BTreeSet<Slot> =
+            holdings.iter().filter_map(|holding| self.by_digest.get(&holding.task).copied()).collect();
+        let Some(peer) = self.peers.get(slot) else { return };
+        for task in peer.tasks.difference(&named).copied().collect::<Vec<_>>() {
+            self.withdraw(now, rng, task, slot);
+        }
+    }
+
+    fn holding<R: Rng + ?Sized>(&mut self, now: Time, rng: &mut R, slot: Slot, holding: &Holding) {
+        if holding.pieces == 0 && !holding.complete {
+            if let Some(task) = self.by_digest.get(&holding.task).copied() {
+                self.withdraw(now, rng, task, slot);
+            }
+            return;
+        }
+        let Some(task_slot) = self.take_part(now, slot, &holding.task) else { return };
+        let Some(task) = self.tasks.get_mut(task_slot) else { return };
+        task.size_bytes = Some(holding.size_bytes);
+        let copy = task.copy_or_empty(slot);
+        let is_new = copy.pieces == 0 && copy.want.is_none();
+        let (grew, completed) = (holding.pieces > copy.pieces, holding.complete && !copy.complete);
+        (copy.pieces, copy.complete) = (holding.pieces, holding.complete);
+        if let Some(election) = task.election.as_mut().filter(|election| election.peer == slot && grew) {
+            election.progress_at = now;
+        }
+        if holding.complete {
+            self.end_want(now, rng, task_slot, slot);
+        }
+        if is_new || completed {
+            self.introduce(now, rng, task_slot, slot);
+        }
+    }
+
+    fn want<R: Rng + ?Sized>(
+        &mut self,
+        now: Time,
+        rng: &mut R,
+        peer: PeerId,
+        task: Digest,
+        size_bytes: Option<u64>,
+        again: bool,
+    ) {
+        let Some(slot) = self.by_id.get(&peer).copied() else { return };
+        let Some(task_slot) = self.begin_want(now, rng, slot, &task) else { return };
+        let Some(task) = self.tasks.get_mut(task_slot) else { return };
+        task.size_bytes = size_bytes.or(task.size_bytes);
+        let Some(want) = task.want_mut(slot) else { return };
+        want.said_at = now;
+        let tried = if again { std::mem::take(&mut want.parents) } else { Vec::new() };
+        for parent in &tried {
+            self.release(task_slot, *parent);
+        }
+        self.ensure_source(now, rng, task_slot);
+        self.find_parents(now, rng, task_slot, slot, &tried);
+        self.tell(task_slot, slot);
+    }
+
+    /// Notes that a peer fetches a task; `None` when it wants too many.
+    fn begin_want<R: Rng + ?Sized>(
+        &mut self,
+        now: Time,
+        rng: &mut R,
+        slot: Slot,
+        task: &Digest,
+    ) -> Option<Slot> {
+        let task_slot = self.take_part(now, slot, task)?;
+        let peer = self.peers.get_mut(slot)?;
+        let task = self.tasks.get_mut(task_slot)?;
+        let copy = task.copy_or_empty(slot);
+        copy.complete = false;
+        if copy.want.is_some() {
+            return Some(task_slot);
+        }
+        if peer.wants >= MAX_WANTS_PER_PEER {
+            if copy.pieces == 0 && copy.children == 0 {
+                self.remove_copy(now, rng, task_slot, slot);
+            }
+            return None;
+        }
+        copy.want = Some(Box::default());
+        peer.wants += 1;
+        task.wanting += 1;
+        if task.wanting == 1 {
+            self.wanted.insert(task_slot);
+            self.watch_election(now, task_slot);
+        }
+        Some(task_slot)
+    }
+
+    fn forget<R: Rng + ?Sized>(&mut self, now: Time, rng: &mut R, peer: PeerId, task: &Digest) {
+        if let (Some(slot), Some(task)) = (self.by_id.get(&peer), self.by_digest.get(task)) {
+            self.end_want(now, rng, *task, *slot);
+        }
+    }
+
+    /// A peer no longer fetches: because it is done, or because it gave up.
+    fn end_want<R: Rng + ?Sized>(&mut self, now: Time, rng: &mut R, task_slot: Slot, slot: Slot) {
+        let Some(task) = self.tasks.get_mut(task_slot) else { return };
+        let Some(copy) = task.copy_mut(slot) else { return };
+        let Some(want) = copy.want.take() else { return };
+        let (complete, empty) = (copy.complete, copy.pieces == 0 && !copy.complete);
+        task.wanting -= 1;
+        if task.wanting == 0 {
+            self.wanted.remove(&task_slot);
+        }
+        if let Some(peer) = self.peers.get_mut(slot) {
+            peer.wants = peer.wants.saturating_sub(1);
+        }
+        for parent in want.parents {
+            self.release(task_slot, parent);
+        }
+        if empty {
+            self.remove_copy(now, rng, task_slot, slot);
+        } else if !complete {
+            self.dismiss(now, rng, task_slot, slot);
+        }
+    }
+
+    /// A peer holds nothing of a task any more; it may still want it.
+    fn withdraw<R: Rng + ?Sized>(&mut self, now: Time, rng: &mut R, task_slot: Slot, slot: Slot) {
+        let Some(copy) = self.tasks.get_mut(task_slot).and_then(|task| task.copy_mut(slot)) else { return };
+        (copy.pieces, copy.complete) = (0, false);
+        if copy.want.is_none() {
+            self.remove_copy(now, rng, task_slot, slot);
+        }
+    }
+
+    /// The task, with a copy (if only an empty one) of this peer in it. `None` when the peer has a part in too many.
+    fn take_part(&mut self, now: Time, slot: Slot, digest: &Digest) -> Option<Slot> {
+        let known = self.by_digest.get(digest).copied();
+        let peer = self.peers.get(slot)?;
+        if peer.tasks.len() >= MAX_TASKS_PER_PEER && known.is_none_or(|task| !peer.tasks.contains(&task)) {
+            return None;
+        }
+        let task = known.unwrap_or_else(|| self.insert_task(now, digest));
+        self.touch(now, task);
+        self.peers.get_mut(slot)?.tasks.insert(task);
+        self.tasks.get_mut(task)?.copy_or_empty(slot);
+        Some(task)
+    }
+
+    fn remove_copy<R: Rng + ?Sized>(&mut self, now: Time, rng: &mut R, task_slot: Slot, slot: Slot) {
+        let Some(task) = self.tasks.get_mut(task_slot) else { return };
+        let Some(copy) = task.take_copy(slot) else { return };
+        if task.wanting == 0 {
+            self.wanted.remove(&task_slot);
+        }
+        if let Some(peer) = self.peers.get_mut(slot) {
+            peer.tasks.remove(&task_slot);
+            peer.children = peer.children.saturating_sub(copy.children);
+            peer.wants = peer.wants.saturating_sub(u32::from(copy.want.is_some()));
+        }
+        for parent in copy.want.into_iter().flat_map(|want| want.parents) {
+            self.release(task_slot, parent);
+        }
+        self.unlink(now, task_slot, slot, copy.children);
+        self.dismiss(now, rng, task_slot, slot);
+        if self.tasks.get(task_slot).is_some_and(|task| task.copies.is_empty()) {
+            self.remove_task(task_slot);
+        }
+    }
+
+    // Tasks.
+
+    fn insert_task(&mut self, now: Time, digest: &Digest) -> Slot {
+        if self.tasks.len() >= MAX_TASKS
+            && let Some((_, idlest)) = self.idle.first().copied()
+        {
+            self.remove_task(idlest);
+        }
+        let slot = self.tasks.insert(Task::new(*digest, now));
+        self.by_digest.insert(*digest, slot);
+        self.idle.insert((now, slot));
+        slot
+    }
+
+    fn remove_task(&mut self, slot: Slot) {
+        let Some(task) = self.tasks.remove(slot) else { return };
+        self.by_digest.remove(&task.digest);
+        self.idle.remove(&(task.touched, slot));
+        self.wanted.remove(&slot);
+        for copy in task.copies {
+            if let Some(peer) = self.peers.get_mut(copy.peer) {
+                peer.tasks.remove(&slot);
+                peer.children = peer.children.saturating_sub(copy.children);
+                peer.wants = peer.wants.saturating_sub(u32::from(copy.want.is_some()));
+            }
+        }
+    }
+
+    fn touch(&mut self, now: Time, slot: Slot) {
+        let Some(task) = self.tasks.get_mut(slot).filter(|task| now.since(task.touched) >= IDLE_GRAIN) else {
+            return;
+        };
+        self.idle.remove(&(task.touched, slot));
+        task.touched = now;
+        self.idle.insert((now, slot));
+    }
+}

@@ -1,0 +1,134 @@
+//! Who reads a task from the origin where there is no seed; and what reports lead to.
+
+use std::time::Duration;
+
+use rand::{Rng, RngExt};
+
+use super::slab::Slot;
+use super::task::{Copy, Election};
+use super::{ELECTION_STALL, Output, ReportKind, Swarm, Timer};
+use crate::Time;
+use crate::piece::PeerId;
+
+/// How many that got nowhere are remembered.
+const TRIED: usize = 16;
+
+impl Swarm {
+    /// Sees to it that somebody brings the task into the swarm: a seed, or the one elected peer.
+    pub(super) fn ensure_source<R: Rng + ?Sized>(&mut self, now: Time, rng: &mut R, task_slot: Slot) {
+        let is_open =
+            self.tasks.get(task_slot).is_some_and(|task| task.wanting > 0 && task.election.is_none());
+        if is_open && now >= self.elects_from && self.live_seeds(now).next().is_none() {
+            self.elect(now, rng, task_slot, Vec::new());
+        }
+    }
+
+    /// The same for all tasks that are wanted.
+    pub(super) fn ensure_sources<R: Rng + ?Sized>(&mut self, now: Time, rng: &mut R) {
+        for task in self.wanted.iter().copied().collect::<Vec<_>>() {
+            self.ensure_source(now, rng, task);
+        }
+    }
+
+    /// A peer no longer counts as elected; where it was, somebody else takes over.
+    pub(super) fn dismiss<R: Rng + ?Sized>(&mut self, now: Time, rng: &mut R, task_slot: Slot, slot: Slot) {
+        let Some(task) = self.tasks.get_mut(task_slot).filter(|task| task.elected() == Some(slot)) else {
+            return;
+        };
+        task.election = None;
+        self.ensure_source(now, rng, task_slot);
+        self.tell_all(now, task_slot, Duration::ZERO);
+    }
+
+    /// Somebody wants the task again: from now on its elected peer is expected to get on.
+    pub(super) fn watch_election(&mut self, now: Time, task_slot: Slot) {
+        if let Some(election) = self.tasks.get_mut(task_slot).and_then(|task| task.election.as_mut()) {
+            election.progress_at = now;
+            self.timers.insert((now + ELECTION_STALL, Timer::Stall(task_slot)));
+        }
+    }
+
+    /// Replaces an elected peer that announced nothing new for too long.
+    pub(super) fn check_election<R: Rng + ?Sized>(&mut self, now: Time, rng: &mut R, task_slot: Slot) {
+        let Some(task) = self.tasks.get(task_slot).filter(|task| task.wanting > 0) else { return };
+        let Some(election) = &task.election else { return };
+        if task.copy(election.peer).is_some_and(|copy| copy.complete) {
+            // Done; unless it loses its copy.
+            self.watch_election(now, task_slot);
+            return;
+        }
+        let overdue = election.progress_at + ELECTION_STALL;
+        if now < overdue {
+            self.timers.insert((overdue, Timer::Stall(task_slot)));
+            return;
+        }
+        let mut tried = election.tried.clone();
+        tried.push(election.peer);
+        if tried.len() > TRIED {
+            tried.remove(0);
+        }
+        self.elect(now, rng, task_slot, tried);
+    }
+
+    fn elect<R: Rng + ?Sized>(&mut self, now: Time, rng: &mut R, task_slot: Slot, tried: Vec<Slot>) {
+        let Some(task) = self.tasks.get(task_slot) else { return };
+        // A complete holder only has to sign; then whoever has to read least. Equals: by chance.
+        let rank = |copy: &Copy| (!tried.contains(&copy.peer), copy.complete, copy.pieces);
+        let eligible = task.copies.iter().filter(|copy| self.is_eligible(now, copy));
+        let elected = eligible.map(|copy| (rank(copy), rng.random::<u32>(), copy.peer)).max();
+        let Some((_, _, peer)) = elected else { return };
+        let is_waiting = task.copy(peer).is_some_and(|copy| copy.want.is_some());
+        if let Some(task) = self.tasks.get_mut(task_slot) {
+            task.election = Some(Election { peer, progress_at: now, tried });
+        }
+        self.watch_election(now, task_slot);
+        self.tell_all(now, task_slot, Duration::ZERO);
+        if !is_waiting {
+            self.tell(task_slot, peer);
+        }
+    }
+
+    fn is_eligible(&self, now: Time, copy: &Copy) -> bool {
+        let reads =
+            copy.want.is_some() && self.peers.get(copy.peer).is_some_and(|peer| peer.about.reads_origins);
+        (copy.complete || reads) && self.is_namable(now, copy.peer)
+    }
+
+    /// Takes in a report, as far as the reporter's allowance goes.
+    pub(super) fn report<R: Rng + ?Sized>(
+        &mut self,
+        now: Time,
+        rng: &mut R,
+        reporter: PeerId,
+        accused: PeerId,
+        kind: ReportKind,
+    ) {
+        let (Some(from), Some(about)) = (self.by_id.get(&reporter), self.by_id.get(&accused).copied()) else {
+            return;
+        };
+        if !self.peers.get_mut(*from).is_some_and(|peer| peer.may_report(now)) {
+            return;
+        }
+        if let ReportKind::Served(bytes) = kind {
+            if let Some(peer) = self.peers.get_mut(about) {
+                peer.served_bytes = peer.served_bytes.saturating_add(bytes);
+            }
+        } else if self.conduct.report(now, reporter, accused, kind) {
+            self.isolate(now, rng, about);
+        }
+    }
+
+    /// Takes a peer that has just been found guilty out of all lists.
+    fn isolate<R: Rng + ?Sized>(&mut self, now: Time, rng: &mut R, slot: Slot) {
+        self.outputs.push_back(Output::Isolated(self.conduct.isolated(now)));
+        let Some(peer) = self.peers.get_mut(slot) else { return };
+        peer.children = 0;
+        for task_slot in peer.tasks.iter().copied().collect::<Vec<_>>() {
+            let copy = self.tasks.get_mut(task_slot).and_then(|task| task.copy_mut(slot));
+            let children = copy.map_or(0, |copy| std::mem::take(&mut copy.children));
+            self.unlink(now, task_slot, slot, children);
+            self.dismiss(now, rng, task_slot, slot);
+        }
+        self.ensure_sources(now, rng);
+    }
+}

@@ -1,0 +1,618 @@
+//! What the scheduler tells whom, and that its books stay right whatever happens.
+
+use std::collections::BTreeMap;
+
+use proptest::prelude::*;
+use rand::SeedableRng;
+use rand::rngs::StdRng;
+
+use super::*;
+use crate::digest::Algorithm;
+use crate::rendezvous;
+
+const MIB: u64 = 1 << 20;
+
+fn peer(n: u32) -> PeerId {
+    let mut id = [0; 16];
+    id[..4].copy_from_slice(&n.to_be_bytes());
+    PeerId(id)
+}
+
+fn task(n: u32) -> Digest {
+    Digest::of(Algorithm::Sha256, &n.to_be_bytes())
+}
+
+fn ms(ms: u64) -> Duration {
+    Duration::from_millis(ms)
+}
+
+fn registration(n: u32, role: Role, zone: &str) -> Registration {
+    Registration {
+        peer: peer(n),
+        role,
+        zone: zone.into(),
+        upload_slots: 8,
+        upload_rate_bytes: 0,
+        reads_origins: true,
+    }
+}
+
+/// The last that a peer was told of a task.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Told {
+    parents: Vec<PeerId>,
+    issuer: Option<PeerId>,
+    fetch_from_origin: bool,
+}
+
+/// A swarm with a clock, and everything it said.
+struct World {
+    swarm: Swarm,
+    rng: StdRng,
+    now: Time,
+    said: Vec<Output>,
+    told: BTreeMap<(PeerId, Digest), Told>,
+    isolated: Vec<PeerId>,
+}
+
+impl World {
+    /// Past the warm-up.
+    fn new() -> Self {
+        let mut world = Self::cold();
+        world.wait(WARM_UP);
+        world
+    }
+
+    fn cold() -> Self {
+        Self {
+            swarm: Swarm::new(Time::default()),
+            rng: StdRng::seed_from_u64(7),
+            now: Time::default(),
+            said: Vec::new(),
+            told: BTreeMap::new(),
+            isolated: Vec::new(),
+        }
+    }
+
+    fn input(&mut self, input: Input) {
+        self.swarm.handle(self.now, &mut self.rng, input);
+        self.listen();
+    }
+
+    fn listen(&mut self) {
+        while let Some(output) = self.swarm.poll() {
+            match output.clone() {
+                Output::Parents { to, task, parents, issuer, fetch_from_origin } => {
+                    self.told.insert((to, task), Told { parents, issuer, fetch_from_origin });
+                }
+                Output::Isolated(all) => self.isolated = all,
+            }
+            self.said.push(output);
+        }
+    }
+
+    /// Lets time go by, with all timers in between.
+    fn wait(&mut self, time: Duration) {
+        let end = self.now + time;
+        while let Some(deadline) = self.swarm.deadline().filter(|deadline| *deadline <= end) {
+            assert!(deadline >= self.now || deadline == Time::default(), "a deadline in the past");
+            self.now = deadline.max(self.now);
+            self.swarm.tick(self.now, &mut self.rng);
+            assert!(
+                self.swarm.deadline().is_none_or(|next| next > self.now),
+                "a timer that does not go away"
+            );
+            self.listen();
+        }
+        self.now = end;
+    }
+
+    fn join(&mut self, peers: impl IntoIterator<Item = u32>) {
+        for n in peers {
+            self.input(Input::Joined(registration(n, Role::Peer, "")));
+        }
+    }
+
+    fn join_seed(&mut self, n: u32) {
+        self.input(Input::Joined(registration(n, Role::Seed, "")));
+    }
+
+    fn want(&mut self, n: u32, t: u32) {
+        self.input(Input::Want { peer: peer(n), task: task(t), size_bytes: Some(20 * MIB), again: false });
+    }
+
+    fn hold(&mut self, n: u32, t: u32, pieces: u32, complete: bool) {
+        let holding = Holding { task: task(t), size_bytes: 20 * MIB, pieces, complete };
+        self.input(Input::Holdings { peer: peer(n), replaces_all: false, holdings: vec![holding] });
+    }
+
+    fn leave(&mut self, n: u32) {
+        self.input(Input::Left(peer(n)));
+    }
+
+    fn accuse(&mut self, reporter: u32, accused: u32) {
+        self.input(Input::Report {
+            reporter: peer(reporter),
+            peer: peer(accused),
+            kind: ReportKind::WrongBytes,
+        });
+    }
+
+    fn told(&self, n: u32, t: u32) -> &Told {
+        &self.told[&(peer(n), task(t))]
+    }
+
+    fn parents(&self, n: u32, t: u32) -> &[PeerId] {
+        &self.told(n, t).parents
+    }
+
+    /// Who was told last to read the origin.
+    fn readers(&self, t: u32) -> Vec<PeerId> {
+        let of_task = self.told.iter().filter(|((_, told), _)| *told == task(t));
+        of_task.filter(|(_, told)| told.fetch_from_origin).map(|((peer, _), _)| *peer).collect()
+    }
+
+    /// Counts again, in the plain way, what the swarm keeps count of.
+    fn audit(&self) {
+        let swarm = &self.swarm;
+        for (id, slot) in &swarm.by_id {
+            let here = swarm.peers.get(*slot).expect("by_id names peers that exist");
+            assert_eq!(here.about.peer, *id);
+            let copies =
+                || here.tasks.iter().map(|task| swarm.tasks.get(*task).and_then(|task| task.copy(*slot)));
+            assert!(copies().all(|copy| copy.is_some()), "a peer's tasks have copies of it");
+            assert_eq!(here.children, copies().flatten().map(|copy| copy.children).sum::<u32>());
+            assert_eq!(here.wants as usize, copies().flatten().filter(|copy| copy.want.is_some()).count());
+        }
+        assert_eq!(swarm.by_id.len(), swarm.peers.len());
+        assert_eq!(swarm.by_digest.len(), swarm.tasks.len());
+        assert_eq!(swarm.idle.len(), swarm.tasks.len());
+        for (digest, slot) in &swarm.by_digest {
+            let task = swarm.tasks.get(*slot).expect("by_digest names tasks that exist");
+            assert_eq!(task.digest, *digest);
+            assert!(task.copies.is_sorted_by_key(|copy| copy.peer) && !task.copies.is_empty());
+            assert_eq!(task.wanting as usize, task.wanters().count());
+            assert_eq!(swarm.wanted.contains(slot), task.wanting > 0);
+            for copy in &task.copies {
+                let lists =
+                    task.copies.iter().filter_map(|copy| copy.want.as_ref()).map(|want| &want.parents);
+                assert_eq!(copy.children as usize, lists.filter(|list| list.contains(&copy.peer)).count());
+                assert!(swarm.peers.get(copy.peer).is_some_and(|peer| peer.tasks.contains(slot)));
+                for parent in copy.want.iter().flat_map(|want| &want.parents) {
+                    assert!(task.copy(*parent).is_some(), "a parent has a copy");
+                    assert_ne!(*parent, copy.peer, "nobody is its own parent");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn in_a_small_burst_everybody_gets_everybody_and_the_seed_first() {
+    let mut world = World::new();
+    world.join_seed(0);
+    world.join(1..=30);
+    (1..=30).for_each(|n| world.want(n, 1));
+    world.wait(ms(2000));
+    for n in 1..=30 {
+        let parents = world.parents(n, 1);
+        assert_eq!(parents.len(), 30);
+        assert_eq!(parents[0], peer(0));
+        assert!(!parents.contains(&peer(n)));
+        assert_eq!(world.told(n, 1).issuer, None, "a seed needs no election");
+    }
+    assert!(world.readers(1).is_empty());
+    assert!(world.said.len() < 30 * 7, "news are gathered: {}", world.said.len());
+    world.audit();
+}
+
+#[test]
+fn news_of_a_burst_come_fast() {
+    let mut world = World::new();
+    world.join_seed(0);
+    world.join(1..=8);
+    (1..=8).for_each(|n| world.want(n, 1));
+    world.wait(ms(50));
+    assert_eq!(world.parents(1, 1).len(), 8);
+}
+
+#[test]
+fn in_a_big_burst_links_are_bounded_on_both_sides() {
+    let mut world = World::new();
+    world.join_seed(0);
+    world.join(1..=1000);
+    (1..=1000).for_each(|n| world.want(n, 1));
+    world.wait(ms(5000));
+    let mut children: BTreeMap<PeerId, usize> = BTreeMap::new();
+    for n in 1..=1000 {
+        let parents = world.parents(n, 1);
+        assert!((16..=MAX_PARENTS).contains(&parents.len()), "{n}: {}", parents.len());
+        parents.iter().for_each(|parent| *children.entry(*parent).or_default() += 1);
+    }
+    assert_eq!(children[&peer(0)], SOURCE_CHILDREN as usize, "the seed talks to some, not to all");
+    assert!(children.values().all(|count| *count <= 100), "nobody is everybody's parent");
+    world.audit();
+}
+
+#[test]
+fn the_seed_asked_is_the_one_that_rendezvous_hashing_names() {
+    let mut world = World::new();
+    (0..5).for_each(|n| world.join_seed(n));
+    world.join([9]);
+    for t in 0..50 {
+        world.want(9, t);
+        assert_eq!(world.parents(9, t), [rendezvous::owner(&task(t), (0..5).map(peer)).unwrap()]);
+    }
+}
+
+#[test]
+fn a_seed_that_has_it_goes_before_the_owner_and_the_owner_is_not_its_own_parent() {
+    let mut world = World::new();
+    (0..5).for_each(|n| world.join_seed(n));
+    world.join([9]);
+    let order = rendezvous::order(&task(1), (0..5).map(peer));
+    let number = |id: PeerId| (0..5).find(|n| peer(*n) == id).unwrap();
+    world.want(number(order[0]), 1);
+    assert!(world.parents(number(order[0]), 1).is_empty());
+    assert!(world.readers(1).is_empty());
+    world.want(number(order[3]), 1);
+    assert_eq!(world.parents(number(order[3]), 1), [order[0]]);
+    world.hold(number(order[4]), 1, 23, true);
+    world.want(9, 1);
+    assert_eq!(world.parents(9, 1)[0], order[4]);
+}
+
+#[test]
+fn complete_holders_are_few_and_from_the_same_zone_first() {
+    let mut world = World::new();
+    for n in 0..100 {
+        world.input(Input::Joined(registration(n, Role::Peer, if n % 2 == 0 { "a" } else { "b" })));
+    }
+    (0..60).for_each(|n| world.hold(n, 1, 23, true));
+    world.want(98, 1);
+    let near = world.parents(98, 1).iter().filter(|id| (0..60).step_by(2).any(|n| peer(n) == **id)).count();
+    // The elected peer comes on top.
+    assert!(world.parents(98, 1).len() <= MAX_COMPLETE + 1);
+    assert!(near >= MAX_COMPLETE - 1, "{near}");
+}
+
+#[test]
+fn a_new_holder_is_told_to_those_who_wait() {
+    let mut world = World::new();
+    world.join_seed(0);
+    world.join(1..=3);
+    world.want(1, 1);
+    assert_eq!(world.parents(1, 1), [peer(0)]);
+    world.hold(2, 1, 23, true);
+    world.wait(ms(1000));
+    assert_eq!(world.parents(1, 1), [peer(0), peer(2)]);
+}
+
+#[test]
+fn without_a_seed_exactly_one_is_elected_and_named_to_all() {
+    let mut world = World::new();
+    world.join(1..=10);
+    (1..=10).for_each(|n| world.want(n, 1));
+    world.wait(ms(1000));
+    assert_eq!(world.readers(1), [peer(1)], "the first to want it");
+    assert!((1..=10).all(|n| world.told(n, 1).issuer == Some(peer(1))));
+    assert!((2..=10).all(|n| world.parents(n, 1)[0] == peer(1)), "and it comes first");
+}
+
+#[test]
+fn a_complete_holder_is_elected_before_anybody_else() {
+    let mut world = World::new();
+    world.join(1..=5);
+    world.hold(4, 1, 23, true);
+    world.want(1, 1);
+    assert_eq!(world.readers(1), [peer(4)]);
+    assert_eq!(world.told(1, 1).issuer, Some(peer(4)));
+}
+
+#[test]
+fn the_elected_peer_is_replaced_when_it_is_gone() {
+    let mut world = World::new();
+    world.join(1..=5);
+    (1..=5).for_each(|n| world.want(n, 1));
+    world.hold(3, 1, 5, false);
+    world.hold(4, 1, 7, false);
+    world.leave(1);
+    world.wait(GRACE - ms(100));
+    assert_eq!(world.told(2, 1).issuer, Some(peer(1)), "within its grace it counts");
+    world.wait(ms(200));
+    assert_eq!(world.told(4, 1).issuer, Some(peer(4)), "the one with most pieces");
+    assert!(world.told(4, 1).fetch_from_origin && world.told(2, 1).issuer == Some(peer(4)));
+    assert!((2..=5).all(|n| !world.parents(n, 1).contains(&peer(1))));
+}
+
+#[test]
+fn the_elected_peer_is_replaced_when_it_gets_nowhere_or_gives_up() {
+    let mut world = World::new();
+    world.join(1..=3);
+    (1..=3).for_each(|n| world.want(n, 1));
+    for pieces in 1..=4 {
+        world.wait(ms(9000));
+        world.hold(1, 1, pieces, false);
+    }
+    assert_eq!(world.told(2, 1).issuer, Some(peer(1)), "slow is not stuck");
+    world.wait(ELECTION_STALL + ms(100));
+    let second = world.told(2, 1).issuer;
+    assert!(second.is_some_and(|issuer| issuer != peer(1)));
+    world.input(Input::Forget { peer: second.unwrap(), task: task(1) });
+    world.wait(ms(10));
+    let third = world.told(1, 1).issuer;
+    assert!(third.is_some() && third != second);
+}
+
+#[test]
+fn a_stream_that_breaks_for_a_moment_changes_nothing() {
+    let mut world = World::new();
+    world.join(1..=3);
+    (1..=3).for_each(|n| world.want(n, 1));
+    world.wait(ms(2000));
+    let before = world.told.clone();
+    world.leave(1);
+    world.wait(ms(500));
+    world.join([1]);
+    world.input(Input::Holdings { peer: peer(1), replaces_all: true, holdings: Vec::new() });
+    world.want(1, 1);
+    world.wait(GRACE + ms(1000));
+    assert_eq!(world.told, before);
+}
+
+#[test]
+fn what_a_peer_does_not_say_again_is_forgotten() {
+    let mut world = World::new();
+    world.join(1..=3);
+    world.want(1, 1);
+    world.hold(2, 2, 23, true);
+    world.wait(ms(1));
+    world.join([1, 2]);
+    world.input(Input::Holdings { peer: peer(2), replaces_all: true, holdings: Vec::new() });
+    world.wait(GRACE + ms(100));
+    assert_eq!(world.swarm.task_count(), 0);
+    world.audit();
+}
+
+#[test]
+fn nobody_is_elected_before_those_who_read_already_are_back() {
+    let mut world = World::cold();
+    world.join([1]);
+    world.want(1, 1);
+    assert_eq!(world.told(1, 1).issuer, None);
+    world.join([2]);
+    world.hold(2, 1, 9, false);
+    world.want(2, 1);
+    world.wait(WARM_UP);
+    assert_eq!(world.readers(1), [peer(2)]);
+}
+
+#[test]
+fn a_seed_known_from_before_the_restart_is_waited_for() {
+    let mut world = World::cold();
+    world.input(Input::Expected(registration(0, Role::Seed, ""), Duration::from_secs(20)));
+    world.join([1]);
+    world.wait(WARM_UP);
+    world.want(1, 1);
+    assert_eq!(world.parents(1, 1), [peer(0)]);
+    world.wait(Duration::from_secs(21));
+    assert_eq!(world.readers(1), [peer(1)]);
+}
+
+#[test]
+fn the_last_seed_gone_an_election_follows_and_a_seed_that_comes_leaves_the_elected_alone() {
+    let mut world = World::new();
+    world.join_seed(0);
+    world.join(1..=2);
+    world.want(1, 1);
+    world.leave(0);
+    world.wait(GRACE + ms(1000));
+    assert_eq!(world.told(1, 1), &Told { parents: vec![], issuer: Some(peer(1)), fetch_from_origin: true });
+    world.join_seed(0);
+    world.want(2, 1);
+    assert_eq!(world.parents(2, 1), [peer(1)], "one copy from the origin, not two");
+    world.want(2, 2);
+    assert_eq!(world.parents(2, 2), [peer(0)], "new tasks are the seed's");
+}
+
+#[test]
+fn two_reporters_isolate_for_everyone_and_probation_ends_it() {
+    let mut world = World::new();
+    world.join(1..=6);
+    (1..=6).for_each(|n| world.want(n, 1));
+    world.wait(ms(1000));
+    world.accuse(2, 1);
+    world.accuse(2, 1);
+    assert!(world.isolated.is_empty(), "one reporter is not enough, however often");
+    world.accuse(3, 1);
+    assert_eq!(world.isolated, [peer(1)]);
+    world.wait(ms(2000));
+    assert!((2..=6).all(|n| !world.parents(n, 1).contains(&peer(1))));
+    assert_ne!(world.told(2, 1).issuer, Some(peer(1)), "nor does it read the origin for others");
+    world.want(4, 2);
+    world.want(1, 2);
+    world.wait(ms(2000));
+    assert!(world.parents(4, 2).is_empty());
+    world.wait(ISOLATION);
+    assert!(world.isolated.is_empty());
+    world.join_seed(0);
+    [1, 2, 3, 5].into_iter().for_each(|n| world.want(n, 3));
+    assert_eq!(world.parents(5, 3).last(), Some(&peer(1)), "on probation it comes last");
+}
+
+#[test]
+fn isolation_survives_a_reconnect() {
+    let mut world = World::new();
+    world.join(1..=3);
+    world.accuse(2, 1);
+    world.accuse(3, 1);
+    world.leave(1);
+    world.wait(GRACE * 2);
+    world.join([1]);
+    world.hold(1, 1, 23, true);
+    world.want(2, 1);
+    assert!(world.parents(2, 1).is_empty());
+}
+
+#[test]
+fn a_flood_of_reports_is_cut_off() {
+    let mut world = World::new();
+    world.join(1..=2);
+    for _ in 0..10_000 {
+        world.input(Input::Report { reporter: peer(1), peer: peer(2), kind: ReportKind::Served(1) });
+    }
+    assert_eq!(world.swarm.peer_state(world.now, peer(2)).served_bytes, REPORTS_BURST as u64);
+}
+
+#[test]
+fn who_wants_too_much_is_not_answered() {
+    let mut world = World::new();
+    world.join([1]);
+    (0..=MAX_WANTS_PER_PEER).for_each(|t| world.want(1, t));
+    assert!(!world.told.contains_key(&(peer(1), task(MAX_WANTS_PER_PEER))));
+    assert_eq!(world.swarm.task_count() as u32, MAX_WANTS_PER_PEER);
+    world.audit();
+}
+
+#[test]
+fn idle_tasks_are_forgotten_and_live_ones_are_not() {
+    let mut world = World::new();
+    world.join(1..=2);
+    world.hold(1, 1, 23, true);
+    world.hold(1, 2, 23, true);
+    world.wait(IDLE_TTL / 2);
+    world.want(2, 2);
+    world.wait(IDLE_TTL / 2 + ms(1));
+    assert_eq!(world.swarm.task_count(), 1);
+    world.audit();
+}
+
+#[test]
+fn asking_again_names_the_seed_and_prefers_others() {
+    let mut world = World::new();
+    world.join_seed(0);
+    world.join(1..=200);
+    (1..=200).for_each(|n| world.want(n, 1));
+    let before = world.parents(200, 1).to_vec();
+    assert!(!before.contains(&peer(0)));
+    world.input(Input::Want { peer: peer(200), task: task(1), size_bytes: None, again: true });
+    let after = world.parents(200, 1);
+    assert_eq!(after[0], peer(0));
+    assert!(after.iter().filter(|parent| before.contains(parent)).count() < before.len() / 2);
+    world.audit();
+}
+
+#[derive(Clone, Debug)]
+enum Step {
+    Join(u32),
+    Leave(u32),
+    Want(u32, u32, bool),
+    Hold(u32, u32, u32),
+    HoldOnly(u32, u32),
+    Forget(u32, u32),
+    Accuse(u32, u32),
+    Wait(u64),
+}
+
+const PEERS: u32 = 60;
+const SEEDS: u32 = 3;
+
+fn step() -> impl Strategy<Value = Step> {
+    let (p, t) = (|| 0..PEERS, || 0u32..4);
+    prop_oneof![
+        3 => p().prop_map(Step::Join),
+        1 => p().prop_map(Step::Leave),
+        6 => (p(), t(), any::<bool>()).prop_map(|(p, t, again)| Step::Want(p, t, again)),
+        4 => (p(), t(), 0u32..24).prop_map(|(p, t, pieces)| Step::Hold(p, t, pieces)),
+        1 => (p(), t()).prop_map(|(p, t)| Step::HoldOnly(p, t)),
+        1 => (p(), t()).prop_map(|(p, t)| Step::Forget(p, t)),
+        1 => (p(), p()).prop_map(|(p, accused)| Step::Accuse(p, accused)),
+        2 => (0u64..5000).prop_map(Step::Wait),
+    ]
+}
+
+fn apply(world: &mut World, step: &Step) {
+    match *step {
+        Step::Join(n) if n < SEEDS => world.join_seed(n),
+        Step::Join(n) => {
+            let zone = ["a", "b"][n as usize % 2];
+            world.input(Input::Joined(registration(n, Role::Peer, zone)));
+        }
+        Step::Leave(n) => world.leave(n),
+        Step::Want(n, t, again) => {
+            world.input(Input::Want { peer: peer(n), task: task(t), size_bytes: Some(20 * MIB), again });
+        }
+        Step::Hold(n, t, pieces) => world.hold(n, t, pieces, pieces == 23),
+        Step::HoldOnly(n, t) => {
+            let holdings = vec![Holding { task: task(t), size_bytes: 20 * MIB, pieces: 23, complete: true }];
+            world.input(Input::Holdings { peer: peer(n), replaces_all: true, holdings });
+        }
+        Step::Forget(n, t) => world.input(Input::Forget { peer: peer(n), task: task(t) }),
+        Step::Accuse(n, accused) => world.accuse(n, accused),
+        Step::Wait(time) => world.wait(ms(time)),
+    }
+}
+
+/// What must hold of everything that was said since `from`, by what is known of the peers now.
+fn check_said(world: &World, from: usize) {
+    for output in &world.said[from..] {
+        let Output::Parents { to, parents, issuer, fetch_from_origin, .. } = output else { continue };
+        assert!(parents.len() <= MAX_PARENTS);
+        assert!(!parents.contains(to), "nobody is named to itself");
+        assert!(
+            parents.iter().all(|parent| world.swarm.by_id.contains_key(parent)),
+            "the gone are not named"
+        );
+        assert!(parents.iter().all(|parent| !world.isolated.contains(parent)), "the isolated are not named");
+        let unique: BTreeSet<_> = parents.iter().collect();
+        assert_eq!(unique.len(), parents.len());
+        assert_eq!(*fetch_from_origin, *issuer == Some(*to));
+        assert!(issuer.is_none_or(|issuer| !world.isolated.contains(&issuer)));
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(200))]
+
+    #[test]
+    fn whatever_happens_the_books_and_the_words_are_right(steps in proptest::collection::vec(step(), 1..200)) {
+        let mut world = World::cold();
+        for step in &steps {
+            // Words of a long wait are checked at its end, when some of the named may be gone: waits are short then.
+            let from = world.said.len();
+            if let Step::Wait(time) = step {
+                for _ in 0..*time / 50 {
+                    let from = world.said.len();
+                    world.wait(ms(50));
+                    if world.isolated == world.swarm.isolated(world.now) && world.said.len() == from + 1 {
+                        check_said(&world, from);
+                    }
+                }
+            } else {
+                apply(&mut world, step);
+                check_said(&world, from);
+            }
+            world.audit();
+        }
+        // Where somebody waits and no seed is there, exactly one who may be is elected.
+        world.wait(WARM_UP + GRACE + ms(1000));
+        for slot in world.swarm.wanted.clone() {
+            let elected = world.swarm.tasks.get(slot).and_then(|task| task.elected());
+            let task = world.swarm.tasks.get(slot).unwrap();
+            let no_seed = world.swarm.live_seeds(world.now).next().is_none();
+            let eligible = task.wanters().any(|wanter| world.swarm.is_namable(world.now, wanter));
+            prop_assert!(elected.is_some() || !no_seed || !eligible);
+        }
+    }
+
+    #[test]
+    fn same_inputs_and_chance_give_the_same_words(steps in proptest::collection::vec(step(), 1..150)) {
+        let run = || {
+            let mut world = World::cold();
+            steps.iter().for_each(|step| apply(&mut world, step));
+            world.wait(ms(3000));
+            world.said
+        };
+        prop_assert_eq!(run(), run());
+    }
+}
