@@ -1,0 +1,12 @@
+//! Compiles the protobuf sources with a compiler written in Rust, so that no `protoc` is needed.
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let sources =
+        ["proto/common.proto", "proto/peer.proto", "proto/scheduler.proto", "proto/authority.proto"];
+    for source in sources {
+        println!("cargo:rerun-if-changed={source}");
+    }
+    let descriptors = protox::compile(sources, ["proto"])?;
+    tonic_prost_build::configure().bytes(".hawker.v1.ManifestReply.body").compile_fds(descriptors)?;
+    Ok(())
+}

@@ -1,0 +1,17 @@
+//! What Hawker's members say to each other: the generated protobuf code, its conversion to core types, and the identity
+//! (key, certificate, TLS) with which they say it.
+
+pub mod address;
+pub mod convert;
+pub mod identity;
+pub mod join;
+pub mod member_file;
+
+/// The generated messages and services of `proto/`.
+#[allow(missing_docs, unreachable_pub, unused_qualifications, clippy::all)]
+pub mod v1 {
+    tonic::include_proto!("hawker.v1");
+}
+
+/// The version that this build speaks. A peer with another major version is refused; a greater minor one is understood.
+pub const VERSION: v1::Version = v1::Version { major: 1, minor: 0 };
