@@ -1,0 +1,298 @@
+//! Memory for pieces on their way: bounded for the whole daemon, and reused.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use bytes::Bytes;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+/// Accounting unit, in bytes; also the longest data frame between peers.
+pub const BLOCK_BYTES: usize = 64 << 10;
+
+/// Where buffers for pieces come from.
+///
+/// A buffer in use holds permits for its memory until it is dropped. Memory that is kept to be reused never exceeds what
+/// is free at that moment, so that both together stay within the budget.
+#[derive(Clone)]
+pub struct BufferPool {
+    budget: Arc<Semaphore>,
+    total_blocks: usize,
+    spare: Arc<Mutex<Spare>>,
+}
+
+impl BufferPool {
+    /// A pool of `bytes` in all.
+    pub fn new(bytes: u64) -> Self {
+        // The semaphore takes and gives 32 bits of permits at once: 256 TiB, which is no limit.
+        let most = Semaphore::MAX_PERMITS.min(u32::MAX as usize);
+        let total_blocks = (bytes as usize / BLOCK_BYTES).clamp(1, most);
+        Self { budget: Arc::new(Semaphore::new(total_blocks)), total_blocks, spare: Arc::default() }
+    }
+
+    /// A buffer for a piece of `len` bytes; waits until there is room. A piece longer than the whole pool gets all of it.
+    pub async fn get(&self, len: usize) -> PieceBuffer {
+        let blocks = len.div_ceil(BLOCK_BYTES).clamp(1, self.total_blocks);
+        let permit = Arc::clone(&self.budget)
+            .acquire_many_owned(blocks as u32)
+            .await
+            .expect("the semaphore is never closed");
+        let capacity = len.max(blocks * BLOCK_BYTES);
+        let reused = {
+            let mut spare = self.spare.lock().unwrap_or_else(PoisonError::into_inner);
+            let reused = spare.take(capacity);
+            spare.shrink_to(self.budget.available_permits());
+            reused
+        };
+        let mut bytes = reused.unwrap_or_else(|| Vec::with_capacity(capacity));
+        bytes.clear();
+        let home = Home { spare: Arc::clone(&self.spare), budget: Arc::clone(&self.budget), permit };
+        PieceBuffer { bytes, len, home: Some(home) }
+    }
+
+    /// Bytes that could be had now without waiting.
+    pub fn free_bytes(&self) -> u64 {
+        (self.budget.available_permits() * BLOCK_BYTES) as u64
+    }
+}
+
+/// Memory kept to be reused. Each buffer has a whole number of blocks.
+#[derive(Default)]
+struct Spare {
+    buffers: Vec<Vec<u8>>,
+    blocks: usize,
+}
+
+impl Spare {
+    /// A buffer of just this capacity: a larger one would take more than its permits say.
+    fn take(&mut self, capacity: usize) -> Option<Vec<u8>> {
+        let at = self.buffers.iter().rposition(|buffer| buffer.capacity() == capacity)?;
+        let buffer = self.buffers.swap_remove(at);
+        self.blocks -= blocks_of(&buffer);
+        Some(buffer)
+    }
+
+    fn put(&mut self, buffer: Vec<u8>) {
+        self.blocks += blocks_of(&buffer);
+        self.buffers.push(buffer);
+    }
+
+    fn shrink_to(&mut self, blocks: usize) {
+        while self.blocks > blocks
+            && let Some(buffer) = self.buffers.pop()
+        {
+            self.blocks -= blocks_of(&buffer);
+        }
+    }
+}
+
+const fn blocks_of(buffer: &Vec<u8>) -> usize {
+    buffer.capacity().div_ceil(BLOCK_BYTES)
+}
+
+struct Home {
+    spare: Arc<Mutex<Spare>>,
+    budget: Arc<Semaphore>,
+    permit: OwnedSemaphorePermit,
+}
+
+impl Home {
+    /// Keeps a buffer to be reused, if it is as large as its permits say and there is room for it once they are back.
+    fn take_back(self, buffer: Vec<u8>) {
+        if buffer.capacity() != self.permit.num_permits() * BLOCK_BYTES {
+            return;
+        }
+        let mut spare = self.spare.lock().unwrap_or_else(PoisonError::into_inner);
+        // This buffer's own permits are free in a moment and pay for it; the others must pay for what is spare already.
+        if spare.blocks <= self.budget.available_permits() {
+            spare.put(buffer);
+        }
+        // The permits go back only now that the buffer counts as spare: whoever gets them sees it and makes room.
+    }
+}
+
+/// One piece's memory, filled from the front.
+pub struct PieceBuffer {
+    bytes: Vec<u8>,
+    len: usize,
+    home: Option<Home>,
+}
+
+impl PieceBuffer {
+    /// How many bytes the piece has.
+    pub const fn piece_len(&self) -> usize {
+        self.len
+    }
+
+    /// Bytes still missing.
+    pub fn missing(&self) -> usize {
+        self.len - self.bytes.len()
+    }
+
+    /// Bytes filled so far.
+    pub fn filled(&self) -> &[u8] {
+        &self.bytes
+    }
+
+    /// Appends at most what is missing; how much was taken.
+    pub fn extend(&mut self, data: &[u8]) -> usize {
+        let take = data.len().min(self.missing());
+        self.bytes.extend_from_slice(&data[..take]);
+        take
+    }
+
+    /// The vector to read into: append at most [`PieceBuffer::missing`] bytes.
+    pub const fn as_mut_vec(&mut self) -> &mut Vec<u8> {
+        &mut self.bytes
+    }
+
+    /// Empties it, to start over.
+    pub fn reset(&mut self) {
+        self.bytes.clear();
+    }
+
+    /// As shared bytes; the memory goes back to the pool when the last of them is dropped.
+    pub fn freeze(self) -> Bytes {
+        Bytes::from_owner(self)
+    }
+}
+
+impl AsRef<[u8]> for PieceBuffer {
+    fn as_ref(&self) -> &[u8] {
+        &self.bytes
+    }
+}
+
+impl Drop for PieceBuffer {
+    fn drop(&mut self) {
+        if let Some(home) = self.home.take() {
+            home.take_back(std::mem::take(&mut self.bytes));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use proptest::prelude::*;
+    use tokio::time::timeout;
+
+    use super::*;
+
+    const BLOCK: u64 = BLOCK_BYTES as u64;
+
+    fn runtime() -> tokio::runtime::Runtime {
+        tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap()
+    }
+
+    fn spare_blocks(pool: &BufferPool) -> usize {
+        let spare = pool.spare.lock().unwrap();
+        let real: usize = spare.buffers.iter().map(blocks_of).sum();
+        assert_eq!(spare.blocks, real);
+        real
+    }
+
+    #[test]
+    fn a_buffer_is_filled_up_to_its_piece() {
+        runtime().block_on(async {
+            let mut buffer = BufferPool::new(4 * BLOCK).get(5).await;
+            assert_eq!((buffer.piece_len(), buffer.missing()), (5, 5));
+            assert_eq!(buffer.extend(b"abc"), 3);
+            assert_eq!(buffer.extend(b"defg"), 2);
+            assert_eq!((buffer.filled(), buffer.missing()), (&b"abcde"[..], 0));
+            buffer.reset();
+            assert_eq!(buffer.missing(), 5);
+            buffer.as_mut_vec().extend_from_slice(b"vwxyz");
+            assert_eq!(buffer.freeze(), "vwxyz");
+        });
+    }
+
+    #[test]
+    fn whoever_finds_no_room_waits_until_the_last_share_of_a_buffer_is_dropped() {
+        runtime().block_on(async {
+            let pool = BufferPool::new(4 * BLOCK);
+            let first = pool.get(3 * BLOCK_BYTES).await.freeze();
+            let share = first.clone();
+            drop(first);
+            assert_eq!(pool.free_bytes(), BLOCK);
+            assert!(timeout(Duration::from_millis(20), pool.get(2 * BLOCK_BYTES)).await.is_err());
+            drop(share);
+            assert_eq!(pool.free_bytes(), 4 * BLOCK);
+            assert!(timeout(Duration::from_secs(5), pool.get(2 * BLOCK_BYTES)).await.is_ok());
+        });
+    }
+
+    #[test]
+    fn a_piece_longer_than_the_pool_gets_all_of_it_and_is_not_kept() {
+        runtime().block_on(async {
+            let pool = BufferPool::new(2 * BLOCK);
+            let buffer = pool.get(5 * BLOCK_BYTES).await;
+            assert_eq!((buffer.missing(), pool.free_bytes()), (5 * BLOCK_BYTES, 0));
+            drop(buffer);
+            assert_eq!((pool.free_bytes(), spare_blocks(&pool)), (2 * BLOCK, 0));
+        });
+    }
+
+    #[test]
+    fn memory_is_reused() {
+        runtime().block_on(async {
+            let pool = BufferPool::new(4 * BLOCK);
+            let mut buffer = pool.get(100).await;
+            buffer.extend(b"old");
+            let at = buffer.filled().as_ptr();
+            drop(buffer);
+            let mut again = pool.get(200).await;
+            assert_eq!(again.filled(), b"");
+            again.extend(b"new");
+            assert_eq!(again.filled().as_ptr(), at);
+        });
+    }
+
+    #[test]
+    fn many_threads_stay_within_the_budget() {
+        let pool = BufferPool::new(16 * BLOCK);
+        let in_use = std::sync::atomic::AtomicUsize::new(0);
+        std::thread::scope(|scope| {
+            for thread in 0..4usize {
+                let (pool, in_use) = (&pool, &in_use);
+                scope.spawn(move || {
+                    runtime().block_on(async {
+                        for round in 0..500 {
+                            let buffer = pool.get((thread + round) % 7 * BLOCK_BYTES + 1).await;
+                            let mine = blocks_of(&buffer.bytes);
+                            let now = in_use.fetch_add(mine, std::sync::atomic::Ordering::SeqCst) + mine;
+                            assert!(now <= 16);
+                            in_use.fetch_sub(mine, std::sync::atomic::Ordering::SeqCst);
+                        }
+                    });
+                });
+            }
+        });
+        assert_eq!(pool.free_bytes(), 16 * BLOCK);
+        assert!(spare_blocks(&pool) <= 16);
+    }
+
+    proptest! {
+        /// Getting where there is room, and dropping any: what is in use and what is spare never exceed the budget.
+        #[test]
+        fn used_and_spare_memory_together_stay_within_the_budget(
+            total in 1..40u64,
+            steps in prop::collection::vec((any::<bool>(), 0..12 * BLOCK_BYTES), 1..80),
+        ) {
+            let pool = BufferPool::new(total * BLOCK);
+            runtime().block_on(async {
+                let mut used: Vec<PieceBuffer> = Vec::new();
+                for (get, number) in steps {
+                    let blocks = number.div_ceil(BLOCK_BYTES).max(1) as u64;
+                    if get && blocks * BLOCK <= pool.free_bytes() {
+                        used.push(pool.get(number).await);
+                    } else if !used.is_empty() {
+                        used.swap_remove(number % used.len());
+                    }
+                    let blocks_used: usize = used.iter().map(|buffer| blocks_of(&buffer.bytes)).sum();
+                    assert!(blocks_used + spare_blocks(&pool) <= total as usize);
+                    assert_eq!(pool.free_bytes(), (total as usize - blocks_used) as u64 * BLOCK);
+                }
+            });
+        }
+    }
+}

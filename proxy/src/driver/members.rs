@@ -1,0 +1,81 @@
+//! Who is known in the cluster.
+
+use std::collections::{BTreeSet, HashMap};
+
+use hawker_core::message::Role;
+use hawker_core::piece::PeerId;
+
+use crate::peer::Dial;
+use crate::tracker::Member;
+
+/// Who is known in the cluster, for the driver, manifests and people.
+#[derive(Debug, Default)]
+pub(crate) struct Members {
+    state: std::sync::Mutex<MembersState>,
+}
+
+#[derive(Debug, Default)]
+pub(super) struct MembersState {
+    pub(super) listed: Vec<Member>,
+    pub(super) met: HashMap<PeerId, Member>,
+    pub(super) static_seeds: BTreeSet<PeerId>,
+    pub(super) connected: BTreeSet<PeerId>,
+    pub(super) isolated: BTreeSet<PeerId>,
+}
+
+/// Members met remembered at most, beyond the list.
+const MET: usize = 8192;
+
+impl Members {
+    pub(super) fn with<T>(&self, act: impl FnOnce(&mut MembersState) -> T) -> T {
+        act(&mut self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner))
+    }
+
+    pub(super) fn learn(&self, member: Member) {
+        self.with(|state| {
+            if state.met.len() < MET || state.met.contains_key(&member.peer) {
+                state.met.insert(member.peer, member);
+            }
+        });
+    }
+
+    fn addresses(&self, peer: PeerId) -> Vec<String> {
+        self.with(|state| {
+            let listed = state.listed.iter().find(|m| m.peer == peer).or_else(|| state.met.get(&peer));
+            listed.map(|m| m.addresses.clone()).unwrap_or_default()
+        })
+    }
+
+    /// Seeds, by list and by configuration.
+    pub(crate) fn seeds(&self) -> Vec<PeerId> {
+        self.with(|state| {
+            let listed = state.listed.iter().filter(|m| m.role == Role::Seed).map(|m| m.peer);
+            let all: BTreeSet<PeerId> = listed.chain(state.static_seeds.iter().copied()).collect();
+            all.into_iter().collect()
+        })
+    }
+
+    /// How to dial a member; `None` when no address is known.
+    pub(crate) fn dial(&self, peer: PeerId) -> Option<Dial> {
+        let addresses = self.addresses(peer);
+        (!addresses.is_empty()).then_some(Dial { peer: Some(peer), addresses })
+    }
+
+    /// Everybody known: member, connected, isolated.
+    pub(crate) fn all(&self) -> Vec<(Member, bool, bool)> {
+        self.with(|state| {
+            let mut all: HashMap<PeerId, Member> = state.met.clone();
+            all.extend(state.listed.iter().map(|m| (m.peer, m.clone())));
+            let mut all: Vec<_> = all
+                .into_values()
+                .map(|m| {
+                    let (connected, isolated) =
+                        (state.connected.contains(&m.peer), state.isolated.contains(&m.peer));
+                    (m, connected, isolated)
+                })
+                .collect();
+            all.sort_by(|a, b| (&a.0.name, a.0.peer).cmp(&(&b.0.name, b.0.peer)));
+            all
+        })
+    }
+}

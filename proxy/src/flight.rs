@@ -1,0 +1,416 @@
+//! One download a task, many readers.
+//!
+//! The driver downloads; a [`Reader`] takes bytes in order as they are shown: from memory while they are being written, from the
+//! file afterwards, so that a slow client holds no memory. What the flight can't give in time the reader gets from the origin
+//! by itself ([`direct`]).
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use bytes::Bytes;
+use hawker_core::digest::Digest;
+use hawker_core::piece::{PieceIndex, PieceLayout, PieceSet};
+use hawker_core::reference::Source;
+use tokio::sync::{Notify, mpsc, oneshot};
+use tokio::time::Instant;
+
+use crate::buffer::BLOCK_BYTES;
+use crate::driver::Event;
+use crate::origin::Origin;
+
+pub(crate) mod direct;
+
+use direct::Direct;
+
+/// How long a client waits for the size of a blob.
+const SIZE_WITHIN: Duration = Duration::from_secs(30);
+
+/// A range whose pieces are not there after this long is read from the origin.
+const RANGE_PATIENCE: Duration = Duration::from_millis(1500);
+
+/// A whole blob that stands still for this long is read from the origin: the download itself went there two seconds sooner, if it
+/// could, and what comes that way is shown at once.
+const WHOLE_PATIENCE: Duration = Duration::from_secs(12);
+
+/// No byte for this long, from nowhere: the body ends short, and the client falls through.
+const STALLED: Duration = Duration::from_secs(45);
+
+/// Longest stretch of the file handed out at once.
+const FILE_SEGMENT_BYTES: u64 = 8 << 20;
+
+/// Why a reader gets no (more) bytes.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum FlightError {
+    /// Peers had nothing and the origin answered with this status: pass it on.
+    #[error("the origin answered {0}")]
+    Origin(u16),
+    /// Peers had nothing and the origin could not be reached, is forbidden, or broke off.
+    #[error("{0}")]
+    Unreachable(String),
+    /// The origin's bytes do not hash to the digest.
+    #[error("the origin's bytes do not match {0}")]
+    WrongDigest(Digest),
+    /// The origin does not say how long the blob is: stream it without pieces.
+    #[error("the origin does not say how long the blob is")]
+    UnknownLength,
+    /// The origin says another length than was known; what is known of it has been thrown away.
+    #[error("the origin says another length of {0} than before")]
+    WrongSize(Digest),
+    /// The daemon is stopping.
+    #[error("the daemon is stopping")]
+    Stopping,
+}
+
+/// Verified bytes of a blob, for a client.
+#[derive(Clone, Debug)]
+pub enum Segment {
+    /// From memory, at most 64 KiB.
+    Memory(Bytes),
+    /// In a file: this range of it.
+    File {
+        /// The file.
+        file: Arc<File>,
+        /// Where in the file.
+        range: Range<u64>,
+    },
+}
+
+/// What the driver and a task's readers share.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    pub(crate) task: Digest,
+    state: Mutex<State>,
+    changed: Notify,
+}
+
+/// How far a task's download is, as its readers see it.
+#[derive(Debug, Default)]
+pub(crate) struct State {
+    pub(crate) layout: Option<PieceLayout>,
+    /// Pieces that clients may see.
+    pub(crate) shown: Option<PieceSet>,
+    /// Verified pieces that are not in the file yet.
+    pub(crate) hot: BTreeMap<PieceIndex, Bytes>,
+    /// Grows when all that was shown turns out to be wrong: bytes from before and after then make no blob together.
+    pub(crate) epoch: u64,
+    /// Pieces in the file.
+    pub(crate) written: Option<PieceSet>,
+    pub(crate) file: Option<Arc<File>>,
+    pub(crate) failed: Option<FlightError>,
+    /// The disk refuses: pieces before the slowest reader are gone.
+    pub(crate) in_memory: bool,
+    /// Nor is there memory for it: readers go to the origin at once.
+    pub(crate) no_memory: bool,
+    /// Waiting makes no sense: there is no peer and no scheduler, so ranges are read from the origin at once.
+    pub(crate) alone: bool,
+}
+
+impl Shared {
+    pub(crate) fn new(task: Digest) -> Self {
+        Self { task, state: Mutex::default(), changed: Notify::new() }
+    }
+
+    pub(crate) fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Changes the state and wakes all readers.
+    pub(crate) fn update<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
+        let out = change(&mut self.lock());
+        self.changed.notify_waiters();
+        out
+    }
+}
+
+impl State {
+    /// The bytes at `at`, if clients may see them now.
+    fn bytes_at(&self, at: u64, end: u64) -> Option<Segment> {
+        let (layout, shown) = (self.layout?, self.shown.as_ref()?);
+        let piece = layout.containing(at);
+        if !shown.contains(piece) {
+            return None;
+        }
+        let on_disk =
+            |piece| shown.contains(piece) && self.written.as_ref().is_some_and(|w| w.contains(piece));
+        if let (true, Some(file)) = (on_disk(piece), &self.file) {
+            let mut last = piece;
+            let limit = end.min(at + FILE_SEGMENT_BYTES);
+            while layout.range(last).end < limit && on_disk(last + 1) {
+                last += 1;
+            }
+            return Some(Segment::File {
+                file: Arc::clone(file),
+                range: at..layout.range(last).end.min(limit),
+            });
+        }
+        let bytes = self.hot.get(&piece)?;
+        let from = (at - layout.start(piece)) as usize;
+        let to = bytes.len().min(from + BLOCK_BYTES).min((end - layout.start(piece)) as usize);
+        // A copy, so that a slow client holds these bytes and not the whole piece.
+        Some(Segment::Memory(Bytes::copy_from_slice(&bytes[from..to])))
+    }
+}
+
+/// All downloads of this node. Cheap to clone.
+#[derive(Clone)]
+pub struct Flights {
+    events: mpsc::Sender<Event>,
+    origin: Origin,
+    next_reader: Arc<AtomicU64>,
+}
+
+impl Flights {
+    pub(crate) fn new(events: mpsc::Sender<Event>, origin: Origin) -> Self {
+        Self { events, origin, next_reader: Arc::default() }
+    }
+
+    /// What the store had of `task` was rotten and is gone: who reads it ends short, and a download that begins after this
+    /// begins anew.
+    pub async fn rotten(&self, task: Digest) {
+        // Without a driver nothing is downloaded any more.
+        let _ = self.events.send(Event::Rechecked { task, right: false }).await;
+    }
+
+    /// Joins the download of `task`, or starts it; waits until the size is known (from the hint, peers or the origin).
+    /// `partial`: only a range will be read, so the rest is not downloaded for it.
+    pub async fn open(
+        &self,
+        task: Digest,
+        source: Source,
+        size_hint: Option<u64>,
+        partial: bool,
+    ) -> Result<Flight, FlightError> {
+        let id = self.next_reader.fetch_add(1, Ordering::Relaxed);
+        let (reply, answer) = oneshot::channel();
+        let open = Event::Open { task, source: source.clone(), size_hint, partial, reader: id, reply };
+        self.events.send(open).await.map_err(|_| FlightError::Stopping)?;
+        let shared = answer.await.map_err(|_| FlightError::Stopping)?;
+        let flight =
+            Flight { shared, source, partial, id, events: self.events.clone(), origin: self.origin.clone() };
+        flight.sized().await?;
+        // A blob of no bytes has no piece that could be verified.
+        if flight.size_bytes() == 0 && Digest::of(task.algorithm(), &[]) != task {
+            return Err(FlightError::WrongDigest(task));
+        }
+        Ok(flight)
+    }
+}
+
+/// A download that a client takes part in. It goes on for a while after the last of these is dropped.
+pub struct Flight {
+    shared: Arc<Shared>,
+    source: Source,
+    partial: bool,
+    id: u64,
+    events: mpsc::Sender<Event>,
+    origin: Origin,
+}
+
+impl Flight {
+    async fn sized(&self) -> Result<(), FlightError> {
+        let deadline = Instant::now() + SIZE_WITHIN;
+        loop {
+            let changed = self.shared.changed.notified();
+            {
+                let state = self.shared.lock();
+                if state.layout.is_some() {
+                    return Ok(());
+                }
+                if let Some(error) = &state.failed {
+                    return Err(error.clone());
+                }
+            }
+            if tokio::time::timeout_at(deadline, changed).await.is_err() {
+                return Err(FlightError::Unreachable("nobody told the blob's size in time".into()));
+            }
+        }
+    }
+
+    /// The blob's size in bytes.
+    pub fn size_bytes(&self) -> u64 {
+        self.shared.lock().layout.map_or(0, |layout| layout.size_bytes())
+    }
+
+    /// Reads a byte range, in order.
+    pub fn read(self, range: Range<u64>) -> Reader {
+        let layout = PieceLayout::new(self.size_bytes());
+        let epoch = self.shared.lock().epoch;
+        let reader = Reader {
+            from_start: range.start == 0 && !self.partial,
+            start: range.start,
+            at: range.start,
+            epoch,
+            end: range.end.min(layout.size_bytes()),
+            layout,
+            moved: Instant::now(),
+            announced: None,
+            direct: None,
+            flight: self,
+        };
+        reader.with_position()
+    }
+}
+
+impl Drop for Flight {
+    fn drop(&mut self) {
+        let left =
+            Event::Position { task: self.shared.task, reader: self.id, pieces: None, partial: self.partial };
+        if let Err(mpsc::error::TrySendError::Full(left)) = self.events.try_send(left)
+            && let Ok(runtime) = tokio::runtime::Handle::try_current()
+        {
+            let events = self.events.clone();
+            runtime.spawn(async move { events.send(left).await });
+        }
+    }
+}
+
+/// Reads verified bytes in order, as they come.
+pub struct Reader {
+    flight: Flight,
+    layout: PieceLayout,
+    start: u64,
+    at: u64,
+    end: u64,
+    /// That of the bytes given out so far.
+    epoch: u64,
+    moved: Instant,
+    announced: Option<PieceIndex>,
+    direct: Option<Direct>,
+    /// It reads the whole, from its first byte, as the download brings it.
+    from_start: bool,
+}
+
+impl Reader {
+    /// Bytes that are still to come.
+    pub const fn remaining_bytes(&self) -> u64 {
+        self.end - self.at
+    }
+
+    /// The next bytes of the range; `None` at its end.
+    pub async fn next(&mut self) -> Result<Option<Segment>, FlightError> {
+        loop {
+            if self.at >= self.end {
+                return Ok(None);
+            }
+            let shared = Arc::clone(&self.flight.shared);
+            let changed = shared.changed.notified();
+            let (ready, failed, patience) = {
+                let state = shared.lock();
+                if self.epoch != state.epoch {
+                    if self.at > self.start {
+                        return Err(FlightError::WrongDigest(shared.task));
+                    }
+                    self.epoch = state.epoch;
+                }
+                (state.bytes_at(self.at, self.end), state.failed.clone(), self.patience(&state))
+            };
+            if let Some(segment) = ready {
+                self.direct = None;
+                return Ok(Some(self.advance(segment)));
+            }
+            let waited = self.moved.elapsed();
+            if self.direct.is_some() || waited >= patience {
+                match self.read_direct(failed.as_ref()).await {
+                    Some(Ok(segment)) => return Ok(Some(self.advance(segment))),
+                    Some(Err(error)) => return Err(error),
+                    // Only the flight can give these bytes: wait on.
+                    None => {}
+                }
+            }
+            if let Some(error) = failed {
+                return Err(error);
+            }
+            if waited >= STALLED {
+                return Err(FlightError::Unreachable("no byte came from peers or the origin in time".into()));
+            }
+            let until = if waited < patience { self.moved + patience } else { self.moved + STALLED };
+            let _ =
+                tokio::time::timeout_at(until.min(Instant::now() + Duration::from_secs(1)), changed).await;
+        }
+    }
+
+    /// How long to wait for the flight before asking the origin.
+    fn patience(&self, state: &State) -> Duration {
+        if state.no_memory || state.in_memory && !self.flight_will_come(state) {
+            Duration::ZERO
+        } else if self.from_start {
+            WHOLE_PATIENCE
+        } else if state.alone {
+            Duration::ZERO
+        } else {
+            RANGE_PATIENCE
+        }
+    }
+
+    /// In memory, pieces that all readers had passed are gone; this one may have come late.
+    fn flight_will_come(&self, state: &State) -> bool {
+        let piece = self.layout.containing(self.at);
+        state.shown.as_ref().is_none_or(|shown| !shown.contains(piece)) || state.hot.contains_key(&piece)
+    }
+
+    /// Bytes from the origin, if it can give these: `None` when only the flight can.
+    async fn read_direct(&mut self, failed: Option<&FlightError>) -> Option<Result<Segment, FlightError>> {
+        if self.direct.is_none() {
+            let last_start = self.layout.last().map_or(0, |last| self.layout.start(last));
+            let must_prove = self.at >= last_start;
+            let in_memory = self.flight.shared.lock().in_memory;
+            if !in_memory && (failed.is_some() || must_prove) {
+                return None;
+            }
+            let proven = in_memory && self.end > last_start;
+            self.direct = Some(Direct::new(
+                self.flight.origin.clone(),
+                self.flight.source.clone(),
+                self.flight.shared.task,
+                self.layout,
+                if proven { self.at..self.end } else { self.at..self.end.min(last_start) },
+                proven,
+            ));
+        }
+        let direct = self.direct.as_mut()?;
+        match direct.next().await {
+            Ok(Some(bytes)) => Some(Ok(Segment::Memory(bytes))),
+            Ok(None) => {
+                self.direct = None;
+                None
+            }
+            Err(error) => {
+                self.direct = None;
+                Some(Err(error))
+            }
+        }
+    }
+
+    fn advance(&mut self, segment: Segment) -> Segment {
+        self.moved = Instant::now();
+        self.at += match &segment {
+            Segment::Memory(bytes) => bytes.len() as u64,
+            Segment::File { range, .. } => range.end - range.start,
+        };
+        self.tell_position();
+        segment
+    }
+
+    fn with_position(mut self) -> Self {
+        self.tell_position();
+        self
+    }
+
+    /// The driver learns of each new piece; it is no matter if one word of it is lost.
+    fn tell_position(&mut self) {
+        let pieces = self.layout.covering(self.at..self.end);
+        if self.announced != Some(pieces.start) {
+            self.announced = Some(pieces.start);
+            let _ = self.flight.events.try_send(Event::Position {
+                task: self.flight.shared.task,
+                reader: self.flight.id,
+                pieces: Some(pieces),
+                partial: self.flight.partial,
+            });
+        }
+    }
+}

@@ -1,0 +1,170 @@
+//! A reader's own way to the origin, for what the flight can't give it in time.
+
+use std::collections::VecDeque;
+use std::ops::Range;
+
+use bytes::Bytes;
+use hawker_core::digest::{Chain, Digest};
+use hawker_core::piece::PieceLayout;
+use hawker_core::reference::Source;
+use http::{HeaderMap, HeaderValue, StatusCode, header};
+
+use super::FlightError;
+use crate::buffer::BLOCK_BYTES;
+use crate::origin::{Content, Origin, OriginBody, OriginError, Target};
+
+/// A stretch of a blob read from the origin for one client, and for nobody else.
+pub(super) struct Direct {
+    origin: Origin,
+    target: Target,
+    task: Digest,
+    layout: PieceLayout,
+    /// What the client is still to get.
+    range: Range<u64>,
+    /// Read from the blob's start and hash, holding the last piece back until the digest matches.
+    proof: Option<Proof>,
+    body: Option<OriginBody>,
+    /// Where the body is.
+    at: u64,
+    ready: VecDeque<Bytes>,
+}
+
+struct Proof {
+    chain: Chain,
+    held_back: Vec<u8>,
+}
+
+impl Direct {
+    /// Reads `range`. With `prove`, it reads all before it too, so that the last piece can be shown.
+    pub(super) fn new(
+        origin: Origin,
+        source: Source,
+        task: Digest,
+        layout: PieceLayout,
+        range: Range<u64>,
+        prove: bool,
+    ) -> Self {
+        let proof = prove.then(|| Proof { chain: Chain::new(task.algorithm()), held_back: Vec::new() });
+        let at = if prove { 0 } else { range.start };
+        let target = Target { source, content: Content::Blob(task) };
+        Self { origin, target, task, layout, range, proof, body: None, at, ready: VecDeque::new() }
+    }
+
+    /// The next bytes, at most 64 KiB; `None` at the end of the range.
+    pub(super) async fn next(&mut self) -> Result<Option<Bytes>, FlightError> {
+        loop {
+            if let Some(mut bytes) = self.ready.pop_front() {
+                if bytes.len() > BLOCK_BYTES {
+                    self.ready.push_front(bytes.split_off(BLOCK_BYTES));
+                }
+                self.range.start += bytes.len() as u64;
+                return Ok(Some(bytes));
+            }
+            if self.range.is_empty() {
+                return Ok(None);
+            }
+            if self.body.is_none() {
+                let (body, first) = self.ask().await?;
+                self.body = Some(body);
+                self.take_in(first)?;
+            }
+            let Some(body) = &mut self.body else { continue };
+            match body.next().await {
+                Some(Ok(bytes)) => self.take_in(bytes)?,
+                Some(Err(error)) => return Err(unreachable(&error)),
+                None => return Err(FlightError::Unreachable("the origin's answer was short".into())),
+            }
+        }
+    }
+
+    /// The origin's body from where we are, and the first of its bytes if they had to be cut off from others.
+    async fn ask(&self) -> Result<(OriginBody, Bytes), FlightError> {
+        let mut headers = HeaderMap::new();
+        let end = if self.proof.is_some() { self.layout.size_bytes() } else { self.range.end };
+        let partial = self.at > 0 || end < self.layout.size_bytes();
+        if partial && let Ok(value) = HeaderValue::from_str(&format!("bytes={}-{}", self.at, end - 1)) {
+            headers.insert(header::RANGE, value);
+        }
+        let answer = self.origin.get(&self.target, &headers).await.map_err(|e| unreachable(&e))?;
+        let starts_at = content_range_start(answer.headers());
+        match answer.status() {
+            StatusCode::PARTIAL_CONTENT if starts_at == Some(self.at) => {
+                Ok((answer.into_body(), Bytes::new()))
+            }
+            StatusCode::OK if self.at == 0 => Ok((answer.into_body(), Bytes::new())),
+            // The origin ignores Range: what comes before is thrown away.
+            StatusCode::OK => skip(answer.into_body(), self.at).await,
+            status if status.is_success() => {
+                Err(FlightError::Unreachable("the origin answered another range than was asked for".into()))
+            }
+            status => Err(FlightError::Origin(status.as_u16())),
+        }
+    }
+
+    fn take_in(&mut self, bytes: Bytes) -> Result<(), FlightError> {
+        let start = self.at;
+        self.at += bytes.len() as u64;
+        let Some(proof) = &mut self.proof else {
+            self.show(start, bytes);
+            return Ok(());
+        };
+        proof.chain.update(&bytes);
+        let last_start = self.layout.last().map_or(0, |last| self.layout.start(last));
+        let cut = (last_start.saturating_sub(start) as usize).min(bytes.len());
+        proof.held_back.extend_from_slice(&bytes[cut..]);
+        if self.at > self.layout.size_bytes() {
+            return Err(FlightError::WrongDigest(self.task));
+        }
+        let over = self.at == self.layout.size_bytes();
+        let tail =
+            over.then(|| (proof.chain.clone().finish() == self.task, std::mem::take(&mut proof.held_back)));
+        self.show(start, bytes.slice(..cut));
+        match tail {
+            Some((true, tail)) => {
+                self.show(last_start, Bytes::from(tail));
+                Ok(())
+            }
+            Some((false, _)) => Err(FlightError::WrongDigest(self.task)),
+            None => Ok(()),
+        }
+    }
+
+    /// Queues what the client asked for out of `bytes`, which start at `start`.
+    fn show(&mut self, start: u64, bytes: Bytes) {
+        let queued: u64 = self.ready.iter().map(|b| b.len() as u64).sum();
+        let from = (self.range.start + queued).saturating_sub(start).min(bytes.len() as u64);
+        let to = self.range.end.saturating_sub(start).min(bytes.len() as u64);
+        if from < to {
+            self.ready.push_back(bytes.slice(from as usize..to as usize));
+        }
+    }
+}
+
+/// Where a 206 says that it starts.
+pub(crate) fn content_range_start(headers: &HeaderMap) -> Option<u64> {
+    let value = headers.get(header::CONTENT_RANGE)?.to_str().ok()?;
+    value.strip_prefix("bytes ")?.split_once('-')?.0.trim().parse().ok()
+}
+
+/// The whole size that a 206 tells.
+pub(crate) fn content_range_size(headers: &HeaderMap) -> Option<u64> {
+    headers.get(header::CONTENT_RANGE)?.to_str().ok()?.rsplit_once('/')?.1.trim().parse().ok()
+}
+
+/// Throws away the first `bytes` of a body; what is left of the chunk in which they ended.
+pub(crate) async fn skip(mut body: OriginBody, bytes: u64) -> Result<(OriginBody, Bytes), FlightError> {
+    let mut left = bytes;
+    while left > 0 {
+        match body.next().await {
+            Some(Ok(chunk)) if (chunk.len() as u64) <= left => left -= chunk.len() as u64,
+            Some(Ok(mut chunk)) => return Ok((body, chunk.split_off(left as usize))),
+            Some(Err(error)) => return Err(unreachable(&error)),
+            None => return Err(FlightError::Unreachable("the origin's answer was short".into())),
+        }
+    }
+    Ok((body, Bytes::new()))
+}
+
+fn unreachable(error: &OriginError) -> FlightError {
+    FlightError::Unreachable(error.to_string())
+}

@@ -1,0 +1,19 @@
+//! The per-node daemon.
+//!
+//! A blob GET goes [`registry`] → [`flight`] → [`driver`] → `hawker_core::node`: four places, one direction. Around them:
+//! [`store`] bytes on disk, [`peer`] the piece protocol, [`origin`] upstream registries, [`tracker`] the scheduler's stream,
+//! [`admin`] what people and Prometheus look at. [`daemon`] puts them together.
+
+pub mod admin;
+pub mod buffer;
+pub mod daemon;
+pub mod driver;
+pub mod flight;
+pub mod limits;
+pub mod metrics;
+pub mod origin;
+pub mod peer;
+pub mod registry;
+pub mod settings;
+pub mod store;
+pub mod tracker;

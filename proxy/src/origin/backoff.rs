@@ -1,0 +1,80 @@
+//! Registries that said 429: left alone for as long as they asked, so that many clients' retries do not reach them.
+
+use std::num::NonZeroUsize;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use http::HeaderMap;
+use http::header::RETRY_AFTER;
+use lru::LruCache;
+use tokio::time::Instant;
+
+/// How long a registry is left alone that does not say for how long.
+const DEFAULT: Duration = Duration::from_secs(2);
+/// How long a registry is left alone at most, whatever it says: it may change its mind.
+const LONGEST: Duration = Duration::from_secs(60);
+/// Registries remembered.
+const CAPACITY: NonZeroUsize = NonZeroUsize::new(256).expect("not zero");
+
+/// Until when each registry is not to be asked.
+pub(super) struct Backoff(Mutex<LruCache<String, Instant>>);
+
+impl Backoff {
+    pub(super) fn new() -> Self {
+        Self(Mutex::new(LruCache::new(CAPACITY)))
+    }
+
+    fn all(&self) -> MutexGuard<'_, LruCache<String, Instant>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How long `registry` is not to be asked yet; `None` when it may be asked.
+    pub(super) fn remaining(&self, registry: &str, now: Instant) -> Option<Duration> {
+        let until = *self.all().get(registry)?;
+        until.checked_duration_since(now).filter(|rest| !rest.is_zero())
+    }
+
+    /// `registry` answered 429 with these headers.
+    pub(super) fn begin(&self, registry: &str, headers: &HeaderMap, now: Instant) {
+        let wait = retry_after(headers, SystemTime::now()).unwrap_or(DEFAULT).min(LONGEST);
+        self.all().put(registry.to_owned(), now + wait);
+    }
+}
+
+/// `Retry-After`: seconds, or a date (RFC 9110, 10.2.3).
+fn retry_after(headers: &HeaderMap, now: SystemTime) -> Option<Duration> {
+    let text = headers.get(RETRY_AFTER)?.to_str().ok()?.trim();
+    match text.parse() {
+        Ok(seconds) => Some(Duration::from_secs(seconds)),
+        Err(_) => Some(httpdate::parse_http_date(text).ok()?.duration_since(now).unwrap_or_default()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use http::HeaderValue;
+
+    use super::*;
+
+    #[test]
+    fn a_registry_is_left_alone_as_long_as_it_asks_within_reason() {
+        let later = httpdate::fmt_http_date(SystemTime::now() + Duration::from_secs(31));
+        for (said, seconds) in [
+            (None, 2),
+            (Some("7"), 7),
+            (Some("86400"), 60),
+            (Some(later.as_str()), 30),
+            (Some("Sun, 06 Nov 1994 08:49:37 GMT"), 0),
+            (Some("soon"), 2),
+        ] {
+            let (backoff, now) = (Backoff::new(), Instant::now());
+            let headers = said.map(|said| (RETRY_AFTER, HeaderValue::from_str(said).unwrap()));
+            backoff.begin("r", &headers.into_iter().collect(), now);
+            let remaining = backoff.remaining("r", now).unwrap_or_default();
+            assert!(remaining.as_secs_f64() - f64::from(seconds) < 1.5, "{said:?} {remaining:?}");
+            assert!(remaining.as_secs() >= seconds as u64, "{said:?} {remaining:?}");
+            assert_eq!(backoff.remaining("r", now + LONGEST), None);
+            assert_eq!(backoff.remaining("other", now), None);
+        }
+    }
+}

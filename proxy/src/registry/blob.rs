@@ -1,0 +1,248 @@
+//! Blobs: from the store, else from the download that all who ask share, else, where that can't be, straight from the origin.
+
+use std::ops::Range;
+use std::time::Duration;
+
+use hawker_core::Time;
+use hawker_core::digest::Digest;
+use hawker_core::range::{RangeError, Ranges, Resolved, content_range};
+use http::header::{ACCEPT_RANGES, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, IF_RANGE, RANGE};
+use http::{HeaderMap, HeaderValue, Method, StatusCode};
+use tokio::time::{Instant, timeout};
+
+use super::body::Payload;
+use super::error::Problem;
+use super::forward::{forward, not_encoded, passed_on, with};
+use super::manifest::{confirm, identity, note_refusal, unchanged};
+use super::{Answer, Ask, Inner, etag, not_modified};
+use crate::flight::FlightError;
+use crate::origin::{Content, Target, content_length};
+use crate::store::Blob;
+
+/// For a blob to be hashed again before it is served all the same.
+const RECHECK: Duration = Duration::from_secs(20);
+
+const OCTETS: HeaderValue = HeaderValue::from_static("application/octet-stream");
+
+pub(super) async fn blob(mirror: &Inner, ask: &Ask, digest: &Digest) -> Result<Answer, Problem> {
+    let target = Target { source: ask.source.clone(), content: Content::Blob(*digest) };
+    if ask.authorized() {
+        return straight(mirror, ask, digest, &target).await;
+    }
+    let size = confirm(mirror, digest, &target).await?;
+    if not_modified(&ask.headers, digest) {
+        return Ok(unchanged(digest));
+    }
+    let range = asked_range(&ask.headers, digest);
+    if let Some(blob) = committed(mirror, ask, digest, range.is_none()).await {
+        let wanted = resolve(range, blob.size_bytes())?;
+        let size = blob.size_bytes();
+        return Ok(content(digest, size, &wanted, |range| Payload::Blob(blob, range)));
+    }
+    if ask.method == Method::HEAD {
+        return head(mirror, digest, size, range, &target).await;
+    }
+    download(mirror, ask, digest, size, range, &target).await
+}
+
+/// The answer to a HEAD for what is not here: never a reason to download it.
+async fn head(
+    mirror: &Inner,
+    digest: &Digest,
+    size: Option<u64>,
+    range: Option<&str>,
+    target: &Target,
+) -> Result<Answer, Problem> {
+    let size = match size {
+        Some(size) => Some(size),
+        None => {
+            let head = mirror.origin.head(target, &HeaderMap::new()).await?;
+            if head.status() != StatusCode::OK {
+                note_refusal(mirror, &target.source, head.status());
+                return Err(Problem::refusal(head.status(), head.headers()));
+            }
+            content_length(head.headers())
+        }
+    };
+    Ok(match size {
+        Some(size) => content(digest, size, &resolve(range, size)?, |_| Payload::Empty),
+        None => with(StatusCode::OK, described(digest), Payload::Empty),
+    })
+}
+
+async fn download(
+    mirror: &Inner,
+    ask: &Ask,
+    digest: &Digest,
+    size: Option<u64>,
+    range: Option<&str>,
+    target: &Target,
+) -> Result<Answer, Problem> {
+    // What can be refused is refused before anything is downloaded for it.
+    if let Some(size) = size {
+        resolve(range, size)?;
+    }
+    // Who reads from somewhere to the end reads the whole, in one go or in several.
+    let partial = range.and_then(|r| Ranges::parse(r).ok()).is_some_and(|r| r.open_from().is_none());
+    let open = mirror.flights.open(*digest, ask.source.clone(), size, partial);
+    let flight = match open.await {
+        Ok(flight) => flight,
+        Err(FlightError::UnknownLength) => return straight(mirror, ask, digest, target).await,
+        Err(error) => return Err(error.into()),
+    };
+    let known = size;
+    let size = flight.size_bytes();
+    if known.is_some_and(|known| known != size) {
+        mirror.access.belongs(&ask.source, digest, Some(size), Instant::now());
+    }
+    let wanted = resolve(range, size)?;
+    Ok(content(digest, size, &wanted, |range| {
+        let len = range.end - range.start;
+        Payload::Flight(Box::new(flight.read(range)), len)
+    }))
+}
+
+/// A committed blob under lease. One that the same client asks for whole again soon may be rotten: it is hashed first.
+pub(super) async fn committed(mirror: &Inner, ask: &Ask, digest: &Digest, whole: bool) -> Option<Blob> {
+    if !mirror.store.has(digest) {
+        return None;
+    }
+    let (store, task) = (mirror.store.clone(), *digest);
+    let blob = tokio::task::spawn_blocking(move || store.committed(&task)).await.ok()??;
+    if whole && ask.method == Method::GET && !is_sound(mirror, ask, digest).await {
+        mirror.flights.rotten(*digest).await;
+        return None;
+    }
+    Some(blob)
+}
+
+/// `false`: it is rotten, and evicted.
+async fn is_sound(mirror: &Inner, ask: &Ask, digest: &Digest) -> bool {
+    let suspicious = |mirror: &Inner| {
+        let now = Time(mirror.started.elapsed());
+        mirror.recheck().asked_whole(ask.client, *digest, now)
+    };
+    if !suspicious(mirror) {
+        return true;
+    }
+    // One at a time; whoever waited finds out that it was hashed meanwhile.
+    let check = async {
+        let _one = mirror.rechecking.lock().await;
+        if !suspicious(mirror) {
+            return true;
+        }
+        let (store, task) = (mirror.store.clone(), *digest);
+        let sound = match tokio::task::spawn_blocking(move || store.recheck(&task)).await {
+            Ok(Ok(sound)) => sound,
+            Ok(Err(reason)) => {
+                tracing::warn!(%digest, %reason, "the blob can't be hashed again");
+                false
+            }
+            Err(_) => false,
+        };
+        if sound {
+            mirror.recheck().found_sound(*digest, Time(mirror.started.elapsed()));
+        } else {
+            tracing::warn!(%digest, "a committed blob was rotten: it is fetched again");
+        }
+        sound
+    };
+    timeout(RECHECK, check).await.unwrap_or(true)
+}
+
+/// Passes the origin's blob on, uncached: for requests with credentials, and where nobody says how long it is. A whole one
+/// is compared with its digest on the way.
+async fn straight(mirror: &Inner, ask: &Ask, digest: &Digest, target: &Target) -> Result<Answer, Problem> {
+    let headers = ask.for_blob(asked_range(&ask.headers, digest));
+    if ask.method == Method::HEAD {
+        let head = mirror.origin.head(target, &headers).await?;
+        if head.status() != StatusCode::OK {
+            return Err(Problem::refusal(head.status(), head.headers()));
+        }
+        return Ok(with(StatusCode::OK, merged(digest, head.headers()), Payload::Empty));
+    }
+    let response = mirror.origin.get(target, &headers).await?;
+    not_encoded(response.headers(), &ask.source)?;
+    let length = content_length(response.headers());
+    match response.status() {
+        StatusCode::OK => {
+            let (head, body) = response.into_parts();
+            let payload = Payload::Checked(body, length, *digest);
+            Ok(with(StatusCode::OK, merged(digest, &head.headers), payload))
+        }
+        StatusCode::PARTIAL_CONTENT => {
+            let (head, body) = response.into_parts();
+            let headers = merged(digest, &head.headers);
+            Ok(with(StatusCode::PARTIAL_CONTENT, headers, Payload::Origin(body, length)))
+        }
+        _ => forward(response, &ask.source),
+    }
+}
+
+/// What of a blob to send.
+enum Wanted {
+    /// 200
+    Whole,
+    /// 206
+    Part(Range<u64>),
+}
+
+/// The range asked for, as it came; none where `If-Range` is about other content (RFC 9110, 13.1.5).
+fn asked_range<'a>(headers: &'a HeaderMap, digest: &Digest) -> Option<&'a str> {
+    let range = headers.get(RANGE)?;
+    match headers.get(IF_RANGE) {
+        Some(condition) if *condition != etag(digest) => None,
+        _ => Some(range.to_str().unwrap_or_default()),
+    }
+}
+
+fn resolve(range: Option<&str>, size: u64) -> Result<Wanted, Problem> {
+    let Some(range) = range else { return Ok(Wanted::Whole) };
+    let ranges = Ranges::parse(range).map_err(|error| match error {
+        RangeError::Malformed => Problem::Unsatisfiable(size),
+        RangeError::TooMany => Problem::SeveralRanges,
+    })?;
+    match ranges.resolve(size) {
+        Resolved::Whole => Ok(Wanted::Whole),
+        Resolved::One(range) => Ok(Wanted::Part(range)),
+        Resolved::Many(_) => Err(Problem::SeveralRanges),
+        Resolved::Unsatisfiable => Err(Problem::Unsatisfiable(size)),
+    }
+}
+
+/// An origin's headers, with those of the content's identity.
+fn merged(digest: &Digest, from: &HeaderMap) -> HeaderMap {
+    let mut headers = passed_on(from);
+    headers.extend(identity(digest));
+    headers.entry(CONTENT_TYPE).or_insert(OCTETS);
+    headers
+}
+
+/// The headers of every blob.
+fn described(digest: &Digest) -> HeaderMap {
+    let mut headers = identity(digest);
+    headers.insert(CONTENT_TYPE, OCTETS);
+    headers.insert(ACCEPT_RANGES, HeaderValue::from_static("bytes"));
+    headers
+}
+
+/// A 200 or a 206.
+fn content(
+    digest: &Digest,
+    size: u64,
+    wanted: &Wanted,
+    payload: impl FnOnce(Range<u64>) -> Payload,
+) -> Answer {
+    let mut headers = described(digest);
+    let (status, range) = match wanted {
+        Wanted::Whole => (StatusCode::OK, 0..size),
+        Wanted::Part(range) => {
+            let text = HeaderValue::try_from(content_range(range, size));
+            headers.insert(CONTENT_RANGE, text.expect("digits are a header's value"));
+            (StatusCode::PARTIAL_CONTENT, range.clone())
+        }
+    };
+    headers.insert(CONTENT_LENGTH, (range.end - range.start).into());
+    let payload = if range.is_empty() { Payload::Empty } else { payload(range) };
+    with(status, headers, payload)
+}

@@ -1,0 +1,210 @@
+//! The one place that turns what went wrong into an answer: status, code and words of the distribution spec ("Error Codes").
+
+use bytes::Bytes;
+use hawker_core::digest::Digest;
+use hawker_core::reference::Refused;
+use http::header::{ALLOW, CONTENT_RANGE, CONTENT_TYPE, RETRY_AFTER, WARNING, WWW_AUTHENTICATE};
+use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode};
+
+use super::Answer;
+use super::body::Payload;
+use crate::flight::FlightError;
+use crate::metrics::RequestKind;
+use crate::origin::OriginError;
+
+/// Headers of an origin's refusal that its caller needs.
+const OF_A_REFUSAL: [HeaderName; 3] = [WWW_AUTHENTICATE, RETRY_AFTER, WARNING];
+/// When to come again, in seconds, where the origin does not say: clients that get a 429 without it come at once.
+const RETRY_AFTER_SECONDS: HeaderValue = HeaderValue::from_static("5");
+
+/// Why a request gets no content.
+#[derive(Clone, Debug, thiserror::Error)]
+pub(super) enum Problem {
+    /// It makes no sense.
+    #[error("{0}")]
+    Refused(#[from] Refused),
+    /// It has been here before.
+    #[error(
+        "this request has come round in a circle: a registry or proxy that this mirror asks leads back to it"
+    )]
+    Loop,
+    /// It names no registry, and there is no default.
+    #[error(
+        "which registry? Send ns=HOST or put the host before the repository, or configure default_registry"
+    )]
+    NoRegistry,
+    /// It asks for several ranges at once.
+    #[error("one range at a time, please")]
+    SeveralRanges,
+    /// It asks for a range that begins after the end.
+    #[error("the blob has {0} bytes")]
+    Unsatisfiable(u64),
+    /// The origin said no, with these headers.
+    #[error("the origin answered {status}")]
+    Origin {
+        /// What it said.
+        status: StatusCode,
+        /// Those of its headers that matter.
+        headers: HeaderMap,
+    },
+    /// The origin can't be asked.
+    #[error("{0}")]
+    Unasked(#[from] OriginError),
+    /// The download failed.
+    #[error("{0}")]
+    Flight(#[from] FlightError),
+    /// A manifest that nobody should send.
+    #[error("the origin's manifest is longer than {0} bytes")]
+    TooLong(usize),
+    /// The origin's bytes are not what it, or the request, says they are.
+    #[error("the origin's manifest does not match {0}")]
+    WrongManifest(Digest),
+    /// Nothing came in time.
+    #[error("neither peers nor the origin gave anything in time")]
+    Slow,
+}
+
+impl Problem {
+    /// What the origin said, as far as it concerns a client.
+    pub(super) fn refusal(status: StatusCode, from: &HeaderMap) -> Self {
+        let mut headers = HeaderMap::new();
+        for name in OF_A_REFUSAL {
+            headers.extend(from.get_all(&name).iter().map(|value| (name.clone(), value.clone())));
+        }
+        Problem::Origin { status, headers }
+    }
+
+    /// The status of the answer.
+    pub(super) fn status(&self) -> StatusCode {
+        let from_number = |status: u16| StatusCode::from_u16(status).unwrap_or(StatusCode::BAD_GATEWAY);
+        match self {
+            Problem::Refused(refused) => from_number(refused.status()),
+            Problem::Loop => StatusCode::LOOP_DETECTED,
+            Problem::NoRegistry => StatusCode::NOT_FOUND,
+            Problem::SeveralRanges => StatusCode::BAD_REQUEST,
+            Problem::Unsatisfiable(_) => StatusCode::RANGE_NOT_SATISFIABLE,
+            Problem::Origin { status, .. } => *status,
+            Problem::Flight(FlightError::Origin(status)) => from_number(*status),
+            Problem::Unasked(OriginError::Forbidden(_)) => StatusCode::FORBIDDEN,
+            Problem::Flight(FlightError::Stopping) => StatusCode::SERVICE_UNAVAILABLE,
+            Problem::Slow => StatusCode::GATEWAY_TIMEOUT,
+            Problem::Unasked(_) | Problem::Flight(_) | Problem::TooLong(_) | Problem::WrongManifest(_) => {
+                StatusCode::BAD_GATEWAY
+            }
+        }
+    }
+
+    fn code(&self, kind: RequestKind) -> &'static str {
+        match self {
+            Problem::Refused(refused) => refused.code(),
+            Problem::NoRegistry => "NAME_UNKNOWN",
+            Problem::Loop | Problem::SeveralRanges => "UNSUPPORTED",
+            Problem::Unsatisfiable(_) => "SIZE_INVALID",
+            Problem::TooLong(_) | Problem::WrongManifest(_) => "MANIFEST_INVALID",
+            _ => match (self.status().as_u16(), kind) {
+                (401, _) => "UNAUTHORIZED",
+                (403, _) => "DENIED",
+                (404, RequestKind::Blob) => "BLOB_UNKNOWN",
+                (404, RequestKind::Manifest) => "MANIFEST_UNKNOWN",
+                (404, _) => "NAME_UNKNOWN",
+                (405, _) => "UNSUPPORTED",
+                (429, _) => "TOOMANYREQUESTS",
+                _ => "UNKNOWN",
+            },
+        }
+    }
+
+    /// The answer to a request of this kind.
+    pub(super) fn answer(&self, kind: RequestKind) -> Answer {
+        let mut response = Response::new(Payload::Full(self.body(kind)));
+        *response.status_mut() = self.status();
+        let headers = response.headers_mut();
+        match self {
+            Problem::Origin { headers: given, .. } => headers.extend(given.clone()),
+            Problem::Refused(Refused::Method) => {
+                headers.insert(ALLOW, HeaderValue::from_static("GET, HEAD"));
+            }
+            Problem::Unsatisfiable(size) => {
+                let range = HeaderValue::try_from(hawker_core::range::unsatisfied(*size));
+                headers.insert(CONTENT_RANGE, range.expect("digits are a header's value"));
+            }
+            _ => {}
+        }
+        if self.status() == StatusCode::TOO_MANY_REQUESTS && !headers.contains_key(RETRY_AFTER) {
+            headers.insert(RETRY_AFTER, RETRY_AFTER_SECONDS);
+        }
+        headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        response
+    }
+
+    /// `{"errors": [{"code", "message"}]}`
+    pub(super) fn body(&self, kind: RequestKind) -> Bytes {
+        let error = serde_json::json!({ "code": self.code(kind), "message": self.to_string() });
+        serde_json::json!({ "errors": [error] }).to_string().into()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use hawker_core::digest::{Algorithm, DigestError};
+
+    use super::*;
+
+    #[test]
+    fn each_problem_has_its_status_and_code() {
+        let digest = Digest::of(Algorithm::Sha256, b"");
+        let origin = |status: u16| Problem::refusal(StatusCode::from_u16(status).unwrap(), &HeaderMap::new());
+        let unreachable = OriginError::Unreachable { registry: "r".into(), reason: "down".into() };
+        for (problem, kind, status, code) in [
+            (Refused::Method.into(), RequestKind::Other, 405, "UNSUPPORTED"),
+            (Refused::Endpoint.into(), RequestKind::Other, 404, "UNSUPPORTED"),
+            (Refused::Name.into(), RequestKind::Other, 400, "NAME_INVALID"),
+            (Refused::Digest(DigestError::Hex).into(), RequestKind::Other, 400, "DIGEST_INVALID"),
+            (Problem::Loop, RequestKind::Manifest, 508, "UNSUPPORTED"),
+            (Problem::NoRegistry, RequestKind::Manifest, 404, "NAME_UNKNOWN"),
+            (Problem::SeveralRanges, RequestKind::Blob, 400, "UNSUPPORTED"),
+            (Problem::Unsatisfiable(7), RequestKind::Blob, 416, "SIZE_INVALID"),
+            (origin(401), RequestKind::Blob, 401, "UNAUTHORIZED"),
+            (origin(403), RequestKind::Blob, 403, "DENIED"),
+            (origin(404), RequestKind::Blob, 404, "BLOB_UNKNOWN"),
+            (origin(404), RequestKind::Manifest, 404, "MANIFEST_UNKNOWN"),
+            (origin(404), RequestKind::Tags, 404, "NAME_UNKNOWN"),
+            (origin(429), RequestKind::Blob, 429, "TOOMANYREQUESTS"),
+            (origin(503), RequestKind::Blob, 503, "UNKNOWN"),
+            (OriginError::Forbidden("r".into()).into(), RequestKind::Blob, 403, "DENIED"),
+            (unreachable.into(), RequestKind::Blob, 502, "UNKNOWN"),
+            (FlightError::Origin(404).into(), RequestKind::Blob, 404, "BLOB_UNKNOWN"),
+            (FlightError::Unreachable("x".into()).into(), RequestKind::Blob, 502, "UNKNOWN"),
+            (FlightError::WrongDigest(digest).into(), RequestKind::Blob, 502, "UNKNOWN"),
+            (FlightError::Stopping.into(), RequestKind::Blob, 503, "UNKNOWN"),
+            (Problem::TooLong(4), RequestKind::Manifest, 502, "MANIFEST_INVALID"),
+            (Problem::WrongManifest(digest), RequestKind::Manifest, 502, "MANIFEST_INVALID"),
+            (Problem::Slow, RequestKind::Blob, 504, "UNKNOWN"),
+        ] {
+            assert_eq!((problem.status().as_u16(), problem.code(kind)), (status, code), "{problem:?}");
+        }
+    }
+
+    #[test]
+    fn a_429_always_says_when_to_come_again() {
+        let mut headers = HeaderMap::new();
+        let status = StatusCode::TOO_MANY_REQUESTS;
+        let retry_after = |headers: &HeaderMap| {
+            Problem::refusal(status, headers).answer(RequestKind::Blob).headers()[RETRY_AFTER].clone()
+        };
+        assert_eq!(retry_after(&headers), "5");
+        headers.insert(RETRY_AFTER, HeaderValue::from_static("60"));
+        assert_eq!(retry_after(&headers), "60");
+    }
+
+    #[test]
+    fn a_challenge_is_passed_on_and_nothing_else_is() {
+        let mut headers = HeaderMap::new();
+        headers.append(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer realm=\"https://r/token\""));
+        headers.append(WWW_AUTHENTICATE, HeaderValue::from_static("Basic realm=\"r\""));
+        headers.append("set-cookie", HeaderValue::from_static("a=b"));
+        let answer = Problem::refusal(StatusCode::UNAUTHORIZED, &headers).answer(RequestKind::Manifest);
+        assert_eq!(answer.headers().get_all(WWW_AUTHENTICATE).iter().count(), 2);
+        assert!(!answer.headers().contains_key("set-cookie"));
+    }
+}

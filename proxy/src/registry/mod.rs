@@ -1,0 +1,163 @@
+//! The registry mirror that runtimes talk to: HTTP/1.1, the pull side of the OCI distribution spec.
+//!
+//! A request goes [`route`] → [`manifest`] or [`blob`] → back through [`error`] if it failed → [`body`] onto the [`wire`].
+//! [`access`] remembers who may have what; [`connection`] is the life of a connection.
+
+mod access;
+mod blob;
+mod body;
+mod connection;
+mod error;
+mod forward;
+mod manifest;
+mod route;
+mod wire;
+
+use std::future::Future;
+use std::net::IpAddr;
+use std::num::NonZeroUsize;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use arc_swap::ArcSwap;
+use bytes::Bytes;
+use hawker_core::cache::Recheck;
+use hawker_core::digest::Digest;
+use hawker_core::reference::Source;
+use http::header::IF_NONE_MATCH;
+use http::{HeaderMap, HeaderValue, Response};
+use tokio::net::TcpListener;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use self::route::Ask;
+use crate::flight::Flights;
+use crate::metrics::Metrics;
+use crate::origin::Origin;
+use crate::peer::ManifestSource;
+use crate::settings::LiveSettings;
+use crate::store::Store;
+
+/// Questions for whole blobs that are remembered.
+const RECHECKS: NonZeroUsize = NonZeroUsize::new(4096).expect("not zero");
+
+type Answer = Response<body::Payload>;
+
+/// Status, media type and body of a manifest; `None` when there is no seed, or none that answers.
+pub type SeedAnswer<'a> = Pin<Box<dyn Future<Output = Option<(u16, String, Bytes)>> + Send + 'a>>;
+
+/// Asks the seed that a manifest belongs to.
+pub trait SeedManifests: Send + Sync + 'static {
+    /// Asks for the manifest with this digest.
+    fn manifest<'a>(&'a self, source: &'a Source, digest: &'a Digest) -> SeedAnswer<'a>;
+}
+
+/// What a [`Mirror`] works with.
+pub struct MirrorConfig {
+    /// What is on disk.
+    pub store: Store,
+    /// Downloads.
+    pub flights: Flights,
+    /// Upstream registries.
+    pub origin: Origin,
+    /// Where manifests are asked for before the origin is; `None` on a node without peers, and on a seed.
+    pub seeds: Option<Arc<dyn SeedManifests>>,
+    /// Settings that may change.
+    pub live: Arc<ArcSwap<LiveSettings>>,
+    /// Where it counts.
+    pub metrics: Arc<Metrics>,
+}
+
+/// The registry mirror. Cheap to clone.
+#[derive(Clone)]
+pub struct Mirror {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    store: Store,
+    flights: Flights,
+    origin: Origin,
+    seeds: Option<Arc<dyn SeedManifests>>,
+    live: Arc<ArcSwap<LiveSettings>>,
+    metrics: Arc<Metrics>,
+    access: access::Access,
+    fetching: manifest::Fetching,
+    recheck: Mutex<Recheck<IpAddr, Digest>>,
+    /// Held while a blob is hashed again: one at a time.
+    rechecking: tokio::sync::Mutex<()>,
+    started: Instant,
+}
+
+impl Mirror {
+    /// A mirror that knows nothing yet.
+    pub fn new(config: MirrorConfig) -> Self {
+        let MirrorConfig { store, flights, origin, seeds, live, metrics } = config;
+        Self {
+            inner: Arc::new(Inner {
+                store,
+                flights,
+                origin,
+                seeds,
+                live,
+                metrics,
+                access: access::Access::new(),
+                fetching: manifest::Fetching::default(),
+                recheck: Mutex::new(Recheck::new(RECHECKS)),
+                rechecking: tokio::sync::Mutex::new(()),
+                started: Instant::now(),
+            }),
+        }
+    }
+
+    /// Where it counts.
+    #[cfg(test)]
+    fn metrics(&self) -> &Metrics {
+        &self.inner.metrics
+    }
+
+    /// Serves until `stop` is cancelled; then bodies under way may go on for `drain`, and end short after that.
+    pub async fn serve(&self, listener: TcpListener, stop: CancellationToken, drain: Duration) {
+        connection::serve(&self.inner, listener, stop, drain).await;
+    }
+
+    /// A blob that the store has was reported wrong by a peer, or evicted: what was found out about it counts no more.
+    pub fn doubt(&self, task: &Digest) {
+        self.inner.recheck().doubt(task);
+    }
+}
+
+impl ManifestSource for Mirror {
+    fn manifest(
+        &self,
+        source: Source,
+        digest: Digest,
+    ) -> Pin<Box<dyn Future<Output = (u16, String, Bytes)> + Send + '_>> {
+        Box::pin(async move { manifest::for_peer(&self.inner, &source, &digest).await })
+    }
+}
+
+impl Inner {
+    fn recheck(&self) -> MutexGuard<'_, Recheck<IpAddr, Digest>> {
+        self.recheck.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The `ETag` of content with this digest.
+fn etag(digest: &Digest) -> HeaderValue {
+    HeaderValue::try_from(format!("\"{digest}\"")).expect("a quoted digest is a header's value")
+}
+
+/// Whether the client says it has this content already (RFC 9110, 13.1.2).
+fn not_modified(headers: &HeaderMap, digest: &Digest) -> bool {
+    let own = format!("\"{digest}\"");
+    let lines = headers.get_all(IF_NONE_MATCH).iter().filter_map(|line| line.to_str().ok());
+    lines
+        .flat_map(|line| line.split(','))
+        .map(str::trim)
+        .any(|tag| tag == "*" || tag.strip_prefix("W/").unwrap_or(tag) == own)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,213 @@
+//! From a request to who answers it.
+
+use std::net::IpAddr;
+use std::time::Duration;
+
+use hawker_core::reference::{self, Asked};
+use http::header::{AUTHORIZATION, CONTENT_LENGTH, IF_NONE_MATCH, IF_RANGE, RANGE, VIA};
+use http::request::Parts;
+use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
+use tokio::time::timeout;
+
+use super::body::Payload;
+use super::error::Problem;
+use super::forward::{forward, forward_head, with};
+use super::manifest::note_refusal;
+use super::{Answer, Inner, blob, manifest};
+use crate::metrics::RequestKind;
+use crate::origin::{Content, Target};
+
+/// For an answer's head: newer runtimes give up after 30 s, and old ones wait for ever.
+const HEAD: Duration = Duration::from_secs(28);
+
+const OCI_NAMESPACE: HeaderName = HeaderName::from_static("oci-namespace");
+const API_VERSION: HeaderName = HeaderName::from_static("docker-distribution-api-version");
+
+/// A request for something of a repository.
+pub(super) struct Ask {
+    pub(super) method: Method,
+    pub(super) source: reference::Source,
+    pub(super) headers: HeaderMap,
+    pub(super) client: IpAddr,
+}
+
+impl Ask {
+    /// Whether it carries credentials: then it is for the origin alone.
+    pub(super) fn authorized(&self) -> bool {
+        self.headers.contains_key(AUTHORIZATION)
+    }
+
+    /// The request's headers without those that make sense for blobs only.
+    pub(super) fn without_ranges(&self) -> HeaderMap {
+        let mut headers = self.headers.clone();
+        headers.remove(RANGE);
+        headers.remove(IF_RANGE);
+        headers
+    }
+
+    /// The headers to ask the origin for this range of a blob with. Conditions are dropped: they are about our `ETag`.
+    pub(super) fn for_blob(&self, range: Option<&str>) -> HeaderMap {
+        let mut headers = self.without_ranges();
+        headers.remove(IF_NONE_MATCH);
+        if let Some(range) = range.and_then(|range| HeaderValue::from_str(range).ok()) {
+            headers.insert(RANGE, range);
+        }
+        headers
+    }
+}
+
+/// Answers a request, whatever it is.
+pub(super) async fn answer(mirror: &Inner, request: Parts, client: IpAddr) -> Answer {
+    let is_head = request.method == Method::HEAD;
+    let method = request.method.as_str();
+    let asked = reference::parse(method, request.uri.path(), request.uri.query());
+    let kind = asked.as_ref().map_or(RequestKind::Other, kind_of);
+    let named = asked.as_ref().ok().and_then(registry_of).cloned();
+    let answered = match asked {
+        Ok(_) if is_loop(&request.headers, mirror.origin.pseudonym()) => Err(Problem::Loop),
+        Ok(asked) => {
+            timeout(HEAD, dispatch(mirror, request, asked, client)).await.unwrap_or(Err(Problem::Slow))
+        }
+        Err(refused) => Err(refused.into()),
+    };
+    let mut answer = answered.unwrap_or_else(|problem| {
+        tracing::info!(status = problem.status().as_u16(), reason = %problem, "not served");
+        problem.answer(kind)
+    });
+    let headers = answer.headers_mut();
+    headers.insert(API_VERSION, HeaderValue::from_static("registry/2.0"));
+    if let Some(namespace) = named.and_then(|name| HeaderValue::try_from(name).ok()) {
+        headers.insert(OCI_NAMESPACE, namespace);
+    }
+    if is_head {
+        answer = without_body(answer);
+    }
+    tracing::debug!(status = answer.status().as_u16(), "answered");
+    mirror.metrics.request(kind, answer.status().as_u16());
+    answer
+}
+
+fn kind_of(asked: &Asked) -> RequestKind {
+    match asked {
+        Asked::Ping { .. } => RequestKind::Ping,
+        Asked::Content(request) => match request.content {
+            reference::Content::Manifest(_) => RequestKind::Manifest,
+            reference::Content::Blob(_) => RequestKind::Blob,
+            reference::Content::Tags { .. } => RequestKind::Tags,
+            reference::Content::Referrers { .. } => RequestKind::Referrers,
+        },
+    }
+}
+
+fn registry_of(asked: &Asked) -> Option<&String> {
+    match asked {
+        Asked::Ping { registry } => registry.as_ref(),
+        Asked::Content(request) => request.registry.as_ref(),
+    }
+}
+
+/// Whether a request has passed through this daemon before.
+fn is_loop(headers: &HeaderMap, pseudonym: &str) -> bool {
+    let lines = headers.get_all(VIA).iter().filter_map(|line| line.to_str().ok());
+    lines.flat_map(|line| line.split(',')).any(|hop| hop.split_whitespace().nth(1) == Some(pseudonym))
+}
+
+async fn dispatch(mirror: &Inner, request: Parts, asked: Asked, client: IpAddr) -> Result<Answer, Problem> {
+    let default = mirror.live.load().registries.default.clone();
+    let authorized = request.headers.contains_key(AUTHORIZATION);
+    let asked = match asked {
+        Asked::Content(asked) => asked,
+        Asked::Ping { registry } if authorized && (registry.is_some() || default.is_some()) => {
+            let registry = registry.or(default).ok_or(Problem::NoRegistry)?;
+            return ping(mirror, registry, &request.headers).await;
+        }
+        Asked::Ping { .. } => return Ok(pong()),
+    };
+    if asked.registry.is_none() && default.is_none() {
+        return Err(Problem::NoRegistry);
+    }
+    let ask = Ask {
+        method: request.method,
+        source: asked.source(&default.unwrap_or_default()),
+        headers: request.headers,
+        client,
+    };
+    match &asked.content {
+        reference::Content::Manifest(reference) => manifest::manifest(mirror, &ask, reference).await,
+        reference::Content::Blob(digest) => blob::blob(mirror, &ask, digest).await,
+        reference::Content::Tags { .. } => list(mirror, &ask, Content::Tags, &asked).await,
+        reference::Content::Referrers { digest, .. } => {
+            list(mirror, &ask, Content::Referrers(*digest), &asked).await
+        }
+    }
+}
+
+/// The answer to `/v2/`: this mirror speaks the API.
+fn pong() -> Answer {
+    let headers =
+        HeaderMap::from_iter([(http::header::CONTENT_TYPE, HeaderValue::from_static("application/json"))]);
+    with(StatusCode::OK, headers, Payload::Full("{}".into()))
+}
+
+/// `/v2/` with credentials: whether they are good is for the registry to say.
+async fn ping(mirror: &Inner, registry: String, headers: &HeaderMap) -> Result<Answer, Problem> {
+    let source = reference::Source { registry, repository: String::new() };
+    let target = Target { source, content: Content::Ping };
+    forward(mirror.origin.get(&target, headers).await?, &target.source)
+}
+
+/// Tags and referrers, as the origin has them now.
+async fn list(
+    mirror: &Inner,
+    ask: &Ask,
+    content: Content,
+    asked: &reference::Request,
+) -> Result<Answer, Problem> {
+    let target = Target { source: ask.source.clone(), content };
+    let headers = ask.without_ranges();
+    if ask.method == Method::HEAD {
+        return Ok(forward_head(&mirror.origin.head(&target, &headers).await?));
+    }
+    let path = asked.origin_path();
+    let query = path.split_once('?').map(|(_, query)| query);
+    let response = mirror.origin.get_page(&target, query, &headers).await?;
+    if !ask.authorized() {
+        note_refusal(mirror, &ask.source, response.status());
+    }
+    forward(response, &ask.source)
+}
+
+/// The same answer for HEAD: it says how long the body would be.
+fn without_body(mut answer: Answer) -> Answer {
+    if let Some(len) = answer.body().len_bytes().filter(|_| !answer.headers().contains_key(CONTENT_LENGTH))
+        && !matches!(answer.body(), Payload::Empty)
+    {
+        answer.headers_mut().insert(CONTENT_LENGTH, len.into());
+    }
+    *answer.body_mut() = Payload::Empty;
+    answer
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_request_that_passed_here_is_a_loop() {
+        for (lines, is) in [
+            (&[][..], false),
+            (&["1.1 hawker-2"], false),
+            (&["1.1 hawker-1"], true),
+            (&["1.0 fred, 1.1 hawker-1 (node)"], true),
+            (&["1.1 fred", "1.1 hawker-1"], true),
+            (&["1.1 hawker-12"], false),
+            (&["hawker-1"], false),
+        ] {
+            let mut all = HeaderMap::new();
+            for line in lines {
+                all.append(VIA, HeaderValue::from_static(line));
+            }
+            assert_eq!(is_loop(&all, "hawker-1"), is, "{lines:?}");
+        }
+    }
+}

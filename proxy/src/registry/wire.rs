@@ -1,0 +1,263 @@
+//! The socket under a connection: sends memory as it is, and files without copying them.
+//!
+//! hyper wants a body as bytes in memory. A file's bytes are stood in for by slices of [`PHANTOM`], memory that nobody reads
+//! or writes, while the [`Line`] remembers which file they stand for. [`Wire`] knows such a slice by its address and has
+//! the kernel send the file (`sendfile(2)`) in its place. hyper passes slices of a body on uncopied as long as the socket can
+//! write vectors, which `Wire` says it can. A phantom that does not fit what the line remembers ends the connection.
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io::{self, IoSlice};
+use std::num::NonZeroU64;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, Waker, ready};
+use std::time::Duration;
+
+use bytes::Bytes;
+use hyper::rt::{Read, ReadBufCursor, Write};
+use rustix::fs::{Advice, fadvise, sendfile};
+use tokio::io::Interest;
+use tokio::net::TcpStream;
+use tokio::time::Instant;
+
+/// Stands for bytes of files; never read, never written, so it takes no memory.
+static PHANTOM: [u8; 1 << 20] = [0; 1 << 20];
+/// The most that one phantom stands for.
+pub(super) const MAX_SPAN_BYTES: u64 = PHANTOM.len() as u64;
+/// How far ahead of the sending position the kernel is asked to read.
+const READ_AHEAD_BYTES: u64 = 4 << 20;
+/// What one read takes from the socket.
+const READ_BYTES: usize = 8 << 10;
+
+/// For a request's head to come, from its first byte to its last.
+const HEAD: Duration = Duration::from_secs(10);
+/// For a connection to wait for its next request.
+const IDLE: Duration = Duration::from_secs(90);
+/// For a client to take at least one byte of what is sent to it.
+const STALLED: Duration = Duration::from_secs(600);
+
+/// What the parts of one connection tell each other.
+pub(super) struct Line(Mutex<State>);
+
+struct State {
+    /// What the phantoms on their way stand for, in order.
+    spans: VecDeque<Span>,
+    phase: Phase,
+    /// Something of the current response is not sent yet.
+    unsent: bool,
+    /// A body that waits until all is sent.
+    flushed: Option<Waker>,
+    progress: Instant,
+}
+
+struct Span {
+    file: Arc<File>,
+    offset: u64,
+    len: usize,
+}
+
+/// Where a connection stands with its requests.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    /// Between requests.
+    Idle(Instant),
+    /// A request has begun to come, or the connection is new.
+    Head(Instant),
+    /// A request is being answered.
+    Busy,
+}
+
+impl Line {
+    pub(super) fn new() -> Self {
+        let now = Instant::now();
+        let (phase, spans) = (Phase::Head(now), VecDeque::new());
+        Self(Mutex::new(State { spans, phase, unsent: false, flushed: None, progress: now }))
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Bytes of a file, at most [`MAX_SPAN_BYTES`], as what goes into the body for them. They must go there next.
+    pub(super) fn phantom(&self, file: &Arc<File>, offset: u64, len: u64) -> Bytes {
+        if offset / READ_AHEAD_BYTES != (offset + len) / READ_AHEAD_BYTES || offset == 0 {
+            // Only a hint: where it does not work, reading waits for the disk.
+            let _ = fadvise(file, offset + len, NonZeroU64::new(READ_AHEAD_BYTES), Advice::WillNeed);
+        }
+        let phantom = Bytes::from_static(&PHANTOM[..len.min(MAX_SPAN_BYTES) as usize]);
+        self.state().spans.push_back(Span { file: Arc::clone(file), offset, len: phantom.len() });
+        phantom
+    }
+
+    /// A request's head is complete.
+    pub(super) fn begin(&self) {
+        self.state().phase = Phase::Busy;
+    }
+
+    /// Something of the response is about to be sent.
+    pub(super) fn owe(&self) {
+        let mut state = self.state();
+        if !state.unsent {
+            state.unsent = true;
+            state.progress = Instant::now();
+        }
+    }
+
+    /// The response is over, as far as its body goes.
+    pub(super) fn end(&self) {
+        self.state().phase = Phase::Idle(Instant::now());
+    }
+
+    /// Waits until all that was given to the connection is sent: what comes before a failure still arrives.
+    pub(super) fn poll_flushed(&self, cx: &Context<'_>) -> Poll<()> {
+        let mut state = self.state();
+        if !state.unsent {
+            return Poll::Ready(());
+        }
+        state.flushed = Some(cx.waker().clone());
+        Poll::Pending
+    }
+
+    /// Why the connection should be given up at `now`, if it should.
+    pub(super) fn overdue(&self, now: Instant) -> Option<&'static str> {
+        let state = self.state();
+        let longer = |since: Instant, limit: Duration| now.saturating_duration_since(since) > limit;
+        if state.unsent {
+            return longer(state.progress, STALLED).then_some("it took no bytes");
+        }
+        match state.phase {
+            Phase::Busy => None,
+            Phase::Head(began) => longer(began, HEAD).then_some("its request came too slowly"),
+            Phase::Idle(began) => longer(began, IDLE).then_some("it was idle"),
+        }
+    }
+}
+
+/// A client's socket, for hyper.
+pub(super) struct Wire {
+    pub(super) socket: Arc<TcpStream>,
+    pub(super) line: Arc<Line>,
+}
+
+fn is_phantom(slice: &[u8]) -> bool {
+    slice.as_ptr().addr().wrapping_sub(PHANTOM.as_ptr().addr()) < PHANTOM.len()
+}
+
+impl Wire {
+    /// Sends what comes first of `slices`: memory up to the first phantom, or one phantom.
+    fn send(&self, slices: &[IoSlice<'_>]) -> io::Result<usize> {
+        let first = slices.iter().position(|s| !s.is_empty()).unwrap_or(slices.len());
+        let slices = &slices[first..];
+        match slices.first() {
+            None => Ok(0),
+            Some(phantom) if is_phantom(phantom) => self.send_file(phantom.len()),
+            Some(_) => {
+                let memory =
+                    slices.iter().position(|s| !s.is_empty() && is_phantom(s)).unwrap_or(slices.len());
+                self.socket.try_write_vectored(&slices[..memory])
+            }
+        }
+    }
+
+    fn send_file(&self, len: usize) -> io::Result<usize> {
+        let mut state = self.line.state();
+        let Some(span) = state.spans.front_mut().filter(|span| span.len == len) else {
+            return Err(io::Error::other("a body's bytes are out of step with their files"));
+        };
+        let mut offset = span.offset;
+        let sent = self.socket.try_io(Interest::WRITABLE, || {
+            Ok(sendfile(&*self.socket, &*span.file, Some(&mut offset), len)?)
+        })?;
+        if sent == 0 {
+            return Err(io::Error::new(
+                io::ErrorKind::UnexpectedEof,
+                "a file in the store is shorter than it was",
+            ));
+        }
+        span.offset += sent as u64;
+        span.len -= sent;
+        if span.len == 0 {
+            state.spans.pop_front();
+        }
+        Ok(sent)
+    }
+}
+
+impl Write for Wire {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        self.poll_write_vectored(cx, &[IoSlice::new(buf)])
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        slices: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        loop {
+            ready!(self.socket.poll_write_ready(cx))?;
+            match self.send(slices) {
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+                sent => {
+                    self.line.state().progress = Instant::now();
+                    return Poll::Ready(sent);
+                }
+            }
+        }
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+
+    /// Called when nothing is left to write.
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let mut state = self.line.state();
+        state.unsent = false;
+        if let Some(waker) = state.flushed.take() {
+            waker.wake();
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(hang_up(&self.socket))
+    }
+}
+
+/// Sends FIN after what is on its way.
+pub(super) fn hang_up(socket: &TcpStream) -> io::Result<()> {
+    Ok(rustix::net::shutdown(socket, rustix::net::Shutdown::Write)?)
+}
+
+impl Read for Wire {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        mut buf: ReadBufCursor<'_>,
+    ) -> Poll<io::Result<()>> {
+        let mut bytes = [0; READ_BYTES];
+        let room = buf.remaining().min(READ_BYTES);
+        loop {
+            ready!(self.socket.poll_read_ready(cx))?;
+            match self.socket.try_read(&mut bytes[..room]) {
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+                Err(e) => return Poll::Ready(Err(e)),
+                Ok(n) => {
+                    buf.put_slice(&bytes[..n]);
+                    self.line.state().heard(n);
+                    return Poll::Ready(Ok(()));
+                }
+            }
+        }
+    }
+}
+
+impl State {
+    /// The first bytes after a response begin the next request.
+    fn heard(&mut self, bytes: usize) {
+        if bytes > 0 && matches!(self.phase, Phase::Idle(_)) {
+            self.phase = Phase::Head(Instant::now());
+        }
+    }
+}

@@ -1,0 +1,108 @@
+//! What the daemon runs with: resolved and checked. `cli` makes it out of what a person wrote.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use arc_swap::ArcSwap;
+use url::Url;
+
+/// All settings of one node's daemon.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// For people: the host's name unless told otherwise.
+    pub name: String,
+    /// Where this node stands (a zone's name), empty when not told.
+    pub zone: String,
+    /// Identity, members, store.
+    pub data_dir: PathBuf,
+    /// Where runtimes reach the mirror.
+    pub mirror: Vec<SocketAddr>,
+    /// Metrics, health, status.
+    pub admin: SocketAddr,
+    /// Where peers reach this node.
+    pub peer_listen: Vec<SocketAddr>,
+    /// How peers are told to reach this node, `host:port`; empty: the addresses the listener has.
+    pub advertise: Vec<String>,
+    /// Seed mode: fetch from the origin for others and issue piece tables.
+    pub seed: bool,
+    /// Seeds by `host:port`, besides those the scheduler names.
+    pub seeds: Vec<String>,
+    /// Schedulers by `host:port`.
+    pub schedulers: Vec<String>,
+    /// What may be changed while the daemon runs (SIGHUP).
+    pub live: Arc<ArcSwap<LiveSettings>>,
+    /// Room on disk.
+    pub cache: CacheSettings,
+    /// How many pieces are sent at once.
+    pub upload_slots: u32,
+    /// Bytes of pieces in memory at most, receiving and not yet written together.
+    pub memory_bytes: u64,
+    /// How long a download goes on after its last reader left.
+    pub linger: Duration,
+    /// How long bodies may go on after SIGTERM.
+    pub drain: Duration,
+}
+
+/// Settings that SIGHUP reads again.
+#[derive(Clone, Debug, Default)]
+pub struct LiveSettings {
+    /// Bytes a second, `None` for no limit.
+    pub rates: Rates,
+    /// Upstream registries.
+    pub registries: Registries,
+}
+
+/// Host-wide rates, each in bytes a second.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Rates {
+    /// To peers.
+    pub upload: Option<u64>,
+    /// From peers.
+    pub download: Option<u64>,
+    /// From origins.
+    pub origin: Option<u64>,
+}
+
+/// Which registries may be asked, and how each is reached.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Registries {
+    /// The registry of requests that name none.
+    pub default: Option<String>,
+    /// Hosts that `ns` may name: exact, or `*.example.com`. Empty: any whose addresses are public, and all of `known`.
+    pub allow: Vec<String>,
+    /// Registries with settings of their own, by the host that references name.
+    pub known: BTreeMap<String, RegistrySettings>,
+    /// Networks that may be reached though they are loopback, private or link-local: address and prefix length.
+    pub allow_networks: Vec<(IpAddr, u8)>,
+}
+
+/// How one registry is reached.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RegistrySettings {
+    /// Base addresses to try in order: the registry's own, or mirrors of it. `http` is taken as it is: insecure by choice.
+    pub endpoints: Vec<Url>,
+    /// A PEM file of further authorities.
+    pub ca: Option<PathBuf>,
+    /// Accept any certificate. Said in the configuration, never by default.
+    pub insecure: bool,
+}
+
+/// Room on disk.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct CacheSettings {
+    /// Eviction starts when the file system is this full, in percent.
+    pub high_percent: u8,
+    /// Eviction stops when the file system is this full, in percent.
+    pub low_percent: u8,
+    /// Bytes at most, whatever the file system says.
+    pub max_bytes: Option<u64>,
+}
+
+impl Default for CacheSettings {
+    fn default() -> Self {
+        Self { high_percent: 90, low_percent: 80, max_bytes: None }
+    }
+}

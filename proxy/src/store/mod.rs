@@ -1,0 +1,164 @@
+//! Bytes on disk: one file a task, a small index beside it while it is partial, and manifests.
+//!
+//! - [`partial`](Partial): pieces come in, in any order, over any number of restarts
+//! - [`blob`](Blob): committed, leased to readers
+//! - `state`: what is known in memory, claims, eviction, what happens when the disk refuses
+//! - `record`, `layout`, `disk`: the form of the files, their names, the few things done with them
+//! - `recovery`: what is there when the daemon starts
+//!
+//! All methods block on the disk: async code calls them through `spawn_blocking`.
+
+mod blob;
+mod disk;
+mod layout;
+mod manifests;
+mod partial;
+mod record;
+mod recovery;
+mod state;
+#[cfg(test)]
+mod tests;
+
+use std::path::Path;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use hawker_core::digest::Digest;
+use hawker_core::piece::PieceLayout;
+
+pub use self::blob::Blob;
+use self::layout::Layout;
+pub use self::partial::Partial;
+use self::state::{Entry, Inner};
+use crate::settings::CacheSettings;
+
+/// Why the store can't do it. Never the client's fault, and never a reason for a failed pull.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// The disk does not take it: full, no inodes, quota, read-only, EIO. Go on without the disk.
+    #[error("{what}: {source}")]
+    Disk {
+        /// What was tried, with the path.
+        what: String,
+        /// Why it failed.
+        source: std::io::Error,
+    },
+    /// Another download of this task is under way here already, or it is committed.
+    #[error("the task is being written already")]
+    Busy,
+    /// What is on disk is not what it should be.
+    #[error("{0} is rotten")]
+    Rotten(Digest),
+}
+
+/// The store of one daemon. Cheap to clone.
+///
+/// The folder stays locked until all clones, leases and partial tasks are dropped.
+#[derive(Clone)]
+pub struct Store {
+    inner: Arc<Inner>,
+}
+
+impl Store {
+    /// Opens or makes the store in `dir` (`DATA_DIR/store`): finds what is there and removes what a crash left behind.
+    ///
+    /// Pieces of partial tasks that were noted during another boot count again once [`Store::begin`] has hashed them.
+    /// An error when the folder can't be made or read, or when another daemon uses it.
+    pub fn open(dir: &Path, settings: CacheSettings) -> Result<Self, StoreError> {
+        Ok(Self { inner: Arc::new(Self::open_in_boot(dir, settings, state::boot_id())?) })
+    }
+
+    fn open_in_boot(dir: &Path, settings: CacheSettings, boot_id: String) -> Result<Inner, StoreError> {
+        let layout = Layout::new(dir);
+        recovery::make_folders(&layout)?;
+        let lock = recovery::lock(&layout)?;
+        let state = recovery::scan(&layout, &boot_id);
+        Ok(Inner::new(layout, boot_id, settings, state, lock))
+    }
+
+    /// A committed blob, leased: it is not evicted while the lease lives. Blocking.
+    ///
+    /// One whose file or table is not whole is deleted and counts as not there.
+    pub fn committed(&self, task: &Digest) -> Option<Blob> {
+        blob::open(&self.inner, task)
+    }
+
+    /// Whether it is committed; no lease, no touch.
+    pub fn has(&self, task: &Digest) -> bool {
+        matches!(self.inner.state().tasks.get(task), Some(Entry::Blob { .. }))
+    }
+
+    /// All that is held, for announcing: digest, size, pieces held, whether committed.
+    pub fn holdings(&self) -> Vec<(Digest, u64, u32, bool)> {
+        let state = self.inner.state();
+        let holding = |(task, entry): (&Digest, &Entry)| match entry {
+            Entry::Blob { size_bytes, .. } => {
+                (*task, *size_bytes, PieceLayout::new(*size_bytes).count(), true)
+            }
+            Entry::Partial { size_bytes, pieces, .. } => (*task, *size_bytes, *pieces, false),
+        };
+        state.tasks.iter().map(holding).collect()
+    }
+
+    /// A partial task: what is on disk of it, or a new empty one, leased. `size_bytes` must be what it was: what is on disk
+    /// of another size is thrown away. Blocking.
+    ///
+    /// [`StoreError::Busy`] while it is begun already, or when it is committed; [`StoreError::Disk`] when it can't be kept.
+    pub fn begin(&self, task: &Digest, size_bytes: u64) -> Result<Partial, StoreError> {
+        partial::begin(&self.inner, task, size_bytes)
+    }
+
+    /// Size of a partial task on disk, if there is one.
+    pub fn partial_size(&self, task: &Digest) -> Option<u64> {
+        match self.inner.state().tasks.get(task) {
+            Some(Entry::Partial { size_bytes, .. }) => Some(*size_bytes),
+            _ => None,
+        }
+    }
+
+    /// Hashes a committed blob again and evicts it if rotten; `true` when it was right. Blocking.
+    pub fn recheck(&self, task: &Digest) -> Result<bool, StoreError> {
+        blob::recheck(&self.inner, task)
+    }
+
+    /// Puts a manifest in the cache, under its digest. Blocking.
+    pub fn put_manifest(&self, digest: &Digest, media_type: &str, body: &Bytes) -> Result<(), StoreError> {
+        manifests::put(&self.inner, digest, media_type, body)
+    }
+
+    /// A cached manifest: media type and body, which hashes to `digest`. Blocking.
+    pub fn manifest(&self, digest: &Digest) -> Option<(String, Bytes)> {
+        manifests::get(&self.inner, digest)
+    }
+
+    /// Evicts down to the low watermark if the high one is passed. Blocking; called every few seconds.
+    ///
+    /// The tasks that went since the last call, for whatever reason, and did not come back: nobody should ask for them here.
+    pub fn evict(&self) -> Vec<Digest> {
+        self.inner.make_room(0);
+        self.inner.take_gone()
+    }
+
+    /// Whether more should go than could: what is leased stays. Blocking.
+    pub fn is_crowded(&self) -> bool {
+        self.inner.excess_bytes() > 0
+    }
+
+    /// For people.
+    pub fn usage(&self) -> Usage {
+        self.inner.usage()
+    }
+}
+
+/// How full the store is.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Usage {
+    /// Committed blobs.
+    pub blobs: u64,
+    /// Partial tasks.
+    pub partials: u64,
+    /// Bytes of both.
+    pub bytes: u64,
+    /// Whether writing failed lately: nothing is cached until it works again.
+    pub degraded: bool,
+}

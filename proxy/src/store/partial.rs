@@ -1,0 +1,419 @@
+//! Partial tasks: a sparse file as long as the blob will be, and an index that says which of its pieces count.
+//!
+//! A piece is noted after it is written, so what the index says after kill -9 is there. What it says after a power failure
+//! may not be: the boot id in it tells, and then each noted piece is hashed again.
+
+use std::fs::File;
+use std::io::{self, ErrorKind};
+use std::os::unix::fs::FileExt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use hawker_core::digest::{Chain, Digest};
+use hawker_core::piece::{PieceIndex, PieceLayout, PieceSet, PieceTable};
+
+use super::blob::{self, Blob, MAX_INDEX_BYTES};
+use super::record::{self, Contents, Header};
+use super::state::{Entry, Inner, Key, leave};
+use super::{StoreError, disk};
+
+/// A partial task under lease. Cheap to clone; all methods that write are blocking.
+///
+/// Dropping the last clone leaves it on disk, to go on from later, or to be evicted.
+#[derive(Clone)]
+pub struct Partial {
+    inner: Arc<Shared>,
+}
+
+struct Shared {
+    store: Arc<Inner>,
+    task: Digest,
+    layout: PieceLayout,
+    file: Arc<File>,
+    begun_with: (PieceSet, PieceTable),
+    /// Held over writes of pieces: the kernel lets one writer into a file at a time, and the others would spin on its lock.
+    writing: Mutex<()>,
+    /// Held over appends to the index, which are short and must not mix.
+    index: Mutex<Index>,
+}
+
+/// Bytes a write: longer ones make the kernel look for folios of their size, which was measured to cost up to four times the CPU.
+const WRITE_BYTES: usize = 128 << 10;
+
+fn write_at(file: &File, data: &[u8], start: u64) -> io::Result<()> {
+    let mut at = start;
+    data.chunks(WRITE_BYTES).try_for_each(|chunk| {
+        file.write_all_at(chunk, at)?;
+        at += chunk.len() as u64;
+        Ok(())
+    })
+}
+
+struct Index {
+    file: File,
+    /// Where the next record goes.
+    end: u64,
+    /// An append failed and may have left bytes after `end`.
+    torn: bool,
+    held: PieceSet,
+    table: PieceTable,
+    /// Committed or thrown away: nothing is written any more.
+    finished: bool,
+}
+
+impl Index {
+    fn append(&mut self, store: &Inner, path: &str, records: &[u8]) -> Result<(), StoreError> {
+        let (file, end) = (&self.file, self.end);
+        // Bytes of a torn record after a shorter one that follows could read as a record of their own.
+        let was_torn = std::mem::replace(&mut self.torn, true);
+        store.write(
+            || format!("noting in {path}"),
+            records.len() as u64,
+            || {
+                if was_torn {
+                    file.set_len(end)?;
+                }
+                file.write_all_at(records, end)
+            },
+        )?;
+        self.torn = false;
+        self.end += records.len() as u64;
+        Ok(())
+    }
+}
+
+impl Partial {
+    /// The file, for reading pieces that are held.
+    pub fn file(&self) -> Arc<File> {
+        Arc::clone(&self.inner.file)
+    }
+
+    /// The pieces on disk when the task was begun.
+    pub fn held(&self) -> PieceSet {
+        self.inner.begun_with.0.clone()
+    }
+
+    /// The table on disk when the task was begun.
+    pub fn table(&self) -> PieceTable {
+        self.inner.begun_with.1.clone()
+    }
+
+    /// Writes a verified piece and notes it in the index.
+    pub fn write(&self, piece: PieceIndex, data: &[u8]) -> Result<(), StoreError> {
+        let Shared { store, task, layout, file, .. } = &*self.inner;
+        let range = layout.range(piece);
+        let what = || format!("writing piece {piece} of {}", store.layout.partial(task).display());
+        if range.is_empty() || range.end - range.start != data.len() as u64 {
+            return Err(misuse(what(), "the piece has another length"));
+        }
+        if self.inner.skips(piece) {
+            return Ok(());
+        }
+        {
+            let _one = self.inner.writing.lock().unwrap_or_else(PoisonError::into_inner);
+            store.write(what, data.len() as u64, || write_at(file, data, range.start))?;
+        }
+        let mut index = self.inner.index();
+        if index.finished || index.held.contains(piece) {
+            return Ok(());
+        }
+        index.append(store, &self.inner.index_path(), &record::piece(piece))?;
+        index.held.insert(piece);
+        self.inner.weigh(&index.held);
+        Ok(())
+    }
+
+    /// Notes new values of the table, or a new statement, in the index.
+    pub fn keep_table(&self, table: &PieceTable) -> Result<(), StoreError> {
+        let Shared { store, task, .. } = &*self.inner;
+        let mut index = self.inner.index();
+        if index.finished {
+            return Ok(());
+        }
+        let known = index.table.values().len();
+        let mut newer = index.table.clone();
+        let grew = newer
+            .extend(0, table.values(), table.signed().cloned())
+            .map_err(|_| StoreError::Rotten(*task))?;
+        if !grew {
+            return Ok(());
+        }
+        let new_statement = newer.signed() != index.table.signed();
+        index.append(store, &self.inner.index_path(), &record::table(&newer, known, new_statement))?;
+        index.table = newer;
+        Ok(())
+    }
+
+    /// All pieces are held and match: fsync, rename, fsync of the folder.
+    ///
+    /// When the data can't be made durable, the task is thrown away: nobody knows then what the disk has of it.
+    pub fn commit(&self, table: &PieceTable) -> Result<Blob, StoreError> {
+        let Shared { store, task, file, .. } = &*self.inner;
+        let _claim = store.claim(task)?;
+        self.inner.check_complete(table)?;
+        if let Err(source) = store.injected_fault().and_then(|()| file.sync_all()) {
+            let error =
+                store.failed(format!("making {} durable", store.layout.partial(task).display()), source);
+            self.inner.throw_away()?;
+            return Err(error);
+        }
+        blob::write_table(store, table)?;
+        blob::move_in(store, task)?;
+        self.inner.index().finished = true;
+        match disk::sync_folder(&store.layout.shard(task)) {
+            Ok(()) => leave(&store.layout.index(task)),
+            // The file may be found under its old name after a crash, and then the index beside it is needed.
+            Err(source) => {
+                let shard = store.layout.shard(task);
+                drop(store.failed(format!("making the names in {} durable", shard.display()), source));
+            }
+        }
+        Ok(blob::enter(store, Arc::clone(file), table))
+    }
+
+    /// Throws everything away: the table was poisoned.
+    pub fn discard(&self) -> Result<(), StoreError> {
+        let _claim = self.inner.store.claim(&self.inner.task)?;
+        self.inner.throw_away()
+    }
+}
+
+impl Shared {
+    fn index(&self) -> MutexGuard<'_, Index> {
+        self.index.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn index_path(&self) -> String {
+        self.store.layout.index(&self.task).display().to_string()
+    }
+
+    fn skips(&self, piece: PieceIndex) -> bool {
+        let index = self.index();
+        index.finished || index.held.contains(piece)
+    }
+
+    /// Tells the cache what the pieces that are held take. Called with the index locked: it can't be finished meanwhile.
+    fn weigh(&self, held: &PieceSet) {
+        let now = self.store.now();
+        let mut state = self.store.state();
+        if let Some(Entry::Partial { pieces, held_bytes, .. }) = state.tasks.get_mut(&self.task) {
+            *pieces = held.len();
+            *held_bytes = bytes_of(self.layout, held);
+            let bytes = *held_bytes;
+            state.cache.insert(Key::Task(self.task), bytes, now);
+        }
+    }
+
+    fn check_complete(&self, table: &PieceTable) -> Result<(), StoreError> {
+        let what = || format!("committing {}", self.store.layout.partial(&self.task).display());
+        let index = self.index();
+        if index.finished {
+            return Err(misuse(what(), "it is committed or thrown away already"));
+        }
+        if !index.held.is_full() || table.values().len() != table.full_count() as usize {
+            return Err(misuse(what(), "pieces are missing"));
+        }
+        let empty = self.layout.count() == 0;
+        let rotten = table.task() != &self.task
+            || table.layout() != self.layout
+            || !table.values().starts_with(index.table.values())
+            || (empty && Chain::new(self.task.algorithm()).finish() != self.task);
+        if rotten { Err(StoreError::Rotten(self.task)) } else { Ok(()) }
+    }
+
+    /// The caller holds a claim.
+    fn throw_away(&self) -> Result<(), StoreError> {
+        let Self { store, task, .. } = self;
+        if std::mem::replace(&mut self.index().finished, true) {
+            return Ok(());
+        }
+        store.state().forget(task);
+        let path = store.layout.partial(task);
+        store
+            .delete_partial(task)
+            .map_err(|source| store.failed(format!("deleting {}", path.display()), source))
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        let finished = self.index().finished;
+        let mut state = self.store.state();
+        state.cache.release(&Key::Task(self.task));
+        if !finished && let Some(Entry::Partial { open, .. }) = state.tasks.get_mut(&self.task) {
+            *open = false;
+        }
+    }
+}
+
+/// The caller did what it must not. It goes on without the disk, as after any other failure.
+fn misuse(what: String, why: &'static str) -> StoreError {
+    StoreError::Disk { what, source: io::Error::new(ErrorKind::InvalidInput, why) }
+}
+
+/// Bytes of the pieces in `held`.
+pub(super) fn bytes_of(layout: PieceLayout, held: &PieceSet) -> u64 {
+    if held.is_full() { layout.size_bytes() } else { held.iter().map(|piece| layout.len_bytes(piece)).sum() }
+}
+
+/// Goes on with the partial task on disk, or begins a new one.
+pub(super) fn begin(store: &Arc<Inner>, task: &Digest, size_bytes: u64) -> Result<Partial, StoreError> {
+    store.refuse_while_degraded()?;
+    if size_bytes > record::MAX_BLOB_BYTES {
+        let what = format!("beginning {task} of {size_bytes} bytes");
+        return Err(StoreError::Disk { what, source: ErrorKind::FileTooLarge.into() });
+    }
+    known_partial(store, task)?;
+    let claim = store.claim(task)?;
+    let known = known_partial(store, task)?;
+    let left_bytes = size_bytes.saturating_sub(known.map_or(0, |(_, held_bytes)| held_bytes));
+    store.refuse_what_never_fits(task, left_bytes)?;
+    let resumed = match known {
+        Some((size, _)) if size == size_bytes => resume(store, task, size_bytes)?,
+        Some((size, _)) => {
+            tracing::warn!(%task, size, size_bytes, "a partial task had another size and is begun anew");
+            None
+        }
+        None => None,
+    };
+    let (file, index) = match resumed {
+        Some(both) => both,
+        None => create(store, task, size_bytes)?,
+    };
+    let partial = enter(store, task, PieceLayout::new(size_bytes), file, index);
+    drop(claim);
+    Ok(partial)
+}
+
+/// Size and bytes of a partial task that nobody has open.
+fn known_partial(store: &Inner, task: &Digest) -> Result<Option<(u64, u64)>, StoreError> {
+    match store.state().tasks.get(task) {
+        None => Ok(None),
+        Some(Entry::Partial { size_bytes, held_bytes, open: false, .. }) => {
+            Ok(Some((*size_bytes, *held_bytes)))
+        }
+        Some(_) => Err(StoreError::Busy),
+    }
+}
+
+fn enter(store: &Arc<Inner>, task: &Digest, layout: PieceLayout, file: File, index: Index) -> Partial {
+    let held_bytes = bytes_of(layout, &index.held);
+    let entry =
+        Entry::Partial { size_bytes: layout.size_bytes(), pieces: index.held.len(), held_bytes, open: true };
+    let now = store.now();
+    let mut state = store.state();
+    state.tasks.insert(*task, entry);
+    state.cache.insert(Key::Task(*task), held_bytes, now);
+    state.cache.lease(&Key::Task(*task), now);
+    drop(state);
+    let shared = Shared {
+        store: Arc::clone(store),
+        task: *task,
+        layout,
+        file: Arc::new(file),
+        begun_with: (index.held.clone(), index.table.clone()),
+        writing: Mutex::default(),
+        index: Mutex::new(index),
+    };
+    Partial { inner: Arc::new(shared) }
+}
+
+fn about(store: &Inner, task: &Digest, size_bytes: u64) -> Header {
+    Header { digest: *task, size_bytes, boot_id: store.boot_id.clone() }
+}
+
+fn create(store: &Inner, task: &Digest, size_bytes: u64) -> Result<(File, Index), StoreError> {
+    let (path, index_path) = (store.layout.partial(task), store.layout.index(task));
+    let head = record::header(&about(store, task, size_bytes));
+    let made = store.write(
+        || format!("beginning {}", path.display()),
+        0,
+        || {
+            // The old index goes first: it must not speak for the new file.
+            disk::remove(&index_path)?;
+            let file = disk::create(&path)?;
+            file.set_len(size_bytes)?;
+            let index = disk::create(&index_path)?;
+            index.write_all_at(&head, 0)?;
+            Ok((file, index))
+        },
+    );
+    let (file, index) = made.inspect_err(|_| {
+        leave(&index_path);
+        leave(&path);
+        store.state().forget(task);
+    })?;
+    let layout = PieceLayout::new(size_bytes);
+    let index = Index {
+        file: index,
+        end: head.len() as u64,
+        torn: false,
+        held: PieceSet::empty(layout.count()),
+        table: PieceTable::new(*task, layout),
+        finished: false,
+    };
+    Ok((file, index))
+}
+
+/// What an index says, if it and its data file are those of `task`; else why not.
+pub(super) fn read_index(data: &File, raw: &[u8], task: &Digest) -> Result<Contents, String> {
+    let contents = record::read(raw).map_err(|why| format!("its index can't be read: {why}"))?;
+    let actual_bytes = data.metadata().map_err(|e| e.to_string())?.len();
+    if contents.header.digest != *task || contents.header.size_bytes != actual_bytes {
+        return Err("its index is about something else".to_owned());
+    }
+    Ok(contents)
+}
+
+/// Opens what is on disk; `None` when it is of no use.
+fn resume(store: &Inner, task: &Digest, size_bytes: u64) -> Result<Option<(File, Index)>, StoreError> {
+    match try_resume(store, task, size_bytes) {
+        Ok(Ok(both)) => Ok(Some(both)),
+        Ok(Err(why)) => {
+            tracing::warn!(%task, "a partial task is begun anew: {why}");
+            Ok(None)
+        }
+        Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
+        Err(source) => {
+            Err(store.failed(format!("going on with {}", store.layout.partial(task).display()), source))
+        }
+    }
+}
+
+fn try_resume(store: &Inner, task: &Digest, size_bytes: u64) -> io::Result<Result<(File, Index), String>> {
+    let path = store.layout.index(task);
+    let file = disk::open(&store.layout.partial(task))?;
+    let raw = disk::read_whole(&path, MAX_INDEX_BYTES)?;
+    let mut contents = match read_index(&file, &raw, task) {
+        Ok(contents) if contents.header.size_bytes == size_bytes => contents,
+        Ok(_) => return Ok(Err("it has another size".to_owned())),
+        Err(why) => return Ok(Err(why)),
+    };
+    let mut end = contents.whole_bytes as u64;
+    let same_boot = contents.header.boot_id == store.boot_id;
+    if !same_boot {
+        keep_what_is_right(&file, &mut contents);
+    }
+    if contents.drop_unverifiable() || !same_boot {
+        let verified = record::index(&about(store, task, size_bytes), &contents.table, &contents.held);
+        disk::replace(&path, &verified)?;
+        end = verified.len() as u64;
+    }
+    let index_file = disk::open(&path)?;
+    index_file.set_len(end)?;
+    let Contents { held, table, .. } = contents;
+    Ok(Ok((file, Index { file: index_file, end, torn: false, held, table, finished: false })))
+}
+
+/// Hashes the noted pieces again, and takes out what does not match, can't be read, or can't be verified.
+fn keep_what_is_right(file: &File, contents: &mut Contents) {
+    let noted: Vec<_> = contents.held.iter().collect();
+    for piece in &noted {
+        if !disk::piece_is_right(file, &contents.table, *piece).unwrap_or(false) {
+            contents.held.remove(*piece);
+        }
+    }
+    tracing::info!(
+        task = %contents.header.digest, noted = noted.len(), right = contents.held.len(),
+        "verified a partial task again after a reboot"
+    );
+}

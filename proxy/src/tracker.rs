@@ -1,0 +1,158 @@
+//! The schedulers' streams, and the list of members that outlives them.
+//!
+//! What is to be said is kept as state, not as a queue (`outbox`): what is still wanted, the latest of each holding. So
+//! nothing piles up while no scheduler is there, and a new stream starts with the whole. `session` runs one stream after
+//! another to one scheduler; `renewal` keeps the certificate fresh.
+//!
+//! Wants and reports go to the scheduler that rendezvous hashing names for the task among those connected; holdings go to
+//! all, so that a task finds its holders whoever tracks it.
+//!
+//! What is dropped: reports while no scheduler is connected or when too many wait; wants beyond [`MAX_WANTS`].
+
+mod outbox;
+mod renewal;
+mod session;
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+pub use hawker_api::convert::Member;
+use hawker_api::identity::Identity;
+use hawker_core::digest::Digest;
+use hawker_core::piece::PeerId;
+use hawker_core::reference::Source;
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+pub use outbox::MAX_WANTS;
+use outbox::Outboxes;
+
+/// What a scheduler says.
+#[derive(Clone, Debug)]
+pub enum TrackerEvent {
+    /// Seeds and schedulers, the whole list. Also sent at start, from the disk.
+    Members(Vec<Member>),
+    /// Whom to fetch a task from.
+    Parents {
+        /// The task.
+        task: Digest,
+        /// The parents.
+        parents: Vec<Member>,
+        /// Whose table counts although it is no seed's.
+        issuer: Option<PeerId>,
+        /// This node is elected to read it from the origin and issue the table.
+        fetch_from_origin: bool,
+    },
+    /// Members that nobody fetches from, the whole list.
+    Isolated(Vec<PeerId>),
+}
+
+/// What became of a parent, for the scheduler.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum ReportKind {
+    /// It sent bytes that do not match the table.
+    WrongBytes,
+    /// It stopped sending.
+    Stalled,
+    /// It could not be reached or broke off.
+    Failed,
+    /// It served this many bytes since the last report.
+    Served(u64),
+}
+
+/// What a peer holds of a task.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Holding {
+    /// The task.
+    pub task: Digest,
+    /// Its size.
+    pub size_bytes: u64,
+    /// Pieces offered; 0: none any more.
+    pub pieces: u32,
+    /// Committed.
+    pub complete: bool,
+}
+
+/// How to run the [`Tracker`].
+pub struct TrackerConfig {
+    /// Who we are.
+    pub identity: Identity,
+    /// For people.
+    pub name: String,
+    /// Where we stand.
+    pub zone: String,
+    /// How others reach us.
+    pub addresses: Vec<String>,
+    /// Pieces sent at once.
+    pub upload_slots: u32,
+    /// Bytes a second, 0 when not limited.
+    pub upload_rate_bytes: u64,
+    /// Schedulers by `host:port`, besides those in the member list.
+    pub schedulers: Vec<String>,
+    /// Where the member list is kept.
+    pub members_file: PathBuf,
+    /// All that this node holds, asked at each new stream.
+    pub holdings: Arc<dyn Fn() -> Vec<Holding> + Send + Sync>,
+    /// Where events go.
+    pub events: mpsc::Sender<TrackerEvent>,
+}
+
+/// The streams to the schedulers: each task is tracked by the one that rendezvous hashing names. Cheap to clone; the streams
+/// end when the last clone is dropped.
+#[derive(Clone)]
+pub struct Tracker {
+    shared: Arc<Shared>,
+    _stop: Arc<tokio_util::sync::DropGuard>,
+}
+
+/// What the streams' tasks and the tracker share.
+struct Shared {
+    config: TrackerConfig,
+    outboxes: Mutex<Outboxes>,
+}
+
+impl Shared {
+    /// Held for moments only, never across an await.
+    fn outboxes(&self) -> MutexGuard<'_, Outboxes> {
+        self.outboxes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Tracker {
+    /// Connects, and connects again for ever with growing waits. The first event is the member list from the disk. A renewed
+    /// certificate is saved into `identity/` beside the members file.
+    ///
+    /// Must be called within a Tokio runtime.
+    pub fn start(config: TrackerConfig) -> Self {
+        let stop = CancellationToken::new();
+        let shared = Arc::new(Shared { config, outboxes: Mutex::default() });
+        tokio::spawn(stop.clone().run_until_cancelled_owned(session::keep_all(Arc::clone(&shared))));
+        tokio::spawn(stop.clone().run_until_cancelled_owned(renewal::keep_fresh(Arc::clone(&shared))));
+        Self { shared, _stop: Arc::new(stop.drop_guard()) }
+    }
+
+    /// Asks for parents.
+    pub fn want(&self, task: &Digest, size_bytes: Option<u64>, source: &Source, again: bool) {
+        self.shared.outboxes().want(task, size_bytes, source, again);
+    }
+
+    /// No longer fetching it.
+    pub fn forget(&self, task: &Digest) {
+        self.shared.outboxes().forget(task);
+    }
+
+    /// What is held of one task has changed; sent at most once a second.
+    pub fn holding(&self, holding: Holding) {
+        self.shared.outboxes().holding(&holding);
+    }
+
+    /// What became of a parent; sent batched.
+    pub fn report(&self, peer: PeerId, task: &Digest, kind: ReportKind) {
+        self.shared.outboxes().report(peer, task, kind);
+    }
+
+    /// Schedulers with a live stream, by address.
+    pub fn connected(&self) -> Vec<String> {
+        self.shared.outboxes().connected()
+    }
+}

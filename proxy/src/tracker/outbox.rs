@@ -1,0 +1,424 @@
+//! What is still to be said to which scheduler. No I/O and no clock: the sessions take from here what they send.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use hawker_api::convert::{self, Member};
+use hawker_api::v1;
+use hawker_api::v1::report::Kind;
+use hawker_core::digest::Digest;
+use hawker_core::piece::PeerId;
+use hawker_core::reference::Source;
+use hawker_core::rendezvous;
+use tokio::sync::Notify;
+use tracing::debug;
+
+use super::{Holding, ReportKind};
+
+/// Tasks wanted at a time: as many as a scheduler keeps of one peer. Beyond that a task is fetched without a scheduler.
+pub const MAX_WANTS: usize = 4096;
+/// Changed holdings that wait for one scheduler; beyond that everything is announced afresh instead.
+const MAX_HOLDINGS: usize = 16_384;
+/// Reports that wait for one scheduler; beyond that they are dropped: they are many, and each says little.
+const MAX_REPORTS: usize = 1024;
+
+/// What all schedulers are still to be told, and what they told last.
+#[derive(Default)]
+pub(super) struct Outboxes {
+    wants: BTreeMap<Digest, Want>,
+    sessions: BTreeMap<PeerId, Outbox>,
+    /// Members as each scheduler told them last; under `None` those from the disk.
+    members: BTreeMap<Option<PeerId>, Vec<Member>>,
+    isolated: BTreeMap<PeerId, Vec<PeerId>>,
+}
+
+struct Want {
+    size_bytes: Option<u64>,
+    source: Source,
+    again: bool,
+    /// Which scheduler knows of it.
+    asked: Option<PeerId>,
+}
+
+/// What one scheduler is still to be told.
+struct Outbox {
+    address: String,
+    wake: Arc<Notify>,
+    wants: BTreeSet<Digest>,
+    forgets: BTreeSet<Digest>,
+    /// The latest of each that changed; `None`: all are to be announced.
+    holdings: Option<BTreeMap<Digest, Holding>>,
+    /// Bytes by peer, task and kind: a stall said twice is one stall.
+    reports: BTreeMap<(PeerId, Digest, i32), u64>,
+}
+
+/// Holdings to send.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Announcement {
+    /// Ask the node for everything.
+    All,
+    /// These have changed.
+    Changes(Vec<Holding>),
+}
+
+impl Outboxes {
+    pub(super) fn want(&mut self, task: &Digest, size_bytes: Option<u64>, source: &Source, again: bool) {
+        if self.wants.len() >= MAX_WANTS && !self.wants.contains_key(task) {
+            debug!(%task, "too many tasks are wanted; this one is fetched without a scheduler");
+            return;
+        }
+        let asked = self.owner(task);
+        let source = source.clone();
+        self.wants.insert(*task, Want { size_bytes, source, again, asked });
+        self.ask(asked, task);
+    }
+
+    pub(super) fn forget(&mut self, task: &Digest) {
+        let asked = self.wants.remove(task).and_then(|want| want.asked);
+        self.withdraw(asked, task);
+    }
+
+    pub(super) fn holding(&mut self, holding: &Holding) {
+        for outbox in self.sessions.values_mut() {
+            if let Some(changes) = &mut outbox.holdings {
+                changes.insert(holding.task, holding.clone());
+                if changes.len() > MAX_HOLDINGS {
+                    outbox.holdings = None;
+                }
+            }
+            outbox.wake.notify_one();
+        }
+    }
+
+    pub(super) fn report(&mut self, peer: PeerId, task: &Digest, kind: ReportKind) {
+        let (kind, bytes) = match kind {
+            ReportKind::WrongBytes => (Kind::WrongBytes, 0),
+            ReportKind::Stalled => (Kind::Stalled, 0),
+            ReportKind::Failed => (Kind::Failed, 0),
+            ReportKind::Served(bytes) => (Kind::Served, bytes),
+        };
+        let Some(owner) = self.owner(task) else { return };
+        let Some(outbox) = self.sessions.get_mut(&owner) else { return };
+        let key = (peer, *task, i32::from(kind));
+        if outbox.reports.len() < MAX_REPORTS || outbox.reports.contains_key(&key) {
+            let sum = outbox.reports.entry(key).or_default();
+            *sum = sum.saturating_add(bytes);
+            outbox.wake.notify_one();
+        }
+    }
+
+    /// Addresses of the connected, ascending.
+    pub(super) fn connected(&self) -> Vec<String> {
+        let mut addresses: Vec<String> =
+            self.sessions.values().map(|outbox| outbox.address.clone()).collect();
+        addresses.sort_unstable();
+        addresses
+    }
+
+    pub(super) fn is_connected(&self, scheduler: PeerId) -> bool {
+        self.sessions.contains_key(&scheduler)
+    }
+
+    /// A stream to this scheduler has begun; what wakes it when there is something to say. `None`: it has one already.
+    pub(super) fn open(&mut self, scheduler: PeerId, address: &str) -> Option<Arc<Notify>> {
+        if self.is_connected(scheduler) {
+            return None;
+        }
+        let wake = Arc::new(Notify::new());
+        let outbox = Outbox {
+            address: address.to_owned(),
+            wake: Arc::clone(&wake),
+            wants: BTreeSet::new(),
+            forgets: BTreeSet::new(),
+            holdings: None,
+            reports: BTreeMap::new(),
+        };
+        self.sessions.insert(scheduler, outbox);
+        self.reassign();
+        Some(wake)
+    }
+
+    pub(super) fn close(&mut self, scheduler: PeerId) {
+        self.sessions.remove(&scheduler);
+        self.reassign();
+    }
+
+    /// Wants and forgets that this scheduler is to be told now.
+    pub(super) fn take_questions(&mut self, scheduler: PeerId) -> Vec<v1::from_peer::Event> {
+        let Some(outbox) = self.sessions.get_mut(&scheduler) else { return Vec::new() };
+        // First what is held of it, which is said more rarely: else the scheduler would know neither a holder nor a fetcher.
+        let holdings = outbox.holdings.as_ref();
+        let untold = |task: &Digest| holdings.is_some_and(|changes| changes.contains_key(task));
+        let (later, forgets) = std::mem::take(&mut outbox.forgets).into_iter().partition(untold);
+        outbox.forgets = later;
+        let forgets: BTreeSet<Digest> = forgets;
+        let forgets = forgets
+            .into_iter()
+            .map(|task| v1::from_peer::Event::Forget(v1::Forget { task: task.to_string() }));
+        let mut questions: Vec<_> = forgets.collect();
+        for task in std::mem::take(&mut outbox.wants) {
+            let Some(want) = self.wants.get_mut(&task) else { continue };
+            questions.push(v1::from_peer::Event::Want(v1::Want {
+                task: task.to_string(),
+                size_bytes: want.size_bytes.unwrap_or(0),
+                source: Some(convert::source(&want.source)),
+                // Said once: to a scheduler that starts afresh it is a first question.
+                again: std::mem::take(&mut want.again),
+            }));
+        }
+        questions
+    }
+
+    /// Whether holdings or reports wait for this scheduler.
+    pub(super) fn has_news(&self, scheduler: PeerId) -> bool {
+        let has_news = |outbox: &Outbox| {
+            !outbox.reports.is_empty() || outbox.holdings.as_ref().is_none_or(|changes| !changes.is_empty())
+        };
+        self.sessions.get(&scheduler).is_some_and(has_news)
+    }
+
+    /// Changed holdings, and reports, that this scheduler is to be told.
+    pub(super) fn take_news(&mut self, scheduler: PeerId) -> (Announcement, Vec<v1::Report>) {
+        let Some(outbox) = self.sessions.get_mut(&scheduler) else {
+            return (Announcement::Changes(Vec::new()), Vec::new());
+        };
+        let announcement = match outbox.holdings.replace(BTreeMap::new()) {
+            None => Announcement::All,
+            Some(changes) => Announcement::Changes(changes.into_values().collect()),
+        };
+        let report = |((peer, task, kind), bytes): ((PeerId, Digest, i32), u64)| v1::Report {
+            peer_id: peer.0.to_vec(),
+            task: task.to_string(),
+            kind,
+            bytes,
+        };
+        (announcement, std::mem::take(&mut outbox.reports).into_iter().map(report).collect())
+    }
+
+    /// Notes the members that a scheduler told (`None`: the disk). Everybody, if that changes anything.
+    pub(super) fn heard_members(
+        &mut self,
+        from: Option<PeerId>,
+        members: Vec<Member>,
+    ) -> Option<Vec<Member>> {
+        let before = self.members();
+        self.members.insert(from, members);
+        if from.is_some() {
+            // The live know better than the dead and the disk.
+            let sessions = &self.sessions;
+            self.members.retain(|from, _| from.is_some_and(|scheduler| sessions.contains_key(&scheduler)));
+        }
+        let now = self.members();
+        (now != before).then_some(now)
+    }
+
+    /// Seeds and schedulers, each once.
+    pub(super) fn members(&self) -> Vec<Member> {
+        let all = self.members.values().flatten().map(|member| (member.peer, member.clone()));
+        all.collect::<BTreeMap<_, _>>().into_values().collect()
+    }
+
+    /// Notes who is isolated according to a scheduler. All who are, if that changes anything.
+    pub(super) fn heard_isolated(&mut self, from: PeerId, isolated: Vec<PeerId>) -> Option<Vec<PeerId>> {
+        let before = self.isolated();
+        self.isolated.insert(from, isolated);
+        let now = self.isolated();
+        (now != before).then(|| now.into_iter().collect())
+    }
+
+    fn isolated(&self) -> BTreeSet<PeerId> {
+        self.isolated.values().flatten().copied().collect()
+    }
+
+    fn owner(&self, task: &Digest) -> Option<PeerId> {
+        rendezvous::owner(task, self.sessions.keys().copied())
+    }
+
+    fn ask(&mut self, scheduler: Option<PeerId>, task: &Digest) {
+        if let Some(outbox) = scheduler.and_then(|scheduler| self.sessions.get_mut(&scheduler)) {
+            outbox.forgets.remove(task);
+            outbox.wants.insert(*task);
+            outbox.wake.notify_one();
+        }
+    }
+
+    fn withdraw(&mut self, scheduler: Option<PeerId>, task: &Digest) {
+        if let Some(outbox) = scheduler.and_then(|scheduler| self.sessions.get_mut(&scheduler)) {
+            // A question that was never asked needs no answer; the scheduler ignores a forget of what it does not know.
+            outbox.wants.remove(task);
+            outbox.forgets.insert(*task);
+            outbox.wake.notify_one();
+        }
+    }
+
+    /// The connected have changed: tasks that another scheduler tracks now are asked for there.
+    fn reassign(&mut self) {
+        let tasks: Vec<Digest> = self.wants.keys().copied().collect();
+        for task in tasks {
+            let owner = self.owner(&task);
+            let Some(want) = self.wants.get_mut(&task) else { continue };
+            let asked = std::mem::replace(&mut want.asked, owner);
+            if asked != owner {
+                self.withdraw(asked, &task);
+                self.ask(owner, &task);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use hawker_core::digest::Algorithm;
+    use hawker_core::message::Role;
+    use v1::from_peer::Event;
+
+    use super::*;
+
+    fn task(n: u32) -> Digest {
+        Digest::of(Algorithm::Sha256, &n.to_be_bytes())
+    }
+
+    fn scheduler(n: u8) -> PeerId {
+        PeerId([n; 16])
+    }
+
+    fn source() -> Source {
+        Source { registry: "docker.io".into(), repository: "library/debian".into() }
+    }
+
+    fn holding(n: u32, pieces: u32) -> Holding {
+        Holding { task: task(n), size_bytes: 1 << 20, pieces, complete: false }
+    }
+
+    fn wanted(outboxes: &mut Outboxes, from: PeerId) -> BTreeSet<String> {
+        let wants = outboxes.take_questions(from).into_iter().filter_map(|question| match question {
+            Event::Want(want) => Some(want.task),
+            _ => None,
+        });
+        wants.collect()
+    }
+
+    #[test]
+    fn each_open_want_is_asked_at_one_scheduler_and_again_when_that_is_gone() {
+        let mut outboxes = Outboxes::default();
+        (0..100).for_each(|n| outboxes.want(&task(n), None, &source(), false));
+        outboxes.open(scheduler(1), "a:1");
+        assert_eq!(wanted(&mut outboxes, scheduler(1)).len(), 100);
+        outboxes.open(scheduler(2), "b:1");
+        let moved = wanted(&mut outboxes, scheduler(2));
+        assert!((20..80).contains(&moved.len()), "{}", moved.len());
+        let forgets = outboxes.take_questions(scheduler(1));
+        assert_eq!(forgets.len(), moved.len(), "what moved is forgotten where it was");
+        outboxes.close(scheduler(2));
+        assert_eq!(wanted(&mut outboxes, scheduler(1)), moved);
+        outboxes.close(scheduler(1));
+        outboxes.forget(&task(7));
+        outboxes.open(scheduler(1), "a:1");
+        assert_eq!(
+            wanted(&mut outboxes, scheduler(1)).len(),
+            99,
+            "open wants are said again after a reconnect"
+        );
+    }
+
+    #[test]
+    fn a_want_forgotten_before_it_was_sent_is_not_asked() {
+        let mut outboxes = Outboxes::default();
+        outboxes.open(scheduler(1), "a:1");
+        outboxes.want(&task(1), None, &source(), false);
+        outboxes.forget(&task(1));
+        assert!(wanted(&mut outboxes, scheduler(1)).is_empty());
+        outboxes.want(&task(1), None, &source(), true);
+        let questions = outboxes.take_questions(scheduler(1));
+        assert!(matches!(&questions[..], [Event::Want(want)] if want.again));
+    }
+
+    #[test]
+    fn what_is_held_is_told_before_it_is_wanted_no_more() {
+        let mut outboxes = Outboxes::default();
+        outboxes.open(scheduler(1), "a:1");
+        outboxes.take_news(scheduler(1));
+        outboxes.want(&task(1), None, &source(), false);
+        assert_eq!(wanted(&mut outboxes, scheduler(1)).len(), 1);
+        outboxes.holding(&holding(1, 1));
+        outboxes.forget(&task(1));
+        assert!(
+            outboxes.take_questions(scheduler(1)).is_empty(),
+            "the scheduler does not know the holder yet"
+        );
+        outboxes.take_news(scheduler(1));
+        assert!(matches!(&outboxes.take_questions(scheduler(1))[..], [Event::Forget(_)]));
+    }
+
+    #[test]
+    fn a_new_stream_announces_all_and_then_the_latest_of_each() {
+        let mut outboxes = Outboxes::default();
+        outboxes.holding(&holding(1, 1));
+        outboxes.open(scheduler(1), "a:1");
+        assert!(outboxes.has_news(scheduler(1)));
+        assert_eq!(outboxes.take_news(scheduler(1)).0, Announcement::All);
+        assert!(!outboxes.has_news(scheduler(1)));
+        outboxes.holding(&holding(1, 2));
+        outboxes.holding(&holding(1, 3));
+        assert_eq!(outboxes.take_news(scheduler(1)).0, Announcement::Changes(vec![holding(1, 3)]));
+        (0..=MAX_HOLDINGS as u32).for_each(|n| outboxes.holding(&holding(n, 1)));
+        assert_eq!(outboxes.take_news(scheduler(1)).0, Announcement::All, "too many changes are all");
+    }
+
+    #[test]
+    fn reports_add_up_and_are_bounded() {
+        let mut outboxes = Outboxes::default();
+        outboxes.report(scheduler(9), &task(1), ReportKind::Stalled);
+        outboxes.open(scheduler(1), "a:1");
+        for _ in 0..3 {
+            outboxes.report(scheduler(9), &task(1), ReportKind::Served(5));
+        }
+        let (_, reports) = outboxes.take_news(scheduler(1));
+        assert_eq!(reports.iter().map(|report| report.bytes).collect::<Vec<_>>(), [15]);
+        (0..5000).for_each(|n| outboxes.report(scheduler(9), &task(n), ReportKind::Stalled));
+        assert_eq!(outboxes.take_news(scheduler(1)).1.len(), MAX_REPORTS);
+    }
+
+    #[test]
+    fn wants_are_bounded() {
+        let mut outboxes = Outboxes::default();
+        (0..5000).for_each(|n| outboxes.want(&task(n), None, &source(), false));
+        assert_eq!(outboxes.wants.len(), MAX_WANTS);
+    }
+
+    #[test]
+    fn members_are_those_that_the_connected_name() {
+        let seed = |n| Member {
+            peer: scheduler(n),
+            name: String::new(),
+            addresses: Vec::new(),
+            role: Role::Seed,
+            zone: String::new(),
+        };
+        let mut outboxes = Outboxes::default();
+        assert_eq!(outboxes.heard_members(None, vec![seed(50)]).unwrap(), [seed(50)]);
+        outboxes.open(scheduler(1), "a:1");
+        outboxes.open(scheduler(2), "b:1");
+        assert_eq!(outboxes.heard_members(Some(scheduler(1)), vec![seed(51)]).unwrap(), [seed(51)]);
+        assert_eq!(outboxes.heard_members(Some(scheduler(2)), vec![seed(51)]), None);
+        outboxes.heard_members(Some(scheduler(2)), vec![seed(52)]);
+        outboxes.close(scheduler(1));
+        assert_eq!(
+            outboxes.members(),
+            [seed(51), seed(52)],
+            "who is gone is believed until somebody says more"
+        );
+        assert_eq!(outboxes.heard_members(Some(scheduler(2)), vec![seed(52)]).unwrap(), [seed(52)]);
+    }
+
+    #[test]
+    fn isolated_is_whom_any_scheduler_isolates() {
+        let mut outboxes = Outboxes::default();
+        let (a, b) = (scheduler(50), scheduler(51));
+        assert_eq!(outboxes.heard_isolated(scheduler(1), Vec::new()), None);
+        assert_eq!(outboxes.heard_isolated(scheduler(1), vec![a]).unwrap(), [a]);
+        assert_eq!(outboxes.heard_isolated(scheduler(2), vec![a, b]).unwrap(), [a, b]);
+        assert_eq!(outboxes.heard_isolated(scheduler(1), Vec::new()), None);
+        assert_eq!(outboxes.heard_isolated(scheduler(2), vec![b]).unwrap(), [b]);
+    }
+}
