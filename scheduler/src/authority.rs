@@ -1,0 +1,416 @@
+//! The cluster's certificate authority: its key, the tokens that let nodes join once, certificates made and renewed.
+//!
+//! On disk, below the data directory: `authority/` with key and certificate, `authority/tokens/<id>` for tokens not used
+//! yet, `<id>.spent` for those that were (so that a second user is told so). A token's file holds the SHA-256 of its secret,
+//! never the secret. Whoever renames the file has spent the token: the file system picks the one winner.
+
+use std::fs;
+use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use hawker_api::identity::{AuthorityKey, Identity, IdentityError, member_of};
+use hawker_api::join::Token;
+use hawker_core::digest::{Algorithm, Digest};
+use hawker_core::message::Role;
+use hawker_core::piece::PeerId;
+use rustls::pki_types::CertificateDer;
+use serde::{Deserialize, Serialize};
+
+/// How long a certificate lives unless told otherwise. It renews itself at two thirds.
+pub const CERTIFICATE_LIFE: Duration = Duration::from_secs(7 * 24 * 3600);
+/// How long a token lives unless told otherwise.
+pub const TOKEN_TTL: Duration = Duration::from_secs(3600);
+/// Tokens are kept this long after their end, to say why they no longer work.
+const KEPT_AFTER_END: Duration = Duration::from_secs(24 * 3600);
+/// Joins a second, and at once: a fleet of thousands starts within a minute or two, a guesser gets nowhere.
+const JOINS_PER_SECOND: f64 = 50.0;
+const JOINS_BURST: f64 = 200.0;
+
+const AUTHORITY_DIR: &str = "authority";
+const TOKENS_DIR: &str = "tokens";
+const SPENT: &str = "spent";
+/// A token that is just being written.
+const NEW: &str = "new";
+
+/// What goes wrong with the authority's files. Ours.
+#[derive(Debug, thiserror::Error)]
+pub enum AuthorityError {
+    /// A file could not be read or written; retry helps when the disk is mended.
+    #[error("{path}: {source}")]
+    File {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The key or the certificate is unusable.
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
+    /// There is no authority here.
+    #[error(
+        "{0} holds no authority: run this where `hawker up` or the first `hawker scheduler` runs, with its --data-dir"
+    )]
+    Missing(PathBuf),
+}
+
+fn at(path: &Path) -> impl FnOnce(io::Error) -> AuthorityError {
+    let path = path.to_owned();
+    move |source| AuthorityError::File { path, source }
+}
+
+/// Why somebody gets no certificate. The asker's fault, but for the last two.
+#[derive(Debug, thiserror::Error)]
+pub enum Refusal {
+    /// Never made here, or long ago.
+    #[error(
+        "this token is not known here: it was made elsewhere, or expired long ago; make a new one with `hawker token create`"
+    )]
+    Unknown,
+    /// The id is right, the secret is not.
+    #[error("this token's secret is wrong: check that it was copied whole")]
+    WrongSecret,
+    /// Somebody was faster.
+    #[error(
+        "this token was used already: each token lets one node join; make a new one with `hawker token create`"
+    )]
+    Spent,
+    /// By this machine's clock.
+    #[error("this token has expired: make a new one with `hawker token create`")]
+    Expired,
+    /// The certificate request is none, or for another key.
+    #[error("the certificate request is unusable: {0}")]
+    Request(String),
+    /// A retry helps.
+    #[error("too many nodes join at once")]
+    Busy,
+    /// The disk's fault.
+    #[error("the authority's own disk fails: {0}")]
+    Disk(#[from] AuthorityError),
+}
+
+/// A token as it lies on disk.
+#[derive(Debug, Serialize, Deserialize)]
+struct StoredToken {
+    /// Hex of the SHA-256 of the secret.
+    sha256: String,
+    role: String,
+    /// Seconds since 1970 by the authority's clock, which alone counts.
+    expires_at: u64,
+}
+
+impl StoredToken {
+    fn role(&self) -> Option<Role> {
+        [Role::Peer, Role::Seed, Role::Scheduler].into_iter().find(|role| role.to_string() == self.role)
+    }
+}
+
+/// The cluster's certificate authority.
+pub struct Authority {
+    key: AuthorityKey,
+    tokens: PathBuf,
+    life: Duration,
+    allowance: Mutex<(f64, Instant)>,
+}
+
+impl Authority {
+    /// The authority that `data_dir` holds; `None` when there is none.
+    pub fn open(data_dir: &Path, life: Duration) -> Result<Option<Self>, AuthorityError> {
+        let dir = data_dir.join(AUTHORITY_DIR);
+        let key = AuthorityKey::load(&dir)?;
+        Ok(key.map(|key| Self {
+            key,
+            tokens: dir.join(TOKENS_DIR),
+            life,
+            allowance: Mutex::new((JOINS_BURST, Instant::now())),
+        }))
+    }
+
+    /// The same; at first start a new authority for the cluster of this name.
+    pub fn open_or_create(data_dir: &Path, cluster: &str, life: Duration) -> Result<Self, AuthorityError> {
+        if let Some(authority) = Self::open(data_dir, life)? {
+            return Ok(authority);
+        }
+        let dir = data_dir.join(AUTHORITY_DIR);
+        fs::create_dir_all(&dir).map_err(at(&dir))?;
+        AuthorityKey::generate(cluster)?.save(&dir)?;
+        Self::open(data_dir, life)?.ok_or(AuthorityError::Missing(dir))
+    }
+
+    /// The cluster's name.
+    pub fn cluster(&self) -> &str {
+        self.key.cluster()
+    }
+
+    /// The authority's own certificate.
+    pub const fn certificate(&self) -> &CertificateDer<'static> {
+        self.key.certificate()
+    }
+
+    /// A new identity for a member of this process.
+    pub fn identity(&self, role: Role) -> Result<Identity, AuthorityError> {
+        let pending = Identity::request()?;
+        let certificate = self.key.issue(&pending.certificate_request, role, self.life, SystemTime::now())?;
+        Ok(pending.complete(certificate, self.key.certificate().clone())?)
+    }
+
+    /// A certificate for whoever holds this token, which is spent by it.
+    pub fn join(
+        &self,
+        token_id: &str,
+        secret: &str,
+        request: &[u8],
+        now: SystemTime,
+    ) -> Result<(CertificateDer<'static>, Role), Refusal> {
+        if !self.may_join() {
+            return Err(Refusal::Busy);
+        }
+        let role = self.check(token_id, secret, now)?;
+        // A request that is no good costs no token.
+        let certificate = self.issue(request, role, now)?;
+        self.spend(token_id)?;
+        Ok((certificate, role))
+    }
+
+    /// A new certificate for a member that showed a valid one.
+    pub fn renew(
+        &self,
+        (peer, role): (PeerId, Role),
+        request: &[u8],
+        now: SystemTime,
+    ) -> Result<CertificateDer<'static>, Refusal> {
+        let certificate = self.issue(request, role, now)?;
+        match member_of(&certificate) {
+            Ok((key, _)) if key == peer => Ok(certificate),
+            _ => Err(Refusal::Request("it is for another key than the certificate shown".into())),
+        }
+    }
+
+    /// Removes tokens that ended long ago.
+    pub fn sweep(&self, now: SystemTime) -> Result<(), AuthorityError> {
+        let entries = match fs::read_dir(&self.tokens) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            entries => entries.map_err(at(&self.tokens))?,
+        };
+        for entry in entries {
+            let path = entry.map_err(at(&self.tokens))?.path();
+            if path.extension().is_some_and(|extension| extension == NEW) {
+                continue;
+            }
+            let over = |token: StoredToken| token.expires_at + KEPT_AFTER_END.as_secs() < unix_seconds(now);
+            if read_token(&path)?.is_none_or(over) {
+                fs::remove_file(&path).map_err(at(&path))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn issue(&self, request: &[u8], role: Role, now: SystemTime) -> Result<CertificateDer<'static>, Refusal> {
+        self.key.issue(request, role, self.life, now).map_err(|error| Refusal::Request(error.to_string()))
+    }
+
+    /// The role that a token gives, if it is good.
+    fn check(&self, id: &str, secret: &str, now: SystemTime) -> Result<Role, Refusal> {
+        let path = self.path(id)?;
+        let (token, spent) = match read_token(&path)? {
+            Some(token) => (token, false),
+            None => (read_token(&path.with_extension(SPENT))?.ok_or(Refusal::Unknown)?, true),
+        };
+        if !same_in_constant_time(token.sha256.as_bytes(), hashed(secret).as_bytes()) {
+            return Err(Refusal::WrongSecret);
+        }
+        if spent {
+            return Err(Refusal::Spent);
+        }
+        if token.expires_at <= unix_seconds(now) {
+            return Err(Refusal::Expired);
+        }
+        token.role().ok_or(Refusal::Unknown)
+    }
+
+    /// Of all who try, one succeeds.
+    fn spend(&self, id: &str) -> Result<(), Refusal> {
+        let path = self.path(id)?;
+        match fs::rename(&path, path.with_extension(SPENT)) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Err(Refusal::Spent),
+            done => Ok(done.map_err(at(&path))?),
+        }
+    }
+
+    /// Where a token lies. An id that is not hex is no path of ours.
+    fn path(&self, id: &str) -> Result<PathBuf, Refusal> {
+        let is_id = (1..=64).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_hexdigit());
+        if is_id { Ok(self.tokens.join(id)) } else { Err(Refusal::Unknown) }
+    }
+
+    fn may_join(&self) -> bool {
+        let mut allowance = self.allowance.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = Instant::now();
+        let earned = now.duration_since(allowance.1).as_secs_f64() * JOINS_PER_SECOND;
+        *allowance = ((allowance.0 + earned).min(JOINS_BURST), now);
+        let may = allowance.0 >= 1.0;
+        allowance.0 -= f64::from(u8::from(may));
+        may
+    }
+}
+
+impl std::fmt::Debug for Authority {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Authority({})", self.cluster())
+    }
+}
+
+/// A new token that lets one node join with `role` within `ttl`. `data_dir` is that of the process with the authority,
+/// which may run or not.
+pub fn create_token(data_dir: &Path, role: Role, ttl: Duration) -> Result<Token, AuthorityError> {
+    let authority = Authority::open(data_dir, CERTIFICATE_LIFE)?
+        .ok_or_else(|| AuthorityError::Missing(data_dir.into()))?;
+    let token = Token::generate(authority.certificate())?;
+    let stored = StoredToken {
+        sha256: hashed(&token.secret),
+        role: role.to_string(),
+        expires_at: unix_seconds(SystemTime::now() + ttl),
+    };
+    let dir = &authority.tokens;
+    fs::create_dir_all(dir).map_err(at(dir))?;
+    let path = dir.join(&token.id);
+    write_token(&path, &stored).map_err(at(&path))?;
+    Ok(token)
+}
+
+fn write_token(path: &Path, token: &StoredToken) -> io::Result<()> {
+    let new = path.with_extension(NEW);
+    let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&new)?;
+    file.write_all(&serde_json::to_vec(token)?)?;
+    file.sync_all()?;
+    fs::rename(new, path)
+}
+
+/// A token's file; `None` when there is none, or when it makes no sense.
+fn read_token(path: &Path) -> Result<Option<StoredToken>, AuthorityError> {
+    match fs::read(path) {
+        Ok(text) => Ok(serde_json::from_slice(&text).ok()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(at(path)(error)),
+    }
+}
+
+fn hashed(secret: &str) -> String {
+    Digest::of(Algorithm::Sha256, secret.as_bytes()).hex()
+}
+
+fn same_in_constant_time(a: &[u8], b: &[u8]) -> bool {
+    a.len() == b.len() && a.iter().zip(b).fold(0, |difference, (a, b)| difference | (a ^ b)) == 0
+}
+
+fn unix_seconds(time: SystemTime) -> u64 {
+    time.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    const HOUR: Duration = Duration::from_secs(3600);
+
+    fn authority() -> (tempfile::TempDir, Authority) {
+        let dir = tempfile::tempdir().unwrap();
+        let authority = Authority::open_or_create(dir.path(), "c", CERTIFICATE_LIFE).unwrap();
+        (dir, authority)
+    }
+
+    fn join(authority: &Authority, token: &Token, now: SystemTime) -> Result<Role, Refusal> {
+        let request = Identity::request().unwrap().certificate_request;
+        authority.join(&token.id, &token.secret, &request, now).map(|(_, role)| role)
+    }
+
+    #[test]
+    fn a_token_works_once_and_says_so() {
+        let (dir, authority) = authority();
+        let token = create_token(dir.path(), Role::Seed, HOUR).unwrap();
+        let wrong = Token { secret: token.secret.chars().rev().collect(), ..token.clone() };
+        let unknown = Token { id: "00".into(), ..token.clone() };
+        let outside = Token { id: "../key".into(), ..token.clone() };
+        let now = SystemTime::now();
+        assert!(matches!(join(&authority, &wrong, now), Err(Refusal::WrongSecret)));
+        assert!(matches!(join(&authority, &unknown, now), Err(Refusal::Unknown)));
+        assert!(matches!(join(&authority, &outside, now), Err(Refusal::Unknown)));
+        let bad_request = authority.join(&token.id, &token.secret, b"?", now);
+        assert!(matches!(bad_request, Err(Refusal::Request(_))), "and costs no token");
+        assert_eq!(join(&authority, &token, now).unwrap(), Role::Seed);
+        assert!(matches!(join(&authority, &token, now), Err(Refusal::Spent)));
+        assert!(matches!(join(&authority, &wrong, now), Err(Refusal::WrongSecret)));
+    }
+
+    #[test]
+    fn of_many_at_once_one_joins() {
+        let (dir, authority) = authority();
+        let token = create_token(dir.path(), Role::Peer, HOUR).unwrap();
+        let joined = std::thread::scope(|scope| {
+            let tries: Vec<_> =
+                (0..8).map(|_| scope.spawn(|| join(&authority, &token, SystemTime::now()).is_ok())).collect();
+            tries.into_iter().map(|one| one.join().unwrap()).filter(|joined| *joined).count()
+        });
+        assert_eq!(joined, 1);
+    }
+
+    #[test]
+    fn an_expired_token_says_so_and_goes_in_the_end() {
+        let (dir, authority) = authority();
+        let token = create_token(dir.path(), Role::Peer, HOUR).unwrap();
+        let later = SystemTime::now() + HOUR * 2;
+        assert!(matches!(join(&authority, &token, later), Err(Refusal::Expired)));
+        authority.sweep(later).unwrap();
+        assert!(matches!(join(&authority, &token, later), Err(Refusal::Expired)));
+        authority.sweep(later + KEPT_AFTER_END).unwrap();
+        assert!(matches!(join(&authority, &token, later), Err(Refusal::Unknown)));
+    }
+
+    #[test]
+    fn the_authority_outlives_the_process_and_keeps_its_files_private() {
+        let (dir, first) = authority();
+        let again = Authority::open_or_create(dir.path(), "another", CERTIFICATE_LIFE).unwrap();
+        assert_eq!(again.certificate(), first.certificate());
+        assert_eq!(again.cluster(), "c");
+        let token = create_token(dir.path(), Role::Peer, HOUR).unwrap();
+        for file in ["key.pem".into(), format!("tokens/{}", token.id)] {
+            let mode = fs::metadata(dir.path().join("authority").join(file)).unwrap().permissions().mode();
+            assert_eq!(mode & 0o077, 0);
+        }
+        let text = fs::read_to_string(dir.path().join("authority/tokens").join(&token.id)).unwrap();
+        assert!(!text.contains(&token.secret));
+    }
+
+    #[test]
+    fn where_there_is_no_authority_no_token_is_made() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(matches!(create_token(dir.path(), Role::Peer, HOUR), Err(AuthorityError::Missing(_))));
+    }
+
+    #[test]
+    fn a_renewal_keeps_key_and_role() {
+        let (_dir, authority) = authority();
+        let seed = authority.identity(Role::Seed).unwrap();
+        let now = SystemTime::now();
+        let request = seed.renewal_request().unwrap();
+        let renewed = authority.renew((seed.peer_id(), Role::Seed), &request, now).unwrap();
+        assert_eq!(member_of(&renewed).unwrap(), (seed.peer_id(), Role::Seed));
+        let other = authority.identity(Role::Peer).unwrap();
+        assert!(matches!(
+            authority.renew((other.peer_id(), Role::Peer), &request, now),
+            Err(Refusal::Request(_))
+        ));
+    }
+
+    #[test]
+    fn joins_are_limited() {
+        let (_dir, authority) = authority();
+        let token = Token { id: "00".into(), secret: "00".into(), authority: [0; 32] };
+        let mut answers = (0..2000).map(|_| join(&authority, &token, SystemTime::now()));
+        assert!(answers.any(|answer| matches!(answer, Err(Refusal::Busy))));
+    }
+}

@@ -1,0 +1,276 @@
+//! What members and joiners can ask over gRPC. Who asks is in the certificate, never in a message.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::{Duration, SystemTime};
+
+use hawker_api::convert::{self, ConvertError, Member};
+use hawker_api::v1;
+use hawker_api::v1::from_peer::Event as Said;
+use hawker_core::message::Role;
+use hawker_core::piece::PeerId;
+use hawker_core::swarm::{Holding, Input, Registration, ReportKind};
+use tokio::sync::mpsc;
+use tokio::time::timeout;
+use tokio_stream::Stream as AsyncStream;
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tonic::{Request, Response, Status, Streaming};
+use tracing::{debug, info, warn};
+
+use crate::Numbers;
+use crate::authority::{Authority, Refusal};
+use crate::driver::{Event, Handle, STREAM_QUEUE, Stream};
+use crate::listener::Caller;
+
+/// How long a stream may go on before it says who speaks.
+const REGISTER_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Both services.
+#[derive(Clone)]
+pub(crate) struct Service {
+    pub(crate) driver: Handle,
+    pub(crate) authority: Option<Arc<Authority>>,
+    /// The cluster's name.
+    pub(crate) cluster: String,
+    pub(crate) numbers: Arc<Numbers>,
+    pub(crate) streams: Arc<AtomicU64>,
+}
+
+fn caller<T>(request: &Request<T>) -> Result<(PeerId, Role), Status> {
+    let member = request.extensions().get::<Caller>().and_then(|caller| caller.member);
+    member.ok_or_else(|| Status::unauthenticated("this needs a member's certificate: join the cluster first"))
+}
+
+fn bad(error: &ConvertError) -> Status {
+    Status::invalid_argument(error.to_string())
+}
+
+#[tonic::async_trait]
+impl v1::scheduler_server::Scheduler for Service {
+    type TrackStream = Pin<Box<dyn AsyncStream<Item = Result<v1::ToPeer, Status>> + Send>>;
+
+    async fn track(
+        &self,
+        request: Request<Streaming<v1::FromPeer>>,
+    ) -> Result<Response<Self::TrackStream>, Status> {
+        let (peer, role) = caller(&request)?;
+        let (outgoing, incoming) = mpsc::channel(STREAM_QUEUE);
+        let id = self.streams.fetch_add(1, Relaxed);
+        let stream = Stream { id, outgoing, over: CancellationToken::new() };
+        let driver = self.driver.clone();
+        // The task ends with the stream: the client's end of it, the driver's word, or the connection's keepalive.
+        tokio::spawn(async move {
+            let outgoing = stream.outgoing.clone();
+            if let Err(status) = listen(&driver, peer, role, stream, request.into_inner()).await {
+                debug!(%peer, %status, "a stream ended");
+                let _ = outgoing.try_send(Err(status));
+            }
+            driver.send(Event::Closed { peer, stream: id }).await;
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(incoming))))
+    }
+
+    async fn members(
+        &self,
+        request: Request<v1::MembersRequest>,
+    ) -> Result<Response<v1::MembersReply>, Status> {
+        caller(&request)?;
+        let members = self.driver.states().await.ok_or_else(stopping)?;
+        Ok(Response::new(v1::MembersReply { members }))
+    }
+}
+
+fn stopping() -> Status {
+    Status::unavailable("this scheduler is stopping; ask another")
+}
+
+/// Reads a peer's stream to its end.
+async fn listen(
+    driver: &Handle,
+    peer: PeerId,
+    role: Role,
+    stream: Stream,
+    mut messages: Streaming<v1::FromPeer>,
+) -> Result<(), Status> {
+    let over = stream.over.clone();
+    let first = timeout(REGISTER_TIMEOUT, messages.message()).await;
+    let first =
+        first.map_err(|_| Status::deadline_exceeded("the stream did not begin with a registration"))??;
+    let Some(Said::Register(register)) = first.and_then(|message| message.event) else {
+        return Err(Status::invalid_argument("the stream does not begin with a registration"));
+    };
+    let (member, registration) = registered(peer, role, register).map_err(|error| bad(&error))?;
+    if !driver.send(Event::Opened { member, registration, stream }).await {
+        return Err(stopping());
+    }
+    loop {
+        let message = tokio::select! {
+            () = over.cancelled() => return Ok(()),
+            message = messages.message() => message?,
+        };
+        let Some(message) = message else { return Ok(()) };
+        for input in inputs(peer, message).map_err(|error| bad(&error))? {
+            if !driver.send(Event::Said(input)).await {
+                return Err(stopping());
+            }
+        }
+    }
+}
+
+fn registered(
+    peer: PeerId,
+    role: Role,
+    register: v1::Register,
+) -> Result<(Member, Registration), ConvertError> {
+    convert::check_version(register.version)?;
+    let member = Member {
+        peer,
+        name: convert::from_label(register.name, "name")?,
+        addresses: convert::from_addresses(register.addresses)?,
+        role,
+        zone: convert::from_label(register.zone, "zone")?,
+    };
+    let registration = Registration {
+        peer,
+        role,
+        zone: member.zone.as_str().into(),
+        upload_slots: register.upload_slots,
+        upload_rate_bytes: register.upload_rate_bytes,
+        reads_origins: register.reads_origins,
+    };
+    Ok((member, registration))
+}
+
+/// What a message says. One that a later version knows says nothing.
+fn inputs(peer: PeerId, message: v1::FromPeer) -> Result<Vec<Input>, ConvertError> {
+    Ok(match message.event {
+        None => Vec::new(),
+        Some(Said::Register(_)) => return Err(ConvertError::Bad("second registration")),
+        Some(Said::Holdings(v1::Holdings { replaces_all, holdings })) => {
+            let holdings = holdings.into_iter().map(holding).collect::<Result<_, _>>()?;
+            vec![Input::Holdings { peer, replaces_all, holdings }]
+        }
+        Some(Said::Want(want)) => vec![Input::Want {
+            peer,
+            task: convert::from_task(&want.task)?,
+            size_bytes: Some(want.size_bytes).filter(|size| *size > 0),
+            again: want.again,
+        }],
+        Some(Said::Forget(forget)) => vec![Input::Forget { peer, task: convert::from_task(&forget.task)? }],
+        Some(Said::Reports(v1::Reports { reports })) => reports
+            .iter()
+            .map(|one| report(peer, one))
+            .collect::<Result<Vec<_>, _>>()?
+            .into_iter()
+            .flatten()
+            .collect(),
+    })
+}
+
+fn holding(holding: v1::Holding) -> Result<Holding, ConvertError> {
+    Ok(Holding {
+        task: convert::from_task(&holding.task)?,
+        size_bytes: holding.size_bytes,
+        pieces: holding.pieces,
+        complete: holding.complete,
+    })
+}
+
+fn report(reporter: PeerId, report: &v1::Report) -> Result<Option<Input>, ConvertError> {
+    use v1::report::Kind;
+    let kind = match report.kind() {
+        Kind::WrongBytes => ReportKind::WrongBytes,
+        Kind::Stalled => ReportKind::Stalled,
+        Kind::Failed => ReportKind::Failed,
+        Kind::Served => ReportKind::Served(report.bytes),
+        Kind::Unspecified => return Ok(None),
+    };
+    Ok(Some(Input::Report { reporter, peer: convert::from_peer_id(&report.peer_id)?, kind }))
+}
+
+#[tonic::async_trait]
+impl v1::authority_server::Authority for Service {
+    async fn join(&self, request: Request<v1::JoinRequest>) -> Result<Response<v1::JoinReply>, Status> {
+        let request = request.into_inner();
+        convert::check_version(request.version).map_err(|error| bad(&error))?;
+        let name = convert::from_label(request.name, "name").map_err(|error| bad(&error))?;
+        let (id, secret, certificate_request) =
+            (request.token_id, request.token_secret, request.certificate_request);
+        let token = id.clone();
+        let joined = self
+            .with_authority(move |authority| {
+                authority.join(&id, &secret, &certificate_request, SystemTime::now())
+            })
+            .await;
+        let (certificate, role) = joined.inspect_err(|status| {
+            self.numbers.joins_refused.fetch_add(1, Relaxed);
+            warn!(name, token, reason = status.message(), "a node may not join");
+        })?;
+        self.numbers.joins.fetch_add(1, Relaxed);
+        info!(name, token, %role, "a node has joined");
+        self.reply(certificate.to_vec(), role).await
+    }
+
+    async fn renew(&self, request: Request<v1::RenewRequest>) -> Result<Response<v1::JoinReply>, Status> {
+        let (peer, role) = caller(&request)?;
+        let request = request.into_inner();
+        convert::check_version(request.version).map_err(|error| bad(&error))?;
+        let renewed = move |authority: &Authority| {
+            authority.renew((peer, role), &request.certificate_request, SystemTime::now())
+        };
+        let certificate = self.with_authority(renewed).await?;
+        info!(%peer, %role, "a certificate was renewed");
+        self.reply(certificate.to_vec(), role).await
+    }
+}
+
+impl Service {
+    /// Runs something that reads and writes the authority's files.
+    async fn with_authority<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Authority) -> Result<T, Refusal> + Send + 'static,
+    ) -> Result<T, Status> {
+        let Some(authority) = self.authority.clone() else { return Err(self.no_authority().await) };
+        let done = tokio::task::spawn_blocking(move || work(&authority)).await;
+        done.map_err(|_| Status::internal("the authority failed; see its log"))?
+            .map_err(|refusal| refused(&refusal))
+    }
+
+    async fn no_authority(&self) -> Status {
+        let list = self.driver.list().await.unwrap_or_default();
+        // We come first in the list.
+        let schedulers = list.iter().skip(1).filter(|member| member.role == Role::Scheduler);
+        let addresses: Vec<&str> =
+            schedulers.flat_map(|member| member.addresses.iter().map(String::as_str)).collect();
+        Status::failed_precondition(match addresses.is_empty() {
+            true => "this scheduler has no authority: ask the one where the cluster was created".into(),
+            false => format!("this scheduler has no authority: ask {}", addresses.join(" or ")),
+        })
+    }
+
+    async fn reply(&self, certificate: Vec<u8>, role: Role) -> Result<Response<v1::JoinReply>, Status> {
+        let Some(authority) = &self.authority else { return Err(self.no_authority().await) };
+        let members = self.driver.list().await.ok_or_else(stopping)?;
+        Ok(Response::new(v1::JoinReply {
+            certificate,
+            authority: authority.certificate().to_vec(),
+            cluster: self.cluster.clone(),
+            role: convert::role(role).into(),
+            members: Some(convert::member_list(&members)),
+        }))
+    }
+}
+
+fn refused(refusal: &Refusal) -> Status {
+    let text = refusal.to_string();
+    match refusal {
+        Refusal::Unknown | Refusal::WrongSecret | Refusal::Spent | Refusal::Expired => {
+            Status::unauthenticated(text)
+        }
+        Refusal::Request(_) => Status::invalid_argument(text),
+        Refusal::Busy => Status::resource_exhausted(text),
+        Refusal::Disk(_) => Status::internal(text),
+    }
+}

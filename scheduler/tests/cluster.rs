@@ -1,0 +1,427 @@
+//! A scheduler and the nodes' trackers over real sockets.
+#![allow(clippy::unwrap_used, clippy::panic)] // helpers of tests are tests
+
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use hawker_api::identity::{Identity, role_name};
+use hawker_api::join::{self, JoinError, Token};
+use hawker_api::v1;
+use hawker_api::v1::scheduler_client::SchedulerClient;
+use hawker_core::digest::{Algorithm, Digest};
+use hawker_core::message::Role;
+use hawker_core::piece::PeerId;
+use hawker_core::reference::Source;
+use hawker_proxy::tracker::{Holding, Member, ReportKind, Tracker, TrackerConfig, TrackerEvent};
+use hawker_scheduler::authority::{CERTIFICATE_LIFE, create_token};
+use hawker_scheduler::{Numbers, SchedulerConfig, SchedulerError, bind, run};
+use tempfile::TempDir;
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
+
+const MIB: u64 = 1 << 20;
+const HOUR: Duration = Duration::from_secs(3600);
+/// For what must happen.
+const SOON: Duration = Duration::from_secs(30);
+/// For what must not.
+const A_WHILE: Duration = Duration::from_millis(1500);
+
+fn task(n: u32) -> Digest {
+    Digest::of(Algorithm::Sha256, &n.to_be_bytes())
+}
+
+fn source() -> Source {
+    Source { registry: "docker.io".into(), repository: "library/debian".into() }
+}
+
+struct Scheduler {
+    address: SocketAddr,
+    numbers: Arc<Numbers>,
+    stop: CancellationToken,
+    running: JoinHandle<Result<(), SchedulerError>>,
+}
+
+impl Scheduler {
+    async fn start(dir: &TempDir) -> Self {
+        Self::start_with(dir, "127.0.0.1:0".parse().unwrap(), CERTIFICATE_LIFE, None).await
+    }
+
+    async fn start_with(
+        dir: &TempDir,
+        address: SocketAddr,
+        certificate_life: Duration,
+        join: Option<(String, Token)>,
+    ) -> Self {
+        let listeners = bind(&[address]).await.unwrap();
+        let address = listeners[0].local_addr().unwrap();
+        let numbers = Arc::new(Numbers::default());
+        let stop = CancellationToken::new();
+        let joins = join.is_some();
+        let config = SchedulerConfig {
+            name: "scheduler".into(),
+            cluster: "test".into(),
+            data_dir: dir.path().to_owned(),
+            listeners,
+            advertise: Vec::new(),
+            schedulers: Vec::new(),
+            join,
+            certificate_life,
+            numbers: Arc::clone(&numbers),
+        };
+        let running = tokio::spawn(run(config, stop.clone()));
+        // Tokens need the authority, which the first start makes.
+        while !joins && create_token(dir.path(), Role::Peer, HOUR).is_err() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        Self { address, numbers, stop, running }
+    }
+
+    fn address(&self) -> String {
+        self.address.to_string()
+    }
+
+    async fn stop(self) {
+        self.stop.cancel();
+        timeout(SOON, self.running).await.expect("it stops").unwrap().unwrap();
+    }
+}
+
+struct Node {
+    identity: Identity,
+    tracker: Tracker,
+    events: mpsc::Receiver<TrackerEvent>,
+    dir: TempDir,
+}
+
+impl Node {
+    async fn start(
+        name: &str,
+        role: Role,
+        authority: &TempDir,
+        schedulers: &[&Scheduler],
+        held: Vec<Holding>,
+    ) -> Self {
+        let token = create_token(authority.path(), role, HOUR).unwrap();
+        let (identity, _, _) = join::join(&schedulers[0].address(), &token, name).await.unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let (sender, events) = mpsc::channel(256);
+        let tracker = Tracker::start(TrackerConfig {
+            identity: identity.clone(),
+            name: name.into(),
+            zone: String::new(),
+            addresses: vec![format!("{name}:6501")],
+            upload_slots: 8,
+            upload_rate_bytes: 0,
+            schedulers: schedulers.iter().map(|scheduler| scheduler.address()).collect(),
+            members_file: dir.path().join("members.json"),
+            holdings: Arc::new(move || held.clone()),
+            events: sender,
+        });
+        Self { identity, tracker, events, dir }
+    }
+
+    fn id(&self) -> PeerId {
+        self.identity.peer_id()
+    }
+
+    fn want(&self, n: u32) {
+        self.tracker.want(&task(n), Some(20 * MIB), &source(), false);
+    }
+
+    /// The first event that `pick` likes.
+    async fn hears<T>(&mut self, what: &str, mut pick: impl FnMut(TrackerEvent) -> Option<T>) -> T {
+        let found = async {
+            loop {
+                let event = self.events.recv().await.expect("the tracker lives");
+                if let Some(found) = pick(event) {
+                    return found;
+                }
+            }
+        };
+        timeout(SOON, found).await.unwrap_or_else(|_| panic!("{what}"))
+    }
+
+    async fn hears_parents(&mut self, what: &str, like: impl Fn(&Told) -> bool) -> Told {
+        self.hears(what, |event| Told::of(event).filter(|told| like(told))).await
+    }
+
+    async fn hears_members(&mut self, what: &str, like: impl Fn(&[Member]) -> bool) -> Vec<Member> {
+        self.hears(what, |event| match event {
+            TrackerEvent::Members(members) if like(&members) => Some(members),
+            _ => None,
+        })
+        .await
+    }
+
+    /// Nobody is isolated for a while.
+    async fn hears_of_no_isolation(&mut self) {
+        let isolated = async {
+            loop {
+                if let Some(TrackerEvent::Isolated(peers)) = self.events.recv().await {
+                    return peers;
+                }
+            }
+        };
+        assert!(timeout(A_WHILE, isolated).await.is_err());
+    }
+}
+
+#[derive(Debug)]
+struct Told {
+    task: Digest,
+    parents: Vec<PeerId>,
+    issuer: Option<PeerId>,
+    fetch_from_origin: bool,
+}
+
+impl Told {
+    fn of(event: TrackerEvent) -> Option<Self> {
+        let TrackerEvent::Parents { task, parents, issuer, fetch_from_origin } = event else { return None };
+        Some(Self {
+            task,
+            parents: parents.into_iter().map(|parent| parent.peer).collect(),
+            issuer,
+            fetch_from_origin,
+        })
+    }
+}
+
+#[tokio::test]
+async fn a_token_lets_one_node_join_and_a_bad_one_says_why() {
+    let dir = tempfile::tempdir().unwrap();
+    let scheduler = Scheduler::start(&dir).await;
+    let address = scheduler.address();
+    let token = create_token(dir.path(), Role::Seed, HOUR).unwrap();
+    let wrong_authority = Token { authority: [7; 32], ..token.clone() };
+    let wrong_secret = Token { secret: "00".repeat(32), ..token.clone() };
+
+    let error = join::join(&address, &wrong_authority, "n").await.unwrap_err();
+    assert!(matches!(error, JoinError::WrongAuthority { .. }), "{error}");
+    let error = join::join(&address, &wrong_secret, "n").await.unwrap_err();
+    assert!(error.to_string().contains("secret is wrong"), "{error}");
+    let (identity, members, cluster) = join::join(&address, &token, "n").await.unwrap();
+    assert_eq!((identity.role(), cluster.as_str()), (Role::Seed, "test"));
+    assert_eq!(members.iter().map(|member| member.role).collect::<Vec<_>>(), [Role::Scheduler]);
+    assert_eq!(members[0].addresses, std::slice::from_ref(&address));
+    let error = join::join(&address, &token, "n").await.unwrap_err();
+    assert!(matches!(&error, JoinError::Refused(why) if why.contains("used already")), "{error}");
+    let expired = create_token(dir.path(), Role::Peer, Duration::ZERO).unwrap();
+    let error = join::join(&address, &expired, "n").await.unwrap_err();
+    assert!(matches!(&error, JoinError::Refused(why) if why.contains("expired")), "{error}");
+    assert!(!error.is_transient());
+    scheduler.stop().await;
+}
+
+#[tokio::test]
+async fn a_cluster_of_the_same_name_is_another_cluster() {
+    let (ours, theirs) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let (first, second) = (Scheduler::start(&ours).await, Scheduler::start(&theirs).await);
+    let token = create_token(ours.path(), Role::Peer, HOUR).unwrap();
+    let error = join::join(&second.address(), &token, "n").await.unwrap_err();
+    assert!(matches!(error, JoinError::WrongAuthority { .. }), "{error}");
+    let (identity, _, _) = join::join(&first.address(), &token, "n").await.unwrap();
+    let error = join::connect(&second.address(), &identity).await.unwrap_err();
+    assert!(matches!(error, join::ConnectError::Stranger { .. }), "{error}");
+}
+
+/// A gRPC channel that trusts the authority and shows no certificate.
+async fn anonymous(scheduler: &Scheduler, member: &Identity) -> tonic::transport::Channel {
+    let mut roots = rustls::RootCertStore::empty();
+    roots.add(member.authority().clone()).unwrap();
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let mut config = rustls::ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    config.alpn_protocols = vec![join::ALPN.to_vec()];
+    let tcp = tokio::net::TcpStream::connect(scheduler.address).await.unwrap();
+    let connector = tokio_rustls::TlsConnector::from(Arc::new(config));
+    let tls = connector.connect(role_name(Role::Scheduler), tcp).await.unwrap();
+    let stream = Mutex::new(Some(hyper_util::rt::TokioIo::new(tls)));
+    let once = tower::service_fn(move |_| {
+        let stream = stream.lock().unwrap().take();
+        async move { stream.ok_or_else(|| std::io::Error::other("once")) }
+    });
+    tonic::transport::Endpoint::from_static("http://s").connect_with_connector(once).await.unwrap()
+}
+
+#[tokio::test]
+async fn without_a_certificate_there_is_joining_and_nothing_else() {
+    let dir = tempfile::tempdir().unwrap();
+    let scheduler = Scheduler::start(&dir).await;
+    let token = create_token(dir.path(), Role::Peer, HOUR).unwrap();
+    let (identity, _, _) = join::join(&scheduler.address(), &token, "n").await.unwrap();
+    let channel = anonymous(&scheduler, &identity).await;
+    let mut client = SchedulerClient::new(channel.clone());
+    let refused = client.track(tokio_stream::iter([])).await.unwrap_err();
+    assert_eq!(refused.code(), tonic::Code::Unauthenticated);
+    let refused = client.members(v1::MembersRequest {}).await.unwrap_err();
+    assert_eq!(refused.code(), tonic::Code::Unauthenticated);
+    let mut authority = v1::authority_client::AuthorityClient::new(channel);
+    let request = v1::RenewRequest {
+        version: Some(hawker_api::VERSION),
+        certificate_request: identity.renewal_request().unwrap(),
+    };
+    assert_eq!(authority.renew(request).await.unwrap_err().code(), tonic::Code::Unauthenticated);
+}
+
+#[tokio::test]
+async fn who_wants_the_same_gets_the_seed_and_each_other() {
+    let dir = tempfile::tempdir().unwrap();
+    let scheduler = Scheduler::start(&dir).await;
+    let seed = Node::start("seed", Role::Seed, &dir, &[&scheduler], Vec::new()).await;
+    let mut a = Node::start("a", Role::Peer, &dir, &[&scheduler], Vec::new()).await;
+    let mut b = Node::start("b", Role::Peer, &dir, &[&scheduler], Vec::new()).await;
+    let has_seed = |members: &[Member]| members.iter().any(|member| member.role == Role::Seed);
+    let members = a.hears_members("the seed is listed", has_seed).await;
+    assert!(members.iter().any(|member| member.addresses == ["seed:6501"]));
+    assert_eq!(a.tracker.connected(), [scheduler.address()]);
+    a.want(1);
+    b.want(1);
+    let told = a.hears_parents("a hears of b", |told| told.parents.len() == 2).await;
+    assert_eq!((told.task, told.parents), (task(1), vec![seed.id(), b.id()]));
+    assert_eq!((told.issuer, told.fetch_from_origin), (None, false));
+    b.hears_parents("b hears of a", |told| told.parents == [seed.id(), a.id()]).await;
+    let saved = hawker_api::member_file::load(&a.dir.path().join("members.json")).unwrap();
+    assert!(saved.iter().any(|member| member.peer == seed.id()));
+
+    let connection = join::connect(&scheduler.address(), &a.identity).await.unwrap();
+    let reply = SchedulerClient::new(connection.channel).members(v1::MembersRequest {}).await.unwrap();
+    let names: Vec<String> = reply
+        .into_inner()
+        .members
+        .into_iter()
+        .filter_map(|state| state.member)
+        .map(|member| member.name)
+        .collect();
+    assert_eq!(names.len(), 4);
+    assert!(names.contains(&"a".into()) && names.contains(&"scheduler".into()));
+    assert_eq!(scheduler.numbers.peers.load(std::sync::atomic::Ordering::Relaxed), 3);
+    scheduler.stop().await;
+}
+
+#[tokio::test]
+async fn without_a_seed_one_is_elected_and_replaced_when_it_dies() {
+    let dir = tempfile::tempdir().unwrap();
+    let scheduler = Scheduler::start(&dir).await;
+    let mut a = Node::start("a", Role::Peer, &dir, &[&scheduler], Vec::new()).await;
+    let mut b = Node::start("b", Role::Peer, &dir, &[&scheduler], Vec::new()).await;
+    a.want(1);
+    b.want(1);
+    let at_a = a.hears_parents("an election", |told| told.issuer.is_some()).await;
+    let at_b = b.hears_parents("an election", |told| told.issuer.is_some()).await;
+    assert_eq!(at_a.issuer, at_b.issuer);
+    assert_ne!(at_a.fetch_from_origin, at_b.fetch_from_origin);
+    let (elected, mut other) = if at_a.fetch_from_origin { (a, b) } else { (b, a) };
+    assert_eq!(at_a.issuer, Some(elected.id()));
+    drop(elected);
+    let told = other.hears_parents("it takes over", |told| told.fetch_from_origin).await;
+    assert_eq!(told.issuer, Some(other.id()));
+}
+
+#[tokio::test]
+async fn after_a_restart_everything_is_said_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let scheduler = Scheduler::start(&dir).await;
+    let address = scheduler.address;
+    let held = Holding { task: task(1), size_bytes: 20 * MIB, pieces: 23, complete: true };
+    let seed = Node::start("seed", Role::Seed, &dir, &[&scheduler], Vec::new()).await;
+    let holder = Node::start("holder", Role::Peer, &dir, &[&scheduler], vec![held]).await;
+    let mut child = Node::start("child", Role::Peer, &dir, &[&scheduler], Vec::new()).await;
+    child.want(1);
+    child.want(2);
+    let both = [seed.id(), holder.id()];
+    child.hears_parents("the holder", |told| told.task == task(1) && told.parents == both).await;
+    scheduler.stop().await;
+    let scheduler = Scheduler::start_with(&dir, address, CERTIFICATE_LIFE, None).await;
+    child.hears_parents("the holder, again", |told| told.task == task(1) && told.parents == both).await;
+    child.tracker.forget(&task(1));
+    child.tracker.want(&task(2), None, &source(), true);
+    let told = child.hears_parents("the seed, not an election", |told| told.task == task(2)).await;
+    assert_eq!((told.parents, told.issuer), (vec![seed.id()], None));
+    scheduler.stop().await;
+}
+
+#[tokio::test]
+async fn two_reporters_isolate_and_one_does_not() {
+    let dir = tempfile::tempdir().unwrap();
+    let scheduler = Scheduler::start(&dir).await;
+    let mut a = Node::start("a", Role::Peer, &dir, &[&scheduler], Vec::new()).await;
+    let mut b = Node::start("b", Role::Peer, &dir, &[&scheduler], Vec::new()).await;
+    let mut bad = Node::start("bad", Role::Peer, &dir, &[&scheduler], Vec::new()).await;
+    for node in [&mut a, &mut b, &mut bad] {
+        node.hears_members("connected", |members| !members.is_empty()).await;
+    }
+    for _ in 0..3 {
+        a.tracker.report(bad.id(), &task(1), ReportKind::WrongBytes);
+    }
+    a.hears_of_no_isolation().await;
+    b.tracker.report(bad.id(), &task(1), ReportKind::WrongBytes);
+    let isolated = |event| match event {
+        TrackerEvent::Isolated(peers) => Some(peers),
+        _ => None,
+    };
+    assert_eq!(a.hears("isolation", isolated).await, [bad.id()]);
+    let mut late = Node::start("late", Role::Peer, &dir, &[&scheduler], Vec::new()).await;
+    assert_eq!(late.hears("isolation, told to a newcomer", isolated).await, [bad.id()]);
+}
+
+#[tokio::test]
+async fn certificates_renew_themselves_and_are_saved() {
+    let dir = tempfile::tempdir().unwrap();
+    // Two thirds of a minute and the hour before are over at once.
+    let life = Duration::from_secs(60);
+    let scheduler = Scheduler::start_with(&dir, "127.0.0.1:0".parse().unwrap(), life, None).await;
+    let node = Node::start("n", Role::Peer, &dir, &[&scheduler], Vec::new()).await;
+    let saved = || Identity::load(&node.dir.path().join("identity")).ok().flatten();
+    let renewed = async {
+        loop {
+            if let Some(saved) = saved() {
+                return saved;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    let saved = timeout(SOON, renewed).await.expect("it is renewed");
+    assert_eq!((saved.peer_id(), saved.role()), (node.id(), Role::Peer));
+    scheduler.stop().await;
+}
+
+#[tokio::test]
+async fn a_second_scheduler_joins_without_authority_and_tasks_are_shared_out() {
+    let (dir, second_dir) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let first = Scheduler::start(&dir).await;
+    let token = create_token(dir.path(), Role::Scheduler, HOUR).unwrap();
+    let any = "127.0.0.1:0".parse().unwrap();
+    let second =
+        Scheduler::start_with(&second_dir, any, CERTIFICATE_LIFE, Some((first.address(), token))).await;
+    let mut node = Node::start("n", Role::Peer, &dir, &[&first], Vec::new()).await;
+    node.hears_members("both are listed", |members| members.len() == 2).await;
+    let both = async {
+        while node.tracker.connected().len() < 2 {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    timeout(SOON, both).await.expect("a stream to each");
+
+    let token = create_token(dir.path(), Role::Peer, HOUR).unwrap();
+    let error = join::join(&second.address(), &token, "n").await.unwrap_err();
+    assert!(matches!(&error, JoinError::NoAuthority(why) if why.contains(&first.address())), "{error}");
+    join::join(&first.address(), &token, "n").await.expect("the token was not spent");
+
+    (0..20).for_each(|n| node.want(n));
+    let mut told = std::collections::BTreeSet::new();
+    while told.len() < 20 {
+        told.insert(node.hears_parents("an answer for each task", |told| told.fetch_from_origin).await.task);
+    }
+    let tasks = |scheduler: &Scheduler| scheduler.numbers.tasks.load(std::sync::atomic::Ordering::Relaxed);
+    assert_eq!(tasks(&first) + tasks(&second), 20);
+    assert!(tasks(&first) > 0 && tasks(&second) > 0);
+    second.stop().await;
+    let elected = node.hears_parents("the first takes over", |told| told.fetch_from_origin).await;
+    assert!(told.contains(&elected.task));
+}
