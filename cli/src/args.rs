@@ -1,0 +1,273 @@
+//! The command line, as typed: text everywhere, so that flags and the configuration file are checked by the same hand and all
+//! errors are told at once.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+/// Hands every node its container images: a registry mirror that takes layers from other nodes.
+#[derive(Debug, Parser)]
+#[command(name = "hawker", version, propagate_version = false, disable_help_subcommand = true)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// The daemon of each node: the mirror that runtimes pull through
+    Proxy(Box<ProxyArgs>),
+    /// The scheduler and the authority for certificates, without a mirror
+    Scheduler(SchedulerArgs),
+    /// Scheduler, authority and a seed in one process: a cluster's first node
+    Up(Box<UpArgs>),
+    /// Tokens, with which nodes join
+    #[command(subcommand)]
+    Token(TokenCommand),
+    /// Who is in the cluster, what this node serves, where the bytes came from
+    Status(StatusArgs),
+    /// Whether all is well, and whether the runtime really pulls through Hawker
+    Doctor(DoctorArgs),
+    /// The version of this program
+    Version,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum TokenCommand {
+    /// Makes a token and prints it; run it where the authority's data is
+    Create(TokenArgs),
+}
+
+/// How to log.
+#[derive(Args, Clone, Debug, Default)]
+pub(crate) struct LogArgs {
+    /// error, warn, info, debug, trace, or directives such as `info,hawker_proxy=debug` [default: info]
+    #[arg(long, value_name = "LEVEL", help_heading = "Logs")]
+    pub(crate) log_level: Option<String>,
+    /// text or json [default: text]
+    #[arg(long, value_name = "FORMAT", help_heading = "Logs")]
+    pub(crate) log_format: Option<String>,
+}
+
+/// What `proxy` and `up` share: one node's mirror.
+#[derive(Args, Clone, Debug, Default)]
+pub(crate) struct NodeArgs {
+    /// TOML file; every flag is a key there, flags override it
+    #[arg(long, value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
+    /// This node's name, for people [default: the host's name]
+    #[arg(long, value_name = "NAME")]
+    pub(crate) name: Option<String>,
+    /// Where this node stands, e.g. a rack or a data centre's zone
+    #[arg(long, value_name = "ZONE")]
+    pub(crate) zone: Option<String>,
+    /// Identity, members, blobs [default: /var/lib/hawker]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) data_dir: Option<String>,
+    /// Where runtimes reach the mirror; may be repeated [default: 127.0.0.1:6500]
+    #[arg(long, value_name = "ADDR")]
+    pub(crate) mirror: Vec<String>,
+    /// Health, metrics, status [default: 127.0.0.1:6503]
+    #[arg(long, value_name = "ADDR")]
+    pub(crate) admin: Option<String>,
+    /// Where peers reach this node; may be repeated [default: [::]:6501]
+    #[arg(long, value_name = "ADDR")]
+    pub(crate) peer_listen: Vec<String>,
+    /// How peers are told to reach this node, e.g. behind NAT; may be repeated [default: this host's addresses]
+    #[arg(long, value_name = "HOST:PORT")]
+    pub(crate) advertise: Vec<String>,
+    /// A scheduler; may be repeated
+    #[arg(long, value_name = "HOST:PORT", help_heading = "Cluster")]
+    pub(crate) scheduler: Vec<String>,
+    /// A seed, besides those the scheduler names; may be repeated
+    #[arg(long, value_name = "HOST:PORT", help_heading = "Cluster")]
+    pub(crate) seed_address: Vec<String>,
+
+    /// The registry of requests that name none
+    #[arg(long, value_name = "HOST", help_heading = "Registries")]
+    pub(crate) default_registry: Option<String>,
+    /// A registry that may be asked, exact or *.example.com; may be repeated [default: any at a public address]
+    #[arg(long, value_name = "PATTERN", help_heading = "Registries")]
+    pub(crate) allow_registry: Vec<String>,
+    /// A loopback, private or link-local network where registries may be; may be repeated
+    #[arg(long, value_name = "CIDR", help_heading = "Registries")]
+    pub(crate) allow_network: Vec<String>,
+    /// A registry's endpoints, tried in order; also allows its private addresses; may be repeated
+    #[arg(long, value_name = "HOST=URL", help_heading = "Registries")]
+    pub(crate) registry: Vec<String>,
+    /// A PEM file of further authorities for a registry; may be repeated
+    #[arg(long, value_name = "HOST=FILE", help_heading = "Registries")]
+    pub(crate) registry_ca: Vec<String>,
+    /// Accept any certificate of this registry; may be repeated
+    #[arg(long, value_name = "HOST", help_heading = "Registries")]
+    pub(crate) registry_insecure: Vec<String>,
+
+    /// To peers at most, a second, e.g. 100MB [default: no limit]
+    #[arg(long, value_name = "SIZE", help_heading = "Limits")]
+    pub(crate) upload_rate: Option<String>,
+    /// From peers at most, a second [default: no limit]
+    #[arg(long, value_name = "SIZE", help_heading = "Limits")]
+    pub(crate) download_rate: Option<String>,
+    /// From registries at most, a second [default: no limit]
+    #[arg(long, value_name = "SIZE", help_heading = "Limits")]
+    pub(crate) origin_rate: Option<String>,
+    /// Evict from when the disk is this full [default: 90]
+    #[arg(long, value_name = "PERCENT", help_heading = "Limits")]
+    pub(crate) cache_high: Option<String>,
+    /// Evict until the disk is this full [default: 80]
+    #[arg(long, value_name = "PERCENT", help_heading = "Limits")]
+    pub(crate) cache_low: Option<String>,
+    /// Bytes on disk at most [default: as the disk allows]
+    #[arg(long, value_name = "SIZE", help_heading = "Limits")]
+    pub(crate) cache_max: Option<String>,
+    /// Pieces sent to peers at once [default: 8]
+    #[arg(long, value_name = "N", help_heading = "Limits")]
+    pub(crate) upload_slots: Option<String>,
+    /// Memory for pieces at most [default: 48MiB]
+    #[arg(long, value_name = "SIZE", help_heading = "Limits")]
+    pub(crate) memory: Option<String>,
+    /// How long a download goes on after its last reader left [default: 60s]
+    #[arg(long, value_name = "DURATION", help_heading = "Limits")]
+    pub(crate) linger: Option<String>,
+    /// How long bodies may go on after SIGTERM [default: 30s]
+    #[arg(long, value_name = "DURATION", help_heading = "Limits")]
+    pub(crate) drain: Option<String>,
+    #[command(flatten)]
+    pub(crate) log: LogArgs,
+}
+
+/// `hawker proxy`.
+#[derive(Args, Clone, Debug, Default)]
+pub(crate) struct ProxyArgs {
+    #[command(flatten)]
+    pub(crate) node: NodeArgs,
+    /// Fetch from registries for the others, and stay
+    #[arg(long, help_heading = "Cluster")]
+    pub(crate) seed: bool,
+    /// The scheduler to join at first start; remembered afterwards
+    #[arg(long, value_name = "HOST:PORT", help_heading = "Cluster")]
+    pub(crate) join: Option<String>,
+    /// Where the token is, `-` for standard input [default: the environment's HAWKER_TOKEN]
+    #[arg(long, value_name = "FILE", help_heading = "Cluster")]
+    pub(crate) token_file: Option<String>,
+}
+
+/// `hawker scheduler`.
+#[derive(Args, Clone, Debug, Default)]
+pub(crate) struct SchedulerArgs {
+    /// TOML file; every flag is a key there, flags override it
+    #[arg(long, value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
+    /// This scheduler's name, for people [default: the host's name]
+    #[arg(long, value_name = "NAME")]
+    pub(crate) name: Option<String>,
+    /// Authority and identity [default: /var/lib/hawker]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) data_dir: Option<String>,
+    /// Where members reach the scheduler; may be repeated [default: [::]:6502]
+    #[arg(long, value_name = "ADDR")]
+    pub(crate) listen: Vec<String>,
+    /// How members are told to reach it [default: the first global address of this host]
+    #[arg(long, value_name = "HOST:PORT")]
+    pub(crate) advertise: Option<String>,
+    /// Health, metrics, status [default: 127.0.0.1:6504]
+    #[arg(long, value_name = "ADDR")]
+    pub(crate) admin: Option<String>,
+    /// The cluster's name, for people [default: hawker]
+    #[arg(long, value_name = "NAME")]
+    pub(crate) cluster: Option<String>,
+    /// Another scheduler of the cluster; may be repeated
+    #[arg(long, value_name = "HOST:PORT")]
+    pub(crate) scheduler: Vec<String>,
+    /// For a second scheduler: the first one, to join at first start
+    #[arg(long, value_name = "HOST:PORT")]
+    pub(crate) join: Option<String>,
+    /// Where the token (of role scheduler) is, `-` for standard input [default: the environment's HAWKER_TOKEN]
+    #[arg(long, value_name = "FILE")]
+    pub(crate) token_file: Option<String>,
+    #[command(flatten)]
+    pub(crate) log: LogArgs,
+}
+
+/// `hawker up`.
+#[derive(Args, Clone, Debug, Default)]
+pub(crate) struct UpArgs {
+    #[command(flatten)]
+    pub(crate) node: NodeArgs,
+    /// Where members reach the scheduler; may be repeated [default: [::]:6502]
+    #[arg(long, value_name = "ADDR", help_heading = "Cluster")]
+    pub(crate) scheduler_listen: Vec<String>,
+    /// How members are told to reach the scheduler [default: the host of --advertise, else this host's first global address]
+    #[arg(long, value_name = "HOST:PORT", help_heading = "Cluster")]
+    pub(crate) scheduler_advertise: Option<String>,
+    /// The cluster's name, for people [default: hawker]
+    #[arg(long, value_name = "NAME", help_heading = "Cluster")]
+    pub(crate) cluster: Option<String>,
+}
+
+/// What a token lets a node be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum TokenRole {
+    Peer,
+    Seed,
+    Scheduler,
+}
+
+/// `hawker token create`.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct TokenArgs {
+    /// What the node may be that joins with it
+    #[arg(long, value_enum, default_value = "peer")]
+    pub(crate) role: TokenRole,
+    /// How long it can be used
+    #[arg(long, value_name = "DURATION", default_value = "1h")]
+    pub(crate) ttl: String,
+    /// The authority's data: the --data-dir of `hawker scheduler` or `hawker up`
+    #[arg(long, value_name = "DIR", default_value = crate::resolve::DATA_DIR)]
+    pub(crate) data_dir: PathBuf,
+}
+
+/// `hawker status`.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct StatusArgs {
+    /// The daemon's admin address
+    #[arg(long, value_name = "ADDR", default_value = crate::resolve::ADMIN)]
+    pub(crate) admin: String,
+    /// The daemon's own JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// The runtimes that `doctor` knows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Runtime {
+    Containerd,
+    Docker,
+    Podman,
+}
+
+/// `hawker doctor`.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct DoctorArgs {
+    /// The daemon's admin address
+    #[arg(long, value_name = "ADDR", default_value = crate::resolve::ADMIN)]
+    pub(crate) admin: String,
+    /// The mirror's address [default: as the daemon says, else 127.0.0.1:6500]
+    #[arg(long, value_name = "ADDR")]
+    pub(crate) mirror: Option<String>,
+    /// The runtime to look at [default: those installed]
+    #[arg(long, value_enum)]
+    pub(crate) runtime: Option<Runtime>,
+    /// The image to pull in the self-test [default: one that containerd already has]
+    #[arg(long, value_name = "REF")]
+    pub(crate) image: Option<String>,
+    /// containerd's configuration
+    #[arg(long, value_name = "FILE", default_value = "/etc/containerd/config.toml")]
+    pub(crate) containerd_config: PathBuf,
+    /// containerd's socket [default: as its configuration says]
+    #[arg(long, value_name = "SOCKET")]
+    pub(crate) containerd_address: Option<PathBuf>,
+    /// The results as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}

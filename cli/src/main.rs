@@ -1,0 +1,63 @@
+//! `hawker`, the one binary: what each subcommand is called, and where it is.
+//!
+//! Exit codes: 0 fine, 1 failed, 2 usage or configuration.
+
+mod args;
+mod client;
+mod doctor;
+mod join_help;
+mod log;
+mod member;
+mod problem;
+mod quantity;
+mod reload;
+mod resolve;
+mod run;
+mod scheduler_page;
+mod signals;
+mod status;
+mod system;
+mod token;
+mod written;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use crate::args::{Cli, Command, TokenCommand};
+use crate::problem::Problems;
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    let command = Cli::parse().command;
+    // A daemon reads its arguments again, with the file's, now and at each SIGHUP.
+    let argv = std::env::args_os().skip(2).collect();
+    let result = match command {
+        Command::Proxy(_) => run::proxy(argv).await,
+        Command::Scheduler(_) => run::scheduler(argv).await,
+        Command::Up(_) => run::up(argv).await,
+        Command::Token(TokenCommand::Create(args)) => token::create(&args),
+        Command::Status(args) => status::run(&args).await,
+        Command::Doctor(args) => match doctor::run(&args).await {
+            Ok(true) => Ok(()),
+            Ok(false) => return ExitCode::FAILURE,
+            Err(error) => Err(error),
+        },
+        Command::Version => {
+            print_version();
+            Ok(())
+        }
+    };
+    result.map_or_else(|error| report(&error), |()| ExitCode::SUCCESS)
+}
+
+#[expect(clippy::print_stdout, reason = "a command that prints")]
+fn print_version() {
+    println!("hawker {}", env!("CARGO_PKG_VERSION"));
+}
+
+#[expect(clippy::print_stderr, reason = "the last word to whoever started this")]
+fn report(error: &anyhow::Error) -> ExitCode {
+    eprintln!("hawker: {error:#}");
+    if error.is::<Problems>() { ExitCode::from(2) } else { ExitCode::FAILURE }
+}
