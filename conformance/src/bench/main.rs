@@ -1,0 +1,122 @@
+//! `hawker-bench NAME --json FILE`: what Hawker costs and how near the limit it is, against nginx, curl and the bound.
+//!
+//! Both sides of every ratio are measured in one run, several times in turn; figures are ratios of medians, and over several
+//! variants the worst. Needs root (network namespaces), nginx, curl and openssl.
+
+#![allow(clippy::print_stdout, reason = "what it prints is its job")]
+
+mod baseline;
+mod burst;
+mod client;
+mod cold;
+mod cpu;
+mod goodput;
+mod hit;
+mod machine;
+mod measure;
+mod memory;
+mod origin;
+mod report;
+mod stage;
+
+use std::path::PathBuf;
+use std::process::Command;
+
+use anyhow::{Context as _, Result, ensure};
+use clap::{Args, Parser, Subcommand};
+
+use report::Report;
+
+#[derive(Parser)]
+#[command(about = "Measures Hawker against nginx, curl and the bound", version)]
+struct Cli {
+    #[command(subcommand)]
+    bench: Bench,
+}
+
+#[derive(Subcommand)]
+enum Bench {
+    /// Serving a committed 1 GiB blob on loopback, against nginx with sendfile
+    Hit(Options),
+    /// A first pull of 512 MiB through node and seed, against curl straight from the origin
+    Cold(Options),
+    /// CPU of a node that receives 1 GiB from a peer, against curl and openssl
+    Cpu(Options),
+    /// The same 128 MiB to all nodes at once, against the bound and against curl on all nodes
+    Burst(BurstOptions),
+    /// Peak anonymous memory of any Hawker process in a burst and in a 4 GiB pull
+    Memory(BurstOptions),
+    /// What this machine gives the other side of each ratio; needs no Hawker
+    Machine(Options),
+    /// Runs the fault-injecting origin registry until it is ended
+    Origin(origin::OriginArgs),
+}
+
+#[derive(Args, Clone)]
+struct Options {
+    /// Where to write the results as JSON
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// How many times each side is measured
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100))]
+    rounds: u32,
+}
+
+#[derive(Args, Clone)]
+struct BurstOptions {
+    #[command(flatten)]
+    common: Options,
+    /// How many nodes pull at once
+    #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u16).range(1..=64))]
+    nodes: u16,
+}
+
+fn main() -> Result<()> {
+    match Cli::parse().bench {
+        Bench::Hit(options) => measured("hit", &options, hit::run),
+        Bench::Cold(options) => measured("cold", &options, cold::run),
+        Bench::Cpu(options) => measured("cpu", &options, cpu::run),
+        Bench::Burst(options) => {
+            measured("burst", &options.common.clone(), |report, _| burst::run(report, &options))
+        }
+        Bench::Memory(options) => {
+            measured("memory", &options.common.clone(), |report, _| memory::run(report, &options))
+        }
+        Bench::Machine(options) => report("machine", &options, machine::run),
+        Bench::Origin(args) => origin::run(&args),
+    }
+}
+
+/// A bench of the release `hawker`, which is built first.
+fn measured(
+    name: &'static str,
+    options: &Options,
+    bench: impl FnOnce(&mut Report, &Options) -> Result<()>,
+) -> Result<()> {
+    build_hawker()?;
+    report(name, options, bench)
+}
+
+fn report(
+    name: &'static str,
+    options: &Options,
+    bench: impl FnOnce(&mut Report, &Options) -> Result<()>,
+) -> Result<()> {
+    let mut report = Report::new(name);
+    bench(&mut report, options)?;
+    report.print_figures();
+    report.write(options.json.as_deref())
+}
+
+/// `HAWKER_BIN`, if set, is measured as it is; otherwise cargo puts a fresh one beside this executable.
+fn build_hawker() -> Result<()> {
+    if std::env::var_os("HAWKER_BIN").is_some() {
+        return Ok(());
+    }
+    let manifest = concat!(env!("CARGO_MANIFEST_DIR"), "/../Cargo.toml");
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let arguments = ["build", "--release", "-p", "hawker", "--manifest-path", manifest];
+    let status = Command::new(cargo).args(arguments).status().context("starting cargo: is it in PATH?")?;
+    ensure!(status.success(), "building hawker failed: {status}");
+    Ok(())
+}

@@ -1,0 +1,14 @@
+//! Hawker checked from outside: real daemons, real clients, real sockets, several hosts on one machine.
+//!
+//! - [`lab`]: hosts in network namespaces with shaped links, and the daemons that run on them.
+//! - [`origin`]: a registry that notes what it sends and misbehaves on demand.
+//! - [`rogue`]: a member of a cluster that lies.
+//! - [`scene`]: what most end-to-end tests start from: such an origin, a cluster and blobs that nobody has seen.
+//!
+//! The end-to-end tests are in `tests/`, the benches in `src/bench/` (binary `hawker-bench`). All of it needs root and the
+//! Debian packages that `conformance/run.sh` installs.
+
+pub mod lab;
+pub mod origin;
+pub mod rogue;
+pub mod scene;

@@ -1,0 +1,144 @@
+//! The lab itself: what the other tests and the benches take for granted about it.
+
+use std::io::{Read as _, Write as _};
+use std::net::{TcpListener, TcpStream};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use hawker_conformance::lab::{
+    BlobReads, Containerd, DockerRegistry, End, Families, Host, Image, Lab, Mbit, Request, packaged_image,
+};
+
+/// Sends `size_bytes` from one host to another; gives the rate in Mbit/s as the receiver sees it.
+fn transfer(from: &Host, to: &Host, size_bytes: usize) -> Result<f64> {
+    let listener = from.enter(|| TcpListener::bind(from.at(0)))??;
+    let address = listener.local_addr()?;
+    std::thread::scope(|scope| {
+        scope.spawn(move || -> Result<()> { Ok(listener.accept()?.0.write_all(&vec![7; size_bytes])?) });
+        let mut stream = to.enter(|| TcpStream::connect_timeout(&address, Duration::from_secs(5)))??;
+        let start = Instant::now();
+        let mut received = Vec::new();
+        stream.read_to_end(&mut received)?;
+        ensure!(received.len() == size_bytes);
+        Ok(size_bytes as f64 * 8.0 / 1e6 / start.elapsed().as_secs_f64())
+    })
+}
+
+#[test]
+fn a_shaped_link_carries_its_rate_and_no_more() -> Result<()> {
+    let lab = Lab::new()?;
+    let (fast, slow) = (lab.host("fast")?, lab.host("slow")?);
+    fast.shape(Mbit(400), Mbit(400))?;
+    slow.shape(Mbit(50), Mbit(100))?;
+    let before = slow.link_counters()?;
+    let (up, down) = (transfer(&slow, &fast, 6 << 20)?, transfer(&fast, &slow, 12 << 20)?);
+    ensure!((42.0..52.0).contains(&up) && (84.0..104.0).contains(&down), "up {up}, down {down}");
+    let after = slow.link_counters()?;
+    ensure!(after.sent_bytes - before.sent_bytes > 6 << 20, "{after:?}");
+    ensure!(after.received_bytes - before.received_bytes > 12 << 20, "{after:?}");
+    Ok(())
+}
+
+#[test]
+fn a_host_behind_nat_reaches_out_and_is_reached_only_at_the_forwarded_port() -> Result<()> {
+    let lab = Lab::new()?;
+    let (router, outside) = (lab.host("router")?, lab.host("outside")?);
+    let inside = lab.host_behind_nat("inside", &router, 1080, 80)?;
+    transfer(&outside, &inside, 1 << 20)?;
+    let listener = inside.enter(|| TcpListener::bind(inside.at(80)))??;
+    let connect = |to: std::net::SocketAddr| {
+        outside.enter(|| TcpStream::connect_timeout(&to, Duration::from_millis(500)))
+    };
+    connect(router.at(1080))??;
+    drop(listener.accept()?);
+    ensure!(connect(inside.at(80))?.is_err());
+    Ok(())
+}
+
+#[test]
+fn an_ipv6_only_lab_has_no_ipv4_not_even_on_loopback() -> Result<()> {
+    let lab = Lab::with_families(Families::Ipv6)?;
+    let (a, b) = (lab.host("a")?, lab.host("b")?);
+    transfer(&a, &b, 1 << 20)?;
+    ensure!(a.enter(|| TcpListener::bind("127.0.0.1:0"))?.is_err());
+    a.enter(|| TcpListener::bind("[::1]:0"))??;
+    Ok(())
+}
+
+#[test]
+fn hosts_of_different_labs_do_not_see_each_other_and_nothing_is_left_behind() -> Result<()> {
+    let (one, other) = (Lab::new()?, Lab::new()?);
+    let (a, b) = (one.host("a")?, other.host("a")?);
+    ensure!(a.ip() == b.ip(), "labs are alike");
+    let c = other.host("c")?;
+    let listener = c.enter(|| TcpListener::bind(c.at(80)))??;
+    ensure!(a.enter(|| TcpStream::connect_timeout(&c.at(80), Duration::from_millis(200)))?.is_err());
+    b.enter(|| TcpStream::connect_timeout(&c.at(80), Duration::from_secs(5)))??;
+    drop(listener);
+
+    let (dir, namespace) = (other.dir().to_owned(), c.namespace().to_owned());
+    let mut sleep = c.command("sleep").arg("1000").spawn()?;
+    drop(other);
+    ensure!(!sleep.wait()?.success(), "it was killed");
+    ensure!(!dir.exists() && !std::path::Path::new("/run/netns").join(namespace).exists());
+    Ok(())
+}
+
+#[test]
+fn the_client_tells_a_short_body_from_a_reset_one() -> Result<()> {
+    let lab = Lab::new()?;
+    let host = lab.host("a")?;
+    let end_of = |linger: Option<Duration>| -> Result<End> {
+        let listener = host.enter(|| TcpListener::bind(host.at(0)))??;
+        let address = listener.local_addr()?;
+        let server = std::thread::spawn(move || -> Result<()> {
+            let mut stream = listener.accept()?.0;
+            let mut request = [0; 4096];
+            ensure!(stream.read(&mut request)? > 0);
+            stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 10\r\n\r\nhello")?;
+            std::thread::sleep(Duration::from_millis(100));
+            rustix::net::sockopt::set_socket_linger(&stream, linger)?;
+            Ok(())
+        });
+        let answer = Request::get(address, "/").send(&host)?;
+        server.join().map_err(|_| anyhow::anyhow!("the server panicked"))??;
+        ensure!(answer.text() == "hello");
+        Ok(answer.end)
+    };
+    ensure!(end_of(None)? == End::Short);
+    ensure!(end_of(Some(Duration::ZERO))? == End::Reset);
+    Ok(())
+}
+
+#[test]
+fn containerd_pulls_a_synthetic_image_and_the_registry_tells_what_it_sent() -> Result<()> {
+    let lab = Lab::new()?;
+    let registry = DockerRegistry::start(&lab.host("origin")?)?;
+    let image = Image::noise(1, &[3 << 20, 100_000]);
+    let reference = registry.push(&image, "some/where", "one")?;
+    ensure!(registry.blob_reads(None) == BlobReads::default());
+    let containerd = Containerd::start(&lab.host("node")?, "containerd")?;
+    let origin = format!("http://{}", registry.authority());
+    containerd.mirrors(&registry.authority(), std::slice::from_ref(&origin), None)?;
+    containerd.pull(&reference)?;
+    for layer in &image.layers {
+        let size = layer.data.len() as u64;
+        ensure!(containerd.content_bytes(&layer.digest) == Some(size));
+        ensure!(registry.blob_reads(Some(&layer.digest)) == BlobReads { requests: 1, body_bytes: size });
+    }
+    ensure!(registry.blob_reads(None).requests == 3, "two layers and the configuration");
+    Ok(())
+}
+
+#[test]
+fn a_container_of_an_image_made_from_packages_runs() -> Result<()> {
+    let lab = Lab::new()?;
+    let registry = DockerRegistry::start(&lab.host("origin")?)?;
+    let reference = registry.push_layout(&packaged_image(true)?, "debian/small", "latest")?;
+    let containerd = Containerd::start(&lab.host("node")?, "containerd")?;
+    containerd.mirrors("_default", &[format!("http://{}", registry.authority())], None)?;
+    containerd.pull(&reference)?;
+    let said = containerd.run(&reference, &["/bin/sh", "-c", "echo from inside"]).context("running it")?;
+    ensure!(said.trim() == "from inside", "{said}");
+    Ok(())
+}
