@@ -310,7 +310,7 @@ impl Swarm {
     pub fn handle<R: Rng + ?Sized>(&mut self, now: Time, rng: &mut R, input: Input) {
         self.tick(now, rng);
         match input {
-            Input::Joined(about) => self.joined(now, about),
+            Input::Joined(about) => self.joined(now, rng, about),
             Input::Expected(about, wait) => self.expected(now, about, wait),
             Input::Left(peer) => self.left(now, peer),
             Input::Holdings { peer, replaces_all, holdings } => {
@@ -339,6 +339,7 @@ impl Swarm {
         }
         if self.conduct.sweep(now) {
             self.outputs.push_back(Output::Isolated(self.conduct.isolated(now)));
+            self.ensure_sources(now, rng);
         }
         while let Some((touched, task)) =
             self.idle.first().copied().filter(|(at, _)| now.since(*at) >= IDLE_TTL)
@@ -391,7 +392,7 @@ impl Swarm {
 
     // Peers come and go.
 
-    fn joined(&mut self, now: Time, about: Registration) {
+    fn joined<R: Rng + ?Sized>(&mut self, now: Time, rng: &mut R, about: Registration) {
         if about.role == Role::Scheduler {
             return;
         }
@@ -400,18 +401,19 @@ impl Swarm {
         if known.is_some() {
             self.timers.insert((now + GRACE, Timer::Stale(slot)));
         }
-        let is_new_seed = match about.role {
-            Role::Seed => self.seeds.insert(about.peer, slot).is_none(),
-            _ => {
-                self.seeds.remove(&about.peer);
-                false
-            }
+        let is_seed = about.role == Role::Seed;
+        let was_seed = match is_seed {
+            true => self.seeds.insert(about.peer, slot).is_some(),
+            false => self.seeds.remove(&about.peer).is_some(),
         };
         if let Some(peer) = self.peers.get_mut(slot) {
             (peer.about, peer.gone_at, peer.joined_at) = (about, None, now);
         }
-        if is_new_seed {
+        if is_seed && !was_seed {
             self.offer_seed(now);
+        } else if known.is_some() {
+            // It may be the only one who can be elected for what it wanted while it was away.
+            self.ensure_sources(now, rng);
         }
     }
 
@@ -530,6 +532,10 @@ impl Swarm {
         }
         if is_new || completed {
             self.introduce(now, rng, task_slot, slot);
+        }
+        if completed {
+            // Who holds it all can sign for it, even where nobody who waits may read the origin.
+            self.ensure_source(now, rng, task_slot);
         }
     }
 

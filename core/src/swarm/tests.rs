@@ -326,6 +326,32 @@ fn the_elected_peer_is_replaced_when_it_is_gone() {
 }
 
 #[test]
+fn whoever_comes_back_may_be_elected_for_what_it_wanted_while_it_was_away() {
+    let mut world = World::new();
+    world.join([1]);
+    world.leave(1);
+    world.want(1, 1);
+    assert_eq!(world.told(1, 1).issuer, None, "who is away is not elected");
+    world.join([1]);
+    world.wait(GRACE + ms(100));
+    assert_eq!(world.told(1, 1).issuer, Some(peer(1)));
+}
+
+#[test]
+fn a_complete_holder_is_elected_where_no_wanter_may_read_the_origin() {
+    let mut world = World::new();
+    for n in 1..=2 {
+        let about = Registration { reads_origins: false, ..registration(n, Role::Peer, "") };
+        world.input(Input::Joined(about));
+    }
+    world.want(1, 1);
+    assert_eq!(world.told(1, 1).issuer, None);
+    world.hold(2, 1, 23, true);
+    world.wait(ms(1000));
+    assert_eq!(world.told(1, 1).issuer, Some(peer(2)));
+}
+
+#[test]
 fn the_elected_peer_is_replaced_when_it_gets_nowhere_or_gives_up() {
     let mut world = World::new();
     world.join(1..=3);
