@@ -7,6 +7,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         println!("cargo:rerun-if-changed={source}");
     }
     let descriptors = protox::compile(sources, ["proto"])?;
-    tonic_prost_build::configure().bytes(".hawker.v1.ManifestReply.body").compile_fds(descriptors)?;
+    tonic_prost_build::configure()
+        .bytes(".hawker.v1.ManifestReply.body")
+        // These carry secrets: `src/redact.rs` shows them without.
+        .skip_debug([".hawker.v1.Interest", ".hawker.v1.ManifestRequest", ".hawker.v1.JoinRequest"])
+        .compile_fds(descriptors)?;
     Ok(())
 }

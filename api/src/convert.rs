@@ -10,6 +10,7 @@ use hawker_core::digest::{Algorithm, ChainValue, Digest};
 use hawker_core::message::{Message, Offer, Refusal, Role};
 use hawker_core::piece::{MAX_BLOB_BYTES, PeerId, PieceIndex, PieceLayout, SignedPrefix};
 use hawker_core::reference::{MAX_NAME_BYTES, Source, canonical_host, is_repository};
+use hawker_core::right::Bearer;
 
 use crate::v1;
 use crate::v1::peer_message::Message as Wire;
@@ -62,10 +63,11 @@ pub fn check_version(theirs: Option<v1::Version>) -> Result<()> {
 /// To the wire.
 pub fn peer_message(message: &Message) -> v1::PeerMessage {
     let wire = match message {
-        Message::Interest { task, source, size_bytes } => Wire::Interest(v1::Interest {
+        Message::Interest { task, source, size_bytes, token } => Wire::Interest(v1::Interest {
             task: task.to_string(),
             source: Some(self::source(source)),
             size_bytes: *size_bytes,
+            token: self::token(token.as_ref()),
         }),
         Message::Have { task, size_bytes, offer } => Wire::Have(have(task, *size_bytes, offer)),
         Message::Table { task, size_bytes, first, values, signed } => Wire::Table(v1::Table {
@@ -98,10 +100,11 @@ pub fn peer_message(message: &Message) -> v1::PeerMessage {
 pub fn from_peer_message(message: v1::PeerMessage) -> Result<Option<Message>> {
     let Some(message) = message.message else { return Ok(None) };
     Ok(Some(match message {
-        Wire::Interest(v1::Interest { task, source, size_bytes }) => Message::Interest {
+        Wire::Interest(v1::Interest { task, source, size_bytes, token }) => Message::Interest {
             task: from_task(&task)?,
             source: from_source(source)?,
             size_bytes: size_bytes.map(from_size).transpose()?,
+            token: from_token(&token)?,
         },
         Wire::Have(have) => from_have(have)?,
         Wire::Table(table) => from_table(table)?,
@@ -262,6 +265,19 @@ pub fn from_source(source: Option<v1::Source>) -> Result<Source> {
     let registry = canonical_host(&registry).map_err(|_| ConvertError::Bad("registry"))?;
     ensure(repository.len() <= MAX_NAME_BYTES && is_repository(&repository), "repository")?;
     Ok(Source { registry, repository })
+}
+
+/// A lent token, to the wire.
+pub fn token(token: Option<&Bearer>) -> String {
+    token.map_or_else(String::new, |token| token.reveal().to_owned())
+}
+
+/// A lent token, if there is one.
+pub fn from_token(token: &str) -> Result<Option<Bearer>> {
+    if token.is_empty() {
+        return Ok(None);
+    }
+    Bearer::new(token).map(Some).ok_or(ConvertError::Bad("token"))
 }
 
 /// A role, to the wire.
@@ -461,11 +477,12 @@ mod tests {
         });
         let size = prop::option::of(0..=MAX_BLOB_BYTES);
         prop_oneof![
-            (task(), source_strategy(), size).prop_map(|(task, source, size_bytes)| Message::Interest {
-                task,
-                source,
-                size_bytes
-            }),
+            (task(), source_strategy(), size, prop::option::of("[A-Za-z0-9._~+/-]{1,40}={0,2}")).prop_map(
+                |(task, source, size_bytes, token)| {
+                    let token = token.and_then(|token| Bearer::new(&token));
+                    Message::Interest { task, source, size_bytes, token }
+                }
+            ),
             have,
             table(),
             task().prop_map(|task| Message::Working { task }),

@@ -6,6 +6,7 @@ pub mod convert;
 pub mod identity;
 pub mod join;
 pub mod member_file;
+mod redact;
 
 /// The generated messages and services of `proto/`.
 #[allow(missing_docs, unreachable_pub, unused_qualifications, clippy::all)]

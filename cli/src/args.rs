@@ -102,6 +102,13 @@ pub(crate) struct NodeArgs {
     #[arg(long, value_name = "HOST", help_heading = "Registries")]
     pub(crate) registry_insecure: Vec<String>,
 
+    /// Whether a client's pull-scoped token may be lent to a seed for one transfer, true or false [default: true]
+    #[arg(long, value_name = "BOOL", help_heading = "Private images")]
+    pub(crate) seed_uses_client_token: Option<String>,
+    /// How long a pull goes on after its token has run out, from its last request on [default: 60s]
+    #[arg(long, value_name = "DURATION", help_heading = "Private images")]
+    pub(crate) pull_grace: Option<String>,
+
     /// To peers at most, a second, e.g. 100MB [default: no limit]
     #[arg(long, value_name = "SIZE", help_heading = "Limits")]
     pub(crate) upload_rate: Option<String>,

@@ -108,6 +108,15 @@ pub(crate) fn percent(text: &str) -> Result<u8, Wrong> {
     }
 }
 
+/// `true` or `false`.
+pub(crate) fn yes_or_no(text: &str) -> Result<bool, Wrong> {
+    match text.trim() {
+        "true" => Ok(true),
+        "false" => Ok(false),
+        _ => wrong(format!("`{text}` is neither true nor false"), "write one of them"),
+    }
+}
+
 /// `address:port` to listen on.
 pub(crate) fn listen(text: &str) -> Result<SocketAddr, Wrong> {
     text.parse().or_else(|_| {

@@ -33,6 +33,7 @@ const HOW_TO_JOIN: &str = "add --join HOST:PORT with a token, or start a cluster
 const UPLOAD_SLOTS: u32 = 8;
 const MEMORY_BYTES: u64 = 48 << 20;
 const LINGER: Duration = Duration::from_secs(60);
+const PULL_GRACE: Duration = Duration::from_secs(60);
 const DRAIN: Duration = Duration::from_secs(30);
 
 /// What the configuration can't know by itself.
@@ -275,6 +276,15 @@ impl<'a> Reader<'a> {
             }),
             linger: self.one("linger", args.linger.as_deref(), LINGER, |text| {
                 at_most(quantity::duration(text)?, Duration::from_secs(86_400), "give a day at most")
+            }),
+            seed_uses_client_token: self.one(
+                "seed-uses-client-token",
+                args.seed_uses_client_token.as_deref(),
+                true,
+                quantity::yes_or_no,
+            ),
+            pull_grace: self.one("pull-grace", args.pull_grace.as_deref(), PULL_GRACE, |text| {
+                at_most(quantity::duration(text)?, Duration::from_secs(3_600), "give an hour at most")
             }),
             drain: self.one("drain", args.drain.as_deref(), DRAIN, |text| {
                 at_most(quantity::duration(text)?, Duration::from_secs(3_600), "give an hour at most")
@@ -540,6 +550,7 @@ mod tests {
                     --registry 10.0.0.1:5000=http://10.0.0.1:5000 --registry-insecure a.example \
                     --upload-rate 100MB --download-rate 12MiB --origin-rate 1MB/s --cache-high 70 --cache-low 60% \
                     --cache-max 10GB --upload-slots 8 --memory 64MiB --linger 5m --drain 10s \
+                    --seed-uses-client-token false --pull-grace 5s \
                     --log-level debug --log-format json";
         let Proxy { settings: s, join, log, .. } = proxy(&typed(line), Surroundings::default()).unwrap();
         assert_eq!((s.name.as_str(), s.zone.as_str(), s.seed), ("n", "z", true));
@@ -551,6 +562,7 @@ mod tests {
         assert_eq!(s.cache, cache);
         assert_eq!((s.upload_slots, s.memory_bytes), (8, 64 << 20));
         assert_eq!((s.linger, s.drain), (Duration::from_secs(300), Duration::from_secs(10)));
+        assert_eq!((s.seed_uses_client_token, s.pull_grace), (false, Duration::from_secs(5)));
         assert_eq!(log, LogSettings { level: "debug".into(), format: Format::Json });
         let live = s.live.load();
         let rates = Rates { upload: Some(100_000_000), download: Some(12 << 20), origin: Some(1_000_000) };
@@ -605,6 +617,8 @@ mod tests {
             ("--upload-slots 0", alone, "--upload-slots: `0` is out of range"),
             ("--memory 1MiB", alone, "--memory: 1.0 MiB is too little"),
             ("--linger 60", alone, "--linger: `60` is no duration"),
+            ("--seed-uses-client-token maybe", alone, "--seed-uses-client-token: `maybe` is neither"),
+            ("--pull-grace 1d", alone, "--pull-grace: is too long"),
             ("--drain 2d", alone, "--drain: is too long"),
             ("--log-level loud", alone, "--log-level: `loud` is no log level"),
             ("--log-format xml", alone, "--log-format: `xml` is no format"),

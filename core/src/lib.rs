@@ -1,7 +1,7 @@
 //! The decisions of Hawker, without I/O, clock or randomness: what each daemon does next, given what it has seen.
 //!
 //! - [`digest`], [`piece`]: what a blob's pieces are and how each is verified on its own
-//! - [`reference`], [`range`]: what a request asks for
+//! - [`reference`], [`range`]: what a request asks for; [`right`]: with what right it is read at the origin
 //! - [`node`], [`fetch`], [`parents`], [`message`]: one peer's downloads and uploads
 //! - [`swarm`]: the scheduler's view of all peers
 //! - [`limit`], [`cache`]: how fast, and what stays on disk
@@ -20,6 +20,7 @@ pub mod piece;
 pub mod range;
 pub mod reference;
 pub mod rendezvous;
+pub mod right;
 pub mod swarm;
 
 use std::time::Duration;

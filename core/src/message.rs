@@ -7,6 +7,7 @@ use std::fmt;
 use crate::digest::{ChainValue, Digest};
 use crate::piece::{PieceIndex, SignedPrefix};
 use crate::reference::Source;
+use crate::right::Bearer;
 
 /// What a member is allowed to be; its certificate says so.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -68,6 +69,8 @@ pub enum Message {
         source: Source,
         /// Its size, when known.
         size_bytes: Option<u64>,
+        /// With what a seed may read it there. Lent for this one transfer, and to seeds only.
+        token: Option<Bearer>,
     },
     /// "I offer you these pieces."
     Have {

@@ -18,6 +18,7 @@ use crate::parents::{Fault, Parents};
 use crate::piece::{PeerId, PieceIndex, PieceLayout, PieceSet, PieceTable, SignedPrefix};
 use crate::reference::Source;
 use crate::rendezvous;
+use crate::right::{Bearer, Right};
 
 mod decide;
 mod messages;
@@ -134,6 +135,8 @@ pub enum Output {
         task: Digest,
         /// Not for the first time.
         again: bool,
+        /// The seeds may not read it, and this node may: one that may is to be elected.
+        reads: bool,
     },
     /// Tell the scheduler what became of a parent.
     Report(PeerId, Digest, Fault),
@@ -143,6 +146,8 @@ pub enum Output {
         task: Digest,
         /// Where it may be had.
         source: Source,
+        /// With what it may be read there.
+        token: Option<Bearer>,
         /// Who asks.
         peer: PeerId,
     },
@@ -193,6 +198,8 @@ pub enum Verdict {
 pub struct Opening {
     /// Where it can be had.
     pub source: Source,
+    /// With what right.
+    pub right: Right,
     /// What is known of it: size and table come with each other.
     pub known: Option<(PieceTable, PieceSet)>,
     /// Whether the table counts for clients although nobody signed it: this node read it from the origin itself.
@@ -327,6 +334,8 @@ impl<N: Notary> Node<N> {
         }
         let mut task = Task {
             source: opening.source,
+            right: opening.right,
+            reads: false,
             fetch: None,
             table: None,
             trust: opening.own_table.then_some(Trust::Clients),
@@ -383,6 +392,20 @@ impl<N: Notary> Node<N> {
     /// Whether a peer that hears of this task from us still lacks some of it.
     pub fn has_hungry_children(&self, digest: &Digest) -> bool {
         self.tasks.get(digest).is_some_and(|t| t.offers.hungry() > 0)
+    }
+
+    /// Where a task can be had, and with what right: the newest counts, and seeds that did without are asked again with it.
+    pub fn authorize(&mut self, digest: &Digest, source: Source, right: Right) {
+        let Some(task) = self.tasks.get_mut(digest) else { return };
+        if (&task.source, &task.right) == (&source, &right) {
+            return;
+        }
+        (task.source, task.right) = (source, right);
+        for (peer, link) in &mut task.links {
+            if self.connected.get(peer) == Some(&Role::Seed) {
+                (link.asked, link.unavailable) = (None, false);
+            }
+        }
     }
 
     /// Starts or resumes downloading. `whole`: everything, not only what readers read. `as_owner`: another seed asks for it,

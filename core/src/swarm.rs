@@ -151,6 +151,8 @@ pub enum Input {
         size_bytes: Option<u64>,
         /// The parents named before did not suffice.
         again: bool,
+        /// The seeds may not read it at its origin; this peer may.
+        reads: bool,
     },
     /// A peer no longer fetches.
     Forget {
@@ -316,8 +318,8 @@ impl Swarm {
             Input::Holdings { peer, replaces_all, holdings } => {
                 self.holdings(now, rng, peer, replaces_all, &holdings);
             }
-            Input::Want { peer, task, size_bytes, again } => {
-                self.want(now, rng, peer, task, size_bytes, again)
+            Input::Want { peer, task, size_bytes, again, reads } => {
+                self.want(now, rng, peer, task, size_bytes, again, reads)
             }
             Input::Forget { peer, task } => self.forget(now, rng, peer, &task),
             Input::Report { reporter, peer, kind } => self.report(now, rng, reporter, peer, kind),
@@ -539,6 +541,7 @@ impl Swarm {
         }
     }
 
+    #[expect(clippy::too_many_arguments, reason = "they are what the peer said, one by one")]
     fn want<R: Rng + ?Sized>(
         &mut self,
         now: Time,
@@ -547,6 +550,7 @@ impl Swarm {
         task: Digest,
         size_bytes: Option<u64>,
         again: bool,
+        reads: bool,
     ) {
         let Some(slot) = self.by_id.get(&peer).copied() else { return };
         let Some(task_slot) = self.begin_want(now, rng, slot, &task) else { return };
@@ -554,6 +558,7 @@ impl Swarm {
         task.size_bytes = size_bytes.or(task.size_bytes);
         let Some(want) = task.want_mut(slot) else { return };
         want.said_at = now;
+        want.reads |= reads;
         let tried = if again { std::mem::take(&mut want.parents) } else { Vec::new() };
         for parent in &tried {
             self.release(task_slot, *parent);

@@ -9,7 +9,6 @@ use bytes::Bytes;
 use hawker_api::identity::Identity;
 use hawker_core::digest::Digest;
 use hawker_core::message::Role;
-use hawker_core::reference::Source;
 use hawker_core::rendezvous;
 use tokio::net::{TcpListener, TcpSocket};
 use tokio::sync::{mpsc, oneshot};
@@ -21,6 +20,7 @@ use crate::admin::{
 };
 use crate::driver::{Driver, DriverConfig, EVENTS, Event, Members, Running};
 use crate::flight::Flights;
+use crate::grant::Grant;
 use crate::limits::Limits;
 use crate::metrics::Metrics;
 use crate::origin::Origin;
@@ -93,7 +93,11 @@ pub async fn run(
     let (events, heard) = mpsc::channel(EVENTS);
     let flights = Flights::new(events.clone(), origin.clone());
 
-    let seeds = Arc::new(Seeds { members: Arc::clone(&members), peers: OnceLock::new() });
+    let seeds = Arc::new(Seeds {
+        members: Arc::clone(&members),
+        peers: OnceLock::new(),
+        lends_tokens: settings.seed_uses_client_token,
+    });
     let mirror = Mirror::new(MirrorConfig {
         store: store.clone(),
         flights,
@@ -101,6 +105,7 @@ pub async fn run(
         seeds: (identity.is_some() && !settings.seed).then(|| Arc::clone(&seeds) as Arc<dyn SeedManifests>),
         live: Arc::clone(&settings.live),
         metrics: Arc::clone(&metrics),
+        pull_grace: settings.pull_grace,
     });
     let peers = identity.clone().map(|identity| {
         let config = PeersConfig {
@@ -141,6 +146,7 @@ pub async fn run(
         upload_slots: settings.upload_slots,
         memory_bytes: settings.memory_bytes,
         linger: settings.linger,
+        lends_tokens: settings.seed_uses_client_token,
         store: store.clone(),
         origin,
         peers: peers.clone(),
@@ -303,21 +309,23 @@ async fn evict(store: Store, mirror: Mirror, events: mpsc::Sender<Event>, metric
 struct Seeds {
     members: Arc<Members>,
     peers: OnceLock<Peers>,
+    lends_tokens: bool,
 }
 
 impl SeedManifests for Seeds {
     fn manifest<'a>(
         &'a self,
-        source: &'a Source,
+        grant: &'a Grant,
         digest: &'a Digest,
     ) -> Pin<Box<dyn Future<Output = Option<(u16, String, Bytes)>> + Send + 'a>> {
         Box::pin(async move {
             let peers = self.peers.get()?;
+            let right = grant.right(self.lends_tokens);
             // The owner, and one more should it be gone: the origin comes soon enough.
             for seed in rendezvous::order(digest, self.members.seeds()).into_iter().take(2) {
                 let Some(dial) = self.members.dial(seed) else { continue };
                 if peers.dial(&dial).await.is_ok()
-                    && let Ok(answer) = peers.manifest(seed, source, digest).await
+                    && let Ok(answer) = peers.manifest(seed, &grant.source, digest, right.token()).await
                 {
                     return Some(answer);
                 }

@@ -17,6 +17,7 @@ use hawker_core::node::{Config, Failure, Node, Notary, Opening, Output, Verdict}
 use hawker_core::parents::Fault;
 use hawker_core::piece::{PeerId, PieceIndex, PieceSet, PieceTable, SignedPrefix};
 use hawker_core::reference::Source;
+use hawker_core::right::Bearer;
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 use tokio::sync::{mpsc, oneshot};
@@ -25,11 +26,12 @@ use tracing::{debug, info, warn};
 
 use crate::buffer::{BufferPool, PieceBuffer};
 use crate::flight::{FlightError, Shared};
+use crate::grant::{Authorization, Grant};
 use crate::metrics::Metrics;
 use crate::origin::Origin;
 use crate::peer::{Download, PeerError, PeerEvent, Peers, PieceSource, Received};
 use crate::store::{Blob, Partial, Store, StoreError};
-use crate::tracker::{Holding, Member, ReportKind, Tracker, TrackerEvent};
+use crate::tracker::{Holding, Member, ReportKind, Tracker, TrackerEvent, Want};
 
 mod disk;
 mod members;
@@ -73,7 +75,7 @@ pub(crate) enum Event {
     /// A client wants a blob.
     Open {
         task: Digest,
-        source: Source,
+        grant: Grant,
         size_hint: Option<u64>,
         partial: bool,
         reader: u64,
@@ -166,6 +168,8 @@ pub(crate) struct DriverConfig {
     pub(crate) upload_slots: u32,
     pub(crate) memory_bytes: u64,
     pub(crate) linger: Duration,
+    /// Clients' tokens may be lent to seeds.
+    pub(crate) lends_tokens: bool,
     pub(crate) store: Store,
     pub(crate) origin: Origin,
     pub(crate) peers: Option<Peers>,
@@ -253,8 +257,8 @@ impl Driver {
     fn apply(&mut self, event: Event) {
         let now = self.now();
         match event {
-            Event::Open { task, source, size_hint, partial, reader, reply } => {
-                self.open(task, source, size_hint, partial, reader, reply);
+            Event::Open { task, grant, size_hint, partial, reader, reply } => {
+                self.open(task, grant, size_hint, partial, reader, reply);
             }
             Event::Position { task, reader, pieces, partial } => self.position(task, reader, pieces, partial),
             Event::Found { task, generation, found } => self.found(task, generation, found),
@@ -334,13 +338,13 @@ impl Driver {
     fn open(
         &mut self,
         task: Digest,
-        source: Source,
+        grant: Grant,
         size_hint: Option<u64>,
         partial: bool,
         reader: u64,
         reply: oneshot::Sender<Arc<Shared>>,
     ) {
-        let state = self.enter(task, source, size_hint);
+        let state = self.enter(task, grant, size_hint);
         state.readers.insert(reader, None);
         state.idle_since = None;
         state.whole |= !partial;
@@ -352,28 +356,34 @@ impl Driver {
     }
 
     /// The task's state here; a new one has its disk looked at first.
-    fn enter(&mut self, task: Digest, source: Source, size_hint: Option<u64>) -> &mut TaskState {
+    fn enter(&mut self, task: Digest, grant: Grant, size_hint: Option<u64>) -> &mut TaskState {
         if !self.tasks.contains_key(&task) {
             self.look(task, 0, size_hint, None);
         }
+        self.node.authorize(&task, grant.source.clone(), grant.right(self.config.lends_tokens));
         let alone = self.config.peers.is_none();
         let state = self.tasks.entry(task).or_insert_with(|| {
             let shared = Arc::new(Shared::new(task));
             shared.update(|s| s.alone = alone);
             TaskState::new(shared)
         });
-        state.add_source(source);
+        state.add_grant(grant);
         state
     }
 
     fn found(&mut self, task: Digest, generation: u64, found: Found) {
         let now = self.now();
         let Some(state) = self.tasks.get_mut(&task).filter(|t| t.generation == generation) else { return };
-        let Some(source) = state.sources.first().cloned() else { return };
+        let Some(grant) = state.grants.borrow().last().cloned() else { return };
         let first = !state.ready;
         state.ready = true;
-        let mut opening =
-            Opening { source, known: None, own_table: false, announce: self.config.peers.is_some() };
+        let mut opening = Opening {
+            right: grant.right(self.config.lends_tokens),
+            source: grant.source,
+            known: None,
+            own_table: false,
+            announce: self.config.peers.is_some(),
+        };
         match found {
             Found::Blob(blob) => {
                 let table = (*blob.table).clone();
@@ -528,7 +538,7 @@ impl Driver {
                 // Elected for what it holds, though nobody here reads it: it is to issue the table for others.
                 if fetch_from_origin && !self.tasks.contains_key(&task) && self.config.store.has(&task) {
                     let source = Source { registry: String::new(), repository: String::new() };
-                    self.enter(task, source, None).elected = true;
+                    self.enter(task, Grant::own(source), None).elected = true;
                 }
             }
             TrackerEvent::Isolated(peers) => {

@@ -14,12 +14,12 @@ use std::time::Duration;
 use bytes::Bytes;
 use hawker_core::digest::Digest;
 use hawker_core::piece::{PieceIndex, PieceLayout, PieceSet};
-use hawker_core::reference::Source;
 use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::time::Instant;
 
 use crate::buffer::BLOCK_BYTES;
 use crate::driver::Event;
+use crate::grant::Grant;
 use crate::origin::Origin;
 
 pub(crate) mod direct;
@@ -180,17 +180,17 @@ impl Flights {
     pub async fn open(
         &self,
         task: Digest,
-        source: Source,
+        grant: Grant,
         size_hint: Option<u64>,
         partial: bool,
     ) -> Result<Flight, FlightError> {
         let id = self.next_reader.fetch_add(1, Ordering::Relaxed);
         let (reply, answer) = oneshot::channel();
-        let open = Event::Open { task, source: source.clone(), size_hint, partial, reader: id, reply };
+        let open = Event::Open { task, grant: grant.clone(), size_hint, partial, reader: id, reply };
         self.events.send(open).await.map_err(|_| FlightError::Stopping)?;
         let shared = answer.await.map_err(|_| FlightError::Stopping)?;
         let flight =
-            Flight { shared, source, partial, id, events: self.events.clone(), origin: self.origin.clone() };
+            Flight { shared, grant, partial, id, events: self.events.clone(), origin: self.origin.clone() };
         flight.sized().await?;
         // A blob of no bytes has no piece that could be verified.
         if flight.size_bytes() == 0 && Digest::of(task.algorithm(), &[]) != task {
@@ -203,7 +203,7 @@ impl Flights {
 /// A download that a client takes part in. It goes on for a while after the last of these is dropped.
 pub struct Flight {
     shared: Arc<Shared>,
-    source: Source,
+    grant: Grant,
     partial: bool,
     id: u64,
     events: mpsc::Sender<Event>,
@@ -364,7 +364,7 @@ impl Reader {
             let proven = in_memory && self.end > last_start;
             self.direct = Some(Direct::new(
                 self.flight.origin.clone(),
-                self.flight.source.clone(),
+                &self.flight.grant,
                 self.flight.shared.task,
                 self.layout,
                 if proven { self.at..self.end } else { self.at..self.end.min(last_start) },

@@ -1,7 +1,8 @@
 //! The per-node daemon.
 //!
 //! A blob GET goes [`registry`] → [`flight`] → [`driver`] → `hawker_core::node`: four places, one direction. Around them:
-//! [`store`] bytes on disk, [`peer`] the piece protocol, [`origin`] upstream registries, [`tracker`] the scheduler's stream,
+//! [`store`] bytes on disk, [`peer`] the piece protocol, [`origin`] upstream registries, [`grant`] with whose right they are
+//! asked, [`tracker`] the scheduler's stream,
 //! [`admin`] what people and Prometheus look at. [`daemon`] puts them together.
 
 pub mod admin;
@@ -9,6 +10,7 @@ pub mod buffer;
 pub mod daemon;
 pub mod driver;
 pub mod flight;
+pub mod grant;
 pub mod limits;
 pub mod metrics;
 pub mod origin;

@@ -42,6 +42,10 @@ pub struct Settings {
     pub memory_bytes: u64,
     /// How long a download goes on after its last reader left.
     pub linger: Duration,
+    /// A client's pull-scoped token may be lent to a seed for one transfer.
+    pub seed_uses_client_token: bool,
+    /// How long a pull may go on after its token has run out, from its last request on.
+    pub pull_grace: Duration,
     /// How long bodies may go on after SIGTERM.
     pub drain: Duration,
 }

@@ -60,6 +60,19 @@ pub enum ReportKind {
     Served(u64),
 }
 
+/// A task that parents are wanted for.
+#[derive(Clone, Debug)]
+pub struct Want {
+    /// Its size, when known.
+    pub size_bytes: Option<u64>,
+    /// Where it can be had.
+    pub source: Source,
+    /// The parents named before did not suffice.
+    pub again: bool,
+    /// The seeds may not read it at its origin; this node may.
+    pub reads: bool,
+}
+
 /// What a peer holds of a task.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Holding {
@@ -132,8 +145,8 @@ impl Tracker {
     }
 
     /// Asks for parents.
-    pub fn want(&self, task: &Digest, size_bytes: Option<u64>, source: &Source, again: bool) {
-        self.shared.outboxes().want(task, size_bytes, source, again);
+    pub fn want(&self, task: &Digest, want: Want) {
+        self.shared.outboxes().want(task, want);
     }
 
     /// No longer fetching it.

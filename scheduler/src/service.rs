@@ -157,6 +157,7 @@ fn inputs(peer: PeerId, message: v1::FromPeer) -> Result<Vec<Input>, ConvertErro
             task: convert::from_task(&want.task)?,
             size_bytes: Some(want.size_bytes).filter(|size| *size > 0),
             again: want.again,
+            reads: want.reads,
         }],
         Some(Said::Forget(forget)) => vec![Input::Forget { peer, task: convert::from_task(&forget.task)? }],
         Some(Said::Reports(v1::Reports { reports })) => reports

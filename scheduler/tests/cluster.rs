@@ -13,7 +13,7 @@ use hawker_core::digest::{Algorithm, Digest};
 use hawker_core::message::Role;
 use hawker_core::piece::PeerId;
 use hawker_core::reference::Source;
-use hawker_proxy::tracker::{Holding, Member, ReportKind, Tracker, TrackerConfig, TrackerEvent};
+use hawker_proxy::tracker::{Holding, Member, ReportKind, Tracker, TrackerConfig, TrackerEvent, Want};
 use hawker_scheduler::authority::{CERTIFICATE_LIFE, create_token};
 use hawker_scheduler::{Numbers, SchedulerConfig, SchedulerError, bind, run};
 use tempfile::TempDir;
@@ -33,8 +33,9 @@ fn task(n: u32) -> Digest {
     Digest::of(Algorithm::Sha256, &n.to_be_bytes())
 }
 
-fn source() -> Source {
-    Source { registry: "docker.io".into(), repository: "library/debian".into() }
+fn want(size_bytes: Option<u64>, again: bool) -> Want {
+    let source = Source { registry: "docker.io".into(), repository: "library/debian".into() };
+    Want { size_bytes, source, again, reads: false }
 }
 
 struct Scheduler {
@@ -128,7 +129,7 @@ impl Node {
     }
 
     fn want(&self, n: u32) {
-        self.tracker.want(&task(n), Some(20 * MIB), &source(), false);
+        self.tracker.want(&task(n), want(Some(20 * MIB), false));
     }
 
     /// The first event that `pick` likes.
@@ -340,7 +341,7 @@ async fn after_a_restart_everything_is_said_again() {
     let scheduler = Scheduler::start_with(&dir, address, CERTIFICATE_LIFE, None).await;
     child.hears_parents("the holder, again", |told| told.task == task(1) && told.parents == both).await;
     child.tracker.forget(&task(1));
-    child.tracker.want(&task(2), None, &source(), true);
+    child.tracker.want(&task(2), want(None, true));
     let told = child.hears_parents("the seed, not an election", |told| told.task == task(2)).await;
     assert_eq!((told.parents, told.issuer), (vec![seed.id()], None));
     scheduler.stop().await;

@@ -36,7 +36,7 @@ impl<N: Notary> Node<N> {
         if self.scheduler && stale {
             let again = task.wanted.is_some();
             task.wanted = Some(now);
-            self.outputs.push_back(Output::Want { task: *digest, again });
+            self.outputs.push_back(Output::Want { task: *digest, again, reads: task.reads });
         }
         if task.elected {
             return;
@@ -83,9 +83,8 @@ impl<N: Notary> Node<N> {
 
     pub(super) fn interest(&mut self, now: Time, digest: Digest, peer: PeerId) {
         let Some(task) = self.tasks.get_mut(&digest) else { return };
-        if !task.running || !self.connected.contains_key(&peer) || task.complete {
-            return;
-        }
+        let Some(role) = self.connected.get(&peer).filter(|_| task.running && !task.complete) else { return };
+        let token = task.right.token().filter(|_| *role == Role::Seed).cloned();
         let size_bytes = task.size_bytes();
         let source = task.source.clone();
         let announce = task.announce;
@@ -95,8 +94,8 @@ impl<N: Notary> Node<N> {
             if announce {
                 task.offers.join(peer);
             }
-            self.outputs
-                .push_back(Output::Send(peer, Message::Interest { task: digest, source, size_bytes }));
+            let interest = Message::Interest { task: digest, source, size_bytes, token };
+            self.outputs.push_back(Output::Send(peer, interest));
         }
     }
 

@@ -6,12 +6,12 @@ impl<N: Notary> Node<N> {
     /// A peer said something.
     pub fn message(&mut self, now: Time, peer: PeerId, message: Message) {
         match message {
-            Message::Interest { task, source, size_bytes: _ } => {
+            Message::Interest { task, source, size_bytes: _, token } => {
                 if self.tasks.contains_key(&task) {
                     self.adopt(now, &task, peer);
                 }
                 // Also for a task in play: one that is held in part only may be wanted whole from now on.
-                self.outputs.push_back(Output::Load { task, source, peer });
+                self.outputs.push_back(Output::Load { task, source, token, peer });
             }
             Message::Have { task, size_bytes, offer } => self.have(now, peer, task, size_bytes, &offer),
             Message::Table { task, size_bytes, first, values, signed } => {
@@ -27,16 +27,7 @@ impl<N: Notary> Node<N> {
                     link.unavailable = false;
                 }
             }
-            Message::Unavailable { task, reason: _ } => {
-                if let Some(t) = self.tasks.get_mut(&task)
-                    && let Some(link) = t.links.get_mut(&peer)
-                {
-                    link.unavailable = true;
-                    link.working = None;
-                    // Should somebody name it again, it is asked again.
-                    link.asked = None;
-                }
-            }
+            Message::Unavailable { task, reason } => self.unavailable(peer, &task, reason),
             Message::Leave { task } => {
                 if let Some(t) = self.tasks.get_mut(&task) {
                     t.offers.leave(peer);
@@ -47,6 +38,22 @@ impl<N: Notary> Node<N> {
             Message::Cancel { request } => self.uploads.cancel(peer, request),
             // The transport reports a rejected download as failed: see `piece_failed`.
             Message::Reject { .. } => {}
+        }
+    }
+
+    fn unavailable(&mut self, peer: PeerId, digest: &Digest, reason: Refusal) {
+        let is_seed = self.connected.get(&peer) == Some(&Role::Seed);
+        let Some(task) = self.tasks.get_mut(digest) else { return };
+        let Some(link) = task.links.get_mut(&peer) else { return };
+        link.unavailable = true;
+        link.working = None;
+        // Should somebody name it again, it is asked again.
+        link.asked = None;
+        // A registry says 404 as well to those who may not know that something is there.
+        let may_not_read = is_seed && matches!(reason, Refusal::Origin(401 | 403 | 404));
+        if may_not_read && task.right != Right::Own && !task.reads {
+            task.reads = true;
+            (task.wanted, task.answered) = (None, false);
         }
     }
 

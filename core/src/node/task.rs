@@ -34,6 +34,9 @@ pub(super) struct Link {
 #[derive(Clone, Debug)]
 pub(super) struct Task {
     pub(super) source: Source,
+    pub(super) right: Right,
+    /// The seeds may not read it at its origin.
+    pub(super) reads: bool,
     /// Known once the size is.
     pub(super) fetch: Option<Fetch>,
     pub(super) table: Option<PieceTable>,

@@ -144,7 +144,13 @@ impl World {
     fn want(&mut self, peer: PeerId) {
         let (now, task, count) = (self.now, self.task, self.layout.count());
         let node = &mut self.hosts.get_mut(&peer).unwrap().node;
-        let opening = Opening { source: Self::source(), known: None, own_table: false, announce: true };
+        let opening = Opening {
+            source: Self::source(),
+            right: Right::Own,
+            known: None,
+            own_table: false,
+            announce: true,
+        };
         node.open(now, task, opening);
         node.run(now, task, true, false);
         node.reader(now, &task, 1, Some(0..count), false);
@@ -219,13 +225,13 @@ impl World {
                 let (task, elect) = (self.task, self.elect);
                 self.hosts.get_mut(&me).unwrap().node.parents(now, task, &others, elect, elect == Some(me));
             }
-            Output::Load { task, peer, source } => {
+            Output::Load { task, peer, source, token: _ } => {
                 let host = self.hosts.get_mut(&me).unwrap();
                 if me == id(SEED) {
                     host.node.open(
                         now,
                         task,
-                        Opening { source, known: None, own_table: false, announce: true },
+                        Opening { source, right: Right::Own, known: None, own_table: false, announce: true },
                     );
                     host.node.run(now, task, true, false);
                     host.node.adopt(now, &task, peer);
@@ -467,7 +473,8 @@ fn wanting(data: &[u8]) -> (Node<Names>, Digest, StdRng) {
     let roles = (0..3).map(|n| (id(n), Role::Peer)).collect();
     let mut node = Node::new(config, Names { me: id(0), roles });
     let (task, start) = (Digest::of(Algorithm::Sha256, data), Time::default());
-    let opening = Opening { source: World::source(), known: None, own_table: false, announce: true };
+    let opening =
+        Opening { source: World::source(), right: Right::Own, known: None, own_table: false, announce: true };
     node.open(start, task, opening);
     node.run(start, task, true, false);
     (node, task, StdRng::seed_from_u64(1))
@@ -514,7 +521,69 @@ fn pieces_whose_values_are_unknown_are_read_again() {
     let mut held = PieceSet::empty(layout.count());
     held.insert(0);
     let known = Some((PieceTable::new(task, layout), held));
-    node.open(now, task, Opening { source: World::source(), known, own_table: true, announce: true });
+    node.open(
+        now,
+        task,
+        Opening { source: World::source(), right: Right::Own, known, own_table: true, announce: true },
+    );
     node.run(now, task, true, false);
     assert!(outputs(&mut node, now, &mut rng).contains(&Output::ReadOrigin { task, from: 0 }));
+}
+
+/// The interest that was sent to each peer, by the token in it.
+fn interests(outputs: &[Output]) -> Vec<(PeerId, Option<&Bearer>)> {
+    let mut told = Vec::new();
+    for output in outputs {
+        if let Output::Send(peer, Message::Interest { token, .. }) = output {
+            told.push((*peer, token.as_ref()));
+        }
+    }
+    told
+}
+
+#[test]
+fn a_clients_token_is_lent_to_seeds_and_to_nobody_else() {
+    let (mut node, task, mut rng) = wanting(&[7; 1000]);
+    let (now, token) = (Time::default(), Bearer::new("t").unwrap());
+    node.scheduler(true);
+    node.seeds(vec![id(1)]);
+    node.authorize(&task, World::source(), Right::Token(token.clone()));
+    node.peer_up(now, id(1), Role::Seed);
+    node.peer_up(now, id(2), Role::Peer);
+    node.parents(now, task, &[id(2)], None, false);
+    let said = outputs(&mut node, now, &mut rng);
+    let mut told = interests(&said);
+    told.sort_unstable_by_key(|(peer, _)| *peer);
+    assert_eq!(told, [(id(1), Some(&token)), (id(2), None)]);
+    // A newer one reaches the seed, too.
+    let newer = Bearer::new("u").unwrap();
+    node.authorize(&task, World::source(), Right::Token(newer.clone()));
+    assert_eq!(interests(&outputs(&mut node, now, &mut rng)), [(id(1), Some(&newer))]);
+}
+
+#[test]
+fn where_the_seed_may_not_read_one_that_may_is_to_be_elected() {
+    for (right, reason, expected) in [
+        (Right::Kept, Refusal::Origin(401), true),
+        (Right::Kept, Refusal::Origin(404), true),
+        (Right::Kept, Refusal::Origin(500), false),
+        (Right::Kept, Refusal::Busy, false),
+        (Right::Own, Refusal::Origin(401), false),
+    ] {
+        let (mut node, task, mut rng) = wanting(&[7; 1000]);
+        let now = Time::default();
+        node.scheduler(true);
+        node.seeds(vec![id(1)]);
+        node.authorize(&task, World::source(), right.clone());
+        node.peer_up(now, id(1), Role::Seed);
+        let said = outputs(&mut node, now, &mut rng);
+        assert_eq!(interests(&said), [(id(1), None)], "a password is never lent");
+        node.parents(now, task, &[id(1)], None, false);
+        node.message(now, id(1), Message::Unavailable { task, reason });
+        let said = outputs(&mut node, now, &mut rng);
+        let wants = said.contains(&Output::Want { task, again: false, reads: true });
+        assert_eq!(wants, expected, "{right:?} {reason:?}");
+        // Until the scheduler has answered, or had the time to, nobody reads on his own.
+        assert_eq!(said.contains(&Output::ReadOrigin { task, from: 0 }), !expected, "{right:?} {reason:?}");
+    }
 }

@@ -1,4 +1,4 @@
-//! Who reads a task from the origin where there is no seed; and what reports lead to.
+//! Who reads a task from the origin where there is no seed, or none that may; and what reports lead to.
 
 use std::time::Duration;
 
@@ -16,9 +16,9 @@ const TRIED: usize = 16;
 impl Swarm {
     /// Sees to it that somebody brings the task into the swarm: a seed, or the one elected peer.
     pub(super) fn ensure_source<R: Rng + ?Sized>(&mut self, now: Time, rng: &mut R, task_slot: Slot) {
-        let is_open =
-            self.tasks.get(task_slot).is_some_and(|task| task.wanting > 0 && task.election.is_none());
-        if is_open && now >= self.elects_from && self.live_seeds(now).next().is_none() {
+        let open = self.tasks.get(task_slot).filter(|task| task.wanting > 0 && task.election.is_none());
+        let Some(task) = open.filter(|_| now >= self.elects_from) else { return };
+        if self.live_seeds(now).next().is_none() || task.is_private() {
             self.elect(now, rng, task_slot, Vec::new());
         }
     }
@@ -74,7 +74,8 @@ impl Swarm {
         let Some(task) = self.tasks.get(task_slot) else { return };
         // A complete holder only has to sign; then whoever has to read least. Equals: by chance.
         let rank = |copy: &Copy| (!tried.contains(&copy.peer), copy.complete, copy.pieces);
-        let eligible = task.copies.iter().filter(|copy| self.is_eligible(now, copy));
+        let private = task.is_private();
+        let eligible = task.copies.iter().filter(|copy| self.is_eligible(now, copy, private));
         let elected = eligible.map(|copy| (rank(copy), rng.random::<u32>(), copy.peer)).max();
         let Some((_, _, peer)) = elected else { return };
         let is_waiting = task.copy(peer).is_some_and(|copy| copy.want.is_some());
@@ -88,9 +89,9 @@ impl Swarm {
         }
     }
 
-    fn is_eligible(&self, now: Time, copy: &Copy) -> bool {
-        let reads =
-            copy.want.is_some() && self.peers.get(copy.peer).is_some_and(|peer| peer.about.reads_origins);
+    fn is_eligible(&self, now: Time, copy: &Copy, private: bool) -> bool {
+        let reads = copy.want.as_ref().is_some_and(|want| want.reads || !private)
+            && self.peers.get(copy.peer).is_some_and(|peer| peer.about.reads_origins);
         (copy.complete || reads) && self.is_namable(now, copy.peer)
     }
 

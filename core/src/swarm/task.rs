@@ -44,6 +44,8 @@ pub(super) struct Want {
     pub(super) told: u32,
     /// When it last said that it wants this.
     pub(super) said_at: Time,
+    /// It may read the task at its origin, and seeds may not.
+    pub(super) reads: bool,
 }
 
 /// Who reads the task from the origin, where there is no seed.
@@ -102,6 +104,11 @@ impl Task {
     /// Who wants it, ascending.
     pub(super) fn wanters(&self) -> impl Iterator<Item = Slot> + '_ {
         self.copies.iter().filter(|copy| copy.want.is_some()).map(|copy| copy.peer)
+    }
+
+    /// Whether seeds may not read it at its origin, by the word of somebody who may.
+    pub(super) fn is_private(&self) -> bool {
+        self.copies.iter().any(|copy| copy.want.as_ref().is_some_and(|want| want.reads))
     }
 
     pub(super) fn elected(&self) -> Option<Slot> {

@@ -118,7 +118,13 @@ impl World {
     }
 
     fn want(&mut self, n: u32, t: u32) {
-        self.input(Input::Want { peer: peer(n), task: task(t), size_bytes: Some(20 * MIB), again: false });
+        self.input(Input::Want {
+            peer: peer(n),
+            task: task(t),
+            size_bytes: Some(20 * MIB),
+            again: false,
+            reads: false,
+        });
     }
 
     fn hold(&mut self, n: u32, t: u32, pieces: u32, complete: bool) {
@@ -352,6 +358,24 @@ fn a_complete_holder_is_elected_where_no_wanter_may_read_the_origin() {
 }
 
 #[test]
+fn who_may_read_what_seeds_may_not_is_elected_in_spite_of_them() {
+    let mut world = World::new();
+    world.join_seed(0);
+    world.join(1..=3);
+    (1..=3).for_each(|n| world.want(n, 1));
+    assert_eq!(world.told(3, 1).issuer, None, "a seed is there");
+    let input = |n| Input::Want { peer: peer(n), task: task(1), size_bytes: None, again: true, reads: true };
+    world.input(input(2));
+    world.wait(ms(1000));
+    assert!(world.told(2, 1).fetch_from_origin);
+    assert!((1..=3).all(|n| world.told(n, 1).issuer == Some(peer(2))), "and by its word for all");
+    world.input(input(3));
+    world.leave(2);
+    world.wait(GRACE + ms(1000));
+    assert_eq!(world.told(1, 1).issuer, Some(peer(3)), "only who may read it comes after");
+}
+
+#[test]
 fn the_elected_peer_is_replaced_when_it_gets_nowhere_or_gives_up() {
     let mut world = World::new();
     world.join(1..=3);
@@ -521,7 +545,7 @@ fn asking_again_names_the_seed_and_prefers_others() {
     (1..=200).for_each(|n| world.want(n, 1));
     let before = world.parents(200, 1).to_vec();
     assert!(!before.contains(&peer(0)));
-    world.input(Input::Want { peer: peer(200), task: task(1), size_bytes: None, again: true });
+    world.input(Input::Want { peer: peer(200), task: task(1), size_bytes: None, again: true, reads: false });
     let after = world.parents(200, 1);
     assert_eq!(after[0], peer(0));
     assert!(after.iter().filter(|parent| before.contains(parent)).count() < before.len() / 2);
@@ -566,7 +590,13 @@ fn apply(world: &mut World, step: &Step) {
         }
         Step::Leave(n) => world.leave(n),
         Step::Want(n, t, again) => {
-            world.input(Input::Want { peer: peer(n), task: task(t), size_bytes: Some(20 * MIB), again });
+            world.input(Input::Want {
+                peer: peer(n),
+                task: task(t),
+                size_bytes: Some(20 * MIB),
+                again,
+                reads: again,
+            });
         }
         Step::Hold(n, t, pieces) => world.hold(n, t, pieces, pieces == 23),
         Step::HoldOnly(n, t) => {

@@ -6,13 +6,13 @@ use bytes::Bytes;
 use hawker_core::digest::{Chain, Digest};
 use hawker_core::node::Failure;
 use hawker_core::piece::{MAX_BLOB_BYTES, PieceIndex, PieceLayout};
-use hawker_core::reference::Source;
 use http::{HeaderMap, HeaderValue, StatusCode, header};
 use tokio::sync::{mpsc, watch};
 
 use super::Event;
 use crate::buffer::{BufferPool, PieceBuffer};
 use crate::flight::direct::{content_range_size, content_range_start, skip};
+use crate::grant::Grant;
 use crate::origin::{Content, Origin, OriginBody, OriginError, Target};
 
 /// Tries without a new piece before the origin counts as failed.
@@ -24,7 +24,8 @@ const FIRST_WAIT: Duration = Duration::from_millis(200);
 pub(super) struct Read {
     pub(super) task: Digest,
     pub(super) generation: u64,
-    pub(super) sources: Vec<Source>,
+    /// The newest last: clients bring fresh tokens while it is read.
+    pub(super) grants: watch::Receiver<Vec<Grant>>,
     pub(super) layout: Option<PieceLayout>,
     pub(super) from: PieceIndex,
     /// The hash at the start of `from`.
@@ -67,27 +68,37 @@ enum Ended {
 
 impl Read {
     async fn run(mut self) {
-        let mut tries = 0;
         let mut last = (Failure::Unreachable, "no registry is known for it".to_owned());
-        'sources: for source in std::mem::take(&mut self.sources) {
-            tries = 0;
-            while tries < TRIES {
-                let before = self.from;
-                match self.attempt(&source).await {
-                    Ended::Whole => return self.over(None).await,
-                    Ended::Unheard => return,
-                    Ended::Final(failure, reason) => {
-                        last = (failure, reason);
-                        continue 'sources;
-                    }
-                    Ended::Broken(reason) => last = (Failure::Unreachable, reason),
-                }
-                tries = if self.from > before { 0 } else { tries + 1 };
-                tokio::time::sleep(FIRST_WAIT * (1 << tries)).await;
+        let mut tried: Vec<Grant> = Vec::new();
+        while let Some(grant) = self.untried(&tried) {
+            match self.read(&grant).await {
+                Ended::Whole => return self.over(None).await,
+                Ended::Unheard => return,
+                Ended::Final(failure, reason) => last = (failure, reason),
+                Ended::Broken(reason) => last = (Failure::Unreachable, reason),
             }
+            tried.push(grant);
         }
-        let _ = tries;
         self.over(Some(last)).await;
+    }
+
+    /// The newest grant that has not been tried.
+    fn untried(&self, tried: &[Grant]) -> Option<Grant> {
+        self.grants.borrow().iter().rev().find(|grant| !tried.contains(grant)).cloned()
+    }
+
+    /// Reads with one right, as far as that leads.
+    async fn read(&mut self, grant: &Grant) -> Ended {
+        let mut tries = 0;
+        loop {
+            let before = self.from;
+            let ended = self.attempt(grant).await;
+            tries = if self.from > before { 0 } else { tries + 1 };
+            if tries >= TRIES || !matches!(ended, Ended::Broken(_)) {
+                return ended;
+            }
+            tokio::time::sleep(FIRST_WAIT * (1 << tries)).await;
+        }
     }
 
     async fn over(&self, failure: Option<(Failure, String)>) {
@@ -96,14 +107,14 @@ impl Read {
     }
 
     /// One GET, as far as it goes. What is whole of it is kept: the next try starts at the first piece that is missing.
-    async fn attempt(&mut self, source: &Source) -> Ended {
+    async fn attempt(&mut self, grant: &Grant) -> Ended {
         // Nothing is asked for that could not be taken in yet.
         if self.layout.is_some() && self.window.wait_for(|end| self.from < *end).await.is_err() {
             return Ended::Unheard;
         }
         let start = self.chain.total_bytes();
-        let target = Target { source: source.clone(), content: Content::Blob(self.task) };
-        let mut headers = HeaderMap::new();
+        let target = Target { source: grant.source.clone(), content: Content::Blob(self.task) };
+        let mut headers: HeaderMap = grant.headers();
         if start > 0
             && let Ok(range) = HeaderValue::from_str(&format!("bytes={start}-"))
         {

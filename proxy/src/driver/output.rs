@@ -27,12 +27,12 @@ impl Driver {
                     state.origin = None;
                 }
             }
-            Output::Want { task, again } => {
+            Output::Want { task, again, reads } => {
                 if let (Some(tracker), Some(state)) = (&self.config.tracker, self.tasks.get(&task))
-                    && let Some(source) = state.sources.first()
+                    && let Some(grant) = state.grants.borrow().last()
                 {
-                    let size = self.node.table(&task).map(|t| t.layout().size_bytes());
-                    tracker.want(&task, size, source, again);
+                    let size_bytes = self.node.table(&task).map(|t| t.layout().size_bytes());
+                    tracker.want(&task, Want { size_bytes, source: grant.source.clone(), again, reads });
                 }
             }
             Output::Report(peer, task, fault) => {
@@ -45,7 +45,7 @@ impl Driver {
                     tracker.report(peer, &task, kind);
                 }
             }
-            Output::Load { task, source, peer } => self.load(task, source, peer),
+            Output::Load { task, source, token, peer } => self.load(task, source, token.as_ref(), peer),
             Output::Recheck(task) => self.recheck(task),
             Output::Sized(task, size_bytes) => self.sized(task, size_bytes),
             Output::Show(task, piece) => {
@@ -117,7 +117,7 @@ impl Driver {
         state.origin = Some(origin_read::start(origin_read::Read {
             task,
             generation: self.generation,
-            sources: state.sources.clone(),
+            grants: state.grants.subscribe(),
             layout: table.map(|t| t.layout()),
             from,
             chain,
@@ -129,13 +129,17 @@ impl Driver {
     }
 
     /// A peer asks for a task.
-    pub(super) fn load(&mut self, task: Digest, source: Source, peer: PeerId) {
+    pub(super) fn load(&mut self, task: Digest, source: Source, token: Option<&Bearer>, peer: PeerId) {
+        let grant = Grant { source, authorization: token.and_then(Authorization::bearer) };
         if self.tasks.get(&task).is_some_and(|t| t.ready) {
+            if self.config.seed {
+                self.enter(task, grant, None);
+            }
             self.adopt(task, peer);
         } else if self.tasks.len() >= TASKS && !self.tasks.contains_key(&task) {
             self.node.refuse(peer, task, Refusal::Busy);
         } else if self.config.seed || self.tasks.contains_key(&task) || self.held_on_disk(&task) {
-            let state = self.enter(task, source, None);
+            let state = self.enter(task, grant, None);
             state.for_peers = true;
             if state.asking.len() < task::ASKING {
                 state.asking.push(peer);
@@ -256,7 +260,7 @@ impl Driver {
         self.generation += 1;
         let mut fresh = TaskState::new(Arc::new(Shared::new(task)));
         fresh.shared.update(|s| s.alone = state.shared.lock().alone);
-        fresh.sources = state.sources;
+        fresh.grants = state.grants;
         fresh.generation = self.generation;
         self.tasks.insert(task, fresh);
         self.look(task, self.generation, None, state.partial);

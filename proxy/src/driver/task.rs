@@ -7,23 +7,24 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use hawker_core::piece::{PeerId, PieceIndex, PieceLayout, PieceSet};
-use hawker_core::reference::Source;
 use tokio::sync::watch;
 
 use super::origin_read::Reading;
 use crate::flight::Shared;
+use crate::grant::Grant;
 use crate::peer::PieceSource;
 use crate::store::{Blob, Partial};
 
-/// Registries that may be asked for the same digest.
-const SOURCES: usize = 4;
+/// Registries, and rights there, that may be tried for the same digest.
+const GRANTS: usize = 4;
 
 /// Peers that wait for the disk to be looked at.
 pub(super) const ASKING: usize = 1024;
 
 pub(super) struct TaskState {
     pub(super) shared: Arc<Shared>,
-    pub(super) sources: Vec<Source>,
+    /// Where it can be had and with what right, the newest last. Whoever reads the origin follows it.
+    pub(super) grants: watch::Sender<Vec<Grant>>,
     /// The disk has been looked at and the core knows the task.
     pub(super) ready: bool,
     pub(super) partial: Option<Partial>,
@@ -53,7 +54,7 @@ impl TaskState {
     pub(super) fn new(shared: Arc<Shared>) -> Self {
         Self {
             shared,
-            sources: Vec::new(),
+            grants: watch::Sender::default(),
             ready: false,
             partial: None,
             blob: None,
@@ -74,14 +75,23 @@ impl TaskState {
         }
     }
 
-    pub(super) fn add_source(&mut self, source: Source) {
-        let named = !source.registry.is_empty();
-        if named && !self.sources.contains(&source) && self.sources.len() < SOURCES {
-            self.sources.retain(|s| !s.registry.is_empty());
-            self.sources.push(source);
-        } else if self.sources.is_empty() {
-            self.sources.push(source);
-        }
+    /// The newest right at a registry takes the place of the one before it.
+    pub(super) fn add_grant(&self, grant: Grant) {
+        let named = |grant: &Grant| !grant.source.registry.is_empty();
+        let same = |old: &Grant| {
+            old.source == grant.source && old.authorization.is_some() == grant.authorization.is_some()
+        };
+        self.grants.send_if_modified(|grants| {
+            if grants.last() == Some(&grant) || !named(&grant) && !grants.is_empty() {
+                return false;
+            }
+            grants.retain(|old| named(old) && !same(old));
+            if grants.len() >= GRANTS {
+                grants.remove(0);
+            }
+            grants.push(grant.clone());
+            true
+        });
     }
 
     /// Pieces `held` are in `file`.

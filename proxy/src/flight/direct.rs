@@ -6,17 +6,19 @@ use std::ops::Range;
 use bytes::Bytes;
 use hawker_core::digest::{Chain, Digest};
 use hawker_core::piece::PieceLayout;
-use hawker_core::reference::Source;
 use http::{HeaderMap, HeaderValue, StatusCode, header};
 
 use super::FlightError;
 use crate::buffer::BLOCK_BYTES;
+use crate::grant::Grant;
 use crate::origin::{Content, Origin, OriginBody, OriginError, Target};
 
 /// A stretch of a blob read from the origin for one client, and for nobody else.
 pub(super) struct Direct {
     origin: Origin,
     target: Target,
+    /// The client's right.
+    headers: HeaderMap,
     task: Digest,
     layout: PieceLayout,
     /// What the client is still to get.
@@ -38,7 +40,7 @@ impl Direct {
     /// Reads `range`. With `prove`, it reads all before it too, so that the last piece can be shown.
     pub(super) fn new(
         origin: Origin,
-        source: Source,
+        grant: &Grant,
         task: Digest,
         layout: PieceLayout,
         range: Range<u64>,
@@ -46,8 +48,9 @@ impl Direct {
     ) -> Self {
         let proof = prove.then(|| Proof { chain: Chain::new(task.algorithm()), held_back: Vec::new() });
         let at = if prove { 0 } else { range.start };
-        let target = Target { source, content: Content::Blob(task) };
-        Self { origin, target, task, layout, range, proof, body: None, at, ready: VecDeque::new() }
+        let target = Target { source: grant.source.clone(), content: Content::Blob(task) };
+        let headers = grant.headers();
+        Self { origin, target, headers, task, layout, range, proof, body: None, at, ready: VecDeque::new() }
     }
 
     /// The next bytes, at most 64 KiB; `None` at the end of the range.
@@ -79,7 +82,7 @@ impl Direct {
 
     /// The origin's body from where we are, and the first of its bytes if they had to be cut off from others.
     async fn ask(&self) -> Result<(OriginBody, Bytes), FlightError> {
-        let mut headers = HeaderMap::new();
+        let mut headers = self.headers.clone();
         let end = if self.proof.is_some() { self.layout.size_bytes() } else { self.range.end };
         let partial = self.at > 0 || end < self.layout.size_bytes();
         if partial && let Ok(value) = HeaderValue::from_str(&format!("bytes={}-{}", self.at, end - 1)) {

@@ -13,6 +13,7 @@ use hawker_core::digest::{Chain, Digest};
 use hawker_core::message::{Message, Refusal, Role};
 use hawker_core::piece::PeerId;
 use hawker_core::reference::Source;
+use hawker_core::right::Bearer;
 use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
@@ -318,12 +319,18 @@ impl Connection {
     }
 
     /// Asks for a manifest. The caller sets the deadline.
-    pub(super) async fn ask_manifest(&self, source: &Source, digest: &Digest) -> Result<Manifest, PeerError> {
+    pub(super) async fn ask_manifest(
+        &self,
+        source: &Source,
+        digest: &Digest,
+        token: Option<&Bearer>,
+    ) -> Result<Manifest, PeerError> {
         let _room = self.manifest_room.acquire().await.map_err(|_| PeerError::Lost)?;
         let (request, answered) = self.expect_manifest().ok_or(PeerError::Lost)?;
         let _over = Expected { connection: self, request };
         let source = Some(convert::source(source));
-        let asked = v1::ManifestRequest { request, source, digest: digest.to_string() };
+        let token = convert::token(token);
+        let asked = v1::ManifestRequest { request, source, digest: digest.to_string(), token };
         self.say_raw(v1::PeerMessage { message: Some(Wire::ManifestRequest(asked)) }, None);
         answered.await.map_err(|_| PeerError::Lost)
     }

@@ -20,6 +20,7 @@ use hawker_core::digest::{Chain, Digest};
 use hawker_core::message::{Message, Refusal, Role};
 use hawker_core::piece::{PeerId, PieceIndex};
 use hawker_core::reference::Source;
+use hawker_core::right::Bearer;
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::DropGuard;
 
@@ -135,11 +136,12 @@ pub enum PieceSource {
 
 /// Gives manifests to peers that ask: the seed's registry side.
 pub trait ManifestSource: Send + Sync + 'static {
-    /// Status, media type, body.
+    /// Status, media type, body. `token`: lent by the peer, to read it at its origin.
     fn manifest(
         &self,
         source: Source,
         digest: Digest,
+        token: Option<Bearer>,
     ) -> std::pin::Pin<Box<dyn Future<Output = (u16, String, Bytes)> + Send + '_>>;
 }
 
@@ -226,15 +228,16 @@ impl Peers {
         }
     }
 
-    /// Asks a peer (a seed) for a manifest: status, media type, body.
+    /// Asks a peer (a seed) for a manifest: status, media type, body. `token`: lent to it, to read it at its origin.
     pub async fn manifest(
         &self,
         peer: PeerId,
         source: &Source,
         digest: &Digest,
+        token: Option<&Bearer>,
     ) -> Result<(u16, String, Bytes), PeerError> {
         let connection = self.hub.newest(peer).ok_or(PeerError::Lost)?;
-        let answer = connection.ask_manifest(source, digest);
+        let answer = connection.ask_manifest(source, digest, token);
         tokio::time::timeout(receive::MANIFEST_DEADLINE, answer).await.unwrap_or(Err(PeerError::Stalled))
     }
 

@@ -132,16 +132,17 @@ impl<R: AsyncRead + Unpin> Receiver<R> {
     }
 
     fn answer_manifest(&self, asked: v1::ManifestRequest) -> Result<(), FrameError> {
-        let v1::ManifestRequest { request, source, digest } = asked;
+        let v1::ManifestRequest { request, source, digest, token } = asked;
         let digest = convert::from_task(&digest).map_err(|e| protocol(e.to_string()))?;
         let source = convert::from_source(source).map_err(|e| protocol(e.to_string()))?;
+        let token = convert::from_token(&token).map_err(|e| protocol(e.to_string()))?;
         let Ok(duty) = Arc::clone(&self.connection.manifest_duty).try_acquire_owned() else {
             return Err(protocol("too many manifest requests"));
         };
         let (hub, connection) = (Arc::clone(&self.hub), Arc::clone(&self.connection));
         self.hub.tasks.spawn(async move {
             let answer = tokio::select! {
-                answer = timeout(MANIFEST_DEADLINE, hub.manifests.manifest(source, digest)) => answer,
+                answer = timeout(MANIFEST_DEADLINE, hub.manifests.manifest(source, digest, token)) => answer,
                 () = connection.close.cancelled() => return,
             };
             let (status, media_type, body) = match answer {

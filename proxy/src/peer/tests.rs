@@ -57,8 +57,14 @@ impl ManifestSource for NoManifests {
         &self,
         source: Source,
         digest: Digest,
+        token: Option<Bearer>,
     ) -> std::pin::Pin<Box<dyn Future<Output = (u16, String, Bytes)> + Send + '_>> {
-        Box::pin(async move { (200, source.repository, Bytes::from(digest.to_string())) })
+        Box::pin(async move {
+            {
+                let token = token.map_or_else(String::new, |token| token.reveal().to_owned());
+                (200, source.repository + &token, Bytes::from(digest.to_string()))
+            }
+        })
     }
 }
 
@@ -609,15 +615,18 @@ async fn manifests_are_asked_for_and_answered() {
     let cluster = Cluster::new();
     let (child, seed) = connected_pair(&cluster).await;
     let source = Source { registry: "docker.io".to_owned(), repository: "library/debian".to_owned() };
-    let task = task();
-    let asks = (0..40).map(|_| child.peers.manifest(seed.id(), &source, &task));
+    let (task, token) = (task(), Bearer::new("-lent"));
+    let asks = (0..40).map(|_| child.peers.manifest(seed.id(), &source, &task, token.as_ref()));
     let mut answers = Vec::new();
     for ask in asks {
         answers.push(ask.await.unwrap());
     }
-    let expected = (200, "library/debian".to_owned(), Bytes::from(task.to_string()));
+    let expected = (200, "library/debian-lent".to_owned(), Bytes::from(task.to_string()));
     assert!(answers.iter().all(|answer| *answer == expected));
-    assert!(matches!(child.peers.manifest(PeerId([1; 16]), &source, &task).await, Err(PeerError::Lost)));
+    assert!(matches!(
+        child.peers.manifest(PeerId([1; 16]), &source, &task, None).await,
+        Err(PeerError::Lost)
+    ));
 }
 
 #[tokio::test]

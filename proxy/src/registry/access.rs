@@ -1,9 +1,11 @@
-//! The two facts that come before bytes: this repository may be read by anybody, and this digest belongs to it.
+//! The two facts that come before bytes: this caller may read this repository, and this digest belongs to it.
 //!
-//! Only what the origin gives anonymously counts here; a request with credentials never gets as far.
+//! The first is remembered per caller, for as long as the origin's yes may count: for anybody a few minutes, and a grace while
+//! the origin can't be asked; for a client with credentials at most as long as its token lives, and without any grace but for
+//! the pull that is under way (a runtime can't renew its token in mid-pull). The second is a fact of the registry, whoever asks.
 
 use std::num::NonZeroUsize;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use hawker_core::digest::Digest;
@@ -11,14 +13,27 @@ use hawker_core::reference::Source;
 use lru::LruCache;
 use tokio::time::Instant;
 
-/// How long a repository counts as readable before the origin is asked again.
+use crate::grant::Grant;
+
+/// How long a repository counts as readable by anybody before the origin is asked again.
 const READABLE: Duration = Duration::from_secs(5 * 60);
 /// How long a digest counts as part of a repository before the origin is asked again.
 const BELONGS: Duration = Duration::from_secs(24 * 60 * 60);
 /// How long both count while the origin can't be asked.
 const GRACE: Duration = Duration::from_secs(24 * 60 * 60);
+/// How long after its token has run out a pull may be under way at most, however busy it is.
+const LONGEST_PULL: Duration = Duration::from_secs(60 * 60);
 /// Facts of each kind that are remembered.
 const CAPACITY: NonZeroUsize = NonZeroUsize::new(64 << 10).expect("not zero");
+
+/// Who asks, as far as it matters for what is remembered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Caller {
+    /// Without credentials: may have what this node has a right of its own to.
+    Anybody,
+    /// With credentials, of which this is the hash.
+    Client(Digest),
+}
 
 /// What is known about a digest in a repository. Sizes are in bytes, where known.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,11 +47,26 @@ pub(super) enum Standing {
 }
 
 /// The facts remembered.
-pub(super) struct Access(Mutex<Facts>);
+pub(super) struct Access {
+    facts: Mutex<Facts>,
+    /// How long a client may be silent and its pull still be under way.
+    pull_grace: Duration,
+}
 
 struct Facts {
-    readable: LruCache<Source, Instant>,
+    readable: LruCache<(Caller, Source), Readable>,
     belongs: LruCache<(Source, Digest), Belonging>,
+}
+
+/// The origin's yes to a caller.
+struct Readable {
+    confirmed: Instant,
+    /// How long it counts.
+    life: Duration,
+    /// When the caller last asked for something and was let, or had got all of it.
+    used: Instant,
+    /// Answers on their way to it.
+    open: u32,
 }
 
 #[derive(Clone, Copy)]
@@ -45,35 +75,96 @@ struct Belonging {
     size_bytes: Option<u64>,
 }
 
+/// How good a yes is by now, best last.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Age {
+    Void,
+    Stale,
+    Fresh,
+}
+
+impl Readable {
+    fn age(&self, caller: Caller, pull_grace: Duration, now: Instant) -> Age {
+        let age = now.saturating_duration_since(self.confirmed);
+        let silent = if self.open > 0 { Duration::ZERO } else { now.saturating_duration_since(self.used) };
+        match caller {
+            _ if age <= self.life => Age::Fresh,
+            Caller::Anybody if age <= GRACE => Age::Stale,
+            Caller::Client(_) if silent <= pull_grace && age <= self.life + LONGEST_PULL => Age::Fresh,
+            _ => Age::Void,
+        }
+    }
+}
+
+impl Belonging {
+    fn age(&self, now: Instant) -> Age {
+        let age = now.saturating_duration_since(self.confirmed);
+        if age <= BELONGS {
+            Age::Fresh
+        } else if age <= GRACE {
+            Age::Stale
+        } else {
+            Age::Void
+        }
+    }
+}
+
+impl Caller {
+    /// Whose right a grant is.
+    pub(super) fn of(grant: &Grant) -> Self {
+        grant.authorization.as_ref().map_or(Caller::Anybody, |a| Caller::Client(a.hash()))
+    }
+}
+
 impl Access {
-    pub(super) fn new() -> Self {
-        Self(Mutex::new(Facts { readable: LruCache::new(CAPACITY), belongs: LruCache::new(CAPACITY) }))
+    pub(super) fn new(pull_grace: Duration) -> Self {
+        let facts = Facts { readable: LruCache::new(CAPACITY), belongs: LruCache::new(CAPACITY) };
+        Self { facts: Mutex::new(facts), pull_grace }
     }
 
-    fn facts(&self) -> std::sync::MutexGuard<'_, Facts> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    fn facts(&self) -> MutexGuard<'_, Facts> {
+        self.facts.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What is known at `now`.
-    pub(super) fn standing(&self, source: &Source, digest: &Digest, now: Instant) -> Standing {
+    /// What is known at `now`. A fresh yes counts as used.
+    pub(super) fn standing(
+        &self,
+        caller: Caller,
+        source: &Source,
+        digest: &Digest,
+        now: Instant,
+    ) -> Standing {
         let mut facts = self.facts();
-        let readable = facts.readable.get(source).copied();
-        let belongs = facts.belongs.get(&(source.clone(), *digest)).copied();
-        let (Some(readable), Some(belongs)) = (readable, belongs) else { return Standing::Unknown };
-        let readable_for = now.saturating_duration_since(readable);
-        let belongs_for = now.saturating_duration_since(belongs.confirmed);
-        match () {
-            () if readable_for <= READABLE && belongs_for <= BELONGS => {
+        let Some(belongs) = facts.belongs.get(&(source.clone(), *digest)).copied() else {
+            return Standing::Unknown;
+        };
+        let Some(readable) = facts.readable.get_mut(&(caller, source.clone())) else {
+            return Standing::Unknown;
+        };
+        match readable.age(caller, self.pull_grace, now).min(belongs.age(now)) {
+            Age::Fresh => {
+                readable.used = now;
                 Standing::Confirmed(belongs.size_bytes)
             }
-            () if readable_for.max(belongs_for) <= GRACE => Standing::Stale(belongs.size_bytes),
-            () => Standing::Unknown,
+            Age::Stale => Standing::Stale(belongs.size_bytes),
+            Age::Void => Standing::Unknown,
         }
     }
 
-    /// The origin gave something of this repository anonymously.
-    pub(super) fn readable(&self, source: &Source, now: Instant) {
-        self.facts().readable.put(source.clone(), now);
+    /// The origin gave this caller something of the repository. `life`: how long that counts for a client.
+    pub(super) fn readable(&self, caller: Caller, source: &Source, life: Duration, now: Instant) {
+        let life = if caller == Caller::Anybody { READABLE } else { life };
+        let (key, mut facts) = ((caller, source.clone()), self.facts());
+        let open = facts.readable.peek(&key).map_or(0, |before| before.open);
+        facts.readable.put(key, Readable { confirmed: now, life, used: now, open });
+    }
+
+    /// An answer begins its way to the caller (`true`), or has ended it.
+    pub(super) fn answering(&self, caller: Caller, source: &Source, begins: bool, now: Instant) {
+        if let Some(readable) = self.facts().readable.get_mut(&(caller, source.clone())) {
+            readable.open = if begins { readable.open + 1 } else { readable.open.saturating_sub(1) };
+            readable.used = now;
+        }
     }
 
     /// The origin, or a manifest read there, says that `digest` is part of the repository.
@@ -84,9 +175,9 @@ impl Access {
         facts.belongs.put(key, Belonging { confirmed: now, size_bytes });
     }
 
-    /// The origin refuses the repository to anonymous callers.
-    pub(super) fn refused(&self, source: &Source) {
-        self.facts().readable.pop(source);
+    /// The origin refuses the repository to this caller.
+    pub(super) fn refused(&self, caller: Caller, source: &Source) {
+        self.facts().readable.pop(&(caller, source.clone()));
     }
 
     /// The origin does not have the digest in this repository.
@@ -101,18 +192,32 @@ mod tests {
 
     use super::*;
 
+    const LIFE: Duration = Duration::from_secs(100);
+
     fn source(repository: &str) -> Source {
         Source { registry: "r.example".into(), repository: repository.into() }
     }
 
+    fn blob() -> Digest {
+        Digest::of(Algorithm::Sha256, b"x")
+    }
+
+    fn client(n: u8) -> Caller {
+        Caller::Client(Digest::of(Algorithm::Sha256, &[n]))
+    }
+
+    fn access() -> Access {
+        Access::new(Duration::from_secs(60))
+    }
+
     #[test]
     fn both_facts_are_needed_and_each_grows_old() {
-        let (a, digest, t) = (source("a"), Digest::of(Algorithm::Sha256, b"x"), Instant::now());
+        let (a, digest, t) = (source("a"), blob(), Instant::now());
         let minutes = |m: u64| t + Duration::from_secs(60 * m);
-        let access = Access::new();
-        assert_eq!(access.standing(&a, &digest, t), Standing::Unknown);
-        access.readable(&a, t);
-        assert_eq!(access.standing(&a, &digest, t), Standing::Unknown);
+        let access = access();
+        assert_eq!(access.standing(Caller::Anybody, &a, &digest, t), Standing::Unknown);
+        access.readable(Caller::Anybody, &a, LIFE, t);
+        assert_eq!(access.standing(Caller::Anybody, &a, &digest, t), Standing::Unknown);
         access.belongs(&a, &digest, Some(1), t);
         for (at, expected) in [
             (0, Standing::Confirmed(Some(1))),
@@ -121,45 +226,83 @@ mod tests {
             (24 * 60, Standing::Stale(Some(1))),
             (24 * 60 + 1, Standing::Unknown),
         ] {
-            assert_eq!(access.standing(&a, &digest, minutes(at)), expected, "after {at} minutes");
+            assert_eq!(
+                access.standing(Caller::Anybody, &a, &digest, minutes(at)),
+                expected,
+                "after {at} min"
+            );
         }
-        access.readable(&a, minutes(23 * 60));
-        assert_eq!(access.standing(&a, &digest, minutes(23 * 60 + 1)), Standing::Confirmed(Some(1)));
+        access.readable(Caller::Anybody, &a, LIFE, minutes(23 * 60));
+        let standing = access.standing(Caller::Anybody, &a, &digest, minutes(23 * 60 + 1));
+        assert_eq!(standing, Standing::Confirmed(Some(1)));
+    }
+
+    #[test]
+    fn a_clients_right_is_nobody_elses_and_ends_with_its_token() {
+        let (a, digest, t) = (source("a"), blob(), Instant::now());
+        let access = access();
+        access.readable(client(1), &a, LIFE, t);
+        access.belongs(&a, &digest, Some(1), t);
+        assert_eq!(access.standing(client(2), &a, &digest, t), Standing::Unknown);
+        assert_eq!(access.standing(Caller::Anybody, &a, &digest, t), Standing::Unknown);
+        assert_eq!(access.standing(client(1), &a, &digest, t), Standing::Confirmed(Some(1)));
+        let silent = t + LIFE + Duration::from_secs(1);
+        assert_eq!(access.standing(client(1), &a, &digest, silent), Standing::Unknown);
+    }
+
+    #[test]
+    fn a_pull_outlives_its_token_as_long_as_it_goes_on_but_not_for_ever() {
+        let (a, digest, t) = (source("a"), blob(), Instant::now());
+        let access = access();
+        access.readable(client(1), &a, LIFE, t);
+        access.belongs(&a, &digest, None, t);
+        let let_in = |seconds| {
+            let at = t + Duration::from_secs(seconds);
+            access.standing(client(1), &a, &digest, at) == Standing::Confirmed(None)
+        };
+        let last = (0..10_000).step_by(50).take_while(|at| let_in(*at)).last();
+        assert_eq!(last, Some(3700), "the token's 100 s and an hour");
+        access.readable(client(1), &a, LIFE, t);
+        assert!(let_in(90) && let_in(140) && !let_in(201), "61 s of silence end it");
+        access.answering(client(1), &a, true, t);
+        assert!(let_in(1000), "while a body is on its way it is not silent");
+        access.answering(client(1), &a, false, t + Duration::from_secs(2000));
+        assert!(let_in(2059) && !let_in(2130));
     }
 
     #[test]
     fn what_belongs_to_one_repository_belongs_to_no_other() {
-        let (a, b, digest, t) =
-            (source("a"), source("b"), Digest::of(Algorithm::Sha256, b"x"), Instant::now());
-        let access = Access::new();
-        access.readable(&a, t);
-        access.readable(&b, t);
+        let (a, b, digest, t) = (source("a"), source("b"), blob(), Instant::now());
+        let access = access();
+        access.readable(client(1), &a, LIFE, t);
+        access.readable(client(1), &b, LIFE, t);
         access.belongs(&a, &digest, None, t);
-        assert_eq!(access.standing(&b, &digest, t), Standing::Unknown);
+        assert_eq!(access.standing(client(1), &b, &digest, t), Standing::Unknown);
     }
 
     #[test]
     fn a_refusal_takes_a_fact_back() {
-        let (a, digest, t) = (source("a"), Digest::of(Algorithm::Sha256, b"x"), Instant::now());
-        let access = Access::new();
-        for take_back in [Access::refused as fn(&Access, &Source), |access, source| {
-            access.gone(source, &Digest::of(Algorithm::Sha256, b"x"));
-        }] {
-            access.readable(&a, t);
+        let (a, digest, t) = (source("a"), blob(), Instant::now());
+        let access = access();
+        for take_back in [
+            (|access, source| access.refused(client(1), source)) as fn(&Access, &Source),
+            |access, source| access.gone(source, &blob()),
+        ] {
+            access.readable(client(1), &a, LIFE, t);
             access.belongs(&a, &digest, Some(3), t);
-            assert_eq!(access.standing(&a, &digest, t), Standing::Confirmed(Some(3)));
+            assert_eq!(access.standing(client(1), &a, &digest, t), Standing::Confirmed(Some(3)));
             take_back(&access, &a);
-            assert_eq!(access.standing(&a, &digest, t), Standing::Unknown);
+            assert_eq!(access.standing(client(1), &a, &digest, t), Standing::Unknown);
         }
     }
 
     #[test]
     fn a_size_once_known_is_not_forgotten() {
-        let (a, digest, t) = (source("a"), Digest::of(Algorithm::Sha256, b"x"), Instant::now());
-        let access = Access::new();
-        access.readable(&a, t);
+        let (a, digest, t) = (source("a"), blob(), Instant::now());
+        let access = access();
+        access.readable(Caller::Anybody, &a, LIFE, t);
         access.belongs(&a, &digest, Some(3), t);
         access.belongs(&a, &digest, None, t);
-        assert_eq!(access.standing(&a, &digest, t), Standing::Confirmed(Some(3)));
+        assert_eq!(access.standing(Caller::Anybody, &a, &digest, t), Standing::Confirmed(Some(3)));
     }
 }

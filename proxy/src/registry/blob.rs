@@ -10,10 +10,11 @@ use http::header::{ACCEPT_RANGES, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, I
 use http::{HeaderMap, HeaderValue, Method, StatusCode};
 use tokio::time::{Instant, timeout};
 
+use super::auth::{confirm, note_refusal};
 use super::body::Payload;
 use super::error::Problem;
 use super::forward::{forward, not_encoded, passed_on, with};
-use super::manifest::{confirm, identity, note_refusal, unchanged};
+use super::manifest::{identity, unchanged};
 use super::{Answer, Ask, Inner, etag, not_modified};
 use crate::flight::FlightError;
 use crate::origin::{Content, Target, content_length};
@@ -25,11 +26,7 @@ const RECHECK: Duration = Duration::from_secs(20);
 const OCTETS: HeaderValue = HeaderValue::from_static("application/octet-stream");
 
 pub(super) async fn blob(mirror: &Inner, ask: &Ask, digest: &Digest) -> Result<Answer, Problem> {
-    let target = Target { source: ask.source.clone(), content: Content::Blob(*digest) };
-    if ask.authorized() {
-        return straight(mirror, ask, digest, &target).await;
-    }
-    let size = confirm(mirror, digest, &target).await?;
+    let size = confirm(mirror, ask, digest, Content::Blob(*digest)).await?;
     if not_modified(&ask.headers, digest) {
         return Ok(unchanged(digest));
     }
@@ -40,25 +37,29 @@ pub(super) async fn blob(mirror: &Inner, ask: &Ask, digest: &Digest) -> Result<A
         return Ok(content(digest, size, &wanted, |range| Payload::Blob(blob, range)));
     }
     if ask.method == Method::HEAD {
-        return head(mirror, digest, size, range, &target).await;
+        return head(mirror, ask, digest, size, range).await;
     }
-    download(mirror, ask, digest, size, range, &target).await
+    download(mirror, ask, digest, size, range).await
+}
+
+fn target(ask: &Ask, digest: &Digest) -> Target {
+    Target { source: ask.grant.source.clone(), content: Content::Blob(*digest) }
 }
 
 /// The answer to a HEAD for what is not here: never a reason to download it.
 async fn head(
     mirror: &Inner,
+    ask: &Ask,
     digest: &Digest,
     size: Option<u64>,
     range: Option<&str>,
-    target: &Target,
 ) -> Result<Answer, Problem> {
     let size = match size {
         Some(size) => Some(size),
         None => {
-            let head = mirror.origin.head(target, &HeaderMap::new()).await?;
+            let head = mirror.origin.head(&target(ask, digest), &ask.grant.headers()).await?;
             if head.status() != StatusCode::OK {
-                note_refusal(mirror, &target.source, head.status());
+                note_refusal(mirror, ask, head.status());
                 return Err(Problem::refusal(head.status(), head.headers()));
             }
             content_length(head.headers())
@@ -76,7 +77,6 @@ async fn download(
     digest: &Digest,
     size: Option<u64>,
     range: Option<&str>,
-    target: &Target,
 ) -> Result<Answer, Problem> {
     // What can be refused is refused before anything is downloaded for it.
     if let Some(size) = size {
@@ -84,16 +84,16 @@ async fn download(
     }
     // Who reads from somewhere to the end reads the whole, in one go or in several.
     let partial = range.and_then(|r| Ranges::parse(r).ok()).is_some_and(|r| r.open_from().is_none());
-    let open = mirror.flights.open(*digest, ask.source.clone(), size, partial);
+    let open = mirror.flights.open(*digest, ask.grant.clone(), size, partial);
     let flight = match open.await {
         Ok(flight) => flight,
-        Err(FlightError::UnknownLength) => return straight(mirror, ask, digest, target).await,
+        Err(FlightError::UnknownLength) => return straight(mirror, ask, digest).await,
         Err(error) => return Err(error.into()),
     };
     let known = size;
     let size = flight.size_bytes();
     if known.is_some_and(|known| known != size) {
-        mirror.access.belongs(&ask.source, digest, Some(size), Instant::now());
+        mirror.access.belongs(&ask.grant.source, digest, Some(size), Instant::now());
     }
     let wanted = resolve(range, size)?;
     Ok(content(digest, size, &wanted, |range| {
@@ -150,19 +150,19 @@ async fn is_sound(mirror: &Inner, ask: &Ask, digest: &Digest) -> bool {
     timeout(RECHECK, check).await.unwrap_or(true)
 }
 
-/// Passes the origin's blob on, uncached: for requests with credentials, and where nobody says how long it is. A whole one
-/// is compared with its digest on the way.
-async fn straight(mirror: &Inner, ask: &Ask, digest: &Digest, target: &Target) -> Result<Answer, Problem> {
+/// Passes the origin's blob on, uncached, where nobody says how long it is. A whole one is compared with its digest on the way.
+async fn straight(mirror: &Inner, ask: &Ask, digest: &Digest) -> Result<Answer, Problem> {
+    let target = target(ask, digest);
     let headers = ask.for_blob(asked_range(&ask.headers, digest));
     if ask.method == Method::HEAD {
-        let head = mirror.origin.head(target, &headers).await?;
+        let head = mirror.origin.head(&target, &headers).await?;
         if head.status() != StatusCode::OK {
             return Err(Problem::refusal(head.status(), head.headers()));
         }
         return Ok(with(StatusCode::OK, merged(digest, head.headers()), Payload::Empty));
     }
-    let response = mirror.origin.get(target, &headers).await?;
-    not_encoded(response.headers(), &ask.source)?;
+    let response = mirror.origin.get(&target, &headers).await?;
+    not_encoded(response.headers(), &target.source)?;
     let length = content_length(response.headers());
     match response.status() {
         StatusCode::OK => {
@@ -175,7 +175,7 @@ async fn straight(mirror: &Inner, ask: &Ask, digest: &Digest, target: &Target) -
             let headers = merged(digest, &head.headers);
             Ok(with(StatusCode::PARTIAL_CONTENT, headers, Payload::Origin(body, length)))
         }
-        _ => forward(response, &ask.source),
+        _ => forward(response, &target.source),
     }
 }
 

@@ -13,6 +13,7 @@ use hyper::body::{Frame, SizeHint};
 use tokio_util::sync::ReusableBoxFuture;
 use tracing::Span;
 
+use super::auth::Underway;
 use super::wire::{Line, MAX_SPAN_BYTES};
 use crate::flight::{FlightError, Reader, Segment};
 use crate::metrics::{Metrics, ServedFrom};
@@ -82,6 +83,7 @@ pub(super) struct Body {
     sent_bytes: u64,
     ended: bool,
     _lease: Option<Blob>,
+    _underway: Option<Underway>,
 }
 
 enum Rest {
@@ -114,7 +116,12 @@ fn in_memory(bytes: Option<Bytes>) -> Option<Segment> {
 }
 
 impl Body {
-    pub(super) fn new(payload: Payload, line: Arc<Line>, metrics: Arc<Metrics>) -> Self {
+    pub(super) fn new(
+        payload: Payload,
+        line: Arc<Line>,
+        metrics: Arc<Metrics>,
+        underway: Option<Underway>,
+    ) -> Self {
         line.owe();
         let remaining_bytes = payload.len_bytes();
         let from = match &payload {
@@ -145,6 +152,7 @@ impl Body {
             sent_bytes: 0,
             ended: false,
             _lease: lease,
+            _underway: underway,
         }
     }
 

@@ -17,6 +17,7 @@ use tokio_util::task::TaskTracker;
 use tracing::Instrument;
 
 use super::Inner;
+use super::auth::Underway;
 use super::body::Body;
 use super::route::answer;
 use super::wire::{Line, Wire, hang_up};
@@ -157,8 +158,9 @@ async fn respond(
     );
     async {
         let answer = Box::pin(answer(&mirror, request, client)).await;
+        let underway = Underway::of(&mirror, &answer);
         let metrics = Arc::clone(&mirror.metrics);
-        Ok(answer.map(|payload| Body::new(payload, line, metrics)))
+        Ok(answer.map(|payload| Body::new(payload, line, metrics, underway)))
     }
     .instrument(span)
     .await

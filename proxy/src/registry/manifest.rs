@@ -11,13 +11,15 @@ use http::header::{ACCEPT, CONTENT_LENGTH, CONTENT_TYPE, ETAG};
 use http::{HeaderMap, HeaderValue, Method, Response, StatusCode};
 use serde::Deserialize;
 use tokio::sync::OnceCell;
-use tokio::time::{Instant, timeout};
+use tokio::time::timeout;
 
-use super::access::Standing;
+use super::access::Caller;
+use super::auth::{confirm, digest_of, note_head, note_parts, note_refusal, readable};
 use super::body::Payload;
 use super::error::Problem;
 use super::forward::{DOCKER_CONTENT_DIGEST, forward, forward_head, not_encoded, passed_on, with};
 use super::{Answer, Ask, Inner, etag, not_modified};
+use crate::grant::Grant;
 use crate::origin::{Content, OriginBody, Target, content_length};
 
 /// A manifest's length at most (distribution spec, "Pushing manifests").
@@ -25,7 +27,7 @@ const MAX_BYTES: usize = 4 << 20;
 /// For a seed to answer before the origin is asked.
 const SEED: Duration = Duration::from_secs(10);
 /// What a request by digest accepts: the digest says which type it is.
-const ANY_TYPE: HeaderValue = HeaderValue::from_static(
+pub(super) const ANY_TYPE: HeaderValue = HeaderValue::from_static(
     "application/vnd.oci.image.index.v1+json, application/vnd.oci.image.manifest.v1+json, \
      application/vnd.docker.distribution.manifest.list.v2+json, \
      application/vnd.docker.distribution.manifest.v2+json, */*",
@@ -33,34 +35,39 @@ const ANY_TYPE: HeaderValue = HeaderValue::from_static(
 
 /// A manifest whose bytes match its digest.
 #[derive(Clone, Debug)]
-struct Manifest {
-    digest: Digest,
+pub(super) struct Manifest {
+    pub(super) digest: Digest,
     media_type: String,
-    body: Bytes,
+    pub(super) body: Bytes,
     /// What else the origin said.
     headers: HeaderMap,
 }
 
-/// Downloads of manifests under way: who asks for the same one waits for it.
+/// Downloads of manifests under way: who asks for the same one, with the same right, waits for it.
 #[derive(Default)]
-pub(super) struct Fetching(Mutex<HashMap<(Source, Digest), Arc<Fetch>>>);
+pub(super) struct Fetching(Mutex<HashMap<Key, Arc<Fetch>>>);
+
+type Key = (Caller, Source, Digest);
 
 type Fetch = OnceCell<Result<Manifest, Problem>>;
 
 pub(super) async fn manifest(mirror: &Inner, ask: &Ask, reference: &ManifestRef) -> Result<Answer, Problem> {
     match reference {
-        ManifestRef::Digest(digest) if !ask.authorized() => {
-            let found = by_digest(mirror, &ask.source, digest, true).await?;
+        ManifestRef::Digest(digest) => {
+            let found = by_digest(mirror, ask, digest).await?;
             Ok(if not_modified(&ask.headers, digest) { unchanged(digest) } else { found.answer() })
         }
-        ManifestRef::Digest(digest) => straight(mirror, ask, digest.to_string(), Some(digest)).await,
-        ManifestRef::Tag(tag) => straight(mirror, ask, tag.clone(), None).await,
+        ManifestRef::Tag(tag) => by_tag(mirror, ask, tag).await,
     }
 }
 
-/// For a peer: status, media type, body.
-pub(super) async fn for_peer(mirror: &Inner, source: &Source, digest: &Digest) -> (u16, String, Bytes) {
-    match by_digest(mirror, source, digest, false).await {
+/// For a peer, which has made sure of its client's right: status, media type, body.
+pub(super) async fn for_peer(mirror: &Inner, grant: Grant, digest: &Digest) -> (u16, String, Bytes) {
+    let found = match cached(mirror, digest).await {
+        Some(found) => Ok(found),
+        None => fetch_once(mirror, &Ask::of_peer(grant), digest, false).await,
+    };
+    match found {
         Ok(found) => (StatusCode::OK.as_u16(), found.media_type, found.body),
         Err(problem) => {
             let kind = crate::metrics::RequestKind::Manifest;
@@ -69,112 +76,53 @@ pub(super) async fn for_peer(mirror: &Inner, source: &Source, digest: &Digest) -
     }
 }
 
-/// Asks the origin, whatever is cached: for tags, and for requests with credentials.
-async fn straight(
-    mirror: &Inner,
-    ask: &Ask,
-    reference: String,
-    digest: Option<&Digest>,
-) -> Result<Answer, Problem> {
-    let target = Target { source: ask.source.clone(), content: Content::Manifest(reference) };
+/// Asks the origin, whatever is cached: only it knows where the tag is now.
+async fn by_tag(mirror: &Inner, ask: &Ask, tag: &str) -> Result<Answer, Problem> {
+    let source = &ask.grant.source;
+    let target = Target { source: source.clone(), content: Content::Manifest(tag.to_owned()) };
     let headers = ask.without_ranges();
     if ask.method == Method::HEAD {
         let head = mirror.origin.head(&target, &headers).await?;
-        if !ask.authorized() {
-            note_head(mirror, &ask.source, &head);
-        }
+        note_head(mirror, ask, &head);
         return Ok(forward_head(&head));
     }
     let response = mirror.origin.get(&target, &headers).await?;
     if response.status() != StatusCode::OK {
-        if !ask.authorized() {
-            note_refusal(mirror, &ask.source, response.status());
-        }
-        return forward(response, &ask.source);
+        note_refusal(mirror, ask, response.status());
+        return forward(response, source);
     }
-    let found = read(response, digest, &ask.source).await?;
-    if !ask.authorized() {
-        remember(mirror, &ask.source, &found).await;
-    }
+    let found = read(response, None, source).await?;
+    readable(mirror, ask);
+    keep(mirror, ask, &found).await;
     Ok(found.answer())
 }
 
-/// A manifest that anybody may read: from the cache, a seed if `ask_seed`, or the origin.
-async fn by_digest(
-    mirror: &Inner,
-    source: &Source,
-    digest: &Digest,
-    ask_seed: bool,
-) -> Result<Manifest, Problem> {
-    let Some((media_type, body)) = cached(mirror, digest).await else {
-        return fetch_once(mirror, source, digest, ask_seed).await;
-    };
-    let target = Target { source: source.clone(), content: Content::Manifest(digest.to_string()) };
-    confirm(mirror, digest, &target).await?;
-    let found = Manifest { digest: *digest, media_type, body, headers: HeaderMap::new() };
+/// From the cache, a seed, or the origin. Only the origin's own bytes show that the caller may read the repository; whatever is
+/// had from elsewhere is confirmed first.
+async fn by_digest(mirror: &Inner, ask: &Ask, digest: &Digest) -> Result<Manifest, Problem> {
+    let cached = cached(mirror, digest).await;
+    if cached.is_some() || mirror.seeds.is_some() {
+        confirm(mirror, ask, digest, Content::Manifest(digest.to_string())).await?;
+    }
+    let Some(found) = cached else { return fetch_once(mirror, ask, digest, true).await };
     // Its parts belong to this repository too, even if it came here through another one.
-    note_parts(mirror, source, &found);
+    note_parts(mirror, ask, &found);
     Ok(found)
 }
 
-/// Makes sure that anybody may read `target` and that `digest` belongs to its repository: from memory, or by a HEAD at the
-/// origin. Its size, where known. If the origin can't be asked, what was confirmed in the last day counts.
-pub(super) async fn confirm(
-    mirror: &Inner,
-    digest: &Digest,
-    target: &Target,
-) -> Result<Option<u64>, Problem> {
-    let source = &target.source;
-    let standing = mirror.access.standing(source, digest, Instant::now());
-    if let Standing::Confirmed(size) = standing {
-        return Ok(size);
-    }
-    let accept = HeaderMap::from_iter([(ACCEPT, ANY_TYPE)]);
-    let problem = match mirror.origin.head(target, &accept).await {
-        Ok(head) if head.status() == StatusCode::OK => {
-            let size = content_length(head.headers());
-            mirror.access.readable(source, Instant::now());
-            mirror.access.belongs(source, digest, size, Instant::now());
-            return Ok(size);
-        }
-        Ok(head) => {
-            note_refusal(mirror, source, head.status());
-            if head.status() == StatusCode::NOT_FOUND {
-                mirror.access.gone(source, digest);
-            }
-            Problem::refusal(head.status(), head.headers())
-        }
-        Err(error) => Problem::from(error),
-    };
-    let out_of_order =
-        problem.status().is_server_error() || problem.status() == StatusCode::TOO_MANY_REQUESTS;
-    match standing {
-        Standing::Stale(size) if out_of_order => {
-            tracing::info!(reason = %problem, "the origin can't be asked; what it confirmed before counts");
-            Ok(size)
-        }
-        _ => Err(problem),
-    }
-}
-
 /// Gets a manifest that is not cached; of many who ask at once only one does.
-async fn fetch_once(
-    mirror: &Inner,
-    source: &Source,
-    digest: &Digest,
-    ask_seed: bool,
-) -> Result<Manifest, Problem> {
-    let waiting = mirror.fetching.join((source.clone(), *digest));
-    waiting.shared.get_or_init(|| fetch(mirror, source, digest, ask_seed)).await.clone()
+async fn fetch_once(mirror: &Inner, ask: &Ask, digest: &Digest, ask_seed: bool) -> Result<Manifest, Problem> {
+    let waiting = mirror.fetching.join((ask.caller, ask.grant.source.clone(), *digest));
+    waiting.shared.get_or_init(|| fetch(mirror, ask, digest, ask_seed)).await.clone()
 }
 
 impl Fetching {
-    fn join(&self, key: (Source, Digest)) -> Waiting<'_> {
+    fn join(&self, key: Key) -> Waiting<'_> {
         let shared = Arc::clone(self.all().entry(key.clone()).or_default());
         Waiting { all: self, key, shared }
     }
 
-    fn all(&self) -> MutexGuard<'_, HashMap<(Source, Digest), Arc<Fetch>>> {
+    fn all(&self) -> MutexGuard<'_, HashMap<Key, Arc<Fetch>>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -182,7 +130,7 @@ impl Fetching {
 /// One of those who wait for a manifest. If the one who fetches it goes away, the next one does it.
 struct Waiting<'a> {
     all: &'a Fetching,
-    key: (Source, Digest),
+    key: Key,
     shared: Arc<Fetch>,
 }
 
@@ -196,32 +144,30 @@ impl Drop for Waiting<'_> {
     }
 }
 
-async fn fetch(
-    mirror: &Inner,
-    source: &Source,
-    digest: &Digest,
-    ask_seed: bool,
-) -> Result<Manifest, Problem> {
-    if ask_seed && let Some(found) = from_seed(mirror, source, digest).await {
-        remember(mirror, source, &found).await;
+async fn fetch(mirror: &Inner, ask: &Ask, digest: &Digest, ask_seed: bool) -> Result<Manifest, Problem> {
+    if ask_seed && let Some(found) = from_seed(mirror, &ask.grant, digest).await {
+        keep(mirror, ask, &found).await;
         return Ok(found);
     }
+    let source = &ask.grant.source;
     let target = Target { source: source.clone(), content: Content::Manifest(digest.to_string()) };
-    let accept = HeaderMap::from_iter([(ACCEPT, ANY_TYPE)]);
-    let response = mirror.origin.get(&target, &accept).await?;
+    let mut headers = ask.grant.headers();
+    headers.insert(ACCEPT, ANY_TYPE);
+    let response = mirror.origin.get(&target, &headers).await?;
     if response.status() != StatusCode::OK {
-        note_refusal(mirror, source, response.status());
+        note_refusal(mirror, ask, response.status());
         return Err(Problem::refusal(response.status(), response.headers()));
     }
     let found = read(response, Some(digest), source).await?;
-    remember(mirror, source, &found).await;
+    readable(mirror, ask);
+    keep(mirror, ask, &found).await;
     Ok(found)
 }
 
 /// What the task's seed has; `None` whenever it is not exactly what was asked for.
-async fn from_seed(mirror: &Inner, source: &Source, digest: &Digest) -> Option<Manifest> {
+async fn from_seed(mirror: &Inner, grant: &Grant, digest: &Digest) -> Option<Manifest> {
     let seeds = mirror.seeds.as_ref()?;
-    let (status, media_type, body) = timeout(SEED, seeds.manifest(source, digest)).await.ok()??;
+    let (status, media_type, body) = timeout(SEED, seeds.manifest(grant, digest)).await.ok()??;
     if status != StatusCode::OK.as_u16() || HeaderValue::try_from(&media_type).is_err() {
         return None;
     }
@@ -252,8 +198,7 @@ async fn read(
         body.extend_from_slice(&data);
     }
     let body = body.freeze();
-    let named = head.headers.get(&DOCKER_CONTENT_DIGEST).and_then(|d| d.to_str().ok()?.parse().ok());
-    let expected = digest.copied().or(named);
+    let expected = digest.copied().or_else(|| digest_of(&head.headers));
     let algorithm = expected.map_or(Algorithm::Sha256, |d: Digest| d.algorithm());
     let actual = Digest::of(algorithm, &body);
     if let Some(expected) = expected.filter(|expected| *expected != actual) {
@@ -287,15 +232,15 @@ pub(super) fn unchanged(digest: &Digest) -> Answer {
     with(StatusCode::NOT_MODIFIED, identity(digest), Payload::Empty)
 }
 
-async fn cached(mirror: &Inner, digest: &Digest) -> Option<(String, Bytes)> {
+async fn cached(mirror: &Inner, digest: &Digest) -> Option<Manifest> {
     let (store, digest) = (mirror.store.clone(), *digest);
-    tokio::task::spawn_blocking(move || store.manifest(&digest)).await.ok()?
+    let (media_type, body) = tokio::task::spawn_blocking(move || store.manifest(&digest)).await.ok()??;
+    Some(Manifest { digest, media_type, body, headers: HeaderMap::new() })
 }
 
-/// Keeps a manifest, and what follows from having read it here.
-async fn remember(mirror: &Inner, source: &Source, found: &Manifest) {
-    mirror.access.readable(source, Instant::now());
-    note_parts(mirror, source, found);
+/// Keeps a manifest, and the knowledge of what belongs to its repository.
+async fn keep(mirror: &Inner, ask: &Ask, found: &Manifest) {
+    note_parts(mirror, ask, found);
     let (store, found) = (mirror.store.clone(), found.clone());
     let kept = tokio::task::spawn_blocking(move || {
         store.put_manifest(&found.digest, &found.media_type, &found.body)
@@ -303,33 +248,6 @@ async fn remember(mirror: &Inner, source: &Source, found: &Manifest) {
     .await;
     if let Ok(Err(reason)) = kept {
         tracing::warn!(%reason, "the manifest is not kept");
-    }
-}
-
-/// A manifest, and all it names, belong to the repository that it was read through.
-fn note_parts(mirror: &Inner, source: &Source, found: &Manifest) {
-    let now = Instant::now();
-    mirror.access.belongs(source, &found.digest, Some(found.body.len() as u64), now);
-    for (digest, size) in parts(&found.body) {
-        mirror.access.belongs(source, &digest, size, now);
-    }
-}
-
-fn note_head(mirror: &Inner, source: &Source, head: &Response<()>) {
-    note_refusal(mirror, source, head.status());
-    if head.status() != StatusCode::OK {
-        return;
-    }
-    mirror.access.readable(source, Instant::now());
-    let digest = head.headers().get(&DOCKER_CONTENT_DIGEST).and_then(|d| d.to_str().ok()?.parse().ok());
-    if let Some(digest) = digest {
-        mirror.access.belongs(source, &digest, content_length(head.headers()), Instant::now());
-    }
-}
-
-pub(super) fn note_refusal(mirror: &Inner, source: &Source, status: StatusCode) {
-    if matches!(status, StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN) {
-        mirror.access.refused(source);
     }
 }
 
@@ -359,7 +277,7 @@ struct OldPart {
 }
 
 /// The digests that a manifest names, with their sizes in bytes. Nothing for what is no manifest.
-fn parts(body: &[u8]) -> Vec<(Digest, Option<u64>)> {
+pub(super) fn parts(body: &[u8]) -> Vec<(Digest, Option<u64>)> {
     let Ok(named) = serde_json::from_slice::<Named>(body) else { return Vec::new() };
     let new = named.config.into_iter().chain(named.layers).chain(named.manifests).map(|p| (p.digest, p.size));
     let old = named.fs_layers.into_iter().map(|p| (p.blob_sum, None));

@@ -1,9 +1,10 @@
 //! The registry mirror that runtimes talk to: HTTP/1.1, the pull side of the OCI distribution spec.
 //!
 //! A request goes [`route`] → [`manifest`] or [`blob`] → back through [`error`] if it failed → [`body`] onto the [`wire`].
-//! [`access`] remembers who may have what; [`connection`] is the life of a connection.
+//! [`auth`] makes sure that the caller may have it, [`access`] remembers that; [`connection`] is the life of a connection.
 
 mod access;
+mod auth;
 mod blob;
 mod body;
 mod connection;
@@ -25,6 +26,7 @@ use bytes::Bytes;
 use hawker_core::cache::Recheck;
 use hawker_core::digest::Digest;
 use hawker_core::reference::Source;
+use hawker_core::right::Bearer;
 use http::header::IF_NONE_MATCH;
 use http::{HeaderMap, HeaderValue, Response};
 use tokio::net::TcpListener;
@@ -33,6 +35,7 @@ use tokio_util::sync::CancellationToken;
 
 use self::route::Ask;
 use crate::flight::Flights;
+use crate::grant::{Authorization, Grant};
 use crate::metrics::Metrics;
 use crate::origin::Origin;
 use crate::peer::ManifestSource;
@@ -50,7 +53,7 @@ pub type SeedAnswer<'a> = Pin<Box<dyn Future<Output = Option<(u16, String, Bytes
 /// Asks the seed that a manifest belongs to.
 pub trait SeedManifests: Send + Sync + 'static {
     /// Asks for the manifest with this digest.
-    fn manifest<'a>(&'a self, source: &'a Source, digest: &'a Digest) -> SeedAnswer<'a>;
+    fn manifest<'a>(&'a self, grant: &'a Grant, digest: &'a Digest) -> SeedAnswer<'a>;
 }
 
 /// What a [`Mirror`] works with.
@@ -67,6 +70,8 @@ pub struct MirrorConfig {
     pub live: Arc<ArcSwap<LiveSettings>>,
     /// Where it counts.
     pub metrics: Arc<Metrics>,
+    /// How long a client's pull goes on without a word after its token has run out.
+    pub pull_grace: Duration,
 }
 
 /// The registry mirror. Cheap to clone.
@@ -93,7 +98,7 @@ struct Inner {
 impl Mirror {
     /// A mirror that knows nothing yet.
     pub fn new(config: MirrorConfig) -> Self {
-        let MirrorConfig { store, flights, origin, seeds, live, metrics } = config;
+        let MirrorConfig { store, flights, origin, seeds, live, metrics, pull_grace } = config;
         Self {
             inner: Arc::new(Inner {
                 store,
@@ -102,7 +107,7 @@ impl Mirror {
                 seeds,
                 live,
                 metrics,
-                access: access::Access::new(),
+                access: access::Access::new(pull_grace),
                 fetching: manifest::Fetching::default(),
                 recheck: Mutex::new(Recheck::new(RECHECKS)),
                 rechecking: tokio::sync::Mutex::new(()),
@@ -133,8 +138,10 @@ impl ManifestSource for Mirror {
         &self,
         source: Source,
         digest: Digest,
+        token: Option<Bearer>,
     ) -> Pin<Box<dyn Future<Output = (u16, String, Bytes)> + Send + '_>> {
-        Box::pin(async move { manifest::for_peer(&self.inner, &source, &digest).await })
+        let grant = Grant { source, authorization: token.as_ref().and_then(Authorization::bearer) };
+        Box::pin(async move { manifest::for_peer(&self.inner, grant, &digest).await })
     }
 }
 

@@ -1,6 +1,6 @@
 //! From a request to who answers it.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv6Addr};
 use std::time::Duration;
 
 use hawker_core::reference::{self, Asked};
@@ -9,11 +9,13 @@ use http::request::Parts;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
 use tokio::time::timeout;
 
+use super::access::Caller;
+use super::auth::note_refusal;
 use super::body::Payload;
 use super::error::Problem;
 use super::forward::{forward, forward_head, with};
-use super::manifest::note_refusal;
-use super::{Answer, Inner, blob, manifest};
+use super::{Answer, Inner, auth, blob, manifest};
+use crate::grant::{Authorization, Grant};
 use crate::metrics::RequestKind;
 use crate::origin::{Content, Target};
 
@@ -26,15 +28,22 @@ const API_VERSION: HeaderName = HeaderName::from_static("docker-distribution-api
 /// A request for something of a repository.
 pub(super) struct Ask {
     pub(super) method: Method,
-    pub(super) source: reference::Source,
+    pub(super) grant: Grant,
+    pub(super) caller: Caller,
     pub(super) headers: HeaderMap,
     pub(super) client: IpAddr,
 }
 
 impl Ask {
-    /// Whether it carries credentials: then it is for the origin alone.
-    pub(super) fn authorized(&self) -> bool {
-        self.headers.contains_key(AUTHORIZATION)
+    fn new(method: Method, source: reference::Source, headers: HeaderMap, client: IpAddr) -> Self {
+        let grant = Grant { source, authorization: Authorization::of(&headers) };
+        Self { method, caller: Caller::of(&grant), grant, headers, client }
+    }
+
+    /// That of a peer, for whom this node is the seed.
+    pub(super) fn of_peer(grant: Grant) -> Self {
+        let (headers, client) = (HeaderMap::new(), IpAddr::V6(Ipv6Addr::UNSPECIFIED));
+        Self { method: Method::GET, caller: Caller::of(&grant), grant, headers, client }
     }
 
     /// The request's headers without those that make sense for blobs only.
@@ -126,18 +135,20 @@ async fn dispatch(mirror: &Inner, request: Parts, asked: Asked, client: IpAddr) 
     if asked.registry.is_none() && default.is_none() {
         return Err(Problem::NoRegistry);
     }
-    let ask = Ask {
-        method: request.method,
-        source: asked.source(&default.unwrap_or_default()),
-        headers: request.headers,
-        client,
-    };
+    let source = asked.source(&default.unwrap_or_default());
+    let ask = Ask::new(request.method, source, request.headers, client);
+    let mut answer = content(mirror, &ask, &asked).await?;
+    auth::mark(&mut answer, &ask);
+    Ok(answer)
+}
+
+async fn content(mirror: &Inner, ask: &Ask, asked: &reference::Request) -> Result<Answer, Problem> {
     match &asked.content {
-        reference::Content::Manifest(reference) => manifest::manifest(mirror, &ask, reference).await,
-        reference::Content::Blob(digest) => blob::blob(mirror, &ask, digest).await,
-        reference::Content::Tags { .. } => list(mirror, &ask, Content::Tags, &asked).await,
+        reference::Content::Manifest(reference) => manifest::manifest(mirror, ask, reference).await,
+        reference::Content::Blob(digest) => blob::blob(mirror, ask, digest).await,
+        reference::Content::Tags { .. } => list(mirror, ask, Content::Tags, asked).await,
         reference::Content::Referrers { digest, .. } => {
-            list(mirror, &ask, Content::Referrers(*digest), &asked).await
+            list(mirror, ask, Content::Referrers(*digest), asked).await
         }
     }
 }
@@ -163,7 +174,7 @@ async fn list(
     content: Content,
     asked: &reference::Request,
 ) -> Result<Answer, Problem> {
-    let target = Target { source: ask.source.clone(), content };
+    let target = Target { source: ask.grant.source.clone(), content };
     let headers = ask.without_ranges();
     if ask.method == Method::HEAD {
         return Ok(forward_head(&mirror.origin.head(&target, &headers).await?));
@@ -171,10 +182,8 @@ async fn list(
     let path = asked.origin_path();
     let query = path.split_once('?').map(|(_, query)| query);
     let response = mirror.origin.get_page(&target, query, &headers).await?;
-    if !ask.authorized() {
-        note_refusal(mirror, &ask.source, response.status());
-    }
-    forward(response, &ask.source)
+    note_refusal(mirror, ask, response.status());
+    forward(response, &target.source)
 }
 
 /// The same answer for HEAD: it says how long the body would be.

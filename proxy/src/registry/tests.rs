@@ -8,6 +8,8 @@ use tokio::net::TcpStream;
 use tokio::task::JoinHandle;
 
 use super::*;
+use crate::driver::Event;
+use crate::flight::{FlightError, Shared};
 use crate::origin::testing::{Reply, Seen, TestRegistry, knowing, noise, origin, say, sha256};
 use crate::settings::CacheSettings;
 
@@ -100,6 +102,30 @@ impl Node {
     }
 
     async fn with_seeds(registry: &TestRegistry, seeds: Option<Arc<dyn SeedManifests>>) -> Self {
+        // Nobody takes part in downloads here: whatever needs one is refused at once.
+        Self::start(registry, seeds, tokio::sync::mpsc::channel(1).0).await
+    }
+
+    /// One whose downloads find that nobody says how long a blob is.
+    async fn passing_through(registry: &TestRegistry) -> Self {
+        let (events, mut heard) = tokio::sync::mpsc::channel(16);
+        tokio::spawn(async move {
+            while let Some(event) = heard.recv().await {
+                if let Event::Open { task, reply, .. } = event {
+                    let shared = Shared::new(task);
+                    shared.update(|state| state.failed = Some(FlightError::UnknownLength));
+                    let _ = reply.send(Arc::new(shared));
+                }
+            }
+        });
+        Self::start(registry, None, events).await
+    }
+
+    async fn start(
+        registry: &TestRegistry,
+        seeds: Option<Arc<dyn SeedManifests>>,
+        events: tokio::sync::mpsc::Sender<Event>,
+    ) -> Self {
         let live = knowing(&[registry]);
         let mut settings = (**live.load()).clone();
         settings.registries.default = Some(registry.name());
@@ -109,8 +135,7 @@ impl Node {
             Store::open(folder.path(), CacheSettings { high_percent: 100, ..CacheSettings::default() })
                 .unwrap();
         let origin = origin(&live);
-        // Nobody takes part in downloads here: whatever needs one is refused at once.
-        let flights = Flights::new(tokio::sync::mpsc::channel(1).0, origin.clone());
+        let flights = Flights::new(events, origin.clone());
         let mirror = Mirror::new(MirrorConfig {
             store,
             flights,
@@ -118,6 +143,7 @@ impl Node {
             seeds,
             live: Arc::clone(&live),
             metrics: Arc::default(),
+            pull_grace: Duration::from_secs(60),
         });
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
@@ -396,27 +422,60 @@ async fn refusals_pass_through_with_their_challenge() {
 }
 
 #[tokio::test]
-async fn requests_with_credentials_go_to_the_origin_and_leave_nothing_behind() {
+async fn what_a_client_may_read_is_cached_and_given_to_nobody_else() {
     let (image, registry, node) = image_node(300_000).await;
-    let good = [("Authorization", "Bearer good")];
+    node.commit(&image.blob);
+    let good = ("Authorization", "Bearer good");
     let manifest = format!("/v2/private/manifests/{}", image.manifest_digest());
     let blob = format!("/v2/private/blobs/{}", image.blob_digest());
     for _ in 0..2 {
-        assert_eq!(node.ask("GET", &manifest, &good).await.body, image.manifest.as_bytes());
-        let got = node.ask("GET", &blob, &good).await;
+        assert_eq!(node.ask("GET", &manifest, &[good]).await.body, image.manifest.as_bytes());
+        let got = node.ask("GET", &blob, &[good]).await;
         assert!(got.complete && got.body == image.blob);
-        assert_eq!(got.header("docker-content-digest"), image.blob_digest().to_string());
-        let part = node.ask("GET", &blob, &[good[0], ("Range", "bytes=5-9")]).await;
+        let part = node.ask("GET", &blob, &[good, ("Range", "bytes=5-9")]).await;
         assert_eq!((part.status, part.body.as_slice()), (206, &image.blob[5..10]));
-        assert_eq!(part.header("content-range"), format!("bytes 5-9/{}", image.blob.len()));
-        let head = node.ask("HEAD", &blob, &good).await;
-        assert_eq!((head.status, head.header("content-length")), (200, "300000"));
+        for headers in [&[][..], &[("Authorization", "Bearer bad")]] {
+            for target in [&manifest, &blob] {
+                let got = node.ask("GET", target, headers).await;
+                assert_eq!((got.status, got.header("www-authenticate")), (401, CHALLENGE), "{target}");
+            }
+        }
     }
-    assert_eq!(registry.count("GET", "/v2/private/manifests/"), 2);
-    assert_eq!(registry.count("GET", "/v2/private/blobs/"), 4);
-    assert_eq!(node.get(&manifest).await.status, 401);
-    assert_eq!(node.get(&blob).await.status, 401);
-    assert!(!node.mirror.inner.store.has(&image.blob_digest()));
+    assert_eq!(
+        registry.count("GET", "/v2/private/manifests/"),
+        2,
+        "who may, and who asked without being known"
+    );
+    assert_eq!(registry.count("GET", "/v2/private/blobs/"), 0);
+    let page = node.mirror.metrics().encode();
+    assert!(!page.contains("good"));
+}
+
+#[tokio::test]
+async fn what_is_private_is_given_only_while_the_clients_right_is_remembered() {
+    let (image, registry, node) = image_node(1000).await;
+    node.commit(&image.blob);
+    let good = [("Authorization", "Bearer good")];
+    let manifest = format!("/v2/private/manifests/{}", image.manifest_digest());
+    let blob = format!("/v2/private/blobs/{}", image.blob_digest());
+    assert_eq!(node.ask("GET", &manifest, &good).await.status, 200);
+    let source = registry.source("private");
+    drop(registry);
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    assert_eq!(node.ask("GET", &blob, &good).await.body, image.blob);
+    assert_eq!(node.ask("GET", &blob, &[("Authorization", "Bearer bad")]).await.status, 502);
+    assert_eq!(node.get(&blob).await.status, 502);
+    let header =
+        HeaderMap::from_iter([(http::header::AUTHORIZATION, HeaderValue::from_static("Bearer good"))]);
+    let grant = Grant { source, authorization: Authorization::of(&header) };
+    let long_ago = Instant::now().checked_sub(Duration::from_secs(600)).unwrap();
+    node.mirror.inner.access.readable(
+        access::Caller::of(&grant),
+        &grant.source,
+        Duration::from_secs(60),
+        long_ago,
+    );
+    assert_eq!(node.ask("GET", &blob, &good).await.status, 502, "nothing private is open on failure");
 }
 
 #[tokio::test]
@@ -425,9 +484,9 @@ async fn a_wrong_blob_passed_through_never_completes() {
     let mut wrong = data.clone();
     wrong[100] ^= 1;
     let registry = TestRegistry::start(move |seen| say(seen, 200, &[], &wrong)).await;
-    let node = Node::before(&registry).await;
+    let node = Node::passing_through(&registry).await;
     let target = format!("/v2/a/b/blobs/{}", sha256(&data));
-    let got = node.ask("GET", &target, &[("Authorization", "Bearer x")]).await;
+    let got = node.get(&target).await;
     assert_eq!(got.status, 200);
     assert!(!got.complete, "it ends short, without a reset");
     assert!(got.body.len() > 60_000, "what came before the end was sent: {}", got.body.len());
@@ -444,9 +503,9 @@ async fn a_blob_of_unknown_length_passes_through_and_is_checked() {
             say(seen, 200, &[("transfer-encoding", "chunked")], &framed)
         })
         .await;
-        let node = Node::before(&registry).await;
+        let node = Node::passing_through(&registry).await;
         let target = format!("/v2/a/b/blobs/{}", sha256(&data));
-        let got = node.ask("GET", &target, &[("Authorization", "Bearer x")]).await;
+        let got = node.get(&target).await;
         assert_eq!((got.status, got.complete, got.body == data), (200, !wrong, !wrong));
     }
 }
@@ -462,9 +521,9 @@ async fn an_origins_broken_body_ends_the_response_short_without_a_reset() {
             if reset { Reply::Reset(part) } else { Reply::Cut(part) }
         })
         .await;
-        let node = Node::before(&registry).await;
+        let node = Node::passing_through(&registry).await;
         let target = format!("/v2/a/b/blobs/{}", sha256(&data));
-        let got = node.ask("GET", &target, &[("Authorization", "Bearer x")]).await;
+        let got = node.get(&target).await;
         assert!(!got.complete && got.body == data[..got.body.len()]);
     }
 }
@@ -624,12 +683,8 @@ async fn a_rotten_blob_that_is_asked_for_again_is_evicted() {
     let mut rotten = image.blob.clone();
     rotten[250_000] ^= 1;
     std::fs::write(file, rotten).unwrap();
-    let ask = Ask {
-        method: http::Method::GET,
-        source: Source { registry: String::new(), repository: String::new() },
-        headers: HeaderMap::new(),
-        client: "127.0.0.1".parse().unwrap(),
-    };
+    let nowhere = Source { registry: String::new(), repository: String::new() };
+    let ask = Ask { client: "127.0.0.1".parse().unwrap(), ..Ask::of_peer(Grant::own(nowhere)) };
     assert!(blob::committed(&node.mirror.inner, &ask, &image.blob_digest(), true).await.is_none());
     assert!(!node.mirror.inner.store.has(&image.blob_digest()));
 }
@@ -669,7 +724,7 @@ async fn what_was_confirmed_counts_while_the_origin_is_down() {
     let long_ago = Instant::now().checked_sub(Duration::from_secs(600)).unwrap();
     let default = node.live.load().registries.default.clone().unwrap();
     let source = Source { registry: default, repository: "a/b".into() };
-    node.mirror.inner.access.readable(&source, long_ago);
+    node.mirror.inner.access.readable(access::Caller::Anybody, &source, Duration::ZERO, long_ago);
     assert_eq!(node.get(&manifest).await.status, 200);
     assert_eq!(node.get(&blob).await.body, image.blob);
     let other = node.get(&format!("/v2/a/b/blobs/{}", sha256(b"other"))).await;
@@ -679,7 +734,7 @@ async fn what_was_confirmed_counts_while_the_origin_is_down() {
 struct Seed(Vec<(u16, String, Bytes)>);
 
 impl SeedManifests for Seed {
-    fn manifest<'a>(&'a self, _: &'a Source, _: &'a Digest) -> SeedAnswer<'a> {
+    fn manifest<'a>(&'a self, _: &'a Grant, _: &'a Digest) -> SeedAnswer<'a> {
         Box::pin(async { self.0.first().cloned() })
     }
 }
@@ -707,9 +762,11 @@ async fn a_seeds_manifest_spares_the_origin_but_is_not_believed_blindly() {
 async fn a_seed_gives_manifests_to_peers() {
     let (image, registry, node) = image_node(10).await;
     let (public, private) = (registry.source("a/b"), registry.source("private"));
-    let (status, media_type, body) = node.mirror.manifest(public, image.manifest_digest()).await;
+    let (status, media_type, body) = node.mirror.manifest(public, image.manifest_digest(), None).await;
     assert_eq!((status, media_type.as_str(), body.as_ref()), (200, MANIFEST, image.manifest.as_bytes()));
-    assert_eq!(node.mirror.manifest(private, image.manifest_digest()).await.0, 401);
+    let (digest, lent) = (sha256(b"none"), Bearer::new("good"));
+    assert_eq!(node.mirror.manifest(private.clone(), digest, lent).await.0, 404, "with the right it is lent");
+    assert_eq!(node.mirror.manifest(private, digest, None).await.0, 401);
 }
 
 #[tokio::test]
@@ -728,10 +785,10 @@ async fn an_encoded_answer_is_refused() {
         say(seen, 200, &[("Content-Encoding", "gzip")], b"not what was asked for")
     })
     .await;
-    let node = Node::before(&registry).await;
+    let node = Node::passing_through(&registry).await;
     assert_eq!(node.get("/v2/a/b/manifests/v1").await.status, 502);
     let blob = format!("/v2/a/b/blobs/{}", sha256(b"x"));
-    assert_eq!(node.ask("GET", &blob, &[("Authorization", "Bearer x")]).await.status, 502);
+    assert_eq!(node.get(&blob).await.status, 502);
 }
 
 #[tokio::test]

@@ -8,12 +8,11 @@ use hawker_api::v1;
 use hawker_api::v1::report::Kind;
 use hawker_core::digest::Digest;
 use hawker_core::piece::PeerId;
-use hawker_core::reference::Source;
 use hawker_core::rendezvous;
 use tokio::sync::Notify;
 use tracing::debug;
 
-use super::{Holding, ReportKind};
+use super::{Holding, ReportKind, Want};
 
 /// Tasks wanted at a time: as many as a scheduler keeps of one peer. Beyond that a task is fetched without a scheduler.
 pub const MAX_WANTS: usize = 4096;
@@ -25,17 +24,15 @@ const MAX_REPORTS: usize = 1024;
 /// What all schedulers are still to be told, and what they told last.
 #[derive(Default)]
 pub(super) struct Outboxes {
-    wants: BTreeMap<Digest, Want>,
+    wants: BTreeMap<Digest, Wanted>,
     sessions: BTreeMap<PeerId, Outbox>,
     /// Members as each scheduler told them last; under `None` those from the disk.
     members: BTreeMap<Option<PeerId>, Vec<Member>>,
     isolated: BTreeMap<PeerId, Vec<PeerId>>,
 }
 
-struct Want {
-    size_bytes: Option<u64>,
-    source: Source,
-    again: bool,
+struct Wanted {
+    want: Want,
     /// Which scheduler knows of it.
     asked: Option<PeerId>,
 }
@@ -62,14 +59,13 @@ pub(super) enum Announcement {
 }
 
 impl Outboxes {
-    pub(super) fn want(&mut self, task: &Digest, size_bytes: Option<u64>, source: &Source, again: bool) {
+    pub(super) fn want(&mut self, task: &Digest, want: Want) {
         if self.wants.len() >= MAX_WANTS && !self.wants.contains_key(task) {
             debug!(%task, "too many tasks are wanted; this one is fetched without a scheduler");
             return;
         }
         let asked = self.owner(task);
-        let source = source.clone();
-        self.wants.insert(*task, Want { size_bytes, source, again, asked });
+        self.wants.insert(*task, Wanted { want, asked });
         self.ask(asked, task);
     }
 
@@ -157,13 +153,14 @@ impl Outboxes {
             .map(|task| v1::from_peer::Event::Forget(v1::Forget { task: task.to_string() }));
         let mut questions: Vec<_> = forgets.collect();
         for task in std::mem::take(&mut outbox.wants) {
-            let Some(want) = self.wants.get_mut(&task) else { continue };
+            let Some(Wanted { want, .. }) = self.wants.get_mut(&task) else { continue };
             questions.push(v1::from_peer::Event::Want(v1::Want {
                 task: task.to_string(),
                 size_bytes: want.size_bytes.unwrap_or(0),
                 source: Some(convert::source(&want.source)),
                 // Said once: to a scheduler that starts afresh it is a first question.
                 again: std::mem::take(&mut want.again),
+                reads: want.reads,
             }));
         }
         questions
@@ -270,6 +267,7 @@ impl Outboxes {
 mod tests {
     use hawker_core::digest::Algorithm;
     use hawker_core::message::Role;
+    use hawker_core::reference::Source;
     use v1::from_peer::Event;
 
     use super::*;
@@ -282,8 +280,9 @@ mod tests {
         PeerId([n; 16])
     }
 
-    fn source() -> Source {
-        Source { registry: "docker.io".into(), repository: "library/debian".into() }
+    fn want(again: bool) -> Want {
+        let source = Source { registry: "docker.io".into(), repository: "library/debian".into() };
+        Want { size_bytes: None, source, again, reads: false }
     }
 
     fn holding(n: u32, pieces: u32) -> Holding {
@@ -301,7 +300,7 @@ mod tests {
     #[test]
     fn each_open_want_is_asked_at_one_scheduler_and_again_when_that_is_gone() {
         let mut outboxes = Outboxes::default();
-        (0..100).for_each(|n| outboxes.want(&task(n), None, &source(), false));
+        (0..100).for_each(|n| outboxes.want(&task(n), want(false)));
         outboxes.open(scheduler(1), "a:1");
         assert_eq!(wanted(&mut outboxes, scheduler(1)).len(), 100);
         outboxes.open(scheduler(2), "b:1");
@@ -325,10 +324,10 @@ mod tests {
     fn a_want_forgotten_before_it_was_sent_is_not_asked() {
         let mut outboxes = Outboxes::default();
         outboxes.open(scheduler(1), "a:1");
-        outboxes.want(&task(1), None, &source(), false);
+        outboxes.want(&task(1), want(false));
         outboxes.forget(&task(1));
         assert!(wanted(&mut outboxes, scheduler(1)).is_empty());
-        outboxes.want(&task(1), None, &source(), true);
+        outboxes.want(&task(1), want(true));
         let questions = outboxes.take_questions(scheduler(1));
         assert!(matches!(&questions[..], [Event::Want(want)] if want.again));
     }
@@ -338,7 +337,7 @@ mod tests {
         let mut outboxes = Outboxes::default();
         outboxes.open(scheduler(1), "a:1");
         outboxes.take_news(scheduler(1));
-        outboxes.want(&task(1), None, &source(), false);
+        outboxes.want(&task(1), want(false));
         assert_eq!(wanted(&mut outboxes, scheduler(1)).len(), 1);
         outboxes.holding(&holding(1, 1));
         outboxes.forget(&task(1));
@@ -382,7 +381,7 @@ mod tests {
     #[test]
     fn wants_are_bounded() {
         let mut outboxes = Outboxes::default();
-        (0..5000).for_each(|n| outboxes.want(&task(n), None, &source(), false));
+        (0..5000).for_each(|n| outboxes.want(&task(n), want(false)));
         assert_eq!(outboxes.wants.len(), MAX_WANTS);
     }
 
