@@ -1,7 +1,8 @@
 //! The decisions of Hawker, without I/O, clock or randomness: what each daemon does next, given what it has seen.
 //!
 //! - [`digest`], [`piece`]: what a blob's pieces are and how each is verified on its own
-//! - [`reference`], [`range`]: what a request asks for; [`right`]: with what right it is read at the origin
+//! - [`reference`], [`range`]: what a request asks for; [`right`]: with what right it is read at the origin; [`challenge`]:
+//!   what a registry wants first
 //! - [`node`], [`fetch`], [`parents`], [`message`]: one peer's downloads and uploads
 //! - [`swarm`]: the scheduler's view of all peers
 //! - [`limit`], [`cache`]: how fast, and what stays on disk
@@ -9,6 +10,7 @@
 //! Time comes in as [`Time`], randomness as `rng: &mut R`. The proxy, the scheduler and the simulator run this same code.
 
 pub mod cache;
+pub mod challenge;
 pub mod digest;
 pub mod fetch;
 pub mod limit;

@@ -7,7 +7,7 @@ mod host;
 
 use crate::digest::{Digest, DigestError};
 
-pub use host::{HostError, api_host, canonical_host, host_matches, is_public};
+pub use host::{HostError, api_host, canonical_host, host_matches, host_name, is_public};
 
 /// Longest path and query looked at, each, in bytes. The longest legal one (a name, a digest, escapes) is far below.
 pub const MAX_TARGET_BYTES: usize = 4096;

@@ -43,6 +43,11 @@ pub fn api_host(canonical: &str) -> &str {
     if canonical == HUB { HUB_API } else { canonical }
 }
 
+/// A host without its port; the brackets of an IPv6 address stay.
+pub fn host_name(host: &str) -> &str {
+    split_port(host).map_or(host, |(name, _)| name)
+}
+
 /// Whether a pattern of the configuration allows a host, given as [`canonical_host`] writes it.
 ///
 /// `quay.io` and `reg:5000` allow exactly that. `*.example.com` allows all names below `example.com`, not itself. Without a
