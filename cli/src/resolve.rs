@@ -346,15 +346,15 @@ impl<'a> Reader<'a> {
         for (host, url) in
             self.many("registry", &args.registry, |text| pair(text, "HOST=URL", quantity::endpoint))
         {
-            known.entry(host).or_insert_with(nothing).endpoints.push(url);
+            known.entry(host).or_default().endpoints.push(url);
         }
         for (host, file) in
             self.many("registry-ca", &args.registry_ca, |text| pair(text, "HOST=FILE", readable))
         {
-            known.entry(host).or_insert_with(nothing).ca = Some(file);
+            known.entry(host).or_default().ca = Some(file);
         }
         for host in self.many("registry-insecure", &args.registry_insecure, quantity::registry_host) {
-            known.entry(host).or_insert_with(nothing).insecure = true;
+            known.entry(host).or_default().insecure = true;
         }
         for (host, registry) in &mut known {
             if registry.endpoints.is_empty() {
@@ -455,10 +455,6 @@ impl<'a> Reader<'a> {
             }),
         }
     }
-}
-
-fn nothing() -> RegistrySettings {
-    RegistrySettings { endpoints: Vec::new(), ca: None, insecure: false }
 }
 
 /// Where a registry answers that only has its name. Docker Hub's name is not its address.

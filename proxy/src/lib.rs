@@ -7,6 +7,8 @@
 
 pub mod admin;
 pub mod buffer;
+mod coalesce;
+pub mod credentials;
 pub mod daemon;
 pub mod driver;
 pub mod flight;

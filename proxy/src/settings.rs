@@ -57,6 +57,33 @@ pub struct LiveSettings {
     pub rates: Rates,
     /// Upstream registries.
     pub registries: Registries,
+    /// Where this node's own names and passwords for registries are; the first that has one counts.
+    pub credentials: Vec<CredentialSource>,
+}
+
+/// Where names and passwords for registries are written. Files are read when they are needed, and again when they change.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum CredentialSource {
+    /// Docker's `config.json`, or podman's `auth.json`: with credential helpers.
+    Docker(PathBuf),
+    /// containerd's `config.toml`: what its CRI plugin has under `registry`.
+    Containerd(PathBuf),
+    /// A Kubernetes pull secret, or a folder of them as they are mounted.
+    Kubernetes(PathBuf),
+    /// A variable of the environment that holds what would stand in Docker's `config.json`.
+    Environment(String),
+}
+
+/// Whose right a registry's content is read by.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Authorization {
+    /// The client's, which it gets from the registry's own realm: challenges and tokens are passed on.
+    #[default]
+    Relay,
+    /// The client's, which it gets here: this mirror is the realm, and asks the registry's with what the client gave.
+    Token,
+    /// This node's, for whoever asks. It does not keep clients apart.
+    Node,
 }
 
 /// Host-wide rates, each in bytes a second.
@@ -81,10 +108,20 @@ pub struct Registries {
     pub known: BTreeMap<String, RegistrySettings>,
     /// Networks that may be reached though they are loopback, private or link-local: address and prefix length.
     pub allow_networks: Vec<(IpAddr, u8)>,
+    /// Whose right counts at registries that do not say.
+    pub authorization: Authorization,
+}
+
+impl Registries {
+    /// Whose right counts at `registry`.
+    pub fn authorization(&self, registry: &str) -> Authorization {
+        let own = self.known.get(registry).and_then(|known| known.authorization);
+        own.unwrap_or(self.authorization)
+    }
 }
 
 /// How one registry is reached.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct RegistrySettings {
     /// Base addresses to try in order: the registry's own, or mirrors of it. `http` is taken as it is: insecure by choice.
     pub endpoints: Vec<Url>,
@@ -92,6 +129,10 @@ pub struct RegistrySettings {
     pub ca: Option<PathBuf>,
     /// Accept any certificate. Said in the configuration, never by default.
     pub insecure: bool,
+    /// Where tokens for it may be had, besides its own domain: scheme, host and port count.
+    pub realms: Vec<Url>,
+    /// Whose right counts, if not the one that counts everywhere.
+    pub authorization: Option<Authorization>,
 }
 
 /// Room on disk.

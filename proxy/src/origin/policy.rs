@@ -3,6 +3,7 @@
 use std::net::IpAddr;
 use std::path::PathBuf;
 
+use hawker_core::challenge::is_trusted;
 use hawker_core::reference::{api_host, canonical_host, host_matches, is_public};
 use url::Url;
 
@@ -18,6 +19,8 @@ pub(super) struct Route {
     pub(super) trust: Trust,
     /// Where connections may go.
     pub(super) reach: Reach,
+    /// Realms that the configuration trusts, besides those in the registry's own domain.
+    realms: Vec<Url>,
 }
 
 /// Whom to believe on TLS.
@@ -36,6 +39,25 @@ pub(super) enum Reach {
     Public,
     /// Also the endpoints of the registries that the configuration knows: for these registries, and where they redirect to.
     Known,
+    /// Also the realms that the configuration lists, and other ports of the hosts that those endpoints are on: for the realms of
+    /// these registries.
+    Realms,
+}
+
+/// Why a realm is not asked, and no client is sent there.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub(super) enum Untrusted {
+    /// Not an address with a host.
+    #[error("it is no http or https address")]
+    Address,
+    /// In the clear, from a registry that is not.
+    #[error("{0} is not https")]
+    Plain(String),
+    /// Outside the registry's domain.
+    #[error(
+        "{0} is outside its domain; if that is right, list it among this registry's realms in the configuration"
+    )]
+    Foreign(String),
 }
 
 impl Route {
@@ -49,7 +71,7 @@ impl Route {
                 listed => listed.to_vec(),
             };
             let trust = Trust { ca: known.ca.clone(), insecure: known.insecure };
-            return Ok(Self { endpoints, trust, reach: Reach::Known });
+            return Ok(Self { endpoints, trust, reach: Reach::Known, realms: known.realms.clone() });
         }
         let listed = registries.default.as_deref().is_some_and(|d| d.eq_ignore_ascii_case(&registry))
             || registries.allow.is_empty()
@@ -58,7 +80,36 @@ impl Route {
             return Err(forbidden());
         }
         let endpoints = own_endpoints(&registry, false).ok_or_else(forbidden)?;
-        Ok(Self { endpoints, trust: Trust::default(), reach: Reach::Public })
+        Ok(Self { endpoints, trust: Trust::default(), reach: Reach::Public, realms: Vec::new() })
+    }
+
+    /// The endpoint that credentials may go to: the registry itself, which is the one on its own host, or else the last one.
+    pub(super) fn home(&self, registry: &str) -> &Url {
+        let host = api_host(registry);
+        let own = self.endpoints.iter().find(|url| url.authority().eq_ignore_ascii_case(host));
+        own.or(self.endpoints.last()).expect("a route has an endpoint")
+    }
+
+    /// The address of a realm, if it may speak for `registry`.
+    pub(super) fn realm(&self, registry: &str, realm: &str) -> Result<Url, Untrusted> {
+        let mut url = Url::parse(realm).map_err(|_| Untrusted::Address)?;
+        url.set_fragment(None);
+        let host = match (url.scheme(), url.host_str()) {
+            ("http" | "https", Some(host)) if url.username().is_empty() && url.password().is_none() => host,
+            _ => return Err(Untrusted::Address),
+        };
+        if self.realms.iter().any(|listed| listed.origin() == url.origin()) {
+            return Ok(url);
+        }
+        let plain = self.trust.insecure || self.endpoints.iter().any(|endpoint| endpoint.scheme() == "http");
+        if url.scheme() == "http" && !plain {
+            return Err(Untrusted::Plain(host.to_owned()));
+        }
+        let hosts = self.endpoints.iter().filter_map(Url::host_str).chain([registry]);
+        match hosts.into_iter().any(|own| is_trusted(own, host)) {
+            true => Ok(url),
+            false => Err(Untrusted::Foreign(host.to_owned())),
+        }
     }
 }
 
@@ -74,19 +125,37 @@ impl Reach {
     pub(super) fn allows(self, registries: &Registries, host: &str, port: u16, ip: IpAddr) -> bool {
         is_public(ip)
             || registries.allow_networks.iter().any(|(network, bits)| contains(*network, *bits, ip))
-            || (self == Reach::Known && is_known_endpoint(registries, host, port))
+            || match self {
+                Reach::Public => false,
+                Reach::Known => is_known_endpoint(registries, |url| is_at(url, host, Some(port))),
+                Reach::Realms => {
+                    is_known_endpoint(registries, |url| is_at(url, host, None))
+                        || is_listed_realm(registries, host, port)
+                }
+            }
+    }
+
+    /// The same for the realms of the registries that this is for.
+    pub(super) fn of_realms(self) -> Self {
+        if self == Reach::Public { Reach::Public } else { Reach::Realms }
     }
 }
 
-fn is_known_endpoint(registries: &Registries, host: &str, port: u16) -> bool {
-    let here = |url: &Url| {
-        url.host_str().is_some_and(|h| h.eq_ignore_ascii_case(host))
-            && url.port_or_known_default() == Some(port)
-    };
+fn is_at(url: &Url, host: &str, port: Option<u16>) -> bool {
+    url.host_str().is_some_and(|h| h.eq_ignore_ascii_case(host))
+        && (port.is_none() || url.port_or_known_default() == port)
+}
+
+fn is_known_endpoint(registries: &Registries, here: impl Fn(&Url) -> bool) -> bool {
     registries.known.iter().any(|(registry, settings)| match settings.endpoints.as_slice() {
-        [] => own_endpoints(registry, settings.insecure).is_some_and(|own| own.iter().any(here)),
-        listed => listed.iter().any(here),
+        [] => own_endpoints(registry, settings.insecure).is_some_and(|own| own.iter().any(&here)),
+        listed => listed.iter().any(&here),
     })
+}
+
+fn is_listed_realm(registries: &Registries, host: &str, port: u16) -> bool {
+    let realms = registries.known.values().flat_map(|known| &known.realms);
+    realms.into_iter().any(|url| is_at(url, host, Some(port)))
 }
 
 /// Whether `ip` lies in `network/bits`. An IPv4 address written as IPv6 counts as IPv4.
@@ -109,7 +178,7 @@ mod tests {
 
     fn known(endpoints: &[&str], insecure: bool) -> RegistrySettings {
         let endpoints = endpoints.iter().map(|e| e.parse().unwrap()).collect();
-        RegistrySettings { endpoints, ca: None, insecure }
+        RegistrySettings { endpoints, insecure, ..RegistrySettings::default() }
     }
 
     #[test]
@@ -178,6 +247,49 @@ mod tests {
                 allowed,
                 "{host}:{port} {ip}"
             );
+        }
+    }
+
+    #[test]
+    fn a_realm_speaks_for_its_registry_or_is_listed() {
+        let mut registries = Registries::default();
+        registries.known.insert("plain:5000".into(), known(&["http://plain:5000"], false));
+        registries.known.insert("old.example".into(), known(&[], true));
+        registries
+            .known
+            .insert("m.example".into(), known(&["https://a.corp.net", "https://m.example"], false));
+        let listed = RegistrySettings {
+            realms: vec!["http://sso.corp.net:8080/x".parse().unwrap()],
+            ..known(&["https://r.example"], false)
+        };
+        registries.known.insert("r.example".into(), listed);
+        for (registry, realm, trusted) in [
+            ("docker.io", "https://auth.docker.io/token", Ok(())),
+            ("docker.io", "http://auth.docker.io/token", Err(Untrusted::Plain("auth.docker.io".into()))),
+            ("docker.io", "https://auth.evil.io/token", Err(Untrusted::Foreign("auth.evil.io".into()))),
+            ("docker.io", "https://user@auth.docker.io/token", Err(Untrusted::Address)),
+            ("docker.io", "ftp://auth.docker.io/token", Err(Untrusted::Address)),
+            ("docker.io", "/token", Err(Untrusted::Address)),
+            ("plain:5000", "http://plain:5001/token", Ok(())),
+            ("plain:5000", "http://other/token", Err(Untrusted::Foreign("other".into()))),
+            ("old.example", "http://old.example/token", Ok(())),
+            ("m.example", "https://auth.corp.net/token", Ok(())),
+            ("r.example", "http://sso.corp.net:8080/token", Ok(())),
+            ("r.example", "http://sso.corp.net/token", Err(Untrusted::Plain("sso.corp.net".into()))),
+            ("r.example", "https://sso.corp.net:8080/token", Err(Untrusted::Foreign("sso.corp.net".into()))),
+        ] {
+            let judged = Route::to(&registries, registry).unwrap().realm(registry, realm);
+            assert_eq!(judged.map(|_| ()), trusted, "{registry} {realm}");
+        }
+        let (inside, reach) = ("10.0.0.1".parse().unwrap(), Reach::Known.of_realms());
+        for (reach, host, port, allowed) in [
+            (reach, "plain", 5001, true),
+            (reach, "sso.corp.net", 8080, true),
+            (reach, "sso.corp.net", 8081, false),
+            (reach, "other", 5000, false),
+            (Reach::Public.of_realms(), "plain", 5000, false),
+        ] {
+            assert_eq!(reach.allows(&registries, host, port, inside), allowed, "{host}:{port}");
         }
     }
 }

@@ -21,6 +21,7 @@ pub(crate) struct Seen {
     /// Path and query, or what else stood there.
     pub(crate) target: String,
     pub(crate) headers: Vec<(String, String)>,
+    pub(crate) body: String,
     /// Counts the connections.
     pub(crate) connection: usize,
 }
@@ -60,6 +61,16 @@ pub(crate) fn say(seen: &Seen, status: u16, headers: &[(&str, &str)], body: &[u8
         bytes.extend_from_slice(body);
     }
     Reply::Say(bytes)
+}
+
+impl Seen {
+    /// The values of a parameter, of the query or of a form, decoded.
+    pub(crate) fn values(&self, name: &str) -> Vec<String> {
+        let query = self.target.split_once('?').map_or("", |(_, query)| query);
+        let pairs = [query, &self.body].map(|text| url::form_urlencoded::parse(text.as_bytes()));
+        let named = pairs.into_iter().flatten().filter(|(n, _)| n == name);
+        named.map(|(_, value)| value.into_owned()).collect()
+    }
 }
 
 /// A running test registry; it stops when dropped.
@@ -136,15 +147,23 @@ async fn converse(
         buffer.drain(..end);
         let mut lines = head.lines();
         let mut first = lines.next().unwrap_or_default().split(' ').map(str::to_owned);
-        let seen = Seen {
+        let mut seen = Seen {
             method: first.next().unwrap_or_default(),
             target: first.next().unwrap_or_default(),
             headers: lines
                 .filter_map(|l| l.split_once(": "))
                 .map(|(n, v)| (n.to_owned(), v.to_owned()))
                 .collect(),
+            body: String::new(),
             connection,
         };
+        let body_bytes = seen.header("content-length").map_or(0, |length| length.parse().unwrap());
+        while buffer.len() < body_bytes {
+            if !matches!(socket.read_buf(&mut buffer).await, Ok(1..)) {
+                return;
+            }
+        }
+        seen.body = String::from_utf8(buffer.drain(..body_bytes).collect()).unwrap();
         log.lock().unwrap_or_else(PoisonError::into_inner).push(seen.clone());
         let (bytes, then) = match reply(&seen) {
             Reply::Say(bytes) => (bytes, "go on"),
@@ -173,7 +192,7 @@ pub(crate) fn knowing(registries: &[&TestRegistry]) -> Arc<ArcSwap<LiveSettings>
     let mut settings = Registries::default();
     for registry in registries {
         let endpoints = vec![format!("http://{}", registry.address).parse().unwrap()];
-        settings.known.insert(registry.name(), RegistrySettings { endpoints, ca: None, insecure: false });
+        settings.known.insert(registry.name(), RegistrySettings { endpoints, ..RegistrySettings::default() });
     }
     Arc::new(ArcSwap::from_pointee(LiveSettings { registries: settings, ..LiveSettings::default() }))
 }

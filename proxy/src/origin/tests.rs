@@ -1,5 +1,7 @@
 use hyper_util::client::proxy::matcher::Matcher;
 
+use super::body::FRAME_BYTES;
+use super::request::MAX_REDIRECTS;
 use super::testing::{Reply, Seen, TestRegistry, knowing, noise, origin, say, sha256};
 use super::*;
 use crate::settings::{Rates, RegistrySettings};
@@ -159,7 +161,7 @@ async fn endpoints_are_tried_in_order() {
     let live = knowing(&[]);
     let mut settings = (**live.load()).clone();
     let url = |address: SocketAddr| Url::parse(&format!("http://{address}/mirror/")).unwrap();
-    let listed = |endpoints: Vec<Url>| RegistrySettings { endpoints, ca: None, insecure: false };
+    let listed = |endpoints: Vec<Url>| RegistrySettings { endpoints, ..RegistrySettings::default() };
     let known = &mut settings.registries.known;
     known.insert("r.example".into(), listed(vec![url(gone), url(missing.address), url(good.address)]));
     known.insert("down.example".into(), listed(vec![url(missing.address), url(gone)]));
@@ -190,7 +192,7 @@ async fn a_mirror_that_says_nothing_holds_up_the_next_one_only_so_long() {
     let live = knowing(&[]);
     let mut settings = (**live.load()).clone();
     let endpoints = [&silent, &good].map(|r| Url::parse(&format!("http://{}", r.address)).unwrap()).to_vec();
-    let listed = RegistrySettings { endpoints, ca: None, insecure: false };
+    let listed = RegistrySettings { endpoints, ..RegistrySettings::default() };
     settings.registries.known.insert("r.example".into(), listed);
     live.store(Arc::new(settings));
     let source = Source { registry: "r.example".into(), repository: "a".into() };
@@ -311,7 +313,7 @@ async fn tls_is_believed_by_the_systems_authorities_the_registrys_own_or_when_to
     ] {
         let live = knowing(&[]);
         let mut settings = (**live.load()).clone();
-        let own = RegistrySettings { endpoints: Vec::new(), ca, insecure };
+        let own = RegistrySettings { ca, insecure, ..RegistrySettings::default() };
         settings.registries.known.insert(name.clone(), own);
         live.store(Arc::new(settings));
         let source = Source { registry: name.clone(), repository: "a".into() };

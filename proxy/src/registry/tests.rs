@@ -705,7 +705,7 @@ async fn a_mirror_that_is_its_own_origin_notices() {
     let (_image, _registry, node) = image_node(10).await;
     let mut settings = (**node.live.load()).clone();
     let endpoints = vec![format!("http://{}", node.address).parse().unwrap()];
-    let circle = crate::settings::RegistrySettings { endpoints, ca: None, insecure: false };
+    let circle = crate::settings::RegistrySettings { endpoints, ..Default::default() };
     settings.registries.known.insert("circle.example".into(), circle);
     settings.registries.default = Some("circle.example".into());
     node.live.store(Arc::new(settings));

@@ -1,0 +1,86 @@
+//! A response's body, as it comes from a registry.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use http_body_util::BodyExt;
+use hyper::body::Incoming;
+use tokio::time::timeout;
+
+use super::OriginError;
+use super::request::reasons;
+use crate::limits::{Direction, Limits};
+
+/// Between two frames of a body.
+const BODY_IDLE: Duration = Duration::from_secs(30);
+/// What is handed out of a body at once, and charged to the rate at once.
+pub(super) const FRAME_BYTES: usize = 64 << 10;
+
+/// A body from the origin, frame by frame, each wait with a deadline, charged to the origin's rate.
+pub struct OriginBody {
+    pub(super) incoming: Option<Incoming>,
+    /// Bytes that came and are not handed out yet.
+    pub(super) pending: Bytes,
+    /// What the origin still owes, if it said how much there is.
+    pub(super) remaining_bytes: Option<u64>,
+    pub(super) registry: String,
+    pub(super) limits: Limits,
+}
+
+impl OriginBody {
+    /// The next bytes, at most 64 KiB; `None` at the end. A body that ends before its Content-Length is `Broken`.
+    pub async fn next(&mut self) -> Option<Result<Bytes, OriginError>> {
+        let frame = self.frame().await.transpose()?;
+        if frame.is_err() {
+            self.incoming = None;
+            self.pending.clear();
+        }
+        Some(frame)
+    }
+
+    async fn frame(&mut self) -> Result<Option<Bytes>, OriginError> {
+        if self.pending.is_empty() {
+            match self.receive().await? {
+                Some(data) => self.pending = data,
+                None => return Ok(None),
+            }
+        }
+        let frame = self.pending.split_to(self.pending.len().min(FRAME_BYTES));
+        self.limits.take(Direction::Origin, frame.len() as u64).await;
+        Ok(Some(frame))
+    }
+
+    /// What the connection has read; not empty.
+    async fn receive(&mut self) -> Result<Option<Bytes>, OriginError> {
+        loop {
+            let Some(incoming) = &mut self.incoming else { return Ok(None) };
+            let frame = match timeout(BODY_IDLE, incoming.frame()).await {
+                Err(_) => return Err(self.broken(format!("nothing came for {} s", BODY_IDLE.as_secs()))),
+                Ok(Some(Err(e))) => return Err(self.broken(reasons(&e))),
+                Ok(Some(Ok(frame))) => frame,
+                Ok(None) => {
+                    self.incoming = None;
+                    return match self.remaining_bytes {
+                        Some(missing @ 1..) => Err(self.broken(format!("{missing} bytes are missing"))),
+                        _ => Ok(None),
+                    };
+                }
+            };
+            let Ok(data) = frame.into_data() else { continue };
+            if data.is_empty() {
+                continue;
+            }
+            if let Some(remaining) = &mut self.remaining_bytes {
+                let Some(rest) = remaining.checked_sub(data.len() as u64) else {
+                    return Err(self.broken("it sent more than it said".to_owned()));
+                };
+                *remaining = rest;
+            }
+            return Ok(Some(data));
+        }
+    }
+
+    fn broken(&self, reason: String) -> OriginError {
+        OriginError::Broken { registry: self.registry.clone(), reason }
+    }
+}

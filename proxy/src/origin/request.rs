@@ -1,0 +1,160 @@
+//! One request to one endpoint: redirects followed, sent again when the connection breaks.
+
+use std::error::Error as _;
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::header::{AUTHORIZATION, LOCATION, PROXY_AUTHORIZATION};
+use http::{HeaderMap, Method, Request, Response, Uri};
+use http_body_util::Full;
+use hyper::body::Incoming;
+use hyper_util::client::legacy;
+use tokio::time::Instant;
+use url::Url;
+
+use super::connect::{ConnectError, Proxies};
+use super::policy::Route;
+use super::{HttpClient, OriginError};
+
+/// Times that a request is sent to one address when its connection breaks.
+const SENDS: u32 = 3;
+/// The wait before the third sending; the second one follows at once.
+const SEND_AGAIN_AFTER: Duration = Duration::from_millis(200);
+/// A request that took longer than this to fail is not sent again.
+const SEND_AGAIN_WITHIN: Duration = Duration::from_secs(5);
+/// Redirects followed.
+pub(super) const MAX_REDIRECTS: usize = 5;
+
+/// One endpoint being asked.
+#[derive(Clone, Copy)]
+pub(super) struct Asked<'a> {
+    pub(super) client: &'a HttpClient,
+    /// For the realms of its challenges.
+    pub(super) realm_client: &'a HttpClient,
+    pub(super) route: &'a Route,
+    pub(super) registry: &'a str,
+    pub(super) endpoint: &'a Url,
+    pub(super) proxies: &'a Proxies,
+}
+
+impl Asked<'_> {
+    /// GET or HEAD; redirects are followed, without credentials where they leave.
+    pub(super) async fn follow(
+        &self,
+        method: &Method,
+        mut url: Url,
+        mut headers: HeaderMap,
+    ) -> Result<Response<Incoming>, OriginError> {
+        for _ in 0..=MAX_REDIRECTS {
+            let response = self.send(method, &url, &headers, &Bytes::new()).await?;
+            let Some(next) = self.redirect(&url, &response)? else { return Ok(response) };
+            if next.origin() != url.origin() {
+                headers.remove(AUTHORIZATION);
+            }
+            url = next;
+        }
+        Err(self.broken(format!("it redirects more than {MAX_REDIRECTS} times")))
+    }
+
+    /// Where the response sends us, if it does.
+    fn redirect(&self, from: &Url, response: &Response<Incoming>) -> Result<Option<Url>, OriginError> {
+        if !matches!(response.status().as_u16(), 301 | 302 | 303 | 307 | 308) {
+            return Ok(None);
+        }
+        let Some(location) = response.headers().get(LOCATION) else { return Ok(None) };
+        let location = location.to_str().map_err(|_| self.broken("its redirect is no address".into()))?;
+        let mut to = from.join(location).map_err(|_| self.broken("its redirect is no address".into()))?;
+        to.set_fragment(None);
+        // Neither fails on an address with a host; a name and password in a redirect are nobody's to use.
+        let _ = to.set_username("");
+        let _ = to.set_password(None);
+        match (from.scheme(), to.scheme()) {
+            (_, "https") | ("http", "http") => Ok(Some(to)),
+            ("https", "http") if self.route.trust.insecure => Ok(Some(to)),
+            (_, scheme) => Err(self.broken(format!("it redirects to {scheme}, which is not safe"))),
+        }
+    }
+
+    /// Sends, and sends again when the connection ends before an answer's head: one from the pool may be dead, and a registry
+    /// behind a balancer resets some. One that can't be connected to is not tried again.
+    pub(super) async fn send(
+        &self,
+        method: &Method,
+        url: &Url,
+        headers: &HeaderMap,
+        body: &Bytes,
+    ) -> Result<Response<Incoming>, OriginError> {
+        let started = Instant::now();
+        let mut left = SENDS;
+        loop {
+            left -= 1;
+            match self.client.request(self.request(method, url, headers, body)?).await {
+                Ok(response) => return Ok(response),
+                Err(e) if left == 0 || e.is_connect() || started.elapsed() > SEND_AGAIN_WITHIN => {
+                    return Err(self.refused(&e));
+                }
+                Err(_) => tokio::time::sleep(SEND_AGAIN_AFTER * (SENDS - left - 1)).await,
+            }
+        }
+    }
+
+    fn request(
+        &self,
+        method: &Method,
+        url: &Url,
+        headers: &HeaderMap,
+        body: &Bytes,
+    ) -> Result<Request<Full<Bytes>>, OriginError> {
+        let uri: Uri =
+            url.as_str().parse().map_err(|_| self.broken("its address can't be used in a request".into()))?;
+        let mut request = Request::new(Full::new(body.clone()));
+        *request.method_mut() = method.clone();
+        *request.headers_mut() = headers.clone();
+        // In a tunnel the proxy's credentials went with CONNECT.
+        if let Some(proxy) = self.proxies.to(&uri).filter(|_| url.scheme() == "http")
+            && let Some(auth) = proxy.basic_auth()
+        {
+            let mut auth = auth.clone();
+            auth.set_sensitive(true);
+            request.headers_mut().insert(PROXY_AUTHORIZATION, auth);
+        }
+        *request.uri_mut() = uri;
+        Ok(request)
+    }
+
+    fn refused(&self, error: &legacy::Error) -> OriginError {
+        let mut source = error.source();
+        while let Some(inner) = source {
+            if let Some(ConnectError::Forbidden(_)) = inner.downcast_ref() {
+                return OriginError::Forbidden(format!("{} ({inner})", self.registry));
+            }
+            source = inner.source();
+        }
+        match error.is_connect() {
+            true => unreachable(self.registry, reasons(error)),
+            false => self.broken(reasons(error)),
+        }
+    }
+
+    pub(super) fn broken(&self, reason: String) -> OriginError {
+        OriginError::Broken { registry: self.registry.to_owned(), reason }
+    }
+}
+
+pub(super) fn unreachable(registry: &str, reason: String) -> OriginError {
+    OriginError::Unreachable { registry: registry.to_owned(), reason }
+}
+
+/// An error with all its causes.
+pub(super) fn reasons(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(inner) = source {
+        let more = inner.to_string();
+        if !text.ends_with(&more) {
+            text = format!("{text}: {more}");
+        }
+        source = inner.source();
+    }
+    text
+}
