@@ -76,7 +76,7 @@ pub enum CredentialSource {
 
 /// Whose right a registry's content is read by.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Authorization {
+pub enum AuthorizationMode {
     /// The client's, which it gets from the registry's own realm: challenges and tokens are passed on.
     #[default]
     Relay,
@@ -109,12 +109,12 @@ pub struct Registries {
     /// Networks that may be reached though they are loopback, private or link-local: address and prefix length.
     pub allow_networks: Vec<(IpAddr, u8)>,
     /// Whose right counts at registries that do not say.
-    pub authorization: Authorization,
+    pub authorization: AuthorizationMode,
 }
 
 impl Registries {
     /// Whose right counts at `registry`.
-    pub fn authorization(&self, registry: &str) -> Authorization {
+    pub fn authorization(&self, registry: &str) -> AuthorizationMode {
         let own = self.known.get(registry).and_then(|known| known.authorization);
         own.unwrap_or(self.authorization)
     }
@@ -132,7 +132,7 @@ pub struct RegistrySettings {
     /// Where tokens for it may be had, besides its own domain: scheme, host and port count.
     pub realms: Vec<Url>,
     /// Whose right counts, if not the one that counts everywhere.
-    pub authorization: Option<Authorization>,
+    pub authorization: Option<AuthorizationMode>,
 }
 
 /// Room on disk.

@@ -19,7 +19,7 @@ use super::token::{self, Denied, Wanted};
 use super::{Content, OriginError, content_length, join};
 use crate::coalesce::Coalesced;
 use crate::credentials::{Credential, Keychain};
-use crate::settings::{Authorization, LiveSettings};
+use crate::settings::{AuthorizationMode, LiveSettings};
 
 /// How long a refusal counts before the realm is asked again.
 const REFUSED: Duration = Duration::from_secs(10);
@@ -166,7 +166,7 @@ impl Rights {
     /// What this node may show there on its own.
     async fn credential(&self, asked: &Asked<'_>, repository: &str) -> Option<Credential> {
         let registry = asked.registry;
-        let may = self.settings.registries.authorization(registry) == Authorization::Node
+        let may = self.settings.registries.authorization(registry) == AuthorizationMode::Node
             && asked.endpoint == asked.route.home(registry);
         if may { self.keychain.find(registry, repository).await } else { None }
     }

@@ -22,7 +22,7 @@ const BELONGS: Duration = Duration::from_secs(24 * 60 * 60);
 /// How long both count while the origin can't be asked.
 const GRACE: Duration = Duration::from_secs(24 * 60 * 60);
 /// How long after its token has run out a pull may be under way at most, however busy it is.
-const LONGEST_PULL: Duration = Duration::from_secs(60 * 60);
+pub(super) const LONGEST_PULL: Duration = Duration::from_secs(60 * 60);
 /// Facts of each kind that are remembered.
 const CAPACITY: NonZeroUsize = NonZeroUsize::new(64 << 10).expect("not zero");
 

@@ -20,6 +20,7 @@ use super::Inner;
 use super::auth::Underway;
 use super::body::Body;
 use super::route::answer;
+use super::token;
 use super::wire::{Line, Wire, hang_up};
 
 /// Connections served at once.
@@ -148,7 +149,7 @@ async fn respond(
     client: IpAddr,
 ) -> Result<http::Response<Body>, Infallible> {
     line.begin();
-    let (request, _body) = request.into_parts();
+    let (request, body) = request.into_parts();
     let span = tracing::info_span!(
         "pull",
         id = format_args!("{:08x}", rand::random::<u32>()),
@@ -157,7 +158,10 @@ async fn respond(
         %client,
     );
     async {
-        let answer = Box::pin(answer(&mirror, request, client)).await;
+        let answer = match token::is_for_token(&request) {
+            true => Box::pin(token::answer(&mirror, request, body)).await,
+            false => Box::pin(answer(&mirror, request, client)).await,
+        };
         let underway = Underway::of(&mirror, &answer);
         let metrics = Arc::clone(&mirror.metrics);
         Ok(answer.map(|payload| Body::new(payload, line, metrics, underway)))

@@ -39,6 +39,9 @@ pub(super) enum Problem {
     /// It asks for a range that begins after the end.
     #[error("the blob has {0} bytes")]
     Unsatisfiable(u64),
+    /// It has no token of ours that is good for it. This challenge says where to get one.
+    #[error("a token of this mirror's is needed")]
+    Challenged(HeaderValue),
     /// The origin said no, with these headers.
     #[error("the origin answered {status}")]
     Origin {
@@ -83,6 +86,7 @@ impl Problem {
             Problem::NoRegistry => StatusCode::NOT_FOUND,
             Problem::SeveralRanges => StatusCode::BAD_REQUEST,
             Problem::Unsatisfiable(_) => StatusCode::RANGE_NOT_SATISFIABLE,
+            Problem::Challenged(_) => StatusCode::UNAUTHORIZED,
             Problem::Origin { status, .. } => *status,
             Problem::Flight(FlightError::Origin(status)) => from_number(*status),
             Problem::Unasked(OriginError::Forbidden(_)) => StatusCode::FORBIDDEN,
@@ -121,6 +125,9 @@ impl Problem {
         let headers = response.headers_mut();
         match self {
             Problem::Origin { headers: given, .. } => headers.extend(given.clone()),
+            Problem::Challenged(challenge) => {
+                headers.insert(WWW_AUTHENTICATE, challenge.clone());
+            }
             Problem::Refused(Refused::Method) => {
                 headers.insert(ALLOW, HeaderValue::from_static("GET, HEAD"));
             }
@@ -180,6 +187,7 @@ mod tests {
             (Problem::TooLong(4), RequestKind::Manifest, 502, "MANIFEST_INVALID"),
             (Problem::WrongManifest(digest), RequestKind::Manifest, 502, "MANIFEST_INVALID"),
             (Problem::Slow, RequestKind::Blob, 504, "UNKNOWN"),
+            (Problem::Challenged(HeaderValue::from_static("Bearer")), RequestKind::Ping, 401, "UNAUTHORIZED"),
         ] {
             assert_eq!((problem.status().as_u16(), problem.code(kind)), (status, code), "{problem:?}");
         }

@@ -1,7 +1,7 @@
 //! The registry mirror that runtimes talk to: HTTP/1.1, the pull side of the OCI distribution spec.
 //!
 //! A request goes [`route`] → [`manifest`] or [`blob`] → back through [`error`] if it failed → [`body`] onto the [`wire`].
-//! [`auth`] makes sure that the caller may have it, [`access`] remembers that; [`connection`] is the life of a connection.
+//! [`auth`] makes sure that the caller may have it, [`access`] remembers that; [`token`] is the realm of token mode; [`connection`] is the life of a connection.
 
 mod access;
 mod auth;
@@ -12,6 +12,7 @@ mod error;
 mod forward;
 mod manifest;
 mod route;
+mod token;
 mod wire;
 
 use std::future::Future;
@@ -88,6 +89,7 @@ struct Inner {
     live: Arc<ArcSwap<LiveSettings>>,
     metrics: Arc<Metrics>,
     access: access::Access,
+    tokens: token::Tokens,
     fetching: manifest::Fetching,
     recheck: Mutex<Recheck<IpAddr, Digest>>,
     /// Held while a blob is hashed again: one at a time.
@@ -108,6 +110,7 @@ impl Mirror {
                 live,
                 metrics,
                 access: access::Access::new(pull_grace),
+                tokens: token::Tokens::new(),
                 fetching: manifest::Fetching::default(),
                 recheck: Mutex::new(Recheck::new(RECHECKS)),
                 rechecking: tokio::sync::Mutex::new(()),

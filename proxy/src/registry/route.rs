@@ -14,6 +14,7 @@ use super::auth::note_refusal;
 use super::body::Payload;
 use super::error::Problem;
 use super::forward::{forward, forward_head, with};
+use super::token::{self, Admission};
 use super::{Answer, Inner, auth, blob, manifest};
 use crate::grant::{Authorization, Grant};
 use crate::metrics::RequestKind;
@@ -66,23 +67,29 @@ impl Ask {
 }
 
 /// Answers a request, whatever it is.
-pub(super) async fn answer(mirror: &Inner, request: Parts, client: IpAddr) -> Answer {
+pub(super) async fn answer(mirror: &Inner, mut request: Parts, client: IpAddr) -> Answer {
     let is_head = request.method == Method::HEAD;
     let method = request.method.as_str();
     let asked = reference::parse(method, request.uri.path(), request.uri.query());
     let kind = asked.as_ref().map_or(RequestKind::Other, kind_of);
     let named = asked.as_ref().ok().and_then(registry_of).cloned();
+    let mut admission = Admission::default();
+    let asked = asked.map_err(Problem::from).and_then(|asked| {
+        admission = token::admit(mirror, &mut request, &asked)?;
+        Ok(asked)
+    });
     let answered = match asked {
         Ok(_) if is_loop(&request.headers, mirror.origin.pseudonym()) => Err(Problem::Loop),
         Ok(asked) => {
             timeout(HEAD, dispatch(mirror, request, asked, client)).await.unwrap_or(Err(Problem::Slow))
         }
-        Err(refused) => Err(refused.into()),
+        Err(problem) => Err(problem),
     };
     let mut answer = answered.unwrap_or_else(|problem| {
         tracing::info!(status = problem.status().as_u16(), reason = %problem, "not served");
         problem.answer(kind)
     });
+    admission.mend(&mut answer);
     let headers = answer.headers_mut();
     headers.insert(API_VERSION, HeaderValue::from_static("registry/2.0"));
     if let Some(namespace) = named.and_then(|name| HeaderValue::try_from(name).ok()) {

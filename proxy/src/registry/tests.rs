@@ -14,8 +14,11 @@ use crate::origin::testing::{Reply, Seen, TestRegistry, knowing, noise, origin, 
 use crate::settings::CacheSettings;
 
 const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
-const CHALLENGE: &str =
-    "Bearer realm=\"https://auth.example/token\",service=\"r\",scope=\"repository:private:pull\"";
+
+/// The registry's, which is its own realm and gives a token to nobody.
+fn challenge(registry: &str) -> String {
+    format!("Bearer realm=\"http://{registry}/token\",service=\"r\",scope=\"repository:private:pull\"")
+}
 
 /// What the test registry holds: one manifest, `a/b:v1`, that names one blob.
 #[derive(Clone)]
@@ -44,9 +47,10 @@ impl Image {
     fn reply(&self, seen: &Seen) -> Reply {
         let (blob, manifest) = (self.blob_digest().to_string(), self.manifest_digest().to_string());
         let path = seen.target.split('?').next().unwrap_or_default();
+        let challenge = challenge(seen.header("host").unwrap());
         let rest = match path.strip_prefix("/v2/private/") {
             Some(rest) if seen.header("authorization") == Some("Bearer good") => rest,
-            Some(_) => return say(seen, 401, &[("WWW-Authenticate", CHALLENGE)], b"{\"errors\":[]}"),
+            Some(_) => return say(seen, 401, &[("WWW-Authenticate", &challenge)], b"{\"errors\":[]}"),
             None => path.strip_prefix("/v2/a/b/").unwrap_or_default(),
         };
         if rest == "manifests/v1" || rest == format!("manifests/{manifest}") {
@@ -80,12 +84,12 @@ impl Image {
 }
 
 /// A mirror in front of a registry.
-struct Node {
-    address: SocketAddr,
+pub(super) struct Node {
+    pub(super) address: SocketAddr,
     mirror: Mirror,
     stop: CancellationToken,
     served: JoinHandle<()>,
-    live: Arc<ArcSwap<LiveSettings>>,
+    pub(super) live: Arc<ArcSwap<LiveSettings>>,
     folder: tempfile::TempDir,
 }
 
@@ -97,7 +101,7 @@ impl Drop for Node {
 }
 
 impl Node {
-    async fn before(registry: &TestRegistry) -> Self {
+    pub(super) async fn before(registry: &TestRegistry) -> Self {
         Self::with_seeds(registry, None).await
     }
 
@@ -171,7 +175,7 @@ impl Node {
         partial.commit(&table).unwrap();
     }
 
-    async fn ask(&self, method: &str, target: &str, headers: &[(&str, &str)]) -> Got {
+    pub(super) async fn ask(&self, method: &str, target: &str, headers: &[(&str, &str)]) -> Got {
         let mut client = Client::to(self.address).await;
         client.ask(method, target, headers).await
     }
@@ -182,22 +186,22 @@ impl Node {
 }
 
 /// A client that sees every byte.
-struct Client {
-    socket: TcpStream,
+pub(super) struct Client {
+    pub(super) socket: TcpStream,
     buffer: Vec<u8>,
 }
 
 #[derive(Debug)]
-struct Got {
-    status: u16,
+pub(super) struct Got {
+    pub(super) status: u16,
     headers: HeaderMap,
-    body: Vec<u8>,
+    pub(super) body: Vec<u8>,
     /// The body came whole.
     complete: bool,
 }
 
 impl Got {
-    fn header(&self, name: &str) -> &str {
+    pub(super) fn header(&self, name: &str) -> &str {
         self.headers.get(name).map_or("", |value| value.to_str().unwrap())
     }
 
@@ -208,11 +212,11 @@ impl Got {
 }
 
 impl Client {
-    async fn to(address: SocketAddr) -> Self {
+    pub(super) async fn to(address: SocketAddr) -> Self {
         Self { socket: TcpStream::connect(address).await.unwrap(), buffer: Vec::new() }
     }
 
-    async fn send(&mut self, method: &str, target: &str, headers: &[(&str, &str)]) {
+    pub(super) async fn send(&mut self, method: &str, target: &str, headers: &[(&str, &str)]) {
         let mut head = format!("{method} {target} HTTP/1.1\r\nHost: mirror\r\n");
         headers.iter().for_each(|(name, value)| head += &format!("{name}: {value}\r\n"));
         self.socket.write_all((head + "\r\n").as_bytes()).await.unwrap();
@@ -224,7 +228,7 @@ impl Client {
         read.await.expect("it hangs").expect("no reset") > 0
     }
 
-    async fn receive(&mut self, method: &str) -> Got {
+    pub(super) async fn receive(&mut self, method: &str) -> Got {
         let end = loop {
             if let Some(at) = self.buffer.windows(4).position(|w| w == b"\r\n\r\n") {
                 break at + 4;
@@ -400,7 +404,8 @@ async fn many_who_ask_for_a_manifest_at_once_cost_one_request() {
 
 #[tokio::test]
 async fn refusals_pass_through_with_their_challenge() {
-    let (image, _registry, node) = image_node(10).await;
+    let (image, registry, node) = image_node(10).await;
+    let challenge = challenge(&registry.name());
     node.commit(&image.blob);
     for target in [
         "/v2/private/manifests/v1".to_owned(),
@@ -413,7 +418,7 @@ async fn refusals_pass_through_with_their_challenge() {
                 let got = node.ask(method, &target, headers).await;
                 assert_eq!(
                     (got.status, got.header("www-authenticate")),
-                    (401, CHALLENGE),
+                    (401, challenge.as_str()),
                     "{method} {target}"
                 );
             }
@@ -425,7 +430,7 @@ async fn refusals_pass_through_with_their_challenge() {
 async fn what_a_client_may_read_is_cached_and_given_to_nobody_else() {
     let (image, registry, node) = image_node(300_000).await;
     node.commit(&image.blob);
-    let good = ("Authorization", "Bearer good");
+    let (good, challenge) = (("Authorization", "Bearer good"), challenge(&registry.name()));
     let manifest = format!("/v2/private/manifests/{}", image.manifest_digest());
     let blob = format!("/v2/private/blobs/{}", image.blob_digest());
     for _ in 0..2 {
@@ -437,7 +442,11 @@ async fn what_a_client_may_read_is_cached_and_given_to_nobody_else() {
         for headers in [&[][..], &[("Authorization", "Bearer bad")]] {
             for target in [&manifest, &blob] {
                 let got = node.ask("GET", target, headers).await;
-                assert_eq!((got.status, got.header("www-authenticate")), (401, CHALLENGE), "{target}");
+                assert_eq!(
+                    (got.status, got.header("www-authenticate")),
+                    (401, challenge.as_str()),
+                    "{target}"
+                );
             }
         }
     }

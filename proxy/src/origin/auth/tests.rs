@@ -40,7 +40,7 @@ async fn head(origin: &Origin, registry: &TestRegistry, repository: &str) -> Res
 /// Settings with credentials `user:hunter2` (or others) for `registry`, in this mode.
 fn with_credentials(
     registry: &TestRegistry,
-    mode: Authorization,
+    mode: AuthorizationMode,
     entry: &serde_json::Value,
 ) -> (Arc<ArcSwap<LiveSettings>>, tempfile::TempDir) {
     let folder = tempfile::tempdir().unwrap();
@@ -207,7 +207,7 @@ async fn in_node_mode_credentials_buy_a_token_by_get_by_post_or_with_an_identity
     {
         let realm = TestRegistry::start(move |seen| knows_user(seen, by_get)).await;
         let registry = registry(challenge(&realm)).await;
-        let (live, _folder) = with_credentials(&registry, Authorization::Node, &entry);
+        let (live, _folder) = with_credentials(&registry, AuthorizationMode::Node, &entry);
         let origin = origin(&live);
         assert_eq!(head(&origin, &registry, "a").await.status(), 200, "{entry}");
         let seen = realm.seen();
@@ -222,7 +222,7 @@ async fn in_node_mode_credentials_buy_a_token_by_get_by_post_or_with_an_identity
 
 #[tokio::test]
 async fn in_the_other_modes_a_request_without_authorization_is_anonymous() {
-    for mode in [Authorization::Relay, Authorization::Token] {
+    for mode in [AuthorizationMode::Relay, AuthorizationMode::Token] {
         let realm = TestRegistry::start(|seen| knows_user(seen, true)).await;
         let registry = registry(challenge(&realm)).await;
         let (live, _folder) = with_credentials(&registry, mode, &user());
@@ -240,7 +240,7 @@ async fn credentials_that_are_refused_do_not_stand_in_the_way_of_public_content(
     })
     .await;
     let registry = registry(challenge(&realm)).await;
-    let (live, _folder) = with_credentials(&registry, Authorization::Node, &user());
+    let (live, _folder) = with_credentials(&registry, AuthorizationMode::Node, &user());
     assert_eq!(head(&origin(&live), &registry, "a").await.status(), 200);
     assert_eq!(realm.seen().len(), 2);
 }
@@ -252,13 +252,13 @@ async fn basic_is_answered_with_this_nodes_credentials_or_passed_on() {
         _ => say(seen, 401, &[("WWW-Authenticate", "Basic realm=\"for people\"")], b""),
     })
     .await;
-    let (live, _folder) = with_credentials(&registry, Authorization::Node, &user());
+    let (live, _folder) = with_credentials(&registry, AuthorizationMode::Node, &user());
     let node = origin(&live);
     for _ in 0..3 {
         assert_eq!(head(&node, &registry, "a").await.status(), 200);
     }
     assert_eq!(registry.seen().len(), 4, "challenged once");
-    let (live, _folder) = with_credentials(&registry, Authorization::Relay, &user());
+    let (live, _folder) = with_credentials(&registry, AuthorizationMode::Relay, &user());
     let refused = head(&origin(&live), &registry, "a").await;
     assert_eq!(refused.headers()[WWW_AUTHENTICATE], "Basic realm=\"for people\"");
 }
@@ -268,7 +268,7 @@ async fn credentials_go_to_the_registry_itself_and_to_no_mirror_of_it() {
     let realm = TestRegistry::start(|seen| knows_user(seen, true)).await;
     let mirror = registry(challenge(&realm)).await;
     let registry = registry(challenge(&realm)).await;
-    let (live, _folder) = with_credentials(&registry, Authorization::Node, &user());
+    let (live, _folder) = with_credentials(&registry, AuthorizationMode::Node, &user());
     let mut settings = (**live.load()).clone();
     let known = settings.registries.known.get_mut(&registry.name()).unwrap();
     known.endpoints.insert(0, format!("http://{}", mirror.address).parse().unwrap());
