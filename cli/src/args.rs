@@ -101,7 +101,20 @@ pub(crate) struct NodeArgs {
     /// Accept any certificate of this registry; may be repeated
     #[arg(long, value_name = "HOST", help_heading = "Registries")]
     pub(crate) registry_insecure: Vec<String>,
+    /// Where a registry's tokens may be had, besides its own domain; may be repeated
+    #[arg(long, value_name = "HOST=URL", help_heading = "Registries")]
+    pub(crate) registry_realm: Vec<String>,
 
+    /// Whose right counts: relay (each client's own, from the registry's realm), token (each client's own, from this mirror), node
+    /// (this node's credentials, for everybody) [default: relay]
+    #[arg(long, value_name = "MODE", help_heading = "Private images")]
+    pub(crate) authorization: Option<String>,
+    /// The same for one registry; may be repeated
+    #[arg(long, value_name = "HOST=MODE", help_heading = "Private images")]
+    pub(crate) registry_authorization: Vec<String>,
+    /// Where this node's credentials are: docker:FILE, containerd:FILE, kubernetes:FILE-OR-FOLDER, env:VARIABLE; may be repeated
+    #[arg(long, value_name = "KIND:PLACE", help_heading = "Private images")]
+    pub(crate) credentials: Vec<String>,
     /// Whether a client's pull-scoped token may be lent to a seed for one transfer, true or false [default: true]
     #[arg(long, value_name = "BOOL", help_heading = "Private images")]
     pub(crate) seed_uses_client_token: Option<String>,

@@ -1,8 +1,11 @@
 //! Sizes, durations, percentages, addresses: from what people write, and sizes back again.
 
+use std::fs::File;
 use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
 use std::time::Duration;
 
+use hawker_proxy::settings::{AuthorizationMode, CredentialSource};
 use url::Url;
 
 /// Why a value can't be used, and what to write in its place.
@@ -105,6 +108,41 @@ pub(crate) fn percent(text: &str) -> Result<u8, Wrong> {
     match text.trim().trim_end_matches('%').trim_end().parse() {
         Ok(percent @ 1..=99) => Ok(percent),
         _ => wrong(format!("`{text}` is no percentage"), "give 1 to 99, e.g. 90"),
+    }
+}
+
+/// `relay`, `token` or `node`.
+pub(crate) fn authorization(text: &str) -> Result<AuthorizationMode, Wrong> {
+    match text.trim() {
+        "relay" => Ok(AuthorizationMode::Relay),
+        "token" => Ok(AuthorizationMode::Token),
+        "node" => Ok(AuthorizationMode::Node),
+        _ => wrong(format!("`{text}` is no way to authorize"), "write relay, token or node"),
+    }
+}
+
+/// `docker:/root/.docker/config.json`. The place must be there: a mistyped one would show only with the first private pull.
+pub(crate) fn credentials(text: &str) -> Result<CredentialSource, Wrong> {
+    let cure = "write docker:FILE, containerd:FILE, kubernetes:FILE-OR-FOLDER or env:VARIABLE";
+    let Some((kind, place)) = text.split_once(':').filter(|(_, place)| !place.is_empty()) else {
+        return wrong(format!("`{text}` does not say what kind of credentials it is"), cure);
+    };
+    let path = PathBuf::from(place);
+    let readable = || {
+        let open =
+            if path.is_dir() { std::fs::read_dir(&path).map(drop) } else { File::open(&path).map(drop) };
+        open.or_else(|error| wrong(format!("{place}: {error}"), "name what this user may read"))
+    };
+    match kind {
+        "docker" => readable().map(|()| CredentialSource::Docker(path.clone())),
+        "containerd" => readable().map(|()| CredentialSource::Containerd(path.clone())),
+        "kubernetes" => readable().map(|()| CredentialSource::Kubernetes(path.clone())),
+        "env" if std::env::var_os(place).is_some() => Ok(CredentialSource::Environment(place.to_owned())),
+        "env" => wrong(
+            format!("the environment has no {place}"),
+            "set it to what would stand in docker's config.json, or take that out",
+        ),
+        _ => wrong(format!("`{kind}` is no kind of credentials"), cure),
     }
 }
 

@@ -1,4 +1,4 @@
-//! SIGHUP: log level, rates and registries change in place; what else changed is named, and waits for a restart.
+//! SIGHUP: log level, rates, registries and credentials change in place; what else changed is named, and waits for a restart.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use crate::log::LogHandle;
 use crate::problem::Problems;
 
 /// Flags that take effect at SIGHUP.
-const LIVE: [&str; 10] = [
+const LIVE: [&str; 14] = [
     "log-level",
     "upload-rate",
     "download-rate",
@@ -21,6 +21,10 @@ const LIVE: [&str; 10] = [
     "registry",
     "registry-ca",
     "registry-insecure",
+    "registry-realm",
+    "registry-authorization",
+    "authorization",
+    "credentials",
 ];
 
 /// What a fresh look at the configuration yields.
@@ -60,7 +64,7 @@ impl<F: FnMut() -> Result<Fresh, Problems>> Reloader<F> {
         }
         let waiting = needs_restart(&self.values, &fresh.values);
         if waiting.is_empty() {
-            tracing::info!("reloaded: log level, rates, registries");
+            tracing::info!("reloaded: log level, rates, registries, credentials");
         } else {
             tracing::warn!(
                 settings = waiting.join(", "),

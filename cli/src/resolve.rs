@@ -6,7 +6,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use hawker_proxy::settings::{CacheSettings, LiveSettings, Rates, Registries, RegistrySettings, Settings};
+use hawker_proxy::settings::{
+    AuthorizationMode, CacheSettings, LiveSettings, Rates, Registries, RegistrySettings, Settings,
+};
 use url::Url;
 
 use crate::args::{LogArgs, NodeArgs, ProxyArgs, SchedulerArgs, UpArgs};
@@ -180,7 +182,33 @@ fn warnings(settings: &Settings) -> Vec<String> {
         open("the mirror's address", address, "whoever reaches it may pull through this node, in plain HTTP")
     });
     let admin = open("the admin address", &settings.admin, "whoever reaches it may read status and metrics");
-    mirrors.chain(admin).collect()
+    mirrors.chain(admin).chain(unsafe_modes(settings)).chain(unused_credentials(settings)).collect()
+}
+
+/// Modes that rely on nobody else reaching the mirror.
+fn unsafe_modes(settings: &Settings) -> Vec<String> {
+    if settings.mirror.iter().all(|address| address.ip().is_loopback()) {
+        return Vec::new();
+    }
+    let risks = [
+        (AuthorizationMode::Node, "whoever reaches the mirror may pull what this node's credentials may"),
+        (AuthorizationMode::Token, "clients' passwords come to the mirror in plain HTTP"),
+    ];
+    let used = risks.into_iter().filter(|(mode, _)| is_used(settings, *mode));
+    used.map(|(_, risk)| format!("the mirror's address is not loopback: {risk}")).collect()
+}
+
+fn unused_credentials(settings: &Settings) -> Option<String> {
+    let given = !settings.live.load().credentials.is_empty();
+    (given && !is_used(settings, AuthorizationMode::Node)).then(|| {
+        "credentials are given, but no registry has authorization = \"node\": they are not used".to_owned()
+    })
+}
+
+fn is_used(settings: &Settings, mode: AuthorizationMode) -> bool {
+    let registries = &settings.live.load().registries;
+    registries.authorization == mode
+        || registries.known.values().any(|known| known.authorization == Some(mode))
 }
 
 /// Reads settings one by one; what is wrong is noted, and a default stands in so that the rest is read too.
@@ -250,7 +278,12 @@ impl<'a> Reader<'a> {
     }
 
     fn node(&mut self, args: &NodeArgs) -> Settings {
-        let live = LiveSettings { rates: self.rates(args), registries: self.registries(args) };
+        let live = LiveSettings {
+            rates: self.rates(args),
+            registries: self.registries(args),
+            credentials: self.many("credentials", &args.credentials, quantity::credentials),
+        };
+        self.nodes_own_right(args, &live);
         let settings = Settings {
             name: self.name(args.name.as_deref()),
             zone: args.zone.as_deref().and_then(|zone| self.check("zone", label(zone))).unwrap_or_default(),
@@ -338,7 +371,26 @@ impl<'a> Reader<'a> {
             let cure = format!("add {host} to the allowed registries, or choose another default");
             self.problem("default-registry", format!("{host} is not among the allowed registries"), cure);
         }
-        Registries { default, allow, known, allow_networks }
+        let authorization =
+            self.optional("authorization", args.authorization.as_deref(), quantity::authorization);
+        let authorization = authorization.unwrap_or_default();
+        Registries { default, allow, known, allow_networks, authorization }
+    }
+
+    /// Node mode needs credentials; without any it would be a slow way to be anonymous.
+    fn nodes_own_right(&mut self, args: &NodeArgs, live: &LiveSettings) {
+        if !args.credentials.is_empty() {
+            return;
+        }
+        let cure = "say where they are, e.g. --credentials docker:/root/.docker/config.json, or choose relay";
+        let what = "node mode pulls with this node's credentials, and there are none";
+        if live.registries.authorization == AuthorizationMode::Node {
+            self.problem("authorization", what, cure);
+        }
+        let of_one = |known: &RegistrySettings| known.authorization == Some(AuthorizationMode::Node);
+        if live.registries.known.values().any(of_one) {
+            self.problem("registry-authorization", what, cure);
+        }
     }
 
     fn known(&mut self, args: &NodeArgs) -> BTreeMap<String, RegistrySettings> {
@@ -355,6 +407,16 @@ impl<'a> Reader<'a> {
         }
         for host in self.many("registry-insecure", &args.registry_insecure, quantity::registry_host) {
             known.entry(host).or_default().insecure = true;
+        }
+        for (host, url) in self
+            .many("registry-realm", &args.registry_realm, |text| pair(text, "HOST=URL", quantity::endpoint))
+        {
+            known.entry(host).or_default().realms.push(url);
+        }
+        for (host, mode) in self.many("registry-authorization", &args.registry_authorization, |text| {
+            pair(text, "HOST=MODE", quantity::authorization)
+        }) {
+            known.entry(host).or_default().authorization = Some(mode);
         }
         for (host, registry) in &mut known {
             if registry.endpoints.is_empty() {
@@ -508,6 +570,8 @@ mod tests {
     use std::ffi::OsString;
     use std::io::Write;
 
+    use hawker_proxy::settings::CredentialSource;
+
     use super::*;
 
     const MEMBER: Surroundings = Surroundings { has_identity: true, has_token: false };
@@ -546,7 +610,10 @@ mod tests {
                     --registry 10.0.0.1:5000=http://10.0.0.1:5000 --registry-insecure a.example \
                     --upload-rate 100MB --download-rate 12MiB --origin-rate 1MB/s --cache-high 70 --cache-low 60% \
                     --cache-max 10GB --upload-slots 8 --memory 64MiB --linger 5m --drain 10s \
-                    --seed-uses-client-token false --pull-grace 5s \
+                    --seed-uses-client-token false --pull-grace 5s --authorization token \
+                    --registry-authorization b.example=node --registry-realm b.example=https://sso.example:8443 \
+                    --credentials docker:/dev/null --credentials containerd:/dev/null \
+                    --credentials kubernetes:/dev --credentials env:PATH \
                     --log-level debug --log-format json";
         let Proxy { settings: s, join, log, .. } = proxy(&typed(line), Surroundings::default()).unwrap();
         assert_eq!((s.name.as_str(), s.zone.as_str(), s.seed), ("n", "z", true));
@@ -567,6 +634,16 @@ mod tests {
         assert!(live.registries.known["a.example"].insecure);
         assert_eq!(live.registries.known["a.example"].endpoints[0].as_str(), "https://a.example/");
         assert_eq!(live.registries.allow_networks, [("10.0.0.0".parse().unwrap(), 8)]);
+        let modes = ["a.example", "b.example"].map(|host| live.registries.authorization(host));
+        assert_eq!(modes, [AuthorizationMode::Token, AuthorizationMode::Node]);
+        assert_eq!(live.registries.known["b.example"].realms[0].as_str(), "https://sso.example:8443/");
+        let sources = [
+            CredentialSource::Docker("/dev/null".into()),
+            CredentialSource::Containerd("/dev/null".into()),
+            CredentialSource::Kubernetes("/dev".into()),
+            CredentialSource::Environment("PATH".into()),
+        ];
+        assert_eq!(live.credentials, sources);
     }
 
     #[test]
@@ -614,6 +691,15 @@ mod tests {
             ("--memory 1MiB", alone, "--memory: 1.0 MiB is too little"),
             ("--linger 60", alone, "--linger: `60` is no duration"),
             ("--seed-uses-client-token maybe", alone, "--seed-uses-client-token: `maybe` is neither"),
+            ("--authorization me", alone, "--authorization: `me` is no way to authorize"),
+            ("--authorization node", alone, "--authorization: node mode pulls with this node's credentials"),
+            ("--registry-authorization a.example=node", alone, "--registry-authorization: node mode"),
+            ("--registry-authorization node", alone, "--registry-authorization: has no `=`"),
+            ("--registry-realm a.example=sso", alone, "--registry-realm: `sso` is no registry's address"),
+            ("--credentials /root/x", alone, "--credentials: `/root/x` does not say what kind"),
+            ("--credentials vault:x", alone, "--credentials: `vault` is no kind"),
+            ("--credentials docker:/nonexistent", alone, "--credentials: /nonexistent: No such file"),
+            ("--credentials env:HAWKER_TEST_NOT_SET", alone, "--credentials: the environment has no HAWKER"),
             ("--pull-grace 1d", alone, "--pull-grace: is too long"),
             ("--drain 2d", alone, "--drain: is too long"),
             ("--log-level loud", alone, "--log-level: `loud` is no log level"),
@@ -657,6 +743,23 @@ mod tests {
         let proxy =
             proxy(&typed("--mirror 0.0.0.0:6500 --admin [::]:6503"), Surroundings::default()).unwrap();
         assert_eq!(proxy.warnings.len(), 2, "{:?}", proxy.warnings);
+    }
+
+    #[test]
+    fn modes_that_rely_on_loopback_and_credentials_without_a_use_are_said() {
+        let node = "--credentials docker:/dev/null --authorization node";
+        let open = "--mirror 0.0.0.0:6500";
+        for (line, expected) in [
+            (node.to_owned(), 0),
+            (format!("{node} {open}"), 2),
+            ("--authorization token".to_owned(), 0),
+            (format!("--authorization token {open}"), 2),
+            ("--credentials docker:/dev/null".to_owned(), 1),
+            ("--credentials docker:/dev/null --registry-authorization a.example=node".to_owned(), 0),
+        ] {
+            let warnings = proxy(&typed(&line), Surroundings::default()).unwrap().warnings;
+            assert_eq!(warnings.len(), expected, "{line}: {warnings:?}");
+        }
     }
 
     #[test]

@@ -101,6 +101,8 @@ fn key_of(flag: &str) -> String {
         "registry" => "registries.\"HOST\".endpoints".to_owned(),
         "registry-ca" => "registries.\"HOST\".ca".to_owned(),
         "registry-insecure" => "registries.\"HOST\".insecure".to_owned(),
+        "registry-realm" => "registries.\"HOST\".realms".to_owned(),
+        "registry-authorization" => "registries.\"HOST\".authorization".to_owned(),
         _ => {
             if let Some(direction) = flag.strip_suffix("-rate") {
                 return format!("rates.{direction}");
@@ -191,12 +193,19 @@ impl Walk<'_> {
                 match (name.as_str(), value) {
                     ("endpoints", _) => self.value(&key, "registry", value, |url| format!("{host}={url}")),
                     ("ca", _) => self.value(&key, "registry-ca", value, |file| format!("{host}={file}")),
+                    ("realms", _) => self.value(&key, "registry-realm", value, |url| format!("{host}={url}")),
+                    ("authorization", _) => {
+                        self.value(&key, "registry-authorization", value, |mode| format!("{host}={mode}"))
+                    }
                     ("insecure", toml::Value::Boolean(true)) => {
                         self.entry(&key, "registry-insecure", vec![host.clone()])
                     }
                     ("insecure", toml::Value::Boolean(false)) => {}
                     ("insecure", _) => self.problem(&key, "is neither true nor false", "write true or false"),
-                    _ => self.unknown(&key, ["endpoints", "ca", "insecure"].into_iter()),
+                    _ => {
+                        let known = ["endpoints", "ca", "insecure", "realms", "authorization"];
+                        self.unknown(&key, known.into_iter());
+                    }
                 }
             }
         }
@@ -209,8 +218,10 @@ impl Walk<'_> {
         match value {
             toml::Value::Boolean(on) if is_switch => self.entry(key, flag, vec![on.to_string()]),
             _ if is_switch => self.problem(key, "is neither true nor false", "write true or false"),
-            // A registry has one file of authorities, though the flag may be repeated for several registries.
-            toml::Value::Array(items) if many && flag != "registry-ca" => {
+            // A registry has one of these, though the flag may be repeated for several registries.
+            toml::Value::Array(items)
+                if many && !["registry-ca", "registry-authorization"].contains(&flag) =>
+            {
                 match items.iter().map(scalar).collect() {
                     Some(texts) => {
                         let texts: Vec<String> = texts;
@@ -320,7 +331,9 @@ mod tests {
             let written: Written<T> = read_with(&text, &[]);
             assert_eq!(written.problems, [], "{text}");
             let expected = match flag {
-                "registry" | "registry-ca" => "a.example=https://x",
+                "registry" | "registry-ca" | "registry-realm" | "registry-authorization" => {
+                    "a.example=https://x"
+                }
                 "registry-insecure" => "a.example",
                 _ if switch => "true",
                 _ => "https://x",
@@ -363,7 +376,8 @@ mod tests {
     #[test]
     fn registries_are_tables_by_host() {
         let text = "[registries.'10.0.0.1:5000']\nendpoints = ['http://10.0.0.1:5000', 'http://10.0.0.2:5000']\n\
-                    [registries.'a.example']\nca = '/ca.pem'\ninsecure = false";
+                    [registries.'a.example']\nca = '/ca.pem'\ninsecure = false\n\
+                    realms = ['https://b.example']\nauthorization = 'node'";
         let written: Written<ProxyArgs> = read_with(text, &[]);
         assert_eq!(written.problems, []);
         let node = &written.args.node;
@@ -373,6 +387,8 @@ mod tests {
         );
         assert_eq!(node.registry_ca, ["a.example=/ca.pem"]);
         assert!(node.registry_insecure.is_empty());
+        assert_eq!(node.registry_realm, ["a.example=https://b.example"]);
+        assert_eq!(node.registry_authorization, ["a.example=node"]);
     }
 
     #[test]

@@ -178,7 +178,14 @@ pub struct Keychain {
     /// By source. Held while files are read.
     loaded: Mutex<Vec<Option<Loaded>>>,
     /// By helper and registry. Held while a helper runs: one at a time.
-    helped: Mutex<LruCache<(String, String), (Instant, Option<Credential>)>>,
+    helped: Mutex<LruCache<(String, String), Helped>>,
+}
+
+/// What a helper said, and when.
+#[derive(Debug)]
+struct Helped {
+    credential: Option<Credential>,
+    since: Instant,
 }
 
 impl Keychain {
@@ -217,16 +224,14 @@ impl Keychain {
     async fn helped(&self, helper: &str, registry: &str) -> Option<Credential> {
         let key = (helper.to_owned(), registry.to_owned());
         let mut helped = self.helped.lock().await;
-        if let Some((since, credential)) = helped.get(&key)
-            && since.elapsed() < HELPED
-        {
-            return credential.clone();
+        if let Some(said) = helped.get(&key).filter(|said| said.since.elapsed() < HELPED) {
+            return said.credential.clone();
         }
         let credential = helper::get(helper, registry).await.unwrap_or_else(|reason| {
             tracing::warn!(helper, registry, %reason, "a credential helper gave nothing");
             None
         });
-        helped.put(key, (Instant::now(), credential.clone()));
+        helped.put(key, Helped { credential: credential.clone(), since: Instant::now() });
         credential
     }
 
@@ -249,8 +254,11 @@ impl Keychain {
 
 /// Reads a source again if it has changed.
 fn refresh(source: &CredentialSource, loaded: &mut Option<Loaded>) {
-    let stamps: Vec<_> = files(source).into_iter().map(|file| (Stamp::of(&file), file)).collect();
-    let stamps: Vec<_> = stamps.into_iter().map(|(stamp, file)| (file, stamp)).collect();
+    let stamp = |file: PathBuf| {
+        let stamp = Stamp::of(&file);
+        (file, stamp)
+    };
+    let stamps: Vec<_> = files(source).into_iter().map(stamp).collect();
     if loaded.as_ref().is_some_and(|loaded| loaded.stamps == stamps) {
         return;
     }

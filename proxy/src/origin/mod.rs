@@ -23,8 +23,7 @@ use bytes::Bytes;
 use hawker_core::digest::Digest;
 use hawker_core::reference::Source;
 use http::header::{
-    ACCEPT, ACCEPT_ENCODING, AUTHORIZATION, CONTENT_LENGTH, IF_NONE_MATCH, IF_RANGE, RANGE, RETRY_AFTER,
-    USER_AGENT, VIA,
+    ACCEPT, ACCEPT_ENCODING, AUTHORIZATION, CONTENT_LENGTH, IF_NONE_MATCH, IF_RANGE, RANGE, USER_AGENT, VIA,
 };
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Response, StatusCode};
 use http_body_util::Full;

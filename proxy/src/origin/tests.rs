@@ -1,3 +1,4 @@
+use http::header::RETRY_AFTER;
 use hyper_util::client::proxy::matcher::Matcher;
 
 use super::body::FRAME_BYTES;
