@@ -274,18 +274,23 @@ impl Asked<'_> {
     }
 
     /// Leaves those challenges in a response whose realm may be trusted, written anew: clients read no more into them than we do.
-    pub(super) fn keep_trusted(&self, headers: &mut HeaderMap) {
+    /// What they say of a token that was this node's `own` is not about the client.
+    pub(super) fn keep_trusted(&self, headers: &mut HeaderMap, own: bool) {
         if !headers.contains_key(WWW_AUTHENTICATE) {
             return;
         }
         let all = challenges(headers);
         headers.remove(WWW_AUTHENTICATE);
-        let trusted = all.iter().filter(|challenge| match challenge {
-            Challenge::Bearer(bearer) => self.trusted(bearer).is_some(),
-            Challenge::Basic { .. } => true,
-        });
-        for line in trusted.filter_map(|challenge| HeaderValue::try_from(challenge.to_string()).ok()) {
-            headers.append(WWW_AUTHENTICATE, line);
+        for mut challenge in all {
+            if let Challenge::Bearer(bearer) = &mut challenge {
+                if self.trusted(bearer).is_none() {
+                    continue;
+                }
+                bearer.error.take_if(|_| own);
+            }
+            headers.extend(
+                HeaderValue::try_from(challenge.to_string()).ok().map(|line| (WWW_AUTHENTICATE, line)),
+            );
         }
     }
 }

@@ -282,11 +282,11 @@ impl Origin {
                 answer.unwrap_or_else(|_| Err(unreachable(registry, "it did not answer in time".into())));
             match answer {
                 Ok(mut response) if !more || settles(response.status()) => {
-                    asked.keep_trusted(response.headers_mut());
+                    asked.keep_trusted(response.headers_mut(), own);
                     return Ok(self.with_body(registry, &method, response));
                 }
                 Ok(mut response) => {
-                    asked.keep_trusted(response.headers_mut());
+                    asked.keep_trusted(response.headers_mut(), own);
                     best = Some(Ok(response));
                 }
                 Err(e) if !matches!(best, Some(Ok(_))) => best = Some(Err(e)),

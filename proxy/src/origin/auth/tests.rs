@@ -131,14 +131,14 @@ async fn a_token_that_the_registry_forgets_is_replaced_at_once() {
 
 #[tokio::test]
 async fn a_second_401_is_the_registrys_last_word_and_is_remembered() {
-    let realm = realm(r#"{"token":"not good enough"}"#.replace(' ', "-").leak()).await;
-    let registry = registry(challenge(&realm)).await;
+    let realm = realm(r#"{"token":"not-good-enough"}"#).await;
+    let registry = registry(format!("{},error=\"insufficient_scope\"", challenge(&realm))).await;
     let origin = origin(&knowing(&[&registry]));
     for asked in [2, 3, 4] {
         let refused = head(&origin, &registry, "a").await;
         assert_eq!(refused.status(), 401);
         let passed_on = refused.headers()[WWW_AUTHENTICATE].to_str().unwrap();
-        assert_eq!(passed_on, challenge(&realm), "the client may know better");
+        assert_eq!(passed_on, challenge(&realm), "the client may know better, and has shown nothing yet");
         assert_eq!((registry.seen().len(), realm.seen().len()), (asked, 1));
     }
 }
