@@ -155,6 +155,11 @@ impl Identity {
         UNIX_EPOCH + Duration::from_secs(member.not_before_s + life_s / 3 * 2)
     }
 
+    /// Whether the certificate has run out: nobody believes it any more, and nobody renews it.
+    pub fn has_expired(&self, now: SystemTime) -> bool {
+        now >= UNIX_EPOCH + Duration::from_secs(self.validity_s().1)
+    }
+
     /// A certificate request for the key we have.
     pub fn renewal_request(&self) -> Result<Vec<u8>, IdentityError> {
         certificate_request(&self.rcgen_key()?)
@@ -293,11 +298,11 @@ pub struct PendingIdentity {
 impl PendingIdentity {
     /// The identity, once the authority has answered.
     pub fn complete(
-        self,
+        &self,
         certificate: CertificateDer<'static>,
         authority: CertificateDer<'static>,
     ) -> Result<Identity, IdentityError> {
-        Identity::assemble(self.key, certificate, authority)
+        Identity::assemble(self.key.clone_key(), certificate, authority)
     }
 }
 

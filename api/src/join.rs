@@ -23,7 +23,7 @@ use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Status};
 
 use crate::convert::{self, ConvertError, Member};
-use crate::identity::{Identity, IdentityError, fingerprint, member_of, role_name};
+use crate::identity::{Identity, IdentityError, PendingIdentity, fingerprint, member_of, role_name};
 use crate::v1;
 use crate::v1::authority_client::AuthorityClient;
 
@@ -183,14 +183,15 @@ pub struct Connection {
     pub peer: PeerId,
 }
 
-/// Joins the cluster whose scheduler is at `address`: a new key, and the certificate that the token buys. Also gives the
+/// Joins the cluster whose scheduler is at `address`: with a new key ([`Identity::request`]), for the certificate that the token
+/// buys. Whoever tries again uses the same key: an answer that was lost has spent the token for that key alone. Also gives the
 /// members (seeds and schedulers) and the cluster's name. `name` is for people. Nothing is written to disk.
 pub async fn join(
     address: &str,
     token: &Token,
     name: &str,
+    pending: &PendingIdentity,
 ) -> Result<(Identity, Vec<Member>, String), JoinError> {
-    let pending = Identity::request()?;
     let stream = dial(address, pinned_config(token.authority)?).await.map_err(|error| match error {
         Dial::Failed(error) => error.into(),
         Dial::Tls(error) if error == not_pinned() => JoinError::WrongAuthority { address: address.into() },
@@ -436,7 +437,8 @@ mod tests {
         let free = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
         let address = free.local_addr().expect("bound").to_string();
         drop(free);
-        let error = join(&address, &token(), "n").await.expect_err("nobody is there");
+        let pending = Identity::request().expect("a key");
+        let error = join(&address, &token(), "n", &pending).await.expect_err("nobody is there");
         assert!(error.is_transient() && error.to_string().contains(&address), "{error}");
     }
 }

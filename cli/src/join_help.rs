@@ -1,7 +1,5 @@
 //! What `hawker up` prints: how the next node joins, and how containerd is pointed at the mirror.
 
-#![allow(clippy::print_stdout, reason = "a command that prints")]
-
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -24,7 +22,9 @@ impl JoinHelp {
     /// Makes a token and prints. The token goes to standard output alone: never to the log.
     pub(crate) fn print(&self) {
         match create_token(&self.data_dir, Role::Peer, TOKEN_TTL) {
-            Ok(token) => println!("{}", self.text(&token.to_string())),
+            Ok(token) => {
+                let _ = crate::print::line(self.text(&token.to_string()));
+            }
             Err(error) => tracing::warn!(%error, "no token could be made; try `hawker token create`"),
         }
     }

@@ -8,6 +8,7 @@ mod doctor;
 mod join_help;
 mod log;
 mod member;
+mod print;
 mod problem;
 mod quantity;
 mod reload;
@@ -43,17 +44,9 @@ async fn main() -> ExitCode {
             Ok(false) => return ExitCode::FAILURE,
             Err(error) => Err(error),
         },
-        Command::Version => {
-            print_version();
-            Ok(())
-        }
+        Command::Version => print::line(concat!("hawker ", env!("CARGO_PKG_VERSION"))).map_err(Into::into),
     };
     result.map_or_else(|error| report(&error), |()| ExitCode::SUCCESS)
-}
-
-#[expect(clippy::print_stdout, reason = "a command that prints")]
-fn print_version() {
-    println!("hawker {}", env!("CARGO_PKG_VERSION"));
 }
 
 #[expect(clippy::print_stderr, reason = "the last word to whoever started this")]

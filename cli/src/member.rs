@@ -1,8 +1,8 @@
 //! Becoming a member: the identity on disk, or a new one for a token.
 
-use std::io::Read;
+use std::io::{BufRead, BufReader, IsTerminal, Read};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, bail};
 use hawker_api::identity::Identity;
@@ -30,21 +30,62 @@ pub(crate) fn has_identity(identity_dir: &Path) -> bool {
     std::fs::read_dir(identity_dir).is_ok_and(|mut entries| entries.next().is_some())
 }
 
-/// The identity that `data_dir` holds, else a new one from the authority, else none: this node runs alone.
-pub(crate) async fn load_or_join(
-    data_dir: &Path,
-    name: &str,
-    join: Option<&Join>,
-) -> anyhow::Result<Option<Identity>> {
+/// How a node begins.
+#[derive(Debug)]
+pub(crate) enum Beginning {
+    /// By itself.
+    Alone,
+    /// With what it has from its last time.
+    Member(Identity),
+    /// By joining at this address.
+    Joining(String, Token),
+}
+
+/// How the node with this `data_dir` begins. Reads the token, where one is needed: call it while signals still end the program,
+/// for that may be from a terminal.
+///
+/// An identity that has run out is of no use: with a token the node joins again.
+pub(crate) fn beginning(data_dir: &Path, join: Option<&Join>) -> anyhow::Result<Beginning> {
     let dir = identity_dir(data_dir);
     let damaged =
         || format!("{} holds a damaged identity: remove it and join again with a new token", dir.display());
-    if let Some(identity) = Identity::load(&dir).with_context(damaged)? {
-        return Ok(Some(identity));
+    let identity = Identity::load(&dir).with_context(damaged)?;
+    let expired = identity.as_ref().is_some_and(|identity| identity.has_expired(SystemTime::now()));
+    match (identity, join) {
+        (Some(identity), _) if !expired => Ok(Beginning::Member(identity)),
+        (None, None) => Ok(Beginning::Alone),
+        (None, Some(how)) => joining(how),
+        (Some(identity), how) => match how.map(joining) {
+            Some(Ok(joining)) => Ok(joining),
+            _ => {
+                tracing::error!(
+                    dir = %dir.display(),
+                    "this node's certificate has expired, as after a week without a scheduler: it goes on alone. Make a token \
+                     where the authority is (hawker token create) and start this again with --join and --token-file"
+                );
+                Ok(Beginning::Member(identity))
+            }
+        },
     }
-    let Some(how) = join else { return Ok(None) };
-    let token = read_token(how.token_file.as_deref())?;
-    let (identity, members, cluster) = join_patiently(&how.address, &token, name).await?;
+}
+
+fn joining(how: &Join) -> anyhow::Result<Beginning> {
+    Ok(Beginning::Joining(how.address.clone(), read_token(how.token_file.as_deref())?))
+}
+
+/// The identity to begin with, from the authority where need be; none: this node runs alone.
+pub(crate) async fn enter(
+    beginning: Beginning,
+    data_dir: &Path,
+    name: &str,
+) -> anyhow::Result<Option<Identity>> {
+    let (address, token) = match beginning {
+        Beginning::Alone => return Ok(None),
+        Beginning::Member(identity) => return Ok(Some(identity)),
+        Beginning::Joining(address, token) => (address, token),
+    };
+    let dir = identity_dir(data_dir);
+    let (identity, members, cluster) = join_patiently(&address, &token, name).await?;
     // The members first: once the identity is there, nobody joins again to get them.
     member_file::save(&data_dir.join("members.json"), &members)
         .context("members.json could not be written")?;
@@ -58,10 +99,12 @@ async fn join_patiently(
     token: &Token,
     name: &str,
 ) -> anyhow::Result<(Identity, Vec<hawker_api::convert::Member>, String)> {
+    // One key for all tries: the authority answers it again, should its first answer have been lost.
+    let pending = Identity::request()?;
     let begun = Instant::now();
     let mut pause = Duration::from_millis(500);
     loop {
-        match join(address, token, name).await {
+        match join(address, token, name, &pending).await {
             Ok(joined) => return Ok(joined),
             Err(error) if error.is_transient() && begun.elapsed() + pause < JOIN_PATIENCE => {
                 tracing::warn!(%error, "not joined yet; trying again in {} ms", pause.as_millis());
@@ -93,6 +136,9 @@ pub(crate) fn check_role(identity: Option<&Identity>, seed: bool, data_dir: &Pat
 pub(crate) fn read_token(file: Option<&Path>) -> anyhow::Result<Token> {
     let text = match file {
         Some(path) if path == Path::new("-") => {
+            if std::io::stdin().is_terminal() {
+                eprint!("Token: ");
+            }
             text_of(std::io::stdin().lock()).context("standard input (--token-file -)")
         }
         Some(path) => std::fs::File::open(path)
@@ -104,33 +150,59 @@ pub(crate) fn read_token(file: Option<&Path>) -> anyhow::Result<Token> {
     Ok(text.parse()?)
 }
 
+/// The first line: nobody has to end what he types otherwise.
 fn text_of(from: impl Read) -> anyhow::Result<String> {
     let mut text = String::new();
-    from.take(TOKEN_MAX_BYTES).read_to_string(&mut text)?;
+    BufReader::new(from.take(TOKEN_MAX_BYTES)).read_line(&mut text)?;
     Ok(text)
 }
 
 #[cfg(test)]
 mod tests {
+    use hawker_api::identity::AuthorityKey;
+
     use super::*;
 
     #[tokio::test]
     async fn a_node_without_identity_and_join_runs_alone() {
         let dir = tempfile::tempdir().unwrap();
-        assert!(load_or_join(dir.path(), "n", None).await.unwrap().is_none());
+        let beginning = beginning(dir.path(), None).unwrap();
+        assert!(enter(beginning, dir.path(), "n").await.unwrap().is_none());
         assert!(!has_identity(&identity_dir(dir.path())));
     }
 
-    #[tokio::test]
-    async fn what_is_no_token_is_refused_without_repeating_it() {
+    #[test]
+    fn who_has_an_identity_needs_no_token_until_it_has_expired() {
+        let authority = AuthorityKey::generate("test").unwrap();
+        let (file, dir) = (tempfile::NamedTempFile::new().unwrap(), tempfile::tempdir().unwrap());
+        let how = Join { address: "a:1".into(), token_file: Some(file.path().into()) };
+        let begin = |age: Duration| {
+            let (pending, begun) = (Identity::request().unwrap(), SystemTime::now() - age);
+            let life = Duration::from_secs(3600);
+            let certificate = authority.issue(&pending.certificate_request, Role::Peer, life, begun).unwrap();
+            let identity = pending.complete(certificate, authority.certificate().clone()).unwrap();
+            identity.save(&identity_dir(dir.path())).unwrap();
+            beginning(dir.path(), Some(&how)).unwrap()
+        };
+        let (young, old) = (Duration::ZERO, Duration::from_secs(7200));
+        assert!(matches!(begin(young), Beginning::Member(_)));
+        assert!(matches!(begin(old), Beginning::Member(_)), "without a token it goes on as it can");
+        std::fs::write(file.path(), format!("{}\nmore", Token::generate(authority.certificate()).unwrap()))
+            .unwrap();
+        assert!(matches!(begin(young), Beginning::Member(_)), "a token is not spent without need");
+        assert!(matches!(begin(old), Beginning::Joining(..)));
+    }
+
+    #[test]
+    fn what_is_no_token_is_refused_without_repeating_it() {
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), "hawker1.secret-by-mistake").unwrap();
         let how = Join { address: "127.0.0.1:1".into(), token_file: Some(file.path().into()) };
         let dir = tempfile::tempdir().unwrap();
-        let error = format!("{:#}", load_or_join(dir.path(), "n", Some(&how)).await.err().unwrap());
+        let error = format!("{:#}", beginning(dir.path(), Some(&how)).unwrap_err());
         assert!(error.contains("no token") && !error.contains("by-mistake"), "{error}");
         let how = Join { address: "127.0.0.1:1".into(), token_file: Some("/nonexistent/token".into()) };
-        let error = format!("{:#}", load_or_join(dir.path(), "n", Some(&how)).await.err().unwrap());
+        let error = format!("{:#}", beginning(dir.path(), Some(&how)).unwrap_err());
         assert!(error.contains("/nonexistent/token (--token-file)"), "{error}");
     }
 }

@@ -4,6 +4,7 @@ use std::ffi::OsString;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use anyhow::Context;
 use hawker_api::identity::Identity;
@@ -32,6 +33,7 @@ pub(crate) async fn proxy(argv: Vec<OsString>) -> anyhow::Result<()> {
     let log = start(&resolved.log, &resolved.warnings)?;
     let settings = resolved.settings;
     check_host(&settings.data_dir, &resolve::node_listeners(&settings))?;
+    let beginning = member::beginning(&settings.data_dir, resolved.join.as_ref())?;
 
     let signals = Signals::new()?;
     let shutdown = CancellationToken::new();
@@ -47,7 +49,7 @@ pub(crate) async fn proxy(argv: Vec<OsString>) -> anyhow::Result<()> {
         },
     };
     let body = async {
-        let joining = member::load_or_join(&settings.data_dir, &settings.name, resolved.join.as_ref());
+        let joining = member::enter(beginning, &settings.data_dir, &settings.name);
         let identity = tokio::select! {
             identity = joining => identity?,
             () = shutdown.cancelled() => return Ok(()),
@@ -259,10 +261,17 @@ async fn scheduler_config(resolved: &resolve::Scheduler) -> anyhow::Result<Sched
 /// The seed's identity in `hawker up`: the authority is at hand, so no token is needed.
 fn seed_identity(authority: &Authority, data_dir: &Path) -> anyhow::Result<Identity> {
     let dir = member::identity_dir(data_dir);
-    if let Some(identity) = Identity::load(&dir)? {
-        return Ok(identity);
-    }
-    let identity = authority.identity(Role::Seed)?;
+    let identity = match Identity::load(&dir)? {
+        Some(identity) if SystemTime::now() < identity.renew_at() => return Ok(identity),
+        // However long this process was away: nobody else could renew it.
+        Some(identity) => {
+            let request = identity.renewal_request()?;
+            let member = (identity.peer_id(), identity.role());
+            identity.renew(authority.renew(member, &request, SystemTime::now())?)?;
+            identity
+        }
+        None => authority.identity(Role::Seed)?,
+    };
     identity.save(&dir)?;
     Ok(identity)
 }

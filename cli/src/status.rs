@@ -1,27 +1,23 @@
 //! `hawker status`: the cluster, this node and its bytes at a glance.
 
-#![allow(clippy::print_stdout, reason = "a command that prints")]
-
 use std::fmt::Write;
 
 use anyhow::{Context, bail};
 use hawker_proxy::admin::{BytesStatus, Status, TaskStatus};
 
 use crate::args::StatusArgs;
-use crate::client;
 use crate::quantity::{human_duration, human_size};
+use crate::{client, print};
 
 /// Asks the daemon and prints.
 pub(crate) async fn run(args: &StatusArgs) -> anyhow::Result<()> {
     let json = ask(&args.admin).await?;
     if args.json {
-        println!("{}", json.trim_end());
-        return Ok(());
+        return Ok(print::line(json.trim_end())?);
     }
     let status: Status = serde_json::from_str(&json)
         .with_context(|| format!("what answers at {} is no hawker daemon (--admin)", args.admin))?;
-    print!("{}", render(&status));
-    Ok(())
+    Ok(print::line(render(&status).trim_end())?)
 }
 
 /// The daemon's `/status`.

@@ -77,15 +77,14 @@ pub(crate) fn check_data_dir(dir: &Path) -> Option<Problem> {
         written.and(removed)
     });
     let error = attempt.err()?;
-    // A full disk is no reason not to start: blobs then pass through memory.
-    if matches!(error.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded) {
-        tracing::warn!(dir = %dir.display(), %error, "the data directory has no room");
+    // A disk that refuses is no reason not to start: blobs then pass through memory.
+    if hawker_proxy::store::disk_refuses(&error) {
+        tracing::warn!(dir = %dir.display(), %error, "the data directory can't be written");
         return None;
     }
     let what = format!("{} can't be written: {error}", dir.display());
     let cure = match error.kind() {
         ErrorKind::PermissionDenied => "run as a user that may write there, or choose another directory",
-        ErrorKind::ReadOnlyFilesystem => "mount it writable, or choose another directory",
         _ => "choose another directory",
     };
     Some(Problem::new("--data-dir", what, cure))

@@ -1,7 +1,5 @@
 //! `hawker token create`.
 
-#![allow(clippy::print_stdout, reason = "a command that prints")]
-
 use std::os::unix::fs::{MetadataExt, chown};
 use std::path::Path;
 use std::time::Duration;
@@ -29,8 +27,7 @@ pub(crate) fn create(args: &TokenArgs) -> anyhow::Result<()> {
             "the authority can't read the new token: {error}; run this as the user that it runs as"
         );
     }
-    println!("{token}");
-    Ok(())
+    Ok(crate::print::line(token)?)
 }
 
 /// Root makes tokens for an authority that runs as another user, who has to read and remove them.

@@ -91,7 +91,7 @@ impl Rogue {
         let (name, blob) = (host.name().to_owned(), *blob);
         // Spawned: the runtime's own threads are on the host, this one is not.
         let started = runtime.spawn(async move {
-            let (identity, _, _) = join::join(&scheduler, &token, &name).await?;
+            let (identity, _, _) = join::join(&scheduler, &token, &name, &Identity::request()?).await?;
             let layout = PieceLayout::new(blob.size_bytes);
             let lies = (conduct == Conduct::SignsLies)
                 .then(|| lies(&identity, &blob, layout, &content))

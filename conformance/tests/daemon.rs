@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use hawker_conformance::lab::{
-    Answer, Containerd, DockerRegistry, End, HawkerPlan, Image, Lab, Mbit, Request, run,
+    Answer, Containerd, DockerRegistry, End, HawkerPlan, Image, Lab, Mbit, Process, Request, run,
 };
 use hawker_conformance::origin::Content;
 use hawker_conformance::scene::{
@@ -168,6 +168,87 @@ fn a_full_disk_does_not_fail_a_pull() -> Result<()> {
         let small = origin.add_blob(REPOSITORY, Content::generated(2, 300_000))?;
         right(node.request(origin.address(), &blob_path(&small)).discard().send(&host)?, &small)?;
         Ok(())
+    })())
+}
+
+#[test]
+fn a_disk_that_can_only_be_read_does_not_fail_a_pull() -> Result<()> {
+    let lab = Lab::new()?;
+    lab.explain((|| {
+        let origin_host = lab.host("origin")?;
+        let origin = start_origin(&origin_host)?;
+        let host = lab.host("node")?;
+        let disk = host.dir().join("disk");
+        std::fs::create_dir(&disk)?;
+        let mount = |options: &[&str]| run(std::process::Command::new("mount").args(options).arg(&disk));
+        mount(&["-t", "tmpfs", "-o", "size=64m", "tmpfs"])?;
+        let plan = HawkerPlan::proxy(&host).data_dir(disk.join("hawker")).plain_registry(origin.address());
+        let (cached, new) = (
+            origin.add_blob(REPOSITORY, Content::generated(1, 300_000))?,
+            origin.add_blob(REPOSITORY, Content::generated(2, SIZE_BYTES))?,
+        );
+        let pull = |node: &hawker_conformance::lab::Hawker, blob| -> Result<Answer> {
+            right(node.request(origin.address(), &blob_path(blob)).discard().send(&host)?, blob)
+        };
+        // From the start, and where there is a store already.
+        mount(&["-o", "remount,ro"])?;
+        pull(&plan.clone().start()?, &new)?;
+        mount(&["-o", "remount,rw"])?;
+        let node = plan.clone().start()?;
+        pull(&node, &cached)?;
+        until_committed(&node, &cached)?;
+        drop(node);
+        mount(&["-o", "remount,ro"])?;
+        let node = plan.start()?;
+        let before = origin.log().len();
+        pull(&node, &cached)?;
+        let sent: u64 = origin.log()[before..].iter().map(|entry| entry.body_bytes).sum();
+        ensure!(sent == 0, "what is on the disk is read from it, not {sent} bytes from the origin");
+        pull(&node, &new).map(drop)
+    })())
+}
+
+#[test]
+fn systemd_is_told_when_the_daemon_is_ready_and_when_it_stops() -> Result<()> {
+    let lab = Lab::new()?;
+    lab.explain((|| {
+        let host = lab.host("node")?;
+        let path = host.dir().join("notify");
+        let socket = std::os::unix::net::UnixDatagram::bind(&path)?;
+        socket.set_read_timeout(Some(Duration::from_secs(10)))?;
+        let hears = |word: &str| -> Result<()> {
+            let mut bytes = [0; 1024];
+            loop {
+                let len = socket.recv(&mut bytes)?;
+                if String::from_utf8_lossy(&bytes[..len]).lines().any(|line| line == word) {
+                    return Ok(());
+                }
+            }
+        };
+        let mut node = HawkerPlan::proxy(&host).env("NOTIFY_SOCKET", path.display().to_string()).start()?;
+        hears("READY=1")?;
+        node.process()?.signal(Signal::HUP)?;
+        hears("RELOADING=1")?;
+        hears("READY=1")?;
+        node.process()?.signal(Signal::TERM)?;
+        hears("STOPPING=1")
+    })())
+}
+
+#[test]
+fn a_daemon_that_waits_for_its_token_can_be_ended() -> Result<()> {
+    let lab = Lab::new()?;
+    lab.explain((|| {
+        let host = lab.host("node")?;
+        let mut waits = host.command(hawker_conformance::lab::hawker_binary()?);
+        waits.args(["proxy", "--join", "127.0.0.1:1", "--token-file", "-", "--data-dir"]).arg(host.dir());
+        let log = host.dir().join("waits.log");
+        let mut waits = Process::start_with(waits.stdin(std::process::Stdio::piped()), log)?;
+        let _open = waits.stdin();
+        std::thread::sleep(Duration::from_millis(700));
+        ensure!(waits.try_wait()?.is_none(), "it does not wait: {}", waits.log());
+        waits.signal(Signal::TERM)?;
+        waits.wait(Duration::from_secs(5)).map(drop)
     })())
 }
 

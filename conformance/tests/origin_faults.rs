@@ -220,6 +220,47 @@ fn a_length_told_too_short_never_completes_wrong_bytes() -> Result<()> {
 }
 
 #[test]
+fn a_length_that_no_blob_has_costs_no_memory() -> Result<()> {
+    with_fault(
+        |blob| Rule::always(Fault::LieLength { off_by_bytes: i64::MAX - (8 << 20) }).on(blob.digest),
+        |scene, blob| {
+            withheld(
+                scene
+                    .request(scene.node(), blob)
+                    .within(Duration::from_secs(20))
+                    .send(scene.node().host())?,
+            )?;
+            scene.pull(scene.node(), &scene.blob(SIZE_BYTES)?)?;
+            ensure!(scene.node().pid().is_some() && scene.node().status()?.ready);
+            Ok(())
+        },
+    )
+}
+
+#[test]
+fn blobs_that_trickle_do_not_keep_memory_from_the_others() -> Result<()> {
+    Plan::nodes(1).flag("--memory", "16MiB").play(|scene| {
+        // Their first pieces alone take all the memory of seed and node.
+        let slow: Vec<Blob> = (0..80).map(|_| scene.blob(300_000)).collect::<Result<_>>()?;
+        for blob in &slow {
+            scene.origin.add_fault(Rule::always(Fault::SlowBody { bytes_per_s: 1000 }).on(blob.digest));
+        }
+        let scene = &*scene;
+        std::thread::scope(|scope| {
+            for blob in &slow {
+                // Whoever leaves soon has a download that goes on for a while.
+                let request = scene.request(scene.node(), blob).within(Duration::from_secs(2));
+                scope.spawn(move || request.send(scene.node().host()));
+            }
+        });
+        let start = Instant::now();
+        scene.pull(scene.node(), &scene.blob(SIZE_BYTES)?)?;
+        ensure!(start.elapsed() < Duration::from_secs(25), "it took {:?}", start.elapsed());
+        Ok(())
+    })
+}
+
+#[test]
 fn wrong_bytes_in_the_middle_end_short_and_are_never_cached() -> Result<()> {
     refused(|blob| Rule::always(Fault::WrongBytes { offset: 2 << 20, length: 3 }).on(blob.digest), |_| Ok(()))
 }

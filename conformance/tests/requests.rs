@@ -264,9 +264,12 @@ fn a_loop_of_mirrors_is_refused() -> Result<()> {
                 .start()
         };
         let (one, _two) = (start(&a, &b)?, start(&b, &a)?);
-        let path = format!("/v2/{REPOSITORY}/manifests/v1?ns=loop.example");
-        let answer = Request::get(a.at(6500), path).within(Duration::from_secs(20)).send(&a)?;
-        ensure!(answer.status >= 400, "{}", answer.status);
+        let digest = format!("sha256:{}", "a".repeat(64));
+        for what in ["manifests/v1".to_owned(), format!("manifests/{digest}"), format!("blobs/{digest}")] {
+            let path = format!("/v2/{REPOSITORY}/{what}?ns=loop.example");
+            let answer = Request::get(a.at(6500), path).within(Duration::from_secs(20)).send(&a)?;
+            ensure!(answer.status == 508, "{what}: {}", answer.status);
+        }
         ensure!(one.status()?.ready);
         Ok(())
     })())

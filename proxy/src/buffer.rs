@@ -1,12 +1,20 @@
 //! Memory for pieces on their way: bounded for the whole daemon, and reused.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::{sleep, timeout};
 
 /// Accounting unit, in bytes; also the longest data frame between peers.
 pub const BLOCK_BYTES: usize = 64 << 10;
+
+/// A wait for memory that is longer than this is a nuisance to a client.
+const LONG: Duration = Duration::from_secs(2);
+/// How often whoever may have to give memory back looks whether it is waited for.
+const LOOK_EVERY: Duration = Duration::from_millis(500);
 
 /// Where buffers for pieces come from.
 ///
@@ -17,6 +25,24 @@ pub struct BufferPool {
     budget: Arc<Semaphore>,
     total_blocks: usize,
     spare: Arc<Mutex<Spare>>,
+    /// How many have waited for long.
+    wanting: Arc<AtomicUsize>,
+}
+
+/// One who has waited for long.
+struct Wanting(Arc<AtomicUsize>);
+
+impl Wanting {
+    fn new(all: &Arc<AtomicUsize>) -> Self {
+        all.fetch_add(1, Ordering::Relaxed);
+        Self(Arc::clone(all))
+    }
+}
+
+impl Drop for Wanting {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 impl BufferPool {
@@ -25,16 +51,24 @@ impl BufferPool {
         // The semaphore takes and gives 32 bits of permits at once: 256 TiB, which is no limit.
         let most = Semaphore::MAX_PERMITS.min(u32::MAX as usize);
         let total_blocks = (bytes as usize / BLOCK_BYTES).clamp(1, most);
-        Self { budget: Arc::new(Semaphore::new(total_blocks)), total_blocks, spare: Arc::default() }
+        let budget = Arc::new(Semaphore::new(total_blocks));
+        Self { budget, total_blocks, spare: Arc::default(), wanting: Arc::default() }
     }
 
     /// A buffer for a piece of `len` bytes; waits until there is room. A piece longer than the whole pool gets all of it.
+    ///
+    /// That can take as long as others hold theirs: whoever fills a buffer slowly gives it back when [`BufferPool::is_wanted`].
     pub async fn get(&self, len: usize) -> PieceBuffer {
         let blocks = len.div_ceil(BLOCK_BYTES).clamp(1, self.total_blocks);
-        let permit = Arc::clone(&self.budget)
-            .acquire_many_owned(blocks as u32)
-            .await
-            .expect("the semaphore is never closed");
+        let mut acquiring = Box::pin(Arc::clone(&self.budget).acquire_many_owned(blocks as u32));
+        let permit = match timeout(LONG, &mut acquiring).await {
+            Ok(permit) => permit,
+            Err(_) => {
+                let _wanting = Wanting::new(&self.wanting);
+                acquiring.await
+            }
+        };
+        let permit = permit.expect("the semaphore is never closed");
         let capacity = len.max(blocks * BLOCK_BYTES);
         let reused = {
             let mut spare = self.spare.lock().unwrap_or_else(PoisonError::into_inner);
@@ -46,6 +80,14 @@ impl BufferPool {
         bytes.clear();
         let home = Home { spare: Arc::clone(&self.spare), budget: Arc::clone(&self.budget), permit };
         PieceBuffer { bytes, len, home: Some(home) }
+    }
+
+    /// Waits until somebody has waited for memory for long, and for `patience` at least.
+    pub async fn is_wanted(&self, patience: Duration) {
+        sleep(patience).await;
+        while self.wanting.load(Ordering::Relaxed) == 0 {
+            sleep(LOOK_EVERY).await;
+        }
     }
 
     /// Bytes that could be had now without waiting.

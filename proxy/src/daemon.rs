@@ -87,8 +87,9 @@ pub async fn run(
     let store = blocking(move || Store::open(&folder, cache)).await?;
     let limits = Limits::new(Arc::clone(&settings.live));
     let own: Vec<SocketAddr> = mirrors.iter().filter_map(|l| l.local_addr().ok()).collect();
-    let origin = Origin::beside(Arc::clone(&settings.live), limits.clone(), own.clone());
     let metrics = Arc::new(Metrics::new());
+    let origin =
+        Origin::beside(Arc::clone(&settings.live), limits.clone(), own.clone(), Arc::clone(&metrics));
     let members = Arc::new(Members::default());
     let (events, heard) = mpsc::channel(EVENTS);
     let flights = Flights::new(events.clone(), origin.clone());

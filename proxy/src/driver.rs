@@ -101,6 +101,8 @@ pub(crate) enum Event {
     OriginPiece { task: Digest, generation: u64, piece: PieceIndex, buffer: PieceBuffer, chain: Chain },
     /// The origin's stream is over.
     OriginOver { task: Digest, generation: u64, failure: Option<(Failure, String)> },
+    /// The origin is so slow that its stream took memory from others: it is over.
+    OriginHogging { task: Digest, generation: u64 },
     /// A piece is on disk, or not.
     Written { task: Digest, generation: u64, piece: PieceIndex, outcome: Result<(), StoreError> },
     /// A task is committed, or not.
@@ -281,7 +283,6 @@ impl Driver {
             }
             Event::OriginPiece { task, generation, piece, buffer, chain } => {
                 if self.reading(&task, generation) {
-                    self.config.metrics.received_origin.inc_by(buffer.filled().len() as u64);
                     let verdict = self.node.origin_piece(now, &task, piece, &chain);
                     self.take(task, piece, buffer, verdict);
                 }
@@ -295,6 +296,11 @@ impl Driver {
                         }
                     }
                     self.node.origin_over(now, &task, failure.map(|(failure, _)| failure));
+                }
+            }
+            Event::OriginHogging { task, generation } => {
+                if self.reading(&task, generation) {
+                    self.starve(now, &task);
                 }
             }
             Event::Written { task, generation, piece, outcome } => {
@@ -496,10 +502,24 @@ impl Driver {
     fn set_window(&mut self, task: &Digest) {
         let others = self.tasks.iter().filter(|(other, t)| *other != task && t.holds_memory).count();
         let Some(state) = self.tasks.get_mut(task).filter(|t| t.in_memory()) else { return };
-        state.holds_memory = !state.readers.is_empty() && (state.holds_memory || others < MEMORY_TASKS);
+        let may = !state.starved && (state.holds_memory || others < MEMORY_TASKS);
+        state.holds_memory = may && !state.readers.is_empty();
         let bytes = if state.holds_memory { MEMORY_WINDOW_BYTES } else { 0 };
         let window = state.memory_window(bytes);
         self.node.in_memory(task, window);
+    }
+
+    /// A task gets no memory any more: its readers go to the origin, each by itself and as slowly as that is.
+    fn starve(&mut self, now: Time, task: &Digest) {
+        warn!(%task, "the origin is too slow for the memory it takes: this task is only passed through");
+        if let Some(state) = self.tasks.get_mut(task) {
+            state.origin = None;
+            state.starved = true;
+            state.degrade();
+        }
+        self.set_window(task);
+        self.holding(task, 0, 0, false);
+        self.node.origin_over(now, task, None);
     }
 
     fn peer(&mut self, event: PeerEvent) {
@@ -617,9 +637,21 @@ impl Driver {
             }
         }
         self.config.metrics.tasks_active.set(active);
-        for task in gone {
-            self.node.close(&task);
-            self.tasks.remove(&task);
+        gone.iter().for_each(|task| self.let_go(task));
+    }
+
+    /// Forgets a task that nobody needs. A file without a piece is not worth keeping.
+    fn let_go(&mut self, task: &Digest) {
+        let held = self.node.held(task).is_some_and(|held| !held.is_empty());
+        self.node.close(task);
+        let partial = self.tasks.remove(task).and_then(|state| state.partial);
+        if let Some(partial) = partial.filter(|_| !held) {
+            let task = *task;
+            tokio::task::spawn_blocking(move || {
+                if let Err(error) = partial.discard() {
+                    debug!(%task, %error, "could not discard");
+                }
+            });
         }
     }
 
@@ -630,8 +662,7 @@ impl Driver {
             (!busy && !self.node.is_running(task) && !self.node.has_hungry_children(task)).then_some(*task)
         };
         for task in self.tasks.iter().filter_map(idle).collect::<Vec<_>>() {
-            self.node.close(&task);
-            self.tasks.remove(&task);
+            self.let_go(&task);
         }
     }
 

@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use hawker_core::digest::Digest;
-use hawker_core::piece::{PieceIndex, PieceLayout, PieceSet};
+use hawker_core::piece::{MAX_BLOB_BYTES, PieceIndex, PieceLayout, PieceSet};
 use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::time::Instant;
 
@@ -184,6 +184,8 @@ impl Flights {
         size_hint: Option<u64>,
         partial: bool,
     ) -> Result<Flight, FlightError> {
+        // A size that no blob has is nobody's knowledge, whoever told it: it would cost memory for each of its pieces.
+        let size_hint = size_hint.filter(|size| *size <= MAX_BLOB_BYTES);
         let id = self.next_reader.fetch_add(1, Ordering::Relaxed);
         let (reply, answer) = oneshot::channel();
         let open = Event::Open { task, grant: grant.clone(), size_hint, partial, reader: id, reply };

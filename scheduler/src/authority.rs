@@ -99,6 +99,9 @@ struct StoredToken {
     role: String,
     /// Seconds since 1970 by the authority's clock, which alone counts.
     expires_at: u64,
+    /// Whose key it was spent for: who asks again has lost the answer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    spent_for: Option<String>,
 }
 
 impl StoredToken {
@@ -167,10 +170,16 @@ impl Authority {
         if !self.may_join() {
             return Err(Refusal::Busy);
         }
-        let role = self.check(token_id, secret, now)?;
+        let (token, role) = self.check(token_id, secret, now)?;
         // A request that is no good costs no token.
         let certificate = self.issue(request, role, now)?;
-        self.spend(token_id)?;
+        let (peer, _) = member_of(&certificate).map_err(|error| Refusal::Request(error.to_string()))?;
+        let asker = Some(peer.to_string());
+        match token.spent_for {
+            None => self.spend(token_id, StoredToken { spent_for: asker, ..token })?,
+            spent_for if spent_for == asker => {}
+            Some(_) => return Err(Refusal::Spent),
+        }
         Ok((certificate, role))
     }
 
@@ -211,8 +220,8 @@ impl Authority {
         self.key.issue(request, role, self.life, now).map_err(|error| Refusal::Request(error.to_string()))
     }
 
-    /// The role that a token gives, if it is good.
-    fn check(&self, id: &str, secret: &str, now: SystemTime) -> Result<Role, Refusal> {
+    /// A token, if it is good or was, and the role that it gives.
+    fn check(&self, id: &str, secret: &str, now: SystemTime) -> Result<(StoredToken, Role), Refusal> {
         let path = self.path(id)?;
         let (token, spent) = match read_token(&path)? {
             Some(token) => (token, false),
@@ -221,22 +230,26 @@ impl Authority {
         if !same_in_constant_time(token.sha256.as_bytes(), hashed(secret).as_bytes()) {
             return Err(Refusal::WrongSecret);
         }
-        if spent {
+        if spent && token.spent_for.is_none() {
             return Err(Refusal::Spent);
         }
         if token.expires_at <= unix_seconds(now) {
-            return Err(Refusal::Expired);
+            return Err(if spent { Refusal::Spent } else { Refusal::Expired });
         }
-        token.role().ok_or(Refusal::Unknown)
+        let role = token.role().ok_or(Refusal::Unknown)?;
+        Ok((token, role))
     }
 
     /// Of all who try, one succeeds.
-    fn spend(&self, id: &str) -> Result<(), Refusal> {
+    fn spend(&self, id: &str, token: StoredToken) -> Result<(), Refusal> {
         let path = self.path(id)?;
-        match fs::rename(&path, path.with_extension(SPENT)) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Err(Refusal::Spent),
-            done => Ok(done.map_err(at(&path))?),
+        let spent = path.with_extension(SPENT);
+        match fs::rename(&path, &spent) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(Refusal::Spent),
+            done => done.map_err(at(&path))?,
         }
+        // Whoever is killed in between has spent it for nobody: the safe side.
+        Ok(write_token(&spent, &token).map_err(at(&spent))?)
     }
 
     /// Where a token lies. An id that is not hex is no path of ours.
@@ -272,6 +285,7 @@ pub fn create_token(data_dir: &Path, role: Role, ttl: Duration) -> Result<Token,
         sha256: hashed(&token.secret),
         role: role.to_string(),
         expires_at: unix_seconds(SystemTime::now() + ttl),
+        spent_for: None,
     };
     let dir = &authority.tokens;
     fs::create_dir_all(dir).map_err(at(dir))?;
@@ -341,7 +355,10 @@ mod tests {
         assert!(matches!(join(&authority, &outside, now), Err(Refusal::Unknown)));
         let bad_request = authority.join(&token.id, &token.secret, b"?", now);
         assert!(matches!(bad_request, Err(Refusal::Request(_))), "and costs no token");
-        assert_eq!(join(&authority, &token, now).unwrap(), Role::Seed);
+        let request = Identity::request().unwrap().certificate_request;
+        let once = || authority.join(&token.id, &token.secret, &request, now).map(|(_, role)| role);
+        assert_eq!(once().unwrap(), Role::Seed);
+        assert_eq!(once().unwrap(), Role::Seed, "whoever lost the answer asks again with the same key");
         assert!(matches!(join(&authority, &token, now), Err(Refusal::Spent)));
         assert!(matches!(join(&authority, &wrong, now), Err(Refusal::WrongSecret)));
     }

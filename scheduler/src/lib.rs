@@ -231,7 +231,8 @@ async fn start(config: &SchedulerConfig) -> Result<Start, SchedulerError> {
         return Ok(Start { identity, authority: None, cluster: config.cluster.clone(), members: Vec::new() });
     }
     let Some((address, token)) = &config.join else { return Err(SchedulerError::Ended("the start")) };
-    let (identity, members, cluster) = join::join(address, token, &config.name).await?;
+    let (identity, members, cluster) =
+        join::join(address, token, &config.name, &Identity::request()?).await?;
     if identity.role() != Role::Scheduler {
         return Err(SchedulerError::WrongRole(identity.role()));
     }

@@ -38,6 +38,15 @@ fn want(size_bytes: Option<u64>, again: bool) -> Want {
     Want { size_bytes, source, again, reads: false }
 }
 
+/// Joins with a key of its own.
+async fn join_once(
+    address: &str,
+    token: &Token,
+    name: &str,
+) -> Result<(Identity, Vec<Member>, String), JoinError> {
+    join::join(address, token, name, &Identity::request().unwrap()).await
+}
+
 struct Scheduler {
     address: SocketAddr,
     numbers: Arc<Numbers>,
@@ -106,7 +115,7 @@ impl Node {
         held: Vec<Holding>,
     ) -> Self {
         let token = create_token(authority.path(), role, HOUR).unwrap();
-        let (identity, _, _) = join::join(&schedulers[0].address(), &token, name).await.unwrap();
+        let (identity, _, _) = join_once(&schedulers[0].address(), &token, name).await.unwrap();
         let dir = tempfile::tempdir().unwrap();
         let (sender, events) = mpsc::channel(256);
         let tracker = Tracker::start(TrackerConfig {
@@ -199,18 +208,18 @@ async fn a_token_lets_one_node_join_and_a_bad_one_says_why() {
     let wrong_authority = Token { authority: [7; 32], ..token.clone() };
     let wrong_secret = Token { secret: "00".repeat(32), ..token.clone() };
 
-    let error = join::join(&address, &wrong_authority, "n").await.unwrap_err();
+    let error = join_once(&address, &wrong_authority, "n").await.unwrap_err();
     assert!(matches!(error, JoinError::WrongAuthority { .. }), "{error}");
-    let error = join::join(&address, &wrong_secret, "n").await.unwrap_err();
+    let error = join_once(&address, &wrong_secret, "n").await.unwrap_err();
     assert!(error.to_string().contains("secret is wrong"), "{error}");
-    let (identity, members, cluster) = join::join(&address, &token, "n").await.unwrap();
+    let (identity, members, cluster) = join_once(&address, &token, "n").await.unwrap();
     assert_eq!((identity.role(), cluster.as_str()), (Role::Seed, "test"));
     assert_eq!(members.iter().map(|member| member.role).collect::<Vec<_>>(), [Role::Scheduler]);
     assert_eq!(members[0].addresses, std::slice::from_ref(&address));
-    let error = join::join(&address, &token, "n").await.unwrap_err();
+    let error = join_once(&address, &token, "n").await.unwrap_err();
     assert!(matches!(&error, JoinError::Refused(why) if why.contains("used already")), "{error}");
     let expired = create_token(dir.path(), Role::Peer, Duration::ZERO).unwrap();
-    let error = join::join(&address, &expired, "n").await.unwrap_err();
+    let error = join_once(&address, &expired, "n").await.unwrap_err();
     assert!(matches!(&error, JoinError::Refused(why) if why.contains("expired")), "{error}");
     assert!(!error.is_transient());
     scheduler.stop().await;
@@ -221,9 +230,9 @@ async fn a_cluster_of_the_same_name_is_another_cluster() {
     let (ours, theirs) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let (first, second) = (Scheduler::start(&ours).await, Scheduler::start(&theirs).await);
     let token = create_token(ours.path(), Role::Peer, HOUR).unwrap();
-    let error = join::join(&second.address(), &token, "n").await.unwrap_err();
+    let error = join_once(&second.address(), &token, "n").await.unwrap_err();
     assert!(matches!(error, JoinError::WrongAuthority { .. }), "{error}");
-    let (identity, _, _) = join::join(&first.address(), &token, "n").await.unwrap();
+    let (identity, _, _) = join_once(&first.address(), &token, "n").await.unwrap();
     let error = join::connect(&second.address(), &identity).await.unwrap_err();
     assert!(matches!(error, join::ConnectError::Stranger { .. }), "{error}");
 }
@@ -255,7 +264,7 @@ async fn without_a_certificate_there_is_joining_and_nothing_else() {
     let dir = tempfile::tempdir().unwrap();
     let scheduler = Scheduler::start(&dir).await;
     let token = create_token(dir.path(), Role::Peer, HOUR).unwrap();
-    let (identity, _, _) = join::join(&scheduler.address(), &token, "n").await.unwrap();
+    let (identity, _, _) = join_once(&scheduler.address(), &token, "n").await.unwrap();
     let channel = anonymous(&scheduler, &identity).await;
     let mut client = SchedulerClient::new(channel.clone());
     let refused = client.track(tokio_stream::iter([])).await.unwrap_err();
@@ -410,9 +419,9 @@ async fn a_second_scheduler_joins_without_authority_and_tasks_are_shared_out() {
     timeout(SOON, both).await.expect("a stream to each");
 
     let token = create_token(dir.path(), Role::Peer, HOUR).unwrap();
-    let error = join::join(&second.address(), &token, "n").await.unwrap_err();
+    let error = join_once(&second.address(), &token, "n").await.unwrap_err();
     assert!(matches!(&error, JoinError::NoAuthority(why) if why.contains(&first.address())), "{error}");
-    join::join(&first.address(), &token, "n").await.expect("the token was not spent");
+    join_once(&first.address(), &token, "n").await.expect("the token was not spent");
 
     (0..20).for_each(|n| node.want(n));
     let mut told = std::collections::BTreeSet::new();

@@ -1,7 +1,5 @@
 //! `hawker doctor`: is the daemon well, and does the runtime really pull through it?
 
-#![allow(clippy::print_stdout, reason = "a command that prints")]
-
 mod containerd;
 mod daemon;
 mod docker;
@@ -14,6 +12,7 @@ pub(crate) use containerd::{HOSTS_DIR, hosts_toml};
 use serde::Serialize;
 
 use crate::args::{DoctorArgs, Runtime};
+use crate::print;
 
 /// What came out of one check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -79,7 +78,8 @@ pub(crate) async fn run(args: &DoctorArgs) -> anyhow::Result<bool> {
     let mut checks = Vec::new();
     let mut tell = |new: Vec<Check>| {
         if !args.json {
-            new.iter().for_each(|check| print!("{}", check.render()));
+            // What can't be printed has been looked at all the same.
+            new.iter().for_each(|check| drop(print::line(check.render().trim_end())));
         }
         checks.extend(new);
     };
@@ -96,9 +96,9 @@ pub(crate) async fn run(args: &DoctorArgs) -> anyhow::Result<bool> {
     }
     let well = checks.iter().all(|check| check.outcome != Outcome::Fail);
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&serde_json::json!({ "well": well, "checks": checks }))?);
+        print::line(serde_json::to_string_pretty(&serde_json::json!({ "well": well, "checks": checks }))?)?;
     } else {
-        println!("{}", if well { "All is well." } else { "Something is wrong: see the lines with ✗." });
+        print::line(if well { "All is well." } else { "Something is wrong: see the lines with ✗." })?;
     }
     Ok(well)
 }

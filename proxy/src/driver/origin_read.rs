@@ -1,6 +1,7 @@
 //! Reading a task from the origin, in order, piece by piece, with the hash running.
 
-use std::time::Duration;
+use std::pin::pin;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use hawker_core::digest::{Chain, Digest};
@@ -17,6 +18,10 @@ use crate::origin::{Content, Origin, OriginBody, OriginError, Target};
 
 /// Tries without a new piece before the origin counts as failed.
 const TRIES: u32 = 3;
+
+/// While others wait for memory, a piece has to be on its way to come within this time, and is looked at after so long.
+const PIECE_WITHIN: Duration = Duration::from_secs(30);
+const PIECE_LOOKED_AT: Duration = Duration::from_secs(5);
 
 /// The wait before the second try; it doubles.
 const FIRST_WAIT: Duration = Duration::from_millis(200);
@@ -62,6 +67,8 @@ enum Ended {
     Final(Failure, String),
     /// Worth another try.
     Broken(String),
+    /// It is so slow that others wait for the memory it takes.
+    Hogging,
     /// The driver is gone.
     Unheard,
 }
@@ -74,6 +81,11 @@ impl Read {
             match self.read(&grant).await {
                 Ended::Whole => return self.over(None).await,
                 Ended::Unheard => return,
+                Ended::Hogging => {
+                    let (task, generation) = (self.task, self.generation);
+                    let _ = self.events.send(Event::OriginHogging { task, generation }).await;
+                    return;
+                }
                 Ended::Final(failure, reason) => last = (failure, reason),
                 Ended::Broken(reason) => last = (Failure::Unreachable, reason),
             }
@@ -185,7 +197,7 @@ impl Read {
             }
             let mut buffer = self.pool.get(layout.len_bytes(self.from) as usize).await;
             let mut chain = self.chain.clone();
-            if let Err(ended) = fill(&mut buffer, &mut chain, &mut body, &mut chunk).await {
+            if let Err(ended) = fill(&self.pool, &mut buffer, &mut chain, &mut body, &mut chunk).await {
                 return ended;
             }
             self.chain = chain.clone();
@@ -201,16 +213,31 @@ impl Read {
     }
 }
 
-/// Fills one piece from the body.
+/// Fills one piece from the body; not for long if that is slow and others wait for the memory.
 async fn fill(
+    pool: &BufferPool,
     buffer: &mut PieceBuffer,
     chain: &mut Chain,
     body: &mut OriginBody,
     chunk: &mut Bytes,
 ) -> Result<(), Ended> {
+    let began = Instant::now();
+    let mut wanted = pin!(pool.is_wanted(PIECE_LOOKED_AT));
     while buffer.missing() > 0 {
         if chunk.is_empty() {
-            *chunk = match body.next().await {
+            let mut next = pin!(body.next());
+            let next = loop {
+                tokio::select! {
+                    biased;
+                    next = &mut next => break next,
+                    () = &mut wanted => {}
+                }
+                if !is_on_its_way(buffer, began.elapsed()) {
+                    return Err(Ended::Hogging);
+                }
+                wanted.set(pool.is_wanted(PIECE_LOOKED_AT));
+            };
+            *chunk = match next {
                 Some(Ok(bytes)) => bytes,
                 Some(Err(error)) => return Err(Ended::Broken(error.to_string())),
                 None => return Err(Ended::Broken("its answer was short".into())),
@@ -221,6 +248,12 @@ async fn fill(
         chain.update(&bytes);
     }
     Ok(())
+}
+
+/// Whether a piece that is being filled will be there in time, as it has gone on so far.
+fn is_on_its_way(buffer: &PieceBuffer, took: Duration) -> bool {
+    let filled = buffer.filled().len() as f64 / buffer.piece_len().max(1) as f64;
+    took.as_secs_f64() <= filled * PIECE_WITHIN.as_secs_f64()
 }
 
 /// The blob's size, as the answer tells it.

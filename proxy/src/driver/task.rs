@@ -46,6 +46,8 @@ pub(super) struct TaskState {
     pub(super) last_failure: String,
     /// It is one of the few tasks that hold memory because the disk refuses.
     pub(super) holds_memory: bool,
+    /// It may not hold any: its origin is too slow.
+    pub(super) starved: bool,
     /// The end of what may be read from the origin: moves with the readers when the disk refuses.
     pub(super) window: watch::Sender<PieceIndex>,
 }
@@ -71,6 +73,7 @@ impl TaskState {
             completing: false,
             last_failure: String::new(),
             holds_memory: false,
+            starved: false,
             window: watch::Sender::new(PieceIndex::MAX),
         }
     }

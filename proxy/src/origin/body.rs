@@ -1,5 +1,6 @@
 //! A response's body, as it comes from a registry.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -10,6 +11,7 @@ use tokio::time::timeout;
 use super::OriginError;
 use super::request::reasons;
 use crate::limits::{Direction, Limits};
+use crate::metrics::Metrics;
 
 /// Between two frames of a body.
 const BODY_IDLE: Duration = Duration::from_secs(30);
@@ -25,6 +27,7 @@ pub struct OriginBody {
     pub(super) remaining_bytes: Option<u64>,
     pub(super) registry: String,
     pub(super) limits: Limits,
+    pub(super) metrics: Arc<Metrics>,
 }
 
 impl OriginBody {
@@ -46,6 +49,7 @@ impl OriginBody {
             }
         }
         let frame = self.pending.split_to(self.pending.len().min(FRAME_BYTES));
+        self.metrics.received_origin.inc_by(frame.len() as u64);
         self.limits.take(Direction::Origin, frame.len() as u64).await;
         Ok(Some(frame))
     }

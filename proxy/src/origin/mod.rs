@@ -44,6 +44,7 @@ use self::policy::{Reach, Route, Trust};
 use self::request::{Asked, unreachable};
 use crate::credentials::Credential;
 use crate::limits::Limits;
+use crate::metrics::Metrics;
 use crate::settings::LiveSettings;
 
 /// From the request to the response's head, all endpoints and redirects together. Runtimes wait for 30 s, and then they must have
@@ -132,6 +133,7 @@ pub struct Origin {
 struct Inner {
     live: Arc<ArcSwap<LiveSettings>>,
     limits: Limits,
+    metrics: Arc<Metrics>,
     proxies: Arc<Proxies>,
     pseudonym: String,
     current: Mutex<Current>,
@@ -165,19 +167,30 @@ struct Means {
 impl Origin {
     /// A client that reads `live` at each request, and uses the proxy that the environment names.
     pub fn new(live: Arc<ArcSwap<LiveSettings>>, limits: Limits) -> Self {
-        Self::beside(live, limits, Vec::new())
+        Self::beside(live, limits, Vec::new(), Arc::default())
     }
 
-    /// The same, in a daemon whose mirror listens at `own`: a proxy setting that leads there is not followed.
-    pub fn beside(live: Arc<ArcSwap<LiveSettings>>, limits: Limits, own: Vec<SocketAddr>) -> Self {
-        Self::through(live, limits, Proxies::new(Matcher::from_env(), own))
+    /// The same, in a daemon whose mirror listens at `own` (a proxy setting that leads there is not followed), and that counts.
+    pub fn beside(
+        live: Arc<ArcSwap<LiveSettings>>,
+        limits: Limits,
+        own: Vec<SocketAddr>,
+        metrics: Arc<Metrics>,
+    ) -> Self {
+        Self::through(live, limits, Proxies::new(Matcher::from_env(), own), metrics)
     }
 
-    fn through(live: Arc<ArcSwap<LiveSettings>>, limits: Limits, proxies: Proxies) -> Self {
+    fn through(
+        live: Arc<ArcSwap<LiveSettings>>,
+        limits: Limits,
+        proxies: Proxies,
+        metrics: Arc<Metrics>,
+    ) -> Self {
         let current = Current::new(live.load_full());
         let inner = Inner {
             live,
             limits,
+            metrics,
             proxies: Arc::new(proxies),
             pseudonym: format!("hawker-{:016x}", rand::random::<u64>()),
             current: Mutex::new(current),
@@ -265,6 +278,7 @@ impl Origin {
         let mut best = None;
         for (i, endpoint) in endpoints.iter().enumerate() {
             let more = i + 1 < endpoints.len();
+            self.inner.metrics.origin_requests.inc();
             let until = if more { deadline.min(Instant::now() + HEAD_OF_MIRROR) } else { deadline };
             let asked = self.asked(&means, &route, registry, endpoint);
             let (url, headers) =
@@ -334,7 +348,8 @@ impl Origin {
 
     fn body(&self, registry: &str, incoming: Option<Incoming>, remaining_bytes: Option<u64>) -> OriginBody {
         let (registry, limits) = (registry.to_owned(), self.inner.limits.clone());
-        OriginBody { incoming, pending: Bytes::new(), remaining_bytes, registry, limits }
+        let metrics = Arc::clone(&self.inner.metrics);
+        OriginBody { incoming, pending: Bytes::new(), remaining_bytes, registry, limits, metrics }
     }
 
     /// The headers an origin gets: what is passed on of the client's, and who we are.

@@ -201,7 +201,7 @@ pub(crate) fn knowing(registries: &[&TestRegistry]) -> Arc<ArcSwap<LiveSettings>
 pub(crate) fn origin(live: &Arc<ArcSwap<LiveSettings>>) -> Origin {
     let matcher = hyper_util::client::proxy::matcher::Matcher::builder().build();
     let proxies = super::connect::Proxies::new(matcher, Vec::new());
-    Origin::through(Arc::clone(live), Limits::new(Arc::clone(live)), proxies)
+    Origin::through(Arc::clone(live), Limits::new(Arc::clone(live)), proxies, Arc::default())
 }
 
 /// Bytes that look like nothing, the same for the same seed.

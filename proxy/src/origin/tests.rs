@@ -260,7 +260,7 @@ async fn the_environments_proxy_is_used_but_never_our_own_mirror() {
     for (own, expected) in [(vec![], b"proxied".as_slice()), (vec![proxy.address], b"direct")] {
         let matcher = Matcher::builder().http(format!("http://name:word@{}", proxy.address)).build();
         let limits = Limits::new(Arc::clone(&live));
-        let origin = Origin::through(Arc::clone(&live), limits, Proxies::new(matcher, own));
+        let origin = Origin::through(Arc::clone(&live), limits, Proxies::new(matcher, own), Arc::default());
         let mut response = origin.get(&blob(&registry, b""), &HeaderMap::new()).await.unwrap();
         assert_eq!(whole(response.body_mut()).await.unwrap(), expected);
     }

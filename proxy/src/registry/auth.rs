@@ -30,7 +30,7 @@ pub(super) async fn confirm(
         return Ok(size);
     }
     let target = Target { source: source.clone(), content };
-    let mut headers = ask.grant.headers();
+    let mut headers = ask.for_origin();
     headers.insert(ACCEPT, ANY_TYPE);
     let problem = match mirror.origin.head(&target, &headers).await {
         Ok(head) if head.status() == StatusCode::OK => {

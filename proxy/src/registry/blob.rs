@@ -57,7 +57,7 @@ async fn head(
     let size = match size {
         Some(size) => Some(size),
         None => {
-            let head = mirror.origin.head(&target(ask, digest), &ask.grant.headers()).await?;
+            let head = mirror.origin.head(&target(ask, digest), &ask.for_origin()).await?;
             if head.status() != StatusCode::OK {
                 note_refusal(mirror, ask, head.status());
                 return Err(Problem::refusal(head.status(), head.headers()));

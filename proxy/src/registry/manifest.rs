@@ -151,7 +151,7 @@ async fn fetch(mirror: &Inner, ask: &Ask, digest: &Digest, ask_seed: bool) -> Re
     }
     let source = &ask.grant.source;
     let target = Target { source: source.clone(), content: Content::Manifest(digest.to_string()) };
-    let mut headers = ask.grant.headers();
+    let mut headers = ask.for_origin();
     headers.insert(ACCEPT, ANY_TYPE);
     let response = mirror.origin.get(&target, &headers).await?;
     if response.status() != StatusCode::OK {

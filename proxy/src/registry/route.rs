@@ -47,6 +47,16 @@ impl Ask {
         Self { method: Method::GET, caller: Caller::of(&grant), grant, headers, client }
     }
 
+    /// The headers to ask the origin with on the client's behalf: its right, and the way that its request has come, so that a
+    /// circle is noticed.
+    pub(super) fn for_origin(&self) -> HeaderMap {
+        let mut headers = self.grant.headers();
+        for via in self.headers.get_all(VIA) {
+            headers.append(VIA, via.clone());
+        }
+        headers
+    }
+
     /// The request's headers without those that make sense for blobs only.
     pub(super) fn without_ranges(&self) -> HeaderMap {
         let mut headers = self.headers.clone();

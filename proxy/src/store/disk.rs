@@ -102,6 +102,12 @@ pub(super) fn is_full(error: &io::Error) -> bool {
     matches!(error.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded)
 }
 
+/// Whether a disk refuses to be written, full, failing or read-only: the daemon works on without it.
+pub fn disk_refuses(error: &io::Error) -> bool {
+    let io_error = rustix::io::Errno::IO.raw_os_error();
+    is_full(error) || error.kind() == ErrorKind::ReadOnlyFilesystem || error.raw_os_error() == Some(io_error)
+}
+
 /// Whether a piece in `file` is what the table says; `false` too when the table does not know.
 pub(super) fn piece_is_right(file: &File, table: &PieceTable, piece: PieceIndex) -> io::Result<bool> {
     let Some(mut chain) = table.chain_at(piece) else { return Ok(false) };

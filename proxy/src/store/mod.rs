@@ -27,6 +27,7 @@ use hawker_core::digest::Digest;
 use hawker_core::piece::PieceLayout;
 
 pub use self::blob::Blob;
+pub use self::disk::disk_refuses;
 use self::layout::Layout;
 pub use self::partial::Partial;
 use self::state::{Entry, Inner};

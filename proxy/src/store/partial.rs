@@ -9,7 +9,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use hawker_core::digest::{Chain, Digest};
-use hawker_core::piece::{PieceIndex, PieceLayout, PieceSet, PieceTable};
+use hawker_core::piece::{MAX_BLOB_BYTES, PieceIndex, PieceLayout, PieceSet, PieceTable};
 
 use super::blob::{self, Blob, MAX_INDEX_BYTES};
 use super::record::{self, Contents, Header};
@@ -258,7 +258,7 @@ pub(super) fn bytes_of(layout: PieceLayout, held: &PieceSet) -> u64 {
 /// Goes on with the partial task on disk, or begins a new one.
 pub(super) fn begin(store: &Arc<Inner>, task: &Digest, size_bytes: u64) -> Result<Partial, StoreError> {
     store.refuse_while_degraded()?;
-    if size_bytes > record::MAX_BLOB_BYTES {
+    if size_bytes > MAX_BLOB_BYTES {
         let what = format!("beginning {task} of {size_bytes} bytes");
         return Err(StoreError::Disk { what, source: ErrorKind::FileTooLarge.into() });
     }

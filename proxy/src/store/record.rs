@@ -8,7 +8,9 @@
 //! unknown kind are skipped; fields that a later minor version appends to a known kind are ignored.
 
 use hawker_core::digest::{Algorithm, ChainValue, Digest};
-use hawker_core::piece::{PeerId, PieceIndex, PieceLayout, PieceSet, PieceTable, SignedPrefix};
+use hawker_core::piece::{
+    MAX_BLOB_BYTES, PeerId, PieceIndex, PieceLayout, PieceSet, PieceTable, SignedPrefix,
+};
 
 const MAGIC: &[u8; 6] = b"hawker";
 /// Readers refuse another major version.
@@ -28,9 +30,6 @@ const FRAME_BYTES: usize = 1 + 4 + 4;
 
 /// Values in one record, so that a torn one costs little.
 const VALUES_PER_RECORD: usize = 4096;
-
-/// The longest blob there can be: bounds what a false size makes the store allocate.
-pub(super) const MAX_BLOB_BYTES: u64 = 16 << 40;
 
 /// What a file is about.
 #[derive(Clone, Debug, PartialEq, Eq)]

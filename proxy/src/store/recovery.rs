@@ -17,27 +17,38 @@ use super::blob::MAX_INDEX_BYTES;
 use super::layout::{ALGORITHMS, INDEX, Layout, TABLE, TEMPORARY, parse_blob_name, parse_flat_name};
 use super::partial::{bytes_of, read_index};
 use super::state::{Entry, Key, State, leave, since_1970};
-use super::{StoreError, disk};
+use super::{StoreError, disk, disk_refuses};
 
 /// Makes the store's folders.
 pub(super) fn make_folders(layout: &Layout) -> Result<(), StoreError> {
     let blobs = ALGORITHMS.map(|algorithm| layout.blobs(algorithm));
     for folder in blobs.iter().chain(&[layout.partials(), layout.manifests()]) {
-        disk::make_folder(folder)
-            .map_err(|source| StoreError::Disk { what: format!("making {}", folder.display()), source })?;
+        match disk::make_folder(folder) {
+            Err(error) if disk_refuses(&error) => {
+                tracing::warn!(%error, folder = %folder.display(), "the disk refuses: nothing will be kept");
+                break;
+            }
+            made => made.map_err(|source| StoreError::Disk {
+                what: format!("making {}", folder.display()),
+                source,
+            })?,
+        }
     }
     Ok(())
 }
 
-/// Locks the store for this process, until the file is closed.
-pub(super) fn lock(layout: &Layout) -> Result<File, StoreError> {
+/// Locks the store for this process, until the file is closed. `None`: it can't be locked, since it can't be written.
+pub(super) fn lock(layout: &Layout) -> Result<Option<File>, StoreError> {
     let path = layout.lock();
     let fail = |source| StoreError::Disk { what: format!("locking {}", path.display()), source };
     // Made first and opened for reading then: a store on a read-only disk can still be read.
     let made = if path.exists() { Ok(()) } else { disk::create(&path).map(drop) };
+    if made.as_ref().is_err_and(|error| disk_refuses(error) || !layout.root().exists()) {
+        return Ok(None);
+    }
     let file = made.and_then(|()| File::open(&path)).map_err(fail)?;
     match try_lock_for_a_while(&file) {
-        Ok(()) => Ok(file),
+        Ok(()) => Ok(Some(file)),
         Err(fs::TryLockError::Error(source)) => Err(fail(source)),
         Err(fs::TryLockError::WouldBlock) => Err(StoreError::Disk {
             what: format!(

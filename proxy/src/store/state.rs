@@ -86,7 +86,7 @@ pub(super) struct Inner {
     unclaimed: Condvar,
     opened_at: (Instant, Duration),
     /// Locked as long as the store lives.
-    _lock: File,
+    _lock: Option<File>,
     #[cfg(test)]
     pub(super) fault: Mutex<Option<io::ErrorKind>>,
 }
@@ -97,7 +97,7 @@ impl Inner {
         boot_id: String,
         settings: CacheSettings,
         state: State,
-        lock: File,
+        lock: Option<File>,
     ) -> Self {
         Self {
             layout,
