@@ -136,6 +136,7 @@ struct Inner {
     metrics: Arc<Metrics>,
     proxies: Arc<Proxies>,
     pseudonym: String,
+    via: HeaderValue,
     current: Mutex<Current>,
     backoff: Backoff,
 }
@@ -187,12 +188,15 @@ impl Origin {
         metrics: Arc<Metrics>,
     ) -> Self {
         let current = Current::new(live.load_full());
+        let pseudonym = format!("hawker-{:016x}", rand::random::<u64>());
+        let via = HeaderValue::try_from(format!("1.1 {pseudonym}"));
         let inner = Inner {
             live,
             limits,
             metrics,
             proxies: Arc::new(proxies),
-            pseudonym: format!("hawker-{:016x}", rand::random::<u64>()),
+            pseudonym,
+            via: via.expect("hex digits and a name are a header's value"),
             current: Mutex::new(current),
             backoff: Backoff::new(),
         };
@@ -333,7 +337,15 @@ impl Origin {
         endpoint: &'a Url,
     ) -> Asked<'a> {
         let (client, realm_client) = (&means.client, &means.realm_client);
-        Asked { client, realm_client, route, registry, endpoint, proxies: &self.inner.proxies }
+        Asked {
+            client,
+            realm_client,
+            route,
+            registry,
+            endpoint,
+            proxies: &self.inner.proxies,
+            via: &self.inner.via,
+        }
     }
 
     fn with_body(
@@ -369,8 +381,7 @@ impl Origin {
         for via in headers.get_all(VIA) {
             out.append(VIA, via.clone());
         }
-        let own = format!("1.1 {}", self.inner.pseudonym);
-        out.append(VIA, HeaderValue::try_from(own).expect("hex digits and a name are a header's value"));
+        out.append(VIA, self.inner.via.clone());
         out.insert(USER_AGENT, OWN_NAME);
         out.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
         out

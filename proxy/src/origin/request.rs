@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http::header::{AUTHORIZATION, LOCATION, PROXY_AUTHORIZATION};
-use http::{HeaderMap, Method, Request, Response, Uri};
+use http::{HeaderMap, HeaderValue, Method, Request, Response, Uri};
 use http_body_util::Full;
 use hyper::body::Incoming;
 use hyper_util::client::legacy;
@@ -35,6 +35,8 @@ pub(super) struct Asked<'a> {
     pub(super) registry: &'a str,
     pub(super) endpoint: &'a Url,
     pub(super) proxies: &'a Proxies,
+    /// This node, for circles to be noticed.
+    pub(super) via: &'a HeaderValue,
 }
 
 impl Asked<'_> {

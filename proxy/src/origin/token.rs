@@ -6,7 +6,7 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, RETRY_AFTER, USER_AGENT};
+use http::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, RETRY_AFTER, USER_AGENT, VIA};
 use http::{HeaderMap, HeaderValue, Method, Response, StatusCode};
 use http_body_util::{BodyExt, Limited};
 use hyper::body::Incoming;
@@ -104,7 +104,7 @@ impl Realm<'_> {
     /// GET, with name and password if there are any.
     async fn fetch(&self, credential: Option<&Credential>) -> Result<Response<Incoming>, Denied> {
         let mut url = self.wanted.realm.clone();
-        let mut headers = own_headers();
+        let mut headers = own_headers(self.asked);
         if let Some(basic) = credential.and_then(Credential::to_basic) {
             headers.insert(AUTHORIZATION, basic);
         }
@@ -121,7 +121,7 @@ impl Realm<'_> {
 
     /// POST of a grant; where it redirects to nobody goes.
     async fn post(&self, grant: &[(&str, &str)]) -> Result<Response<Incoming>, Denied> {
-        let mut headers = own_headers();
+        let mut headers = own_headers(self.asked);
         headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/x-www-form-urlencoded"));
         self.asked
             .send(&Method::POST, self.wanted.realm, &headers, &self.form(grant))
@@ -183,10 +183,11 @@ impl Realm<'_> {
     }
 }
 
-fn own_headers() -> HeaderMap {
+fn own_headers(asked: &Asked<'_>) -> HeaderMap {
     HeaderMap::from_iter([
         (ACCEPT, HeaderValue::from_static("application/json")),
         (USER_AGENT, super::OWN_NAME),
+        (VIA, asked.via.clone()),
     ])
 }
 

@@ -1,7 +1,5 @@
 //! Manifests: by tag straight from the origin, by digest from the cache, a seed, or the origin; always what the digest says.
 
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
@@ -10,7 +8,6 @@ use hawker_core::reference::{ManifestRef, Source};
 use http::header::{ACCEPT, CONTENT_LENGTH, CONTENT_TYPE, ETAG};
 use http::{HeaderMap, HeaderValue, Method, Response, StatusCode};
 use serde::Deserialize;
-use tokio::sync::OnceCell;
 use tokio::time::timeout;
 
 use super::access::Caller;
@@ -19,6 +16,7 @@ use super::body::Payload;
 use super::error::Problem;
 use super::forward::{DOCKER_CONTENT_DIGEST, forward, forward_head, not_encoded, passed_on, with};
 use super::{Answer, Ask, Inner, etag, not_modified};
+use crate::coalesce::Coalesced;
 use crate::grant::Grant;
 use crate::origin::{Content, OriginBody, Target, content_length};
 
@@ -44,12 +42,7 @@ pub(super) struct Manifest {
 }
 
 /// Downloads of manifests under way: who asks for the same one, with the same right, waits for it.
-#[derive(Default)]
-pub(super) struct Fetching(Mutex<HashMap<Key, Arc<Fetch>>>);
-
-type Key = (Caller, Source, Digest);
-
-type Fetch = OnceCell<Result<Manifest, Problem>>;
+pub(super) type Fetching = Coalesced<(Caller, Source, Digest), Result<Manifest, Problem>>;
 
 pub(super) async fn manifest(mirror: &Inner, ask: &Ask, reference: &ManifestRef) -> Result<Answer, Problem> {
     match reference {
@@ -112,36 +105,8 @@ async fn by_digest(mirror: &Inner, ask: &Ask, digest: &Digest) -> Result<Manifes
 
 /// Gets a manifest that is not cached; of many who ask at once only one does.
 async fn fetch_once(mirror: &Inner, ask: &Ask, digest: &Digest, ask_seed: bool) -> Result<Manifest, Problem> {
-    let waiting = mirror.fetching.join((ask.caller, ask.grant.source.clone(), *digest));
-    waiting.shared.get_or_init(|| fetch(mirror, ask, digest, ask_seed)).await.clone()
-}
-
-impl Fetching {
-    fn join(&self, key: Key) -> Waiting<'_> {
-        let shared = Arc::clone(self.all().entry(key.clone()).or_default());
-        Waiting { all: self, key, shared }
-    }
-
-    fn all(&self) -> MutexGuard<'_, HashMap<Key, Arc<Fetch>>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// One of those who wait for a manifest. If the one who fetches it goes away, the next one does it.
-struct Waiting<'a> {
-    all: &'a Fetching,
-    key: Key,
-    shared: Arc<Fetch>,
-}
-
-impl Drop for Waiting<'_> {
-    fn drop(&mut self) {
-        let mut all = self.all.all();
-        // The map's and this one: nobody else waits.
-        if Arc::strong_count(&self.shared) <= 2 {
-            all.remove(&self.key);
-        }
-    }
+    let key = (ask.caller, ask.grant.source.clone(), *digest);
+    mirror.fetching.run(key, fetch(mirror, ask, digest, ask_seed)).await
 }
 
 async fn fetch(mirror: &Inner, ask: &Ask, digest: &Digest, ask_seed: bool) -> Result<Manifest, Problem> {

@@ -85,11 +85,11 @@ pub(super) async fn answer(mirror: &Inner, mut request: Parts, client: IpAddr) -
     let named = asked.as_ref().ok().and_then(registry_of).cloned();
     let mut admission = Admission::default();
     let asked = asked.map_err(Problem::from).and_then(|asked| {
+        not_in_a_circle(mirror, &request.headers)?;
         admission = token::admit(mirror, &mut request, &asked)?;
         Ok(asked)
     });
     let answered = match asked {
-        Ok(_) if is_loop(&request.headers, mirror.origin.pseudonym()) => Err(Problem::Loop),
         Ok(asked) => {
             timeout(HEAD, dispatch(mirror, request, asked, client)).await.unwrap_or(Err(Problem::Slow))
         }
@@ -130,6 +130,11 @@ fn registry_of(asked: &Asked) -> Option<&String> {
         Asked::Ping { registry } => registry.as_ref(),
         Asked::Content(request) => request.registry.as_ref(),
     }
+}
+
+/// An error if a request has passed through this daemon before.
+pub(super) fn not_in_a_circle(mirror: &Inner, headers: &HeaderMap) -> Result<(), Problem> {
+    if is_loop(headers, mirror.origin.pseudonym()) { Err(Problem::Loop) } else { Ok(()) }
 }
 
 /// Whether a request has passed through this daemon before.

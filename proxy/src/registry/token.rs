@@ -25,6 +25,7 @@ use super::access::LONGEST_PULL;
 use super::body::Payload;
 use super::error::Problem;
 use super::forward::with;
+use super::route::not_in_a_circle;
 use super::{Answer, Inner};
 use crate::credentials::{Credential, Secret};
 use crate::metrics::RequestKind;
@@ -211,6 +212,7 @@ pub(super) async fn answer(mirror: &Inner, request: Parts, body: Incoming) -> An
 }
 
 async fn give(mirror: &Inner, request: Parts, body: Incoming) -> Result<Answer, Problem> {
+    not_in_a_circle(mirror, &request.headers)?;
     let wish = Wish::read(&request, body).await?;
     let Some(credential) = wish.credential else { return Ok(given(ANYBODY, ANYBODY_LIFE)) };
     let default = mirror.live.load().registries.default.clone();
