@@ -4,6 +4,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use serde::{Deserialize, Serialize};
 
 /// Hands every node its container images: a registry mirror that takes layers from other nodes.
 #[derive(Debug, Parser)]
@@ -26,6 +27,8 @@ pub(crate) enum Command {
     Token(TokenCommand),
     /// Who is in the cluster, what this node serves, where the bytes came from
     Status(StatusArgs),
+    /// Points a runtime's pulls at the mirror, or takes that back
+    Configure(ConfigureArgs),
     /// Whether all is well, and whether the runtime really pulls through Hawker
     Doctor(DoctorArgs),
     /// The version of this program
@@ -258,12 +261,47 @@ pub(crate) struct StatusArgs {
     pub(crate) json: bool,
 }
 
-/// The runtimes that `doctor` knows.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+/// The runtimes that `configure` and `doctor` know.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub(crate) enum Runtime {
     Containerd,
     Docker,
+    Crio,
+    /// Also skopeo and buildah
     Podman,
+    Buildkit,
+}
+
+/// `hawker configure`.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct ConfigureArgs {
+    /// The runtime to point at the mirror
+    #[arg(value_enum)]
+    pub(crate) runtime: Runtime,
+    /// The mirror, as the runtime reaches it
+    #[arg(long, value_name = "URL", default_value = "http://127.0.0.1:6500")]
+    pub(crate) mirror: String,
+    /// A registry whose pulls go to the mirror, for podman and crio with the name that Hawker knows it by where that is
+    /// another; may be repeated [default: containerd: all; docker: docker.io; others: the well-known ones and those in Hawker's
+    /// configuration]
+    #[arg(long, value_name = "HOST[=NAME]")]
+    pub(crate) registry: Vec<String>,
+    /// The runtime's configuration [default: where it is by custom]
+    #[arg(long, value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
+    /// Take the mirror out again: files are what they were before
+    #[arg(long)]
+    pub(crate) remove: bool,
+    /// Show what would change, and change nothing
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+    /// Restart or reload the runtime by systemctl, if it needs that
+    #[arg(long)]
+    pub(crate) restart: bool,
+    /// The system whose files these are, e.g. an image that is being built
+    #[arg(long, value_name = "DIR", default_value = "/")]
+    pub(crate) root: PathBuf,
 }
 
 /// `hawker doctor`.
@@ -282,11 +320,14 @@ pub(crate) struct DoctorArgs {
     #[arg(long, value_name = "REF")]
     pub(crate) image: Option<String>,
     /// containerd's configuration
-    #[arg(long, value_name = "FILE", default_value = "/etc/containerd/config.toml")]
+    #[arg(long, value_name = "FILE", default_value = crate::configure::containerd::FILE)]
     pub(crate) containerd_config: PathBuf,
     /// containerd's socket [default: as its configuration says]
     #[arg(long, value_name = "SOCKET")]
     pub(crate) containerd_address: Option<PathBuf>,
+    /// CRI-O's socket
+    #[arg(long, value_name = "SOCKET", default_value = crate::doctor::CRIO_SOCKET)]
+    pub(crate) crio_address: PathBuf,
     /// The results as JSON
     #[arg(long)]
     pub(crate) json: bool,

@@ -6,8 +6,6 @@ use std::time::Duration;
 use hawker_core::message::Role;
 use hawker_scheduler::authority::create_token;
 
-use crate::doctor;
-
 /// How long the printed token can be used.
 const TOKEN_TTL: Duration = Duration::from_secs(3600);
 
@@ -36,23 +34,21 @@ impl JoinHelp {
         } else {
             format!(" --data-dir {}", data_dir.display())
         };
-        let hosts = doctor::hosts_toml(mirror);
+        let mirror = if mirror == crate::resolve::MIRROR {
+            String::new()
+        } else {
+            format!(" --mirror http://{mirror}")
+        };
         format!(
             "Hawker is up.\n\n\
              The next node joins with this token (for one node, within an hour), given on standard input:\n\n  \
              hawker proxy --join {scheduler} --token-file -\n\n  {token}\n\n\
              More tokens, here: hawker token create{data_dir} (for another seed: --role seed)\n\n\
-             On each node, containerd pulls through Hawker with this in {}/_default/hosts.toml:\n\n{}\n\
-             and config_path = \"{}\" in its configuration. `hawker doctor` checks it.",
-            doctor::HOSTS_DIR,
-            indented(&hosts),
-            doctor::HOSTS_DIR,
+             On each node, containerd pulls through Hawker after this (podman, crio, docker and buildkit likewise):\n\n  \
+             hawker configure containerd{mirror}\n\n\
+             `hawker doctor` checks it.",
         )
     }
-}
-
-fn indented(text: &str) -> String {
-    text.lines().map(|line| format!("  {line}\n")).collect()
 }
 
 #[cfg(test)]
@@ -71,7 +67,7 @@ mod tests {
             "\n  hawker proxy --join 10.0.0.1:6502 --token-file -\n",
             "\n  hawker1.a.b.c\n",
             "hawker token create --data-dir /data",
-            "\n  [host.\"http://127.0.0.1:6500\"]\n    capabilities = [\"pull\", \"resolve\"]\n",
+            "\n  hawker configure containerd\n",
         ] {
             assert!(text.contains(part), "{part} is missing in\n{text}");
         }

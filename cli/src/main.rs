@@ -4,12 +4,14 @@
 
 mod args;
 mod client;
+mod configure;
 mod doctor;
 mod join_help;
 mod log;
 mod member;
 mod print;
 mod problem;
+mod program;
 mod quantity;
 mod reload;
 mod resolve;
@@ -39,6 +41,7 @@ async fn main() -> ExitCode {
         Command::Up(_) => run::up(argv).await,
         Command::Token(TokenCommand::Create(args)) => token::create(&args),
         Command::Status(args) => status::run(&args).await,
+        Command::Configure(args) => configure::run(&args).await,
         Command::Doctor(args) => match doctor::run(&args).await {
             Ok(true) => Ok(()),
             Ok(false) => return ExitCode::FAILURE,

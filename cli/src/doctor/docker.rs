@@ -1,16 +1,15 @@
 //! dockerd: its mirrors serve Docker Hub alone, and it names no registry when it asks them.
 
-use super::containerd::is_mirror;
-use super::selftest::{self, command, quick};
-use super::{Check, Outcome};
-use crate::args::DoctorArgs;
-
-const FILE: &str = "/etc/docker/daemon.json";
+use super::selftest::{self, Pull};
+use super::{Check, Outcome, configure};
+use crate::args::{DoctorArgs, Runtime};
+use crate::configure::docker::FILE;
+use crate::configure::mirror::is_mirror;
+use crate::program::{command, quick};
 
 /// The configuration, and with `--image` a pull.
 pub(super) async fn check(args: &DoctorArgs, mirror: &str) -> Vec<Check> {
     let text = std::fs::read_to_string(FILE).unwrap_or_default();
-    let cure = cure(mirror);
     let configured = judge(&text, mirror);
     let well = configured.outcome == Outcome::Pass;
     let mut checks = vec![configured];
@@ -24,8 +23,14 @@ pub(super) async fn check(args: &DoctorArgs, mirror: &str) -> Vec<Check> {
         return checks;
     }
     let had = quick(command("docker", ["image", "inspect", &image])).await.is_ok();
-    let pull = command("docker", ["pull", &image]);
-    checks.push(selftest::pull_through("docker pull", "docker", &image, &args.admin, pull, cure).await);
+    let pull = Pull {
+        name: "docker pull",
+        runtime: "docker",
+        image: &image,
+        admin: &args.admin,
+        cure: cure(mirror),
+    };
+    checks.push(pull.through(selftest::by(command("docker", ["pull", &image]))).await);
     if !had {
         let _ = quick(command("docker", ["image", "rm", &image])).await;
     }
@@ -34,8 +39,9 @@ pub(super) async fn check(args: &DoctorArgs, mirror: &str) -> Vec<Check> {
 
 fn cure(mirror: &str) -> String {
     format!(
-        "write into {FILE}, then systemctl reload docker:\n{{ \"registry-mirrors\": [\"http://{mirror}\"] }}\n\
-         and start the daemon with --default-registry docker.io: docker does not say which registry it means"
+        "{}; or write into {FILE}:\n{{ \"registry-mirrors\": [\"http://{mirror}\"] }}\nthen systemctl reload docker; \
+         and start the daemon with --default-registry docker.io: docker does not say which registry it means",
+        configure(Runtime::Docker, mirror, None)
     )
 }
 
@@ -46,10 +52,15 @@ fn judge(text: &str, mirror: &str) -> Check {
     };
     let mirrors =
         json.get("registry-mirrors").and_then(|mirrors| mirrors.as_array()).cloned().unwrap_or_default();
-    if mirrors.iter().filter_map(|url| url.as_str()).any(|url| is_mirror(url, mirror)) {
-        return Check::pass("docker", format!("{FILE} names the mirror"));
+    let position = mirrors.iter().filter_map(|url| url.as_str()).position(|url| is_mirror(url, mirror));
+    match position {
+        Some(0) => Check::pass("docker", format!("{FILE} names the mirror")),
+        Some(_) => {
+            let found = format!("{FILE} names the mirror behind another, which is asked first");
+            Check::warn("docker", found, "put it first in registry-mirrors")
+        }
+        None => Check::fail("docker", format!("{FILE} names no mirror http://{mirror}"), cure(mirror)),
     }
-    Check::fail("docker", format!("{FILE} names no mirror http://{mirror}"), cure(mirror))
 }
 
 #[cfg(test)]
@@ -60,6 +71,7 @@ mod tests {
     fn the_mirror_is_found_in_daemon_json() {
         let judge = |text: &str| judge(text, "127.0.0.1:6500").outcome;
         assert_eq!(judge(r#"{"registry-mirrors":["http://localhost:6500/"]}"#), Outcome::Pass);
+        assert_eq!(judge(r#"{"registry-mirrors":["http://a","http://localhost:6500/"]}"#), Outcome::Warn);
         assert_eq!(judge(r#"{"registry-mirrors":["http://localhost:5000"]}"#), Outcome::Fail);
         assert_eq!(judge(""), Outcome::Fail);
         assert_eq!(judge("{"), Outcome::Fail);

@@ -1,6 +1,9 @@
 //! `hawker doctor`: is the daemon well, and does the runtime really pull through it?
 
+mod buildkit;
 mod containerd;
+mod cri;
+mod crio;
 mod daemon;
 mod docker;
 mod podman;
@@ -8,7 +11,7 @@ mod selftest;
 
 use std::path::Path;
 
-pub(crate) use containerd::{HOSTS_DIR, hosts_toml};
+pub(crate) use crio::SOCKET as CRIO_SOCKET;
 use serde::Serialize;
 
 use crate::args::{DoctorArgs, Runtime};
@@ -91,7 +94,9 @@ pub(crate) async fn run(args: &DoctorArgs) -> anyhow::Result<bool> {
         match runtime {
             Runtime::Containerd => tell(containerd::check(args, &mirror).await),
             Runtime::Docker => tell(docker::check(args, &mirror).await),
+            Runtime::Crio => tell(crio::check(args, &mirror).await),
             Runtime::Podman => tell(podman::check(args, &mirror).await),
+            Runtime::Buildkit => tell(buildkit::check(args, &mirror).await),
         }
     }
     let well = checks.iter().all(|check| check.outcome != Outcome::Fail);
@@ -103,6 +108,18 @@ pub(crate) async fn run(args: &DoctorArgs) -> anyhow::Result<bool> {
     Ok(well)
 }
 
+/// The command that points a runtime at the mirror.
+fn configure(runtime: Runtime, mirror: &str, registry: Option<&str>) -> String {
+    let mut command = format!("hawker configure {}", crate::configure::name(runtime));
+    if mirror != crate::resolve::MIRROR {
+        command += &format!(" --mirror http://{mirror}");
+    }
+    if let Some(registry) = registry.filter(|_| runtime != Runtime::Docker) {
+        command += &format!(" --registry {registry}");
+    }
+    command
+}
+
 /// The one asked for, else those that are configured on this machine.
 fn runtimes(args: &DoctorArgs) -> Vec<Runtime> {
     if let Some(runtime) = args.runtime {
@@ -112,7 +129,9 @@ fn runtimes(args: &DoctorArgs) -> Vec<Runtime> {
         (Runtime::Containerd, args.containerd_config.as_path()),
         (Runtime::Containerd, Path::new(containerd::SOCKET)),
         (Runtime::Docker, Path::new("/var/run/docker.sock")),
+        (Runtime::Crio, args.crio_address.as_path()),
         (Runtime::Podman, Path::new("/usr/bin/podman")),
+        (Runtime::Buildkit, Path::new(buildkit::SOCKET)),
     ];
     let mut runtimes: Vec<Runtime> =
         found.iter().filter(|(_, path)| path.exists()).map(|(r, _)| *r).collect();

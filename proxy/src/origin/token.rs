@@ -104,7 +104,7 @@ impl Realm<'_> {
     /// GET, with name and password if there are any.
     async fn fetch(&self, credential: Option<&Credential>) -> Result<Response<Incoming>, Denied> {
         let mut url = self.wanted.realm.clone();
-        let mut headers = own_headers(self.asked);
+        let mut headers = own_headers(&self.asked);
         if let Some(basic) = credential.and_then(Credential::to_basic) {
             headers.insert(AUTHORIZATION, basic);
         }
@@ -121,7 +121,7 @@ impl Realm<'_> {
 
     /// POST of a grant; where it redirects to nobody goes.
     async fn post(&self, grant: &[(&str, &str)]) -> Result<Response<Incoming>, Denied> {
-        let mut headers = own_headers(self.asked);
+        let mut headers = own_headers(&self.asked);
         headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/x-www-form-urlencoded"));
         self.asked
             .send(&Method::POST, self.wanted.realm, &headers, &self.form(grant))
