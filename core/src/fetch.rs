@@ -57,7 +57,15 @@ struct Reader {
     pieces: Range<PieceIndex>,
     /// Reads a part only: what it waits for always comes first.
     partial: bool,
+    /// What it reads after `pieces`: further parts, in whatever order.
+    ahead: Option<PieceSet>,
     moved: Time,
+}
+
+impl Reader {
+    fn wants(&self, piece: PieceIndex) -> bool {
+        self.pieces.contains(&piece) || self.ahead.as_ref().is_some_and(|ahead| ahead.contains(piece))
+    }
 }
 
 /// A parent, as far as this task goes.
@@ -142,11 +150,18 @@ impl Fetch {
     pub fn reader(&mut self, now: Time, id: u64, pieces: Option<Range<PieceIndex>>, partial: bool) {
         match pieces {
             Some(pieces) => {
-                self.readers.insert(id, Reader { pieces, partial, moved: now });
+                self.readers.insert(id, Reader { pieces, partial, ahead: None, moved: now });
             }
             None => {
                 self.readers.remove(&id);
             }
+        }
+    }
+
+    /// What a reader, who has just been told of, reads after that.
+    pub fn reads_ahead(&mut self, id: u64, pieces: PieceSet) {
+        if let Some(reader) = self.readers.get_mut(&id) {
+            reader.ahead = Some(pieces);
         }
     }
 
@@ -159,7 +174,7 @@ impl Fetch {
     pub fn wants(&self, piece: PieceIndex) -> bool {
         !self.held.contains(piece)
             && piece < self.layout.count()
-            && (self.whole || self.readers.values().any(|r| r.pieces.contains(&piece)))
+            && (self.whole || self.readers.values().any(|r| r.wants(piece)))
     }
 
     /// Whether anything is still to be got.
@@ -174,7 +189,9 @@ impl Fetch {
         if self.whole {
             return after(0, self.layout.count());
         }
-        self.readers.values().filter_map(|r| after(r.pieces.start, r.pieces.end)).min()
+        let next = self.readers.values().filter_map(|r| after(r.pieces.start, r.pieces.end));
+        let ahead = self.readers.values().filter_map(|r| r.ahead.as_ref()?.minus(&self.held).next());
+        next.chain(ahead).min()
     }
 
     /// A piece is there, verified; the requests for it that are now for nothing.

@@ -500,6 +500,13 @@ impl<N: Notary> Node<N> {
         fetch.reader(now, id, pieces, partial);
     }
 
+    /// What a reader, who has just been told of, reads after that.
+    pub fn reads_ahead(&mut self, digest: &Digest, id: u64, pieces: PieceSet) {
+        if let Some(fetch) = self.tasks.get_mut(digest).and_then(|t| t.fetch.as_mut()) {
+            fetch.reads_ahead(id, pieces);
+        }
+    }
+
     /// The shell has learned the size (from the origin's headers or a manifest).
     pub fn sized(&mut self, now: Time, digest: Digest, size_bytes: u64) {
         let Some(task) = self.tasks.get_mut(&digest) else { return };

@@ -52,12 +52,14 @@ pub struct Ranges(Vec<Spec>);
 /// What to send, once the size is known.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Resolved {
-    /// 200 and everything: the ranges are not worth a partial answer.
+    /// 200 and everything: there is nothing of which a part could be sent.
     Whole,
     /// 206 with this range, which is not empty.
     One(Range<u64>),
     /// 206 `multipart/byteranges` with these two or more parts, none empty, in this order.
     Many(Vec<Range<u64>>),
+    /// 400: several that together are longer than all there is (RFC 9110, 14.2: overlaps are an attack, or a mistake).
+    TooMuch,
     /// 416 with `Content-Range:` [`unsatisfied`].
     Unsatisfiable,
 }
@@ -106,8 +108,7 @@ impl Ranges {
 
     /// What to send of `size_bytes`. Ranges are cut off at the end; those wholly past it are left out.
     ///
-    /// Everything is sent when the ranges together are longer than that (RFC 9110, 14.2: overlaps are an attack, or a
-    /// mistake), and when there is nothing: an empty blob asked for from byte 0, as containerd does, is no error.
+    /// An empty blob asked for from byte 0, as containerd does, is no error.
     pub fn resolve(&self, size_bytes: u64) -> Resolved {
         if size_bytes == 0 && self.0.iter().any(|spec| spec.includes_start()) {
             return Resolved::Whole;
@@ -117,7 +118,7 @@ impl Ranges {
         match ranges.len() {
             0 => Resolved::Unsatisfiable,
             1 => ranges.pop().map_or(Resolved::Unsatisfiable, Resolved::One),
-            _ if total > u128::from(size_bytes) => Resolved::Whole,
+            _ if total > u128::from(size_bytes) => Resolved::TooMuch,
             _ => Resolved::Many(ranges),
         }
     }
@@ -195,7 +196,7 @@ mod tests {
 
     #[test]
     fn headers_and_what_they_mean_of_a_hundred_bytes() {
-        use Resolved::{Many, One, Unsatisfiable, Whole};
+        use Resolved::{Many, One, TooMuch, Unsatisfiable};
         let table = [
             ("bytes=0-", One(0..100)),
             ("bytes=0-0", One(0..1)),
@@ -218,8 +219,10 @@ mod tests {
             ("bytes=0-1,2-3", Many(vec![0..2, 2..4])),     // never merged
             ("bytes=0-1,200-300", One(0..2)),
             ("bytes=200-,300-", Unsatisfiable),
-            ("bytes=0-,0-", Whole),
-            ("bytes=0-60,40-99", Whole),
+            ("bytes=0-49,50-99", Many(vec![0..50, 50..100])),
+            ("bytes=0-50,50-99", TooMuch),
+            ("bytes=0-,0-", TooMuch),
+            ("bytes=0-,0-,200-", TooMuch),
             ("bytes=,0-1", One(0..2)),
         ];
         for (header, expected) in table {
@@ -360,7 +363,9 @@ mod tests {
             prop_assert_eq!(ranges.specs(), &specs[..]);
             let expected: Vec<_> = specs.iter().map(|s| naive(*s, size)).filter(|s| !s.is_empty()).collect();
             let resolved = match ranges.resolve(size) {
-                Resolved::Whole => {
+                Resolved::Whole => return Err(TestCaseError::fail("there is something to send a part of")),
+                Resolved::TooMuch => {
+                    prop_assert!(expected.len() > 1);
                     prop_assert!(expected.iter().map(Vec::len).sum::<usize>() > size as usize);
                     return Ok(());
                 }

@@ -81,8 +81,14 @@ pub(crate) enum Event {
         reader: u64,
         reply: oneshot::Sender<Arc<Shared>>,
     },
-    /// A reader is at these pieces now, or gone.
-    Position { task: Digest, reader: u64, pieces: Option<Range<PieceIndex>>, partial: bool },
+    /// A reader is at these pieces now, and wants those ahead after them; or it is gone.
+    Position {
+        task: Digest,
+        reader: u64,
+        pieces: Option<Range<PieceIndex>>,
+        ahead: Option<PieceSet>,
+        partial: bool,
+    },
     /// The disk has been looked at for a task.
     Found { task: Digest, generation: u64, found: Found },
     /// A connection did something.
@@ -262,7 +268,12 @@ impl Driver {
             Event::Open { task, grant, size_hint, partial, reader, reply } => {
                 self.open(task, grant, size_hint, partial, reader, reply);
             }
-            Event::Position { task, reader, pieces, partial } => self.position(task, reader, pieces, partial),
+            Event::Position { task, reader, pieces, ahead, partial } => {
+                self.position(task, reader, pieces, partial);
+                if let Some(ahead) = ahead {
+                    self.node.reads_ahead(&task, reader, ahead);
+                }
+            }
             Event::Found { task, generation, found } => self.found(task, generation, found),
             Event::Peer(event) => self.peer(event),
             Event::Tracker(event) => self.tracker(event),

@@ -22,9 +22,11 @@ use crate::driver::Event;
 use crate::grant::Grant;
 use crate::origin::Origin;
 
+mod ahead;
 pub(crate) mod direct;
 
-use direct::Direct;
+use ahead::Ahead;
+use direct::{Direct, Stopped, Stretch};
 
 /// How long a client waits for the size of a blob.
 const SIZE_WITHIN: Duration = Duration::from_secs(30);
@@ -237,30 +239,53 @@ impl Flight {
         self.shared.lock().layout.map_or(0, |layout| layout.size_bytes())
     }
 
-    /// Reads a byte range, in order.
-    pub fn read(self, range: Range<u64>) -> Reader {
+    /// Reads byte ranges, each in order, one after the other: [`Reader::next_part`] goes on to the next.
+    pub fn read(self, ranges: Vec<Range<u64>>) -> Reader {
         let layout = PieceLayout::new(self.size_bytes());
         let epoch = self.shared.lock().epoch;
+        let mut ahead = Ahead::new(ranges, layout);
+        let first = ahead.next().unwrap_or(0..0);
+        let now = Instant::now();
         let reader = Reader {
-            from_start: range.start == 0 && !self.partial,
-            start: range.start,
-            at: range.start,
+            from_start: first.start == 0 && !self.partial,
+            at: first.start,
+            begun: false,
             epoch,
-            end: range.end.min(layout.size_bytes()),
+            end: first.end.min(layout.size_bytes()),
+            ahead,
             layout,
-            moved: Instant::now(),
+            moved: now,
+            given: now,
             announced: None,
             direct: None,
+            first: None,
+            whole_only: false,
             flight: self,
         };
         reader.with_position()
+    }
+
+    /// The rest is to be downloaded too, as if somebody read all of it.
+    async fn want_whole(&self) {
+        let (reply, answer) = oneshot::channel();
+        let (task, grant) = (self.shared.task, self.grant.clone());
+        let open = Event::Open { task, grant, size_hint: None, partial: false, reader: self.id, reply };
+        // Without a driver there is no download any more, and the flight says so.
+        if self.events.send(open).await.is_ok() {
+            let _ = answer.await;
+        }
     }
 }
 
 impl Drop for Flight {
     fn drop(&mut self) {
-        let left =
-            Event::Position { task: self.shared.task, reader: self.id, pieces: None, partial: self.partial };
+        let left = Event::Position {
+            task: self.shared.task,
+            reader: self.id,
+            pieces: None,
+            ahead: None,
+            partial: self.partial,
+        };
         if let Err(mpsc::error::TrySendError::Full(left)) = self.events.try_send(left)
             && let Ok(runtime) = tokio::runtime::Handle::try_current()
         {
@@ -274,26 +299,49 @@ impl Drop for Flight {
 pub struct Reader {
     flight: Flight,
     layout: PieceLayout,
-    start: u64,
     at: u64,
     end: u64,
+    ahead: Ahead,
+    /// Bytes were given out.
+    begun: bool,
     /// That of the bytes given out so far.
     epoch: u64,
+    /// When bytes last came, and when the flight last gave some.
     moved: Instant,
+    given: Instant,
     announced: Option<PieceIndex>,
     direct: Option<Direct>,
+    /// Bytes that were waited for before anybody wanted them.
+    first: Option<Segment>,
+    /// The origin knows no ranges: what is missing comes with the whole.
+    whole_only: bool,
     /// It reads the whole, from its first byte, as the download brings it.
     from_start: bool,
 }
 
 impl Reader {
-    /// Bytes that are still to come.
-    pub const fn remaining_bytes(&self) -> u64 {
-        self.end - self.at
+    /// Goes on to the next range, once the current one is over; `false` when there is none.
+    pub fn next_part(&mut self) -> bool {
+        let Some(range) = self.ahead.next() else { return false };
+        if self.direct.as_mut().is_some_and(|direct| !direct.go_on(&range)) {
+            self.direct = None;
+        }
+        (self.at, self.end) = (range.start, range.end.min(self.layout.size_bytes()));
+        self.tell_position();
+        true
+    }
+
+    /// Waits for the first bytes: what can't be had is known before anything is promised.
+    pub async fn begin(&mut self) -> Result<(), FlightError> {
+        self.first = self.next().await?;
+        Ok(())
     }
 
     /// The next bytes of the range; `None` at its end.
     pub async fn next(&mut self) -> Result<Option<Segment>, FlightError> {
+        if let Some(first) = self.first.take() {
+            return Ok(Some(first));
+        }
         loop {
             if self.at >= self.end {
                 return Ok(None);
@@ -303,7 +351,7 @@ impl Reader {
             let (ready, failed, patience) = {
                 let state = shared.lock();
                 if self.epoch != state.epoch {
-                    if self.at > self.start {
+                    if self.begun {
                         return Err(FlightError::WrongDigest(shared.task));
                     }
                     self.epoch = state.epoch;
@@ -312,10 +360,11 @@ impl Reader {
             };
             if let Some(segment) = ready {
                 self.direct = None;
+                self.given = Instant::now();
                 return Ok(Some(self.advance(segment)));
             }
-            let waited = self.moved.elapsed();
-            if self.direct.is_some() || waited >= patience {
+            let (waited, in_vain) = (self.moved.elapsed(), self.given.elapsed());
+            if self.direct.is_some() || in_vain >= patience {
                 match self.read_direct(failed.as_ref()).await {
                     Some(Ok(segment)) => return Ok(Some(self.advance(segment))),
                     Some(Err(error)) => return Err(error),
@@ -329,7 +378,7 @@ impl Reader {
             if waited >= STALLED {
                 return Err(FlightError::Unreachable("no byte came from peers or the origin in time".into()));
             }
-            let until = if waited < patience { self.moved + patience } else { self.moved + STALLED };
+            let until = if in_vain < patience { self.given + patience } else { self.moved + STALLED };
             let _ =
                 tokio::time::timeout_at(until.min(Instant::now() + Duration::from_secs(1)), changed).await;
         }
@@ -360,17 +409,18 @@ impl Reader {
             let last_start = self.layout.last().map_or(0, |last| self.layout.start(last));
             let must_prove = self.at >= last_start;
             let in_memory = self.flight.shared.lock().in_memory;
-            if !in_memory && (failed.is_some() || must_prove) {
+            if !in_memory && (failed.is_some() || must_prove || self.whole_only) {
                 return None;
             }
             let proven = in_memory && self.end > last_start;
+            let range = if proven { self.at..self.end } else { self.at..self.end.min(last_start) };
+            let until = self.ahead.stretch(range.end).min(last_start).max(range.end);
             self.direct = Some(Direct::new(
                 self.flight.origin.clone(),
                 &self.flight.grant,
                 self.flight.shared.task,
                 self.layout,
-                if proven { self.at..self.end } else { self.at..self.end.min(last_start) },
-                proven,
+                Stretch { range, until, prove: proven, skip: in_memory },
             ));
         }
         let direct = self.direct.as_mut()?;
@@ -380,7 +430,15 @@ impl Reader {
                 self.direct = None;
                 None
             }
-            Err(error) => {
+            Err(Stopped::WholeOnly) => {
+                self.direct = None;
+                self.whole_only = true;
+                self.flight.want_whole().await;
+                self.announced = None;
+                self.tell_position();
+                None
+            }
+            Err(Stopped::Failed(error)) => {
                 self.direct = None;
                 Some(Err(error))
             }
@@ -389,6 +447,7 @@ impl Reader {
 
     fn advance(&mut self, segment: Segment) -> Segment {
         self.moved = Instant::now();
+        self.begun = true;
         self.at += match &segment {
             Segment::Memory(bytes) => bytes.len() as u64,
             Segment::File { range, .. } => range.end - range.start,
@@ -411,6 +470,7 @@ impl Reader {
                 task: self.flight.shared.task,
                 reader: self.flight.id,
                 pieces: Some(pieces),
+                ahead: self.ahead.pieces().cloned(),
                 partial: self.flight.partial,
             });
         }

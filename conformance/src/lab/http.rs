@@ -69,6 +69,37 @@ impl Answer {
         self.headers.iter().find(|(n, _)| n == name).map(|(_, value)| value.as_str())
     }
 
+    /// The parts of a `multipart/byteranges` body (RFC 9110, 14.6): each one's `Content-Range`, and its bytes.
+    ///
+    /// # Errors
+    /// When it is none.
+    pub fn parts(&self) -> Result<Vec<(String, &[u8])>> {
+        let content_type = self.header("content-type").unwrap_or_default();
+        let boundary = content_type.strip_prefix("multipart/byteranges; boundary=");
+        let boundary =
+            boundary.with_context(|| format!("{} {content_type}: {}", self.status, self.text()))?;
+        let (mut rest, mut parts) = (self.body.as_slice(), Vec::new());
+        loop {
+            let line = format!("{}--{boundary}", if parts.is_empty() { "" } else { "\r\n" });
+            rest = rest.strip_prefix(line.as_bytes()).context("a part does not begin with the boundary")?;
+            if rest == b"--\r\n" {
+                return Ok(parts);
+            }
+            let end = rest.windows(4).position(|w| w == b"\r\n\r\n").context("a part's head has no end")?;
+            let head = std::str::from_utf8(&rest[..end])?;
+            let range = head.lines().find_map(|line| line.strip_prefix("Content-Range: "));
+            let range = range.with_context(|| format!("no Content-Range in {head:?}"))?;
+            let (first, last) = range
+                .strip_prefix("bytes ")
+                .and_then(|range| range.split_once('/')?.0.split_once('-'))
+                .with_context(|| format!("a strange Content-Range: {range}"))?;
+            let length = last.parse::<usize>()? + 1 - first.parse::<usize>()?;
+            ensure!(rest.len() >= end + 4 + length, "the part {range} is short");
+            parts.push((range.to_owned(), &rest[end + 4..end + 4 + length]));
+            rest = &rest[end + 4 + length..];
+        }
+    }
+
     /// The body as text.
     #[must_use]
     pub fn text(&self) -> String {

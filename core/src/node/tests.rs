@@ -411,6 +411,28 @@ fn without_a_seed_the_elected_node_reads_for_all() {
 }
 
 #[test]
+fn a_reader_of_parts_gets_their_pieces_and_no_others() {
+    let mut world = World::new(1, true, 16 * MIB, 3);
+    let (now, task, layout) = (world.now, world.task, world.layout);
+    let node = &mut world.hosts.get_mut(&id(0)).unwrap().node;
+    let opening =
+        Opening { source: World::source(), right: Right::Own, known: None, own_table: false, announce: true };
+    node.open(now, task, opening);
+    node.sized(now, task, layout.size_bytes());
+    node.run(now, task, false, false);
+    node.reader(now, &task, 1, Some(6..7), true);
+    let mut ahead = PieceSet::empty(layout.count());
+    for piece in [2, 9] {
+        ahead.insert(piece);
+    }
+    node.reads_ahead(&task, 1, ahead);
+    world.settle(id(0));
+    world.run_until(Duration::from_secs(20), |_| false);
+    let held: Vec<_> = world.hosts[&id(0)].node.held(&task).unwrap().iter().collect();
+    assert_eq!(held, [2, 6, 9]);
+}
+
+#[test]
 fn an_unsealed_table_of_an_elected_peer_shows_clients_nothing() {
     let mut world = World::new(2, false, 16 * MIB, 5);
     world.with_scheduler();

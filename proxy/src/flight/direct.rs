@@ -23,12 +23,16 @@ pub(super) struct Direct {
     layout: PieceLayout,
     /// What the client is still to get.
     range: Range<u64>,
+    /// Where the request ends.
+    until: u64,
     /// Read from the blob's start and hash, holding the last piece back until the digest matches.
     proof: Option<Proof>,
+    skips: bool,
     body: Option<OriginBody>,
     /// Where the body is.
     at: u64,
-    ready: VecDeque<Bytes>,
+    /// What came and was not given out yet, and where it begins.
+    ready: VecDeque<(u64, Bytes)>,
 }
 
 struct Proof {
@@ -36,35 +40,65 @@ struct Proof {
     held_back: Vec<u8>,
 }
 
+/// What to read.
+pub(super) struct Stretch {
+    /// What the client is to get first.
+    pub(super) range: Range<u64>,
+    /// Where the request ends: past the range, when more is read after it.
+    pub(super) until: u64,
+    /// Read all before it too, so that the last piece can be shown.
+    pub(super) prove: bool,
+    /// Where the origin ignores ranges, read what comes before and throw it away.
+    pub(super) skip: bool,
+}
+
+/// Why there are no bytes.
+pub(super) enum Stopped {
+    /// The origin sends the whole, whatever part it is asked for.
+    WholeOnly,
+    /// It failed.
+    Failed(FlightError),
+}
+
+impl From<FlightError> for Stopped {
+    fn from(error: FlightError) -> Self {
+        Stopped::Failed(error)
+    }
+}
+
 impl Direct {
-    /// Reads `range`. With `prove`, it reads all before it too, so that the last piece can be shown.
     pub(super) fn new(
         origin: Origin,
         grant: &Grant,
         task: Digest,
         layout: PieceLayout,
-        range: Range<u64>,
-        prove: bool,
+        stretch: Stretch,
     ) -> Self {
+        let Stretch { range, until, prove, skip: skips } = stretch;
         let proof = prove.then(|| Proof { chain: Chain::new(task.algorithm()), held_back: Vec::new() });
         let at = if prove { 0 } else { range.start };
         let target = Target { source: grant.source.clone(), content: Content::Blob(task) };
-        let headers = grant.headers();
-        Self { origin, target, headers, task, layout, range, proof, body: None, at, ready: VecDeque::new() }
+        let (headers, ready) = (grant.headers(), VecDeque::new());
+        Self { origin, target, headers, task, layout, range, until, proof, skips, body: None, at, ready }
+    }
+
+    /// Goes on with another range after the one before is over; `false` if that takes another request.
+    pub(super) fn go_on(&mut self, range: &Range<u64>) -> bool {
+        let within = self.range.end <= range.start && range.end <= self.until;
+        if within {
+            self.range = range.clone();
+        }
+        within
     }
 
     /// The next bytes, at most 64 KiB; `None` at the end of the range.
-    pub(super) async fn next(&mut self) -> Result<Option<Bytes>, FlightError> {
+    pub(super) async fn next(&mut self) -> Result<Option<Bytes>, Stopped> {
         loop {
-            if let Some(mut bytes) = self.ready.pop_front() {
-                if bytes.len() > BLOCK_BYTES {
-                    self.ready.push_front(bytes.split_off(BLOCK_BYTES));
-                }
-                self.range.start += bytes.len() as u64;
-                return Ok(Some(bytes));
-            }
             if self.range.is_empty() {
                 return Ok(None);
+            }
+            if let Some(bytes) = self.take_ready() {
+                return Ok(Some(bytes));
             }
             if self.body.is_none() {
                 let (body, first) = self.ask().await?;
@@ -74,16 +108,35 @@ impl Direct {
             let Some(body) = &mut self.body else { continue };
             match body.next().await {
                 Some(Ok(bytes)) => self.take_in(bytes)?,
-                Some(Err(error)) => return Err(unreachable(&error)),
-                None => return Err(FlightError::Unreachable("the origin's answer was short".into())),
+                Some(Err(error)) => return Err(unreachable(&error).into()),
+                None => return Err(FlightError::Unreachable("the origin's answer was short".into()).into()),
             }
         }
     }
 
+    /// What is ready of the range; what comes before it is dropped.
+    fn take_ready(&mut self) -> Option<Bytes> {
+        while let Some((mut start, mut bytes)) = self.ready.pop_front() {
+            let passed = self.range.start.saturating_sub(start).min(bytes.len() as u64);
+            drop(bytes.split_to(passed as usize));
+            start += passed;
+            let wanted = self.range.end.saturating_sub(start).min(BLOCK_BYTES as u64);
+            let rest = bytes.split_off(bytes.len().min(wanted as usize));
+            if !rest.is_empty() {
+                self.ready.push_front((start + bytes.len() as u64, rest));
+            }
+            if !bytes.is_empty() {
+                self.range.start += bytes.len() as u64;
+                return Some(bytes);
+            }
+        }
+        None
+    }
+
     /// The origin's body from where we are, and the first of its bytes if they had to be cut off from others.
-    async fn ask(&self) -> Result<(OriginBody, Bytes), FlightError> {
+    async fn ask(&self) -> Result<(OriginBody, Bytes), Stopped> {
         let mut headers = self.headers.clone();
-        let end = if self.proof.is_some() { self.layout.size_bytes() } else { self.range.end };
+        let end = if self.proof.is_some() { self.layout.size_bytes() } else { self.until };
         let partial = self.at > 0 || end < self.layout.size_bytes();
         if partial && let Ok(value) = HeaderValue::from_str(&format!("bytes={}-{}", self.at, end - 1)) {
             headers.insert(header::RANGE, value);
@@ -95,12 +148,13 @@ impl Direct {
                 Ok((answer.into_body(), Bytes::new()))
             }
             StatusCode::OK if self.at == 0 => Ok((answer.into_body(), Bytes::new())),
-            // The origin ignores Range: what comes before is thrown away.
-            StatusCode::OK => skip(answer.into_body(), self.at).await,
+            StatusCode::OK if self.skips => Ok(skip(answer.into_body(), self.at).await?),
+            StatusCode::OK => Err(Stopped::WholeOnly),
             status if status.is_success() => {
-                Err(FlightError::Unreachable("the origin answered another range than was asked for".into()))
+                let reason = "the origin answered another range than was asked for";
+                Err(FlightError::Unreachable(reason.into()).into())
             }
-            status => Err(FlightError::Origin(status.as_u16())),
+            status => Err(FlightError::Origin(status.as_u16()).into()),
         }
     }
 
@@ -132,13 +186,9 @@ impl Direct {
         }
     }
 
-    /// Queues what the client asked for out of `bytes`, which start at `start`.
     fn show(&mut self, start: u64, bytes: Bytes) {
-        let queued: u64 = self.ready.iter().map(|b| b.len() as u64).sum();
-        let from = (self.range.start + queued).saturating_sub(start).min(bytes.len() as u64);
-        let to = self.range.end.saturating_sub(start).min(bytes.len() as u64);
-        if from < to {
-            self.ready.push_back(bytes.slice(from as usize..to as usize));
+        if !bytes.is_empty() {
+            self.ready.push_back((start, bytes));
         }
     }
 }

@@ -15,8 +15,9 @@ use super::body::Payload;
 use super::error::Problem;
 use super::forward::{forward, not_encoded, passed_on, with};
 use super::manifest::{identity, unchanged};
+use super::multipart::Multipart;
 use super::{Answer, Ask, Inner, etag, not_modified};
-use crate::flight::FlightError;
+use crate::flight::{FlightError, Reader};
 use crate::origin::{Content, Target, content_length};
 use crate::store::Blob;
 
@@ -34,7 +35,7 @@ pub(super) async fn blob(mirror: &Inner, ask: &Ask, digest: &Digest) -> Result<A
     if let Some(blob) = committed(mirror, ask, digest, range.is_none()).await {
         let wanted = resolve(range, blob.size_bytes())?;
         let size = blob.size_bytes();
-        return Ok(content(digest, size, &wanted, |range| Payload::Blob(blob, range)));
+        return Ok(content(digest, size, wanted, Held::Store(blob)));
     }
     if ask.method == Method::HEAD {
         return head(mirror, ask, digest, size, range).await;
@@ -66,7 +67,7 @@ async fn head(
         }
     };
     Ok(match size {
-        Some(size) => content(digest, size, &resolve(range, size)?, |_| Payload::Empty),
+        Some(size) => content(digest, size, resolve(range, size)?, Held::Elsewhere),
         None => with(StatusCode::OK, described(digest), Payload::Empty),
     })
 }
@@ -96,10 +97,9 @@ async fn download(
         mirror.access.belongs(&ask.grant.source, digest, Some(size), Instant::now());
     }
     let wanted = resolve(range, size)?;
-    Ok(content(digest, size, &wanted, |range| {
-        let len = range.end - range.start;
-        Payload::Flight(Box::new(flight.read(range)), len)
-    }))
+    let mut reader = Box::new(flight.read(wanted.ranges(size)));
+    reader.begin().await?;
+    Ok(content(digest, size, wanted, Held::Flight(reader)))
 }
 
 /// A committed blob under lease. One that the same client asks for whole again soon may be rotten: it is hashed first.
@@ -185,6 +185,46 @@ enum Wanted {
     Whole,
     /// 206
     Part(Range<u64>),
+    /// 206 with several parts
+    Parts(Vec<Range<u64>>),
+}
+
+impl Wanted {
+    fn ranges(&self, size: u64) -> Vec<Range<u64>> {
+        match self {
+            Wanted::Whole => std::iter::once(0..size).collect(),
+            Wanted::Part(range) => std::iter::once(range.clone()).collect(),
+            Wanted::Parts(ranges) => ranges.clone(),
+        }
+    }
+}
+
+/// Where its bytes are.
+enum Held {
+    /// Not here, and only its head is asked for.
+    Elsewhere,
+    Store(Blob),
+    Flight(Box<Reader>),
+}
+
+impl Held {
+    fn range(self, range: Range<u64>) -> Payload {
+        let len = range.end - range.start;
+        match self {
+            _ if range.is_empty() => Payload::Empty,
+            Held::Elsewhere => Payload::Empty,
+            Held::Store(blob) => Payload::Blob(blob, range),
+            Held::Flight(reader) => Payload::Flight(reader, len),
+        }
+    }
+
+    fn parts(self, multipart: Multipart) -> Payload {
+        match self {
+            Held::Elsewhere => Payload::Empty,
+            Held::Store(blob) => multipart.of_blob(blob),
+            Held::Flight(reader) => multipart.of_flight(reader),
+        }
+    }
 }
 
 /// The range asked for, as it came; none where `If-Range` is about other content (RFC 9110, 13.1.5).
@@ -200,12 +240,13 @@ fn resolve(range: Option<&str>, size: u64) -> Result<Wanted, Problem> {
     let Some(range) = range else { return Ok(Wanted::Whole) };
     let ranges = Ranges::parse(range).map_err(|error| match error {
         RangeError::Malformed => Problem::Unsatisfiable(size),
-        RangeError::TooMany => Problem::SeveralRanges,
+        RangeError::TooMany => Problem::TooManyRanges,
     })?;
     match ranges.resolve(size) {
         Resolved::Whole => Ok(Wanted::Whole),
         Resolved::One(range) => Ok(Wanted::Part(range)),
-        Resolved::Many(_) => Err(Problem::SeveralRanges),
+        Resolved::Many(ranges) => Ok(Wanted::Parts(ranges)),
+        Resolved::TooMuch => Err(Problem::TooManyRanges),
         Resolved::Unsatisfiable => Err(Problem::Unsatisfiable(size)),
     }
 }
@@ -227,22 +268,21 @@ fn described(digest: &Digest) -> HeaderMap {
 }
 
 /// A 200 or a 206.
-fn content(
-    digest: &Digest,
-    size: u64,
-    wanted: &Wanted,
-    payload: impl FnOnce(Range<u64>) -> Payload,
-) -> Answer {
+fn content(digest: &Digest, size: u64, wanted: Wanted, held: Held) -> Answer {
     let mut headers = described(digest);
-    let (status, range) = match wanted {
-        Wanted::Whole => (StatusCode::OK, 0..size),
+    let (status, len, payload) = match wanted {
+        Wanted::Whole => (StatusCode::OK, size, held.range(0..size)),
         Wanted::Part(range) => {
-            let text = HeaderValue::try_from(content_range(range, size));
+            let text = HeaderValue::try_from(content_range(&range, size));
             headers.insert(CONTENT_RANGE, text.expect("digits are a header's value"));
-            (StatusCode::PARTIAL_CONTENT, range.clone())
+            (StatusCode::PARTIAL_CONTENT, range.end - range.start, held.range(range))
+        }
+        Wanted::Parts(ranges) => {
+            let multipart = Multipart::new(ranges, size);
+            headers.insert(CONTENT_TYPE, multipart.content_type());
+            (StatusCode::PARTIAL_CONTENT, multipart.len_bytes(), held.parts(multipart))
         }
     };
-    headers.insert(CONTENT_LENGTH, (range.end - range.start).into());
-    let payload = if range.is_empty() { Payload::Empty } else { payload(range) };
+    headers.insert(CONTENT_LENGTH, len.into());
     with(status, headers, payload)
 }

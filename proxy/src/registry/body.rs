@@ -14,6 +14,7 @@ use tokio_util::sync::ReusableBoxFuture;
 use tracing::Span;
 
 use super::auth::Underway;
+use super::multipart::Parts;
 use super::wire::{Line, MAX_SPAN_BYTES};
 use crate::flight::{FlightError, Reader, Segment};
 use crate::metrics::{Metrics, ServedFrom};
@@ -50,6 +51,8 @@ pub(super) enum Payload {
     Blob(Blob, Range<u64>),
     /// A download: so many bytes.
     Flight(Box<Reader>, u64),
+    /// Several ranges of either: so many bytes with all that stands between them.
+    Parts(Box<Parts>, u64),
     /// The origin: so many bytes, if it said how many.
     Origin(OriginBody, Option<u64>),
     /// The origin, the last bytes held back until the digest matches.
@@ -63,7 +66,7 @@ impl Payload {
             Payload::Empty => Some(0),
             Payload::Full(bytes) => Some(bytes.len() as u64),
             Payload::Blob(_, range) => Some(range.end.saturating_sub(range.start)),
-            Payload::Flight(_, len) => Some(*len),
+            Payload::Flight(_, len) | Payload::Parts(_, len) => Some(*len),
             Payload::Origin(_, len) | Payload::Checked(_, len, _) => *len,
         }
     }
@@ -96,6 +99,7 @@ enum Rest {
 /// What gives segments one after the other.
 enum Feed {
     Flight(Box<Reader>),
+    Parts(Box<Parts>),
     Origin(OriginBody),
     Checked(Box<Checked>),
 }
@@ -104,6 +108,7 @@ impl Feed {
     async fn next(mut self) -> (Self, Result<Option<Segment>, Cut>) {
         let next = match &mut self {
             Feed::Flight(reader) => reader.next().await.map_err(Cut::from),
+            Feed::Parts(parts) => parts.next().await.map_err(Cut::from),
             Feed::Origin(body) => body.next().await.transpose().map(in_memory).map_err(Cut::from),
             Feed::Checked(checked) => checked.next().await.map(in_memory),
         };
@@ -127,6 +132,7 @@ impl Body {
         let from = match &payload {
             Payload::Empty | Payload::Full(_) | Payload::Blob(..) => ServedFrom::Cache,
             Payload::Flight(..) => ServedFrom::Flight,
+            Payload::Parts(parts, _) => parts.served_from(),
             Payload::Origin(..) | Payload::Checked(..) => ServedFrom::Origin,
         };
         let feed = |feed: Feed| Rest::Fed(ReusableBoxFuture::new(feed.next()));
@@ -135,6 +141,7 @@ impl Body {
             Payload::Full(bytes) => (None, Rest::Memory(bytes), None),
             Payload::Blob(blob, range) => (Some((Arc::clone(&blob.file), range)), Rest::Nothing, Some(blob)),
             Payload::Flight(reader, _) => (None, feed(Feed::Flight(reader)), None),
+            Payload::Parts(parts, _) => (None, feed(Feed::Parts(parts)), None),
             Payload::Origin(body, _) => (None, feed(Feed::Origin(body)), None),
             Payload::Checked(body, _, digest) => {
                 (None, feed(Feed::Checked(Box::new(Checked::new(body, digest)))), None)

@@ -33,9 +33,9 @@ pub(super) enum Problem {
         "which registry? Send ns=HOST or put the host before the repository, or configure default_registry"
     )]
     NoRegistry,
-    /// It asks for several ranges at once.
-    #[error("one range at a time, please")]
-    SeveralRanges,
+    /// It asks for more ranges, or for more in them, than one answer may have. Clients that get a 400 ask for fewer.
+    #[error("too many ranges, or longer ones than the blob is: ask for fewer at once")]
+    TooManyRanges,
     /// It asks for a range that begins after the end.
     #[error("the blob has {0} bytes")]
     Unsatisfiable(u64),
@@ -84,7 +84,7 @@ impl Problem {
             Problem::Refused(refused) => from_number(refused.status()),
             Problem::Loop => StatusCode::LOOP_DETECTED,
             Problem::NoRegistry => StatusCode::NOT_FOUND,
-            Problem::SeveralRanges => StatusCode::BAD_REQUEST,
+            Problem::TooManyRanges => StatusCode::BAD_REQUEST,
             Problem::Unsatisfiable(_) => StatusCode::RANGE_NOT_SATISFIABLE,
             Problem::Challenged(_) => StatusCode::UNAUTHORIZED,
             Problem::Origin { status, .. } => *status,
@@ -102,7 +102,7 @@ impl Problem {
         match self {
             Problem::Refused(refused) => refused.code(),
             Problem::NoRegistry => "NAME_UNKNOWN",
-            Problem::Loop | Problem::SeveralRanges => "UNSUPPORTED",
+            Problem::Loop | Problem::TooManyRanges => "UNSUPPORTED",
             Problem::Unsatisfiable(_) => "SIZE_INVALID",
             Problem::TooLong(_) | Problem::WrongManifest(_) => "MANIFEST_INVALID",
             _ => match (self.status().as_u16(), kind) {
@@ -169,7 +169,7 @@ mod tests {
             (Refused::Digest(DigestError::Hex).into(), RequestKind::Other, 400, "DIGEST_INVALID"),
             (Problem::Loop, RequestKind::Manifest, 508, "UNSUPPORTED"),
             (Problem::NoRegistry, RequestKind::Manifest, 404, "NAME_UNKNOWN"),
-            (Problem::SeveralRanges, RequestKind::Blob, 400, "UNSUPPORTED"),
+            (Problem::TooManyRanges, RequestKind::Blob, 400, "UNSUPPORTED"),
             (Problem::Unsatisfiable(7), RequestKind::Blob, 416, "SIZE_INVALID"),
             (origin(401), RequestKind::Blob, 401, "UNAUTHORIZED"),
             (origin(403), RequestKind::Blob, 403, "DENIED"),

@@ -1,7 +1,8 @@
 //! The registry mirror that runtimes talk to: HTTP/1.1, the pull side of the OCI distribution spec.
 //!
 //! A request goes [`route`] → [`manifest`] or [`blob`] → back through [`error`] if it failed → [`body`] onto the [`wire`].
-//! [`auth`] makes sure that the caller may have it, [`access`] remembers that; [`token`] is the realm of token mode; [`connection`] is the life of a connection.
+//! [`auth`] makes sure that the caller may have it, [`access`] remembers that; [`token`] is the realm of token mode; [`multipart`]
+//! makes one body of several ranges; [`connection`] is the life of a connection.
 
 mod access;
 mod auth;
@@ -11,6 +12,7 @@ mod connection;
 mod error;
 mod forward;
 mod manifest;
+mod multipart;
 mod route;
 mod token;
 mod wire;

@@ -13,6 +13,8 @@ use crate::flight::{FlightError, Shared};
 use crate::origin::testing::{Reply, Seen, TestRegistry, knowing, noise, origin, say, sha256};
 use crate::settings::CacheSettings;
 
+mod ranges;
+
 const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 
 /// The registry's, which is its own realm and gives a token to nobody.
@@ -573,8 +575,6 @@ async fn a_blob_is_served_from_the_store_in_any_range() {
         assert_eq!((head.status, head.header("content-length")), (got.status, got.header("content-length")));
     }
     assert_eq!(client.ask("GET", &target, &[("If-None-Match", &etag)]).await.status, 304);
-    let several = client.ask("GET", &target, &[("Range", "bytes=0-1,5-6")]).await;
-    assert_eq!((several.status, several.code().as_str()), (400, "UNSUPPORTED"));
     assert_eq!(registry.count("GET", "/v2/a/b/blobs/"), 0);
     assert_eq!(registry.count("HEAD", "/v2/a/b/blobs/"), 1, "access is asked for once");
     let unknown = node.get(&format!("/v2/other/blobs/{digest}")).await;
@@ -601,7 +601,7 @@ async fn a_miss_that_can_not_be_downloaded_is_an_error_at_once() {
     assert_eq!(node.get(&target).await.status, 503);
     // What can't be satisfied is not even begun.
     assert_eq!(node.ask("GET", &target, &[("Range", "bytes=1000-")]).await.status, 416);
-    assert_eq!(node.ask("GET", &target, &[("Range", "bytes=0-1,5-6")]).await.status, 400);
+    assert_eq!(node.ask("GET", &target, &[("Range", "bytes=0-900,5-600")]).await.status, 400);
 }
 
 #[tokio::test]

@@ -1,0 +1,89 @@
+//! What a reader that was asked for several ranges reads after the current one.
+
+use std::collections::VecDeque;
+use std::ops::Range;
+
+use hawker_core::piece::{PieceLayout, PieceSet};
+
+/// Reading through a gap this long takes less time than another request.
+const GAP_BYTES: u64 = 256 << 10;
+
+/// Ranges that come after the current one, in the order in which they were asked for. None is empty.
+#[derive(Debug)]
+pub(super) struct Ahead {
+    ranges: VecDeque<Range<u64>>,
+    layout: PieceLayout,
+    pieces: Option<PieceSet>,
+}
+
+impl Ahead {
+    pub(super) fn new(ranges: impl Into<VecDeque<Range<u64>>>, layout: PieceLayout) -> Self {
+        let mut ahead = Self { ranges: ranges.into(), layout, pieces: None };
+        ahead.survey();
+        ahead
+    }
+
+    /// The next one, which is the current one now.
+    pub(super) fn next(&mut self) -> Option<Range<u64>> {
+        let next = self.ranges.pop_front();
+        self.survey();
+        next
+    }
+
+    /// The pieces that it takes; `None` when nothing comes any more.
+    pub(super) const fn pieces(&self) -> Option<&PieceSet> {
+        self.pieces.as_ref()
+    }
+
+    fn survey(&mut self) {
+        let mut pieces = PieceSet::empty(self.layout.count());
+        self.ranges.iter().for_each(|range| pieces.insert_range(self.layout.covering(range.clone())));
+        self.pieces = (!pieces.is_empty()).then_some(pieces);
+    }
+
+    /// Where a request to the origin that begins in the current range, which ends at `end`, had best end: with the last of the
+    /// ranges that follow each other with nothing but short gaps between them.
+    pub(super) fn stretch(&self, end: u64) -> u64 {
+        let follows = |end: &mut u64, next: &Range<u64>| {
+            let gap_bytes = next.start.checked_sub(*end)?;
+            (gap_bytes <= GAP_BYTES).then(|| *end = next.end)?;
+            Some(*end)
+        };
+        self.ranges.iter().scan(end, follows).last().unwrap_or(end)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stretch_bridges_short_gaps_and_goes_forward_only() {
+        let near = GAP_BYTES;
+        for (ranges, expected) in [
+            (vec![], 10),
+            (vec![10..20, 20..30], 30),
+            (vec![10 + near..20 + near, 30 + near..40 + near], 40 + near),
+            (vec![11 + near..20 + near, 20 + near..30 + near], 10),
+            (vec![9..20, 20..30], 10),
+            (vec![10..20, 5..8, 20..30], 20),
+        ] {
+            let ahead = Ahead::new(ranges.clone(), PieceLayout::new(1 << 30));
+            assert_eq!(ahead.stretch(10), expected, "{ranges:?}");
+        }
+    }
+
+    #[test]
+    fn the_pieces_ahead_are_those_of_the_ranges_that_are_left() {
+        let layout = PieceLayout::new(8 << 20);
+        let mut ahead = Ahead::new(vec![0..1, 5 << 20..6 << 20, 10..20], layout);
+        let pieces = |ahead: &Ahead| ahead.pieces().map(|set| set.iter().collect::<Vec<_>>());
+        let both = pieces(&ahead).unwrap();
+        assert_eq!((both[0], both.len()), (0, 2));
+        ahead.next();
+        ahead.next();
+        assert_eq!(pieces(&ahead), Some(vec![0]));
+        assert_eq!(ahead.next(), Some(10..20));
+        assert_eq!((pieces(&ahead), ahead.next()), (None, None));
+    }
+}
