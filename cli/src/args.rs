@@ -108,6 +108,13 @@ pub(crate) struct NodeArgs {
     #[arg(long, value_name = "HOST=URL", help_heading = "Registries")]
     pub(crate) registry_realm: Vec<String>,
 
+    /// How old a tag may be that is served while its registry can't be asked, marked as stale [default: none is]
+    #[arg(long, value_name = "DURATION", help_heading = "Registries")]
+    pub(crate) stale_tags: Option<String>,
+    /// How long public content is served after its registry was last asked, while that is down [default: 24h]
+    #[arg(long, value_name = "DURATION", help_heading = "Registries")]
+    pub(crate) public_grace: Option<String>,
+
     /// Whose right counts: relay (each client's own, from the registry's realm), token (each client's own, from this mirror), node
     /// (this node's credentials, for everybody) [default: relay]
     #[arg(long, value_name = "MODE", help_heading = "Private images")]

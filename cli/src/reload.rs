@@ -1,4 +1,5 @@
-//! SIGHUP: log level, rates, registries and credentials change in place; what else changed is named, and waits for a restart.
+//! SIGHUP: log level, rates, registries, credentials and staleness change in place; what else changed is named, and waits for a
+//! restart.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -10,7 +11,7 @@ use crate::log::LogHandle;
 use crate::problem::Problems;
 
 /// Flags that take effect at SIGHUP.
-const LIVE: [&str; 14] = [
+const LIVE: [&str; 16] = [
     "log-level",
     "upload-rate",
     "download-rate",
@@ -25,6 +26,8 @@ const LIVE: [&str; 14] = [
     "registry-authorization",
     "authorization",
     "credentials",
+    "stale-tags",
+    "public-grace",
 ];
 
 /// What a fresh look at the configuration yields.
@@ -64,7 +67,7 @@ impl<F: FnMut() -> Result<Fresh, Problems>> Reloader<F> {
         }
         let waiting = needs_restart(&self.values, &fresh.values);
         if waiting.is_empty() {
-            tracing::info!("reloaded: log level, rates, registries, credentials");
+            tracing::info!("reloaded: log level, rates, registries, credentials, staleness");
         } else {
             tracing::warn!(
                 settings = waiting.join(", "),

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use hawker_proxy::settings::{
-    AuthorizationMode, CacheSettings, LiveSettings, Rates, Registries, RegistrySettings, Settings,
+    AuthorizationMode, CacheSettings, LiveSettings, Rates, Registries, RegistrySettings, Settings, Staleness,
 };
 use url::Url;
 
@@ -282,6 +282,7 @@ impl<'a> Reader<'a> {
             rates: self.rates(args),
             registries: self.registries(args),
             credentials: self.many("credentials", &args.credentials, quantity::credentials),
+            staleness: self.staleness(args),
         };
         self.nodes_own_right(args, &live);
         let settings = Settings {
@@ -332,6 +333,16 @@ impl<'a> Reader<'a> {
             upload: self.optional("upload-rate", args.upload_rate.as_deref(), quantity::rate),
             download: self.optional("download-rate", args.download_rate.as_deref(), quantity::rate),
             origin: self.optional("origin-rate", args.origin_rate.as_deref(), quantity::rate),
+        }
+    }
+
+    fn staleness(&mut self, args: &NodeArgs) -> Staleness {
+        let month = Duration::from_secs(30 * 86_400);
+        let bounded = |text: &str| at_most(quantity::duration(text)?, month, "give 30 days at most");
+        let default = Staleness::default().public_grace;
+        Staleness {
+            tags: self.optional("stale-tags", args.stale_tags.as_deref(), bounded),
+            public_grace: self.one("public-grace", args.public_grace.as_deref(), default, bounded),
         }
     }
 
@@ -614,6 +625,7 @@ mod tests {
                     --registry-authorization b.example=node --registry-realm b.example=https://sso.example:8443 \
                     --credentials docker:/dev/null --credentials containerd:/dev/null \
                     --credentials kubernetes:/dev --credentials env:PATH \
+                    --stale-tags 1h --public-grace 2d \
                     --log-level debug --log-format json";
         let Proxy { settings: s, join, log, .. } = proxy(&typed(line), Surroundings::default()).unwrap();
         assert_eq!((s.name.as_str(), s.zone.as_str(), s.seed), ("n", "z", true));
@@ -630,6 +642,8 @@ mod tests {
         let live = s.live.load();
         let rates = Rates { upload: Some(100_000_000), download: Some(12 << 20), origin: Some(1_000_000) };
         assert_eq!(live.rates, rates);
+        let (hour, two_days) = (Duration::from_secs(3_600), Duration::from_secs(2 * 86_400));
+        assert_eq!(live.staleness, Staleness { tags: Some(hour), public_grace: two_days });
         assert_eq!(live.registries.known["10.0.0.1:5000"].endpoints[0].as_str(), "http://10.0.0.1:5000/");
         assert!(live.registries.known["a.example"].insecure);
         assert_eq!(live.registries.known["a.example"].endpoints[0].as_str(), "https://a.example/");
@@ -701,6 +715,8 @@ mod tests {
             ("--credentials docker:/nonexistent", alone, "--credentials: /nonexistent: No such file"),
             ("--credentials env:HAWKER_TEST_NOT_SET", alone, "--credentials: the environment has no HAWKER"),
             ("--pull-grace 1d", alone, "--pull-grace: is too long"),
+            ("--stale-tags 60d", alone, "--stale-tags: is too long"),
+            ("--public-grace 1", alone, "--public-grace: `1` is no duration"),
             ("--drain 2d", alone, "--drain: is too long"),
             ("--log-level loud", alone, "--log-level: `loud` is no log level"),
             ("--log-format xml", alone, "--log-format: `xml` is no format"),

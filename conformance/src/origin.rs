@@ -27,7 +27,7 @@ use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread::JoinHandle;
 
-use hawker_core::digest::Digest;
+use hawker_core::digest::{Algorithm, Digest};
 use oci_spec::image::{DescriptorBuilder, ImageManifestBuilder, MediaType};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
@@ -113,7 +113,15 @@ impl Origin {
     /// # Errors
     /// When its file cannot be read.
     pub fn add_blob(&self, repository: &str, content: Content) -> io::Result<Blob> {
-        self.state.add_blob(repository, content)
+        self.state.add_blob(repository, content, Algorithm::Sha256)
+    }
+
+    /// Adds a blob whose digest is by this algorithm.
+    ///
+    /// # Errors
+    /// When its file cannot be read.
+    pub fn add_blob_by(&self, algorithm: Algorithm, repository: &str, content: Content) -> io::Result<Blob> {
+        self.state.add_blob(repository, content, algorithm)
     }
 
     /// Adds a manifest to a repository, under its digest and under `reference` (a tag; its digest does no harm).
@@ -216,14 +224,14 @@ struct Manifest {
 }
 
 impl State {
-    fn add_blob(&self, repository: &str, content: Content) -> io::Result<Blob> {
-        let blob = Blob { digest: content.digest()?, size_bytes: content.size_bytes() };
+    fn add_blob(&self, repository: &str, content: Content, algorithm: Algorithm) -> io::Result<Blob> {
+        let blob = Blob { digest: content.digest_by(algorithm)?, size_bytes: content.size_bytes() };
         lock(&self.shelves).blobs.insert((repository.to_owned(), blob.digest.to_string()), content);
         Ok(blob)
     }
 
     fn add_manifest(&self, repository: &str, reference: &str, media_type: &str, text: &[u8]) -> Blob {
-        let digest = Digest::of(hawker_core::digest::Algorithm::Sha256, text);
+        let digest = Digest::of(Algorithm::Sha256, text);
         let manifest = Manifest { media_type: media_type.to_owned(), digest, content: Content::bytes(text) };
         let mut shelves = lock(&self.shelves);
         for reference in [reference.to_owned(), digest.to_string()] {

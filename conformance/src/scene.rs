@@ -210,7 +210,7 @@ pub fn until_committed(node: &Hawker, blob: &Blob) -> Result<()> {
 #[must_use]
 pub fn committed_path(node: &Hawker, blob: &Blob) -> std::path::PathBuf {
     let hex = blob.digest.hex();
-    node.store_dir().join("blobs/sha256").join(&hex[..2]).join(hex)
+    node.store_dir().join("blobs").join(blob.digest.algorithm().name()).join(&hex[..2]).join(hex)
 }
 
 /// Waits until something is so.

@@ -1,14 +1,15 @@
 //! The decisions of Hawker, without I/O, clock or randomness: what each daemon does next, given what it has seen.
 //!
 //! - [`digest`], [`piece`]: what a blob's pieces are and how each is verified on its own
-//! - [`reference`], [`range`]: what a request asks for; [`right`]: with what right it is read at the origin; [`challenge`]:
-//!   what a registry wants first
+//! - [`reference`], [`range`], [`accept`]: what a request asks for; [`right`]: with what right it is read at the origin;
+//!   [`challenge`]: what a registry wants first
 //! - [`node`], [`fetch`], [`parents`], [`message`]: one peer's downloads and uploads
 //! - [`swarm`]: the scheduler's view of all peers
 //! - [`limit`], [`cache`]: how fast, and what stays on disk
 //!
 //! Time comes in as [`Time`], randomness as `rng: &mut R`. The proxy, the scheduler and the simulator run this same code.
 
+pub mod accept;
 pub mod cache;
 pub mod challenge;
 pub mod digest;

@@ -89,6 +89,8 @@ pub struct Metrics {
     pub pulls_failed: Counter,
     /// `origin_requests_total`: requests sent to registries.
     pub origin_requests: Counter,
+    /// `tags_stale_total`: tags served as they were, because the origin could not be asked where they are.
+    pub tags_stale: Counter,
     /// `bodies_unfinished_total`: bodies that did not go out whole: they failed here, or the client went away.
     pub bodies_unfinished: Counter,
     /// `connections`: runtimes' connections open now.
@@ -155,6 +157,7 @@ impl Metrics {
             tables_poisoned: counter(r, "tables_poisoned", "Tables that led to another digest"),
             pulls_failed: counter(r, "pulls_failed", "Requests of runtimes that could not be fulfilled"),
             origin_requests: counter(r, "origin_requests", "Requests sent to registries"),
+            tags_stale: counter(r, "tags_stale", "Tags served that the origin could not confirm"),
             bodies_unfinished: counter(r, "bodies_unfinished", "Bodies that did not go out whole"),
             connections: level(r, "connections", "Connections of runtimes"),
             connections_refused: counter(r, "connections_refused", "Connections of runtimes turned away"),

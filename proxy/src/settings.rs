@@ -59,6 +59,23 @@ pub struct LiveSettings {
     pub registries: Registries,
     /// Where this node's own names and passwords for registries are; the first that has one counts.
     pub credentials: Vec<CredentialSource>,
+    /// How old what the origin said may be while it can't be asked.
+    pub staleness: Staleness,
+}
+
+/// How old what the origin said may be while it can't be asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Staleness {
+    /// Where a tag was; `None`: that is not enough.
+    pub tags: Option<Duration>,
+    /// That anybody may read something.
+    pub public_grace: Duration,
+}
+
+impl Default for Staleness {
+    fn default() -> Self {
+        Self { tags: None, public_grace: Duration::from_secs(24 * 60 * 60) }
+    }
 }
 
 /// Where names and passwords for registries are written. Files are read when they are needed, and again when they change.

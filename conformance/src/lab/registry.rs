@@ -103,6 +103,12 @@ impl DockerRegistry {
         Ok(reference)
     }
 
+    /// Its access log so far, a line a request.
+    #[must_use]
+    pub fn access_log(&self) -> String {
+        self.process.log()
+    }
+
     /// What it sent to blob GETs so far: of `digest`, or of all.
     #[must_use]
     pub fn blob_reads(&self, digest: Option<&str>) -> BlobReads {

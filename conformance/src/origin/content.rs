@@ -73,7 +73,15 @@ impl Content {
     /// # Errors
     /// When the file behind it cannot be read.
     pub fn digest(&self) -> io::Result<Digest> {
-        let mut chain = Chain::new(Algorithm::Sha256);
+        self.digest_by(Algorithm::Sha256)
+    }
+
+    /// The digest by this algorithm.
+    ///
+    /// # Errors
+    /// When the file behind it cannot be read.
+    pub fn digest_by(&self, algorithm: Algorithm) -> io::Result<Digest> {
+        let mut chain = Chain::new(algorithm);
         self.for_each_chunk(|chunk| {
             chain.update(chunk);
             Ok(())

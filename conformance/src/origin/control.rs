@@ -4,6 +4,7 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use hawker_core::digest::Algorithm;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::net::{TcpListener, TcpStream};
@@ -101,7 +102,7 @@ fn handle(state: &State, request: &Request) -> Result<Value, Refused> {
                 BlobSource::Generated { seed, size_bytes } => Content::generated(seed, size_bytes),
                 BlobSource::File { file } => Content::file(&file)?,
             };
-            Ok(describe(state.add_blob(&repository, content)?))
+            Ok(describe(state.add_blob(&repository, content, Algorithm::Sha256)?))
         }
         ("POST", ["manifests"]) => {
             let new: NewManifest = serde_json::from_slice(&request.body)?;

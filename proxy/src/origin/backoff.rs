@@ -1,9 +1,11 @@
-//! Registries that said 429: left alone for as long as they asked, so that many clients' retries do not reach them.
+//! Registries that said 429: left alone for as long as they asked, so that many clients' retries do not reach them. A limit is
+//! counted for an account, so each credential is held back on its own.
 
 use std::num::NonZeroUsize;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
+use hawker_core::digest::Digest;
 use http::HeaderMap;
 use http::header::RETRY_AFTER;
 use lru::LruCache;
@@ -13,31 +15,34 @@ use tokio::time::Instant;
 const DEFAULT: Duration = Duration::from_secs(2);
 /// How long a registry is left alone at most, whatever it says: it may change its mind.
 const LONGEST: Duration = Duration::from_secs(60);
-/// Registries remembered.
-const CAPACITY: NonZeroUsize = NonZeroUsize::new(256).expect("not zero");
+/// Registries, each with a credential, that are remembered.
+const CAPACITY: NonZeroUsize = NonZeroUsize::new(1024).expect("not zero");
 
-/// Until when each registry is not to be asked.
-pub(super) struct Backoff(Mutex<LruCache<String, Instant>>);
+/// Until when each registry is not to be asked, and by whom.
+pub(super) struct Backoff(Mutex<LruCache<Whose, Instant>>);
+
+/// A registry, and the hash of the credential that it is asked with, if there is one.
+pub(super) type Whose = (String, Option<Digest>);
 
 impl Backoff {
     pub(super) fn new() -> Self {
         Self(Mutex::new(LruCache::new(CAPACITY)))
     }
 
-    fn all(&self) -> MutexGuard<'_, LruCache<String, Instant>> {
+    fn all(&self) -> MutexGuard<'_, LruCache<Whose, Instant>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// How long `registry` is not to be asked yet; `None` when it may be asked.
-    pub(super) fn remaining(&self, registry: &str, now: Instant) -> Option<Duration> {
-        let until = *self.all().get(registry)?;
+    /// How long a registry is not to be asked yet; `None` when it may be asked.
+    pub(super) fn remaining(&self, whose: &Whose, now: Instant) -> Option<Duration> {
+        let until = *self.all().get(whose)?;
         until.checked_duration_since(now).filter(|rest| !rest.is_zero())
     }
 
-    /// `registry` answered 429 with these headers.
-    pub(super) fn begin(&self, registry: &str, headers: &HeaderMap, now: Instant) {
+    /// It answered 429 with these headers.
+    pub(super) fn begin(&self, whose: Whose, headers: &HeaderMap, now: Instant) {
         let wait = retry_after(headers, SystemTime::now()).unwrap_or(DEFAULT).min(LONGEST);
-        self.all().put(registry.to_owned(), now + wait);
+        self.all().put(whose, now + wait);
     }
 }
 
@@ -69,12 +74,13 @@ mod tests {
         ] {
             let (backoff, now) = (Backoff::new(), Instant::now());
             let headers = said.map(|said| (RETRY_AFTER, HeaderValue::from_str(said).unwrap()));
-            backoff.begin("r", &headers.into_iter().collect(), now);
-            let remaining = backoff.remaining("r", now).unwrap_or_default();
+            let (whose, other) = (("r".to_owned(), None), ("other".to_owned(), None));
+            backoff.begin(whose.clone(), &headers.into_iter().collect(), now);
+            let remaining = backoff.remaining(&whose, now).unwrap_or_default();
             assert!(remaining.as_secs_f64() - f64::from(seconds) < 1.5, "{said:?} {remaining:?}");
             assert!(remaining.as_secs() >= seconds as u64, "{said:?} {remaining:?}");
-            assert_eq!(backoff.remaining("r", now + LONGEST), None);
-            assert_eq!(backoff.remaining("other", now), None);
+            assert_eq!(backoff.remaining(&whose, now + LONGEST), None);
+            assert_eq!(backoff.remaining(&other, now), None);
         }
     }
 }

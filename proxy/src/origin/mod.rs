@@ -3,11 +3,13 @@
 //! [`policy`] says which registries and addresses may be reached, [`connect`] reaches them, [`tls`] believes them or not,
 //! [`backoff`] leaves them alone when they ask for it. [`request`] asks one endpoint, by [`auth`] with this node's own right
 //! where the client brings none; [`token`] gets that from the registry's realm.
+//! What a registry does not have itself may be [`elsewhere`].
 
 mod auth;
 mod backoff;
 mod body;
 mod connect;
+pub(crate) mod elsewhere;
 mod policy;
 mod request;
 mod tls;
@@ -40,9 +42,11 @@ pub use self::auth::{Exchanged, Granted};
 use self::backoff::Backoff;
 pub use self::body::OriginBody;
 use self::connect::{Dialer, Proxies};
+use self::elsewhere::{Elsewhere, Remembered};
 use self::policy::{Reach, Route, Trust};
 use self::request::{Asked, unreachable};
 use crate::credentials::Credential;
+use crate::grant::Authorization;
 use crate::limits::Limits;
 use crate::metrics::Metrics;
 use crate::settings::LiveSettings;
@@ -139,6 +143,7 @@ struct Inner {
     via: HeaderValue,
     current: Mutex<Current>,
     backoff: Backoff,
+    elsewhere: Remembered,
 }
 
 type HttpClient = Client<HttpsConnector<Dialer>, Full<Bytes>>;
@@ -199,6 +204,7 @@ impl Origin {
             via: via.expect("hex digits and a name are a header's value"),
             current: Mutex::new(current),
             backoff: Backoff::new(),
+            elsewhere: Remembered::new(),
         };
         Self { inner: Arc::new(inner) }
     }
@@ -236,7 +242,18 @@ impl Origin {
         self.ask(Method::GET, target, query, headers).await
     }
 
-    /// Asks the registry, unless it wants to be left alone by callers without credentials.
+    /// A manifest that was read from `source` names these URLs for a blob.
+    pub(crate) fn note_urls(&self, source: &Source, manifest: &Digest, blob: &Digest, urls: &[String]) {
+        self.inner.elsewhere.note(source, manifest, blob, urls);
+    }
+
+    /// Where else the blob asked for may be had, if a manifest of its repository says so.
+    pub(crate) fn elsewhere(&self, target: &Target) -> Option<Arc<Elsewhere>> {
+        self.inner.elsewhere.of(target)
+    }
+
+    /// Asks the registry, unless it wants to be left alone by this caller; for the bytes of a blob that it does not have, whoever
+    /// its manifest names.
     async fn ask(
         &self,
         method: Method,
@@ -245,17 +262,54 @@ impl Origin {
         headers: &HeaderMap,
     ) -> Result<Response<OriginBody>, OriginError> {
         let registry = &target.source.registry;
-        if headers.contains_key(AUTHORIZATION) {
-            return self.ask_endpoints(method, target, query, headers).await;
-        }
-        if let Some(rest) = self.inner.backoff.remaining(registry, Instant::now()) {
+        let whose = (registry.clone(), Authorization::of(headers).map(|authorization| authorization.hash()));
+        if let Some(rest) = self.inner.backoff.remaining(&whose, Instant::now()) {
             return Ok(self.too_many(registry, rest));
         }
-        let response = self.ask_endpoints(method, target, query, headers).await?;
-        if response.status() == StatusCode::TOO_MANY_REQUESTS {
-            self.inner.backoff.begin(registry, response.headers(), Instant::now());
+        let response = self.ask_endpoints(&method, target, query, headers).await?;
+        match response.status() {
+            StatusCode::TOO_MANY_REQUESTS => {
+                self.inner.backoff.begin(whose, response.headers(), Instant::now());
+            }
+            StatusCode::NOT_FOUND if method == Method::GET => {
+                return Ok(self.ask_elsewhere(target, headers).await.unwrap_or(response));
+            }
+            _ => {}
         }
         Ok(response)
+    }
+
+    /// The blob, or the part of it that is asked for, from the first of its URLs that gives it.
+    async fn ask_elsewhere(&self, target: &Target, headers: &HeaderMap) -> Option<Response<OriginBody>> {
+        let elsewhere = self.elsewhere(target)?;
+        let settings = self.inner.live.load_full();
+        let mut headers = self.outgoing(headers);
+        headers.remove(AUTHORIZATION);
+        let deadline = Instant::now() + HEAD_OF_MIRROR;
+        for url in &elsewhere.urls {
+            let ask = async {
+                let route = Route::elsewhere(&settings.registries, url)?;
+                let host = url.host_str().unwrap_or_default();
+                let means = self.means(&settings, &route).map_err(|reason| unreachable(host, reason))?;
+                let asked = self.asked(&means, &route, host, url);
+                Ok::<_, OriginError>(
+                    asked.follow(&Method::GET, url.clone(), headers.clone()).await?.map(Some),
+                )
+            };
+            self.inner.metrics.origin_requests.inc();
+            let host = url.host_str().unwrap_or_default();
+            match timeout_at(deadline, ask).await {
+                Ok(Ok(response)) if response.status().is_success() => {
+                    return Some(self.with_body(host, &Method::GET, response));
+                }
+                Ok(Ok(response)) => {
+                    tracing::info!(host, status = response.status().as_u16(), "a layer's URL gave nothing")
+                }
+                Ok(Err(reason)) => tracing::info!(host, %reason, "a layer's URL gave nothing"),
+                Err(_) => tracing::info!(host, "a layer's URL did not answer in time"),
+            }
+        }
+        None
     }
 
     /// What the registry would say, had it been asked.
@@ -266,7 +320,7 @@ impl Origin {
     /// Asks the registry's endpoints in order. What the last one says counts, unless only an earlier one said something.
     async fn ask_endpoints(
         &self,
-        method: Method,
+        method: &Method,
         target: &Target,
         query: Option<&str>,
         headers: &HeaderMap,
@@ -290,10 +344,10 @@ impl Origin {
             let answer = async {
                 if own {
                     let repository = &target.source.repository;
-                    return Box::pin(asked.by_own_right(&means.rights, repository, &method, url, headers))
+                    return Box::pin(asked.by_own_right(&means.rights, repository, method, url, headers))
                         .await;
                 }
-                Ok(asked.follow(&method, url, headers).await?.map(Some))
+                Ok(asked.follow(method, url, headers).await?.map(Some))
             };
             let answer = timeout_at(until, answer).await;
             let answer =
@@ -301,7 +355,7 @@ impl Origin {
             match answer {
                 Ok(mut response) if !more || settles(response.status()) => {
                     asked.keep_trusted(response.headers_mut(), own);
-                    return Ok(self.with_body(registry, &method, response));
+                    return Ok(self.with_body(registry, method, response));
                 }
                 Ok(mut response) => {
                     asked.keep_trusted(response.headers_mut(), own);
@@ -312,7 +366,7 @@ impl Origin {
             }
         }
         let best = best.unwrap_or_else(|| Err(unreachable(registry, "no endpoint is configured".into())));
-        best.map(|response| self.with_body(registry, &method, response))
+        best.map(|response| self.with_body(registry, method, response))
     }
 
     /// What the registry, or its realm, gives for a client's name and password: the right to read one repository.

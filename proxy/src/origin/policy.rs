@@ -73,10 +73,8 @@ impl Route {
             let trust = Trust { ca: known.ca.clone(), insecure: known.insecure };
             return Ok(Self { endpoints, trust, reach: Reach::Known, realms: known.realms.clone() });
         }
-        let listed = registries.default.as_deref().is_some_and(|d| d.eq_ignore_ascii_case(&registry))
-            || registries.allow.is_empty()
-            || registries.allow.iter().any(|pattern| host_matches(pattern, &registry));
-        if !listed {
+        let is_default = registries.default.as_deref().is_some_and(|d| d.eq_ignore_ascii_case(&registry));
+        if !is_default && !is_listed(registries, &registry) {
             return Err(forbidden());
         }
         let endpoints = own_endpoints(&registry, false).ok_or_else(forbidden)?;
@@ -111,6 +109,25 @@ impl Route {
             false => Err(Untrusted::Foreign(host.to_owned())),
         }
     }
+
+    /// The way to a URL that a manifest names, if hosts like it may be asked.
+    pub(super) fn elsewhere(registries: &Registries, url: &Url) -> Result<Self, OriginError> {
+        let host = url.host_str().unwrap_or_default();
+        if !is_listed(registries, host) {
+            return Err(OriginError::Forbidden(host.to_owned()));
+        }
+        Ok(Self {
+            endpoints: vec![url.clone()],
+            trust: Trust::default(),
+            reach: Reach::Public,
+            realms: Vec::new(),
+        })
+    }
+}
+
+/// Whether the configuration lets a host be asked that it does not know otherwise.
+fn is_listed(registries: &Registries, host: &str) -> bool {
+    registries.allow.is_empty() || registries.allow.iter().any(|pattern| host_matches(pattern, host))
 }
 
 /// Where a registry is asked when nothing is configured: over TLS; an insecure one in the clear as a second choice.

@@ -204,18 +204,22 @@ async fn a_mirror_that_says_nothing_holds_up_the_next_one_only_so_long() {
 }
 
 #[tokio::test]
-async fn a_registry_that_says_429_is_left_alone_but_for_those_with_credentials() {
+async fn a_registry_that_says_429_is_left_alone_by_whom_it_said_it_to() {
     let registry = TestRegistry::start(|seen| say(seen, 429, &[("Retry-After", "30")], b"{}")).await;
     let origin = origin(&knowing(&[&registry]));
-    for _ in 0..6 {
-        let answer = origin.head(&blob(&registry, b""), &HeaderMap::new()).await.unwrap();
-        assert_eq!(answer.status(), 429);
-        assert!(answer.headers()[RETRY_AFTER].to_str().unwrap().parse::<u64>().unwrap() >= 29);
+    let callers = [
+        HeaderMap::new(),
+        headers(&[("authorization", "Bearer x")]),
+        headers(&[("authorization", "Bearer y")]),
+    ];
+    for (asked, caller) in callers.iter().enumerate() {
+        for _ in 0..6 {
+            let answer = origin.head(&blob(&registry, b""), caller).await.unwrap();
+            assert_eq!(answer.status(), 429);
+            assert!(answer.headers()[RETRY_AFTER].to_str().unwrap().parse::<u64>().unwrap() >= 29);
+            assert_eq!(registry.seen().len(), asked + 1);
+        }
     }
-    assert_eq!(registry.seen().len(), 1);
-    let sent = headers(&[("authorization", "Bearer x")]);
-    origin.head(&blob(&registry, b""), &sent).await.unwrap();
-    assert_eq!(registry.seen().len(), 2);
 }
 
 #[tokio::test]
@@ -322,4 +326,52 @@ async fn tls_is_believed_by_the_systems_authorities_the_registrys_own_or_when_to
         let answer = origin(&live).get(&target, &HeaderMap::new()).await;
         assert_eq!(answer.is_ok(), works, "{:?}", answer.err());
     }
+}
+
+#[tokio::test]
+async fn a_blob_that_its_registry_does_not_have_comes_from_its_urls_but_from_no_private_network() {
+    let data = noise(100_000, 3);
+    let copy = data.clone();
+    let elsewhere = TestRegistry::start(move |seen| match seen.target.as_str() {
+        "/layer" => say(seen, 206, &[("Content-Range", "bytes 5-99999/100000")], &copy[5..]),
+        _ => say(seen, 404, &[], b"not here"),
+    })
+    .await;
+    let registry = TestRegistry::start(|seen| say(seen, 404, &[], b"unknown")).await;
+    let live = knowing(&[&registry, &elsewhere]);
+    let origin = origin(&live);
+    let (target, manifest) = (blob(&registry, &data), sha256(b"manifest"));
+    let urls = ["/gone", "/layer"].map(|path| format!("http://me:secret@{}{path}", elsewhere.address));
+    origin.note_urls(&target.source, &manifest, &sha256(&data), &urls);
+    let sent = headers(&[("authorization", "Bearer secret"), ("range", "bytes=5-")]);
+    let refused = origin.get(&target, &sent).await.unwrap();
+    assert_eq!(
+        refused.status(),
+        404,
+        "no manifest leads into the private network, not even to a known registry"
+    );
+    assert!(elsewhere.seen().is_empty());
+
+    let mut settings = (**live.load()).clone();
+    settings.registries.allow_networks.push(("127.0.0.0".parse().unwrap(), 8));
+    live.store(Arc::new(settings.clone()));
+    let mut found = origin.get(&target, &sent).await.unwrap();
+    assert_eq!((found.status().as_u16(), whole(found.body_mut()).await.unwrap()), (206, data[5..].to_vec()));
+    let seen = elsewhere.seen();
+    assert_eq!(seen.iter().map(|s| s.target.as_str()).collect::<Vec<_>>(), ["/gone", "/layer"]);
+    assert!(
+        seen.iter().all(|s| s.header("authorization").is_none() && s.header("range") == Some("bytes=5-"))
+    );
+    assert_eq!(
+        origin.head(&target, &sent).await.unwrap().status(),
+        404,
+        "what the registry says is for it to say"
+    );
+    let other = Target { source: registry.source("c/d"), ..target.clone() };
+    assert_eq!(origin.get(&other, &sent).await.unwrap().status(), 404, "another repository does not name it");
+
+    settings.registries.allow.push("quay.io".into());
+    live.store(Arc::new(settings));
+    assert_eq!(origin.get(&target, &sent).await.unwrap().status(), 404, "nor past the allow-list");
+    assert_eq!(elsewhere.seen().len(), 2);
 }

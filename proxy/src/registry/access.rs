@@ -19,8 +19,6 @@ use crate::grant::Grant;
 const READABLE: Duration = Duration::from_secs(5 * 60);
 /// How long a digest counts as part of a repository before the origin is asked again.
 const BELONGS: Duration = Duration::from_secs(24 * 60 * 60);
-/// How long both count while the origin can't be asked.
-const GRACE: Duration = Duration::from_secs(24 * 60 * 60);
 /// How long after its token has run out a pull may be under way at most, however busy it is.
 pub(super) const LONGEST_PULL: Duration = Duration::from_secs(60 * 60);
 /// Facts of each kind that are remembered.
@@ -84,12 +82,12 @@ enum Age {
 }
 
 impl Readable {
-    fn age(&self, caller: Caller, pull_grace: Duration, now: Instant) -> Age {
+    fn age(&self, caller: Caller, pull_grace: Duration, public_grace: Duration, now: Instant) -> Age {
         let age = now.saturating_duration_since(self.confirmed);
         let silent = if self.open > 0 { Duration::ZERO } else { now.saturating_duration_since(self.used) };
         match caller {
             _ if age <= self.life => Age::Fresh,
-            Caller::Anybody if age <= GRACE => Age::Stale,
+            Caller::Anybody if age <= public_grace => Age::Stale,
             Caller::Client(_) if silent <= pull_grace && age <= self.life + LONGEST_PULL => Age::Fresh,
             _ => Age::Void,
         }
@@ -97,11 +95,11 @@ impl Readable {
 }
 
 impl Belonging {
-    fn age(&self, now: Instant) -> Age {
+    fn age(&self, public_grace: Duration, now: Instant) -> Age {
         let age = now.saturating_duration_since(self.confirmed);
         if age <= BELONGS {
             Age::Fresh
-        } else if age <= GRACE {
+        } else if age <= public_grace {
             Age::Stale
         } else {
             Age::Void
@@ -126,12 +124,28 @@ impl Access {
         self.facts.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What is known at `now`. A fresh yes counts as used.
+    /// Whether the caller's right to read something of the repository is remembered, be it that of anybody while the origin can't
+    /// be asked.
+    pub(super) fn reads(
+        &self,
+        caller: Caller,
+        source: &Source,
+        public_grace: Duration,
+        now: Instant,
+    ) -> bool {
+        let mut facts = self.facts();
+        let readable = facts.readable.get(&(caller, source.clone()));
+        readable.is_some_and(|r| r.age(caller, self.pull_grace, public_grace, now) > Age::Void)
+    }
+
+    /// What is known at `now`. A fresh yes counts as used. `public_grace`: how long what anybody could read counts while the origin
+    /// can't be asked.
     pub(super) fn standing(
         &self,
         caller: Caller,
         source: &Source,
         digest: &Digest,
+        public_grace: Duration,
         now: Instant,
     ) -> Standing {
         let mut facts = self.facts();
@@ -141,7 +155,8 @@ impl Access {
         let Some(readable) = facts.readable.get_mut(&(caller, source.clone())) else {
             return Standing::Unknown;
         };
-        match readable.age(caller, self.pull_grace, now).min(belongs.age(now)) {
+        let readable_age = readable.age(caller, self.pull_grace, public_grace, now);
+        match readable_age.min(belongs.age(public_grace, now)) {
             Age::Fresh => {
                 readable.used = now;
                 Standing::Confirmed(belongs.size_bytes)
@@ -193,6 +208,7 @@ mod tests {
     use super::*;
 
     const LIFE: Duration = Duration::from_secs(100);
+    const GRACE: Duration = Duration::from_secs(24 * 60 * 60);
 
     fn source(repository: &str) -> Source {
         Source { registry: "r.example".into(), repository: repository.into() }
@@ -215,9 +231,9 @@ mod tests {
         let (a, digest, t) = (source("a"), blob(), Instant::now());
         let minutes = |m: u64| t + Duration::from_secs(60 * m);
         let access = access();
-        assert_eq!(access.standing(Caller::Anybody, &a, &digest, t), Standing::Unknown);
+        assert_eq!(access.standing(Caller::Anybody, &a, &digest, GRACE, t), Standing::Unknown);
         access.readable(Caller::Anybody, &a, LIFE, t);
-        assert_eq!(access.standing(Caller::Anybody, &a, &digest, t), Standing::Unknown);
+        assert_eq!(access.standing(Caller::Anybody, &a, &digest, GRACE, t), Standing::Unknown);
         access.belongs(&a, &digest, Some(1), t);
         for (at, expected) in [
             (0, Standing::Confirmed(Some(1))),
@@ -227,14 +243,33 @@ mod tests {
             (24 * 60 + 1, Standing::Unknown),
         ] {
             assert_eq!(
-                access.standing(Caller::Anybody, &a, &digest, minutes(at)),
+                access.standing(Caller::Anybody, &a, &digest, GRACE, minutes(at)),
                 expected,
                 "after {at} min"
             );
         }
         access.readable(Caller::Anybody, &a, LIFE, minutes(23 * 60));
-        let standing = access.standing(Caller::Anybody, &a, &digest, minutes(23 * 60 + 1));
+        let standing = access.standing(Caller::Anybody, &a, &digest, GRACE, minutes(23 * 60 + 1));
         assert_eq!(standing, Standing::Confirmed(Some(1)));
+    }
+
+    #[test]
+    fn the_grace_is_as_long_as_the_configuration_says_and_for_what_is_public_alone() {
+        let (a, digest, t) = (source("a"), blob(), Instant::now());
+        let access = access();
+        access.belongs(&a, &digest, None, t);
+        for caller in [Caller::Anybody, client(1)] {
+            access.readable(caller, &a, LIFE, t);
+        }
+        let hours = |h: u64| Duration::from_secs(3600 * h);
+        for (grace, after, stale) in [(0, 1, false), (1, 1, true), (2, 3, false), (48, 47, true)] {
+            let (grace, at) = (hours(grace), t + hours(after));
+            let standing = access.standing(Caller::Anybody, &a, &digest, grace, at);
+            assert_eq!(standing == Standing::Stale(None), stale, "{grace:?} {after}");
+            assert_eq!(access.reads(Caller::Anybody, &a, grace, at), stale, "{grace:?} {after}");
+            assert!(!access.reads(client(1), &a, grace, at), "{grace:?} {after}");
+        }
+        assert!(access.reads(client(1), &a, Duration::ZERO, t) && !access.reads(client(2), &a, GRACE, t));
     }
 
     #[test]
@@ -243,11 +278,11 @@ mod tests {
         let access = access();
         access.readable(client(1), &a, LIFE, t);
         access.belongs(&a, &digest, Some(1), t);
-        assert_eq!(access.standing(client(2), &a, &digest, t), Standing::Unknown);
-        assert_eq!(access.standing(Caller::Anybody, &a, &digest, t), Standing::Unknown);
-        assert_eq!(access.standing(client(1), &a, &digest, t), Standing::Confirmed(Some(1)));
+        assert_eq!(access.standing(client(2), &a, &digest, GRACE, t), Standing::Unknown);
+        assert_eq!(access.standing(Caller::Anybody, &a, &digest, GRACE, t), Standing::Unknown);
+        assert_eq!(access.standing(client(1), &a, &digest, GRACE, t), Standing::Confirmed(Some(1)));
         let silent = t + LIFE + Duration::from_secs(1);
-        assert_eq!(access.standing(client(1), &a, &digest, silent), Standing::Unknown);
+        assert_eq!(access.standing(client(1), &a, &digest, GRACE, silent), Standing::Unknown);
     }
 
     #[test]
@@ -258,7 +293,7 @@ mod tests {
         access.belongs(&a, &digest, None, t);
         let let_in = |seconds| {
             let at = t + Duration::from_secs(seconds);
-            access.standing(client(1), &a, &digest, at) == Standing::Confirmed(None)
+            access.standing(client(1), &a, &digest, GRACE, at) == Standing::Confirmed(None)
         };
         let last = (0..10_000).step_by(50).take_while(|at| let_in(*at)).last();
         assert_eq!(last, Some(3700), "the token's 100 s and an hour");
@@ -277,7 +312,7 @@ mod tests {
         access.readable(client(1), &a, LIFE, t);
         access.readable(client(1), &b, LIFE, t);
         access.belongs(&a, &digest, None, t);
-        assert_eq!(access.standing(client(1), &b, &digest, t), Standing::Unknown);
+        assert_eq!(access.standing(client(1), &b, &digest, GRACE, t), Standing::Unknown);
     }
 
     #[test]
@@ -290,9 +325,9 @@ mod tests {
         ] {
             access.readable(client(1), &a, LIFE, t);
             access.belongs(&a, &digest, Some(3), t);
-            assert_eq!(access.standing(client(1), &a, &digest, t), Standing::Confirmed(Some(3)));
+            assert_eq!(access.standing(client(1), &a, &digest, GRACE, t), Standing::Confirmed(Some(3)));
             take_back(&access, &a);
-            assert_eq!(access.standing(client(1), &a, &digest, t), Standing::Unknown);
+            assert_eq!(access.standing(client(1), &a, &digest, GRACE, t), Standing::Unknown);
         }
     }
 
@@ -303,6 +338,6 @@ mod tests {
         access.readable(Caller::Anybody, &a, LIFE, t);
         access.belongs(&a, &digest, Some(3), t);
         access.belongs(&a, &digest, None, t);
-        assert_eq!(access.standing(Caller::Anybody, &a, &digest, t), Standing::Confirmed(Some(3)));
+        assert_eq!(access.standing(Caller::Anybody, &a, &digest, GRACE, t), Standing::Confirmed(Some(3)));
     }
 }

@@ -5,7 +5,7 @@ use std::time::SystemTime;
 
 use hawker_core::digest::Digest;
 use http::header::ACCEPT;
-use http::{HeaderMap, Response, StatusCode};
+use http::{HeaderMap, StatusCode};
 use tokio::time::Instant;
 
 use super::access::{Caller, Standing};
@@ -16,8 +16,8 @@ use super::{Answer, Ask, Inner};
 use crate::origin::{Content, Target, content_length};
 
 /// Makes sure that the caller may read the repository and that `digest` belongs to it: from memory, or by a HEAD at the origin
-/// with the caller's own right. Its size, where known. If the origin can't be asked, what anybody could read in the last day
-/// counts; what needs credentials does not.
+/// with the caller's own right. Its size, where known. If the origin can't be asked, what anybody could read within
+/// `public_grace` counts; what needs credentials does not.
 pub(super) async fn confirm(
     mirror: &Inner,
     ask: &Ask,
@@ -25,16 +25,22 @@ pub(super) async fn confirm(
     content: Content,
 ) -> Result<Option<u64>, Problem> {
     let source = &ask.grant.source;
-    let standing = mirror.access.standing(ask.caller, source, digest, Instant::now());
+    let grace = mirror.live.load().staleness.public_grace;
+    let standing = mirror.access.standing(ask.caller, source, digest, grace, Instant::now());
     if let Standing::Confirmed(size) = standing {
         return Ok(size);
     }
-    let target = Target { source: source.clone(), content };
+    let mut target = Target { source: source.clone(), content };
+    // A blob that the registry need not have itself is confirmed by the manifest that names it.
+    let named = mirror.origin.elsewhere(&target);
+    if let Some(elsewhere) = &named {
+        target.content = Content::Manifest(elsewhere.manifest.to_string());
+    }
     let mut headers = ask.for_origin();
     headers.insert(ACCEPT, ANY_TYPE);
     let problem = match mirror.origin.head(&target, &headers).await {
         Ok(head) if head.status() == StatusCode::OK => {
-            let size = content_length(head.headers());
+            let size = content_length(head.headers()).filter(|_| named.is_none());
             readable(mirror, ask);
             mirror.access.belongs(source, digest, size, Instant::now());
             return Ok(size);
@@ -50,7 +56,7 @@ pub(super) async fn confirm(
     };
     let out_of_order =
         problem.status().is_server_error() || problem.status() == StatusCode::TOO_MANY_REQUESTS;
-    match mirror.access.standing(Caller::Anybody, source, digest, Instant::now()) {
+    match mirror.access.standing(Caller::Anybody, source, digest, grace, Instant::now()) {
         Standing::Confirmed(size) | Standing::Stale(size) if out_of_order => {
             tracing::info!(reason = %problem, "the origin can't be asked; what it confirmed before counts");
             Ok(size)
@@ -70,21 +76,9 @@ pub(super) fn readable(mirror: &Inner, ask: &Ask) {
 pub(super) fn note_parts(mirror: &Inner, ask: &Ask, found: &Manifest) {
     let (source, now) = (&ask.grant.source, Instant::now());
     mirror.access.belongs(source, &found.digest, Some(found.body.len() as u64), now);
-    for (digest, size) in parts(&found.body) {
-        mirror.access.belongs(source, &digest, size, now);
-    }
-}
-
-/// What follows from the head of the origin's answer about a manifest.
-pub(super) fn note_head(mirror: &Inner, ask: &Ask, head: &Response<()>) {
-    note_refusal(mirror, ask, head.status());
-    if head.status() != StatusCode::OK {
-        return;
-    }
-    readable(mirror, ask);
-    if let Some(digest) = digest_of(head.headers()) {
-        let size = content_length(head.headers());
-        mirror.access.belongs(&ask.grant.source, &digest, size, Instant::now());
+    for part in parts(&found.body) {
+        mirror.access.belongs(source, &part.digest, part.size_bytes, now);
+        mirror.origin.note_urls(source, &found.digest, &part.digest, &part.urls);
     }
 }
 

@@ -1,4 +1,4 @@
-//! Manifests: by tag straight from the origin, by digest from the cache, a seed, or the origin; always what the digest says.
+//! Manifests by digest, from the cache, a seed, or the origin: always what the digest says. Those by tag begin in [`super::tags`].
 
 use std::time::Duration;
 
@@ -6,16 +6,16 @@ use bytes::{Bytes, BytesMut};
 use hawker_core::digest::{Algorithm, Digest};
 use hawker_core::reference::{ManifestRef, Source};
 use http::header::{ACCEPT, CONTENT_LENGTH, CONTENT_TYPE, ETAG};
-use http::{HeaderMap, HeaderValue, Method, Response, StatusCode};
+use http::{HeaderMap, HeaderValue, Response, StatusCode};
 use serde::Deserialize;
 use tokio::time::timeout;
 
 use super::access::Caller;
-use super::auth::{confirm, digest_of, note_head, note_parts, note_refusal, readable};
+use super::auth::{confirm, digest_of, note_parts, note_refusal, readable};
 use super::body::Payload;
 use super::error::Problem;
-use super::forward::{DOCKER_CONTENT_DIGEST, forward, forward_head, not_encoded, passed_on, with};
-use super::{Answer, Ask, Inner, etag, not_modified};
+use super::forward::{DOCKER_CONTENT_DIGEST, not_encoded, passed_on, with};
+use super::{Answer, Ask, Inner, etag, not_modified, tags};
 use crate::coalesce::Coalesced;
 use crate::grant::Grant;
 use crate::origin::{Content, OriginBody, Target, content_length};
@@ -35,7 +35,7 @@ pub(super) const ANY_TYPE: HeaderValue = HeaderValue::from_static(
 #[derive(Clone, Debug)]
 pub(super) struct Manifest {
     pub(super) digest: Digest,
-    media_type: String,
+    pub(super) media_type: String,
     pub(super) body: Bytes,
     /// What else the origin said.
     headers: HeaderMap,
@@ -50,7 +50,7 @@ pub(super) async fn manifest(mirror: &Inner, ask: &Ask, reference: &ManifestRef)
             let found = by_digest(mirror, ask, digest).await?;
             Ok(if not_modified(&ask.headers, digest) { unchanged(digest) } else { found.answer() })
         }
-        ManifestRef::Tag(tag) => by_tag(mirror, ask, tag).await,
+        ManifestRef::Tag(tag) => tags::by_tag(mirror, ask, tag).await,
     }
 }
 
@@ -69,27 +69,6 @@ pub(super) async fn for_peer(mirror: &Inner, grant: Grant, digest: &Digest) -> (
     }
 }
 
-/// Asks the origin, whatever is cached: only it knows where the tag is now.
-async fn by_tag(mirror: &Inner, ask: &Ask, tag: &str) -> Result<Answer, Problem> {
-    let source = &ask.grant.source;
-    let target = Target { source: source.clone(), content: Content::Manifest(tag.to_owned()) };
-    let headers = ask.without_ranges();
-    if ask.method == Method::HEAD {
-        let head = mirror.origin.head(&target, &headers).await?;
-        note_head(mirror, ask, &head);
-        return Ok(forward_head(&head));
-    }
-    let response = mirror.origin.get(&target, &headers).await?;
-    if response.status() != StatusCode::OK {
-        note_refusal(mirror, ask, response.status());
-        return forward(response, source);
-    }
-    let found = read(response, None, source).await?;
-    readable(mirror, ask);
-    keep(mirror, ask, &found).await;
-    Ok(found.answer())
-}
-
 /// From the cache, a seed, or the origin. Only the origin's own bytes show that the caller may read the repository; whatever is
 /// had from elsewhere is confirmed first.
 async fn by_digest(mirror: &Inner, ask: &Ask, digest: &Digest) -> Result<Manifest, Problem> {
@@ -97,6 +76,20 @@ async fn by_digest(mirror: &Inner, ask: &Ask, digest: &Digest) -> Result<Manifes
     if cached.is_some() || mirror.seeds.is_some() {
         confirm(mirror, ask, digest, Content::Manifest(digest.to_string())).await?;
     }
+    from_here(mirror, ask, digest, cached).await
+}
+
+/// The same, once it is confirmed that the caller may have it.
+pub(super) async fn confirmed(mirror: &Inner, ask: &Ask, digest: &Digest) -> Result<Manifest, Problem> {
+    from_here(mirror, ask, digest, cached(mirror, digest).await).await
+}
+
+async fn from_here(
+    mirror: &Inner,
+    ask: &Ask,
+    digest: &Digest,
+    cached: Option<Manifest>,
+) -> Result<Manifest, Problem> {
     let Some(found) = cached else { return fetch_once(mirror, ask, digest, true).await };
     // Its parts belong to this repository too, even if it came here through another one.
     note_parts(mirror, ask, &found);
@@ -144,7 +137,7 @@ async fn from_seed(mirror: &Inner, grant: &Grant, digest: &Digest) -> Option<Man
 }
 
 /// Reads a manifest from an origin's answer and compares it with its digest: the one asked for, or the one announced.
-async fn read(
+pub(super) async fn read(
     response: Response<OriginBody>,
     digest: Option<&Digest>,
     source: &Source,
@@ -175,7 +168,7 @@ async fn read(
 }
 
 impl Manifest {
-    fn answer(self) -> Answer {
+    pub(super) fn answer(self) -> Answer {
         let mut headers = self.headers;
         headers.insert(CONTENT_LENGTH, self.body.len().into());
         headers.extend(identity(&self.digest));
@@ -197,14 +190,14 @@ pub(super) fn unchanged(digest: &Digest) -> Answer {
     with(StatusCode::NOT_MODIFIED, identity(digest), Payload::Empty)
 }
 
-async fn cached(mirror: &Inner, digest: &Digest) -> Option<Manifest> {
+pub(super) async fn cached(mirror: &Inner, digest: &Digest) -> Option<Manifest> {
     let (store, digest) = (mirror.store.clone(), *digest);
     let (media_type, body) = tokio::task::spawn_blocking(move || store.manifest(&digest)).await.ok()??;
     Some(Manifest { digest, media_type, body, headers: HeaderMap::new() })
 }
 
 /// Keeps a manifest, and the knowledge of what belongs to its repository.
-async fn keep(mirror: &Inner, ask: &Ask, found: &Manifest) {
+pub(super) async fn keep(mirror: &Inner, ask: &Ask, found: &Manifest) {
     note_parts(mirror, ask, found);
     let (store, found) = (mirror.store.clone(), found.clone());
     let kept = tokio::task::spawn_blocking(move || {
@@ -220,33 +213,48 @@ async fn keep(mirror: &Inner, ask: &Ask, found: &Manifest) {
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Named {
-    config: Option<Part>,
+    config: Option<Descriptor>,
     #[serde(default)]
-    layers: Vec<Part>,
+    layers: Vec<Descriptor>,
     #[serde(default)]
-    manifests: Vec<Part>,
+    manifests: Vec<Descriptor>,
     #[serde(default)]
-    fs_layers: Vec<OldPart>,
+    fs_layers: Vec<OldDescriptor>,
 }
 
 #[derive(Deserialize)]
-struct Part {
+struct Descriptor {
     digest: String,
     size: Option<u64>,
+    urls: Option<Vec<String>>,
 }
 
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
-struct OldPart {
+struct OldDescriptor {
     blob_sum: String,
 }
 
-/// The digests that a manifest names, with their sizes in bytes. Nothing for what is no manifest.
-pub(super) fn parts(body: &[u8]) -> Vec<(Digest, Option<u64>)> {
+/// What a manifest names.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Part {
+    pub(super) digest: Digest,
+    pub(super) size_bytes: Option<u64>,
+    /// Where it may be had if the registry does not have it.
+    pub(super) urls: Vec<String>,
+}
+
+/// All that a manifest names. Nothing for what is no manifest.
+pub(super) fn parts(body: &[u8]) -> Vec<Part> {
     let Ok(named) = serde_json::from_slice::<Named>(body) else { return Vec::new() };
-    let new = named.config.into_iter().chain(named.layers).chain(named.manifests).map(|p| (p.digest, p.size));
-    let old = named.fs_layers.into_iter().map(|p| (p.blob_sum, None));
-    new.chain(old).filter_map(|(digest, size)| Some((digest.parse().ok()?, size))).collect()
+    let new = named.config.into_iter().chain(named.layers).chain(named.manifests);
+    let new = new.map(|d| (d.digest, d.size, d.urls.unwrap_or_default()));
+    let old = named.fs_layers.into_iter().map(|d| (d.blob_sum, None, Vec::new()));
+    new.chain(old)
+        .filter_map(|(digest, size_bytes, urls)| {
+            Some(Part { digest: digest.parse().ok()?, size_bytes, urls })
+        })
+        .collect()
 }
 
 #[cfg(test)]
@@ -256,15 +264,24 @@ mod tests {
     #[test]
     fn all_that_a_manifest_names_is_found() {
         let digest = |n: u8| Digest::of(Algorithm::Sha256, &[n]);
+        let part = |n: u8, size_bytes, urls: &[&str]| Part {
+            digest: digest(n),
+            size_bytes,
+            urls: urls.iter().map(|&url| url.to_owned()).collect(),
+        };
         let manifest = serde_json::json!({
             "config": { "digest": digest(1).to_string(), "size": 1 },
-            "layers": [{ "digest": digest(2).to_string(), "size": 2 }, { "digest": "md5:x", "size": 3 }],
+            "layers": [
+                { "digest": digest(2).to_string(), "size": 2, "urls": ["https://x.example/l"] },
+                { "digest": "md5:x", "size": 3 },
+            ],
         });
-        assert_eq!(parts(manifest.to_string().as_bytes()), [(digest(1), Some(1)), (digest(2), Some(2))]);
+        let named = parts(manifest.to_string().as_bytes());
+        assert_eq!(named, [part(1, Some(1), &[]), part(2, Some(2), &["https://x.example/l"])]);
         let index = serde_json::json!({ "manifests": [{ "digest": digest(3).to_string() }] });
-        assert_eq!(parts(index.to_string().as_bytes()), [(digest(3), None)]);
+        assert_eq!(parts(index.to_string().as_bytes()), [part(3, None, &[])]);
         let old = serde_json::json!({ "fsLayers": [{ "blobSum": digest(4).to_string() }] });
-        assert_eq!(parts(old.to_string().as_bytes()), [(digest(4), None)]);
+        assert_eq!(parts(old.to_string().as_bytes()), [part(4, None, &[])]);
         assert!(parts(b"no manifest").is_empty());
         assert!(parts(b"[1, 2]").is_empty());
     }

@@ -1,6 +1,6 @@
 //! The registry mirror that runtimes talk to: HTTP/1.1, the pull side of the OCI distribution spec.
 //!
-//! A request goes [`route`] → [`manifest`] or [`blob`] → back through [`error`] if it failed → [`body`] onto the [`wire`].
+//! A request goes [`route`] → [`tags`], [`manifest`] or [`blob`] → back through [`error`] if it failed → [`body`] onto the [`wire`].
 //! [`auth`] makes sure that the caller may have it, [`access`] remembers that; [`token`] is the realm of token mode; [`multipart`]
 //! makes one body of several ranges; [`connection`] is the life of a connection.
 
@@ -14,6 +14,7 @@ mod forward;
 mod manifest;
 mod multipart;
 mod route;
+mod tags;
 mod token;
 mod wire;
 
@@ -93,6 +94,7 @@ struct Inner {
     access: access::Access,
     tokens: token::Tokens,
     fetching: manifest::Fetching,
+    tags: tags::Tags,
     recheck: Mutex<Recheck<IpAddr, Digest>>,
     /// Held while a blob is hashed again: one at a time.
     rechecking: tokio::sync::Mutex<()>,
@@ -114,6 +116,7 @@ impl Mirror {
                 access: access::Access::new(pull_grace),
                 tokens: token::Tokens::new(),
                 fetching: manifest::Fetching::default(),
+                tags: tags::Tags::new(),
                 recheck: Mutex::new(Recheck::new(RECHECKS)),
                 rechecking: tokio::sync::Mutex::new(()),
                 started: Instant::now(),

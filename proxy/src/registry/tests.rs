@@ -14,6 +14,7 @@ use crate::origin::testing::{Reply, Seen, TestRegistry, knowing, noise, origin, 
 use crate::settings::CacheSettings;
 
 mod ranges;
+mod tags;
 
 const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 
@@ -295,7 +296,7 @@ async fn requests_that_make_no_sense_are_answered_as_the_spec_says() {
         ("GET", "/v2/a/b/blobs/sha256:xyz".into(), 400, "DIGEST_INVALID"),
         ("GET", "/v2/A/manifests/v1".into(), 400, "NAME_INVALID"),
         ("GET", "/metrics".into(), 404, "UNSUPPORTED"),
-        ("GET", "/v2/a/b/manifests/v2".into(), 404, "NAME_UNKNOWN"),
+        ("GET", "/v2/a/b/manifests/v2".into(), 404, "MANIFEST_UNKNOWN"),
         ("GET", format!("/v2/a/b/blobs/{}", sha256(b"other")), 404, "BLOB_UNKNOWN"),
         ("GET", format!("/v2/a/b/manifests/{}", sha256(b"other")), 404, "MANIFEST_UNKNOWN"),
         ("GET", format!("/v2/a/b/blobs/{digest}?ns=169.254.169.254"), 403, "DENIED"),
@@ -452,7 +453,7 @@ async fn what_a_client_may_read_is_cached_and_given_to_nobody_else() {
             }
         }
     }
-    assert_eq!(registry.count("GET", "/v2/private/manifests/"), 1);
+    assert_eq!(registry.count("GET", "/v2/private/manifests/"), 1, "the others are told no by a HEAD");
     assert_eq!(registry.count("GET", "/v2/private/blobs/"), 0);
     let page = node.mirror.metrics().encode();
     assert!(!page.contains("good"));
@@ -588,9 +589,14 @@ async fn an_empty_blob_is_a_200() {
     let registry = TestRegistry::start(move |seen| replies.reply(seen)).await;
     let node = Node::before(&registry).await;
     node.commit(b"");
-    for headers in [&[][..], &[("Range", "bytes=0-")]] {
-        let got = node.ask("GET", &format!("/v2/a/b/blobs/{}", image.blob_digest()), headers).await;
-        assert_eq!((got.status, got.header("content-length")), (200, "0"));
+    let target = format!("/v2/a/b/blobs/{}", image.blob_digest());
+    for (range, status) in
+        [("", 200), ("bytes=0-", 200), ("bytes=-5", 200), ("bytes=0-1,3-4", 200), ("bytes=1-", 416)]
+    {
+        let headers = [("Range", range)];
+        let got = node.ask("GET", &target, if range.is_empty() { &[] } else { &headers }).await;
+        assert_eq!(got.status, status, "{range}");
+        assert!(status == 416 || got.header("content-length") == "0", "{range}");
     }
 }
 
@@ -782,6 +788,67 @@ async fn lists_come_from_the_origin_and_their_links_lead_back_here() {
     assert_eq!(registry.seen()[0].target, "/v2/a/b/tags/list?n=1&last=v0");
     assert!(got.header("link").starts_with(&format!("</v2/{}/a/b/tags/list?", registry.name())));
     assert_eq!(node.get(&format!("/v2/a/b/referrers/{}", sha256(b"x"))).await.status, 404);
+}
+
+#[tokio::test]
+async fn referrers_pass_through_with_their_filter_and_without_them_clients_fall_back_to_a_tag() {
+    let index = b"{\"schemaVersion\":2,\"manifests\":[]}";
+    let subject = sha256(b"subject");
+    let fallback = format!("/v2/a/b/manifests/sha256-{}", subject.hex());
+    let tag = fallback.clone();
+    let registry = TestRegistry::start(move |seen| match seen.target.as_str() {
+        target if target.starts_with("/v2/a/b/referrers/") => {
+            let headers = [
+                ("Content-Type", "application/vnd.oci.image.index.v1+json"),
+                ("OCI-Filters-Applied", "artifactType"),
+                ("Warning", "299 - \"soon gone\""),
+            ];
+            say(seen, 200, &headers, index)
+        }
+        target if target == tag => say(seen, 200, &[("Content-Type", MANIFEST)], index),
+        _ => say(seen, 404, &[], b"{\"errors\":[]}"),
+    })
+    .await;
+    let node = Node::before(&registry).await;
+    let path = format!("referrers/{subject}?artifactType=application%2Fsig");
+    let got = node.get(&format!("/v2/a/b/{path}&ns={}", registry.name())).await;
+    assert_eq!((got.status, got.body.as_slice()), (200, index.as_slice()));
+    assert_eq!(got.header("oci-filters-applied"), "artifactType");
+    assert_eq!(got.header("warning"), "299 - \"soon gone\"");
+    assert_eq!(registry.seen()[0].target, format!("/v2/a/b/{path}"));
+    let head = node.ask("HEAD", &format!("/v2/a/b/referrers/{subject}"), &[]).await;
+    assert_eq!((head.status, head.body.len()), (200, 0));
+    assert_eq!(node.get(&format!("/v2/old/referrers/{subject}")).await.status, 404);
+    assert_eq!(node.get(&fallback).await.body, index);
+    assert_eq!(node.get(&fallback.replace("/a/b/", "/old/")).await.status, 404);
+}
+
+#[tokio::test]
+async fn a_registrys_warning_reaches_clients_with_what_it_warns_of() {
+    let (warning, manifest) = ("299 - \"this image is old\"", b"{}");
+    let registry = TestRegistry::start(move |seen| say(seen, 200, &[("Warning", warning)], manifest)).await;
+    let node = Node::before(&registry).await;
+    for target in [format!("/v2/a/b/manifests/{}", sha256(manifest)), "/v2/a/b/manifests/v1".to_owned()] {
+        assert_eq!(node.get(&target).await.header("warning"), warning, "{target}");
+    }
+}
+
+#[tokio::test]
+async fn sha512_content_is_verified_as_such() {
+    let manifest = b"{\"schemaVersion\":2}";
+    let digest = Digest::of(Algorithm::Sha512, manifest);
+    let registry =
+        TestRegistry::start(move |seen| say(seen, 200, &[("Content-Type", MANIFEST)], manifest)).await;
+    let node = Node::before(&registry).await;
+    for _ in 0..2 {
+        let got = node.get(&format!("/v2/a/b/manifests/{digest}")).await;
+        assert_eq!((got.status, got.body.as_slice()), (200, manifest.as_slice()));
+        assert_eq!(got.header("docker-content-digest"), digest.to_string());
+    }
+    assert_eq!(registry.count("GET", "/v2/a/b/manifests/"), 1);
+    let other = Digest::of(Algorithm::Sha512, b"other");
+    let wrong = node.get(&format!("/v2/a/b/manifests/{other}")).await;
+    assert_eq!((wrong.status, wrong.code().as_str()), (502, "MANIFEST_INVALID"));
 }
 
 #[tokio::test]
