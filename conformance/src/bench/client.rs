@@ -91,7 +91,8 @@ fn read_head(stream: &mut TcpStream, buffer: &mut [u8]) -> Result<(usize, usize)
     }
 }
 
-fn content_length(head: &[u8]) -> Result<u64> {
+/// The length that the head of a 200 tells.
+pub(crate) fn content_length(head: &[u8]) -> Result<u64> {
     let head = std::str::from_utf8(head).context("the head is not text")?;
     ensure!(head.starts_with("HTTP/1.1 200 "), "answered {}", head.lines().next().unwrap_or_default());
     let mut fields = head.lines().filter_map(|line| line.split_once(':'));

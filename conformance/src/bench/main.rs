@@ -13,6 +13,7 @@ mod cpu;
 mod goodput;
 mod hit;
 mod machine;
+mod manifest;
 mod measure;
 mod memory;
 mod origin;
@@ -44,6 +45,8 @@ enum Bench {
     Cpu(Options),
     /// The same 128 MiB to all nodes at once, against the bound and against curl on all nodes
     Burst(BurstOptions),
+    /// What the mirror adds to a manifest, 5,000 short connections, and the memory of an idle daemon
+    Manifest(Options),
     /// Peak anonymous memory of any Hawker process in a burst and in a 4 GiB pull
     Memory(BurstOptions),
     /// What this machine gives the other side of each ratio; needs no Hawker
@@ -82,6 +85,7 @@ fn main() -> Result<()> {
         Bench::Memory(options) => {
             measured("memory", &options.common.clone(), |report, _| memory::run(report, &options))
         }
+        Bench::Manifest(options) => measured("manifest", &options, manifest::run),
         Bench::Machine(options) => report("machine", &options, machine::run),
         Bench::Origin(args) => origin::run(&args),
     }
