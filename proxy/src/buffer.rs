@@ -292,7 +292,7 @@ mod tests {
     #[test]
     fn many_threads_stay_within_the_budget() {
         let pool = BufferPool::new(16 * BLOCK);
-        let in_use = std::sync::atomic::AtomicUsize::new(0);
+        let in_use = AtomicUsize::new(0);
         std::thread::scope(|scope| {
             for thread in 0..4usize {
                 let (pool, in_use) = (&pool, &in_use);
@@ -301,9 +301,9 @@ mod tests {
                         for round in 0..500 {
                             let buffer = pool.get((thread + round) % 7 * BLOCK_BYTES + 1).await;
                             let mine = blocks_of(&buffer.bytes);
-                            let now = in_use.fetch_add(mine, std::sync::atomic::Ordering::SeqCst) + mine;
+                            let now = in_use.fetch_add(mine, Ordering::SeqCst) + mine;
                             assert!(now <= 16);
-                            in_use.fetch_sub(mine, std::sync::atomic::Ordering::SeqCst);
+                            in_use.fetch_sub(mine, Ordering::SeqCst);
                         }
                     });
                 });
