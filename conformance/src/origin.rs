@@ -16,7 +16,7 @@ mod answer;
 mod content;
 mod control;
 mod fault;
-mod http;
+pub(crate) mod http;
 mod log;
 mod serve;
 

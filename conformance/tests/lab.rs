@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use hawker_conformance::lab::{
-    BlobReads, Containerd, DockerRegistry, End, Families, Host, Image, Lab, Mbit, Request, packaged_image,
+    BlobReads, Containerd, DockerRegistry, End, Families, Host, Image, Lab, Mbit, ObjectStore, PrivateCa,
+    RegistryPlan, Request, TokenServer, packaged_image, run,
 };
 
 /// Sends `size_bytes` from one host to another; gives the rate in Mbit/s as the receiver sees it.
@@ -141,4 +142,126 @@ fn a_container_of_an_image_made_from_packages_runs() -> Result<()> {
     let said = containerd.run(&reference, &["/bin/sh", "-c", "echo from inside"]).context("running it")?;
     ensure!(said.trim() == "from inside", "{said}");
     Ok(())
+}
+
+/// Whether skopeo gets an image from a registry as it is, as a user (`name:password`) if there is one.
+fn skopeo_gets(host: &Host, reference: &str, user: Option<&str>, flags: &[&str]) -> bool {
+    let mut command = host.command("skopeo");
+    command.args(["--insecure-policy", "copy", "--quiet"]).args(flags);
+    command.args(user.iter().flat_map(|user| ["--src-creds", user]));
+    let target = host.dir().join("copied");
+    let copied = run(command.arg(format!("docker://{reference}")).arg(format!("dir:{}", target.display())));
+    // What is there already would not be asked for again.
+    let _ = std::fs::remove_dir_all(target);
+    copied.is_ok()
+}
+
+#[test]
+fn docker_registry_believes_the_token_server_and_clients_find_their_way() -> Result<()> {
+    let lab = Lab::new()?;
+    lab.explain((|| {
+        let host = lab.host("origin")?;
+        let tokens = TokenServer::start(&host)?;
+        let registry = RegistryPlan::on(&host).tokens(&tokens).start()?;
+        let ann = ("ann", "of: green g&bles");
+        tokens.user(ann.0, ann.1);
+        tokens.user("bob", "builder");
+        tokens.private("ann/app", &["ann"]);
+        tokens.private("base", &["ann"]);
+        tokens.public("base");
+        let image = Image::noise(2, &[50_000]);
+        let private = registry.push_as(ann, &image, "ann/app", "v1")?;
+        let public = registry.push_as(ann, &image, "base", "v1")?;
+        ensure!(registry.push_as(("bob", "builder"), &image, "base", "v2").is_err(), "bob pushed");
+
+        let node = lab.host("node")?;
+        let anns = format!("{}:{}", ann.0, ann.1);
+        for (reference, user, gets) in [
+            (&private, Some(anns.as_str()), true),
+            (&private, Some("ann:wrong"), false),
+            (&private, Some("bob:builder"), false),
+            (&private, None, false),
+            (&public, None, true),
+        ] {
+            let got = skopeo_gets(&node, reference, user, &["--src-tls-verify=false"]);
+            ensure!(got == gets, "skopeo got {reference} as {user:?}: {got}");
+        }
+        let posts =
+            || tokens.log().iter().filter(|asked| asked.method == "POST" && asked.status == 200).count();
+        ensure!(posts() == 0, "skopeo asks by GET: {:#?}", tokens.log());
+
+        let containerd = Containerd::start(&node, "containerd")?;
+        containerd.mirrors("_default", &[format!("http://{}", registry.authority())], None)?;
+        ensure!(
+            containerd.fetch_as(("ann", "wrong"), &private).is_err(),
+            "containerd got it with a wrong password"
+        );
+        ensure!(containerd.fetch(&private).is_err(), "containerd got it without credentials");
+        containerd.fetch_as(ann, &private)?;
+        ensure!(posts() > 0, "containerd asks by POST first: {:#?}", tokens.log());
+        containerd.fetch(&public)?;
+        tokens.oauth(false);
+        Containerd::start(&node, "other").and_then(|other| {
+            other.mirrors("_default", &[format!("http://{}", registry.authority())], None)?;
+            other.fetch_as(ann, &private)
+        })
+    })())
+}
+
+#[test]
+fn a_registry_behind_a_private_ca_wants_the_ca_and_the_password() -> Result<()> {
+    let lab = Lab::new()?;
+    lab.explain((|| {
+        let (ca, host, node) = (PrivateCa::new(&lab)?, lab.host("origin")?, lab.host("node")?);
+        let users = [("ann", "gables"), ("bob", "builder")];
+        let registry = RegistryPlan::on(&host).basic(&users).tls(&ca)?.start()?;
+        let reference = registry.push_as(users[0], &Image::noise(3, &[50_000]), "ann/app", "v1")?;
+        let trusting =
+            format!("--src-cert-dir={}", ca.certificate().parent().context("its folder")?.display());
+        for (user, flags, gets) in [
+            (Some("bob:builder"), &[trusting.as_str()][..], true),
+            (Some("bob:wrong"), &[trusting.as_str()], false),
+            (None, &[trusting.as_str()], false),
+            (Some("bob:builder"), &[], false),
+        ] {
+            ensure!(skopeo_gets(&node, &reference, user, flags) == gets, "{user:?} {flags:?}");
+        }
+        Ok(())
+    })())
+}
+
+#[test]
+fn tokens_by_https_are_as_good() -> Result<()> {
+    let lab = Lab::new()?;
+    lab.explain((|| {
+        let (ca, host, node) = (PrivateCa::new(&lab)?, lab.host("origin")?, lab.host("node")?);
+        let tokens = TokenServer::start_tls(&host, &ca.issue(&host)?)?;
+        tokens.user("ann", "gables");
+        tokens.private("ann/app", &["ann"]);
+        let registry = RegistryPlan::on(&host).tokens(&tokens).tls(&ca)?.start()?;
+        let reference = registry.push_as(("ann", "gables"), &Image::noise(4, &[50_000]), "ann/app", "v1")?;
+        let trusting =
+            format!("--src-cert-dir={}", ca.certificate().parent().context("its folder")?.display());
+        ensure!(skopeo_gets(&node, &reference, Some("ann:gables"), &[&trusting]));
+        ensure!(!skopeo_gets(&node, &reference, None, &[&trusting]));
+        Ok(())
+    })())
+}
+
+#[test]
+fn a_registry_that_redirects_leaves_the_bytes_to_its_object_store() -> Result<()> {
+    let lab = Lab::new()?;
+    lab.explain((|| {
+        let (host, elsewhere, node) = (lab.host("origin")?, lab.host("objects")?, lab.host("node")?);
+        let registry = RegistryPlan::on(&host).basic(&[("ann", "gables")]).redirect_to(&elsewhere).start()?;
+        let store = ObjectStore::start(&elsewhere, &registry.storage())?;
+        let image = Image::noise(5, &[50_000]);
+        let reference = registry.push_as(("ann", "gables"), &image, "ann/app", "v1")?;
+        ensure!(skopeo_gets(&node, &reference, Some("ann:gables"), &["--src-tls-verify=false"]));
+        ensure!(registry.blob_reads(None) == BlobReads::default(), "it sent blobs itself");
+        let reads = store.reads();
+        let of_layer = reads.iter().filter(|read| read.body_bytes == image.size_bytes());
+        ensure!(of_layer.count() == 1 && reads.iter().all(|read| !read.authorization), "{reads:?}");
+        Ok(())
+    })())
 }

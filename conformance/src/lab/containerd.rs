@@ -89,9 +89,21 @@ impl Containerd {
     /// # Errors
     /// When that fails.
     pub fn fetch(&self, reference: &str) -> Result<()> {
+        run(&mut self.fetch_command(reference)).map(drop)
+    }
+
+    /// As [`Containerd::fetch`], with credentials (name and password) for whoever asks for them.
+    ///
+    /// # Errors
+    /// When that fails.
+    pub fn fetch_as(&self, (name, password): (&str, &str), reference: &str) -> Result<()> {
+        run(self.fetch_command(reference).arg("--user").arg(format!("{name}:{password}"))).map(drop)
+    }
+
+    fn fetch_command(&self, reference: &str) -> Command {
         let mut command = self.ctr();
         command.args(["content", "fetch", "--hosts-dir"]).arg(self.hosts_dir()).arg(reference);
-        run(&mut command).map(drop)
+        command
     }
 
     /// Runs a container of a pulled image to its end; gives its standard output.

@@ -5,7 +5,9 @@ use std::process::Command;
 
 use anyhow::{Context as _, Result};
 use bytes::Bytes;
-use oci_distribution::client::{ClientConfig, ClientProtocol, Config, ImageLayer};
+use oci_distribution::client::{
+    Certificate, CertificateEncoding, ClientConfig, ClientProtocol, Config, ImageLayer,
+};
 use oci_distribution::secrets::RegistryAuth;
 use rand::rngs::StdRng;
 use rand::{Rng as _, SeedableRng as _};
@@ -62,14 +64,20 @@ impl Image {
         self.layers.iter().map(|layer| layer.data.len() as u64).sum()
     }
 
-    /// Pushes it by plain HTTP to `reference` (`host:port/repository:tag`), from where this is polled.
+    /// Pushes it to `reference` (`host:port/repository:tag`), from where this is polled: by HTTPS if a CA (PEM) is given, which
+    /// is trusted, and otherwise by plain HTTP.
     ///
     /// # Errors
     /// When the registry refuses.
-    pub async fn push(&self, reference: &str) -> Result<()> {
+    pub async fn push(&self, reference: &str, auth: &RegistryAuth, ca: Option<&Path>) -> Result<()> {
         // The client wants a TLS provider even where it speaks plain HTTP; another may be installed already.
         let _ = rustls::crypto::ring::default_provider().install_default();
-        let config = ClientConfig { protocol: ClientProtocol::Http, ..ClientConfig::default() };
+        let mut config = ClientConfig { protocol: ClientProtocol::Http, ..ClientConfig::default() };
+        if let Some(ca) = ca {
+            let (encoding, data) = (CertificateEncoding::Pem, std::fs::read(ca)?);
+            config.protocol = ClientProtocol::Https;
+            config.tls_certs_only = vec![Certificate { encoding, data }];
+        }
         let client = oci_distribution::Client::new(config);
         let layers: Vec<ImageLayer> = self
             .layers
@@ -78,10 +86,7 @@ impl Image {
             .collect();
         let config = Config::new(self.config().into_bytes(), CONFIG_TYPE.into(), None);
         let target = reference.parse().with_context(|| format!("the reference {reference}"))?;
-        client
-            .push(&target, &layers, config, &RegistryAuth::Anonymous, None)
-            .await
-            .context("pushing an image")?;
+        client.push(&target, &layers, config, auth, None).await.context("pushing an image")?;
         Ok(())
     }
 

@@ -14,15 +14,18 @@
 //! A lab removes everything when it is dropped: processes, namespaces, mounts, files. What a killed run left behind is
 //! removed when the next lab starts.
 
+mod certificates;
 mod cluster;
 mod containerd;
 mod hawker;
 mod host;
 mod http;
 mod image;
+mod object_store;
 mod process;
 mod registry;
 mod sweep;
+mod token_server;
 
 use std::fs;
 use std::net::{Ipv4Addr, Ipv6Addr};
@@ -31,14 +34,17 @@ use std::sync::atomic::{AtomicU16, Ordering};
 
 use anyhow::{Context as _, Result, ensure};
 
+pub use certificates::{PrivateCa, ServerCertificate};
 pub use cluster::{Cluster, ClusterPlan};
 pub use containerd::Containerd;
 pub use hawker::{Bytes, Hawker, HawkerPlan, Member, Status, TokenFrom, hawker_binary};
 pub use host::{Host, LinkCounters, Mbit};
 pub use http::{Answer, End, Request};
 pub use image::{Image, Layer, packaged_image};
+pub use object_store::{ObjectRead, ObjectStore};
 pub use process::{Process, run};
-pub use registry::{BlobReads, DockerRegistry};
+pub use registry::{BlobReads, DockerRegistry, RegistryPlan};
+pub use token_server::{TokenAsked, TokenServer};
 
 /// Which addresses the hosts of a lab have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,25 +1,46 @@
-//! Debian's docker-registry as an origin, and what it sent.
+//! Debian's docker-registry as an origin, with and without TLS, authorization and redirects, and what it sent.
 
 use std::fs;
-use std::path::PathBuf;
+use std::net::TcpStream;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
+use oci_distribution::secrets::RegistryAuth;
+use serde_json::{Value, json};
 
+use super::certificates::{PrivateCa, ServerCertificate};
 use super::host::Host;
-use super::http::Request;
 use super::image::Image;
+use super::object_store;
 use super::process::{Process, run};
+use super::token_server::{self, TokenServer};
 
 const READY: Duration = Duration::from_secs(15);
 const PORT: u16 = 5000;
 
-/// A running docker-registry, without TLS or authorization.
+/// A docker-registry to be started. It listens on port 5000 of its host.
+#[derive(Clone, Debug)]
+pub struct RegistryPlan {
+    host: Host,
+    auth: Option<Auth>,
+    tls: Option<(ServerCertificate, PathBuf)>,
+    redirect: Option<String>,
+}
+
+#[derive(Clone, Debug)]
+enum Auth {
+    Basic(Vec<(String, String)>),
+    Tokens { realm: String, bundle: PathBuf },
+}
+
+/// A running docker-registry.
 #[derive(Debug)]
 pub struct DockerRegistry {
     host: Host,
     dir: PathBuf,
+    ca: Option<PathBuf>,
     process: Process,
 }
 
@@ -32,18 +53,114 @@ pub struct BlobReads {
     pub body_bytes: u64,
 }
 
-impl DockerRegistry {
-    /// Starts one on port 5000 of `host`.
+impl RegistryPlan {
+    /// By plain HTTP, open to all.
+    #[must_use]
+    pub fn on(host: &Host) -> Self {
+        Self { host: host.clone(), auth: None, tls: None, redirect: None }
+    }
+
+    /// Only these users (names and passwords) may pull and push, by Basic credentials.
+    #[must_use]
+    pub fn basic(mut self, users: &[(&str, &str)]) -> Self {
+        let users = users.iter().map(|&(name, password)| (name.to_owned(), password.to_owned()));
+        self.auth = Some(Auth::Basic(users.collect()));
+        self
+    }
+
+    /// Only bearers of this server's tokens may pull and push.
+    #[must_use]
+    pub fn tokens(mut self, server: &TokenServer) -> Self {
+        self.auth = Some(Auth::Tokens { realm: server.realm().into(), bundle: server.bundle().into() });
+        self
+    }
+
+    /// By HTTPS, with a certificate of this CA.
+    ///
+    /// # Errors
+    /// When the certificate cannot be written.
+    pub fn tls(mut self, ca: &PrivateCa) -> Result<Self> {
+        self.tls = Some((ca.issue(&self.host)?, ca.certificate().to_owned()));
+        Ok(self)
+    }
+
+    /// GETs of blobs are sent to the [`ObjectStore`](super::ObjectStore) that serves [`DockerRegistry::storage`] on `host`.
+    #[must_use]
+    pub fn redirect_to(mut self, host: &Host) -> Self {
+        self.redirect = Some(object_store::base(host));
+        self
+    }
+
+    /// Starts it.
     ///
     /// # Errors
     /// When it does not come up; the error has the end of its log.
-    pub fn start(host: &Host) -> Result<Self> {
-        let dir = host.dir().join("registry");
+    pub fn start(self) -> Result<DockerRegistry> {
+        let dir = self.dir();
         fs::create_dir_all(dir.join("data"))?;
-        fs::write(dir.join("config.yml"), config_text(host, &dir.join("data").display().to_string()))?;
-        let mut registry = Self { host: host.clone(), process: spawn(host, &dir)?, dir };
+        if let Some(Auth::Basic(users)) = &self.auth {
+            let entries: Vec<_> = users.iter().map(htpasswd).collect::<Result<_>>()?;
+            fs::write(dir.join("htpasswd"), entries.concat())?;
+        }
+        // JSON is YAML.
+        fs::write(dir.join("config.yml"), self.config().to_string())?;
+        let ca = self.tls.map(|(_, ca)| ca);
+        let process = spawn(&self.host, &dir)?;
+        let mut registry = DockerRegistry { host: self.host, process, dir, ca };
         registry.until_ready()?;
         Ok(registry)
+    }
+
+    fn dir(&self) -> PathBuf {
+        self.host.dir().join("registry")
+    }
+
+    fn config(&self) -> Value {
+        let mut config = json!({
+            "version": "0.1",
+            "log": { "level": "error", "formatter": "text", "accesslog": { "disabled": false } },
+            "storage": {
+                "filesystem": { "rootdirectory": self.dir().join("data") },
+                "maintenance": { "uploadpurging": { "enabled": false } },
+            },
+            "http": { "addr": self.host.at(PORT), "secret": "only for uploads of one process" },
+        });
+        match &self.auth {
+            None => {}
+            Some(Auth::Basic(_)) => {
+                config["auth"] =
+                    json!({ "htpasswd": { "realm": "the lab", "path": self.dir().join("htpasswd") } });
+            }
+            Some(Auth::Tokens { realm, bundle }) => {
+                config["auth"] = json!({ "token": {
+                    "realm": realm, "rootcertbundle": bundle,
+                    "service": token_server::SERVICE, "issuer": token_server::ISSUER,
+                } });
+            }
+        }
+        if let Some((server, _)) = &self.tls {
+            config["http"]["tls"] = json!({ "certificate": server.certificate, "key": server.key });
+        }
+        if let Some(base) = &self.redirect {
+            config["middleware"] =
+                json!({ "storage": [{ "name": "redirect", "options": { "baseurl": base } }] });
+        }
+        config
+    }
+}
+
+/// A line of an htpasswd file, by bcrypt: docker-registry takes nothing else.
+fn htpasswd((name, password): &(String, String)) -> Result<String> {
+    run(Command::new("htpasswd").args(["-nbB", "-C", "4", name, password]))
+}
+
+impl DockerRegistry {
+    /// Starts one on port 5000 of `host`, without TLS or authorization.
+    ///
+    /// # Errors
+    /// As [`RegistryPlan::start`].
+    pub fn start(host: &Host) -> Result<Self> {
+        RegistryPlan::on(host).start()
     }
 
     /// `host:port`, as in image references and `ns`.
@@ -56,6 +173,12 @@ impl DockerRegistry {
     #[must_use]
     pub fn host(&self) -> &Host {
         &self.host
+    }
+
+    /// The folder that its blobs are in.
+    #[must_use]
+    pub fn storage(&self) -> PathBuf {
+        self.dir.join("data")
     }
 
     /// kill -9; [`DockerRegistry::restart`] brings it back with its data.
@@ -80,8 +203,26 @@ impl DockerRegistry {
     /// # Errors
     /// When the registry refuses.
     pub fn push(&self, image: &Image, repository: &str, tag: &str) -> Result<String> {
+        self.push_with(image, repository, tag, &RegistryAuth::Anonymous)
+    }
+
+    /// Pushes a synthetic image as a user (name and password); gives its reference.
+    ///
+    /// # Errors
+    /// When the registry refuses.
+    pub fn push_as(
+        &self,
+        (name, password): (&str, &str),
+        image: &Image,
+        repository: &str,
+        tag: &str,
+    ) -> Result<String> {
+        self.push_with(image, repository, tag, &RegistryAuth::Basic(name.into(), password.into()))
+    }
+
+    fn push_with(&self, image: &Image, repository: &str, tag: &str, auth: &RegistryAuth) -> Result<String> {
         let reference = format!("{}/{repository}:{tag}", self.authority());
-        self.host.block_on(image.push(&reference))??;
+        self.host.block_on(image.push(&reference, auth, self.ca.as_deref()))??;
         Ok(reference)
     }
 
@@ -122,26 +263,16 @@ impl DockerRegistry {
     }
 
     fn until_ready(&mut self) -> Result<()> {
-        let (host, request) = (self.host.clone(), Request::get(self.host.at(PORT), "/v2/"));
-        let ready = || request.send(&host).is_ok_and(|answer| answer.status == 200);
+        let (host, address) = (self.host.clone(), self.host.at(PORT));
+        // It listens last of all.
+        let ready = || host.enter(|| TcpStream::connect(address)).is_ok_and(|stream| stream.is_ok());
         self.process.wait_ready(READY, ready).context("docker-registry")
     }
 }
 
-fn spawn(host: &Host, dir: &std::path::Path) -> Result<Process> {
+fn spawn(host: &Host, dir: &Path) -> Result<Process> {
     let mut command = host.command("docker-registry");
     Process::start(command.arg("serve").arg(dir.join("config.yml")), host.dir().join("registry.log"))
-}
-
-fn config_text(host: &Host, data: &str) -> String {
-    format!(
-        r#"version: 0.1
-log: {{level: error, formatter: text, accesslog: {{disabled: false}}}}
-storage: {{filesystem: {{rootdirectory: "{data}"}}, maintenance: {{uploadpurging: {{enabled: false}}}}}}
-http: {{addr: "{}", secret: "only for uploads of one process"}}
-"#,
-        host.at(PORT)
-    )
 }
 
 /// Digest and bytes of a line of the access log that is a blob GET answered with content:

@@ -15,7 +15,7 @@ const MAX_REQUEST_BODY_BYTES: usize = 16 << 20;
 const IDLE: Duration = Duration::from_secs(120);
 
 /// A connection that a client opened.
-pub(super) struct Connection {
+pub(crate) struct Connection {
     stream: Stream,
     /// Bytes read after the last request's head.
     rest: Vec<u8>,
@@ -28,33 +28,33 @@ enum Stream {
 
 /// The head of a request.
 #[derive(Debug)]
-pub(super) struct Request {
-    pub(super) method: String,
+pub(crate) struct Request {
+    pub(crate) method: String,
     /// Path and query, as they came.
-    pub(super) target: String,
+    pub(crate) target: String,
     headers: Vec<(String, String)>,
-    pub(super) body: Vec<u8>,
+    pub(crate) body: Vec<u8>,
 }
 
 impl Request {
-    pub(super) fn path(&self) -> &str {
+    pub(crate) fn path(&self) -> &str {
         self.target.split('?').next().unwrap_or_default()
     }
 
-    pub(super) fn header(&self, name: &str) -> Option<&str> {
+    pub(crate) fn header(&self, name: &str) -> Option<&str> {
         self.headers
             .iter()
             .find(|(other, _)| other.eq_ignore_ascii_case(name))
             .map(|(_, value)| value.as_str())
     }
 
-    pub(super) fn wants_close(&self) -> bool {
+    pub(crate) fn wants_close(&self) -> bool {
         self.header("connection").is_some_and(|value| value.eq_ignore_ascii_case("close"))
     }
 }
 
 impl Connection {
-    pub(super) async fn accept(tcp: TcpStream, tls: Option<&TlsAcceptor>) -> io::Result<Self> {
+    pub(crate) async fn accept(tcp: TcpStream, tls: Option<&TlsAcceptor>) -> io::Result<Self> {
         tcp.set_nodelay(true)?;
         let stream = match tls {
             None => Stream::Plain(tcp),
@@ -64,7 +64,7 @@ impl Connection {
     }
 
     /// The next request; `None` when the client is done.
-    pub(super) async fn request(&mut self) -> io::Result<Option<Request>> {
+    pub(crate) async fn request(&mut self) -> io::Result<Option<Request>> {
         let end = loop {
             if let Some(end) = self.rest.windows(4).position(|window| window == b"\r\n\r\n") {
                 break end + 4;
@@ -94,7 +94,7 @@ impl Connection {
         Ok(Some(request))
     }
 
-    pub(super) async fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
+    pub(crate) async fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
         timeout(async {
             match &mut self.stream {
                 Stream::Plain(stream) => stream.write_all(bytes).await,
@@ -108,7 +108,7 @@ impl Connection {
     }
 
     /// Ends the connection with FIN.
-    pub(super) async fn close(mut self) {
+    pub(crate) async fn close(mut self) {
         // The client may be gone already: then there is nothing to end.
         let _ = timeout(async {
             match &mut self.stream {
@@ -120,7 +120,7 @@ impl Connection {
     }
 
     /// Ends the connection with RST, once what was written has had time to arrive.
-    pub(super) async fn reset(self) {
+    pub(crate) async fn reset(self) {
         tokio::time::sleep(Duration::from_millis(100)).await;
         let tcp = match &self.stream {
             Stream::Plain(stream) => stream,
@@ -164,7 +164,7 @@ fn parse(head: &[u8]) -> io::Result<Request> {
 }
 
 /// The head of an answer.
-pub(super) fn head(status: u16, headers: &[(&str, String)]) -> Vec<u8> {
+pub(crate) fn head(status: u16, headers: &[(&str, String)]) -> Vec<u8> {
     let reason =
         http::StatusCode::from_u16(status).ok().and_then(|code| code.canonical_reason()).unwrap_or("Fault");
     let mut text = format!("HTTP/1.1 {status} {reason}\r\n");
