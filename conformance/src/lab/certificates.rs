@@ -58,8 +58,18 @@ impl PrivateCa {
     /// # Errors
     /// When it cannot be written.
     pub fn issue(&self, host: &Host) -> Result<ServerCertificate> {
+        self.issue_for(host, &[])
+    }
+
+    /// The same for a server that has names, too.
+    ///
+    /// # Errors
+    /// As [`PrivateCa::issue`].
+    pub fn issue_for(&self, host: &Host, names: &[&str]) -> Result<ServerCertificate> {
         let key = KeyPair::generate()?;
-        let params = CertificateParams::new([host.ip().to_string()])?;
+        let names: Vec<_> =
+            names.iter().map(|&name| name.to_owned()).chain([host.ip().to_string()]).collect();
+        let params = CertificateParams::new(names)?;
         let files = ServerCertificate {
             certificate: host.dir().join("server.crt"),
             key: host.dir().join("server.key"),

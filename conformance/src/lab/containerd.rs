@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result};
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
+use super::cri;
 use super::host::Host;
 use super::process::{Process, run};
 
@@ -28,11 +29,23 @@ impl Containerd {
     /// # Errors
     /// When it does not come up; the error has the end of its log.
     pub fn start(host: &Host, name: &str) -> Result<Self> {
+        Self::start_with(host, name, false)
+    }
+
+    /// Starts one that kubelets could talk to; see [`Containerd::pull_as_kubelet`].
+    ///
+    /// # Errors
+    /// As [`Containerd::start`].
+    pub fn start_for_kubelet(host: &Host, name: &str) -> Result<Self> {
+        Self::start_with(host, name, true)
+    }
+
+    fn start_with(host: &Host, name: &str, kubelet: bool) -> Result<Self> {
         let dir = host.dir().join(name);
         fs::create_dir_all(dir.join("certs.d"))?;
         let snapshotter = snapshotter(&dir)?;
         let config = dir.join("config.toml");
-        fs::write(&config, config_text(&dir))?;
+        fs::write(&config, config_text(&dir, snapshotter, kubelet))?;
         let log = host.dir().join(format!("{name}.log"));
         let process = Process::start(host.command("containerd").arg("--config").arg(&config), log)?;
         let mut containerd = Self { host: host.clone(), dir, snapshotter, process };
@@ -57,11 +70,17 @@ impl Containerd {
         fs::write(dir.join("hosts.toml"), text).with_context(|| format!("writing to {}", dir.display()))
     }
 
+    /// Where it listens.
+    #[must_use]
+    pub fn socket(&self) -> PathBuf {
+        self.dir.join("containerd.sock")
+    }
+
     /// `ctr`, talking to this containerd, on its host.
     #[must_use]
     pub fn ctr(&self) -> Command {
         let mut command = self.host.command("ctr");
-        command.arg("--address").arg(self.dir.join("containerd.sock"));
+        command.arg("--address").arg(self.socket());
         command
     }
 
@@ -82,6 +101,15 @@ impl Containerd {
         let start = Instant::now();
         run(&mut self.pull_command(reference))?;
         Ok(start.elapsed())
+    }
+
+    /// Pulls and unpacks `reference` through the mirrors as a kubelet has it pulled, with a pull secret (name and password) if
+    /// there is one.
+    ///
+    /// # Errors
+    /// When the pull fails, or this containerd is not for kubelets.
+    pub fn pull_as_kubelet(&self, reference: &str, secret: Option<(&str, &str)>) -> Result<()> {
+        self.host.block_on(cri::pull_image(&self.socket(), reference, secret))?.map(drop)
     }
 
     /// Pulls `reference` through the mirrors without unpacking it: layers may be any bytes. containerd checks every digest.
@@ -143,7 +171,7 @@ impl Containerd {
             "--containerd-config".into(),
             path(config),
             "--containerd-address".into(),
-            path(self.dir.join("containerd.sock")),
+            path(self.socket()),
         ])
     }
 
@@ -152,17 +180,22 @@ impl Containerd {
     }
 }
 
-fn config_text(dir: &Path) -> String {
+fn config_text(dir: &Path, snapshotter: &str, kubelet: bool) -> String {
     let dir = dir.display();
     // The runtime interface for kubelets and what other file systems need would only slow the start down.
+    let kubelets = if kubelet {
+        ""
+    } else {
+        r#"
+  "io.containerd.grpc.v1.cri",
+  "io.containerd.cri.v1.images",
+  "io.containerd.cri.v1.runtime","#
+    };
     format!(
         r#"version = 2
 root = "{dir}/root"
 state = "{dir}/state"
-disabled_plugins = [
-  "io.containerd.grpc.v1.cri",
-  "io.containerd.cri.v1.images",
-  "io.containerd.cri.v1.runtime",
+disabled_plugins = [{kubelets}
   "io.containerd.snapshotter.v1.aufs",
   "io.containerd.snapshotter.v1.btrfs",
   "io.containerd.snapshotter.v1.devmapper",
@@ -172,6 +205,12 @@ disabled_plugins = [
   address = "{dir}/containerd.sock"
 [ttrpc]
   address = "{dir}/containerd.sock.ttrpc"
+[plugins."io.containerd.grpc.v1.cri".containerd]
+  snapshotter = "{snapshotter}"
+[plugins."io.containerd.grpc.v1.cri".registry]
+  config_path = "{dir}/certs.d"
+[plugins."io.containerd.grpc.v1.cri".cni]
+  conf_dir = "{dir}/cni"
 "#
     )
 }

@@ -150,6 +150,18 @@ impl HawkerPlan {
         self
     }
 
+    /// With a `/etc/hosts` of its own that has these names.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn knows(self, names: &[(&str, std::net::IpAddr)]) -> Result<Self> {
+        let file = self.host.dir().join("hosts");
+        let lines = names.iter().map(|(name, ip)| format!("{ip} {name}\n"));
+        std::fs::write(&file, format!("127.0.0.1 localhost\n{}", lines.collect::<String>()))?;
+        let bind = format!("mount --bind {} /etc/hosts && exec \"$@\"", file.display());
+        Ok(self.wrapped_in(&["unshare", "--mount", "sh", "-c", &bind, "sh"]))
+    }
+
     /// Serves `registry` (`host:port`) by plain HTTP at that address, though it is private.
     #[must_use]
     pub fn plain_registry(self, registry: impl std::fmt::Display) -> Self {

@@ -17,6 +17,9 @@
 mod certificates;
 mod cluster;
 mod containerd;
+mod containers_tools;
+mod cri;
+mod dockerd;
 mod hawker;
 mod host;
 mod http;
@@ -37,6 +40,8 @@ use anyhow::{Context as _, Result, ensure};
 pub use certificates::{PrivateCa, ServerCertificate};
 pub use cluster::{Cluster, ClusterPlan};
 pub use containerd::Containerd;
+pub use containers_tools::ContainersTools;
+pub use dockerd::Dockerd;
 pub use hawker::{Bytes, Hawker, HawkerPlan, Member, Status, TokenFrom, hawker_binary};
 pub use host::{Host, LinkCounters, Mbit};
 pub use http::{Answer, End, Request};

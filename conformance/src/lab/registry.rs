@@ -20,13 +20,14 @@ use super::token_server::{self, TokenServer};
 const READY: Duration = Duration::from_secs(15);
 const PORT: u16 = 5000;
 
-/// A docker-registry to be started. It listens on port 5000 of its host.
+/// A docker-registry to be started: on port 5000 of its host, if nothing else is said.
 #[derive(Clone, Debug)]
 pub struct RegistryPlan {
     host: Host,
     auth: Option<Auth>,
     tls: Option<(ServerCertificate, PathBuf)>,
     redirect: Option<String>,
+    port: u16,
 }
 
 #[derive(Clone, Debug)]
@@ -39,6 +40,7 @@ enum Auth {
 #[derive(Debug)]
 pub struct DockerRegistry {
     host: Host,
+    port: u16,
     dir: PathBuf,
     ca: Option<PathBuf>,
     process: Process,
@@ -57,7 +59,7 @@ impl RegistryPlan {
     /// By plain HTTP, open to all.
     #[must_use]
     pub fn on(host: &Host) -> Self {
-        Self { host: host.clone(), auth: None, tls: None, redirect: None }
+        Self { host: host.clone(), auth: None, tls: None, redirect: None, port: PORT }
     }
 
     /// Only these users (names and passwords) may pull and push, by Basic credentials.
@@ -84,6 +86,16 @@ impl RegistryPlan {
         Ok(self)
     }
 
+    /// By HTTPS on port 443, with a certificate of this CA for `name`: as the registry of that name.
+    ///
+    /// # Errors
+    /// When the certificate cannot be written.
+    pub fn known_as(mut self, name: &str, ca: &PrivateCa) -> Result<Self> {
+        self.tls = Some((ca.issue_for(&self.host, &[name])?, ca.certificate().to_owned()));
+        self.port = 443;
+        Ok(self)
+    }
+
     /// GETs of blobs are sent to the [`ObjectStore`](super::ObjectStore) that serves [`DockerRegistry::storage`] on `host`.
     #[must_use]
     pub fn redirect_to(mut self, host: &Host) -> Self {
@@ -106,7 +118,7 @@ impl RegistryPlan {
         fs::write(dir.join("config.yml"), self.config().to_string())?;
         let ca = self.tls.map(|(_, ca)| ca);
         let process = spawn(&self.host, &dir)?;
-        let mut registry = DockerRegistry { host: self.host, process, dir, ca };
+        let mut registry = DockerRegistry { host: self.host, port: self.port, process, dir, ca };
         registry.until_ready()?;
         Ok(registry)
     }
@@ -123,7 +135,7 @@ impl RegistryPlan {
                 "filesystem": { "rootdirectory": self.dir().join("data") },
                 "maintenance": { "uploadpurging": { "enabled": false } },
             },
-            "http": { "addr": self.host.at(PORT), "secret": "only for uploads of one process" },
+            "http": { "addr": self.host.at(self.port), "secret": "only for uploads of one process" },
         });
         match &self.auth {
             None => {}
@@ -166,7 +178,7 @@ impl DockerRegistry {
     /// `host:port`, as in image references and `ns`.
     #[must_use]
     pub fn authority(&self) -> String {
-        self.host.at(PORT).to_string()
+        self.host.at(self.port).to_string()
     }
 
     /// The host it runs on.
@@ -262,8 +274,14 @@ impl DockerRegistry {
         })
     }
 
+    /// What it was asked so far, a line of its access log each.
+    #[must_use]
+    pub fn requests(&self) -> Vec<String> {
+        self.process.log().lines().filter(|line| line.contains(" HTTP/1.1\" ")).map(str::to_owned).collect()
+    }
+
     fn until_ready(&mut self) -> Result<()> {
-        let (host, address) = (self.host.clone(), self.host.at(PORT));
+        let (host, address) = (self.host.clone(), self.host.at(self.port));
         // It listens last of all.
         let ready = || host.enter(|| TcpStream::connect(address)).is_ok_and(|stream| stream.is_ok());
         self.process.wait_ready(READY, ready).context("docker-registry")

@@ -1,0 +1,273 @@
+//! What bad input gets: a clear 4xx or a closed connection, within a deadline, in bounded memory, and the daemon goes on.
+
+use std::io::{ErrorKind, Read as _, Write as _};
+use std::net::{Shutdown, TcpStream};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use hawker_conformance::lab::{Hawker, Request};
+use hawker_conformance::scene::{Plan, REPOSITORY, Scene, join};
+
+/// For an answer or the end of a connection that sends what no client sends.
+const PROMPT: Duration = Duration::from_secs(5);
+
+/// What came back for some bytes until the connection ended; an error if it does not end within `deadline`.
+fn say(node: &Hawker, bytes: &[u8], hang_up: bool, deadline: Duration) -> Result<String> {
+    node.host().enter(|| -> Result<String> {
+        let mut stream = TcpStream::connect(node.mirror())?;
+        stream.set_read_timeout(Some(deadline))?;
+        stream.set_write_timeout(Some(deadline))?;
+        // It may hang up before it has heard all.
+        let _ = stream.write_all(bytes);
+        if hang_up {
+            let _ = stream.shutdown(Shutdown::Write);
+        }
+        let mut heard = Vec::new();
+        match stream.read_to_end(&mut heard) {
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                anyhow::bail!("still open after {deadline:?}, said {:?}", String::from_utf8_lossy(&heard))
+            }
+            _ => Ok(String::from_utf8_lossy(&heard).into_owned()),
+        }
+    })?
+}
+
+/// That a node is well after what it was told: it answers, its memory is bounded, and nothing in it panicked.
+fn is_well(node: &Hawker) -> Result<()> {
+    let answer = Request::get(node.mirror(), "/v2/").within(PROMPT).send(node.host())?;
+    ensure!(answer.status == 200, "{}", answer.status);
+    ensure!(!node.log().contains("panicked"), "it panicked");
+    let pid = node.pid().context("it runs")?;
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let peak = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).context("RssAnon")?;
+    let kib: u64 = peak.trim().trim_end_matches(" kB").parse()?;
+    ensure!(kib < 96 << 10, "it holds {kib} KiB");
+    Ok(())
+}
+
+/// The statuses of the answers in what was heard.
+fn statuses(heard: &str) -> Vec<u16> {
+    heard.split("HTTP/1.1 ").skip(1).filter_map(|answer| answer.get(..3)?.parse().ok()).collect()
+}
+
+#[test]
+fn floods_of_headers_are_refused_in_bounded_memory() -> Result<()> {
+    Plan::nodes(1).play(|scene| {
+        let node = scene.node();
+        let request = |rest: &str| format!("GET /v2/ HTTP/1.1\r\nHost: m\r\n{rest}\r\n");
+        let (many, wide) = ("A: b\r\n".repeat(20_000), format!("A: {}\r\n", "b".repeat(2 << 20)));
+        let long = format!("GET /v2/{}/manifests/v1 HTTP/1.1\r\nHost: m\r\n\r\n", "a/".repeat(1 << 20));
+        for (what, bytes) in [
+            ("many headers", request(&many)),
+            ("a wide header", request(&wide)),
+            ("a long target", long),
+            ("a header's name without end", format!("GET / HTTP/1.1\r\n{}", "a".repeat(2 << 20))),
+            ("line ends without end", "\r\n".repeat(1 << 20)),
+        ] {
+            std::thread::scope(|scope| -> Result<()> {
+                let all: Vec<_> =
+                    (0..8).map(|_| scope.spawn(|| say(node, bytes.as_bytes(), true, PROMPT))).collect();
+                for heard in all {
+                    let heard = join(heard.join()).context(what)?;
+                    ensure!(statuses(&heard).iter().all(|s| (400..500).contains(s)), "{what}: {heard}");
+                }
+                Ok(())
+            })?;
+        }
+        is_well(node)
+    })
+}
+
+/// Bytes that two readers of HTTP might cut into requests in different ways: after a first answer of 4xx nothing more may be
+/// answered, so that nothing can hide in a body.
+#[test]
+fn shapes_of_request_smuggling_are_refused_and_nothing_after_them_is_answered() -> Result<()> {
+    Plan::nodes(1).play(|scene| {
+        let node = scene.node();
+        let hidden = "GET /v2/smuggled/manifests/v1 HTTP/1.1\r\nHost: m\r\n\r\n";
+        for framing in [
+            "Content-Length: 5\r\nContent-Length: 6\r\n",
+            "Content-Length: 5, 6\r\n",
+            "Content-Length: -5\r\n",
+            "Content-Length: +5\r\n",
+            "Content-Length: 0x5\r\n",
+            "Content-Length: 99999999999999999999999\r\n",
+            "Content-Length : 5\r\n",
+            "Transfer-Encoding: xchunked\r\n",
+            "Transfer-Encoding: chunked, identity\r\n",
+            "Transfer-Encoding : chunked\r\n",
+            "Transfer-Encoding:\u{b}chunked\r\n",
+            "X: a\r\n Content-Length: 5\r\n",
+            "X: a\0b\r\n",
+            "X: a\rb\r\n",
+            "X\r\n",
+            ": x\r\n",
+            "X y: z\r\n",
+        ] {
+            let bytes = format!("GET /v2/ HTTP/1.1\r\nHost: m\r\n{framing}\r\nhello{hidden}");
+            let heard = say(node, bytes.as_bytes(), false, PROMPT).with_context(|| framing.to_owned())?;
+            let statuses = statuses(&heard);
+            ensure!(statuses.is_empty() || statuses == [400], "{framing:?}: {heard}");
+        }
+        // Both framings at once: RFC 9112, 6.3 lets the chunks count, but the connection must not live on.
+        let both = "GET /v2/ HTTP/1.1\r\nHost: m\r\nContent-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n";
+        let heard = say(node, format!("{both}0\r\n\r\n{hidden}").as_bytes(), false, PROMPT)?;
+        ensure!(statuses(&heard).len() <= 1, "both framings: {heard}");
+        for chunk in ["zz\r\nhello\r\n", "-1\r\nhello\r\n", "fffffffffffffffff\r\nhello\r\n", "5 hello\r\n"] {
+            let head = "GET /v2/ HTTP/1.1\r\nHost: m\r\nTransfer-Encoding: chunked\r\n\r\n";
+            let heard = say(node, format!("{head}{chunk}{hidden}").as_bytes(), false, PROMPT)?;
+            ensure!(!heard.contains("smuggled") && statuses(&heard).len() <= 1, "{chunk:?}: {heard}");
+        }
+        is_well(node)?;
+        let asked = scene.origin.log();
+        ensure!(asked.iter().all(|entry| !entry.target.contains("smuggled")), "{asked:?}");
+        Ok(())
+    })
+}
+
+#[test]
+fn tricks_with_paths_reach_nothing() -> Result<()> {
+    Plan::nodes(1).play(|scene| {
+        let node = scene.node();
+        let (ns, hex) = (format!("ns={}", scene.registry().replace(':', "%3A")), "0".repeat(64));
+        let long = "a/".repeat(200);
+        let deep = "a".repeat(250);
+        let before = scene.origin.log().len();
+        for path in [
+            "/v2/../v2/team/app/manifests/v1".to_owned(),
+            "/v2/team/../../admin/manifests/v1".into(),
+            "/v2/team/%2e%2e/app/manifests/v1".into(),
+            "/v2/team/%2E%2E%2Fapp/manifests/v1".into(),
+            "/v2/team/%252e%252e/app/manifests/v1".into(),
+            "/v2/./team/app/manifests/v1".into(),
+            "/v2//team/app/manifests/v1".into(),
+            "/v2/team//app/manifests/v1".into(),
+            "//v2/team/app/manifests/v1".into(),
+            "/v2/team/app//manifests/v1".into(),
+            "/v2/team/app/manifests/".into(),
+            "/v2/team/app/manifests/v1/".into(),
+            "/v2/team/app/manifests/..".into(),
+            "/v2/team/app/manifests/%2e%2e".into(),
+            "/v2/team/app/manifests/v1%2f..%2f..".into(),
+            "/v2/team/app/manifests/v1%00".into(),
+            "/v2/team/app/manifests/v1%0d%0aHost:%20x".into(),
+            "/v2/team\\app/manifests/v1".into(),
+            "/v2/team%5capp/manifests/v1".into(),
+            "/v2/team/app/blobs/../manifests/v1".into(),
+            format!("/v2/team/app/blobs/sha256:{hex}/../{hex}"),
+            format!("/v2/team/app/blobs/sha256:{hex}0"),
+            format!("/v2/team/app/blobs/sha256:{}", hex.replace('0', "A")),
+            format!("/v2/team/app/blobs/SHA256:{hex}"),
+            format!("/v2/team/app/blobs/sha256%00:{hex}"),
+            format!("/v2/team/app/blobs/sha256:sha256:{hex}"),
+            format!("/v2/{long}app/manifests/v1"),
+            format!("/v2/{deep}{deep}/manifests/v1"),
+            format!("/v2/team/app/manifests/{deep}"),
+            "/v2/_catalog".into(),
+            "/v2/team/app/blobs/uploads/".into(),
+            "/etc/passwd".into(),
+            "/metrics".into(),
+            "/status".into(),
+        ] {
+            for target in [format!("{path}?{ns}"), path.clone()] {
+                let request = Request::get(node.mirror(), &target).within(Duration::from_secs(10));
+                let answer = request.send(node.host())?;
+                ensure!((400..500).contains(&answer.status), "{target}: {}", answer.status);
+            }
+        }
+        let asked = scene.origin.log().split_off(before);
+        ensure!(asked.is_empty(), "the registry was asked: {asked:?}");
+        is_well(node)
+    })
+}
+
+#[test]
+fn slow_half_open_and_silent_clients_are_let_go() -> Result<()> {
+    Plan::nodes(1).play(|scene| {
+        let node = scene.node();
+        let blob = scene.blob(1 << 20)?;
+        let target = format!("{}?ns={}", hawker_conformance::scene::blob_path(&blob), scene.registry());
+        // Whoever hangs up half of a connection counts as gone: runtimes never do. The rest ends as soon as that is seen.
+        let request = format!("GET {target} HTTP/1.1\r\nHost: m\r\n\r\n");
+        say(node, request.as_bytes(), true, PROMPT)?;
+        for (what, bytes) in [
+            ("half a request", "GET /v2/ HTTP/1.1\r\nHost: m"),
+            ("nothing at all", ""),
+            ("a body that never comes", "GET /v2/ HTTP/1.1\r\nHost: m\r\nContent-Length: 10\r\n\r\nx"),
+        ] {
+            let heard =
+                say(node, bytes.as_bytes(), true, PROMPT).with_context(|| format!("{what}, hung up"))?;
+            ensure!(statuses(&heard).iter().all(|status| *status < 500), "{what}: {heard}");
+        }
+        slow_loris(scene)?;
+        is_well(node)
+    })
+}
+
+/// 300 clients that send a byte of a header now and then: within seconds all are gone, and a proper one was never held up.
+fn slow_loris(scene: &Scene) -> Result<()> {
+    let node = scene.node();
+    node.host().enter(|| -> Result<()> {
+        let connect = || -> Result<TcpStream> {
+            let mut stream = TcpStream::connect(node.mirror())?;
+            stream.write_all(b"GET /v2/ HTTP/1.1\r\nHost: m\r\nX: ")?;
+            stream.set_nonblocking(true)?;
+            Ok(stream)
+        };
+        let mut slow = (0..300).map(|_| connect()).collect::<Result<Vec<_>>>()?;
+        let start = Instant::now();
+        while !slow.is_empty() {
+            ensure!(start.elapsed() < Duration::from_secs(20), "{} are still there", slow.len());
+            let proper = Request::get(node.mirror(), "/v2/").within(PROMPT).send_here()?;
+            ensure!(proper.status == 200 && proper.total < PROMPT, "{}", proper.status);
+            std::thread::sleep(Duration::from_millis(500));
+            slow.retain_mut(|stream| {
+                let mut byte = [0; 256];
+                let open = stream.read(&mut byte).is_err_and(|error| error.kind() == ErrorKind::WouldBlock);
+                open && stream.write_all(b"x").is_ok()
+            });
+        }
+        Ok(())
+    })?
+}
+
+#[test]
+fn conditions_and_ranges_of_any_shape_bring_no_wrong_answer() -> Result<()> {
+    Plan::nodes(1).play(|scene| {
+        let blob = scene.blob(100_000)?;
+        let long = "1".repeat(20_000);
+        let commas = format!("bytes={}", ",".repeat(20_000));
+        for (name, value) in [
+            ("range", "bytes=-0"),
+            ("range", "bytes=--5"),
+            ("range", "bytes=0-0-0"),
+            ("range", "bytes=18446744073709551615-18446744073709551616"),
+            ("range", "bytes= 0 - 1 "),
+            ("range", "BYTES=0-1"),
+            ("range", "bytes=0-1;q=1"),
+            ("range", "none"),
+            ("range", &commas),
+            ("range", &format!("bytes={long}-")),
+            ("if-none-match", "*, \"x"),
+            ("if-none-match", "W/\"\", ,,"),
+            ("if-range", "\"nonsense\""),
+            ("accept", ";;;,q="),
+            ("accept-encoding", "gzip;q=9,*;q=-1"),
+            ("authorization", ""),
+            ("authorization", "Nonsense"),
+            ("expect", "200-maybe"),
+        ] {
+            let answer = scene.request(scene.node(), &blob).header(name, value).send(scene.node().host())?;
+            let shown = &value[..value.len().min(40)];
+            match answer.status {
+                200 => ensure!(answer.digest == blob.digest.to_string(), "{name}: {shown}: other bytes"),
+                206 => ensure!(answer.header("content-range").is_some(), "{name}: {shown}: no Content-Range"),
+                304 => ensure!(name == "if-none-match" && value.starts_with('*'), "{name}: {shown}: 304"),
+                status => ensure!((400..500).contains(&status), "{name}: {shown}: {status}"),
+            }
+        }
+        let unknown = scene.node().request(scene.registry(), &format!("/v2/{REPOSITORY}/manifests/none"));
+        ensure!(unknown.send(scene.node().host())?.status == 404);
+        is_well(scene.node())
+    })
+}
