@@ -1,14 +1,20 @@
 //! Which answer a request gets, before anything is sent: the registry's part, and the faults that change what is said.
 
 use std::ops::Range;
+use std::time::SystemTime;
+
+use base64::Engine as _;
+use base64::engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD};
 
 use super::content::Content;
 use super::fault::Fault;
 use super::http::Request;
 use super::{State, lock};
 
-/// The only token that `/token` gives out.
+/// What `/token` gives out where tokens live for ever.
 const TOKEN: &str = "origin-token";
+/// What a token is made of whose life is limited: a JSON web token (RFC 7519), but for a real signature.
+const TOKEN_PARTS: [&str; 2] = ["e30", "b3JpZ2lu"];
 /// What a signed URL's path begins with; the URL's number and the path asked for follow.
 const SIGNED: &str = "/signed/";
 const EXPIRED: &str = "/signed/expired/";
@@ -79,7 +85,7 @@ fn refusal(request: &Request, fault: &Fault) -> Option<Answer> {
                 None => answer,
             })
         }
-        Fault::Bearer { .. } if authorization != Some(&format!("Bearer {TOKEN}")) => {
+        Fault::Bearer { .. } if !authorization.is_some_and(is_good) => {
             let host = request.header("host").unwrap_or("localhost");
             let challenge = format!(
                 r#"Bearer realm="http://{host}/token",service="origin",scope="repository:{}:pull""#,
@@ -95,17 +101,37 @@ fn refusal(request: &Request, fault: &Fault) -> Option<Answer> {
 }
 
 fn token(request: &Request, faults: &[Fault]) -> Answer {
-    let given = faults.iter().any(|fault| match fault {
-        Fault::Bearer { anonymous, user, password } => {
-            *anonymous || request.header("authorization") == Some(&basic(user, password))
+    let given = faults.iter().find_map(|fault| match fault {
+        Fault::Bearer { anonymous, user, password, life_s } => {
+            let may = *anonymous || request.header("authorization") == Some(&basic(user, password));
+            may.then_some(*life_s)
         }
-        _ => false,
+        _ => None,
     });
-    if !given {
-        return Answer::error(401, "UNAUTHORIZED");
-    }
-    let text = serde_json::json!({"token": TOKEN, "access_token": TOKEN, "expires_in": 300}).to_string();
+    let Some(life_s) = given else { return Answer::error(401, "UNAUTHORIZED") };
+    let token = life_s.map_or(TOKEN.to_owned(), |life_s| token_until(now_s() + life_s));
+    let text =
+        serde_json::json!({"token": token, "access_token": token, "expires_in": life_s.unwrap_or(300)});
+    let text = text.to_string();
     Answer::whole(200, Content::bytes(text.into_bytes())).with("Content-Type", "application/json")
+}
+
+/// Whether an `Authorization` has a token of ours that is still good.
+fn is_good(authorization: &str) -> bool {
+    let Some(token) = authorization.strip_prefix("Bearer ") else { return false };
+    let parsed = token.split('.').nth(1).and_then(|claims| URL_SAFE_NO_PAD.decode(claims).ok());
+    let until =
+        parsed.and_then(|claims| serde_json::from_slice::<serde_json::Value>(&claims).ok()?["exp"].as_u64());
+    token == TOKEN || until.is_some_and(|until| until > now_s() && token == token_until(until))
+}
+
+fn token_until(until_s: u64) -> String {
+    let claims = URL_SAFE_NO_PAD.encode(serde_json::json!({ "exp": until_s }).to_string());
+    format!("{}.{claims}.{}", TOKEN_PARTS[0], TOKEN_PARTS[1])
+}
+
+fn now_s() -> u64 {
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs()
 }
 
 fn redirect(state: &State, path: &str, fault: &Fault) -> Option<Answer> {
@@ -176,27 +202,19 @@ fn ranged(mut answer: Answer, range: Option<&str>) -> Answer {
 
 /// An `Authorization` of scheme Basic (RFC 7617).
 fn basic(user: &str, password: &str) -> String {
-    const ALPHABET: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-    let mut text = String::from("Basic ");
-    for chunk in format!("{user}:{password}").as_bytes().chunks(3) {
-        let bits =
-            chunk.iter().fold(0, |bits, byte| bits << 8 | usize::from(*byte)) << (8 * (3 - chunk.len()));
-        for place in 0..4 {
-            let letter = ALPHABET[bits >> (18 - 6 * place) & 63];
-            text.push(if place <= chunk.len() { letter as char } else { '=' });
-        }
-    }
-    text
+    format!("Basic {}", STANDARD.encode(format!("{user}:{password}")))
 }
 
 #[cfg(test)]
 mod tests {
-    use super::basic;
+    use super::*;
 
     #[test]
-    fn basic_credentials_are_encoded_as_rfc_7617_shows() {
-        assert_eq!(basic("Aladdin", "open sesame"), "Basic QWxhZGRpbjpvcGVuIHNlc2FtZQ==");
-        assert_eq!(basic("test", "123\u{a3}"), "Basic dGVzdDoxMjPCow==");
-        assert_eq!(basic("ab", "cd1"), "Basic YWI6Y2Qx");
+    fn a_token_is_good_until_its_time_comes_and_nobody_makes_one() {
+        let good = |token: &str| is_good(&format!("Bearer {token}"));
+        assert!(good(TOKEN) && good(&token_until(now_s() + 60)));
+        assert!(!good(&token_until(now_s())) && !good("x.y.z") && !good("") && !is_good(TOKEN));
+        let forged = token_until(now_s() + 60).replace(TOKEN_PARTS[1], "Zm9yZ2Vk");
+        assert!(!good(&forged));
     }
 }

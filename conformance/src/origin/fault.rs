@@ -69,6 +69,9 @@ pub enum Fault {
         /// The password of that user.
         #[serde(default)]
         password: String,
+        /// How long a token is good, to the second; for ever if not said.
+        #[serde(default)]
+        life_s: Option<u64>,
     },
     /// Basic credentials are required.
     Basic {

@@ -173,7 +173,7 @@ fn errors_challenges_and_redirects_are_answered_as_told() {
     assert_eq!(ask(&origin, "GET", &path, basic).status, 200);
     origin.remove_fault(id);
 
-    origin.add_fault(Rule::always(Fault::Bearer { anonymous: false, user, password }));
+    origin.add_fault(Rule::always(Fault::Bearer { anonymous: false, user, password, life_s: None }));
     let challenge = ask(&origin, "GET", &path, "");
     assert_eq!(challenge.status, 401);
     let wanted = r#"Bearer realm="http://origin:1/token",service="origin",scope="repository:a/b:pull""#;
