@@ -128,7 +128,9 @@ impl Containerd {
         run(self.fetch_command(reference).arg("--user").arg(format!("{name}:{password}"))).map(drop)
     }
 
-    fn fetch_command(&self, reference: &str) -> Command {
+    /// The command of [`Containerd::fetch`].
+    #[must_use]
+    pub fn fetch_command(&self, reference: &str) -> Command {
         let mut command = self.ctr();
         command.args(["content", "fetch", "--hosts-dir"]).arg(self.hosts_dir()).arg(reference);
         command

@@ -30,6 +30,11 @@ pub enum Fault {
         /// Body bytes sent before.
         bytes: u64,
     },
+    /// After this many body bytes nothing more comes, and the connection stays open.
+    HangAfter {
+        /// Body bytes sent before.
+        bytes: u64,
+    },
     /// A Range is answered 200 with everything.
     IgnoreRange,
     /// Content-Length is off by this much. Too long: the connection closes early. Too short: bytes follow that

@@ -118,7 +118,12 @@ impl Sending<'_> {
         let truncate_after = pick!(self, Fault::TruncateAfter { bytes } => *bytes);
         let length = self.answer.range.end - self.answer.range.start;
         let limit = length.min(reset_after.unwrap_or(length)).min(truncate_after.unwrap_or(length));
-        self.write_body(connection, limit).await?;
+        let hang_after = pick!(self, Fault::HangAfter { bytes } => *bytes);
+        self.write_body(connection, limit.min(hang_after.unwrap_or(limit))).await?;
+        if hang_after.is_some_and(|bytes| bytes < limit) {
+            tokio::time::sleep(HANG).await;
+            return Ok(After::Close);
+        }
         Ok(match (limit == length, reset_after, truncate_after) {
             (true, None, None) => after,
             (_, Some(reset), _) if limit == reset => After::Reset,
