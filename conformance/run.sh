@@ -23,7 +23,7 @@ need_root
 need_debian
 install_missing ip=iproute2 nsenter=util-linux iptables=iptables containerd=containerd runc=runc jq=jq curl=curl \
     docker-registry=docker-registry skopeo=skopeo umoci=umoci openssl=openssl nginx=nginx-light \
-    htpasswd=apache2-utils podman=podman buildah=buildah dockerd=docker.io cc=gcc
+    htpasswd=apache2-utils podman=podman buildah=buildah dockerd=docker.io cc=gcc c++=g++
 need_namespaces
 need_cargo
 cargo fmt --version >/dev/null 2>&1 || die "rustfmt is missing" "Run: rustup component add rustfmt"
@@ -58,6 +58,17 @@ run_tests() {
     passed=$((passed + ok)) failed=$((failed + bad))
 }
 
+# A few seconds of each fuzz target. What it finds on the way is thrown away, but for inputs that break something: those stay in
+# fuzz/artifacts.
+fuzz() {
+    local target=$1 found status=0
+    found=$(mktemp -d)
+    cargo fuzz run --sanitizer none "$target" "$found" "fuzz/corpus/$target" -- -max_total_time=10 -max_len=4096 \
+        -verbosity=0 || status=$?
+    rm -rf "$found"
+    return "$status"
+}
+
 summary() { printf '\n%d passed, %d failed\n' "$passed" "$failed"; }
 
 step "Format" cargo fmt --all --check
@@ -73,6 +84,11 @@ if [[ -n $deny ]]; then
     step "Licences, advisories, duplicates" cargo deny check
 fi
 step "The image for the tests, from Debian's packages" bash deploy/image.sh small
+cargo fuzz --version >/dev/null 2>&1 || { say "Building cargo-fuzz" && cargo install --locked cargo-fuzz; }
+for target in fuzz/fuzz_targets/*.rs; do
+    target=$(basename "$target" .rs)
+    step "Fuzzing: $target" fuzz "$target"
+done
 say "Tests"
 run_tests
 summary

@@ -32,7 +32,9 @@ pub fn messages(mut stream: &[u8]) -> Vec<v1::PeerMessage> {
         let (mut messages, mut piece) = (Vec::new(), Vec::new());
         while let Ok(Some(next)) = reader.next().await {
             let read = match next {
-                frame::Frame::Control(len) => reader.control(len, || ()).await.map(|message| messages.push(message)),
+                frame::Frame::Control(len) => {
+                    reader.control(len, || ()).await.map(|message| messages.push(message))
+                }
                 frame::Frame::Unknown(len) => reader.skip(len).await,
                 frame::Frame::Data { len, .. } => {
                     piece.clear();

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use hawker_core::digest::Digest;
+use hawker_core::manifest::parts;
 use http::header::ACCEPT;
 use http::{HeaderMap, StatusCode};
 use tokio::time::Instant;
@@ -11,7 +12,7 @@ use tokio::time::Instant;
 use super::access::{Caller, Standing};
 use super::error::Problem;
 use super::forward::DOCKER_CONTENT_DIGEST;
-use super::manifest::{ANY_TYPE, Manifest, parts};
+use super::manifest::{ANY_TYPE, Manifest};
 use super::{Answer, Ask, Inner};
 use crate::origin::{Content, Target, content_length};
 

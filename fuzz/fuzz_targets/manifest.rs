@@ -1,0 +1,22 @@
+//! A manifest: each digest that it is found to name stands in it.
+
+#![no_main]
+
+use hawker_core::digest::Digest;
+use hawker_core::manifest::parts;
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|body: &[u8]| {
+    let named = parts(body);
+    // A part takes more bytes to say than its digest has.
+    assert!(named.len() <= body.len() / "sha256:".len());
+    let plain = std::str::from_utf8(body).is_ok_and(|text| !text.contains('\\'));
+    for part in named {
+        let digest = part.digest.to_string();
+        assert_eq!(digest.parse::<Digest>().as_ref(), Ok(&part.digest));
+        let holds = |text: &str| body.windows(text.len()).any(|window| window == text.as_bytes());
+        // JSON can say the same letters by escapes.
+        assert!(!plain || holds(&digest), "{digest}");
+        assert!(!plain || part.urls.iter().all(|url| url.is_empty() || holds(url)), "{:?}", part.urls);
+    }
+});
