@@ -5,7 +5,7 @@
 //! dial a known member by its id's name, an unknown seed or scheduler by its role's name, whatever its address.
 
 mod authority;
-mod files;
+pub mod files;
 
 use std::collections::HashMap;
 use std::fmt;
@@ -26,7 +26,7 @@ use rustls::sign::CertifiedKey;
 use rustls::{RootCertStore, SignatureScheme};
 use webpki::{EndEntityCert, KeyUsage};
 
-pub use authority::AuthorityKey;
+pub use authority::{AuthorityKey, serial};
 
 /// All members' names end in this.
 const DOMAIN: &str = "hawker.internal";

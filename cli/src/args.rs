@@ -25,6 +25,8 @@ pub(crate) enum Command {
     /// Tokens, with which nodes join
     #[command(subcommand)]
     Token(TokenCommand),
+    /// The certificate that clients of the forward proxy are to trust, in PEM; run it where the daemon's data is
+    Ca(CaArgs),
     /// Who is in the cluster, what this node serves, where the bytes came from
     Status(StatusArgs),
     /// Points a runtime's pulls at the mirror, or takes that back
@@ -70,6 +72,19 @@ pub(crate) struct NodeArgs {
     /// Where runtimes reach the mirror; may be repeated [default: 127.0.0.1:6500]
     #[arg(long, value_name = "ADDR")]
     pub(crate) mirror: Vec<String>,
+    /// A certificate for the mirror, its issuers after it, in PEM: TLS is spoken with clients that want it
+    #[arg(long, value_name = "FILE")]
+    pub(crate) tls_cert: Option<String>,
+    /// Its key, in PEM
+    #[arg(long, value_name = "FILE")]
+    pub(crate) tls_key: Option<String>,
+    /// Where runtimes reach the forward proxy, for HTTP_PROXY and HTTPS_PROXY, e.g. 127.0.0.1:6505; may be repeated [default: none]
+    #[arg(long, value_name = "ADDR", help_heading = "Forward proxy")]
+    pub(crate) forward_proxy: Vec<String>,
+    /// What the forward proxy does with whom: `p2p` or `direct`, a host as in --allow-registry, and a pattern for paths if not all
+    /// are meant; the first that fits counts; may be repeated [default: p2p for /v2/ of the registries named]
+    #[arg(long, value_name = "ACTION HOST [REGEX]", help_heading = "Forward proxy")]
+    pub(crate) intercept: Vec<String>,
     /// Health, metrics, status [default: 127.0.0.1:6503]
     #[arg(long, value_name = "ADDR")]
     pub(crate) admin: Option<String>,
@@ -253,6 +268,14 @@ pub(crate) struct TokenArgs {
     #[arg(long, value_name = "DURATION", default_value = "1h")]
     pub(crate) ttl: String,
     /// The authority's data: the --data-dir of `hawker scheduler` or `hawker up`
+    #[arg(long, value_name = "DIR", default_value = crate::resolve::DATA_DIR)]
+    pub(crate) data_dir: PathBuf,
+}
+
+/// `hawker ca`.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct CaArgs {
+    /// The --data-dir of `hawker proxy` or `hawker up`
     #[arg(long, value_name = "DIR", default_value = crate::resolve::DATA_DIR)]
     pub(crate) data_dir: PathBuf,
 }

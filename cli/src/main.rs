@@ -3,6 +3,7 @@
 //! Exit codes: 0 fine, 1 failed, 2 usage or configuration.
 
 mod args;
+mod ca;
 mod client;
 mod configure;
 mod doctor;
@@ -40,6 +41,7 @@ async fn main() -> ExitCode {
         Command::Scheduler(_) => run::scheduler(argv).await,
         Command::Up(_) => run::up(argv).await,
         Command::Token(TokenCommand::Create(args)) => token::create(&args),
+        Command::Ca(args) => ca::print(&args),
         Command::Status(args) => status::run(&args).await,
         Command::Configure(args) => configure::run(&args).await,
         Command::Doctor(args) => match doctor::run(&args).await {

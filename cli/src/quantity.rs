@@ -5,6 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
+use hawker_core::intercept::{Action, Rule, path_pattern};
 use hawker_proxy::settings::{AuthorizationMode, CredentialSource};
 use url::Url;
 
@@ -198,6 +199,31 @@ pub(crate) fn registry_pattern(text: &str) -> Result<String, Wrong> {
     }
 }
 
+/// A rule of the forward proxy: `p2p quay.io ^/v2/`, `direct *.example.com`.
+pub(crate) fn rule(text: &str) -> Result<Rule, Wrong> {
+    let mut words = text.split_whitespace();
+    let (action, host, path) = (words.next(), words.next(), words.next());
+    let action = match action {
+        Some("p2p") => Action::P2p,
+        Some("direct") => Action::Direct,
+        _ => return wrong(format!("`{text}` names no action"), "write p2p or direct, then the host"),
+    };
+    let Some(host) = host else {
+        return wrong(format!("`{text}` names no host"), "write quay.io or *.example.com after the action");
+    };
+    if words.next().is_some() {
+        return wrong(
+            format!("`{text}` has too many words"),
+            "write ACTION HOST [REGEX]; a path has no spaces",
+        );
+    }
+    let path = match path.map(path_pattern).transpose() {
+        Ok(path) => path,
+        Err(why) => return wrong(format!("`{text}` has a pattern that is none: {why}"), "mend the pattern"),
+    };
+    Ok(Rule { host: registry_pattern(host)?, path, action })
+}
+
 /// A network: `10.0.0.0/8`, `fd00::/8`, or one address.
 pub(crate) fn network(text: &str) -> Result<(IpAddr, u8), Wrong> {
     let (address, length) = text.split_once('/').unwrap_or((text, ""));
@@ -336,6 +362,20 @@ mod tests {
         assert_eq!(network("fd00::1"), Ok(("fd00::1".parse().unwrap(), 128)));
         for text in ["10.0.0.0/33", "10.0.0.0/", "x/8", "fd00::/129"] {
             assert!(network(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_rule_has_an_action_a_host_and_perhaps_a_path() {
+        let short = |text: &str| {
+            let rule = rule(text).ok()?;
+            Some((rule.action, rule.host, rule.path.map(|path| path.to_string())))
+        };
+        assert_eq!(short("p2p Quay.io"), Some((Action::P2p, "quay.io".into(), None)));
+        let with_path = Some((Action::Direct, "*.example.com".into(), Some("^/v2/".into())));
+        assert_eq!(short("direct  *.example.com ^/v2/"), with_path);
+        for text in ["", "p2p", "tunnel a", "p2p *", "p2p a (", "p2p a b c", "p2p http://a"] {
+            assert_eq!(short(text), None, "{text}");
         }
     }
 

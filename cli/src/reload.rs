@@ -1,5 +1,5 @@
-//! SIGHUP: log level, rates, registries, credentials and staleness change in place; what else changed is named, and waits for a
-//! restart.
+//! SIGHUP: log level, rates, registries, credentials, staleness, the forward proxy's rules and the mirror's certificate change in
+//! place; what else changed is named, and waits for a restart.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -11,7 +11,7 @@ use crate::log::LogHandle;
 use crate::problem::Problems;
 
 /// Flags that take effect at SIGHUP.
-const LIVE: [&str; 16] = [
+const LIVE: [&str; 19] = [
     "log-level",
     "upload-rate",
     "download-rate",
@@ -28,6 +28,9 @@ const LIVE: [&str; 16] = [
     "credentials",
     "stale-tags",
     "public-grace",
+    "intercept",
+    "tls-cert",
+    "tls-key",
 ];
 
 /// What a fresh look at the configuration yields.
@@ -67,7 +70,9 @@ impl<F: FnMut() -> Result<Fresh, Problems>> Reloader<F> {
         }
         let waiting = needs_restart(&self.values, &fresh.values);
         if waiting.is_empty() {
-            tracing::info!("reloaded: log level, rates, registries, credentials, staleness");
+            tracing::info!(
+                "reloaded: log level, rates, registries, credentials, staleness, rules, certificate"
+            );
         } else {
             tracing::warn!(
                 settings = waiting.join(", "),

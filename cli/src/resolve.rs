@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use hawker_core::intercept::{Action, Rules};
+use hawker_proxy::registry::tls;
 use hawker_proxy::settings::{
     AuthorizationMode, CacheSettings, LiveSettings, Rates, Registries, RegistrySettings, Settings, Staleness,
 };
@@ -170,8 +172,9 @@ fn fixed(address: &str) -> SocketAddr {
 
 pub(crate) fn node_listeners(settings: &Settings) -> Vec<(&'static str, SocketAddr)> {
     let mirrors = settings.mirror.iter().map(|address| ("mirror", *address));
+    let forward = settings.forward_proxy.iter().map(|address| ("forward-proxy", *address));
     let peers = settings.peer_listen.iter().map(|address| ("peer-listen", *address));
-    mirrors.chain(peers).chain([("admin", settings.admin)]).collect()
+    mirrors.chain(forward).chain(peers).chain([("admin", settings.admin)]).collect()
 }
 
 fn warnings(settings: &Settings) -> Vec<String> {
@@ -179,10 +182,18 @@ fn warnings(settings: &Settings) -> Vec<String> {
         (!address.ip().is_loopback()).then(|| format!("{what} {address} is not loopback: {risk}"))
     };
     let mirrors = settings.mirror.iter().filter_map(|address| {
-        open("the mirror's address", address, "whoever reaches it may pull through this node, in plain HTTP")
+        open("the mirror's address", address, "whoever reaches it may pull through this node")
+    });
+    let forward = settings.forward_proxy.iter().filter_map(|address| {
+        open("the forward proxy's address", address, "whoever reaches it may reach through it what you allow")
+    });
+    let unnamed = !settings.forward_proxy.is_empty() && settings.live.load().intercept.is_empty();
+    let unnamed = unnamed.then(|| {
+        "no [[intercept]] rule and no registry is named: the forward proxy lets everything through as it is".to_owned()
     });
     let admin = open("the admin address", &settings.admin, "whoever reaches it may read status and metrics");
-    mirrors.chain(admin).chain(unsafe_modes(settings)).chain(unused_credentials(settings)).collect()
+    let modes = unsafe_modes(settings).into_iter().chain(unused_credentials(settings));
+    mirrors.chain(forward).chain(unnamed).chain(admin).chain(modes).collect()
 }
 
 /// Modes that rely on nobody else reaching the mirror.
@@ -278,11 +289,14 @@ impl<'a> Reader<'a> {
     }
 
     fn node(&mut self, args: &NodeArgs) -> Settings {
+        let mut registries = self.registries(args);
         let live = LiveSettings {
             rates: self.rates(args),
-            registries: self.registries(args),
+            intercept: self.intercept(args, &mut registries),
+            registries,
             credentials: self.many("credentials", &args.credentials, quantity::credentials),
             staleness: self.staleness(args),
+            tls: self.certificate(args),
         };
         self.nodes_own_right(args, &live);
         let settings = Settings {
@@ -290,6 +304,7 @@ impl<'a> Reader<'a> {
             zone: args.zone.as_deref().and_then(|zone| self.check("zone", label(zone))).unwrap_or_default(),
             data_dir: self.data_dir(args.data_dir.as_deref()),
             mirror: self.listeners("mirror", &args.mirror, MIRROR),
+            forward_proxy: self.many("forward-proxy", &args.forward_proxy, quantity::listen),
             admin: self.one("admin", args.admin.as_deref(), fixed(ADMIN), quantity::listen),
             peer_listen: self.listeners("peer-listen", &args.peer_listen, PEERS),
             advertise: self.many("advertise", &args.advertise, quantity::host_port),
@@ -401,6 +416,49 @@ impl<'a> Reader<'a> {
         let of_one = |known: &RegistrySettings| known.authorization == Some(AuthorizationMode::Node);
         if live.registries.known.values().any(of_one) {
             self.problem("registry-authorization", what, cure);
+        }
+    }
+
+    /// The forward proxy's rules, or those that follow from the registries. What peers may answer, registries may be asked for.
+    fn intercept(&mut self, args: &NodeArgs, registries: &mut Registries) -> Rules {
+        let rules = self.many("intercept", &args.intercept, quantity::rule);
+        if args.forward_proxy.is_empty() {
+            if !args.intercept.is_empty() {
+                let cure = "add --forward-proxy 127.0.0.1:6505, or take the rules out";
+                self.problem("intercept", "there are rules for a forward proxy, and there is none", cure);
+            }
+            return Rules::default();
+        }
+        if rules.is_empty() {
+            let known = registries.known.keys().chain(&registries.default).chain(&registries.allow);
+            return Rules::for_registries(known.cloned());
+        }
+        if !registries.allow.is_empty() {
+            let shared = rules.iter().filter(|rule| rule.action == Action::P2p);
+            registries.allow.extend(shared.map(|rule| rule.host.clone()));
+        }
+        Rules::new(rules)
+    }
+
+    /// What the mirror shows to clients that want TLS.
+    fn certificate(&mut self, args: &NodeArgs) -> Option<Arc<rustls::ServerConfig>> {
+        match (&args.tls_cert, &args.tls_key) {
+            (None, None) => None,
+            (Some(certificate), Some(key)) => {
+                let config = tls::from_files(Path::new(certificate), Path::new(key));
+                self.check(
+                    "tls-cert",
+                    config.or_else(|what| wrong(what, "give a PEM file each of certificate and key")),
+                )
+            }
+            (Some(_), None) => {
+                self.problem("tls-cert", "there is a certificate, but no key", "add --tls-key FILE");
+                None
+            }
+            (None, Some(_)) => {
+                self.problem("tls-key", "there is a key, but no certificate", "add --tls-cert FILE");
+                None
+            }
         }
     }
 
@@ -581,6 +639,7 @@ mod tests {
     use std::ffi::OsString;
     use std::io::Write;
 
+    use hawker_core::intercept::Way;
     use hawker_proxy::settings::CredentialSource;
 
     use super::*;
@@ -588,7 +647,7 @@ mod tests {
     const MEMBER: Surroundings = Surroundings { has_identity: true, has_token: false };
 
     fn typed(line: &str) -> Written<ProxyArgs> {
-        let argv: Vec<OsString> = line.split_whitespace().map(OsString::from).collect();
+        let argv: Vec<OsString> = line.split_whitespace().map(|word| word.replace('~', " ").into()).collect();
         crate::written::read("hawker proxy", &argv)
     }
 
@@ -626,6 +685,7 @@ mod tests {
                     --credentials docker:/dev/null --credentials containerd:/dev/null \
                     --credentials kubernetes:/dev --credentials env:PATH \
                     --stale-tags 1h --public-grace 2d \
+                    --forward-proxy 127.0.0.1:9 --intercept p2p~quay.io~^/v2/ --intercept direct~auth.example \
                     --log-level debug --log-format json";
         let Proxy { settings: s, join, log, .. } = proxy(&typed(line), Surroundings::default()).unwrap();
         assert_eq!((s.name.as_str(), s.zone.as_str(), s.seed), ("n", "z", true));
@@ -658,6 +718,49 @@ mod tests {
             CredentialSource::Environment("PATH".into()),
         ];
         assert_eq!(live.credentials, sources);
+        assert_eq!(s.forward_proxy, ["127.0.0.1:9".parse().unwrap()]);
+        assert_eq!(live.intercept.way("auth.example", false), Way::Tunnel);
+        assert_eq!(live.intercept.way("quay.io", false), Way::Open);
+        assert!(live.registries.allow.contains(&"quay.io".to_owned()), "what peers may answer is a registry");
+    }
+
+    #[test]
+    fn without_rules_the_registries_named_are_shared() {
+        let line =
+            "--forward-proxy 127.0.0.1:9 --allow-registry *.example.com --registry reg:5000=http://reg:5000";
+        let proxy = proxy(&typed(line), Surroundings::default()).unwrap();
+        let live = proxy.settings.live.load();
+        for host in ["a.example.com", "reg:5000"] {
+            assert_eq!(live.intercept.way(host, true), Way::Open, "{host}");
+        }
+        assert!(proxy.warnings.is_empty(), "{:?}", proxy.warnings);
+    }
+
+    #[test]
+    fn a_certificate_and_its_key_are_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = |name: &str, text: &str| {
+            let path = dir.path().join(name);
+            std::fs::write(&path, text).unwrap();
+            path.display().to_string()
+        };
+        let made = || rcgen::generate_simple_self_signed(["a.example".into()]).unwrap();
+        let (one, other) = (made(), made());
+        let (certificate, key) = (file("c", &one.cert.pem()), file("k", &one.signing_key.serialize_pem()));
+        let foreign = file("f", &other.signing_key.serialize_pem());
+        let line = format!("--tls-cert {certificate} --tls-key {key}");
+        assert!(proxy(&typed(&line), Surroundings::default()).unwrap().settings.live.load().tls.is_some());
+        for (line, expected) in [
+            (format!("--tls-cert {certificate}"), "--tls-cert: there is a certificate, but no key"),
+            (format!("--tls-key {key}"), "--tls-key: there is a key, but no certificate"),
+            (format!("--tls-cert {certificate} --tls-key {foreign}"), "--tls-cert: "),
+            (format!("--tls-cert {key} --tls-key {key}"), "--tls-cert: "),
+            (format!("--tls-cert {certificate} --tls-key /nonexistent"), "--tls-cert: /nonexistent has no"),
+        ] {
+            let told = errors(&line, Surroundings::default());
+            assert!(told.len() == 1 && told[0].starts_with(expected), "{line}: {told:?}");
+            assert!(!told[0].contains("PRIVATE"), "{told:?}");
+        }
     }
 
     #[test]
@@ -700,6 +803,13 @@ mod tests {
             ("--allow-network 10.0.0.0/99", alone, "--allow-network: `10.0.0.0/99` is no network"),
             ("--admin 127.0.0.1:6500", alone, "--admin: 127.0.0.1:6500 is taken already by --mirror"),
             ("--mirror 127.0.0.1:7 --peer-listen [::]:7", alone, "--peer-listen: [::]:7 is taken already"),
+            ("--forward-proxy 127.0.0.1:6500", alone, "--forward-proxy: 127.0.0.1:6500 is taken already"),
+            ("--intercept p2p~quay.io", alone, "--intercept: there are rules for a forward proxy"),
+            (
+                "--forward-proxy 127.0.0.1:7 --intercept quay.io",
+                alone,
+                "--intercept: `quay.io` names no action",
+            ),
             ("--upload-rate 1", alone, "--upload-rate: `1` is no size"),
             ("--upload-slots 0", alone, "--upload-slots: `0` is out of range"),
             ("--memory 1MiB", alone, "--memory: 1.0 MiB is too little"),
@@ -756,9 +866,13 @@ mod tests {
 
     #[test]
     fn an_address_beyond_loopback_is_allowed_and_said() {
-        let proxy =
-            proxy(&typed("--mirror 0.0.0.0:6500 --admin [::]:6503"), Surroundings::default()).unwrap();
-        assert_eq!(proxy.warnings.len(), 2, "{:?}", proxy.warnings);
+        let proxy = proxy(
+            &typed("--mirror 0.0.0.0:6500 --admin [::]:6503 --forward-proxy 0.0.0.0:6505"),
+            Surroundings::default(),
+        )
+        .unwrap();
+        // The last one: the forward proxy has nothing to share.
+        assert_eq!(proxy.warnings.len(), 4, "{:?}", proxy.warnings);
     }
 
     #[test]

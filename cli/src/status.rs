@@ -59,6 +59,9 @@ fn head(out: &mut String, status: &Status) {
     if !status.mirror.is_empty() {
         line(out, &format!("mirror     {}", status.mirror.join(", ")));
     }
+    if !status.forward_proxy.is_empty() {
+        line(out, &format!("forward    {}", status.forward_proxy.join(", ")));
+    }
     let store = &status.store;
     let begun = if store.partials > 0 { format!(", {} begun", store.partials) } else { String::new() };
     let degraded = if store.degraded { "  DEGRADED: the disk refuses writes" } else { "" };
@@ -186,6 +189,7 @@ mod tests {
             uptime_s: 3_700,
             ready: true,
             mirror: vec!["127.0.0.1:6500".into()],
+            forward_proxy: vec!["127.0.0.1:6505".into()],
             schedulers: vec![SchedulerStatus { address: "s1:6502".into(), connected: false }],
             members: vec![
                 member("n1", "peer", false, false),
@@ -220,6 +224,7 @@ n1  peer  ready  up 1 h 1 min  version 0.1.0
 cluster    lab
 scheduler  s1:6502  NOT CONNECTED (pulls go on without it)
 mirror     127.0.0.1:6500
+forward    127.0.0.1:6505
 store      7 blobs, 1 begun, 700 MiB
 
 Members (3)

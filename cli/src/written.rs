@@ -155,6 +155,9 @@ impl Walk<'_> {
                     self.registries(hosts);
                 }
                 ("rates" | "cache" | "log", toml::Value::Table(section)) => self.table(&key, section),
+                ("intercept", toml::Value::Array(rules)) if rules.iter().any(toml::Value::is_table) => {
+                    self.rules(rules);
+                }
                 _ => self.key(&key, value),
             }
         }
@@ -209,6 +212,40 @@ impl Walk<'_> {
                 }
             }
         }
+    }
+
+    /// `[[intercept]]`: tables of `action`, `host`, `path`, as the words of the flag.
+    fn rules(&mut self, rules: &[toml::Value]) {
+        let mut values = Vec::new();
+        for (number, rule) in rules.iter().enumerate() {
+            let at = format!("intercept[{number}]");
+            let toml::Value::Table(rule) = rule else {
+                self.problem(&at, "is no table", "write each rule as [[intercept]] with host and action");
+                continue;
+            };
+            let mut words = [("action", None), ("host", None), ("path", None)];
+            for (name, value) in rule {
+                let key = format!("{at}.{name}");
+                let word =
+                    value.as_str().filter(|text| !text.is_empty() && !text.contains(char::is_whitespace));
+                match (words.iter_mut().find(|(known, _)| known == name), word) {
+                    (None, _) => self.unknown(&key, ["action", "host", "path"].into_iter()),
+                    (Some(_), None) => self.problem(&key, "is no word", "write a text without spaces"),
+                    (Some((_, place)), word) => *place = word,
+                }
+            }
+            match words {
+                [(_, Some(action)), (_, Some(host)), (_, path)] => {
+                    values.push([action, host].into_iter().chain(path).collect::<Vec<_>>().join(" "));
+                }
+                _ => self.problem(
+                    &at,
+                    "lacks its action or its host",
+                    "write host = \"…\" and action = \"p2p\"",
+                ),
+            }
+        }
+        self.entry("intercept", "intercept", values);
     }
 
     fn value(&mut self, key: &str, flag: &str, value: &toml::Value, shape: impl Fn(String) -> String) {
@@ -389,6 +426,28 @@ mod tests {
         assert!(node.registry_insecure.is_empty());
         assert_eq!(node.registry_realm, ["a.example=https://b.example"]);
         assert_eq!(node.registry_authorization, ["a.example=node"]);
+    }
+
+    #[test]
+    fn rules_are_tables_in_their_order() {
+        let text = "forward_proxy = '127.0.0.1:6505'\n\
+                    [[intercept]]\nhost = 'quay.io'\naction = 'direct'\npath = '/private/'\n\
+                    [[intercept]]\naction = 'p2p'\nhost = '*.example.com'";
+        let written: Written<ProxyArgs> = read_with(text, &[]);
+        assert_eq!(written.problems, []);
+        assert_eq!(written.args.node.intercept, ["direct quay.io /private/", "p2p *.example.com"]);
+        let text = "[[intercept]]\nhost = 'quay.io'\n[[intercept]]\nhsot = 'a'\naction = 'p2p'\n\
+                    [[intercept]]\nhost = 'a b'\naction = 1";
+        let problems = read_with::<ProxyArgs>(text, &[]).problems;
+        for start in [
+            "intercept[0] ",
+            "intercept[1].hsot",
+            "intercept[1] ",
+            "intercept[2].host",
+            "intercept[2].action",
+        ] {
+            assert!(problems.iter().any(|p| p.key.starts_with(start)), "{start} in {problems:?}");
+        }
     }
 
     #[test]

@@ -2,7 +2,8 @@
 //!
 //! - [`digest`], [`piece`]: what a blob's pieces are and how each is verified on its own
 //! - [`reference`], [`range`], [`accept`]: what a request asks for; [`right`]: with what right it is read at the origin;
-//!   [`challenge`]: what a registry wants first; [`manifest`]: what a manifest names
+//!   [`challenge`]: what a registry wants first; [`manifest`]: what a manifest names; [`intercept`]: what becomes of a request
+//!   that is only passing
 //! - [`node`], [`fetch`], [`parents`], [`message`]: one peer's downloads and uploads
 //! - [`swarm`]: the scheduler's view of all peers
 //! - [`limit`], [`cache`]: how fast, and what stays on disk
@@ -14,6 +15,7 @@ pub mod cache;
 pub mod challenge;
 pub mod digest;
 pub mod fetch;
+pub mod intercept;
 pub mod limit;
 pub mod manifest;
 pub mod message;

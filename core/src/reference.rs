@@ -140,14 +140,7 @@ impl Refused {
 /// contains `.` or `:` or is `localhost` (containers/image; containerd's `override_path`). Where `ns` is given, a first
 /// part counts as host only if it says the same.
 pub fn parse(method: &str, path: &str, query: Option<&str>) -> Result<Asked, Refused> {
-    if !matches!(method, "GET" | "HEAD") {
-        return Err(Refused::Method);
-    }
-    let query = query.unwrap_or_default();
-    if path.len().max(query.len()) > MAX_TARGET_BYTES {
-        return Err(Refused::TooLong);
-    }
-    let parts: Vec<&str> = path.strip_prefix('/').ok_or(Refused::Endpoint)?.split('/').collect();
+    let (parts, query) = looked_at(method, path, query)?;
     let (prefix, parts) = match parts.as_slice() {
         ["v2", rest @ ..] => (None, rest),
         [host, "v2", rest @ ..] => (Some(canonical_host(&decode_host(host)?)?), rest),
@@ -159,9 +152,44 @@ pub fn parse(method: &str, path: &str, query: Option<&str>) -> Result<Asked, Ref
     };
     match parts {
         [] | [""] => Ok(Asked::Ping { registry }),
-        [name @ .., kind, what] => content(registry, name, kind, what, query).map(Asked::Content),
+        [name @ .., kind, what] => {
+            let content = content(kind, what, query)?;
+            let (registry, name) = split_host(registry, name)?;
+            Ok(Asked::Content(Request { registry, repository: repository(name)?, content }))
+        }
         _ => Err(Refused::Endpoint),
     }
+}
+
+/// Understands a request as `registry` itself (given as [`canonical_host`] writes it) would take it: nothing in it names
+/// another one.
+pub fn parse_at(registry: &str, method: &str, path: &str, query: Option<&str>) -> Result<Asked, Refused> {
+    let (parts, query) = looked_at(method, path, query)?;
+    let registry = Some(registry.to_owned());
+    match parts.as_slice() {
+        ["v2"] | ["v2", ""] => Ok(Asked::Ping { registry }),
+        ["v2", name @ .., kind, what] => {
+            let content = content(kind, what, query)?;
+            Ok(Asked::Content(Request { registry, repository: repository(name)?, content }))
+        }
+        _ => Err(Refused::Endpoint),
+    }
+}
+
+/// The parts of the path, and the query, of a read of bearable length.
+fn looked_at<'a>(
+    method: &str,
+    path: &'a str,
+    query: Option<&'a str>,
+) -> Result<(Vec<&'a str>, &'a str), Refused> {
+    if !matches!(method, "GET" | "HEAD") {
+        return Err(Refused::Method);
+    }
+    let query = query.unwrap_or_default();
+    if path.len().max(query.len()) > MAX_TARGET_BYTES {
+        return Err(Refused::TooLong);
+    }
+    Ok((path.strip_prefix('/').ok_or(Refused::Endpoint)?.split('/').collect(), query))
 }
 
 impl Request {
@@ -203,15 +231,9 @@ fn namespace(query: &str) -> Result<Option<String>, Refused> {
     Ok(host.map(|host| canonical_host(&host)).transpose()?)
 }
 
-fn content(
-    registry: Option<String>,
-    name: &[&str],
-    kind: &str,
-    what: &str,
-    query: &str,
-) -> Result<Request, Refused> {
+fn content(kind: &str, what: &str, query: &str) -> Result<Content, Refused> {
     // `<name>/tags/list` ends in a fixed word, the others in what they are about.
-    let content = match (kind, what) {
+    Ok(match (kind, what) {
         ("manifests", what) => Content::Manifest(manifest_ref(what)?),
         ("blobs", what) => Content::Blob(digest(what)?),
         ("referrers", what) => {
@@ -219,9 +241,7 @@ fn content(
         }
         ("tags", "list") => Content::Tags { limit: limit(query)?, last: parameter(query, "last")? },
         _ => return Err(Refused::Endpoint),
-    };
-    let (registry, name) = split_host(registry, name)?;
-    Ok(Request { registry, repository: repository(name)?, content })
+    })
 }
 
 /// Takes the registry off the front of a name, where it is there.
@@ -425,6 +445,29 @@ mod tests {
             ("/v2/a/manifests/b/manifests/blobs", "- a/manifests/b manifests/blobs"),
             ("/v2/v2/blobs/sha256:HEX", "- v2 blobs/sha256:HEX"),
         ]);
+    }
+
+    #[test]
+    fn at_the_registry_itself_nothing_names_another_one() {
+        for (target, expected) in [
+            ("/v2/", Ok(("ping", ""))),
+            ("/v2/a/b/manifests/v1", Ok(("a/b", "/v2/a/b/manifests/v1"))),
+            ("/v2/a/b/manifests/v1?ns=evil.example", Ok(("a/b", "/v2/a/b/manifests/v1"))),
+            ("/v2/quay.io/b/manifests/v1", Ok(("quay.io/b", "/v2/quay.io/b/manifests/v1"))),
+            ("/evil.example/v2/b/manifests/v1", Err(Refused::Endpoint)),
+            ("/v2/../b/manifests/v1", Err(Refused::Name)),
+        ] {
+            let (path, query) = target.split_once('?').map_or((target, None), |(path, q)| (path, Some(q)));
+            let asked = parse_at("quay.io", "GET", path, query);
+            let summary = asked.map(|asked| match asked {
+                Asked::Ping { registry } => (registry, "ping".to_owned(), String::new()),
+                Asked::Content(r) => (r.registry.clone(), r.repository.clone(), r.origin_path()),
+            });
+            let expected =
+                expected.map(|(name, path)| (Some("quay.io".to_owned()), name.to_owned(), path.to_owned()));
+            assert_eq!(summary, expected, "{target}");
+        }
+        assert_eq!(parse_at("quay.io", "PUT", "/v2/a/manifests/v1", None), Err(Refused::Method));
     }
 
     #[test]

@@ -48,6 +48,8 @@ pub struct Status {
     pub ready: bool,
     /// Where runtimes reach the mirror.
     pub mirror: Vec<String>,
+    /// Where the forward proxy listens; empty where it does not.
+    pub forward_proxy: Vec<String>,
     /// What this node asks for advice.
     pub schedulers: Vec<SchedulerStatus>,
     /// Who is in the cluster, this node included.

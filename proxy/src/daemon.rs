@@ -6,7 +6,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use hawker_api::identity::Identity;
+use hawker_api::identity::{Identity, IdentityError};
 use hawker_core::digest::Digest;
 use hawker_core::message::Role;
 use hawker_core::rendezvous;
@@ -21,6 +21,7 @@ use crate::admin::{
 use crate::driver::{Driver, DriverConfig, EVENTS, Event, Members, Running};
 use crate::flight::Flights;
 use crate::grant::Grant;
+use crate::intercept::{self, ForwardProxy};
 use crate::limits::Limits;
 use crate::metrics::Metrics;
 use crate::origin::Origin;
@@ -63,6 +64,11 @@ pub enum DaemonError {
     /// The store can't be opened.
     #[error("can't open the store: {0}; choose another folder with --data-dir")]
     Store(#[from] StoreError),
+    /// The forward proxy has no authority for its certificates.
+    #[error(
+        "the forward proxy's authority can't be used: {0}; mend its folder in --data-dir, or remove it to have a new one"
+    )]
+    Authority(#[from] IdentityError),
     /// A part of the daemon ended though nobody told it to.
     #[error("{0} ended unexpectedly")]
     Ended(&'static str),
@@ -77,6 +83,7 @@ pub async fn run(
     ready: Box<dyn FnOnce() + Send>,
 ) -> Result<(), DaemonError> {
     let mirrors = listen(&settings.mirror, "the mirror", "--mirror")?;
+    let forward_listeners = listen(&settings.forward_proxy, "the forward proxy", "--forward-proxy")?;
     let admin = listen(&[settings.admin], "metrics and status", "--admin")?;
     let peer_listeners = match identity {
         Some(_) => listen(&settings.peer_listen, "peers", "--peer-listen")?,
@@ -86,7 +93,8 @@ pub async fn run(
     let (folder, cache) = (settings.data_dir.join("store"), settings.cache);
     let store = blocking(move || Store::open(&folder, cache)).await?;
     let limits = Limits::new(Arc::clone(&settings.live));
-    let own: Vec<SocketAddr> = mirrors.iter().filter_map(|l| l.local_addr().ok()).collect();
+    let (mirror_addresses, forward_addresses) = (bound(&mirrors), bound(&forward_listeners));
+    let own = [mirror_addresses.clone(), forward_addresses.clone()].concat();
     let metrics = Arc::new(Metrics::new());
     let origin =
         Origin::beside(Arc::clone(&settings.live), limits.clone(), own.clone(), Arc::clone(&metrics));
@@ -108,6 +116,14 @@ pub async fn run(
         metrics: Arc::clone(&metrics),
         pull_grace: settings.pull_grace,
     });
+    let forward_proxy = match forward_listeners.is_empty() {
+        true => None,
+        false => {
+            let (dir, name) = (intercept::authority_dir(&settings.data_dir), settings.name.clone());
+            let (mirror, origin, live) = (mirror.clone(), origin.clone(), Arc::clone(&settings.live));
+            Some(blocking(move || ForwardProxy::open(&dir, &name, mirror, origin, live)).await?)
+        }
+    };
     let peers = identity.clone().map(|identity| {
         let config = PeersConfig {
             identity,
@@ -163,7 +179,8 @@ pub async fn run(
 
     let status = Arc::new(Overview {
         settings: settings.clone(),
-        mirror: own.iter().map(ToString::to_string).collect(),
+        mirror: mirror_addresses.iter().map(ToString::to_string).collect(),
+        forward_proxy: forward_addresses.iter().map(ToString::to_string).collect(),
         identity,
         members,
         tracker,
@@ -192,7 +209,11 @@ pub async fn run(
         let (mirror, stop, drain) = (mirror.clone(), shutdown.clone(), settings.drain);
         tokio::spawn(async move { mirror.serve(listener, stop, drain).await })
     });
-    for served in serving.collect::<Vec<_>>() {
+    let forwarding = forward_listeners.into_iter().filter_map(|listener| {
+        let (proxy, stop, drain) = (forward_proxy.clone()?, shutdown.clone(), settings.drain);
+        Some(tokio::spawn(async move { proxy.serve(listener, stop, drain).await }))
+    });
+    for served in serving.chain(forwarding).collect::<Vec<_>>() {
         let _ = served.await;
     }
     if let Some(peers) = &peers {
@@ -231,6 +252,11 @@ fn listen(
             listen(*address).map_err(|source| DaemonError::Listen { address: *address, what, flag, source })
         })
         .collect()
+}
+
+/// The addresses that listeners got.
+fn bound(listeners: &[TcpListener]) -> Vec<SocketAddr> {
+    listeners.iter().filter_map(|listener| listener.local_addr().ok()).collect()
 }
 
 /// How peers are told to reach this node: as told, else the addresses listened on, else the host's own.
@@ -340,6 +366,7 @@ impl SeedManifests for Seeds {
 struct Overview {
     settings: Settings,
     mirror: Vec<String>,
+    forward_proxy: Vec<String>,
     identity: Option<Identity>,
     members: Arc<Members>,
     tracker: Option<Tracker>,
@@ -392,6 +419,7 @@ impl StatusSource for Overview {
             uptime_s: self.started.elapsed().as_secs(),
             ready: !self.stopping.is_cancelled(),
             mirror: self.mirror.clone(),
+            forward_proxy: self.forward_proxy.clone(),
             schedulers,
             members: self
                 .members

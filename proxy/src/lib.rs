@@ -2,8 +2,8 @@
 //!
 //! A blob GET goes [`registry`] → [`flight`] → [`driver`] → `hawker_core::node`: four places, one direction. Around them:
 //! [`store`] bytes on disk, [`peer`] the piece protocol, [`origin`] upstream registries, [`grant`] with whose right they are
-//! asked, [`tracker`] the scheduler's stream,
-//! [`admin`] what people and Prometheus look at. [`daemon`] puts them together.
+//! asked, [`tracker`] the scheduler's stream, [`intercept`] the forward proxy, [`admin`] what people and Prometheus look at.
+//! [`daemon`] puts them together.
 
 pub mod admin;
 pub mod buffer;
@@ -13,6 +13,7 @@ pub mod daemon;
 pub mod driver;
 pub mod flight;
 pub mod grant;
+pub mod intercept;
 pub mod limits;
 pub mod metrics;
 pub mod origin;

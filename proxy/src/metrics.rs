@@ -31,6 +31,10 @@ pub enum RequestKind {
     Tags,
     /// The list of referrers.
     Referrers,
+    /// Something that the forward proxy passed on.
+    Passed,
+    /// CONNECT.
+    Tunnel,
     /// Anything else, garbage included.
     Other,
 }
@@ -44,6 +48,8 @@ impl RequestKind {
             Self::Blob => "blob",
             Self::Tags => "tags",
             Self::Referrers => "referrers",
+            Self::Passed => "passed",
+            Self::Tunnel => "tunnel",
             Self::Other => "other",
         }
     }
@@ -97,6 +103,10 @@ pub struct Metrics {
     pub connections: Level,
     /// `connections_refused_total`: runtimes' connections turned away because there were too many.
     pub connections_refused: Counter,
+    /// `tunnels`: connections through the forward proxy whose bytes it does not look at, open now.
+    pub tunnels: Level,
+    /// `tunnelled_bytes_total`: carried by them, in both directions.
+    pub tunnelled: Counter,
     /// `evicted_bytes_total`: taken out of the store to make room.
     pub evicted_bytes: Counter,
     /// `tasks_active`: downloads that run now.
@@ -161,6 +171,8 @@ impl Metrics {
             bodies_unfinished: counter(r, "bodies_unfinished", "Bodies that did not go out whole"),
             connections: level(r, "connections", "Connections of runtimes"),
             connections_refused: counter(r, "connections_refused", "Connections of runtimes turned away"),
+            tunnels: level(r, "tunnels", "Tunnels through the forward proxy"),
+            tunnelled: counter(r, "tunnelled_bytes", "Bytes carried by tunnels, in both directions"),
             evicted_bytes: counter(r, "evicted_bytes", "Bytes evicted from the store"),
             tasks_active: level(r, "tasks_active", "Downloads that run"),
             readers_active: level(r, "readers_active", "Bodies being sent to runtimes"),
@@ -196,9 +208,13 @@ impl Metrics {
     }
 
     /// Counts a runtime's connection as long as the guard lives.
-    pub fn connection(&self) -> OpenConnection<'_> {
-        self.connections.inc();
-        OpenConnection(self)
+    pub fn connection(&self) -> Open<'_> {
+        Open::count(&self.connections)
+    }
+
+    /// Counts a tunnel as long as the guard lives.
+    pub fn tunnel(&self) -> Open<'_> {
+        Open::count(&self.tunnels)
     }
 
     /// The counters that `/status` shows.
@@ -222,12 +238,19 @@ impl Metrics {
     }
 }
 
-/// A connection that is counted as open.
-pub struct OpenConnection<'a>(&'a Metrics);
+/// Something that is counted as open.
+pub struct Open<'a>(&'a Level);
 
-impl Drop for OpenConnection<'_> {
+impl<'a> Open<'a> {
+    fn count(level: &'a Level) -> Self {
+        level.inc();
+        Self(level)
+    }
+}
+
+impl Drop for Open<'_> {
     fn drop(&mut self) {
-        self.0.connections.dec();
+        self.0.dec();
     }
 }
 

@@ -7,6 +7,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
+use hawker_core::intercept::Rules;
+use rustls::ServerConfig;
 use url::Url;
 
 /// All settings of one node's daemon.
@@ -20,6 +22,8 @@ pub struct Settings {
     pub data_dir: PathBuf,
     /// Where runtimes reach the mirror.
     pub mirror: Vec<SocketAddr>,
+    /// Where the forward proxy listens; empty: there is none.
+    pub forward_proxy: Vec<SocketAddr>,
     /// Metrics, health, status.
     pub admin: SocketAddr,
     /// Where peers reach this node.
@@ -61,6 +65,10 @@ pub struct LiveSettings {
     pub credentials: Vec<CredentialSource>,
     /// How old what the origin said may be while it can't be asked.
     pub staleness: Staleness,
+    /// What the forward proxy does with whom.
+    pub intercept: Rules,
+    /// The mirror speaks TLS with clients that want it.
+    pub tls: Option<Arc<ServerConfig>>,
 }
 
 /// How old what the origin said may be while it can't be asked.

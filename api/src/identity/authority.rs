@@ -122,7 +122,8 @@ impl fmt::Debug for AuthorityKey {
     }
 }
 
-fn serial() -> Result<SerialNumber, IdentityError> {
+/// A new certificate's number: random, so that no two of an issuer are the same.
+pub fn serial() -> Result<SerialNumber, IdentityError> {
     let mut bytes = [0; 16];
     SystemRandom::new().fill(&mut bytes).map_err(|_| unusable("the system gives no random numbers"))?;
     // Positive and not zero, as X.509 wants it.

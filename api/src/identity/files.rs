@@ -13,7 +13,8 @@ use super::{IdentityError, unusable};
 /// No key or certificate is longer.
 const FILE_AT_MOST_BYTES: u64 = 1 << 20;
 
-pub(super) fn read(path: &Path) -> Result<Vec<u8>, IdentityError> {
+/// A whole file, as far as it can be a key or certificate.
+pub fn read(path: &Path) -> Result<Vec<u8>, IdentityError> {
     let mut bytes = Vec::new();
     File::open(path)
         .and_then(|file| file.take(FILE_AT_MOST_BYTES).read_to_end(&mut bytes))
@@ -21,7 +22,8 @@ pub(super) fn read(path: &Path) -> Result<Vec<u8>, IdentityError> {
     Ok(bytes)
 }
 
-pub(super) fn read_if_there(path: &Path) -> Result<Option<Vec<u8>>, IdentityError> {
+/// The same; `None` when there is none.
+pub fn read_if_there(path: &Path) -> Result<Option<Vec<u8>>, IdentityError> {
     match read(path) {
         Err(IdentityError::File { source, .. }) if source.kind() == ErrorKind::NotFound => Ok(None),
         other => other.map(Some),
@@ -29,7 +31,7 @@ pub(super) fn read_if_there(path: &Path) -> Result<Option<Vec<u8>>, IdentityErro
 }
 
 /// Write, fsync, rename, fsync of the folder. Mode 0600 from the file's first moment; the folder is made, mode 0700.
-pub(super) fn write(path: &Path, bytes: &[u8]) -> Result<(), IdentityError> {
+pub fn write(path: &Path, bytes: &[u8]) -> Result<(), IdentityError> {
     replace(path, bytes).map_err(|source| failed(path, source))
 }
 
@@ -52,11 +54,13 @@ fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
     File::open(dir)?.sync_all()
 }
 
-pub(super) fn certificate(pem: &[u8]) -> Result<CertificateDer<'static>, IdentityError> {
+/// The first certificate of a PEM file.
+pub fn certificate(pem: &[u8]) -> Result<CertificateDer<'static>, IdentityError> {
     CertificateDer::from_pem_slice(pem).map_err(|e| unusable(format!("no certificate in PEM form: {e:?}")))
 }
 
-pub(super) fn certificate_pem(certificate: &CertificateDer<'_>) -> Vec<u8> {
+/// A certificate as a PEM file.
+pub fn certificate_pem(certificate: &CertificateDer<'_>) -> Vec<u8> {
     let pem = pem::Pem::new("CERTIFICATE", certificate.to_vec());
     pem::encode_config(&pem, pem::EncodeConfig::new().set_line_ending(pem::LineEnding::LF)).into_bytes()
 }

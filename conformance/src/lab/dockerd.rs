@@ -1,7 +1,8 @@
-//! dockerd on a host of a lab, with its own root, socket and mirror.
+//! dockerd on a host of a lab, with its own root and socket, and a mirror or a proxy.
 
 use std::fs;
-use std::path::PathBuf;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
@@ -27,6 +28,26 @@ impl Dockerd {
     /// # Errors
     /// When it does not come up; the error has the end of its log.
     pub fn start(host: &Host, containerd: &Containerd, mirror: &str) -> Result<Self> {
+        Self::start_with(host, containerd, |command| command.args(["--registry-mirror", mirror]))
+    }
+
+    /// Starts one that uses this containerd, reaches registries through the proxy at `proxy` alone, and trusts the authority of
+    /// the PEM file `ca` alone.
+    ///
+    /// # Errors
+    /// As [`Dockerd::start`].
+    pub fn behind(host: &Host, containerd: &Containerd, proxy: SocketAddr, ca: &Path) -> Result<Self> {
+        let proxy = format!("http://{proxy}");
+        Self::start_with(host, containerd, |command| {
+            command.env("HTTPS_PROXY", &proxy).env("HTTP_PROXY", &proxy).env("SSL_CERT_FILE", ca)
+        })
+    }
+
+    fn start_with(
+        host: &Host,
+        containerd: &Containerd,
+        say: impl FnOnce(&mut Command) -> &mut Command,
+    ) -> Result<Self> {
         let dir = host.dir().join("dockerd");
         fs::create_dir_all(&dir)?;
         let mut command = host.command("dockerd");
@@ -43,12 +64,20 @@ impl Dockerd {
             "--storage-driver",
             "vfs",
         ]);
-        command.args(["--registry-mirror", mirror]);
-        let mut process = Process::start(&mut command, host.dir().join("dockerd.log"))?;
+        let mut process = Process::start(say(&mut command), host.dir().join("dockerd.log"))?;
         let mut probe = docker(host, &dir);
         probe.arg("version");
         process.wait_ready(READY, || run(&mut probe).is_ok()).context("dockerd")?;
         Ok(Self { host: host.clone(), dir, _process: process })
+    }
+
+    /// Makes an image of one layer of a tar archive, and pushes it.
+    ///
+    /// # Errors
+    /// When that fails.
+    pub fn push(&self, archive: &Path, reference: &str) -> Result<()> {
+        run(docker(&self.host, &self.dir).arg("import").arg(archive).arg(reference))?;
+        run(docker(&self.host, &self.dir).args(["push", "--quiet", reference])).map(drop)
     }
 
     /// `docker pull`.
@@ -60,7 +89,7 @@ impl Dockerd {
     }
 }
 
-fn docker(host: &Host, dir: &std::path::Path) -> Command {
+fn docker(host: &Host, dir: &Path) -> Command {
     let mut command = host.command("docker");
     command
         .arg("--config")

@@ -54,7 +54,7 @@ pub(super) struct Dialer {
 /// The upstream's own proxy, from `HTTP_PROXY`, `HTTPS_PROXY`, `ALL_PROXY` and `NO_PROXY`.
 pub(super) struct Proxies {
     matcher: Matcher,
-    /// Where this daemon's mirror listens: a proxy setting that points there is for the runtime, not for us.
+    /// Where this daemon's mirror and forward proxy listen: a proxy setting that points there is for the runtime, not for us.
     own: Vec<SocketAddr>,
 }
 
@@ -66,6 +66,13 @@ impl Proxies {
     /// The proxy to use for `uri`, if any.
     pub(super) fn to(&self, uri: &Uri) -> Option<Intercept> {
         self.matcher.intercept(uri).filter(|proxy| !self.is_own(proxy.uri()))
+    }
+
+    /// Whether a connection has come back to this daemon: from one of its own addresses to a listener of its own.
+    pub(super) fn leads_back(&self, stream: &TcpStream) -> bool {
+        let (Ok(here), Ok(there)) = (stream.local_addr(), stream.peer_addr()) else { return true };
+        let local = there.ip() == here.ip() || there.ip().to_canonical().is_loopback();
+        local && self.own.iter().any(|listener| listener.port() == there.port())
     }
 
     fn is_own(&self, proxy: &Uri) -> bool {
@@ -97,6 +104,16 @@ impl Service<Uri> for Dialer {
 }
 
 impl Dialer {
+    /// A connection for someone else's bytes.
+    pub(super) async fn tunnel(&self, uri: Uri) -> Result<TcpStream, ConnectError> {
+        let host = host_port(&uri)?.0;
+        let stream = self.dial(uri).await?.io.into_inner();
+        if self.proxies.leads_back(&stream) {
+            return Err(ConnectError::Forbidden(host));
+        }
+        Ok(stream)
+    }
+
     async fn dial(&self, uri: Uri) -> Result<Link, ConnectError> {
         let (host, port) = host_port(&uri)?;
         let Some(proxy) = self.proxies.to(&uri) else {

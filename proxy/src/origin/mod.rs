@@ -2,7 +2,7 @@
 //!
 //! [`policy`] says which registries and addresses may be reached, [`connect`] reaches them, [`tls`] believes them or not,
 //! [`backoff`] leaves them alone when they ask for it. [`request`] asks one endpoint, by [`auth`] with this node's own right
-//! where the client brings none; [`token`] gets that from the registry's realm.
+//! where the client brings none; [`token`] gets that from the registry's realm. [`pass`] hands on what others ask of them.
 //! What a registry does not have itself may be [`elsewhere`].
 
 mod auth;
@@ -10,6 +10,7 @@ mod backoff;
 mod body;
 mod connect;
 pub(crate) mod elsewhere;
+mod pass;
 mod policy;
 mod request;
 mod tls;
@@ -28,7 +29,7 @@ use http::header::{
     ACCEPT, ACCEPT_ENCODING, AUTHORIZATION, CONTENT_LENGTH, IF_NONE_MATCH, IF_RANGE, RANGE, USER_AGENT, VIA,
 };
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Response, StatusCode};
-use http_body_util::Full;
+use http_body_util::{Either, Full};
 use hyper::body::Incoming;
 use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
 use hyper_util::client::legacy::Client;
@@ -41,8 +42,11 @@ use self::auth::Rights;
 pub use self::auth::{Exchanged, Granted};
 use self::backoff::Backoff;
 pub use self::body::OriginBody;
-use self::connect::{Dialer, Proxies};
+use self::connect::{ConnectError, Dialer, Proxies};
 use self::elsewhere::{Elsewhere, Remembered};
+use self::pass::Upload;
+pub(crate) use self::pass::{PassError, Upstream};
+pub(crate) use self::policy::is_listed;
 use self::policy::{Reach, Route, Trust};
 use self::request::{Asked, unreachable};
 use crate::credentials::Credential;
@@ -146,7 +150,10 @@ struct Inner {
     elsewhere: Remembered,
 }
 
-type HttpClient = Client<HttpsConnector<Dialer>, Full<Bytes>>;
+type HttpClient = Client<HttpsConnector<Dialer>, Sent>;
+
+/// The body of a request: in memory, mostly nothing, or one that passes through.
+type Sent = Either<Full<Bytes>, Upload>;
 
 /// What lasts as long as the settings do.
 struct Current {

@@ -65,20 +65,25 @@ impl Route {
     pub(super) fn to(registries: &Registries, registry: &str) -> Result<Self, OriginError> {
         let forbidden = || OriginError::Forbidden(registry.to_owned());
         let registry = canonical_host(registry).map_err(|_| forbidden())?;
-        if let Some(known) = registries.known.get(&registry) {
-            let endpoints = match known.endpoints.as_slice() {
-                [] => own_endpoints(&registry, known.insecure).ok_or_else(forbidden)?,
-                listed => listed.to_vec(),
-            };
-            let trust = Trust { ca: known.ca.clone(), insecure: known.insecure };
-            return Ok(Self { endpoints, trust, reach: Reach::Known, realms: known.realms.clone() });
-        }
-        let is_default = registries.default.as_deref().is_some_and(|d| d.eq_ignore_ascii_case(&registry));
-        if !is_default && !is_listed(registries, &registry) {
+        if !registries.allow.is_empty() && !is_listed(registries, &registry) {
             return Err(forbidden());
         }
-        let endpoints = own_endpoints(&registry, false).ok_or_else(forbidden)?;
-        Ok(Self { endpoints, trust: Trust::default(), reach: Reach::Public, realms: Vec::new() })
+        Self::to_allowed(registries, &registry)
+    }
+
+    /// The way to a host, given as [`canonical_host`] writes it, that may be asked.
+    pub(super) fn to_allowed(registries: &Registries, host: &str) -> Result<Self, OriginError> {
+        let forbidden = || OriginError::Forbidden(host.to_owned());
+        let Some(known) = registries.known.get(host) else {
+            let endpoints = own_endpoints(host, false).ok_or_else(forbidden)?;
+            return Ok(Self { endpoints, trust: Trust::default(), reach: Reach::Public, realms: Vec::new() });
+        };
+        let endpoints = match known.endpoints.as_slice() {
+            [] => own_endpoints(host, known.insecure).ok_or_else(forbidden)?,
+            listed => listed.to_vec(),
+        };
+        let trust = Trust { ca: known.ca.clone(), insecure: known.insecure };
+        Ok(Self { endpoints, trust, reach: Reach::Known, realms: known.realms.clone() })
     }
 
     /// The endpoint that credentials may go to: the registry itself, which is the one on its own host, or else the last one.
@@ -113,7 +118,7 @@ impl Route {
     /// The way to a URL that a manifest names, if hosts like it may be asked.
     pub(super) fn elsewhere(registries: &Registries, url: &Url) -> Result<Self, OriginError> {
         let host = url.host_str().unwrap_or_default();
-        if !is_listed(registries, host) {
+        if !registries.allow.is_empty() && !is_allowed(registries, host) {
             return Err(OriginError::Forbidden(host.to_owned()));
         }
         Ok(Self {
@@ -125,9 +130,15 @@ impl Route {
     }
 }
 
-/// Whether the configuration lets a host be asked that it does not know otherwise.
-fn is_listed(registries: &Registries, host: &str) -> bool {
-    registries.allow.is_empty() || registries.allow.iter().any(|pattern| host_matches(pattern, host))
+/// Whether the configuration names a registry, given as [`canonical_host`] writes it.
+pub(crate) fn is_listed(registries: &Registries, registry: &str) -> bool {
+    registries.known.contains_key(registry)
+        || registries.default.as_deref().is_some_and(|d| d.eq_ignore_ascii_case(registry))
+        || is_allowed(registries, registry)
+}
+
+fn is_allowed(registries: &Registries, host: &str) -> bool {
+    registries.allow.iter().any(|pattern| host_matches(pattern, host))
 }
 
 /// Where a registry is asked when nothing is configured: over TLS; an insecure one in the clear as a second choice.

@@ -6,7 +6,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use http::header::{AUTHORIZATION, LOCATION, PROXY_AUTHORIZATION};
 use http::{HeaderMap, HeaderValue, Method, Request, Response, Uri};
-use http_body_util::Full;
+use http_body_util::{Either, Full};
 use hyper::body::Incoming;
 use hyper_util::client::legacy;
 use tokio::time::Instant;
@@ -14,7 +14,7 @@ use url::Url;
 
 use super::connect::{ConnectError, Proxies};
 use super::policy::Route;
-use super::{HttpClient, OriginError};
+use super::{HttpClient, OriginError, Sent};
 
 /// Times that a request is sent to one address when its connection breaks.
 const SENDS: u32 = 3;
@@ -106,29 +106,33 @@ impl Asked<'_> {
         url: &Url,
         headers: &HeaderMap,
         body: &Bytes,
-    ) -> Result<Request<Full<Bytes>>, OriginError> {
+    ) -> Result<Request<Sent>, OriginError> {
         let uri: Uri =
             url.as_str().parse().map_err(|_| self.broken("its address can't be used in a request".into()))?;
-        let mut request = Request::new(Full::new(body.clone()));
+        let mut request = Request::new(Either::Left(Full::new(body.clone())));
         *request.method_mut() = method.clone();
         *request.headers_mut() = headers.clone();
-        // In a tunnel the proxy's credentials went with CONNECT.
-        if let Some(proxy) = self.proxies.to(&uri).filter(|_| url.scheme() == "http")
-            && let Some(auth) = proxy.basic_auth()
-        {
-            let mut auth = auth.clone();
-            auth.set_sensitive(true);
-            request.headers_mut().insert(PROXY_AUTHORIZATION, auth);
-        }
+        self.authorize_to_proxy(&uri, request.headers_mut());
         *request.uri_mut() = uri;
         Ok(request)
     }
 
-    fn refused(&self, error: &legacy::Error) -> OriginError {
+    /// Adds what the environment's proxy wants to see. In a tunnel that went with CONNECT.
+    pub(super) fn authorize_to_proxy(&self, uri: &Uri, headers: &mut HeaderMap) {
+        if let Some(proxy) = self.proxies.to(uri).filter(|_| uri.scheme_str() == Some("http"))
+            && let Some(auth) = proxy.basic_auth()
+        {
+            let mut auth = auth.clone();
+            auth.set_sensitive(true);
+            headers.insert(PROXY_AUTHORIZATION, auth);
+        }
+    }
+
+    pub(super) fn refused(&self, error: &legacy::Error) -> OriginError {
         let mut source = error.source();
         while let Some(inner) = source {
             if let Some(ConnectError::Forbidden(_)) = inner.downcast_ref() {
-                return OriginError::Forbidden(format!("{} ({inner})", self.registry));
+                return forbidden(self.registry, inner);
             }
             source = inner.source();
         }
@@ -141,6 +145,10 @@ impl Asked<'_> {
     pub(super) fn broken(&self, reason: String) -> OriginError {
         OriginError::Broken { registry: self.registry.to_owned(), reason }
     }
+}
+
+pub(super) fn forbidden(registry: &str, why: &dyn std::error::Error) -> OriginError {
+    OriginError::Forbidden(format!("{registry} ({why})"))
 }
 
 pub(super) fn unreachable(registry: &str, reason: String) -> OriginError {

@@ -112,11 +112,16 @@ pub(super) fn mark(answer: &mut Answer, ask: &Ask) {
 }
 
 impl Underway {
-    /// For a marked answer; to be kept as long as it is being sent.
-    pub(super) fn of(mirror: &Arc<Inner>, answer: &Answer) -> Option<Self> {
-        let ask = answer.extensions().get::<Asker>()?.clone();
+    /// Goes with a marked answer from here on.
+    pub(super) fn begin(mirror: &Arc<Inner>, answer: &mut Answer) {
+        let Some(ask) = answer.extensions_mut().remove::<Asker>() else { return };
         mirror.access.answering(ask.0, &ask.1, true, Instant::now());
-        Some(Self { mirror: Arc::clone(mirror), ask })
+        answer.extensions_mut().insert(Arc::new(Self { mirror: Arc::clone(mirror), ask }));
+    }
+
+    /// Of an answer that is about to be sent; to be kept until it is.
+    pub(super) fn take(answer: &mut Answer) -> Option<Arc<Self>> {
+        answer.extensions_mut().remove()
     }
 }
 

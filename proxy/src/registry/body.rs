@@ -42,7 +42,7 @@ pub(super) enum Cut {
 }
 
 /// Where a body's bytes come from.
-pub(super) enum Payload {
+pub(crate) enum Payload {
     /// Nowhere.
     Empty,
     /// Memory.
@@ -86,7 +86,7 @@ pub(super) struct Body {
     sent_bytes: u64,
     ended: bool,
     _lease: Option<Blob>,
-    _underway: Option<Underway>,
+    _underway: Option<Arc<Underway>>,
 }
 
 enum Rest {
@@ -125,7 +125,7 @@ impl Body {
         payload: Payload,
         line: Arc<Line>,
         metrics: Arc<Metrics>,
-        underway: Option<Underway>,
+        underway: Option<Arc<Underway>>,
     ) -> Self {
         line.owe();
         let remaining_bytes = payload.len_bytes();

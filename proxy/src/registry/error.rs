@@ -3,14 +3,14 @@
 use bytes::Bytes;
 use hawker_core::digest::Digest;
 use hawker_core::reference::Refused;
-use http::header::{ALLOW, CONTENT_RANGE, CONTENT_TYPE, RETRY_AFTER, WARNING, WWW_AUTHENTICATE};
+use http::header::{ALLOW, CONNECTION, CONTENT_RANGE, CONTENT_TYPE, RETRY_AFTER, WARNING, WWW_AUTHENTICATE};
 use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode};
 
 use super::Answer;
 use super::body::Payload;
 use crate::flight::FlightError;
-use crate::metrics::RequestKind;
-use crate::origin::OriginError;
+use crate::metrics::{Metrics, RequestKind};
+use crate::origin::{OriginError, PassError};
 
 /// Headers of an origin's refusal that its caller needs.
 const OF_A_REFUSAL: [HeaderName; 3] = [WWW_AUTHENTICATE, RETRY_AFTER, WARNING];
@@ -19,7 +19,30 @@ const RETRY_AFTER_SECONDS: HeaderValue = HeaderValue::from_static("5");
 
 /// Why a request gets no content.
 #[derive(Clone, Debug, thiserror::Error)]
-pub(super) enum Problem {
+pub(crate) enum Problem {
+    /// Its head can be read in more than one way, or in none; what follows it on the connection is in doubt too.
+    #[error("the request is malformed: {0}")]
+    Malformed(&'static str),
+    /// It is none for a forward proxy.
+    #[error("this is a forward proxy, for HTTP_PROXY and HTTPS_PROXY: requests name a whole address here")]
+    NotProxied,
+    /// It names another host than the connection was made for.
+    #[error("this connection leads to {0} and nowhere else")]
+    Misdirected(String),
+    /// Nobody said that the host may be reached.
+    #[error(
+        "{0} is not reached from here: name it in an [[intercept]] rule, or among the allowed registries"
+    )]
+    RefusedHost(String),
+    /// It can't be made to look like the host.
+    #[error("no certificate can be made for {0}")]
+    NoCertificate(String),
+    /// Its body does not come.
+    #[error("the request's body came too slowly")]
+    SlowClient,
+    /// As many tunnels as there may be.
+    #[error("too many tunnels, come again")]
+    TooManyTunnels,
     /// It makes no sense.
     #[error("{0}")]
     Refused(#[from] Refused),
@@ -67,6 +90,15 @@ pub(super) enum Problem {
     Slow,
 }
 
+impl From<PassError> for Problem {
+    fn from(error: PassError) -> Self {
+        match error {
+            PassError::Origin(error) => Problem::Unasked(error),
+            PassError::Slow => Problem::SlowClient,
+        }
+    }
+}
+
 impl Problem {
     /// What the origin said, as far as it concerns a client.
     pub(super) fn refusal(status: StatusCode, from: &HeaderMap) -> Self {
@@ -81,6 +113,12 @@ impl Problem {
     pub(super) fn status(&self) -> StatusCode {
         let from_number = |status: u16| StatusCode::from_u16(status).unwrap_or(StatusCode::BAD_GATEWAY);
         match self {
+            Problem::Malformed(_) | Problem::NotProxied => StatusCode::BAD_REQUEST,
+            Problem::Misdirected(_) => StatusCode::MISDIRECTED_REQUEST,
+            Problem::RefusedHost(_) => StatusCode::FORBIDDEN,
+            Problem::NoCertificate(_) => StatusCode::INTERNAL_SERVER_ERROR,
+            Problem::SlowClient => StatusCode::REQUEST_TIMEOUT,
+            Problem::TooManyTunnels => StatusCode::SERVICE_UNAVAILABLE,
             Problem::Refused(refused) => from_number(refused.status()),
             Problem::Loop => StatusCode::LOOP_DETECTED,
             Problem::NoRegistry => StatusCode::NOT_FOUND,
@@ -102,7 +140,9 @@ impl Problem {
         match self {
             Problem::Refused(refused) => refused.code(),
             Problem::NoRegistry => "NAME_UNKNOWN",
-            Problem::Loop | Problem::TooManyRanges => "UNSUPPORTED",
+            Problem::Loop | Problem::TooManyRanges | Problem::Malformed(_) | Problem::NotProxied => {
+                "UNSUPPORTED"
+            }
             Problem::Unsatisfiable(_) => "SIZE_INVALID",
             Problem::TooLong(_) | Problem::WrongManifest(_) => "MANIFEST_INVALID",
             _ => match (self.status().as_u16(), kind) {
@@ -118,6 +158,13 @@ impl Problem {
         }
     }
 
+    /// The answer to a request of this kind, told and counted.
+    pub(crate) fn counted(&self, kind: RequestKind, metrics: &Metrics) -> Answer {
+        tracing::info!(status = self.status().as_u16(), reason = %self, "not served");
+        metrics.request(kind, self.status().as_u16());
+        self.answer(kind)
+    }
+
     /// The answer to a request of this kind.
     pub(super) fn answer(&self, kind: RequestKind) -> Answer {
         let mut response = Response::new(Payload::Full(self.body(kind)));
@@ -130,6 +177,12 @@ impl Problem {
             }
             Problem::Refused(Refused::Method) => {
                 headers.insert(ALLOW, HeaderValue::from_static("GET, HEAD"));
+            }
+            Problem::Malformed(_) => {
+                headers.insert(CONNECTION, HeaderValue::from_static("close"));
+            }
+            Problem::TooManyTunnels => {
+                headers.insert(RETRY_AFTER, RETRY_AFTER_SECONDS);
             }
             Problem::Unsatisfiable(size) => {
                 let range = HeaderValue::try_from(hawker_core::range::unsatisfied(*size));
@@ -167,6 +220,13 @@ mod tests {
             (Refused::Endpoint.into(), RequestKind::Other, 404, "UNSUPPORTED"),
             (Refused::Name.into(), RequestKind::Other, 400, "NAME_INVALID"),
             (Refused::Digest(DigestError::Hex).into(), RequestKind::Other, 400, "DIGEST_INVALID"),
+            (Problem::Malformed("x"), RequestKind::Other, 400, "UNSUPPORTED"),
+            (Problem::NotProxied, RequestKind::Other, 400, "UNSUPPORTED"),
+            (Problem::Misdirected("r".into()), RequestKind::Other, 421, "UNKNOWN"),
+            (Problem::RefusedHost("r".into()), RequestKind::Tunnel, 403, "DENIED"),
+            (Problem::NoCertificate("r".into()), RequestKind::Tunnel, 500, "UNKNOWN"),
+            (Problem::SlowClient, RequestKind::Passed, 408, "UNKNOWN"),
+            (Problem::TooManyTunnels, RequestKind::Tunnel, 503, "UNKNOWN"),
             (Problem::Loop, RequestKind::Manifest, 508, "UNSUPPORTED"),
             (Problem::NoRegistry, RequestKind::Manifest, 404, "NAME_UNKNOWN"),
             (Problem::TooManyRanges, RequestKind::Blob, 400, "UNSUPPORTED"),

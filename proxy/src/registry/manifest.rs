@@ -49,7 +49,7 @@ pub(super) async fn manifest(mirror: &Inner, ask: &Ask, reference: &ManifestRef)
             let found = by_digest(mirror, ask, digest).await?;
             Ok(if not_modified(&ask.headers, digest) { unchanged(digest) } else { found.answer() })
         }
-        ManifestRef::Tag(tag) => tags::by_tag(mirror, ask, tag).await,
+        ManifestRef::Tag(tag) => Box::pin(tags::by_tag(mirror, ask, tag)).await,
     }
 }
 

@@ -1,8 +1,8 @@
 //! The registry mirror that runtimes talk to: HTTP/1.1, the pull side of the OCI distribution spec.
 //!
-//! A request goes [`route`] → [`tags`], [`manifest`] or [`blob`] → back through [`error`] if it failed → [`body`] onto the [`wire`].
-//! [`auth`] makes sure that the caller may have it, [`access`] remembers that; [`token`] is the realm of token mode; [`multipart`]
-//! makes one body of several ranges; [`connection`] is the life of a connection.
+//! A request goes [`head`] → [`route`] → [`tags`], [`manifest`] or [`blob`] → back through [`error`] if it failed → [`body`] onto
+//! the [`wire`]. [`auth`] makes sure that the caller may have it, [`access`] remembers that; [`token`] is the realm of token
+//! mode; [`multipart`] makes one body of several ranges; [`connection`] is the life of a connection, [`tunnel`] what some become.
 
 mod access;
 mod auth;
@@ -11,11 +11,14 @@ mod body;
 mod connection;
 mod error;
 mod forward;
+pub(crate) mod head;
 mod manifest;
 mod multipart;
 mod route;
 mod tags;
+pub mod tls;
 mod token;
+mod tunnel;
 mod wire;
 
 use std::future::Future;
@@ -32,11 +35,17 @@ use hawker_core::digest::Digest;
 use hawker_core::reference::Source;
 use hawker_core::right::Bearer;
 use http::header::IF_NONE_MATCH;
-use http::{HeaderMap, HeaderValue, Response};
+use http::request::Parts;
+use http::{HeaderMap, HeaderValue, Request, Response};
+use hyper::body::Incoming;
+use rustls::ServerConfig;
 use tokio::net::TcpListener;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+pub(crate) use self::body::Payload;
+pub(crate) use self::connection::{Becomes, Reply, Replying, Service};
+pub(crate) use self::error::Problem;
 use self::route::Ask;
 use crate::flight::Flights;
 use crate::grant::{Authorization, Grant};
@@ -49,7 +58,7 @@ use crate::store::Store;
 /// Questions for whole blobs that are remembered.
 const RECHECKS: NonZeroUsize = NonZeroUsize::new(4096).expect("not zero");
 
-type Answer = Response<body::Payload>;
+pub(crate) type Answer = Response<Payload>;
 
 /// Status, media type and body of a manifest; `None` when there is no seed, or none that answers.
 pub type SeedAnswer<'a> = Pin<Box<dyn Future<Output = Option<(u16, String, Bytes)>> + Send + 'a>>;
@@ -125,19 +134,61 @@ impl Mirror {
     }
 
     /// Where it counts.
-    #[cfg(test)]
-    fn metrics(&self) -> &Metrics {
+    pub(crate) fn metrics(&self) -> &Metrics {
         &self.inner.metrics
     }
 
     /// Serves until `stop` is cancelled; then bodies under way may go on for `drain`, and end short after that.
     pub async fn serve(&self, listener: TcpListener, stop: CancellationToken, drain: Duration) {
-        connection::serve(&self.inner, listener, stop, drain).await;
+        self.serve_as(Arc::new(self.clone()), listener, stop, drain).await;
+    }
+
+    /// The same for another service, in front of this mirror.
+    pub(crate) async fn serve_as(
+        &self,
+        service: Arc<dyn Service>,
+        listener: TcpListener,
+        stop: CancellationToken,
+        drain: Duration,
+    ) {
+        connection::serve(service, Arc::clone(&self.inner.metrics), listener, stop, drain).await;
+    }
+
+    /// Whether a request with these headers has passed through this daemon before.
+    pub(crate) fn has_seen(&self, headers: &HeaderMap) -> bool {
+        route::is_loop(headers, self.inner.origin.pseudonym())
+    }
+
+    /// Answers a request that was meant for `registry` (in its one spelling) as that would have.
+    pub(crate) async fn answer_as(&self, registry: &str, request: Parts, client: IpAddr) -> Answer {
+        self.answered(request, Some(registry), client).await
+    }
+
+    async fn answered(&self, request: Parts, at: Option<&str>, client: IpAddr) -> Answer {
+        let mut answer = route::answer(&self.inner, request, at, client).await;
+        auth::Underway::begin(&self.inner, &mut answer);
+        answer
     }
 
     /// A blob that the store has was reported wrong by a peer, or evicted: what was found out about it counts no more.
     pub fn doubt(&self, task: &Digest) {
         self.inner.recheck().doubt(task);
+    }
+}
+
+impl Service for Mirror {
+    fn answer(&self, request: Request<Incoming>, client: IpAddr) -> Replying<'_> {
+        Box::pin(async move {
+            let (request, body) = request.into_parts();
+            Reply::Answer(match token::is_for_token(&request) {
+                true => token::answer(&self.inner, request, body).await,
+                false => self.answered(request, None, client).await,
+            })
+        })
+    }
+
+    fn tls(&self) -> Option<Arc<ServerConfig>> {
+        self.inner.live.load().tls.clone()
     }
 }
 

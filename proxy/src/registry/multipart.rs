@@ -75,7 +75,7 @@ impl Multipart {
 }
 
 /// The body, one segment after the other.
-pub(super) struct Parts {
+pub(crate) struct Parts {
     multipart: Multipart,
     source: Source,
     /// The part whose head comes next; past the last one comes the end.

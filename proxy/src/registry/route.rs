@@ -76,23 +76,30 @@ impl Ask {
     }
 }
 
-/// Answers a request, whatever it is.
-pub(super) async fn answer(mirror: &Inner, mut request: Parts, client: IpAddr) -> Answer {
+/// Answers a request, whatever it is. `at`: it was sent to this registry, and is answered as from there.
+pub(super) async fn answer(mirror: &Inner, mut request: Parts, at: Option<&str>, client: IpAddr) -> Answer {
     let is_head = request.method == Method::HEAD;
     let method = request.method.as_str();
-    let asked = reference::parse(method, request.uri.path(), request.uri.query());
+    let (path, query) = (request.uri.path(), request.uri.query());
+    let asked = match at {
+        None => reference::parse(method, path, query),
+        Some(registry) => reference::parse_at(registry, method, path, query),
+    };
     let kind = asked.as_ref().map_or(RequestKind::Other, kind_of);
-    let named = asked.as_ref().ok().and_then(registry_of).cloned();
+    let named = asked.as_ref().ok().and_then(registry_of).filter(|_| at.is_none()).cloned();
     let mut admission = Admission::default();
     let asked = asked.map_err(Problem::from).and_then(|asked| {
         not_in_a_circle(mirror, &request.headers)?;
-        admission = token::admit(mirror, &mut request, &asked)?;
+        // Who asks the registry itself is the registry's own client.
+        if at.is_none() {
+            admission = token::admit(mirror, &mut request, &asked)?;
+        }
         Ok(asked)
     });
     let answered = match asked {
-        Ok(asked) => {
-            timeout(HEAD, dispatch(mirror, request, asked, client)).await.unwrap_or(Err(Problem::Slow))
-        }
+        Ok(asked) => Box::pin(timeout(HEAD, dispatch(mirror, request, asked, client)))
+            .await
+            .unwrap_or(Err(Problem::Slow)),
         Err(problem) => Err(problem),
     };
     let mut answer = answered.unwrap_or_else(|problem| {
@@ -138,7 +145,7 @@ pub(super) fn not_in_a_circle(mirror: &Inner, headers: &HeaderMap) -> Result<(),
 }
 
 /// Whether a request has passed through this daemon before.
-fn is_loop(headers: &HeaderMap, pseudonym: &str) -> bool {
+pub(super) fn is_loop(headers: &HeaderMap, pseudonym: &str) -> bool {
     let lines = headers.get_all(VIA).iter().filter_map(|line| line.to_str().ok());
     lines.flat_map(|line| line.split(',')).any(|hop| hop.split_whitespace().nth(1) == Some(pseudonym))
 }

@@ -116,9 +116,9 @@ pub(super) async fn by_tag(mirror: &Inner, ask: &Ask, tag: &str) -> Result<Answe
         }),
     };
     match request.confirm().await {
-        Ok(Confirmed::At(pointer, head)) => request.answer(pointer, head).await,
+        Ok(Confirmed::At(pointer, head)) => Box::pin(request.answer(pointer, head)).await,
         Ok(Confirmed::Head(answer)) => Ok(answer),
-        Ok(Confirmed::Unclear) => request.from_origin().await,
+        Ok(Confirmed::Unclear) => request.ask_origin().await,
         Err(problem) => request.stale(&problem).await.ok_or(problem),
     }
 }
@@ -214,7 +214,7 @@ impl Request<'_> {
         match confirmed(self.mirror, self.ask, &pointer.digest).await {
             Ok(found) => Ok(pointer.whole(told, found.body)),
             // A registry that converts manifests may know them by their tag alone.
-            Err(Problem::Origin { status: StatusCode::NOT_FOUND, .. }) => self.from_origin().await,
+            Err(Problem::Origin { status: StatusCode::NOT_FOUND, .. }) => self.ask_origin().await,
             Err(problem) => Err(problem),
         }
     }
@@ -225,7 +225,7 @@ impl Request<'_> {
     }
 
     /// Passes the request on as it is, and remembers what comes back.
-    async fn from_origin(&self) -> Result<Answer, Problem> {
+    async fn ask_origin(&self) -> Result<Answer, Problem> {
         let (mirror, ask) = (self.mirror, self.ask);
         let headers = self.headers();
         if ask.method == Method::HEAD {

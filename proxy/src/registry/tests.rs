@@ -915,6 +915,41 @@ async fn stopping_ends_idle_connections_at_once_and_bodies_after_the_drain() {
 }
 
 #[tokio::test]
+async fn tls_is_spoken_with_clients_that_want_it_without_alpn_or_a_name() {
+    let (image, _registry, node) = image_node(3_000_000).await;
+    node.commit(&image.blob);
+    let made = rcgen::generate_simple_self_signed(["127.0.0.1".into()]).unwrap();
+    let key = rustls_pki_types::PrivateKeyDer::try_from(made.signing_key.serialize_der()).unwrap();
+    let mut settings = (**node.live.load()).clone();
+    settings.tls = Some(tls::server_config(vec![made.cert.der().clone()], key).unwrap());
+    node.live.store(Arc::new(settings));
+    let mut roots = rustls::RootCertStore::empty();
+    roots.add(made.cert.der().clone()).unwrap();
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    for version in [&rustls::version::TLS12, &rustls::version::TLS13] {
+        let client = rustls::ClientConfig::builder_with_provider(Arc::clone(&provider))
+            .with_protocol_versions(&[version])
+            .unwrap()
+            .with_root_certificates(roots.clone())
+            .with_no_client_auth();
+        let socket = TcpStream::connect(node.address).await.unwrap();
+        let name = rustls_pki_types::ServerName::try_from("127.0.0.1").unwrap();
+        let mut tls = tokio_rustls::TlsConnector::from(Arc::new(client)).connect(name, socket).await.unwrap();
+        let target = format!("/v2/a/b/blobs/{}", image.blob_digest());
+        let request = format!("GET {target} HTTP/1.1\r\nHost: mirror\r\nConnection: close\r\n\r\n");
+        tls.write_all(request.as_bytes()).await.unwrap();
+        // A slow start: more waits to be sent than TLS keeps.
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        let mut heard = Vec::new();
+        tls.read_to_end(&mut heard).await.expect("TLS is ended as it should be");
+        assert!(heard.starts_with(b"HTTP/1.1 200"));
+        assert!(heard.ends_with(&image.blob));
+    }
+    // The same port, without TLS.
+    assert_eq!(node.get("/v2/").await.status, 200);
+}
+
+#[tokio::test]
 async fn requests_are_counted_by_kind_and_status() {
     let (image, _registry, node) = image_node(1000).await;
     node.commit(&image.blob);

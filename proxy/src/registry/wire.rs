@@ -1,14 +1,16 @@
-//! The socket under a connection: sends memory as it is, and files without copying them.
+//! The socket under a connection: sends memory as it is, and files without copying them, or through TLS.
 //!
 //! hyper wants a body as bytes in memory. A file's bytes are stood in for by slices of [`PHANTOM`], memory that nobody reads
-//! or writes, while the [`Line`] remembers which file they stand for. [`Wire`] knows such a slice by its address and has
-//! the kernel send the file (`sendfile(2)`) in its place. hyper passes slices of a body on uncopied as long as the socket can
-//! write vectors, which `Wire` says it can. A phantom that does not fit what the line remembers ends the connection.
+//! or writes, while the [`Line`] remembers which file they stand for. [`Wire`] knows such a slice by its address and sends the
+//! file in its place: on a plain socket the kernel does (`sendfile(2)`), for TLS it is read block by block. hyper passes slices
+//! of a body on uncopied as long as the socket can write vectors, which `Wire` says it can. A phantom that does not fit what
+//! the line remembers ends the connection.
 
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, IoSlice};
 use std::num::NonZeroU64;
+use std::os::unix::fs::FileExt;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker, ready};
@@ -17,9 +19,10 @@ use std::time::Duration;
 use bytes::Bytes;
 use hyper::rt::{Read, ReadBufCursor, Write};
 use rustix::fs::{Advice, fadvise, sendfile};
-use tokio::io::Interest;
+use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::time::Instant;
+use tokio_rustls::server::TlsStream;
 
 /// Stands for bytes of files; never read, never written, so it takes no memory.
 static PHANTOM: [u8; 1 << 20] = [0; 1 << 20];
@@ -29,6 +32,8 @@ pub(super) const MAX_SPAN_BYTES: u64 = PHANTOM.len() as u64;
 const READ_AHEAD_BYTES: u64 = 4 << 20;
 /// What one read takes from the socket.
 const READ_BYTES: usize = 8 << 10;
+/// What is read of a file at once for TLS: as much as a record holds (RFC 8446, 5.1).
+const BLOCK_BYTES: usize = 16 << 10;
 
 /// For a request's head to come, from its first byte to its last.
 const HEAD: Duration = Duration::from_secs(10);
@@ -134,53 +139,188 @@ impl Line {
     }
 }
 
-/// A client's socket, for hyper.
+/// A client's connection, for hyper.
 pub(super) struct Wire {
-    pub(super) socket: Arc<TcpStream>,
+    pub(super) channel: Channel,
     pub(super) line: Arc<Line>,
+}
+
+/// What a connection's bytes go over.
+pub(super) enum Channel {
+    Plain(Plain),
+    Tls(Box<TlsStream<Plain>>),
+}
+
+/// A client's socket, shared with whoever ends it. What was read of it too early comes first.
+pub(super) struct Plain {
+    pub(super) socket: Arc<TcpStream>,
+    pub(super) early: Bytes,
+}
+
+/// What comes first of some slices.
+enum Next<'a, 'b> {
+    Nothing,
+    /// Memory, up to the first phantom.
+    Memory(&'a [IoSlice<'b>]),
+    /// A phantom of this length.
+    Phantom(usize),
 }
 
 fn is_phantom(slice: &[u8]) -> bool {
     slice.as_ptr().addr().wrapping_sub(PHANTOM.as_ptr().addr()) < PHANTOM.len()
 }
 
-impl Wire {
-    /// Sends what comes first of `slices`: memory up to the first phantom, or one phantom.
-    fn send(&self, slices: &[IoSlice<'_>]) -> io::Result<usize> {
-        let first = slices.iter().position(|s| !s.is_empty()).unwrap_or(slices.len());
-        let slices = &slices[first..];
-        match slices.first() {
-            None => Ok(0),
-            Some(phantom) if is_phantom(phantom) => self.send_file(phantom.len()),
-            Some(_) => {
-                let memory =
-                    slices.iter().position(|s| !s.is_empty() && is_phantom(s)).unwrap_or(slices.len());
-                self.socket.try_write_vectored(&slices[..memory])
+fn next<'a, 'b>(slices: &'a [IoSlice<'b>]) -> Next<'a, 'b> {
+    let first = slices.iter().position(|s| !s.is_empty()).unwrap_or(slices.len());
+    let slices = &slices[first..];
+    match slices.first() {
+        None => Next::Nothing,
+        Some(phantom) if is_phantom(phantom) => Next::Phantom(phantom.len()),
+        Some(_) => {
+            let memory = slices.iter().position(|s| !s.is_empty() && is_phantom(s)).unwrap_or(slices.len());
+            Next::Memory(&slices[..memory])
+        }
+    }
+}
+
+impl Line {
+    /// The file that the next phantom, `len` bytes long, stands for, and from where.
+    fn stood_for(&self, len: usize) -> io::Result<(Arc<File>, u64)> {
+        let state = self.state();
+        let span = state.spans.front().filter(|span| span.len == len);
+        let span = span.ok_or_else(|| io::Error::other("a body's bytes are out of step with their files"))?;
+        Ok((Arc::clone(&span.file), span.offset))
+    }
+
+    /// So much of the next phantom is sent.
+    fn sent(&self, bytes: usize) {
+        let mut state = self.state();
+        if let Some(span) = state.spans.front_mut() {
+            span.offset += bytes as u64;
+            span.len -= bytes;
+            if span.len == 0 {
+                state.spans.pop_front();
+            }
+        }
+    }
+}
+
+fn shrunk() -> io::Error {
+    io::Error::new(io::ErrorKind::UnexpectedEof, "a file in the store is shorter than it was")
+}
+
+impl Plain {
+    pub(super) const fn new(socket: Arc<TcpStream>) -> Self {
+        Self { socket, early: Bytes::new() }
+    }
+
+    fn poll_send(
+        &self,
+        cx: &mut Context<'_>,
+        send: impl Fn(&TcpStream) -> io::Result<usize>,
+    ) -> Poll<io::Result<usize>> {
+        loop {
+            ready!(self.socket.poll_write_ready(cx))?;
+            match send(&self.socket) {
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+                sent => return Poll::Ready(sent),
             }
         }
     }
 
-    fn send_file(&self, len: usize) -> io::Result<usize> {
-        let mut state = self.line.state();
-        let Some(span) = state.spans.front_mut().filter(|span| span.len == len) else {
-            return Err(io::Error::other("a body's bytes are out of step with their files"));
-        };
-        let mut offset = span.offset;
-        let sent = self.socket.try_io(Interest::WRITABLE, || {
-            Ok(sendfile(&*self.socket, &*span.file, Some(&mut offset), len)?)
-        })?;
-        if sent == 0 {
-            return Err(io::Error::new(
-                io::ErrorKind::UnexpectedEof,
-                "a file in the store is shorter than it was",
-            ));
+    fn poll_send_file(
+        &self,
+        cx: &mut Context<'_>,
+        file: &File,
+        offset: u64,
+        len: usize,
+    ) -> Poll<io::Result<usize>> {
+        self.poll_send(cx, |socket| {
+            let mut offset = offset;
+            let sent =
+                socket.try_io(Interest::WRITABLE, || Ok(sendfile(socket, file, Some(&mut offset), len)?))?;
+            if sent == 0 { Err(shrunk()) } else { Ok(sent) }
+        })
+    }
+}
+
+impl AsyncRead for Plain {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        if !self.early.is_empty() {
+            let len = self.early.len().min(buf.remaining());
+            buf.put_slice(&self.early.split_to(len));
+            return Poll::Ready(Ok(()));
         }
-        span.offset += sent as u64;
-        span.len -= sent;
-        if span.len == 0 {
-            state.spans.pop_front();
+        loop {
+            ready!(self.socket.poll_read_ready(cx))?;
+            match self.socket.try_read(buf.initialize_unfilled()) {
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+                Err(e) => return Poll::Ready(Err(e)),
+                Ok(n) => {
+                    buf.advance(n);
+                    return Poll::Ready(Ok(()));
+                }
+            }
         }
-        Ok(sent)
+    }
+}
+
+impl AsyncWrite for Plain {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        self.poll_send(cx, |socket| socket.try_write(buf))
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        slices: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        self.poll_send(cx, |socket| socket.try_write_vectored(slices))
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(hang_up(&self.socket))
+    }
+}
+
+impl Channel {
+    fn poll_send_file(
+        &mut self,
+        cx: &mut Context<'_>,
+        file: &File,
+        offset: u64,
+        len: usize,
+    ) -> Poll<io::Result<usize>> {
+        match self {
+            Channel::Plain(plain) => plain.poll_send_file(cx, file, offset, len),
+            Channel::Tls(tls) => {
+                let mut block = [0; BLOCK_BYTES];
+                let read = file.read_at(&mut block[..len.min(BLOCK_BYTES)], offset)?;
+                if read == 0 {
+                    return Poll::Ready(Err(shrunk()));
+                }
+                Pin::new(tls).poll_write(cx, &block[..read])
+            }
+        }
+    }
+
+    fn poll_send(&mut self, cx: &mut Context<'_>, memory: &[IoSlice<'_>]) -> Poll<io::Result<usize>> {
+        match self {
+            Channel::Plain(plain) => Pin::new(plain).poll_write_vectored(cx, memory),
+            Channel::Tls(tls) => Pin::new(tls).poll_write_vectored(cx, memory),
+        }
     }
 }
 
@@ -189,21 +329,24 @@ impl Write for Wire {
         self.poll_write_vectored(cx, &[IoSlice::new(buf)])
     }
 
+    /// Sends what comes first of `slices`.
     fn poll_write_vectored(
-        self: Pin<&mut Self>,
+        mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         slices: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        loop {
-            ready!(self.socket.poll_write_ready(cx))?;
-            match self.send(slices) {
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
-                sent => {
-                    self.line.state().progress = Instant::now();
-                    return Poll::Ready(sent);
-                }
+        let sent = match next(slices) {
+            Next::Nothing => 0,
+            Next::Memory(memory) => ready!(self.channel.poll_send(cx, memory))?,
+            Next::Phantom(len) => {
+                let (file, offset) = self.line.stood_for(len)?;
+                let sent = ready!(self.channel.poll_send_file(cx, &file, offset, len))?;
+                self.line.sent(sent);
+                sent
             }
-        }
+        };
+        self.line.state().progress = Instant::now();
+        Poll::Ready(Ok(sent))
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -211,7 +354,10 @@ impl Write for Wire {
     }
 
     /// Called when nothing is left to write.
-    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if let Channel::Tls(tls) = &mut self.channel {
+            ready!(Pin::new(tls).poll_flush(cx))?;
+        }
         let mut state = self.line.state();
         state.unsent = false;
         if let Some(waker) = state.flushed.take() {
@@ -220,8 +366,11 @@ impl Write for Wire {
         Poll::Ready(Ok(()))
     }
 
-    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Poll::Ready(hang_up(&self.socket))
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match &mut self.channel {
+            Channel::Plain(plain) => Pin::new(plain).poll_shutdown(cx),
+            Channel::Tls(tls) => Pin::new(tls).poll_shutdown(cx),
+        }
     }
 }
 
@@ -232,24 +381,19 @@ pub(super) fn hang_up(socket: &TcpStream) -> io::Result<()> {
 
 impl Read for Wire {
     fn poll_read(
-        self: Pin<&mut Self>,
+        mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         mut buf: ReadBufCursor<'_>,
     ) -> Poll<io::Result<()>> {
         let mut bytes = [0; READ_BYTES];
-        let room = buf.remaining().min(READ_BYTES);
-        loop {
-            ready!(self.socket.poll_read_ready(cx))?;
-            match self.socket.try_read(&mut bytes[..room]) {
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
-                Err(e) => return Poll::Ready(Err(e)),
-                Ok(n) => {
-                    buf.put_slice(&bytes[..n]);
-                    self.line.state().heard(n);
-                    return Poll::Ready(Ok(()));
-                }
-            }
-        }
+        let mut heard = ReadBuf::new(&mut bytes[..buf.remaining().min(READ_BYTES)]);
+        ready!(match &mut self.channel {
+            Channel::Plain(plain) => Pin::new(plain).poll_read(cx, &mut heard),
+            Channel::Tls(tls) => Pin::new(tls).poll_read(cx, &mut heard),
+        })?;
+        buf.put_slice(heard.filled());
+        self.line.state().heard(heard.filled().len());
+        Poll::Ready(Ok(()))
     }
 }
 
