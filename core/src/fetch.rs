@@ -72,7 +72,6 @@ impl Reader {
 #[derive(Clone, Debug)]
 struct Parent {
     offered: PieceSet,
-    asked: usize,
     /// It is busy: nothing is asked of it before this moment.
     rests_until: Time,
 }
@@ -198,9 +197,7 @@ impl Fetch {
     pub fn got(&mut self, piece: PieceIndex) -> Vec<Asked> {
         self.held.insert(piece);
         let rest = self.asked.remove(&piece).unwrap_or_default();
-        for asked in &rest {
-            self.settle(piece, asked.peer);
-        }
+        rest.iter().for_each(|_| self.settle(piece));
         self.asked_set.remove(piece);
         rest
     }
@@ -208,11 +205,10 @@ impl Fetch {
     /// `peer` offers these pieces, in addition to what it offered before.
     pub fn offered(&mut self, peer: PeerId, pieces: impl IntoIterator<Item = PieceIndex>) {
         let count = self.layout.count();
-        let parent = self.parents.entry(peer).or_insert_with(|| Parent {
-            offered: PieceSet::empty(count),
-            asked: 0,
-            rests_until: Time::default(),
-        });
+        let parent = self
+            .parents
+            .entry(peer)
+            .or_insert_with(|| Parent { offered: PieceSet::empty(count), rests_until: Time::default() });
         for piece in pieces {
             if parent.offered.insert(piece) {
                 self.offers[piece as usize] = self.offers[piece as usize].saturating_add(1);
@@ -270,9 +266,6 @@ impl Fetch {
 
     /// A request was sent.
     pub fn ask(&mut self, piece: PieceIndex, asked: Asked) {
-        if let Some(parent) = self.parents.get_mut(&asked.peer) {
-            parent.asked += 1;
-        }
         let all = self.asked.entry(piece).or_default();
         self.duplicates += u64::from(!all.is_empty());
         all.push(asked);
@@ -291,37 +284,37 @@ impl Fetch {
             self.asked_set.remove(piece);
         }
         if gone {
-            self.settle(piece, peer);
+            self.settle(piece);
         }
     }
 
-    fn settle(&mut self, piece: PieceIndex, peer: PeerId) {
+    fn settle(&mut self, piece: PieceIndex) {
         self.asked_bytes = self.asked_bytes.saturating_sub(self.layout.len_bytes(piece));
-        if let Some(parent) = self.parents.get_mut(&peer) {
-            parent.asked = parent.asked.saturating_sub(1);
-        }
     }
 
-    /// The next request to make, if any: of whom, and which piece. `verifiable`: pieces below it can be verified; `taken`: the
+    /// The next request to make, if any: of whom, and which piece. `under_way`: requests at each parent, for whatever task: a link
+    /// is shared by all layers that come over it, and what is asked for early is chosen on stale news. `verifiable`: pieces below it can be verified; `taken`: the
     /// piece that is just being read from the origin.
     pub fn choose<R: Rng + ?Sized>(
         &self,
         now: Time,
         parents: &Parents,
+        under_way: &BTreeMap<PeerId, usize>,
         verifiable: u32,
         taken: Option<PieceIndex>,
         rng: &mut R,
     ) -> Option<(PeerId, PieceIndex)> {
+        let asked = |peer: &PeerId| under_way.get(peer).copied().unwrap_or(0);
         let a_parent = (REQUESTS_AIM / self.parents.len().max(1)).max(REQUESTS_A_PARENT_MIN);
         let mut ready: Vec<(bool, usize, u32, PeerId)> = self
             .parents
             .iter()
             .filter(|(peer, p)| {
                 // What one parent alone offers is asked for beyond the limit: nobody else can begin to spread it.
-                p.asked < 2 * a_parent && p.rests_until <= now && !parents.banned(now, **peer)
+                asked(peer) < 2 * a_parent && p.rests_until <= now && !parents.banned(now, **peer)
             })
             // Least busy first, and by lot among equals, so that children do not all start at the same parent.
-            .map(|(peer, p)| (parents.shunned(now, *peer), p.asked, rng.random(), *peer))
+            .map(|(peer, _)| (parents.shunned(now, *peer), asked(peer), rng.random(), *peer))
             .collect();
         ready.sort_unstable();
         let within = |piece: PieceIndex| self.window.as_ref().is_none_or(|w| w.contains(&piece));

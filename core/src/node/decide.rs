@@ -169,15 +169,18 @@ impl<N: Notary> Node<N> {
             .collect();
         let mut in_flight: u64 =
             self.tasks.values().filter_map(|t| t.fetch.as_ref()).map(Fetch::asked_bytes).sum();
+        let mut under_way: BTreeMap<PeerId, usize> = BTreeMap::new();
+        for (peer, _) in self.asked.keys() {
+            *under_way.entry(*peer).or_default() += 1;
+        }
         while !open.is_empty() {
             open.retain(|digest| {
                 let Some(task) = self.tasks.get_mut(digest) else { return false };
                 let (Some(fetch), Some(table)) = (&mut task.fetch, &task.table) else { return false };
                 let taken = if let Reading::At(piece) = task.reading { Some(piece) } else { None };
-                let Some((peer, piece)) = fetch.choose(now, &self.parents, table.verifiable(), taken, rng)
-                else {
-                    return false;
-                };
+                let verifiable = table.verifiable();
+                let chosen = fetch.choose(now, &self.parents, &under_way, verifiable, taken, rng);
+                let Some((peer, piece)) = chosen else { return false };
                 let len = fetch.layout().len_bytes(piece);
                 // At least one request is always allowed: a piece may be longer than the room.
                 if in_flight > 0 && in_flight + len > self.config.in_flight_bytes {
@@ -187,6 +190,7 @@ impl<N: Notary> Node<N> {
                 let request = self.next_request;
                 self.next_request = self.next_request.wrapping_add(1);
                 fetch.ask(piece, Asked { peer, request, at: now });
+                *under_way.entry(peer).or_default() += 1;
                 self.asked.insert((peer, request), (*digest, piece, now));
                 self.outputs.push_back(Output::Download { peer, request, task: *digest, piece });
                 true

@@ -25,7 +25,7 @@ use crate::registry::MirrorConfig;
 use crate::settings::{CacheSettings, RegistrySettings};
 use crate::store::Store;
 
-const CHALLENGE: &str = "Bearer realm=\"https://auth.example/token\",service=\"r\"";
+const CHALLENGE: &str = "Bearer realm=\"http://127.0.0.1/token\",service=\"r\"";
 
 /// A forward proxy, and the mirror behind it.
 struct Proxy {
