@@ -25,7 +25,10 @@ use crate::registry::MirrorConfig;
 use crate::settings::{CacheSettings, RegistrySettings};
 use crate::store::Store;
 
-const CHALLENGE: &str = "Bearer realm=\"http://127.0.0.1/token\",service=\"r\"";
+/// What the registry at `host` wants. It gives no tokens.
+fn challenge(host: &str) -> String {
+    format!("Bearer realm=\"http://{host}/token\",service=\"r\"")
+}
 
 /// A forward proxy, and the mirror behind it.
 struct Proxy {
@@ -195,7 +198,10 @@ fn reply(seen: &Seen, blob: &[u8]) -> Said {
         "/v2/" => say(seen, 200, &[("Docker-Distribution-Api-Version", "registry/2.0")], b"{}"),
         "/v2/a/b/manifests/v1" => say(seen, 200, &[("Content-Type", "x/y"), ("X-Own", "1")], manifest),
         "/v2/a/b/tags/list" => say(seen, 200, &[("Link", "</v2/a/b/tags/list?n=1>; rel=\"next\"")], b"{}"),
-        "/v2/private/manifests/v1" => say(seen, 401, &[("WWW-Authenticate", CHALLENGE)], b"{}"),
+        "/v2/private/manifests/v1" => {
+            let challenge = challenge(seen.header("host").unwrap_or_default());
+            say(seen, 401, &[("WWW-Authenticate", &challenge)], b"{}")
+        }
         "/token?x=%2F..%2f" => {
             say(seen, 200, &[("Set-Cookie", "own"), ("Connection", "X-Hop"), ("X-Hop", "1")], b"t")
         }
@@ -220,7 +226,10 @@ async fn inside_of_an_opened_connection_the_registry_seems_to_answer() {
     assert_eq!((manifest.status, manifest.header("content-type")), (200, "x/y"));
     assert_eq!(manifest.header("oci-namespace"), "", "a mirror's word, not the registry's");
     let private = client.get("/v2/private/manifests/v1").await;
-    assert_eq!((private.status, private.header("www-authenticate")), (401, CHALLENGE));
+    assert_eq!(
+        (private.status, private.header("www-authenticate")),
+        (401, challenge(&registry.name()).as_str())
+    );
     let tags = client.get("/v2/a/b/tags/list").await;
     assert_eq!(
         tags.header("link"),
