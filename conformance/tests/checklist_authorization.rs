@@ -476,6 +476,68 @@ fn a_pull_outlives_its_token_and_no_other_does() -> Result<()> {
     })
 }
 
+/// Whoever may push to a repository writes its manifests: what they name need not have been the writer's to read.
+#[test]
+fn a_manifest_that_names_anothers_digest_gives_nobody_what_it_stands_for() -> Result<()> {
+    Plan::nodes(2).play(|scene| {
+        let layer = Content::generated(71, 900_000);
+        let secret = scene.origin.add_blob(REPOSITORY, layer.clone())?.digest;
+        let victim = scene.origin.add_image(REPOSITORY, "v1", &[layer])?.digest;
+        let nowhere = format!("http://{}/gone", scene.origin.address());
+        let descriptor = serde_json::json!({ "digest": secret.to_string(), "size": 900_000 });
+        let mut with_urls = descriptor.clone();
+        with_urls["urls"] = serde_json::json!([nowhere]);
+        let index = "application/vnd.oci.image.index.v1+json";
+        let of_victim = serde_json::json!([{ "digest": victim.to_string(), "mediaType": MANIFEST }]);
+        let bait = [
+            (MANIFEST, serde_json::json!({ "schemaVersion": 2, "layers": [with_urls] })),
+            (index, serde_json::json!({ "schemaVersion": 2, "manifests": of_victim })),
+            (index, serde_json::json!({ "schemaVersion": 2, "mediaType": index, "layers": [descriptor] })),
+            (MANIFEST, serde_json::json!({ "layers": [descriptor], "manifests": of_victim })),
+        ];
+        let bait = bait.map(|(media_type, text)| {
+            scene.origin.add_manifest("mallory/app", "bait", media_type, text.to_string().as_bytes()).digest
+        });
+        let paths = |repository: &str| {
+            [format!("/v2/{repository}/blobs/{secret}"), format!("/v2/{repository}/manifests/{victim}")]
+        };
+        let ask = |node: &Hawker, method: &str, path: &str| {
+            let target = format!("{path}?ns={}", scene.registry());
+            Request::new(method, node.mirror(), target).within(Duration::from_secs(20)).send(node.host())
+        };
+        let [cached, empty] = [&scene.cluster.nodes[0], &scene.cluster.nodes[1]];
+        for path in paths(REPOSITORY) {
+            ensure!(ask(cached, "GET", &path)?.status == 200);
+        }
+        // One node has it all, the other would get it from the first one and from the seed.
+        for node in [cached, empty] {
+            for (i, digest) in bait.into_iter().enumerate() {
+                let answer = ask(node, "GET", &format!("/v2/mallory/app/manifests/{digest}"))?;
+                ensure!(answer.status == 200, "the bait: {}", answer.status);
+                for path in paths("mallory/app") {
+                    for method in ["HEAD", "GET", "GET"] {
+                        let answer = ask(node, method, &path)?;
+                        let harmless = method == "HEAD" && answer.status == 200 && path.contains("/blobs/");
+                        ensure!(
+                            harmless || answer.status == 404,
+                            "bait {i}: {method} {path}: {}",
+                            answer.status
+                        );
+                        ensure!(answer.body_bytes < 2000, "bait {i}: {method} {path}: all of it");
+                    }
+                }
+            }
+        }
+        scene.origin.add_fault(Rule::always(Fault::Refuse));
+        for path in paths("mallory/app") {
+            let answer = ask(cached, "GET", &path)?;
+            denied(&format!("down, {path}"), &answer, &[404, 502, 503, 504])?;
+        }
+        ensure!(ask(cached, "GET", &paths(REPOSITORY)[0])?.status == 200, "its own repository has it");
+        Ok(())
+    })
+}
+
 /// The whole of it once more by a client that is nobody's friend: curl with what the challenge says.
 #[test]
 fn a_challenge_through_the_mirror_leads_to_a_token_that_the_mirror_takes() -> Result<()> {

@@ -1,7 +1,7 @@
 //! Contents that are rare: digests by SHA-512, blobs of no bytes, layers that the registry does not have.
 
 use anyhow::{Result, ensure};
-use hawker_conformance::lab::{End, HawkerPlan, Lab};
+use hawker_conformance::lab::{End, HawkerPlan, Lab, Request};
 use hawker_conformance::origin::{Blob, Content, Fault, Rule};
 use hawker_conformance::scene::{
     Plan, REPOSITORY, blob_path, committed_path, right, start_origin, until_committed,
@@ -100,7 +100,14 @@ fn a_layer_that_the_registry_does_not_have_comes_from_its_url() -> Result<()> {
         let unnamed = node.request(&registry, &blob_path(&layer)).send(node.host())?;
         ensure!(unnamed.status == 404, "no manifest named it yet: {}", unnamed.status);
         ensure!(node.request(&registry, &path).send(node.host())?.status == 200);
-        right(node.request(&registry, &blob_path(&layer)).discard().send(node.host())?, &layer)?;
+        // What the URL gave once belongs to the repository, and is kept from then on.
+        for time in 0..2 {
+            ensure!(committed_path(&node, &layer).exists() == (time > 1));
+            let head = Request::new("HEAD", node.mirror(), format!("{}?ns={registry}", blob_path(&layer)));
+            let head = head.send(node.host())?;
+            ensure!(head.header("content-length") == Some(&*SIZE_BYTES.to_string()), "{:?}", head.headers);
+            right(node.request(&registry, &blob_path(&layer)).discard().send(node.host())?, &layer)?;
+        }
         until_committed(&node, &layer)?;
         ensure!(vendor.log().iter().all(|entry| !entry.authorization));
 

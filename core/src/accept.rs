@@ -3,6 +3,8 @@
 
 use std::collections::BTreeMap;
 
+use crate::digest::{Algorithm, Chain, Digest};
+
 /// Longest `Accept`, all its lines together, that is looked at. The longest that runtimes send is a tenth of that.
 pub const MAX_ACCEPT_BYTES: usize = 4 << 10;
 
@@ -33,6 +35,15 @@ impl Accept {
             accepted.insert("*/*".to_owned(), FULL);
         }
         Some(Self(accepted.into_iter().collect()))
+    }
+
+    /// What stands for it where many are remembered: the hash of its one form.
+    pub fn digest(&self) -> Digest {
+        let mut chain = Chain::new(Algorithm::Sha256);
+        for (range, weight) in &self.0 {
+            chain.update(format!("{range},{weight}\n").as_bytes());
+        }
+        chain.finish()
     }
 }
 

@@ -87,6 +87,11 @@ impl<K: Clone + Ord> Cache<K> {
         true
     }
 
+    /// The size of an entry in bytes, as it was said to be; `None` when there is none.
+    pub fn size_bytes(&self, key: &K) -> Option<u64> {
+        self.entries.get(key).map(|entry| entry.size_bytes)
+    }
+
     /// Takes a lease: until as many [`Cache::release`]s, the entry is no victim. It counts as a use. `false`, and no
     /// lease, when there is no such entry.
     pub fn lease(&mut self, key: &K, now: Time) -> bool {

@@ -226,8 +226,23 @@ impl Parameters {
 const ELSEWHERE: [(&str, &str); 1] = [("lscr.io", "ghcr.io")];
 
 /// Domains below which strangers have registries side by side.
-const SHARED: [&str; 6] =
-    ["amazonaws.com", "amazonaws.com.cn", "azurecr.cn", "azurecr.io", "jfrog.io", "scw.cloud"];
+const SHARED: [&str; 15] = [
+    "amazonaws.com",
+    "amazonaws.com.cn",
+    "azurecr.cn",
+    "azurecr.io",
+    "azurewebsites.net",
+    "cloudapp.azure.com",
+    "fly.dev",
+    "herokuapp.com",
+    "jfrog.io",
+    "onrender.com",
+    "run.app",
+    "scw.cloud",
+    "sslip.io",
+    "svc.cluster.local",
+    "nip.io",
+];
 
 /// Second-level labels below which anybody gets a name, in countries that have them; so do all labels of one or two letters.
 const HANDED_OUT: [&str; 14] =
@@ -416,6 +431,10 @@ mod tests {
             ("good.org.br", "evil.org.br", false),
             ("good.azurecr.io", "evil.azurecr.io", false),
             ("good.azurecr.io", "good.azurecr.io", true),
+            ("harbor.mine.svc.cluster.local", "auth.theirs.svc.cluster.local", false),
+            ("mine.herokuapp.com", "theirs.herokuapp.com", false),
+            ("mine.eu.cloudapp.azure.com", "theirs.eu.cloudapp.azure.com", false),
+            ("mine.a.run.app", "theirs.a.run.app", false),
             ("1.dkr.ecr.us-east-1.amazonaws.com", "bucket.s3.us-east-1.amazonaws.com", false),
             ("", "", true),
             ("", "evil.com", false),

@@ -36,7 +36,7 @@ const LEFTOVER: Duration = Duration::from_secs(1);
 pub enum Exchanged {
     /// The right to read.
     Granted(Granted),
-    /// The registry wants none: anybody may read.
+    /// The registry wants none for this repository: anybody may read.
     Open,
     /// The registry or its realm refuses them, with this status.
     Refused(StatusCode),
@@ -70,11 +70,15 @@ struct Place {
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Right {
-    /// This header opens it, or should.
-    Shown(HeaderValue),
+    /// This header opens it, or should. Whether this node's credentials were needed for it.
+    Shown(HeaderValue, bool),
     /// There is none to be had.
     Refused,
 }
+
+/// Goes with what this node's own credentials opened, under these settings: nobody else is known to be let in.
+#[derive(Clone)]
+pub(crate) struct ByCredentials(pub(crate) Arc<LiveSettings>);
 
 struct Held {
     right: Right,
@@ -115,13 +119,15 @@ impl Rights {
         used: Option<&HeaderValue>,
     ) -> Result<Right, Denied> {
         match self.held(place) {
-            Some(Right::Shown(held)) if Some(&held) == used => drop(self.all().pop(place)),
+            Some(Right::Shown(held, _)) if Some(&held) == used => drop(self.all().pop(place)),
             Some(right) => return Ok(right),
             None => {}
         }
         let earn = async {
             let (right, life) = match self.earn(asked, place, challenges).await {
-                Ok(granted) => (Right::Shown(granted.authorization), granted.life),
+                Ok((granted, by_credentials)) => {
+                    (Right::Shown(granted.authorization, by_credentials), granted.life)
+                }
                 Err(Denied::Refused(_)) => (Right::Refused, REFUSED),
                 Err(denied) => return Err(denied),
             };
@@ -131,18 +137,19 @@ impl Rights {
         self.getting.run(place.clone(), earn).await
     }
 
+    /// A right, and whether it took this node's credentials.
     async fn earn(
         &self,
         asked: &Asked<'_>,
         place: &Place,
         challenges: &[Challenge],
-    ) -> Result<Granted, Denied> {
+    ) -> Result<(Granted, bool), Denied> {
         let credential = self.credential(asked, &place.repository).await;
         let Some((bearer, realm)) = asked.bearer(challenges) else {
             let wants_basic = challenges.iter().any(|c| matches!(c, Challenge::Basic { .. }));
             let basic = credential.and_then(|c| c.to_basic()).filter(|_| wants_basic);
             let authorization = basic.ok_or(Denied::Refused(StatusCode::UNAUTHORIZED))?;
-            return Ok(Granted { authorization, life: BASIC });
+            return Ok((Granted { authorization, life: BASIC }, true));
         };
         let scopes = bearer.scopes(&place.repository);
         let wanted = Wanted { realm: &realm, service: bearer.service.as_deref(), scopes: &scopes };
@@ -157,10 +164,10 @@ impl Rights {
                     );
                     self.keychain.doubt(registry).await;
                 }
-                other => return other,
+                other => return other.map(|granted| (granted, true)),
             }
         }
-        token::get(asked, &wanted, None).await
+        token::get(asked, &wanted, None).await.map(|granted| (granted, false))
     }
 
     /// What this node may show there on its own.
@@ -169,6 +176,13 @@ impl Rights {
         let may = self.settings.registries.authorization(registry) == AuthorizationMode::Node
             && asked.endpoint == asked.route.home(registry);
         if may { self.keychain.find(registry, repository).await } else { None }
+    }
+
+    /// Says of an answer whether this node's credentials opened it.
+    fn mark(&self, answer: &mut Response<Incoming>, by_credentials: bool) {
+        if by_credentials {
+            answer.extensions_mut().insert(ByCredentials(Arc::clone(&self.settings)));
+        }
     }
 
     /// What was got is not good enough.
@@ -191,47 +205,61 @@ impl Asked<'_> {
     ) -> Result<Response<Option<Incoming>>, OriginError> {
         let place = Place { endpoint: self.endpoint.clone(), repository: repository.to_owned() };
         let held = rights.held(&place);
-        if let Some(Right::Shown(value)) = &held {
+        let mut by_credentials = false;
+        if let Some(Right::Shown(value, is_ours)) = &held {
             headers.insert(AUTHORIZATION, value.clone());
+            by_credentials = *is_ours;
         }
-        let first = self.follow(method, url.clone(), headers.clone()).await?;
+        let mut first = self.follow(method, url.clone(), headers.clone()).await?;
+        rights.mark(&mut first, by_credentials);
         if first.status() != StatusCode::UNAUTHORIZED || held == Some(Right::Refused) {
             return Ok(first.map(Some));
         }
         let challenges = challenges(first.headers());
         match rights.get(self, &place, &challenges, headers.get(AUTHORIZATION)).await {
-            Ok(Right::Shown(value)) => headers.insert(AUTHORIZATION, value),
+            Ok(Right::Shown(value, is_ours)) => {
+                headers.insert(AUTHORIZATION, value);
+                by_credentials = is_ours;
+            }
             Ok(Right::Refused) | Err(Denied::Refused(_)) => return Ok(first.map(Some)),
             Err(Denied::Busy(retry_after)) => return Ok(too_many(retry_after)),
             Err(Denied::Failed(error)) => return Err(error),
         };
         finish(first).await;
-        let second = self.follow(method, url, headers).await?;
+        let mut second = self.follow(method, url, headers).await?;
+        rights.mark(&mut second, by_credentials);
         if second.status() == StatusCode::UNAUTHORIZED {
             rights.disappointed(self, &place).await;
         }
         Ok(second.map(Some))
     }
 
-    /// What a client's name and password are worth here, by what `/v2/` asks for.
+    /// What a client's name and password are worth here, by what `/v2/` asks for or, where that is open, the repository.
     pub(super) async fn exchange(
         &self,
         repository: &str,
         credential: &Credential,
         mut headers: HeaderMap,
     ) -> Result<Exchanged, OriginError> {
-        let ping = join(self.endpoint, &Content::Ping.path(""), None);
-        let first = self.follow(&Method::GET, ping.clone(), headers.clone()).await?;
-        match first.status() {
-            StatusCode::UNAUTHORIZED => {}
-            StatusCode::TOO_MANY_REQUESTS => {
-                return Ok(Exchanged::Busy(first.headers().get(RETRY_AFTER).cloned()));
+        let mut refusal = None;
+        for content in [Content::Ping, Content::Tags] {
+            let url = join(self.endpoint, &content.path(repository), None);
+            let answer = self.follow(&Method::GET, url.clone(), headers.clone()).await?;
+            match answer.status() {
+                StatusCode::UNAUTHORIZED => {
+                    refusal = Some((url, answer));
+                    break;
+                }
+                StatusCode::TOO_MANY_REQUESTS => {
+                    return Ok(Exchanged::Busy(answer.headers().get(RETRY_AFTER).cloned()));
+                }
+                status if status.is_server_error() => {
+                    return Err(super::unreachable(self.registry, format!("it answered {status}")));
+                }
+                _ => finish(answer).await,
             }
-            status if status.is_server_error() => {
-                return Err(super::unreachable(self.registry, format!("it answered {status}")));
-            }
-            _ => return Ok(Exchanged::Open),
         }
+        let Some((url, first)) = refusal else { return Ok(Exchanged::Open) };
         let challenges = challenges(first.headers());
         finish(first).await;
         if let Some((bearer, realm)) = self.bearer(&challenges) {
@@ -249,7 +277,7 @@ impl Asked<'_> {
             return Err(self.broken("it asks for a right that can't be got here".to_owned()));
         };
         headers.insert(AUTHORIZATION, authorization.clone());
-        let second = self.follow(&Method::GET, ping, headers).await?;
+        let second = self.follow(&Method::GET, url, headers).await?;
         Ok(match second.status() {
             status @ (StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN) => Exchanged::Refused(status),
             _ => Exchanged::Granted(Granted { authorization, life: BASIC }),

@@ -8,6 +8,7 @@ use std::num::NonZeroUsize;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use hawker_core::digest::Digest;
+use hawker_core::manifest::Part;
 use hawker_core::reference::Source;
 use lru::LruCache;
 use url::Url;
@@ -26,6 +27,8 @@ const MAX_URL_BYTES: usize = 2048;
 pub(crate) struct Elsewhere {
     /// The manifest that says so.
     pub(crate) manifest: Digest,
+    /// How long it is, as that says.
+    pub(crate) size_bytes: Option<u64>,
     /// In the order in which it names them.
     pub(super) urls: Vec<Url>,
 }
@@ -42,12 +45,12 @@ impl Remembered {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// `manifest`, read from `source`, names these URLs for `blob`.
-    pub(super) fn note(&self, source: &Source, manifest: &Digest, blob: &Digest, urls: &[String]) {
-        let urls: Vec<Url> = urls.iter().filter_map(|url| usable(url)).take(MAX_URLS).collect();
+    /// `manifest`, read from `source`, names this part.
+    pub(super) fn note(&self, source: &Source, manifest: &Digest, part: &Part) {
+        let urls: Vec<Url> = part.urls.iter().filter_map(|url| usable(url)).take(MAX_URLS).collect();
         if !urls.is_empty() {
-            let elsewhere = Elsewhere { manifest: *manifest, urls };
-            self.all().put((source.clone(), *blob), Arc::new(elsewhere));
+            let elsewhere = Elsewhere { manifest: *manifest, size_bytes: part.size_bytes, urls };
+            self.all().put((source.clone(), part.digest), Arc::new(elsewhere));
         }
     }
 
@@ -83,12 +86,13 @@ mod tests {
             .chain(["https://me:secret@x.example/layer?a=b#c", "http://10.0.0.1/l"])
             .map(str::to_owned);
         let remembered = Remembered::new();
-        remembered.note(&source("a"), &digest(0), &digest(1), &urls.collect::<Vec<_>>());
-        remembered.note(&source("a"), &digest(0), &digest(2), &["gopher://x.example".to_owned()]);
+        let part = |n, urls| Part { digest: digest(n), size_bytes: Some(9), urls, vouched: false };
+        remembered.note(&source("a"), &digest(0), &part(1, urls.collect()));
+        remembered.note(&source("a"), &digest(0), &part(2, vec!["gopher://x.example".to_owned()]));
         let known = remembered.of(&target("a", 1)).unwrap();
         let told: Vec<&str> = known.urls.iter().map(Url::as_str).collect();
         assert_eq!(told, ["https://x.example/layer?a=b", "http://10.0.0.1/l"]);
-        assert_eq!(known.manifest, digest(0));
+        assert_eq!((known.manifest, known.size_bytes), (digest(0), Some(9)));
         assert_eq!(remembered.of(&target("a", 2)), None);
         assert_eq!(remembered.of(&target("b", 1)), None);
         let manifest = Content::Manifest(digest(1).to_string());

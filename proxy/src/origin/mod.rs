@@ -24,6 +24,7 @@ use std::time::Duration;
 use arc_swap::ArcSwap;
 use bytes::Bytes;
 use hawker_core::digest::Digest;
+use hawker_core::manifest::Part;
 use hawker_core::reference::Source;
 use http::header::{
     ACCEPT, ACCEPT_ENCODING, AUTHORIZATION, CONTENT_LENGTH, IF_NONE_MATCH, IF_RANGE, RANGE, USER_AGENT, VIA,
@@ -38,6 +39,7 @@ use hyper_util::rt::{TokioExecutor, TokioTimer};
 use tokio::time::{Instant, timeout_at};
 use url::Url;
 
+pub(crate) use self::auth::ByCredentials;
 use self::auth::Rights;
 pub use self::auth::{Exchanged, Granted};
 use self::backoff::Backoff;
@@ -249,9 +251,9 @@ impl Origin {
         self.ask(Method::GET, target, query, headers).await
     }
 
-    /// A manifest that was read from `source` names these URLs for a blob.
-    pub(crate) fn note_urls(&self, source: &Source, manifest: &Digest, blob: &Digest, urls: &[String]) {
-        self.inner.elsewhere.note(source, manifest, blob, urls);
+    /// A manifest that was read from `source` names this part: its URLs are remembered.
+    pub(crate) fn note_urls(&self, source: &Source, manifest: &Digest, part: &Part) {
+        self.inner.elsewhere.note(source, manifest, part);
     }
 
     /// Where else the blob asked for may be had, if a manifest of its repository says so.

@@ -75,11 +75,11 @@ impl Route {
     pub(super) fn to_allowed(registries: &Registries, host: &str) -> Result<Self, OriginError> {
         let forbidden = || OriginError::Forbidden(host.to_owned());
         let Some(known) = registries.known.get(host) else {
-            let endpoints = own_endpoints(host, false).ok_or_else(forbidden)?;
+            let endpoints = vec![own_endpoint(host).ok_or_else(forbidden)?];
             return Ok(Self { endpoints, trust: Trust::default(), reach: Reach::Public, realms: Vec::new() });
         };
         let endpoints = match known.endpoints.as_slice() {
-            [] => own_endpoints(host, known.insecure).ok_or_else(forbidden)?,
+            [] => vec![own_endpoint(host).ok_or_else(forbidden)?],
             listed => listed.to_vec(),
         };
         let trust = Trust { ca: known.ca.clone(), insecure: known.insecure };
@@ -141,11 +141,9 @@ fn is_allowed(registries: &Registries, host: &str) -> bool {
     registries.allow.iter().any(|pattern| host_matches(pattern, host))
 }
 
-/// Where a registry is asked when nothing is configured: over TLS; an insecure one in the clear as a second choice.
-fn own_endpoints(registry: &str, insecure: bool) -> Option<Vec<Url>> {
-    let host = api_host(registry);
-    let schemes: &[&str] = if insecure { &["https", "http"] } else { &["https"] };
-    schemes.iter().map(|scheme| Url::parse(&format!("{scheme}://{host}")).ok()).collect()
+/// Where a registry is asked when nothing is configured: over TLS. One in the clear is configured with an `http` address.
+fn own_endpoint(registry: &str) -> Option<Url> {
+    Url::parse(&format!("https://{}", api_host(registry))).ok()
 }
 
 impl Reach {
@@ -176,7 +174,7 @@ fn is_at(url: &Url, host: &str, port: Option<u16>) -> bool {
 
 fn is_known_endpoint(registries: &Registries, here: impl Fn(&Url) -> bool) -> bool {
     registries.known.iter().any(|(registry, settings)| match settings.endpoints.as_slice() {
-        [] => own_endpoints(registry, settings.insecure).is_some_and(|own| own.iter().any(&here)),
+        [] => own_endpoint(registry).is_some_and(|own| here(&own)),
         listed => listed.iter().any(&here),
     })
 }
@@ -242,7 +240,7 @@ mod tests {
             ("docker.io", vec!["https://registry-1.docker.io/"]),
             ("quay.io:8443", vec!["https://quay.io:8443/"]),
             ("[2606:4700::1]:5000", vec!["https://[2606:4700::1]:5000/"]),
-            ("old.example", vec!["https://old.example/", "http://old.example/"]),
+            ("old.example", vec!["https://old.example/"]),
             ("m.example", vec!["https://a.example/x", "https://m.example/"]),
         ] {
             let route = Route::to(&registries, registry).unwrap();

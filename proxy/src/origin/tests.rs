@@ -342,7 +342,8 @@ async fn a_blob_that_its_registry_does_not_have_comes_from_its_urls_but_from_no_
     let origin = origin(&live);
     let (target, manifest) = (blob(&registry, &data), sha256(b"manifest"));
     let urls = ["/gone", "/layer"].map(|path| format!("http://me:secret@{}{path}", elsewhere.address));
-    origin.note_urls(&target.source, &manifest, &sha256(&data), &urls);
+    let part = Part { digest: sha256(&data), size_bytes: None, urls: urls.to_vec(), vouched: false };
+    origin.note_urls(&target.source, &manifest, &part);
     let sent = headers(&[("authorization", "Bearer secret"), ("range", "bytes=5-")]);
     let refused = origin.get(&target, &sent).await.unwrap();
     assert_eq!(

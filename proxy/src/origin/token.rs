@@ -25,6 +25,8 @@ use crate::credentials::Credential;
 const TOKEN: Duration = Duration::from_secs(10);
 /// Longest answer.
 const MAX_ANSWER_BYTES: usize = 64 << 10;
+/// Longest token. Those of registries are a tenth of that, and many are remembered.
+const MAX_TOKEN_BYTES: usize = 16 << 10;
 /// A token's life where its realm does not say (token specification, "Token Response Fields").
 const DEFAULT_LIFE: Duration = Duration::from_secs(60);
 /// A token's life at most, whatever its realm says.
@@ -147,7 +149,8 @@ impl Realm<'_> {
             serde_json::from_slice(&body).map_err(|_| self.failed("its answer is no token".into()))?;
         let token = answer.token.filter(|token| !token.is_empty()).or(answer.access_token);
         let authorization = token
-            .filter(|token| !token.is_empty() && token.bytes().all(|c| c.is_ascii_graphic()))
+            .filter(|token| (1..=MAX_TOKEN_BYTES).contains(&token.len()))
+            .filter(|token| token.bytes().all(|c| c.is_ascii_graphic()))
             .and_then(|token| HeaderValue::try_from(format!("Bearer {token}")).ok());
         let mut authorization = authorization.ok_or_else(|| self.failed("its answer is no token".into()))?;
         authorization.set_sensitive(true);

@@ -5,7 +5,7 @@
 //! the pull that is under way (a runtime can't renew its token in mid-pull). The second is a fact of the registry, whoever asks.
 
 use std::num::NonZeroUsize;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use hawker_core::digest::Digest;
@@ -14,6 +14,7 @@ use lru::LruCache;
 use tokio::time::Instant;
 
 use crate::grant::Grant;
+use crate::settings::LiveSettings;
 
 /// How long a repository counts as readable by anybody before the origin is asked again.
 const READABLE: Duration = Duration::from_secs(5 * 60);
@@ -65,6 +66,9 @@ struct Readable {
     used: Instant,
     /// Answers on their way to it.
     open: u32,
+    /// Whether this node's own credentials were needed, and under which settings: then it is no yes to everybody. It ends with
+    /// these settings, and has no grace.
+    by: Option<Arc<LiveSettings>>,
 }
 
 #[derive(Clone, Copy)]
@@ -82,12 +86,13 @@ enum Age {
 }
 
 impl Readable {
-    fn age(&self, caller: Caller, pull_grace: Duration, public_grace: Duration, now: Instant) -> Age {
+    fn age(&self, caller: Caller, pull_grace: Duration, live: &Arc<LiveSettings>, now: Instant) -> Age {
         let age = now.saturating_duration_since(self.confirmed);
         let silent = if self.open > 0 { Duration::ZERO } else { now.saturating_duration_since(self.used) };
         match caller {
+            _ if self.by.as_ref().is_some_and(|by| !Arc::ptr_eq(by, live)) => Age::Void,
             _ if age <= self.life => Age::Fresh,
-            Caller::Anybody if age <= public_grace => Age::Stale,
+            Caller::Anybody if self.by.is_none() && age <= live.staleness.public_grace => Age::Stale,
             Caller::Client(_) if silent <= pull_grace && age <= self.life + LONGEST_PULL => Age::Fresh,
             _ => Age::Void,
         }
@@ -130,22 +135,22 @@ impl Access {
         &self,
         caller: Caller,
         source: &Source,
-        public_grace: Duration,
+        live: &Arc<LiveSettings>,
         now: Instant,
     ) -> bool {
         let mut facts = self.facts();
         let readable = facts.readable.get(&(caller, source.clone()));
-        readable.is_some_and(|r| r.age(caller, self.pull_grace, public_grace, now) > Age::Void)
+        readable.is_some_and(|r| r.age(caller, self.pull_grace, live, now) > Age::Void)
     }
 
-    /// What is known at `now`. A fresh yes counts as used. `public_grace`: how long what anybody could read counts while the origin
-    /// can't be asked.
+    /// What is known at `now`. A fresh yes counts as used. `live`: the settings that count now, which also say how long what
+    /// anybody could read counts while the origin can't be asked.
     pub(super) fn standing(
         &self,
         caller: Caller,
         source: &Source,
         digest: &Digest,
-        public_grace: Duration,
+        live: &Arc<LiveSettings>,
         now: Instant,
     ) -> Standing {
         let mut facts = self.facts();
@@ -155,8 +160,8 @@ impl Access {
         let Some(readable) = facts.readable.get_mut(&(caller, source.clone())) else {
             return Standing::Unknown;
         };
-        let readable_age = readable.age(caller, self.pull_grace, public_grace, now);
-        match readable_age.min(belongs.age(public_grace, now)) {
+        let readable_age = readable.age(caller, self.pull_grace, live, now);
+        match readable_age.min(belongs.age(live.staleness.public_grace, now)) {
             Age::Fresh => {
                 readable.used = now;
                 Standing::Confirmed(belongs.size_bytes)
@@ -166,12 +171,20 @@ impl Access {
         }
     }
 
-    /// The origin gave this caller something of the repository. `life`: how long that counts for a client.
-    pub(super) fn readable(&self, caller: Caller, source: &Source, life: Duration, now: Instant) {
+    /// The origin gave this caller something of the repository. `life`: how long that counts for a client. `by`: it took this
+    /// node's own credentials, which it has under these settings.
+    pub(super) fn readable(
+        &self,
+        caller: Caller,
+        source: &Source,
+        life: Duration,
+        by: Option<Arc<LiveSettings>>,
+        now: Instant,
+    ) {
         let life = if caller == Caller::Anybody { READABLE } else { life };
         let (key, mut facts) = ((caller, source.clone()), self.facts());
         let open = facts.readable.peek(&key).map_or(0, |before| before.open);
-        facts.readable.put(key, Readable { confirmed: now, life, used: now, open });
+        facts.readable.put(key, Readable { confirmed: now, life, used: now, open, by });
     }
 
     /// An answer begins its way to the caller (`true`), or has ended it.
@@ -206,9 +219,20 @@ mod tests {
     use hawker_core::digest::Algorithm;
 
     use super::*;
+    use crate::settings::Staleness;
 
     const LIFE: Duration = Duration::from_secs(100);
-    const GRACE: Duration = Duration::from_secs(24 * 60 * 60);
+
+    /// Settings with that grace for what is public.
+    fn grace(public_grace: Duration) -> Arc<LiveSettings> {
+        let staleness = Staleness { tags: None, public_grace };
+        Arc::new(LiveSettings { staleness, ..LiveSettings::default() })
+    }
+
+    /// A day.
+    fn live() -> Arc<LiveSettings> {
+        grace(Duration::from_secs(24 * 60 * 60))
+    }
 
     fn source(repository: &str) -> Source {
         Source { registry: "r.example".into(), repository: repository.into() }
@@ -231,9 +255,9 @@ mod tests {
         let (a, digest, t) = (source("a"), blob(), Instant::now());
         let minutes = |m: u64| t + Duration::from_secs(60 * m);
         let access = access();
-        assert_eq!(access.standing(Caller::Anybody, &a, &digest, GRACE, t), Standing::Unknown);
-        access.readable(Caller::Anybody, &a, LIFE, t);
-        assert_eq!(access.standing(Caller::Anybody, &a, &digest, GRACE, t), Standing::Unknown);
+        assert_eq!(access.standing(Caller::Anybody, &a, &digest, &live(), t), Standing::Unknown);
+        access.readable(Caller::Anybody, &a, LIFE, None, t);
+        assert_eq!(access.standing(Caller::Anybody, &a, &digest, &live(), t), Standing::Unknown);
         access.belongs(&a, &digest, Some(1), t);
         for (at, expected) in [
             (0, Standing::Confirmed(Some(1))),
@@ -243,13 +267,13 @@ mod tests {
             (24 * 60 + 1, Standing::Unknown),
         ] {
             assert_eq!(
-                access.standing(Caller::Anybody, &a, &digest, GRACE, minutes(at)),
+                access.standing(Caller::Anybody, &a, &digest, &live(), minutes(at)),
                 expected,
                 "after {at} min"
             );
         }
-        access.readable(Caller::Anybody, &a, LIFE, minutes(23 * 60));
-        let standing = access.standing(Caller::Anybody, &a, &digest, GRACE, minutes(23 * 60 + 1));
+        access.readable(Caller::Anybody, &a, LIFE, None, minutes(23 * 60));
+        let standing = access.standing(Caller::Anybody, &a, &digest, &live(), minutes(23 * 60 + 1));
         assert_eq!(standing, Standing::Confirmed(Some(1)));
     }
 
@@ -259,45 +283,69 @@ mod tests {
         let access = access();
         access.belongs(&a, &digest, None, t);
         for caller in [Caller::Anybody, client(1)] {
-            access.readable(caller, &a, LIFE, t);
+            access.readable(caller, &a, LIFE, None, t);
         }
         let hours = |h: u64| Duration::from_secs(3600 * h);
-        for (grace, after, stale) in [(0, 1, false), (1, 1, true), (2, 3, false), (48, 47, true)] {
-            let (grace, at) = (hours(grace), t + hours(after));
-            let standing = access.standing(Caller::Anybody, &a, &digest, grace, at);
-            assert_eq!(standing == Standing::Stale(None), stale, "{grace:?} {after}");
-            assert_eq!(access.reads(Caller::Anybody, &a, grace, at), stale, "{grace:?} {after}");
-            assert!(!access.reads(client(1), &a, grace, at), "{grace:?} {after}");
+        for (grace_hours, after, stale) in [(0, 1, false), (1, 1, true), (2, 3, false), (48, 47, true)] {
+            let (live, at) = (grace(hours(grace_hours)), t + hours(after));
+            let standing = access.standing(Caller::Anybody, &a, &digest, &live, at);
+            assert_eq!(standing == Standing::Stale(None), stale, "{grace_hours} {after}");
+            assert_eq!(access.reads(Caller::Anybody, &a, &live, at), stale, "{grace_hours} {after}");
+            assert!(!access.reads(client(1), &a, &live, at), "{grace_hours} {after}");
         }
-        assert!(access.reads(client(1), &a, Duration::ZERO, t) && !access.reads(client(2), &a, GRACE, t));
+        assert!(
+            access.reads(client(1), &a, &grace(Duration::ZERO), t)
+                && !access.reads(client(2), &a, &live(), t)
+        );
+    }
+
+    #[test]
+    fn what_this_nodes_credentials_opened_ends_with_the_settings_that_allow_it_and_has_no_grace() {
+        let (a, digest, t) = (source("a"), blob(), Instant::now());
+        let (access, before, after) = (access(), live(), live());
+        access.belongs(&a, &digest, None, t);
+        access.readable(Caller::Anybody, &a, LIFE, Some(Arc::clone(&before)), t);
+        let standing = |live, at| access.standing(Caller::Anybody, &a, &digest, live, at);
+        assert_eq!(standing(&before, t), Standing::Confirmed(None));
+        assert_eq!(standing(&after, t), Standing::Unknown, "the configuration was read anew");
+        assert!(
+            access.reads(Caller::Anybody, &a, &before, t) && !access.reads(Caller::Anybody, &a, &after, t)
+        );
+        assert_eq!(standing(&before, t + READABLE + Duration::from_secs(1)), Standing::Unknown);
+        access.readable(Caller::Anybody, &a, LIFE, None, t);
+        assert_eq!(
+            standing(&after, t),
+            Standing::Confirmed(None),
+            "what is public is public under all settings"
+        );
     }
 
     #[test]
     fn a_clients_right_is_nobody_elses_and_ends_with_its_token() {
         let (a, digest, t) = (source("a"), blob(), Instant::now());
         let access = access();
-        access.readable(client(1), &a, LIFE, t);
+        access.readable(client(1), &a, LIFE, None, t);
         access.belongs(&a, &digest, Some(1), t);
-        assert_eq!(access.standing(client(2), &a, &digest, GRACE, t), Standing::Unknown);
-        assert_eq!(access.standing(Caller::Anybody, &a, &digest, GRACE, t), Standing::Unknown);
-        assert_eq!(access.standing(client(1), &a, &digest, GRACE, t), Standing::Confirmed(Some(1)));
+        assert_eq!(access.standing(client(2), &a, &digest, &live(), t), Standing::Unknown);
+        assert_eq!(access.standing(Caller::Anybody, &a, &digest, &live(), t), Standing::Unknown);
+        assert_eq!(access.standing(client(1), &a, &digest, &live(), t), Standing::Confirmed(Some(1)));
         let silent = t + LIFE + Duration::from_secs(1);
-        assert_eq!(access.standing(client(1), &a, &digest, GRACE, silent), Standing::Unknown);
+        assert_eq!(access.standing(client(1), &a, &digest, &live(), silent), Standing::Unknown);
     }
 
     #[test]
     fn a_pull_outlives_its_token_as_long_as_it_goes_on_but_not_for_ever() {
         let (a, digest, t) = (source("a"), blob(), Instant::now());
         let access = access();
-        access.readable(client(1), &a, LIFE, t);
+        access.readable(client(1), &a, LIFE, None, t);
         access.belongs(&a, &digest, None, t);
         let let_in = |seconds| {
             let at = t + Duration::from_secs(seconds);
-            access.standing(client(1), &a, &digest, GRACE, at) == Standing::Confirmed(None)
+            access.standing(client(1), &a, &digest, &live(), at) == Standing::Confirmed(None)
         };
         let last = (0..10_000).step_by(50).take_while(|at| let_in(*at)).last();
         assert_eq!(last, Some(3700), "the token's 100 s and an hour");
-        access.readable(client(1), &a, LIFE, t);
+        access.readable(client(1), &a, LIFE, None, t);
         assert!(let_in(90) && let_in(140) && !let_in(201), "61 s of silence end it");
         access.answering(client(1), &a, true, t);
         assert!(let_in(1000), "while a body is on its way it is not silent");
@@ -309,10 +357,10 @@ mod tests {
     fn what_belongs_to_one_repository_belongs_to_no_other() {
         let (a, b, digest, t) = (source("a"), source("b"), blob(), Instant::now());
         let access = access();
-        access.readable(client(1), &a, LIFE, t);
-        access.readable(client(1), &b, LIFE, t);
+        access.readable(client(1), &a, LIFE, None, t);
+        access.readable(client(1), &b, LIFE, None, t);
         access.belongs(&a, &digest, None, t);
-        assert_eq!(access.standing(client(1), &b, &digest, GRACE, t), Standing::Unknown);
+        assert_eq!(access.standing(client(1), &b, &digest, &live(), t), Standing::Unknown);
     }
 
     #[test]
@@ -323,11 +371,11 @@ mod tests {
             (|access, source| access.refused(client(1), source)) as fn(&Access, &Source),
             |access, source| access.gone(source, &blob()),
         ] {
-            access.readable(client(1), &a, LIFE, t);
+            access.readable(client(1), &a, LIFE, None, t);
             access.belongs(&a, &digest, Some(3), t);
-            assert_eq!(access.standing(client(1), &a, &digest, GRACE, t), Standing::Confirmed(Some(3)));
+            assert_eq!(access.standing(client(1), &a, &digest, &live(), t), Standing::Confirmed(Some(3)));
             take_back(&access, &a);
-            assert_eq!(access.standing(client(1), &a, &digest, GRACE, t), Standing::Unknown);
+            assert_eq!(access.standing(client(1), &a, &digest, &live(), t), Standing::Unknown);
         }
     }
 
@@ -335,9 +383,9 @@ mod tests {
     fn a_size_once_known_is_not_forgotten() {
         let (a, digest, t) = (source("a"), blob(), Instant::now());
         let access = access();
-        access.readable(Caller::Anybody, &a, LIFE, t);
+        access.readable(Caller::Anybody, &a, LIFE, None, t);
         access.belongs(&a, &digest, Some(3), t);
         access.belongs(&a, &digest, None, t);
-        assert_eq!(access.standing(Caller::Anybody, &a, &digest, GRACE, t), Standing::Confirmed(Some(3)));
+        assert_eq!(access.standing(Caller::Anybody, &a, &digest, &live(), t), Standing::Confirmed(Some(3)));
     }
 }

@@ -5,81 +5,127 @@ use std::time::SystemTime;
 
 use hawker_core::digest::Digest;
 use hawker_core::manifest::parts;
+use hawker_core::reference::Source;
 use http::header::ACCEPT;
-use http::{HeaderMap, StatusCode};
+use http::{Extensions, HeaderMap, Response, StatusCode};
 use tokio::time::Instant;
 
-use super::access::{Caller, Standing};
+use super::access::{Access, Caller, Standing};
 use super::error::Problem;
 use super::forward::DOCKER_CONTENT_DIGEST;
 use super::manifest::{ANY_TYPE, Manifest};
 use super::{Answer, Ask, Inner};
-use crate::origin::{Content, Target, content_length};
+use crate::origin::{ByCredentials, Content, Target, content_length};
+
+/// What is confirmed of a digest that a caller may have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Confirmed {
+    /// The registry has it in this repository; its size in bytes, where known.
+    Here(Option<u64>),
+    /// A manifest of the repository, which the caller may read, names URLs for it, and the registry does not have it: whoever
+    /// wrote the manifest need not have had it either, so only what the URLs give may be given. So many bytes, as it says.
+    Elsewhere(Option<u64>),
+}
 
 /// Makes sure that the caller may read the repository and that `digest` belongs to it: from memory, or by a HEAD at the origin
-/// with the caller's own right. Its size, where known. If the origin can't be asked, what anybody could read within
-/// `public_grace` counts; what needs credentials does not.
+/// with the caller's own right. If the origin can't be asked, what anybody could read within `public_grace` counts; what needs
+/// credentials does not.
 pub(super) async fn confirm(
     mirror: &Inner,
     ask: &Ask,
     digest: &Digest,
     content: Content,
-) -> Result<Option<u64>, Problem> {
+) -> Result<Confirmed, Problem> {
     let source = &ask.grant.source;
-    let grace = mirror.live.load().staleness.public_grace;
-    let standing = mirror.access.standing(ask.caller, source, digest, grace, Instant::now());
-    if let Standing::Confirmed(size) = standing {
-        return Ok(size);
+    let live = mirror.live.load_full();
+    let standing = |caller| mirror.access.standing(caller, source, digest, &live, Instant::now());
+    if let Standing::Confirmed(size) = standing(ask.caller) {
+        return Ok(Confirmed::Here(size));
     }
-    let mut target = Target { source: source.clone(), content };
-    // A blob that the registry need not have itself is confirmed by the manifest that names it.
-    let named = mirror.origin.elsewhere(&target);
-    if let Some(elsewhere) = &named {
-        target.content = Content::Manifest(elsewhere.manifest.to_string());
-    }
-    let mut headers = ask.for_origin();
-    headers.insert(ACCEPT, ANY_TYPE);
-    let problem = match mirror.origin.head(&target, &headers).await {
-        Ok(head) if head.status() == StatusCode::OK => {
-            let size = content_length(head.headers()).filter(|_| named.is_none());
-            readable(mirror, ask);
-            mirror.access.belongs(source, digest, size, Instant::now());
-            return Ok(size);
-        }
+    let target = Target { source: source.clone(), content };
+    let problem = match head(mirror, ask, &target).await {
         Ok(head) => {
-            note_refusal(mirror, ask, head.status());
-            if head.status() == StatusCode::NOT_FOUND {
-                mirror.access.gone(source, digest);
-            }
-            Problem::refusal(head.status(), head.headers())
+            let size = content_length(head.headers());
+            mirror.access.belongs(source, digest, size, Instant::now());
+            return Ok(Confirmed::Here(size));
         }
-        Err(error) => Problem::from(error),
+        Err(problem) if problem.status() == StatusCode::NOT_FOUND => {
+            let Some(elsewhere) = mirror.origin.elsewhere(&target) else {
+                mirror.access.gone(source, digest);
+                return Err(problem);
+            };
+            let content = Content::Manifest(elsewhere.manifest.to_string());
+            match head(mirror, ask, &Target { source: source.clone(), content }).await {
+                // What a URL has given before may be given again.
+                Ok(_) => {
+                    return Ok(match standing(ask.caller) {
+                        Standing::Confirmed(size) => Confirmed::Here(size),
+                        _ => Confirmed::Elsewhere(elsewhere.size_bytes),
+                    });
+                }
+                Err(problem) => problem,
+            }
+        }
+        Err(problem) => problem,
     };
-    let out_of_order =
-        problem.status().is_server_error() || problem.status() == StatusCode::TOO_MANY_REQUESTS;
-    match mirror.access.standing(Caller::Anybody, source, digest, grace, Instant::now()) {
-        Standing::Confirmed(size) | Standing::Stale(size) if out_of_order => {
+    match standing(Caller::Anybody) {
+        Standing::Confirmed(size) | Standing::Stale(size) if problem.is_out_of_order() => {
             tracing::info!(reason = %problem, "the origin can't be asked; what it confirmed before counts");
-            Ok(size)
+            Ok(Confirmed::Here(size))
         }
         _ => Err(problem),
     }
 }
 
-/// The origin gave the caller something of the repository.
-pub(super) fn readable(mirror: &Inner, ask: &Ask) {
-    let authorization = ask.grant.authorization.as_ref();
-    let life = authorization.map(|a| a.life(SystemTime::now())).unwrap_or_default();
-    mirror.access.readable(ask.caller, &ask.grant.source, life, Instant::now());
+/// Asks the origin whether the caller may have this.
+async fn head(mirror: &Inner, ask: &Ask, target: &Target) -> Result<Response<()>, Problem> {
+    let mut headers = ask.for_origin();
+    headers.insert(ACCEPT, ANY_TYPE);
+    let head = mirror.origin.head(target, &headers).await?;
+    if head.status() == StatusCode::OK {
+        readable(mirror, ask, head.extensions());
+        return Ok(head);
+    }
+    note_refusal(mirror, ask, head.status());
+    Err(Problem::refusal(head.status(), head.headers()))
 }
 
-/// A manifest, and all it names, belong to the repository that it was read through.
+/// The origin gave the caller something of the repository, in an answer with these extensions.
+pub(super) fn readable(mirror: &Inner, ask: &Ask, answer: &Extensions) {
+    let authorization = ask.grant.authorization.as_ref();
+    let life = authorization.map(|a| a.life(SystemTime::now())).unwrap_or_default();
+    let by = answer.get::<ByCredentials>().map(|by| Arc::clone(&by.0));
+    mirror.access.readable(ask.caller, &ask.grant.source, life, by, Instant::now());
+}
+
+/// A manifest belongs to the repository that it was read through, and what the registry vouches for with it.
 pub(super) fn note_parts(mirror: &Inner, ask: &Ask, found: &Manifest) {
     let (source, now) = (&ask.grant.source, Instant::now());
     mirror.access.belongs(source, &found.digest, Some(found.body.len() as u64), now);
     for part in parts(&found.body) {
-        mirror.access.belongs(source, &part.digest, part.size_bytes, now);
-        mirror.origin.note_urls(source, &found.digest, &part.digest, &part.urls);
+        if part.vouched {
+            mirror.access.belongs(source, &part.digest, part.size_bytes, now);
+        }
+        mirror.origin.note_urls(source, &found.digest, &part);
+    }
+}
+
+/// A blob that is on its way from one of its URLs.
+pub(crate) struct Given {
+    access: Arc<Access>,
+    source: Source,
+    digest: Digest,
+}
+
+impl Given {
+    /// What a manifest of the repository that is asked for says is to be had elsewhere.
+    pub(super) fn elsewhere(mirror: &Inner, ask: &Ask, digest: &Digest) -> Self {
+        Self { access: Arc::clone(&mirror.access), source: ask.grant.source.clone(), digest: *digest }
+    }
+
+    /// All of it has come, and is what its digest says: it belongs to the repository like any other.
+    pub(super) fn whole(self, size_bytes: u64) {
+        self.access.belongs(&self.source, &self.digest, Some(size_bytes), Instant::now());
     }
 }
 
@@ -102,7 +148,7 @@ pub(super) struct Underway {
 }
 
 #[derive(Clone)]
-struct Asker(Caller, hawker_core::reference::Source);
+struct Asker(Caller, Source);
 
 /// Marks an answer as one that a client's credentials got.
 pub(super) fn mark(answer: &mut Answer, ask: &Ask) {

@@ -6,11 +6,12 @@ use std::time::Duration;
 use hawker_core::Time;
 use hawker_core::digest::Digest;
 use hawker_core::range::{RangeError, Ranges, Resolved, content_range};
+use hawker_core::reference::Source;
 use http::header::{ACCEPT_RANGES, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, IF_RANGE, RANGE};
-use http::{HeaderMap, HeaderValue, Method, StatusCode};
+use http::{HeaderMap, HeaderValue, Method, Response, StatusCode};
 use tokio::time::{Instant, timeout};
 
-use super::auth::{confirm, note_refusal};
+use super::auth::{Confirmed, Given, confirm, note_refusal};
 use super::body::Payload;
 use super::error::Problem;
 use super::forward::{forward, not_encoded, passed_on, with};
@@ -18,7 +19,7 @@ use super::manifest::{identity, unchanged};
 use super::multipart::Multipart;
 use super::{Answer, Ask, Inner, etag, not_modified};
 use crate::flight::{FlightError, Reader};
-use crate::origin::{Content, Target, content_length};
+use crate::origin::{Content, OriginBody, Target, content_length};
 use crate::store::Blob;
 
 /// For a blob to be hashed again before it is served all the same.
@@ -27,10 +28,14 @@ const RECHECK: Duration = Duration::from_secs(20);
 const OCTETS: HeaderValue = HeaderValue::from_static("application/octet-stream");
 
 pub(super) async fn blob(mirror: &Inner, ask: &Ask, digest: &Digest) -> Result<Answer, Problem> {
-    let size = confirm(mirror, ask, digest, Content::Blob(*digest)).await?;
+    let confirmed = confirm(mirror, ask, digest, Content::Blob(*digest)).await?;
     if not_modified(&ask.headers, digest) {
         return Ok(unchanged(digest));
     }
+    let size = match confirmed {
+        Confirmed::Here(size) => size,
+        Confirmed::Elsewhere(size) => return elsewhere(mirror, ask, digest, size).await,
+    };
     let range = asked_range(&ask.headers, digest);
     if let Some(blob) = committed(mirror, ask, digest, range.is_none()).await {
         let wanted = resolve(range, blob.size_bytes())?;
@@ -150,6 +155,35 @@ async fn is_sound(mirror: &Inner, ask: &Ask, digest: &Digest) -> bool {
     timeout(RECHECK, check).await.unwrap_or(true)
 }
 
+/// Passes on what the blob's own URLs give, all of it, compared with its digest on the way. What is held here already shows
+/// nothing of that, and is not given.
+async fn elsewhere(mirror: &Inner, ask: &Ask, digest: &Digest, size: Option<u64>) -> Result<Answer, Problem> {
+    if let (&Method::HEAD, Some(size)) = (&ask.method, size) {
+        return Ok(content(digest, size, Wanted::Whole, Held::Elsewhere));
+    }
+    let target = target(ask, digest);
+    let response = mirror.origin.get(&target, &ask.for_blob(None)).await?;
+    if response.status() != StatusCode::OK {
+        return forward(response, &target.source);
+    }
+    let given = Given::elsewhere(mirror, ask, digest);
+    checked(response, digest, &target.source, Some(given))
+}
+
+/// An origin's blob, which ends short if it is another.
+fn checked(
+    response: Response<OriginBody>,
+    digest: &Digest,
+    source: &Source,
+    given: Option<Given>,
+) -> Result<Answer, Problem> {
+    not_encoded(response.headers(), source)?;
+    let (head, body) = response.into_parts();
+    let length = content_length(&head.headers);
+    let payload = Payload::Checked(body, length, *digest, given);
+    Ok(with(StatusCode::OK, merged(digest, &head.headers), payload))
+}
+
 /// Passes the origin's blob on, uncached, where nobody says how long it is. A whole one is compared with its digest on the way.
 async fn straight(mirror: &Inner, ask: &Ask, digest: &Digest) -> Result<Answer, Problem> {
     let target = target(ask, digest);
@@ -162,17 +196,12 @@ async fn straight(mirror: &Inner, ask: &Ask, digest: &Digest) -> Result<Answer, 
         return Ok(with(StatusCode::OK, merged(digest, head.headers()), Payload::Empty));
     }
     let response = mirror.origin.get(&target, &headers).await?;
-    not_encoded(response.headers(), &target.source)?;
-    let length = content_length(response.headers());
     match response.status() {
-        StatusCode::OK => {
-            let (head, body) = response.into_parts();
-            let payload = Payload::Checked(body, length, *digest);
-            Ok(with(StatusCode::OK, merged(digest, &head.headers), payload))
-        }
+        StatusCode::OK => checked(response, digest, &target.source, None),
         StatusCode::PARTIAL_CONTENT => {
+            not_encoded(response.headers(), &target.source)?;
             let (head, body) = response.into_parts();
-            let headers = merged(digest, &head.headers);
+            let (headers, length) = (merged(digest, &head.headers), content_length(&head.headers));
             Ok(with(StatusCode::PARTIAL_CONTENT, headers, Payload::Origin(body, length)))
         }
         _ => forward(response, &target.source),

@@ -13,7 +13,7 @@ use hyper::body::{Frame, SizeHint};
 use tokio_util::sync::ReusableBoxFuture;
 use tracing::Span;
 
-use super::auth::Underway;
+use super::auth::{Given, Underway};
 use super::multipart::Parts;
 use super::wire::{Line, MAX_SPAN_BYTES};
 use crate::flight::{FlightError, Reader, Segment};
@@ -47,6 +47,8 @@ pub(crate) enum Payload {
     Empty,
     /// Memory.
     Full(Bytes),
+    /// A part of a file.
+    File(Arc<File>, Range<u64>),
     /// A committed blob; the lease lives as long as the body.
     Blob(Blob, Range<u64>),
     /// A download: so many bytes.
@@ -55,8 +57,8 @@ pub(crate) enum Payload {
     Parts(Box<Parts>, u64),
     /// The origin: so many bytes, if it said how many.
     Origin(OriginBody, Option<u64>),
-    /// The origin, the last bytes held back until the digest matches.
-    Checked(OriginBody, Option<u64>, Digest),
+    /// The origin, the last bytes held back until the digest matches; who is to know then.
+    Checked(OriginBody, Option<u64>, Digest, Option<Given>),
 }
 
 impl Payload {
@@ -65,9 +67,9 @@ impl Payload {
         match self {
             Payload::Empty => Some(0),
             Payload::Full(bytes) => Some(bytes.len() as u64),
-            Payload::Blob(_, range) => Some(range.end.saturating_sub(range.start)),
+            Payload::File(_, range) | Payload::Blob(_, range) => Some(range.end.saturating_sub(range.start)),
             Payload::Flight(_, len) | Payload::Parts(_, len) => Some(*len),
-            Payload::Origin(_, len) | Payload::Checked(_, len, _) => *len,
+            Payload::Origin(_, len) | Payload::Checked(_, len, ..) => *len,
         }
     }
 }
@@ -130,7 +132,7 @@ impl Body {
         line.owe();
         let remaining_bytes = payload.len_bytes();
         let from = match &payload {
-            Payload::Empty | Payload::Full(_) | Payload::Blob(..) => ServedFrom::Cache,
+            Payload::Empty | Payload::Full(_) | Payload::File(..) | Payload::Blob(..) => ServedFrom::Cache,
             Payload::Flight(..) => ServedFrom::Flight,
             Payload::Parts(parts, _) => parts.served_from(),
             Payload::Origin(..) | Payload::Checked(..) => ServedFrom::Origin,
@@ -139,12 +141,13 @@ impl Body {
         let (file, rest, lease) = match payload {
             Payload::Empty => (None, Rest::Nothing, None),
             Payload::Full(bytes) => (None, Rest::Memory(bytes), None),
+            Payload::File(file, range) => (Some((file, range)), Rest::Nothing, None),
             Payload::Blob(blob, range) => (Some((Arc::clone(&blob.file), range)), Rest::Nothing, Some(blob)),
             Payload::Flight(reader, _) => (None, feed(Feed::Flight(reader)), None),
             Payload::Parts(parts, _) => (None, feed(Feed::Parts(parts)), None),
             Payload::Origin(body, _) => (None, feed(Feed::Origin(body)), None),
-            Payload::Checked(body, _, digest) => {
-                (None, feed(Feed::Checked(Box::new(Checked::new(body, digest)))), None)
+            Payload::Checked(body, _, digest, given) => {
+                (None, feed(Feed::Checked(Box::new(Checked::new(body, digest, given)))), None)
             }
         };
         let span = Span::current();
@@ -286,12 +289,15 @@ struct Checked {
     digest: Digest,
     held: VecDeque<Bytes>,
     held_bytes: usize,
+    /// All that came so far.
+    size_bytes: u64,
+    given: Option<Given>,
 }
 
 impl Checked {
-    fn new(body: OriginBody, digest: Digest) -> Self {
+    fn new(body: OriginBody, digest: Digest, given: Option<Given>) -> Self {
         let chain = Some(Chain::new(digest.algorithm()));
-        Self { body, chain, digest, held: VecDeque::new(), held_bytes: 0 }
+        Self { body, chain, digest, held: VecDeque::new(), held_bytes: 0, size_bytes: 0, given }
     }
 
     async fn next(&mut self) -> Result<Option<Bytes>, Cut> {
@@ -303,10 +309,15 @@ impl Checked {
             match self.body.next().await.transpose()? {
                 Some(bytes) => {
                     chain.update(&bytes);
+                    self.size_bytes += bytes.len() as u64;
                     self.held_bytes += bytes.len();
                     self.held.push_back(bytes);
                 }
-                None if self.chain.take().is_some_and(|chain| chain.finish() == self.digest) => {}
+                None if self.chain.take().is_some_and(|chain| chain.finish() == self.digest) => {
+                    if let Some(given) = self.given.take() {
+                        given.whole(self.size_bytes);
+                    }
+                }
                 None => {
                     self.held.clear();
                     return Err(Cut::WrongDigest(self.digest));

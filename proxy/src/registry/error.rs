@@ -40,6 +40,9 @@ pub(crate) enum Problem {
     /// Its body does not come.
     #[error("the request's body came too slowly")]
     SlowClient,
+    /// Too many long manifests are under way.
+    #[error("too many long manifests at once, come again")]
+    Crowded,
     /// As many tunnels as there may be.
     #[error("too many tunnels, come again")]
     TooManyTunnels,
@@ -65,6 +68,9 @@ pub(crate) enum Problem {
     /// It has no token of ours that is good for it. This challenge says where to get one.
     #[error("a token of this mirror's is needed")]
     Challenged(HeaderValue),
+    /// Its tokens come from its own realm.
+    #[error("{0} is not in token mode here: tokens for it come from its own realm")]
+    NotItsRealm(String),
     /// The origin said no, with these headers.
     #[error("the origin answered {status}")]
     Origin {
@@ -115,10 +121,10 @@ impl Problem {
         match self {
             Problem::Malformed(_) | Problem::NotProxied => StatusCode::BAD_REQUEST,
             Problem::Misdirected(_) => StatusCode::MISDIRECTED_REQUEST,
-            Problem::RefusedHost(_) => StatusCode::FORBIDDEN,
+            Problem::RefusedHost(_) | Problem::NotItsRealm(_) => StatusCode::FORBIDDEN,
             Problem::NoCertificate(_) => StatusCode::INTERNAL_SERVER_ERROR,
             Problem::SlowClient => StatusCode::REQUEST_TIMEOUT,
-            Problem::TooManyTunnels => StatusCode::SERVICE_UNAVAILABLE,
+            Problem::Crowded | Problem::TooManyTunnels => StatusCode::SERVICE_UNAVAILABLE,
             Problem::Refused(refused) => from_number(refused.status()),
             Problem::Loop => StatusCode::LOOP_DETECTED,
             Problem::NoRegistry => StatusCode::NOT_FOUND,
@@ -134,6 +140,13 @@ impl Problem {
                 StatusCode::BAD_GATEWAY
             }
         }
+    }
+
+    /// Whether the origin can't be asked just now, so that what it said before may have to do.
+    pub(super) fn is_out_of_order(&self) -> bool {
+        let refused_here = matches!(self, Problem::Unasked(OriginError::Forbidden(_)));
+        let status = self.status();
+        !refused_here && (status.is_server_error() || status == StatusCode::TOO_MANY_REQUESTS)
     }
 
     fn code(&self, kind: RequestKind) -> &'static str {
@@ -181,7 +194,7 @@ impl Problem {
             Problem::Malformed(_) => {
                 headers.insert(CONNECTION, HeaderValue::from_static("close"));
             }
-            Problem::TooManyTunnels => {
+            Problem::Crowded | Problem::TooManyTunnels => {
                 headers.insert(RETRY_AFTER, RETRY_AFTER_SECONDS);
             }
             Problem::Unsatisfiable(size) => {
@@ -224,9 +237,11 @@ mod tests {
             (Problem::NotProxied, RequestKind::Other, 400, "UNSUPPORTED"),
             (Problem::Misdirected("r".into()), RequestKind::Other, 421, "UNKNOWN"),
             (Problem::RefusedHost("r".into()), RequestKind::Tunnel, 403, "DENIED"),
+            (Problem::NotItsRealm("r".into()), RequestKind::Other, 403, "DENIED"),
             (Problem::NoCertificate("r".into()), RequestKind::Tunnel, 500, "UNKNOWN"),
             (Problem::SlowClient, RequestKind::Passed, 408, "UNKNOWN"),
             (Problem::TooManyTunnels, RequestKind::Tunnel, 503, "UNKNOWN"),
+            (Problem::Crowded, RequestKind::Manifest, 503, "UNKNOWN"),
             (Problem::Loop, RequestKind::Manifest, 508, "UNSUPPORTED"),
             (Problem::NoRegistry, RequestKind::Manifest, 404, "NAME_UNKNOWN"),
             (Problem::TooManyRanges, RequestKind::Blob, 400, "UNSUPPORTED"),

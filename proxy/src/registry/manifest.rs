@@ -1,5 +1,8 @@
 //! Manifests by digest, from the cache, a seed, or the origin: always what the digest says. Those by tag begin in [`super::tags`].
 
+use std::fs::File;
+use std::ops::Range;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
@@ -14,13 +17,17 @@ use super::auth::{confirm, digest_of, note_parts, note_refusal, readable};
 use super::body::Payload;
 use super::error::Problem;
 use super::forward::{DOCKER_CONTENT_DIGEST, not_encoded, passed_on, with};
+use super::room::{SHORT_BYTES, Taken};
 use super::{Answer, Ask, Inner, etag, not_modified, tags};
 use crate::coalesce::Coalesced;
 use crate::grant::Grant;
 use crate::origin::{Content, OriginBody, Target, content_length};
+use crate::store::{StoreError, StoredManifest};
 
 /// A manifest's length at most (distribution spec, "Pushing manifests").
 const MAX_BYTES: usize = 4 << 20;
+/// From here on a client gets a manifest from its file: one that reads slowly holds no memory.
+const FROM_FILE_BYTES: usize = 16 << 10;
 /// For a seed to answer before the origin is asked.
 const SEED: Duration = Duration::from_secs(10);
 /// What a request by digest accepts: the digest says which type it is.
@@ -36,6 +43,8 @@ pub(super) struct Manifest {
     pub(super) digest: Digest,
     pub(super) media_type: String,
     pub(super) body: Bytes,
+    /// Where the body is on disk, if it is there and worth looking for.
+    file: Option<(Arc<File>, Range<u64>)>,
     /// What else the origin said.
     headers: HeaderMap,
 }
@@ -56,8 +65,9 @@ pub(super) async fn manifest(mirror: &Inner, ask: &Ask, reference: &ManifestRef)
 /// For a peer, which has made sure of its client's right: status, media type, body.
 pub(super) async fn for_peer(mirror: &Inner, grant: Grant, digest: &Digest) -> (u16, String, Bytes) {
     let found = match cached(mirror, digest).await {
-        Some(found) => Ok(found),
-        None => fetch_once(mirror, &Ask::of_peer(grant), digest, false).await,
+        Ok(Some(found)) => Ok(found),
+        Err(problem) => Err(problem),
+        Ok(None) => fetch_once(mirror, &Ask::of_peer(grant), digest, false).await,
     };
     match found {
         Ok(found) => (StatusCode::OK.as_u16(), found.media_type, found.body),
@@ -71,7 +81,7 @@ pub(super) async fn for_peer(mirror: &Inner, grant: Grant, digest: &Digest) -> (
 /// From the cache, a seed, or the origin. Only the origin's own bytes show that the caller may read the repository; whatever is
 /// had from elsewhere is confirmed first.
 async fn by_digest(mirror: &Inner, ask: &Ask, digest: &Digest) -> Result<Manifest, Problem> {
-    let cached = cached(mirror, digest).await;
+    let cached = cached(mirror, digest).await?;
     if cached.is_some() || mirror.seeds.is_some() {
         confirm(mirror, ask, digest, Content::Manifest(digest.to_string())).await?;
     }
@@ -80,7 +90,7 @@ async fn by_digest(mirror: &Inner, ask: &Ask, digest: &Digest) -> Result<Manifes
 
 /// The same, once it is confirmed that the caller may have it.
 pub(super) async fn confirmed(mirror: &Inner, ask: &Ask, digest: &Digest) -> Result<Manifest, Problem> {
-    from_here(mirror, ask, digest, cached(mirror, digest).await).await
+    from_here(mirror, ask, digest, cached(mirror, digest).await?).await
 }
 
 async fn from_here(
@@ -103,8 +113,7 @@ async fn fetch_once(mirror: &Inner, ask: &Ask, digest: &Digest, ask_seed: bool) 
 
 async fn fetch(mirror: &Inner, ask: &Ask, digest: &Digest, ask_seed: bool) -> Result<Manifest, Problem> {
     if ask_seed && let Some(found) = from_seed(mirror, &ask.grant, digest).await {
-        keep(mirror, ask, &found).await;
-        return Ok(found);
+        return Ok(keep(mirror, ask, found).await);
     }
     let source = &ask.grant.source;
     let target = Target { source: source.clone(), content: Content::Manifest(digest.to_string()) };
@@ -115,10 +124,9 @@ async fn fetch(mirror: &Inner, ask: &Ask, digest: &Digest, ask_seed: bool) -> Re
         note_refusal(mirror, ask, response.status());
         return Err(Problem::refusal(response.status(), response.headers()));
     }
-    let found = read(response, Some(digest), source).await?;
-    readable(mirror, ask);
-    keep(mirror, ask, &found).await;
-    Ok(found)
+    readable(mirror, ask, response.extensions());
+    let found = read(mirror, response, Some(digest), source).await?;
+    Ok(keep(mirror, ask, found).await)
 }
 
 /// What the task's seed has; `None` whenever it is not exactly what was asked for.
@@ -132,11 +140,12 @@ async fn from_seed(mirror: &Inner, grant: &Grant, digest: &Digest) -> Option<Man
         tracing::warn!(%digest, "a seed gave a manifest that does not match its digest");
         return None;
     }
-    Some(Manifest { digest: *digest, media_type, body, headers: HeaderMap::new() })
+    Some(Manifest { digest: *digest, media_type, body, file: None, headers: HeaderMap::new() })
 }
 
 /// Reads a manifest from an origin's answer and compares it with its digest: the one asked for, or the one announced.
 pub(super) async fn read(
+    mirror: &Inner,
     response: Response<OriginBody>,
     digest: Option<&Digest>,
     source: &Source,
@@ -147,14 +156,20 @@ pub(super) async fn read(
     if announced > MAX_BYTES as u64 {
         return Err(Problem::TooLong(MAX_BYTES));
     }
+    let mut taken = mirror.room.take(announced as usize).await?;
     let mut body = BytesMut::new();
     while let Some(data) = incoming.next().await.transpose()? {
-        if body.len() + data.len() > MAX_BYTES {
+        let before = body.len();
+        if before + data.len() > MAX_BYTES {
             return Err(Problem::TooLong(MAX_BYTES));
+        }
+        // It did not say how long it is.
+        if announced == 0 && before <= SHORT_BYTES && before + data.len() > SHORT_BYTES {
+            taken = mirror.room.take(MAX_BYTES).await?;
         }
         body.extend_from_slice(&data);
     }
-    let body = body.freeze();
+    let body = taken.by(body.freeze());
     let expected = digest.copied().or_else(|| digest_of(&head.headers));
     let algorithm = expected.map_or(Algorithm::Sha256, |d: Digest| d.algorithm());
     let actual = Digest::of(algorithm, &body);
@@ -163,18 +178,33 @@ pub(super) async fn read(
     }
     let media_type = head.headers.get(CONTENT_TYPE).and_then(|t| t.to_str().ok());
     let media_type = media_type.unwrap_or("application/octet-stream").to_owned();
-    Ok(Manifest { digest: actual, media_type, body, headers: passed_on(&head.headers) })
+    Ok(Manifest { digest: actual, media_type, body, file: None, headers: passed_on(&head.headers) })
 }
 
 impl Manifest {
+    /// One that the store has.
+    fn kept(digest: Digest, kept: StoredManifest, taken: Taken) -> Self {
+        let StoredManifest { media_type, body, file, range } = kept;
+        let file = (body.len() >= FROM_FILE_BYTES).then_some((file, range));
+        Self { digest, media_type, body: taken.by(body), file, headers: HeaderMap::new() }
+    }
+
     pub(super) fn answer(self) -> Answer {
-        let mut headers = self.headers;
+        let mut headers = self.headers.clone();
         headers.insert(CONTENT_LENGTH, self.body.len().into());
         headers.extend(identity(&self.digest));
-        if let Ok(media_type) = HeaderValue::try_from(self.media_type) {
+        if let Ok(media_type) = HeaderValue::try_from(&self.media_type) {
             headers.insert(CONTENT_TYPE, media_type);
         }
-        with(StatusCode::OK, headers, Payload::Full(self.body))
+        with(StatusCode::OK, headers, self.payload())
+    }
+
+    /// What a client gets of it.
+    pub(super) fn payload(self) -> Payload {
+        match self.file {
+            Some((file, range)) => Payload::File(file, range),
+            None => Payload::Full(self.body),
+        }
     }
 }
 
@@ -189,21 +219,29 @@ pub(super) fn unchanged(digest: &Digest) -> Answer {
     with(StatusCode::NOT_MODIFIED, identity(digest), Payload::Empty)
 }
 
-pub(super) async fn cached(mirror: &Inner, digest: &Digest) -> Option<Manifest> {
+/// What is cached of it; an error only when there is no room for it in memory.
+pub(super) async fn cached(mirror: &Inner, digest: &Digest) -> Result<Option<Manifest>, Problem> {
+    let Some(bytes) = mirror.store.manifest_bytes(digest) else { return Ok(None) };
+    let taken = mirror.room.take(usize::try_from(bytes).unwrap_or(usize::MAX)).await?;
     let (store, digest) = (mirror.store.clone(), *digest);
-    let (media_type, body) = tokio::task::spawn_blocking(move || store.manifest(&digest)).await.ok()??;
-    Some(Manifest { digest, media_type, body, headers: HeaderMap::new() })
+    let read = move || store.manifest(&digest).map(|kept| Manifest::kept(digest, kept, taken));
+    Ok(tokio::task::spawn_blocking(read).await.ok().flatten())
 }
 
 /// Keeps a manifest, and the knowledge of what belongs to its repository.
-pub(super) async fn keep(mirror: &Inner, ask: &Ask, found: &Manifest) {
-    note_parts(mirror, ask, found);
-    let (store, found) = (mirror.store.clone(), found.clone());
+pub(super) async fn keep(mirror: &Inner, ask: &Ask, mut found: Manifest) -> Manifest {
+    note_parts(mirror, ask, &found);
+    let (store, kept) = (mirror.store.clone(), found.clone());
     let kept = tokio::task::spawn_blocking(move || {
-        store.put_manifest(&found.digest, &found.media_type, &found.body)
+        store.put_manifest(&kept.digest, &kept.media_type, &kept.body)?;
+        let reads_back = kept.body.len() >= FROM_FILE_BYTES;
+        Ok::<_, StoreError>(reads_back.then(|| store.manifest(&kept.digest)).flatten())
     })
     .await;
-    if let Ok(Err(reason)) = kept {
-        tracing::warn!(%reason, "the manifest is not kept");
+    match kept {
+        Ok(Ok(kept)) => found.file = kept.map(|kept| (kept.file, kept.range)),
+        Ok(Err(reason)) => tracing::warn!(%reason, "the manifest is not kept"),
+        Err(_) => {}
     }
+    found
 }

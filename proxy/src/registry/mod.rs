@@ -14,6 +14,7 @@ mod forward;
 pub(crate) mod head;
 mod manifest;
 mod multipart;
+mod room;
 mod route;
 mod tags;
 pub mod tls;
@@ -100,9 +101,10 @@ struct Inner {
     seeds: Option<Arc<dyn SeedManifests>>,
     live: Arc<ArcSwap<LiveSettings>>,
     metrics: Arc<Metrics>,
-    access: access::Access,
+    access: Arc<access::Access>,
     tokens: token::Tokens,
     fetching: manifest::Fetching,
+    room: room::Room,
     tags: tags::Tags,
     recheck: Mutex<Recheck<IpAddr, Digest>>,
     /// Held while a blob is hashed again: one at a time.
@@ -122,9 +124,10 @@ impl Mirror {
                 seeds,
                 live,
                 metrics,
-                access: access::Access::new(pull_grace),
+                access: Arc::new(access::Access::new(pull_grace)),
                 tokens: token::Tokens::new(),
                 fetching: manifest::Fetching::default(),
+                room: room::Room::new(),
                 tags: tags::Tags::new(),
                 recheck: Mutex::new(Recheck::new(RECHECKS)),
                 rechecking: tokio::sync::Mutex::new(()),

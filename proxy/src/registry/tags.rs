@@ -7,7 +7,6 @@
 use std::num::NonZeroUsize;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use bytes::Bytes;
 use hawker_core::accept::Accept;
 use hawker_core::digest::Digest;
 use hawker_core::reference::Source;
@@ -23,10 +22,13 @@ use super::error::Problem;
 use super::forward::{forward, forward_head, passed_on, with};
 use super::manifest::{Manifest, cached, confirmed, identity, keep, read, unchanged};
 use super::{Answer, Ask, Inner, not_modified};
-use crate::origin::{Content, OriginError, Target, content_length};
+use crate::origin::{Content, Target, content_length};
 
 /// Tags remembered.
 const CAPACITY: NonZeroUsize = NonZeroUsize::new(4096).expect("not zero");
+
+/// Longest media type and `ETag` that are remembered.
+const MAX_HEADER_BYTES: usize = 256;
 
 /// What comes with a tag that nobody has confirmed just now (RFC 9111, 5.5).
 const STALE: HeaderValue = HeaderValue::from_static("110 - \"Response is Stale\"");
@@ -40,7 +42,8 @@ struct Key {
     caller: Caller,
     source: Source,
     tag: String,
-    accept: Accept,
+    /// The hash of what the client accepts: what it says may be long.
+    accept: Digest,
 }
 
 /// Where a tag leads.
@@ -76,15 +79,20 @@ impl Tags {
     }
 }
 
+/// A copy of a header that may be remembered: one as it came holds on to all of its message's head.
+fn kept(value: &HeaderValue) -> Option<HeaderValue> {
+    HeaderValue::from_bytes(value.as_bytes()).ok().filter(|value| value.len() <= MAX_HEADER_BYTES)
+}
+
 impl Pointer {
     /// What the head of an answer says; `None` when it does not say which digest.
     fn of(head: &HeaderMap) -> Option<Self> {
-        let media_type = head.get(CONTENT_TYPE).cloned();
+        let media_type = head.get(CONTENT_TYPE).and_then(kept);
         Some(Self {
             digest: digest_of(head)?,
             media_type: media_type.unwrap_or(HeaderValue::from_static("application/octet-stream")),
             size_bytes: content_length(head),
-            etag: head.get(ETAG).cloned(),
+            etag: head.get(ETAG).and_then(kept),
             confirmed: Instant::now(),
         })
     }
@@ -112,7 +120,7 @@ pub(super) async fn by_tag(mirror: &Inner, ask: &Ask, tag: &str) -> Result<Answe
             caller: ask.caller,
             source: ask.grant.source.clone(),
             tag: tag.to_owned(),
-            accept,
+            accept: accept.digest(),
         }),
     };
     match request.confirm().await {
@@ -154,7 +162,7 @@ impl Request<'_> {
         let (status, told) = (head.status(), passed_on(head.headers()));
         match (status, known) {
             (StatusCode::OK, _) => {
-                readable(self.mirror, self.ask);
+                readable(self.mirror, self.ask, head.extensions());
                 Ok(match Pointer::of(head.headers()) {
                     Some(pointer) => {
                         self.remember(&pointer);
@@ -165,7 +173,7 @@ impl Request<'_> {
                 })
             }
             (StatusCode::NOT_MODIFIED, Some(known)) => {
-                readable(self.mirror, self.ask);
+                readable(self.mirror, self.ask, head.extensions());
                 let pointer = Pointer { confirmed: Instant::now(), ..known };
                 self.remember(&pointer);
                 Ok(Confirmed::At(pointer, told))
@@ -212,7 +220,7 @@ impl Request<'_> {
             return Ok(pointer.head(told));
         }
         match confirmed(self.mirror, self.ask, &pointer.digest).await {
-            Ok(found) => Ok(pointer.whole(told, found.body)),
+            Ok(found) => Ok(pointer.whole(told, found.payload())),
             // A registry that converts manifests may know them by their tag alone.
             Err(Problem::Origin { status: StatusCode::NOT_FOUND, .. }) => self.ask_origin().await,
             Err(problem) => Err(problem),
@@ -237,10 +245,10 @@ impl Request<'_> {
             self.refused(response.status());
             return forward(response, &self.target.source);
         }
-        let etag = response.headers().get(ETAG).cloned();
-        let found = read(response, None, &self.target.source).await?;
-        readable(mirror, ask);
-        keep(mirror, ask, &found).await;
+        let etag = response.headers().get(ETAG).and_then(kept);
+        readable(mirror, ask, response.extensions());
+        let found = read(mirror, response, None, &self.target.source).await?;
+        let found = keep(mirror, ask, found).await;
         match Pointer::to(&found, etag) {
             Some(pointer) => {
                 self.remember(&pointer);
@@ -252,27 +260,30 @@ impl Request<'_> {
 
     /// The tag as it was, if the origin can't be asked and the configuration lets that be enough.
     async fn stale(&self, problem: &Problem) -> Option<Answer> {
-        let status = problem.status();
-        let asked = !matches!(problem, Problem::Unasked(OriginError::Forbidden(_)));
-        if !asked || !(status.is_server_error() || status == StatusCode::TOO_MANY_REQUESTS) {
+        if !problem.is_out_of_order() {
             return None;
         }
-        let staleness = self.mirror.live.load().staleness;
+        let live = self.mirror.live.load_full();
+        let staleness = live.staleness;
         let key = self.key.as_ref()?;
         let pointer = [key.caller, Caller::Anybody].into_iter().find_map(|caller| {
-            let may = self.mirror.access.reads(caller, &key.source, staleness.public_grace, Instant::now());
+            let may = self.mirror.access.reads(caller, &key.source, &live, Instant::now());
             let pointer = may.then(|| self.mirror.tags.get(&Key { caller, ..key.clone() }))??;
             (pointer.confirmed.elapsed() <= staleness.tags?).then_some(pointer)
         })?;
         let body = match self.ask.method {
-            Method::HEAD => Bytes::new(),
-            _ => cached(self.mirror, &pointer.digest).await?.body,
+            Method::HEAD => Payload::Empty,
+            _ => cached(self.mirror, &pointer.digest).await.ok()??.payload(),
         };
         tracing::info!(reason = %problem, digest = %pointer.digest, "the origin can't be asked; the tag is as it was");
         self.mirror.metrics.tags_stale.inc();
         let told = HeaderMap::from_iter([(WARNING, STALE)]);
         Some(match () {
-            () if self.client_has(&pointer) => unchanged(&pointer.digest),
+            () if self.client_has(&pointer) => {
+                let mut answer = unchanged(&pointer.digest);
+                answer.headers_mut().extend(told);
+                answer
+            }
             () if self.ask.method == Method::HEAD => pointer.head(told),
             () => pointer.whole(told, body),
         })
@@ -290,10 +301,10 @@ impl Pointer {
         with(StatusCode::OK, headers, Payload::Empty)
     }
 
-    fn whole(self, told: HeaderMap, body: Bytes) -> Answer {
+    fn whole(self, told: HeaderMap, body: Payload) -> Answer {
         let mut headers = self.headers(told);
-        headers.insert(CONTENT_LENGTH, body.len().into());
-        with(StatusCode::OK, headers, Payload::Full(body))
+        headers.extend(body.len_bytes().map(|len| (CONTENT_LENGTH, len.into())));
+        with(StatusCode::OK, headers, body)
     }
 
     fn headers(self, mut told: HeaderMap) -> HeaderMap {

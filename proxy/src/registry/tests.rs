@@ -481,6 +481,7 @@ async fn what_is_private_is_given_only_while_the_clients_right_is_remembered() {
         access::Caller::of(&grant),
         &grant.source,
         Duration::from_secs(60),
+        None,
         long_ago,
     );
     assert_eq!(node.ask("GET", &blob, &good).await.status, 502, "nothing private is open on failure");
@@ -735,7 +736,7 @@ async fn what_was_confirmed_counts_while_the_origin_is_down() {
     let long_ago = Instant::now().checked_sub(Duration::from_secs(600)).unwrap();
     let default = node.live.load().registries.default.clone().unwrap();
     let source = Source { registry: default, repository: "a/b".into() };
-    node.mirror.inner.access.readable(access::Caller::Anybody, &source, Duration::ZERO, long_ago);
+    node.mirror.inner.access.readable(access::Caller::Anybody, &source, Duration::ZERO, None, long_ago);
     assert_eq!(node.get(&manifest).await.status, 200);
     assert_eq!(node.get(&blob).await.body, image.blob);
     let other = node.get(&format!("/v2/a/b/blobs/{}", sha256(b"other"))).await;

@@ -42,8 +42,9 @@ const PREFIX: &str = "hawker-";
 const ANYBODY: &str = "hawker-anybody";
 /// How long clients keep that one.
 const ANYBODY_LIFE: Duration = Duration::from_secs(300);
-/// Tokens remembered.
+/// Tokens remembered, and what they stand for, in bytes of its headers.
 const CAPACITY: NonZeroUsize = NonZeroUsize::new(2048).expect("not zero");
+const CAPACITY_BYTES: usize = 8 << 20;
 /// Repositories of one token.
 const MAX_SCOPES: usize = 4;
 /// Longest form.
@@ -56,7 +57,12 @@ const ANSWER: Duration = Duration::from_secs(28);
 const FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
 
 /// The tokens given out.
-pub(super) struct Tokens(Mutex<LruCache<String, Minted>>);
+pub(super) struct Tokens(Mutex<Book>);
+
+struct Book {
+    all: LruCache<String, Minted>,
+    bytes: usize,
+}
 
 /// What a token stands for.
 struct Minted {
@@ -67,12 +73,34 @@ struct Minted {
     until: Instant,
 }
 
-impl Tokens {
-    pub(super) fn new() -> Self {
-        Self(Mutex::new(LruCache::new(CAPACITY)))
+impl Minted {
+    fn bytes(&self) -> usize {
+        self.rights.iter().filter_map(|(_, right)| right.as_ref()).map(HeaderValue::len).sum()
+    }
+}
+
+impl Book {
+    fn put(&mut self, token: String, minted: Minted) {
+        self.bytes += minted.bytes();
+        let over = self.all.push(token, minted);
+        self.bytes -= over.map_or(0, |(_, minted)| minted.bytes());
+        while self.bytes > CAPACITY_BYTES {
+            let Some((_, oldest)) = self.all.pop_lru() else { break };
+            self.bytes -= oldest.bytes();
+        }
     }
 
-    fn all(&self) -> MutexGuard<'_, LruCache<String, Minted>> {
+    fn remove(&mut self, token: &str) {
+        self.bytes -= self.all.pop(token).map_or(0, |minted| minted.bytes());
+    }
+}
+
+impl Tokens {
+    pub(super) fn new() -> Self {
+        Self(Mutex::new(Book { all: LruCache::new(CAPACITY), bytes: 0 }))
+    }
+
+    fn book(&self) -> MutexGuard<'_, Book> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -80,7 +108,7 @@ impl Tokens {
         let random: [u8; 32] = rand::random();
         let hex: String = random.iter().map(|byte| format!("{byte:02x}")).collect();
         let token = format!("{PREFIX}{hex}");
-        self.all().put(token.clone(), Minted { rights, until: Instant::now() + life + LONGEST_PULL });
+        self.book().put(token.clone(), Minted { rights, until: Instant::now() + life + LONGEST_PULL });
         token
     }
 
@@ -89,10 +117,10 @@ impl Tokens {
         if token == ANYBODY {
             return Some(None);
         }
-        let mut all = self.all();
-        let minted = all.get(token)?;
+        let mut book = self.book();
+        let minted = book.all.get(token)?;
         if minted.until <= Instant::now() {
-            all.pop(token);
+            book.remove(token);
             return None;
         }
         let Some(source) = source else { return Some(None) };
@@ -149,7 +177,6 @@ pub(super) fn admit(mirror: &Inner, request: &mut Parts, asked: &Asked) -> Resul
 
 /// Whether a request that carries no token of ours is refused. `/v2/` without a registry stands for all of them.
 fn needs_token(registries: &Registries, asked: &Asked) -> bool {
-    let is_token = |mode: AuthorizationMode| mode == AuthorizationMode::Token;
     let named = match asked {
         Asked::Ping { registry } => registry.as_ref(),
         Asked::Content(content) => content.registry.as_ref().or(registries.default.as_ref()),
@@ -162,6 +189,10 @@ fn needs_token(registries: &Registries, asked: &Asked) -> bool {
             is_token(registries.authorization) || own.any(is_token)
         }
     }
+}
+
+fn is_token(mode: AuthorizationMode) -> bool {
+    mode == AuthorizationMode::Token
 }
 
 /// The token of ours that a request carries.
@@ -213,9 +244,14 @@ pub(super) async fn answer(mirror: &Inner, request: Parts, body: Incoming) -> An
 
 async fn give(mirror: &Inner, request: Parts, body: Incoming) -> Result<Answer, Problem> {
     not_in_a_circle(mirror, &request.headers)?;
+    let live = mirror.live.load_full();
+    // Where no registry is in token mode this is no realm, and nobody's password is taken.
+    if !needs_token(&live.registries, &Asked::Ping { registry: None }) {
+        return Err(Refused::Endpoint.into());
+    }
     let wish = Wish::read(&request, body).await?;
     let Some(credential) = wish.credential else { return Ok(given(ANYBODY, ANYBODY_LIFE)) };
-    let default = mirror.live.load().registries.default.clone();
+    let default = live.registries.default.clone();
     let mut sources: Vec<Source> = Vec::new();
     for scope in wish.scopes.iter().take(MAX_SCOPES) {
         let source = source_of(scope, wish.service.as_deref(), default.as_deref());
@@ -224,6 +260,10 @@ async fn give(mirror: &Inner, request: Parts, body: Incoming) -> Result<Answer, 
     // A login names no repository, and not the registry that it is for: what it is worth shows with the first pull.
     if sources.is_empty() {
         return Ok(given(ANYBODY, ANYBODY_LIFE));
+    }
+    let foreign = sources.iter().find(|source| !is_token(live.registries.authorization(&source.registry)));
+    if let Some(foreign) = foreign {
+        return Err(Problem::NotItsRealm(foreign.registry.clone()));
     }
     let mut life = ANYBODY_LIFE;
     let mut rights = Vec::new();

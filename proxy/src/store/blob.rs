@@ -167,7 +167,8 @@ impl From<io::Error> for Unfit {
 fn read_files(store: &Inner, task: &Digest, size_bytes: u64) -> Result<(File, PieceTable), Unfit> {
     let file = File::open(store.layout.blob(task))?;
     let actual_bytes = file.metadata()?.len();
-    let table = read_table(&disk::read_whole(&store.layout.table(task), MAX_INDEX_BYTES)?, task)?;
+    let table =
+        read_table(&disk::read_whole(&File::open(store.layout.table(task))?, MAX_INDEX_BYTES)?, task)?;
     if actual_bytes != table.layout().size_bytes() || actual_bytes != size_bytes {
         return Err(Unfit::Rotten(format!(
             "it has {actual_bytes} bytes, not {}",

@@ -85,9 +85,9 @@ pub(super) fn remove(path: &Path) -> io::Result<()> {
 }
 
 /// All bytes of a file that is at most `max_bytes` long.
-pub(super) fn read_whole(path: &Path, max_bytes: u64) -> io::Result<Vec<u8>> {
+pub(super) fn read_whole(mut file: &File, max_bytes: u64) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
-    File::open(path)?.take(max_bytes + 1).read_to_end(&mut bytes)?;
+    file.by_ref().take(max_bytes + 1).read_to_end(&mut bytes)?;
     if bytes.len() as u64 > max_bytes { Err(ErrorKind::FileTooLarge.into()) } else { Ok(bytes) }
 }
 

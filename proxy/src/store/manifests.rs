@@ -1,6 +1,8 @@
 //! Manifests, by digest. They are small, and hashed each time they are read: so they need no fsync and no index.
 
 use std::fs::File;
+use std::ops::Range;
+use std::sync::Arc;
 
 use bytes::Bytes;
 use hawker_core::digest::Digest;
@@ -14,6 +16,19 @@ const MAX_MANIFEST_BYTES: usize = 16 << 20;
 /// Room for media type and framing.
 const MAX_FILE_BYTES: u64 = MAX_MANIFEST_BYTES as u64 + (64 << 10);
 
+/// A manifest on disk.
+#[derive(Clone, Debug)]
+pub struct StoredManifest {
+    /// Its media type.
+    pub media_type: String,
+    /// What hashes to its digest.
+    pub body: Bytes,
+    /// Where that is as well; reading goes on even if the file is unlinked.
+    pub file: Arc<File>,
+    /// Its place in the file.
+    pub range: Range<u64>,
+}
+
 /// Writes a manifest, if it is not there.
 pub(super) fn put(store: &Inner, digest: &Digest, media_type: &str, body: &Bytes) -> Result<(), StoreError> {
     if body.len() > MAX_MANIFEST_BYTES {
@@ -23,7 +38,7 @@ pub(super) fn put(store: &Inner, digest: &Digest, media_type: &str, body: &Bytes
         return Err(StoreError::Rotten(*digest));
     }
     let path = store.layout.manifest(digest);
-    let content = record::manifest(digest, media_type, body);
+    let (content, _) = record::manifest(digest, media_type, body);
     store.write(
         || format!("writing {}", path.display()),
         content.len() as u64,
@@ -35,25 +50,27 @@ pub(super) fn put(store: &Inner, digest: &Digest, media_type: &str, body: &Bytes
 }
 
 /// Reads a manifest; one that does not hash to its digest goes.
-pub(super) fn get(store: &Inner, digest: &Digest) -> Option<(String, Bytes)> {
+pub(super) fn get(store: &Inner, digest: &Digest) -> Option<StoredManifest> {
     let now = store.now();
     if !store.state().cache.touch(&Key::Manifest(*digest), now) {
         return None;
     }
     let path = store.layout.manifest(digest);
-    let raw = disk::read_whole(&path, MAX_FILE_BYTES).ok();
-    let right = raw
-        .as_deref()
-        .and_then(record::read_manifest)
-        .filter(|(named, _, body)| named == digest && Digest::of(digest.algorithm(), body) == *digest);
-    let Some((_, media_type, body)) = right else {
+    let Some(kept) = File::open(&path).ok().and_then(|file| read(file, digest)) else {
         tracing::warn!(%digest, "a cached manifest is rotten or gone");
         store.state().cache.remove(&Key::Manifest(*digest));
         leave(&path);
         return None;
     };
-    if let Ok(file) = File::open(&path) {
-        note_use(&file);
-    }
-    Some((media_type, Bytes::copy_from_slice(body)))
+    note_use(&kept.file);
+    Some(kept)
+}
+
+fn read(file: File, digest: &Digest) -> Option<StoredManifest> {
+    let raw: Bytes = disk::read_whole(&file, MAX_FILE_BYTES).ok()?.into();
+    let (named, media_type, range) = record::read_manifest(&raw)?;
+    let body = raw.slice(range.clone());
+    let right = named == *digest && Digest::of(digest.algorithm(), &body) == *digest;
+    let range = range.start as u64..range.end as u64;
+    right.then(|| StoredManifest { media_type, body, file: Arc::new(file), range })
 }

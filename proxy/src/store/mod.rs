@@ -29,8 +29,9 @@ use hawker_core::piece::PieceLayout;
 pub use self::blob::Blob;
 pub use self::disk::disk_refuses;
 use self::layout::Layout;
+pub use self::manifests::StoredManifest;
 pub use self::partial::Partial;
-use self::state::{Entry, Inner};
+use self::state::{Entry, Inner, Key};
 use crate::settings::CacheSettings;
 
 /// Why the store can't do it. Never the client's fault, and never a reason for a failed pull.
@@ -127,9 +128,14 @@ impl Store {
         manifests::put(&self.inner, digest, media_type, body)
     }
 
-    /// A cached manifest: media type and body, which hashes to `digest`. Blocking.
-    pub fn manifest(&self, digest: &Digest) -> Option<(String, Bytes)> {
+    /// A cached manifest, whose body hashes to `digest`. Blocking.
+    pub fn manifest(&self, digest: &Digest) -> Option<StoredManifest> {
         manifests::get(&self.inner, digest)
+    }
+
+    /// How much memory a cached manifest takes when it is read, in bytes.
+    pub fn manifest_bytes(&self, digest: &Digest) -> Option<u64> {
+        self.inner.state().cache.size_bytes(&Key::Manifest(*digest))
     }
 
     /// Evicts down to the low watermark if the high one is passed. Blocking; called every few seconds.

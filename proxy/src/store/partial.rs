@@ -382,7 +382,7 @@ fn resume(store: &Inner, task: &Digest, size_bytes: u64) -> Result<Option<(File,
 fn try_resume(store: &Inner, task: &Digest, size_bytes: u64) -> io::Result<Result<(File, Index), String>> {
     let path = store.layout.index(task);
     let file = disk::open(&store.layout.partial(task))?;
-    let raw = disk::read_whole(&path, MAX_INDEX_BYTES)?;
+    let raw = disk::read_whole(&File::open(&path)?, MAX_INDEX_BYTES)?;
     let mut contents = match read_index(&file, &raw, task) {
         Ok(contents) if contents.header.size_bytes == size_bytes => contents,
         Ok(_) => return Ok(Err("it has another size".to_owned())),

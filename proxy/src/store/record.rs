@@ -7,6 +7,8 @@
 //! The first record is a header with the version. A file is read up to the first record that is not whole; records of an
 //! unknown kind are skipped; fields that a later minor version appends to a known kind are ignored.
 
+use std::ops::Range;
+
 use hawker_core::digest::{Algorithm, ChainValue, Digest};
 use hawker_core::piece::{
     MAX_BLOB_BYTES, PeerId, PieceIndex, PieceLayout, PieceSet, PieceTable, SignedPrefix,
@@ -25,8 +27,10 @@ const SIGNED: u8 = 4;
 const MEDIA_TYPE: u8 = 5;
 const BODY: u8 = 6;
 
+/// A record's checksum.
+const SUM_BYTES: usize = 4;
 /// Kind and length before the payload, checksum after it.
-const FRAME_BYTES: usize = 1 + 4 + 4;
+const FRAME_BYTES: usize = 1 + 4 + SUM_BYTES;
 
 /// Values in one record, so that a torn one costs little.
 const VALUES_PER_RECORD: usize = 4096;
@@ -216,23 +220,27 @@ pub(super) fn index(about: &Header, known: &PieceTable, held: &PieceSet) -> Vec<
 }
 
 /// A whole manifest file.
-pub(super) fn manifest(digest: &Digest, media_type: &str, body: &[u8]) -> Vec<u8> {
+pub(super) fn manifest(digest: &Digest, media_type: &str, body: &[u8]) -> (Vec<u8>, Range<usize>) {
     let about = Header { digest: *digest, size_bytes: body.len() as u64, boot_id: String::new() };
     let mut out = header(&about);
     out.extend(record(MEDIA_TYPE, media_type.as_bytes()));
     out.extend(record(BODY, body));
-    out
+    let end = out.len() - SUM_BYTES;
+    (out, end - body.len()..end)
 }
 
-/// Digest, media type and body of a manifest file; `None` when it is not whole.
-pub(super) fn read_manifest(raw: &[u8]) -> Option<(Digest, String, &[u8])> {
+/// Digest and media type of a manifest file, and where its body is; `None` when it is not whole.
+pub(super) fn read_manifest(raw: &[u8]) -> Option<(Digest, String, Range<usize>)> {
     let mut records = Records::new(raw);
     let digest = read_header(records.next()).ok()?.digest;
     let (mut media_type, mut body) = (None, None);
     while let Some((kind, payload)) = records.next() {
         match kind {
             MEDIA_TYPE => media_type = Some(String::from_utf8(payload.to_vec()).ok()?),
-            BODY => body = Some(payload),
+            BODY => {
+                let start = payload.as_ptr().addr() - raw.as_ptr().addr();
+                body = Some(start..start + payload.len());
+            }
             _ => {}
         }
     }
@@ -273,7 +281,7 @@ impl<'a> Records<'a> {
         let payload = fields.counted()?;
         let sum = fields.u32()?;
         let whole = payload.len() + FRAME_BYTES;
-        if crc32(&rest[..whole - 4]) != sum {
+        if crc32(&rest[..whole - SUM_BYTES]) != sum {
             return None;
         }
         self.offset += whole;
@@ -428,8 +436,9 @@ mod tests {
     #[test]
     fn manifests_are_read_back() {
         let digest = Digest::of(Algorithm::Sha256, b"{}");
-        let raw = manifest(&digest, "application/json", b"{}");
-        assert_eq!(read_manifest(&raw), Some((digest, "application/json".to_owned(), &b"{}"[..])));
+        let (raw, body) = manifest(&digest, "application/json", b"{}");
+        assert_eq!(&raw[body.clone()], b"{}");
+        assert_eq!(read_manifest(&raw), Some((digest, "application/json".to_owned(), body)));
         for cut in 0..raw.len() {
             assert_eq!(read_manifest(&raw[..cut]), None);
         }

@@ -216,7 +216,7 @@ impl From<io::Error> for Unfit {
 fn read_partial(layout: &Layout, task: &Digest, boot_id: &str) -> Result<Found, Unfit> {
     let file = File::open(layout.partial(task))?;
     let index = layout.index(task);
-    let raw = disk::read_whole(&index, MAX_INDEX_BYTES)?;
+    let raw = disk::read_whole(&File::open(&index)?, MAX_INDEX_BYTES)?;
     let contents = read_index(&file, &raw, task).map_err(Unfit::Leftover)?;
     let held_bytes = bytes_of(PieceLayout::new(contents.header.size_bytes), &contents.held);
     let counts = contents.header.boot_id == boot_id;

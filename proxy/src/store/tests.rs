@@ -657,19 +657,25 @@ fn manifests_are_kept_and_rotten_ones_are_not_served() {
     let media_type = "application/vnd.oci.image.manifest.v1+json";
     {
         let store = open(&dir);
-        assert_eq!(store.manifest(&digest), None);
+        assert!(store.manifest(&digest).is_none());
         store.put_manifest(&digest, media_type, &body).unwrap();
         assert!(matches!(
             store.put_manifest(&digest, "x", &Bytes::from_static(b"?")),
             Err(StoreError::Rotten(_))
         ));
-        assert_eq!(store.manifest(&digest), Some((media_type.to_owned(), body.clone())));
+        let kept = store.manifest(&digest).unwrap();
+        assert_eq!((&*kept.media_type, &kept.body), (media_type, &body));
     }
     let store = open(&dir);
-    assert_eq!(store.manifest(&digest), Some((media_type.to_owned(), body.clone())));
+    let kept = store.manifest(&digest).unwrap();
+    assert_eq!((&*kept.media_type, &kept.body), (media_type, &body));
+    assert!(store.manifest_bytes(&digest).unwrap() > body.len() as u64);
+    let mut from_file = vec![0; body.len()];
+    kept.file.read_exact_at(&mut from_file, kept.range.start).unwrap();
+    assert_eq!((from_file, kept.range.end - kept.range.start), (body.to_vec(), body.len() as u64));
     let path = store.inner.layout.manifest(&digest);
-    fs::write(&path, record::manifest(&digest, media_type, b"something else")).unwrap();
-    assert_eq!(store.manifest(&digest), None);
+    fs::write(&path, record::manifest(&digest, media_type, b"something else").0).unwrap();
+    assert!(store.manifest(&digest).is_none() && store.manifest_bytes(&digest).is_none());
     assert!(!path.exists());
 }
 

@@ -159,7 +159,7 @@ async fn a_stale_tag_is_served_within_its_bound_and_marked_and_not_unless_told()
     let default = node.live.load().registries.default.clone().unwrap();
     let source = Source { registry: default, repository: "a/b".into() };
     let long_ago = Instant::now().checked_sub(Duration::from_secs(600)).unwrap();
-    node.mirror.inner.access.readable(access::Caller::Anybody, &source, Duration::ZERO, long_ago);
+    node.mirror.inner.access.readable(access::Caller::Anybody, &source, Duration::ZERO, None, long_ago);
     assert!(node.ask("GET", TAG, &[WANTS_INDEX]).await.status >= 429, "nobody may read it any more");
 }
 
@@ -182,7 +182,7 @@ async fn a_stale_tag_of_a_private_repository_ends_with_its_readers_right() {
     let long_ago = Instant::now().checked_sub(Duration::from_secs(600)).unwrap();
     let (caller, life) = (access::Caller::of(&grant), Duration::from_secs(60));
     node.mirror.inner.access.refused(caller, &grant.source);
-    node.mirror.inner.access.readable(caller, &grant.source, life, long_ago);
+    node.mirror.inner.access.readable(caller, &grant.source, life, None, long_ago);
     assert_eq!(node.ask("GET", target, &good).await.status, 503, "its right has ended");
 }
 

@@ -38,10 +38,14 @@ fn reply(seen: &Seen) -> Reply {
 async fn world(mode: AuthorizationMode) -> (TestRegistry, Node) {
     let registry = TestRegistry::start(reply).await;
     let node = Node::before(&registry).await;
+    set(&node, mode);
+    (registry, node)
+}
+
+fn set(node: &Node, mode: AuthorizationMode) {
     let mut settings = (**node.live.load()).clone();
     settings.registries.authorization = mode;
     node.live.store(Arc::new(settings));
-    (registry, node)
 }
 
 /// The token in an answer.
@@ -161,14 +165,48 @@ async fn a_form_with_a_grant_is_as_good() {
 #[tokio::test]
 async fn in_the_other_modes_nothing_changes_but_that_tokens_are_understood() {
     for mode in [AuthorizationMode::Relay, AuthorizationMode::Node] {
-        let (registry, node) = world(mode).await;
+        let (registry, node) = world(AuthorizationMode::Token).await;
+        let token = token(&buy(&node, "scope=repository:private:pull", Some(&basic(SECRET))).await);
+        set(&node, mode);
         assert_eq!(node.ask("GET", "/v2/", &[]).await.status, 200);
         let got = node.ask("GET", "/v2/private/tags/list", &[]).await;
         let challenge = format!("Bearer realm=\"http://{}/token\",service=\"r\"", registry.name());
         assert_eq!((got.status, got.header("www-authenticate")), (401, &*challenge));
-        let token = token(&buy(&node, "scope=repository:private:pull", Some(&basic(SECRET))).await);
         assert_eq!(get(&node, "/v2/private/tags/list", &token).await.body, b"private");
     }
+}
+
+#[tokio::test]
+async fn a_password_for_a_registry_in_another_mode_is_not_taken() {
+    for mode in [AuthorizationMode::Relay, AuthorizationMode::Node] {
+        let (registry, node) = world(mode).await;
+        let query = format!("service={}&scope=repository:private:pull", registry.name());
+        assert_eq!(buy(&node, &query, Some(&basic(SECRET))).await.status, 404);
+        let mut settings = (**node.live.load()).clone();
+        let other = crate::settings::RegistrySettings {
+            authorization: Some(AuthorizationMode::Token),
+            ..Default::default()
+        };
+        settings.registries.known.insert("other.example".into(), other);
+        node.live.store(Arc::new(settings));
+        let got = buy(&node, &query, Some(&basic(SECRET))).await;
+        assert_eq!(got.status, 403, "{got:?}");
+        assert!(registry.seen().is_empty(), "its realm was asked: {:?}", registry.seen());
+    }
+}
+
+#[tokio::test]
+async fn where_the_api_is_open_and_a_repository_is_not_a_wrong_password_is_wrong() {
+    let registry = TestRegistry::start(|seen| match seen.target.as_str() {
+        "/v2/" => say(seen, 200, &[], b"{}"),
+        _ => reply(seen),
+    })
+    .await;
+    let node = Node::before(&registry).await;
+    set(&node, AuthorizationMode::Token);
+    assert_eq!(buy(&node, "scope=repository:private:pull", Some(&basic("wrong"))).await.status, 401);
+    let token = token(&buy(&node, "scope=repository:private:pull", Some(&basic(SECRET))).await);
+    assert_eq!(get(&node, "/v2/private/tags/list", &token).await.body, b"private");
 }
 
 #[tokio::test]
@@ -230,12 +268,26 @@ fn tokens_end_and_are_no_two_the_same() {
     let (a, b) = (mint(), mint());
     assert!(a != b && a.len() == PREFIX.len() + 64);
     assert_eq!(tokens.right(&a, Some(&source)), Some(None));
-    tokens.all().get_mut(&a).unwrap().until = Instant::now();
+    tokens.book().all.get_mut(&a).unwrap().until = Instant::now();
     assert_eq!(tokens.right(&a, Some(&source)), None);
     for _ in 0..2 * CAPACITY.get() {
         mint();
     }
-    assert_eq!(tokens.all().len(), CAPACITY.get());
+    assert_eq!(tokens.book().all.len(), CAPACITY.get());
+}
+
+#[test]
+fn tokens_have_a_bound_in_bytes() {
+    let tokens = Tokens::new();
+    let source = Source { registry: "r".into(), repository: "a".into() };
+    let long = HeaderValue::try_from("x".repeat(16 << 10)).unwrap();
+    let mint = || tokens.mint(vec![(source.clone(), Some(long.clone()))], ANYBODY_LIFE);
+    let first = mint();
+    let last = (0..CAPACITY.get() - 1).map(|_| mint()).last().unwrap();
+    assert_eq!(tokens.right(&first, Some(&source)), None);
+    assert!(tokens.right(&last, Some(&source)).is_some());
+    let kept = tokens.book().all.len();
+    assert_eq!((tokens.book().bytes, kept), (kept * long.len(), CAPACITY_BYTES / long.len()));
 }
 
 #[test]
