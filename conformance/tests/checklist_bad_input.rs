@@ -5,7 +5,7 @@ use std::net::{Shutdown, TcpStream};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use hawker_conformance::lab::{Hawker, Request};
+use hawker_conformance::lab::{Hawker, Memory, Request, memory_bytes};
 use hawker_conformance::scene::{Plan, REPOSITORY, Scene, join};
 
 /// For an answer or the end of a connection that sends what no client sends.
@@ -32,16 +32,52 @@ fn say(node: &Hawker, bytes: &[u8], hang_up: bool, deadline: Duration) -> Result
     })?
 }
 
+/// The anonymous memory of a node's process.
+fn memory_mib(node: &Hawker) -> Result<u64> {
+    let bytes = memory_bytes(node.pid().context("it runs")?, Memory::Anonymous);
+    Ok(bytes.context("it runs")? >> 20)
+}
+
+#[test]
+fn readers_that_stand_still_hold_no_manifest_in_memory() -> Result<()> {
+    Plan::nodes(1).play(|scene| {
+        let node = scene.node();
+        let manifest = format!("{{\"schemaVersion\":2,\"padding\":\"{}\"}}", "x".repeat((4 << 20) - 40));
+        let media_type = "application/vnd.oci.image.manifest.v1+json";
+        let blob = scene.origin.add_manifest(REPOSITORY, "long", media_type, manifest.as_bytes());
+        let target = format!("/v2/{REPOSITORY}/manifests/{}?ns={}", blob.digest, scene.registry());
+        let request = format!("GET {target} HTTP/1.1\r\nHost: mirror\r\nConnection: close\r\n\r\n");
+        let begin = || {
+            node.host().enter(|| -> Result<TcpStream> {
+                let mut stream = TcpStream::connect(node.mirror())?;
+                stream.set_read_timeout(Some(Duration::from_secs(20)))?;
+                stream.write_all(request.as_bytes())?;
+                let mut head = [0; 12];
+                stream.read_exact(&mut head)?;
+                ensure!(&head == b"HTTP/1.1 200", "{}", String::from_utf8_lossy(&head));
+                Ok(stream)
+            })?
+        };
+        drop(begin()?);
+        let before = memory_mib(node)?;
+        let mut standing = (0..60).map(|_| begin()).collect::<Result<Vec<_>>>()?;
+        let grown = memory_mib(node)?.saturating_sub(before);
+        ensure!(grown < 60, "60 readers of 4 MiB hold {grown} MiB");
+        // The last of them goes on, and gets all of it.
+        let mut rest = Vec::new();
+        standing.pop().context("60 of them")?.read_to_end(&mut rest)?;
+        ensure!(rest.ends_with(manifest.as_bytes()), "it is another one, or a part of it");
+        is_well(node)
+    })
+}
+
 /// That a node is well after what it was told: it answers, its memory is bounded, and nothing in it panicked.
 fn is_well(node: &Hawker) -> Result<()> {
     let answer = Request::get(node.mirror(), "/v2/").within(PROMPT).send(node.host())?;
     ensure!(answer.status == 200, "{}", answer.status);
     ensure!(!node.log().contains("panicked"), "it panicked");
-    let pid = node.pid().context("it runs")?;
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
-    let peak = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).context("RssAnon")?;
-    let kib: u64 = peak.trim().trim_end_matches(" kB").parse()?;
-    ensure!(kib < 96 << 10, "it holds {kib} KiB");
+    let held = memory_mib(node)?;
+    ensure!(held < 96, "it holds {held} MiB");
     Ok(())
 }
 

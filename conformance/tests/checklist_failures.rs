@@ -83,6 +83,26 @@ fn clients_that_go_away_leave_the_cache_right_and_cost_no_second_copy() -> Resul
 }
 
 #[test]
+fn an_open_range_that_is_closed_early_stops_reading_upstream() -> Result<()> {
+    Plan::nodes(1).flag("--linger", "1s").play(|scene| {
+        let (node, blob) = (scene.node(), scene.blob(48 << 20)?);
+        let slow = Fault::SlowBody { bytes_per_s: 4 << 20 };
+        scene.origin.add_fault(Rule::always(slow).on(blob.digest).method("GET"));
+        let left = scene.request(node, &blob).header("range", "bytes=1000000-").leave_after(500_000);
+        ensure!(left.send(node.host())?.status == 206);
+        let mut before = 0;
+        until(Duration::from_secs(9), "the origin to send nothing more", || {
+            std::thread::sleep(Duration::from_millis(500));
+            let sent = scene.origin_bytes(&blob);
+            Ok(sent == std::mem::replace(&mut before, sent))
+        })?;
+        ensure!(before < blob.size_bytes * 3 / 4, "it sent {before} bytes for a client that had left");
+        scene.pull(node, &blob)?;
+        Ok(())
+    })
+}
+
+#[test]
 fn a_resume_at_any_byte_is_the_rest_cold_partly_cached_and_cached() -> Result<()> {
     Plan::nodes(1).play(|scene| {
         let node = scene.node();

@@ -28,14 +28,6 @@ fn authority(node: &Hawker) -> Result<PathBuf> {
     Ok(file)
 }
 
-fn came_once(registry: &DockerRegistry, image: &Image) -> Result<()> {
-    for layer in &image.layers {
-        let reads = registry.blob_reads(Some(&layer.digest));
-        ensure!(reads.body_bytes == layer.data.len() as u64, "{} was sent in {reads:?}", layer.digest);
-    }
-    Ok(())
-}
-
 #[test]
 fn dockerd_pulls_from_any_registry_at_once_on_all_nodes_and_pushes_through() -> Result<()> {
     let lab = Lab::new()?;
@@ -59,7 +51,7 @@ fn dockerd_pulls_from_any_registry_at_once_on_all_nodes_and_pushes_through() -> 
                 cluster.nodes.iter().map(|node| scope.spawn(move || runtime(node))).collect();
             starting.into_iter().map(|runtime| join(runtime.join())).collect()
         })?;
-        came_once(&registry, &image)?;
+        registry.gave_once(&image)?;
         for node in &cluster.nodes {
             let bytes = node.status()?.bytes;
             ensure!(bytes.received_peers + bytes.received_seeds >= image.size_bytes(), "{bytes:?}");
@@ -329,7 +321,7 @@ fn runtimes_reach_the_mirror_by_tls() -> Result<()> {
                 ensure!(copied == layer.data, "{} differs", layer.digest);
             }
         }
-        came_once(&registry, &image)?;
+        registry.gave_once(&image)?;
         // Without ALPN; and a client that has hung up half of the connection before its greeting.
         let mut curl = host.command("curl");
         curl.args(["--silent", "--fail", "--no-alpn", "--cacert"]).arg(ca.certificate());

@@ -443,14 +443,18 @@ impl<N: Notary> Node<N> {
         }
     }
 
-    /// Stops downloading; what is held stays on offer.
+    /// Stops downloading; what is held stays on offer. Parents are told, so that a seed does not go on for nobody.
     pub fn pause(&mut self, digest: &Digest) {
         self.stop(digest);
-        if let Some(task) = self.tasks.get_mut(digest) {
-            task.running = false;
-            task.whole = false;
-            if let Some(fetch) = &mut task.fetch {
-                fetch.want_whole(false);
+        let Some(task) = self.tasks.get_mut(digest) else { return };
+        task.running = false;
+        task.whole = false;
+        if let Some(fetch) = &mut task.fetch {
+            fetch.want_whole(false);
+        }
+        for (peer, link) in &mut task.links {
+            if link.asked.take().is_some() && self.connected.contains_key(peer) {
+                self.outputs.push_back(Output::Send(*peer, Message::Leave { task: *digest }));
             }
         }
     }

@@ -6,12 +6,12 @@ use std::net::{SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use hawker_conformance::lab::{Hawker, Host};
+use hawker_conformance::lab::{Hawker, Host, Memory, memory_bytes};
 use hawker_conformance::origin::{Blob, Content};
 use serde_json::json;
 
 use crate::Options;
-use crate::measure::{MIB, Watch, median, rss_bytes, together, with_load};
+use crate::measure::{MIB, Watch, median, together, with_load};
 use crate::report::{Report, Target};
 use crate::stage::{REPOSITORY, Stage};
 
@@ -137,7 +137,8 @@ fn short_connections(report: &mut Report, node: &Hawker, target: &str, image: Bl
 /// What a daemon that has nothing to do holds, all of its code that it has used included.
 fn idle_mib(report: &mut Report, node: &Hawker, during: &str) -> Result<f64> {
     std::thread::sleep(IDLE);
-    let bytes = rss_bytes(node.pid().context("the node ended")?).context("the node ended")?;
+    let bytes =
+        memory_bytes(node.pid().context("the node ended")?, Memory::Resident).context("the node ended")?;
     let mib = bytes as f64 / MIB as f64;
     report.run(json!({"during": during, "rss_mib": mib}));
     Ok(mib)

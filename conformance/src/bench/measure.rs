@@ -9,6 +9,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow};
+use hawker_conformance::lab::{Memory, memory_bytes};
 use rustix::process::{Pid, WaitId, WaitIdOptions, waitid};
 use serde_json::{Value, json};
 
@@ -152,7 +153,7 @@ impl MemorySampler {
             while !stopped.load(Ordering::Relaxed) {
                 for &pid in &pids {
                     let peak = peaks.entry(pid).or_insert(0);
-                    *peak = rss_anon_bytes(pid).unwrap_or(0).max(*peak);
+                    *peak = memory_bytes(pid, Memory::Anonymous).unwrap_or(0).max(*peak);
                 }
                 std::thread::sleep(Duration::from_millis(50));
             }
@@ -167,22 +168,6 @@ impl MemorySampler {
         let peaks = self.thread.join().map_err(|_| anyhow!("the memory sampler panicked"))?;
         Ok(peaks.into_iter().map(|(pid, bytes)| (pid, bytes as f64 / MIB as f64)).collect())
     }
-}
-
-fn rss_anon_bytes(pid: u32) -> Option<u64> {
-    status_bytes(pid, "RssAnon:")
-}
-
-/// All that a process has in memory, its code included.
-pub(crate) fn rss_bytes(pid: u32) -> Option<u64> {
-    status_bytes(pid, "VmRSS:")
-}
-
-/// A field of /proc/PID/status (proc_pid_status(5)).
-fn status_bytes(pid: u32, field: &str) -> Option<u64> {
-    let text = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix(field))?;
-    Some(line.trim().strip_suffix(" kB")?.parse::<u64>().ok()? << 10)
 }
 
 /// Runs all jobs at once, each on a thread of its own; their results in order.

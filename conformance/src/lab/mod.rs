@@ -47,7 +47,7 @@ pub use host::{Host, LinkCounters, Mbit};
 pub use http::{Answer, End, Request};
 pub use image::{Image, Layer, packaged_image};
 pub use object_store::{ObjectRead, ObjectStore};
-pub use process::{Process, run};
+pub use process::{Memory, Process, memory_bytes, run};
 pub use registry::{BlobReads, DockerRegistry, RegistryPlan};
 pub use token_server::{TokenAsked, TokenServer};
 

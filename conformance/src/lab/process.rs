@@ -172,3 +172,24 @@ pub(super) fn tails(lab: &Path) -> String {
     logs.sort();
     logs.iter().map(|log| tail(log)).collect()
 }
+
+/// What of a process's memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Memory {
+    /// What no file is behind.
+    Anonymous,
+    /// All that is resident, its code included.
+    Resident,
+}
+
+/// How much of it a process has now, in bytes (proc_pid_status(5)); `None` when it is gone.
+#[must_use]
+pub fn memory_bytes(pid: u32, what: Memory) -> Option<u64> {
+    let field = match what {
+        Memory::Anonymous => "RssAnon:",
+        Memory::Resident => "VmRSS:",
+    };
+    let text = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix(field))?;
+    Some(line.trim().strip_suffix(" kB")?.parse::<u64>().ok()? << 10)
+}

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use oci_distribution::secrets::RegistryAuth;
 use serde_json::{Value, json};
 
@@ -272,6 +272,18 @@ impl DockerRegistry {
             requests: sum.requests + 1,
             body_bytes: sum.body_bytes + bytes,
         })
+    }
+
+    /// An error unless it sent each layer of an image once, all of it.
+    ///
+    /// # Errors
+    /// That one came more or less often.
+    pub fn gave_once(&self, image: &Image) -> Result<()> {
+        for layer in &image.layers {
+            let reads = self.blob_reads(Some(&layer.digest));
+            ensure!(reads.body_bytes == layer.data.len() as u64, "{} was sent in {reads:?}", layer.digest);
+        }
+        Ok(())
     }
 
     /// What it was asked so far, a line of its access log each.

@@ -18,7 +18,7 @@ use tokio_rustls::TlsAcceptor;
 
 use super::certificates::ServerCertificate;
 use super::host::Host;
-use crate::origin::http::{Connection, Request, head};
+use crate::origin::http::{Connection, Request};
 
 const PORT: u16 = 5001;
 /// What docker-registry is told to expect.
@@ -200,11 +200,7 @@ async fn converse(tcp: TcpStream, tls: Option<TlsAcceptor>, state: Arc<State>) -
     let mut connection = Connection::accept(tcp, tls.as_ref()).await?;
     while let Some(request) = connection.request().await? {
         let (status, value) = state.answer(&request);
-        let text = value.to_string();
-        let headers =
-            [("Content-Type", "application/json".to_owned()), ("Content-Length", text.len().to_string())];
-        connection.write(&head(status, &headers)).await?;
-        connection.write(text.as_bytes()).await?;
+        connection.write_json(status, &value).await?;
     }
     Ok(())
 }

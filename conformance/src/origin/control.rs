@@ -9,7 +9,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::net::{TcpListener, TcpStream};
 
-use super::http::{Connection, Request, head};
+use super::http::{Connection, Request};
 use super::{Blob, Content, State};
 
 /// What `POST /blobs` takes.
@@ -54,11 +54,7 @@ async fn converse(tcp: TcpStream, state: Arc<State>) -> io::Result<()> {
             Err(Refused::Json(error)) => (400, json!({"error": error.to_string()})),
             Err(Refused::File(error)) => (400, json!({"error": error.to_string()})),
         };
-        let text = value.to_string();
-        let headers =
-            [("Content-Type", "application/json".to_owned()), ("Content-Length", text.len().to_string())];
-        connection.write(&head(status, &headers)).await?;
-        connection.write(text.as_bytes()).await?;
+        connection.write_json(status, &value).await?;
     }
     Ok(())
 }

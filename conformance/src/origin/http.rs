@@ -107,6 +107,15 @@ impl Connection {
         .await
     }
 
+    /// An answer whose body is JSON.
+    pub(crate) async fn write_json(&mut self, status: u16, value: &serde_json::Value) -> io::Result<()> {
+        let text = value.to_string();
+        let headers =
+            [("Content-Type", "application/json".to_owned()), ("Content-Length", text.len().to_string())];
+        self.write(&head(status, &headers)).await?;
+        self.write(text.as_bytes()).await
+    }
+
     /// Ends the connection with FIN.
     pub(crate) async fn close(mut self) {
         // The client may be gone already: then there is nothing to end.

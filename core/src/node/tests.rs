@@ -584,6 +584,20 @@ fn a_clients_token_is_lent_to_seeds_and_to_nobody_else() {
 }
 
 #[test]
+fn a_paused_download_lets_its_parents_go_and_finds_them_again() {
+    let (mut node, task, mut rng) = wanting(&[7; 1000]);
+    let now = Time::default();
+    node.seeds(vec![id(1)]);
+    node.peer_up(now, id(1), Role::Seed);
+    assert_eq!(interests(&outputs(&mut node, now, &mut rng)), [(id(1), None)]);
+    node.pause(&task);
+    let leaves = outputs(&mut node, now, &mut rng);
+    assert_eq!(leaves, [Output::Send(id(1), Message::Leave { task })]);
+    node.run(now, task, true, false);
+    assert_eq!(interests(&outputs(&mut node, now, &mut rng)), [(id(1), None)]);
+}
+
+#[test]
 fn where_the_seed_may_not_read_one_that_may_is_to_be_elected() {
     for (right, reason, expected) in [
         (Right::Kept, Refusal::Origin(401), true),

@@ -3,9 +3,8 @@ use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
 
 use bytes::Bytes;
-use hawker_core::digest::{Algorithm, Chain, Digest};
+use hawker_core::digest::Digest;
 use hawker_core::intercept::{Rule, Rules, path_pattern};
-use hawker_core::piece::{PieceLayout, PieceTable};
 use http::{HeaderMap, Response};
 use http_body_util::{BodyExt, Full};
 use hyper::client::conn::http1::SendRequest;
@@ -117,20 +116,7 @@ impl Proxy {
 
     /// Puts a blob into the store.
     fn commit(&self, data: &[u8]) -> Digest {
-        let (digest, layout) = (sha256(data), PieceLayout::new(data.len() as u64));
-        let partial = self.store.begin(&digest, data.len() as u64).unwrap();
-        let (mut table, mut chain) = (PieceTable::new(digest, layout), Chain::new(Algorithm::Sha256));
-        for piece in 0..layout.count() {
-            let range = layout.range(piece);
-            let bytes = &data[range.start as usize..range.end as usize];
-            chain.update(bytes);
-            partial.write(piece, bytes).unwrap();
-            if piece + 1 < layout.count() {
-                table.push(chain.value().unwrap());
-            }
-        }
-        partial.commit(&table).unwrap();
-        digest
+        self.store.put(data)
     }
 }
 

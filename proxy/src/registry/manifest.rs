@@ -108,7 +108,7 @@ async fn from_here(
 /// Gets a manifest that is not cached; of many who ask at once only one does.
 async fn fetch_once(mirror: &Inner, ask: &Ask, digest: &Digest, ask_seed: bool) -> Result<Manifest, Problem> {
     let key = (ask.caller, ask.grant.source.clone(), *digest);
-    mirror.fetching.run(key, fetch(mirror, ask, digest, ask_seed)).await
+    mirror.fetching.run(key, Box::pin(fetch(mirror, ask, digest, ask_seed))).await
 }
 
 async fn fetch(mirror: &Inner, ask: &Ask, digest: &Digest, ask_seed: bool) -> Result<Manifest, Problem> {

@@ -1,8 +1,7 @@
 use std::net::SocketAddr;
 use std::path::Path;
 
-use hawker_core::digest::{Algorithm, Chain};
-use hawker_core::piece::{PieceLayout, PieceTable};
+use hawker_core::digest::Algorithm;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::task::JoinHandle;
@@ -163,19 +162,7 @@ impl Node {
 
     /// Puts a blob into the store.
     fn commit(&self, data: &[u8]) {
-        let (digest, layout) = (sha256(data), PieceLayout::new(data.len() as u64));
-        let partial = self.mirror.inner.store.begin(&digest, data.len() as u64).unwrap();
-        let (mut table, mut chain) = (PieceTable::new(digest, layout), Chain::new(Algorithm::Sha256));
-        for piece in 0..layout.count() {
-            let range = layout.range(piece);
-            let bytes = &data[range.start as usize..range.end as usize];
-            chain.update(bytes);
-            partial.write(piece, bytes).unwrap();
-            if piece + 1 < layout.count() {
-                table.push(chain.value().unwrap());
-            }
-        }
-        partial.commit(&table).unwrap();
+        self.mirror.inner.store.put(data);
     }
 
     pub(super) async fn ask(&self, method: &str, target: &str, headers: &[(&str, &str)]) -> Got {

@@ -169,3 +169,27 @@ pub struct Usage {
     /// Whether writing failed lately: nothing is cached until it works again.
     pub degraded: bool,
 }
+
+#[cfg(test)]
+impl Store {
+    /// Puts a blob in as a download would, piece by piece.
+    pub(crate) fn put(&self, data: &[u8]) -> Digest {
+        use hawker_core::digest::{Algorithm, Chain};
+        use hawker_core::piece::PieceTable;
+
+        let (digest, layout) = (Digest::of(Algorithm::Sha256, data), PieceLayout::new(data.len() as u64));
+        let partial = self.begin(&digest, data.len() as u64).unwrap();
+        let (mut table, mut chain) = (PieceTable::new(digest, layout), Chain::new(Algorithm::Sha256));
+        for piece in 0..layout.count() {
+            let range = layout.range(piece);
+            let bytes = &data[range.start as usize..range.end as usize];
+            chain.update(bytes);
+            partial.write(piece, bytes).unwrap();
+            if piece + 1 < layout.count() {
+                table.push(chain.value().unwrap());
+            }
+        }
+        partial.commit(&table).unwrap();
+        digest
+    }
+}

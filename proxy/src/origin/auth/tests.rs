@@ -209,7 +209,10 @@ async fn in_node_mode_credentials_buy_a_token_by_get_by_post_or_with_an_identity
         let registry = registry(challenge(&realm)).await;
         let (live, _folder) = with_credentials(&registry, AuthorizationMode::Node, &entry);
         let origin = origin(&live);
-        assert_eq!(head(&origin, &registry, "a").await.status(), 200, "{entry}");
+        let answer = head(&origin, &registry, "a").await;
+        assert_eq!(answer.status(), 200, "{entry}");
+        let by = answer.extensions().get::<ByCredentials>().expect("it took credentials");
+        assert!(Arc::ptr_eq(&by.0, &live.load_full()));
         let seen = realm.seen();
         assert_eq!(seen.iter().map(|seen| seen.method.as_str()).collect::<Vec<_>>(), methods);
         assert!(seen.iter().all(|seen| !seen.target.contains(SECRET)), "no secret in an address");
@@ -241,8 +244,9 @@ async fn credentials_that_are_refused_do_not_stand_in_the_way_of_public_content(
     .await;
     let registry = registry(challenge(&realm)).await;
     let (live, _folder) = with_credentials(&registry, AuthorizationMode::Node, &user());
-    assert_eq!(head(&origin(&live), &registry, "a").await.status(), 200);
-    assert_eq!(realm.seen().len(), 2);
+    let answer = head(&origin(&live), &registry, "a").await;
+    assert_eq!((answer.status().as_u16(), realm.seen().len()), (200, 2));
+    assert!(answer.extensions().get::<ByCredentials>().is_none(), "anybody is let in");
 }
 
 #[tokio::test]
