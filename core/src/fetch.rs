@@ -292,9 +292,9 @@ impl Fetch {
         self.asked_bytes = self.asked_bytes.saturating_sub(self.layout.len_bytes(piece));
     }
 
-    /// The next request to make, if any: of whom, and which piece. `under_way`: requests at each parent, for whatever task: a link
-    /// is shared by all layers that come over it, and what is asked for early is chosen on stale news. `verifiable`: pieces below it can be verified; `taken`: the
-    /// piece that is just being read from the origin.
+    /// The next request to make, if any: of whom, and which piece. `under_way`: requests at each parent, for whatever task: a
+    /// link is shared by all layers that come over it, and what is asked for early is chosen on stale news. `verifiable`: pieces
+    /// below it can be verified; `taken`: the piece that is just being read from the origin.
     pub fn choose<R: Rng + ?Sized>(
         &self,
         now: Time,
