@@ -1,6 +1,6 @@
 //! Tags through the real daemons: what the registry is asked, and what a client gets while it is down.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use hawker_conformance::lab::{Answer, DockerRegistry, Hawker, HawkerPlan, Image, Lab};
@@ -37,15 +37,21 @@ fn a_manifest_is_read_once_for_all_nodes_and_its_tag_asked_for_each_time() -> Re
 
 #[test]
 fn a_tag_outlives_its_registry_for_as_long_as_the_configuration_says_and_is_marked() -> Result<()> {
-    Plan::nodes(1).flag("--stale-tags", "4s").play(|scene| {
+    Plan::nodes(1).flag("--stale-tags", "9s").play(|scene| {
         let image = scene.origin.add_image(REPOSITORY, "v1", &[Content::generated(1, 100)])?;
         ensure!(tag(scene, scene.node())?.header("warning").is_none());
+        for (fault, within) in [(Fault::Refuse, 1), (Fault::Hang, 7)] {
+            let fault = scene.origin.add_fault(Rule::always(fault));
+            let start = Instant::now();
+            let stale = tag(scene, scene.node())?;
+            ensure!(stale.status == 200 && stale.digest == image.digest.to_string(), "{}", stale.status);
+            ensure!(stale.header("warning") == Some("110 - \"Response is Stale\""), "{:?}", stale.headers);
+            ensure!(start.elapsed() < Duration::from_secs(within), "after {:?}", start.elapsed());
+            scene.origin.remove_fault(fault);
+        }
+        ensure!(scene.node().metric("hawker_tags_stale_total", &[])? == 2.0);
         scene.origin.add_fault(Rule::always(Fault::Refuse));
-        let stale = tag(scene, scene.node())?;
-        ensure!(stale.status == 200 && stale.digest == image.digest.to_string(), "{}", stale.status);
-        ensure!(stale.header("warning") == Some("110 - \"Response is Stale\""), "{:?}", stale.headers);
-        ensure!(scene.node().metric("hawker_tags_stale_total", &[])? == 1.0);
-        std::thread::sleep(Duration::from_secs(4));
+        std::thread::sleep(Duration::from_secs(10));
         let late = tag(scene, scene.node())?;
         ensure!(late.status >= 500, "{}", late.status);
         Ok(())

@@ -1,14 +1,14 @@
 //! Access before bytes: makes sure of both facts that [`super::access`] remembers, and learns them from what the origin says.
 
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use hawker_core::digest::Digest;
 use hawker_core::manifest::parts;
 use hawker_core::reference::Source;
 use http::header::ACCEPT;
 use http::{Extensions, HeaderMap, Response, StatusCode};
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 
 use super::access::{Access, Caller, Standing};
 use super::error::Problem;
@@ -16,6 +16,20 @@ use super::forward::DOCKER_CONTENT_DIGEST;
 use super::manifest::{ANY_TYPE, Manifest};
 use super::{Answer, Ask, Inner};
 use crate::origin::{ByCredentials, Content, Target, content_length};
+
+/// For an origin to answer where what it said before would do as well.
+const WITH_ANOTHER_ANSWER: Duration = Duration::from_secs(5);
+
+/// What an origin is asked; no longer than a client gladly waits where there is `another` answer than its own.
+pub(super) async fn unless_slow<T>(
+    another: bool,
+    ask: impl Future<Output = Result<T, Problem>>,
+) -> Result<T, Problem> {
+    if !another {
+        return ask.await;
+    }
+    timeout(WITH_ANOTHER_ANSWER, ask).await.unwrap_or(Err(Problem::Slow))
+}
 
 /// What is confirmed of a digest that a caller may have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,7 +57,8 @@ pub(super) async fn confirm(
         return Ok(Confirmed::Here(size));
     }
     let target = Target { source: source.clone(), content };
-    let problem = match head(mirror, ask, &target).await {
+    let another = standing(Caller::Anybody) != Standing::Unknown;
+    let problem = match unless_slow(another, head(mirror, ask, &target)).await {
         Ok(head) => {
             let size = content_length(head.headers());
             mirror.access.belongs(source, digest, size, Instant::now());

@@ -16,7 +16,7 @@ use lru::LruCache;
 use tokio::time::Instant;
 
 use super::access::Caller;
-use super::auth::{digest_of, note_refusal, readable};
+use super::auth::{digest_of, note_refusal, readable, unless_slow};
 use super::body::Payload;
 use super::error::Problem;
 use super::forward::{forward, forward_head, passed_on, with};
@@ -123,7 +123,7 @@ pub(super) async fn by_tag(mirror: &Inner, ask: &Ask, tag: &str) -> Result<Answe
             accept: accept.digest(),
         }),
     };
-    match request.confirm().await {
+    match unless_slow(request.was().is_some(), request.confirm()).await {
         Ok(Confirmed::At(pointer, head)) => Box::pin(request.answer(pointer, head)).await,
         Ok(Confirmed::Head(answer)) => Ok(answer),
         Ok(Confirmed::Unclear) => request.ask_origin().await,
@@ -258,19 +258,20 @@ impl Request<'_> {
         }
     }
 
-    /// The tag as it was, if the origin can't be asked and the configuration lets that be enough.
-    async fn stale(&self, problem: &Problem) -> Option<Answer> {
-        if !problem.is_out_of_order() {
-            return None;
-        }
+    /// Where the tag was, if the configuration lets that be enough and the caller may know it.
+    fn was(&self) -> Option<Pointer> {
         let live = self.mirror.live.load_full();
-        let staleness = live.staleness;
-        let key = self.key.as_ref()?;
-        let pointer = [key.caller, Caller::Anybody].into_iter().find_map(|caller| {
+        let (key, longest) = (self.key.as_ref()?, live.staleness.tags?);
+        [key.caller, Caller::Anybody].into_iter().find_map(|caller| {
             let may = self.mirror.access.reads(caller, &key.source, &live, Instant::now());
             let pointer = may.then(|| self.mirror.tags.get(&Key { caller, ..key.clone() }))??;
-            (pointer.confirmed.elapsed() <= staleness.tags?).then_some(pointer)
-        })?;
+            (pointer.confirmed.elapsed() <= longest).then_some(pointer)
+        })
+    }
+
+    /// The tag as it was, if the origin can't be asked and that is enough.
+    async fn stale(&self, problem: &Problem) -> Option<Answer> {
+        let pointer = self.was().filter(|_| problem.is_out_of_order())?;
         let body = match self.ask.method {
             Method::HEAD => Payload::Empty,
             _ => cached(self.mirror, &pointer.digest).await.ok()??.payload(),
