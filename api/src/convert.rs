@@ -304,6 +304,11 @@ pub fn from_peer_id(raw: &[u8]) -> Result<PeerId> {
     PeerId::from_bytes(raw).ok_or(ConvertError::Bad("peer id"))
 }
 
+/// A member's id, or nobody's where there are no bytes.
+pub fn from_optional_peer_id(raw: &[u8]) -> Result<Option<PeerId>> {
+    if raw.is_empty() { Ok(None) } else { from_peer_id(raw).map(Some) }
+}
+
 /// A member and how to reach it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Member {

@@ -8,6 +8,9 @@
 //!   both ways: who is named to a newcomer is told of the newcomer. Complete holders come on top, a few each.
 //! - **Sources.** Who can read the origin is named first: the seed that rendezvous hashing picks, or a seed that has the
 //!   task already; without any seed one peer is elected and its table counts. Only so many children get a source directly.
+//! - **Spreading.** A task that [`HOT_WANTERS`] peers want is spread over more schedulers: peers are told over how many, and
+//!   each asks one of them. Holders announce to all schedulers; the issuer is elected by the first one only, and those who
+//!   move name it to the others. The same word brings it back after a restart.
 //! - **Evidence** decides who is isolated: see the `conduct` module.
 //!
 //! Every decision looks at [`SAMPLE`] copies at most, however many there are.
@@ -60,6 +63,15 @@ pub const GRACE: Duration = Duration::from_secs(3);
 pub const ELECTION_STALL: Duration = Duration::from_secs(10);
 /// A swarm that has just come up elects nobody: peers that have the task, or are reading it, are still coming back.
 pub const WARM_UP: Duration = Duration::from_secs(2);
+/// How long the issuer whom peers name is waited for after a start. It comes back as they do; meanwhile its word counts on.
+pub const ISSUER_RETURNS: Duration = Duration::from_secs(20);
+/// Peers that want a task at one scheduler, from when on it is spread over one scheduler more: the messages of that many are
+/// a few hundred a second.
+pub const HOT_WANTERS: u32 = 1000;
+/// Schedulers over which a task is spread at most.
+pub const MAX_SPREAD: u32 = 8;
+/// Between two steps of spreading: those who were told have moved by then.
+const SPREAD_EVERY: Duration = Duration::from_secs(2);
 /// How long news about a peer's parents wait for more of them. It doubles with each message: in a burst the first matter.
 const PUSH_DELAY: Duration = Duration::from_millis(20);
 /// As far as it doubles: 32 times, two thirds of a second.
@@ -123,6 +135,15 @@ pub enum ReportKind {
     Served(u64),
 }
 
+/// What a peer adds to its question.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Terms {
+    /// Whom it was told as the issuer: by this scheduler before it started anew, or by another one.
+    pub issuer: Option<PeerId>,
+    /// The task is spread over several schedulers, and this one is not the first of them: it elects nobody.
+    pub guest: bool,
+}
+
 /// What happens to the scheduler.
 #[derive(Clone, Debug)]
 pub enum Input {
@@ -153,6 +174,8 @@ pub enum Input {
         again: bool,
         /// The seeds may not read it at its origin; this peer may.
         reads: bool,
+        /// What it adds.
+        terms: Terms,
     },
     /// A peer no longer fetches.
     Forget {
@@ -187,6 +210,9 @@ pub enum Output {
         issuer: Option<PeerId>,
         /// `to` is elected: read it from the origin (what it lacks of it) and issue the table.
         fetch_from_origin: bool,
+        /// Over how many schedulers the task is spread, the first ones in rendezvous order; 0: nothing new. To a guest 1
+        /// says: ask the first one again, there is nobody here who brings the task.
+        spread: u32,
     },
     /// Everybody who is isolated, for all: it has changed.
     Isolated(Vec<PeerId>),
@@ -267,7 +293,7 @@ enum Timer {
     Push(Slot, Slot),
     /// Look whether a task's elected peer makes progress.
     Stall(Slot),
-    /// Elections may begin.
+    /// Elections may begin; those, too, for which an issuer was waited for.
     WarmUp,
 }
 
@@ -303,7 +329,7 @@ impl Swarm {
             wanted: BTreeSet::new(),
             idle: BTreeSet::new(),
             conduct: Conduct::default(),
-            timers: BTreeSet::from([(elects_from, Timer::WarmUp)]),
+            timers: BTreeSet::from([elects_from, elects_from + ISSUER_RETURNS].map(|at| (at, Timer::WarmUp))),
             outputs: VecDeque::new(),
         }
     }
@@ -318,8 +344,8 @@ impl Swarm {
             Input::Holdings { peer, replaces_all, holdings } => {
                 self.holdings(now, rng, peer, replaces_all, &holdings);
             }
-            Input::Want { peer, task, size_bytes, again, reads } => {
-                self.want(now, rng, peer, task, size_bytes, again, reads)
+            Input::Want { peer, task, size_bytes, again, reads, terms } => {
+                self.want(now, rng, peer, task, size_bytes, again, reads, terms)
             }
             Input::Forget { peer, task } => self.forget(now, rng, peer, &task),
             Input::Report { reporter, peer, kind } => self.report(now, rng, reporter, peer, kind),
@@ -551,21 +577,29 @@ impl Swarm {
         size_bytes: Option<u64>,
         again: bool,
         reads: bool,
+        terms: Terms,
     ) {
         let Some(slot) = self.by_id.get(&peer).copied() else { return };
         let Some(task_slot) = self.begin_want(now, rng, slot, &task) else { return };
         let Some(task) = self.tasks.get_mut(task_slot) else { return };
         task.size_bytes = size_bytes.or(task.size_bytes);
-        let Some(want) = task.want_mut(slot) else { return };
-        want.said_at = now;
-        want.reads |= reads;
-        let tried = if again { std::mem::take(&mut want.parents) } else { Vec::new() };
+        let mut tried = Vec::new();
+        task.change_want(slot, |want| {
+            want.said_at = now;
+            want.reads |= reads;
+            want.issuer = terms.issuer;
+            want.guest = terms.guest;
+            if again {
+                tried = std::mem::take(&mut want.parents);
+            }
+        });
+        task.spread_when_hot(now);
         for parent in &tried {
             self.release(task_slot, *parent);
         }
         self.ensure_source(now, rng, task_slot);
         self.find_parents(now, rng, task_slot, slot, &tried);
-        self.tell(task_slot, slot);
+        self.tell(now, task_slot, slot);
     }
 
     /// Notes that a peer fetches a task; `None` when it wants too many.
@@ -590,9 +624,8 @@ impl Swarm {
             }
             return None;
         }
-        copy.want = Some(Box::default());
+        task.change_want(slot, |_| ());
         peer.wants += 1;
-        task.wanting += 1;
         if task.wanting == 1 {
             self.wanted.insert(task_slot);
             self.watch_election(now, task_slot);
@@ -609,10 +642,9 @@ impl Swarm {
     /// A peer no longer fetches: because it is done, or because it gave up.
     fn end_want<R: Rng + ?Sized>(&mut self, now: Time, rng: &mut R, task_slot: Slot, slot: Slot) {
         let Some(task) = self.tasks.get_mut(task_slot) else { return };
-        let Some(copy) = task.copy_mut(slot) else { return };
-        let Some(want) = copy.want.take() else { return };
-        let (complete, empty) = (copy.complete, copy.pieces == 0 && !copy.complete);
-        task.wanting -= 1;
+        let Some(want) = task.take_want(slot) else { return };
+        let Some(copy) = task.copy(slot) else { return };
+        let (complete, empty) = (copy.complete, copy.is_empty());
         if task.wanting == 0 {
             self.wanted.remove(&task_slot);
         }

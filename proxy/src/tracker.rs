@@ -5,7 +5,9 @@
 //! another to one scheduler; `renewal` keeps the certificate fresh.
 //!
 //! Wants and reports go to the scheduler that rendezvous hashing names for the task among those connected; holdings go to
-//! all, so that a task finds its holders whoever tracks it.
+//! all, so that a task finds its holders whoever tracks it. Where a scheduler says that too many ask it for a task, the task
+//! is spread: each node asks one of the first few in the order, by its own hash. Whom a node was told as the issuer it says
+//! with its question wherever it asks next: to the next scheduler, or to the same one after its restart.
 //!
 //! What is dropped: reports while no scheduler is connected or when too many wait; wants beyond [`MAX_WANTS`].
 
@@ -138,7 +140,8 @@ impl Tracker {
     /// Must be called within a Tokio runtime.
     pub fn start(config: TrackerConfig) -> Self {
         let stop = CancellationToken::new();
-        let shared = Arc::new(Shared { config, outboxes: Mutex::default() });
+        let outboxes = Mutex::new(Outboxes::new(config.identity.peer_id()));
+        let shared = Arc::new(Shared { config, outboxes });
         tokio::spawn(stop.clone().run_until_cancelled_owned(session::keep_all(Arc::clone(&shared))));
         tokio::spawn(stop.clone().run_until_cancelled_owned(renewal::keep_fresh(Arc::clone(&shared))));
         Self { shared, _stop: Arc::new(stop.drop_guard()) }

@@ -253,13 +253,14 @@ impl Driver {
 
     fn carry_out(&mut self, output: Output) {
         match output {
-            Output::Parents { to, task, parents, issuer, fetch_from_origin } => {
+            Output::Parents { to, task, parents, issuer, fetch_from_origin, spread } => {
                 debug!(%to, %task, parents = parents.len(), ?issuer, fetch_from_origin, "parents");
                 let parents = v1::Parents {
                     task: task.to_string(),
                     parents: parents.into_iter().filter_map(|peer| self.membership.wire(peer)).collect(),
                     issuer: issuer.map(|peer| peer.0.to_vec()).unwrap_or_default(),
                     fetch_from_origin,
+                    spread,
                 };
                 self.say(to, Say::Parents(parents));
             }

@@ -10,7 +10,7 @@ use hawker_api::v1;
 use hawker_api::v1::from_peer::Event as Said;
 use hawker_core::message::Role;
 use hawker_core::piece::PeerId;
-use hawker_core::swarm::{Holding, Input, Registration, ReportKind};
+use hawker_core::swarm::{Holding, Input, Registration, ReportKind, Terms};
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 use tokio_stream::Stream as AsyncStream;
@@ -158,6 +158,7 @@ fn inputs(peer: PeerId, message: v1::FromPeer) -> Result<Vec<Input>, ConvertErro
             size_bytes: Some(want.size_bytes).filter(|size| *size > 0),
             again: want.again,
             reads: want.reads,
+            terms: Terms { issuer: convert::from_optional_peer_id(&want.issuer)?, guest: want.guest },
         }],
         Some(Said::Forget(forget)) => vec![Input::Forget { peer, task: convert::from_task(&forget.task)? }],
         Some(Said::Reports(v1::Reports { reports })) => reports

@@ -18,6 +18,7 @@ mod measure;
 mod memory;
 mod origin;
 mod report;
+mod scheduler;
 mod stage;
 
 use std::path::PathBuf;
@@ -49,6 +50,8 @@ enum Bench {
     Manifest(Options),
     /// Peak anonymous memory of any Hawker process in a burst and in a 4 GiB pull
     Memory(BurstOptions),
+    /// What a scheduler's decision takes in time and what its books take in memory: no daemon runs
+    Scheduler(SchedulerOptions),
     /// What this machine gives the other side of each ratio; needs no Hawker
     Machine(Options),
     /// Runs the fault-injecting origin registry until it is ended
@@ -74,6 +77,21 @@ struct BurstOptions {
     nodes: u16,
 }
 
+#[derive(Args, Clone)]
+struct SchedulerOptions {
+    #[command(flatten)]
+    common: Options,
+    /// Peers that are registered
+    #[arg(long, default_value_t = 100_000, value_parser = clap::value_parser!(u32).range(100..=1_000_000))]
+    peers: u32,
+    /// Tasks that are announced
+    #[arg(long, default_value_t = 1_000_000, value_parser = clap::value_parser!(u32).range(100..=4_000_000))]
+    tasks: u32,
+    /// Peers that hold each of them
+    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=100))]
+    copies: u32,
+}
+
 fn main() -> Result<()> {
     match Cli::parse().bench {
         Bench::Hit(options) => measured("hit", &options, hit::run),
@@ -86,6 +104,9 @@ fn main() -> Result<()> {
             measured("memory", &options.common.clone(), |report, _| memory::run(report, &options))
         }
         Bench::Manifest(options) => measured("manifest", &options, manifest::run),
+        Bench::Scheduler(options) => {
+            report("scheduler", &options.common.clone(), |report, _| scheduler::run(report, &options))
+        }
         Bench::Machine(options) => report("machine", &options, machine::run),
         Bench::Origin(args) => origin::run(&args),
     }

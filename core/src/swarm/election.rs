@@ -6,7 +6,7 @@ use rand::{Rng, RngExt};
 
 use super::slab::Slot;
 use super::task::{Copy, Election};
-use super::{ELECTION_STALL, Output, ReportKind, Swarm, Timer};
+use super::{ELECTION_STALL, ISSUER_RETURNS, Output, REPORTERS_TO_ISOLATE, ReportKind, Swarm, Timer};
 use crate::Time;
 use crate::piece::PeerId;
 
@@ -16,11 +16,33 @@ const TRIED: usize = 16;
 impl Swarm {
     /// Sees to it that somebody brings the task into the swarm: a seed, or the one elected peer.
     pub(super) fn ensure_source<R: Rng + ?Sized>(&mut self, now: Time, rng: &mut R, task_slot: Slot) {
-        let open = self.tasks.get(task_slot).filter(|task| task.wanting > 0 && task.election.is_none());
+        let open = self.tasks.get(task_slot).filter(|task| task.is_ours() && task.election.is_none());
         let Some(task) = open.filter(|_| now >= self.elects_from) else { return };
+        let named = task.named_issuers();
+        let most_named = named.iter().max_by_key(|(peer, count)| (**count, **peer));
+        if let Some((issuer, count)) = most_named.map(|(peer, count)| (*peer, *count)) {
+            if self.may_come_back(now, issuer) {
+                return;
+            }
+            // A seed that came after the election leaves it alone, also after a restart; two liars are needed to make it so.
+            if count >= REPORTERS_TO_ISOLATE {
+                self.elect(now, rng, task_slot, Vec::new());
+                return;
+            }
+        }
         if self.live_seeds(now).next().is_none() || task.is_private() {
             self.elect(now, rng, task_slot, Vec::new());
         }
+    }
+
+    /// Whether an issuer whom peers name is not here, and still expected.
+    fn may_come_back(&self, now: Time, issuer: PeerId) -> bool {
+        let is_here = self
+            .by_id
+            .get(&issuer)
+            .and_then(|slot| self.peers.get(*slot))
+            .is_some_and(|peer| peer.gone_at.is_none());
+        !is_here && now < self.elects_from + ISSUER_RETURNS && !self.conduct.is_isolated(now, issuer)
     }
 
     /// The same for all tasks that are wanted.
@@ -36,6 +58,10 @@ impl Swarm {
             return;
         };
         task.election = None;
+        // Nobody's word for it counts any more.
+        for wanter in task.wanters().collect::<Vec<_>>() {
+            task.change_want(wanter, |want| want.issuer = None);
+        }
         self.ensure_source(now, rng, task_slot);
         self.tell_all(now, task_slot, Duration::ZERO);
     }
@@ -72,8 +98,14 @@ impl Swarm {
 
     fn elect<R: Rng + ?Sized>(&mut self, now: Time, rng: &mut R, task_slot: Slot, tried: Vec<Slot>) {
         let Some(task) = self.tasks.get(task_slot) else { return };
-        // A complete holder only has to sign; then whoever has to read least. Equals: by chance.
-        let rank = |copy: &Copy| (!tried.contains(&copy.peer), copy.complete, copy.pieces);
+        // Whoever issued before is believed already; a complete holder only has to sign; then whoever has to read least.
+        // Equals: by chance.
+        let named = task.named_issuers();
+        let named = |copy: &Copy| {
+            let peer = self.peers.get(copy.peer).map(|peer| peer.about.peer);
+            peer.and_then(|peer| named.get(&peer).copied()).unwrap_or(0)
+        };
+        let rank = |copy: &Copy| (!tried.contains(&copy.peer), named(copy), copy.complete, copy.pieces);
         let private = task.is_private();
         let eligible = task.copies.iter().filter(|copy| self.is_eligible(now, copy, private));
         let elected = eligible.map(|copy| (rank(copy), rng.random::<u32>(), copy.peer)).max();
@@ -85,12 +117,12 @@ impl Swarm {
         self.watch_election(now, task_slot);
         self.tell_all(now, task_slot, Duration::ZERO);
         if !is_waiting {
-            self.tell(task_slot, peer);
+            self.tell(now, task_slot, peer);
         }
     }
 
     fn is_eligible(&self, now: Time, copy: &Copy, private: bool) -> bool {
-        let reads = copy.want.as_ref().is_some_and(|want| want.reads || !private)
+        let reads = copy.want.as_ref().is_some_and(|want| !want.guest && (want.reads || !private))
             && self.peers.get(copy.peer).is_some_and(|peer| peer.about.reads_origins);
         (copy.complete || reads) && self.is_namable(now, copy.peer)
     }

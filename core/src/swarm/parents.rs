@@ -83,12 +83,14 @@ impl Swarm {
         let want = self.tasks.get_mut(task_slot).and_then(|task| task.want_mut(child));
         if want.is_some_and(|want| want.push_at == Some(due)) {
             self.find_parents(now, rng, task_slot, child, &[]);
-            self.tell(task_slot, child);
+            self.tell(now, task_slot, child);
         }
     }
 
     /// Tells a peer its parents now.
-    pub(super) fn tell(&mut self, task_slot: Slot, child: Slot) {
+    pub(super) fn tell(&mut self, now: Time, task_slot: Slot, child: Slot) {
+        let spread = self.spread_for(now, task_slot, child);
+        let named = self.named_issuer(now, task_slot, child);
         let Some(task) = self.tasks.get_mut(task_slot) else { return };
         let elected = task.elected();
         let mut parents = Vec::new();
@@ -101,13 +103,31 @@ impl Swarm {
         parents.sort_by_key(|parent| (!is_seed(*parent), Some(*parent) != elected));
         let id = |slot: Slot| self.peers.get(slot).map(|peer| peer.about.peer);
         let Some(to) = id(child) else { return };
+        let issuer = elected.and_then(id).or(named);
         self.outputs.push_back(Output::Parents {
             to,
             task: task.digest,
             parents: parents.into_iter().filter_map(id).collect(),
-            issuer: elected.and_then(id),
-            fetch_from_origin: elected == Some(child),
+            issuer,
+            fetch_from_origin: issuer == Some(to),
+            spread,
         });
+    }
+
+    /// The issuer that a peer named, which counts for it as long as nobody is elected here.
+    fn named_issuer(&self, now: Time, task_slot: Slot, child: Slot) -> Option<PeerId> {
+        let copy = self.tasks.get(task_slot)?.copy(child)?;
+        copy.want.as_deref()?.issuer.filter(|issuer| !self.conduct.is_isolated(now, *issuer))
+    }
+
+    /// Over how many schedulers a peer is told that the task is spread.
+    fn spread_for(&self, now: Time, task_slot: Slot, child: Slot) -> u32 {
+        let Some(task) = self.tasks.get(task_slot) else { return 0 };
+        let is_guest = task.copy(child).and_then(|copy| copy.want.as_deref()).is_some_and(|want| want.guest);
+        match is_guest {
+            false => task.spread,
+            true => u32::from(self.sources(now, task_slot, child, true).is_empty()),
+        }
     }
 
     /// Takes a parent from all its children, who are told soon. `children`: how many it had.
@@ -206,7 +226,11 @@ impl Swarm {
             .into_iter()
             .filter_map(|seed| self.seeds.get(&seed).copied())
             .collect();
-        let sources: Vec<Slot> = match task.elected() {
+        // Where nobody is elected, the child may know from elsewhere who is.
+        let named =
+            self.named_issuer(now, task_slot, child).and_then(|issuer| self.by_id.get(&issuer).copied());
+        let reader = task.elected().or(named.filter(|issuer| self.is_namable(now, *issuer)));
+        let sources: Vec<Slot> = match reader {
             Some(elected) => {
                 let holders =
                     seeds.into_iter().filter(|seed| part(*seed).is_some_and(|copy| !copy.is_empty()));

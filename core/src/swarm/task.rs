@@ -1,10 +1,13 @@
 //! One task: who holds copies of it, who wants it, who reads it from the origin.
 
+use std::collections::BTreeMap;
+
 use crate::Time;
 use crate::digest::Digest;
-use crate::piece::PieceLayout;
+use crate::piece::{PeerId, PieceLayout};
 
 use super::slab::Slot;
+use super::{HOT_WANTERS, MAX_SPREAD, SPREAD_EVERY};
 
 /// What the scheduler knows of one task.
 #[derive(Debug)]
@@ -15,6 +18,15 @@ pub(super) struct Task {
     pub(super) copies: Vec<Copy>,
     /// How many of the copies are wanted.
     pub(super) wanting: u32,
+    /// How many of those who want it may read it at its origin where seeds may not.
+    pub(super) readers: u32,
+    /// How many of those who want it are guests: another scheduler elects for them.
+    pub(super) guests: u32,
+    /// How many of the others named an issuer when they asked.
+    pub(super) naming: u32,
+    /// Over how many schedulers it is spread, and since when.
+    pub(super) spread: u32,
+    pub(super) spread_at: Time,
     pub(super) election: Option<Election>,
     /// When anybody last wanted it or said something of it, give or take a minute.
     pub(super) touched: Time,
@@ -46,6 +58,17 @@ pub(super) struct Want {
     pub(super) said_at: Time,
     /// It may read the task at its origin, and seeds may not.
     pub(super) reads: bool,
+    /// Whom it was told as the issuer, by another scheduler or before this one started.
+    pub(super) issuer: Option<PeerId>,
+    /// It asks here because the task is spread.
+    pub(super) guest: bool,
+}
+
+impl Want {
+    /// Whether its word on the issuer counts here.
+    const fn names_issuer(&self) -> bool {
+        self.issuer.is_some() && !self.guest
+    }
 }
 
 /// Who reads the task from the origin, where there is no seed.
@@ -67,7 +90,19 @@ impl Copy {
 
 impl Task {
     pub(super) const fn new(digest: Digest, now: Time) -> Self {
-        Self { digest, size_bytes: None, copies: Vec::new(), wanting: 0, election: None, touched: now }
+        Self {
+            digest,
+            size_bytes: None,
+            copies: Vec::new(),
+            wanting: 0,
+            readers: 0,
+            guests: 0,
+            naming: 0,
+            spread: 1,
+            spread_at: now,
+            election: None,
+            touched: now,
+        }
     }
 
     pub(super) fn copy(&self, peer: Slot) -> Option<&Copy> {
@@ -90,7 +125,7 @@ impl Task {
     pub(super) fn take_copy(&mut self, peer: Slot) -> Option<Copy> {
         let at = self.position(peer).ok()?;
         let copy = self.copies.remove(at);
-        self.wanting -= u32::from(copy.want.is_some());
+        copy.want.as_deref().into_iter().for_each(|want| self.uncount(want));
         if self.copies.is_empty() {
             self.copies.shrink_to_fit();
         }
@@ -101,14 +136,73 @@ impl Task {
         self.copy_mut(peer)?.want.as_deref_mut()
     }
 
+    /// A peer's open question, which is over.
+    pub(super) fn take_want(&mut self, peer: Slot) -> Option<Box<Want>> {
+        let want = self.copy_mut(peer)?.want.take()?;
+        self.uncount(&want);
+        Some(want)
+    }
+
+    /// Opens a peer's question, or changes it. The peer has a copy.
+    pub(super) fn change_want(&mut self, peer: Slot, change: impl FnOnce(&mut Want)) {
+        let Some(copy) = self.copy_mut(peer) else { return };
+        let mut want = copy.want.take();
+        want.as_deref().into_iter().for_each(|want| self.uncount(want));
+        let mut want = want.take().unwrap_or_default();
+        change(&mut want);
+        self.wanting += 1;
+        self.readers += u32::from(want.reads);
+        self.guests += u32::from(want.guest);
+        self.naming += u32::from(want.names_issuer());
+        if let Some(copy) = self.copy_mut(peer) {
+            copy.want = Some(want);
+        }
+    }
+
+    fn uncount(&mut self, want: &Want) {
+        self.wanting -= 1;
+        self.readers -= u32::from(want.reads);
+        self.guests -= u32::from(want.guest);
+        self.naming -= u32::from(want.names_issuer());
+        if self.wanting == 0 {
+            self.spread = 1;
+        }
+    }
+
+    /// Spreads it over one scheduler more when too many ask this one.
+    pub(super) fn spread_when_hot(&mut self, now: Time) {
+        let is_hot = self.wanting - self.guests > HOT_WANTERS && self.spread < MAX_SPREAD;
+        if is_hot && (self.spread == 1 || now.since(self.spread_at) >= SPREAD_EVERY) {
+            self.spread += 1;
+            self.spread_at = now;
+        }
+    }
+
+    /// Whether anybody wants it for whom this scheduler elects.
+    pub(super) const fn is_ours(&self) -> bool {
+        self.wanting > self.guests
+    }
+
+    /// The issuers that those who want it name, and how many name each.
+    pub(super) fn named_issuers(&self) -> BTreeMap<PeerId, usize> {
+        let mut named = BTreeMap::new();
+        if self.naming > 0 {
+            let wants = self.copies.iter().filter_map(|copy| copy.want.as_deref());
+            for issuer in wants.filter(|want| want.names_issuer()).filter_map(|want| want.issuer) {
+                *named.entry(issuer).or_default() += 1;
+            }
+        }
+        named
+    }
+
     /// Who wants it, ascending.
     pub(super) fn wanters(&self) -> impl Iterator<Item = Slot> + '_ {
         self.copies.iter().filter(|copy| copy.want.is_some()).map(|copy| copy.peer)
     }
 
     /// Whether seeds may not read it at its origin, by the word of somebody who may.
-    pub(super) fn is_private(&self) -> bool {
-        self.copies.iter().any(|copy| copy.want.as_ref().is_some_and(|want| want.reads))
+    pub(super) const fn is_private(&self) -> bool {
+        self.readers > 0
     }
 
     pub(super) fn elected(&self) -> Option<Slot> {

@@ -43,6 +43,7 @@ struct Told {
     parents: Vec<PeerId>,
     issuer: Option<PeerId>,
     fetch_from_origin: bool,
+    spread: u32,
 }
 
 /// A swarm with a clock, and everything it said.
@@ -82,8 +83,8 @@ impl World {
     fn listen(&mut self) {
         while let Some(output) = self.swarm.poll() {
             match output.clone() {
-                Output::Parents { to, task, parents, issuer, fetch_from_origin } => {
-                    self.told.insert((to, task), Told { parents, issuer, fetch_from_origin });
+                Output::Parents { to, task, parents, issuer, fetch_from_origin, spread } => {
+                    self.told.insert((to, task), Told { parents, issuer, fetch_from_origin, spread });
                 }
                 Output::Isolated(all) => self.isolated = all,
             }
@@ -124,6 +125,19 @@ impl World {
             size_bytes: Some(20 * MIB),
             again: false,
             reads: false,
+            terms: Terms::default(),
+        });
+    }
+
+    /// A question of somebody who was told who the issuer is, here before a restart or, as a guest, elsewhere.
+    fn want_naming(&mut self, n: u32, t: u32, issuer: u32, guest: bool) {
+        self.input(Input::Want {
+            peer: peer(n),
+            task: task(t),
+            size_bytes: Some(20 * MIB),
+            again: false,
+            reads: false,
+            terms: Terms { issuer: Some(peer(issuer)), guest },
         });
     }
 
@@ -177,7 +191,12 @@ impl World {
             let task = swarm.tasks.get(*slot).expect("by_digest names tasks that exist");
             assert_eq!(task.digest, *digest);
             assert!(task.copies.is_sorted_by_key(|copy| copy.peer) && !task.copies.is_empty());
-            assert_eq!(task.wanting as usize, task.wanters().count());
+            let wants = || task.copies.iter().filter_map(|copy| copy.want.as_deref());
+            assert_eq!(task.wanting as usize, wants().count());
+            assert_eq!(task.readers as usize, wants().filter(|want| want.reads).count());
+            assert_eq!(task.guests as usize, wants().filter(|want| want.guest).count());
+            let naming = wants().filter(|want| want.issuer.is_some() && !want.guest);
+            assert_eq!(task.naming as usize, naming.count());
             assert_eq!(swarm.wanted.contains(slot), task.wanting > 0);
             for copy in &task.copies {
                 let lists =
@@ -364,7 +383,14 @@ fn who_may_read_what_seeds_may_not_is_elected_in_spite_of_them() {
     world.join(1..=3);
     (1..=3).for_each(|n| world.want(n, 1));
     assert_eq!(world.told(3, 1).issuer, None, "a seed is there");
-    let input = |n| Input::Want { peer: peer(n), task: task(1), size_bytes: None, again: true, reads: true };
+    let input = |n| Input::Want {
+        peer: peer(n),
+        task: task(1),
+        size_bytes: None,
+        again: true,
+        reads: true,
+        terms: Terms::default(),
+    };
     world.input(input(2));
     world.wait(ms(1000));
     assert!(world.told(2, 1).fetch_from_origin);
@@ -438,6 +464,99 @@ fn nobody_is_elected_before_those_who_read_already_are_back() {
 }
 
 #[test]
+fn after_a_restart_the_issuer_is_who_it_was() {
+    let mut world = World::cold();
+    world.join(1..=4);
+    // Another one holds more by now; what counts is whose table is known.
+    world.hold(1, 1, 9, false);
+    (1..=3).for_each(|n| world.want_naming(n, 1, 2, false));
+    world.want(4, 1);
+    assert!((1..=3).all(|n| world.told(n, 1).issuer == Some(peer(2))), "its table counts on meanwhile");
+    assert!(world.told(2, 1).fetch_from_origin, "and it reads on");
+    world.wait(WARM_UP + ms(1000));
+    assert_eq!(world.readers(1), [peer(2)]);
+    assert!((1..=4).all(|n| world.told(n, 1).issuer == Some(peer(2))));
+    world.audit();
+}
+
+#[test]
+fn an_issuer_that_is_not_back_yet_is_waited_for_and_not_for_ever() {
+    for comes_back in [true, false] {
+        let mut world = World::cold();
+        world.join([1, 3]);
+        world.want_naming(1, 1, 2, false);
+        world.want_naming(3, 1, 2, false);
+        world.wait(WARM_UP + ms(5000));
+        assert!(world.readers(1).is_empty());
+        assert_eq!(world.told(1, 1).issuer, Some(peer(2)));
+        if comes_back {
+            world.join([2]);
+            world.hold(2, 1, 5, false);
+            world.want_naming(2, 1, 2, false);
+        }
+        world.wait(if comes_back { ms(1000) } else { ISSUER_RETURNS });
+        let issuer = world.told(1, 1).issuer;
+        assert_eq!(issuer == Some(peer(2)), comes_back);
+        assert_eq!(world.readers(1), [issuer.unwrap()]);
+    }
+}
+
+#[test]
+fn beside_a_seed_one_peer_s_word_makes_nobody_the_issuer() {
+    let mut world = World::cold();
+    world.join_seed(0);
+    world.join(1..=5);
+    world.wait(WARM_UP);
+    world.want_naming(1, 1, 1, false);
+    world.want(2, 1);
+    assert_eq!(world.told(2, 1).issuer, None);
+    // Two who say the same were told so before a restart.
+    world.want_naming(3, 1, 1, false);
+    world.wait(ms(1000));
+    assert_eq!(world.told(2, 1).issuer, Some(peer(1)));
+    world.audit();
+}
+
+#[test]
+fn a_hot_task_is_spread_step_by_step_and_only_while_it_is_hot() {
+    let mut world = World::new();
+    world.join_seed(0);
+    world.join(1..=HOT_WANTERS * 2);
+    (1..=HOT_WANTERS).for_each(|n| world.want(n, 1));
+    assert_eq!(world.told(HOT_WANTERS, 1).spread, 1);
+    world.want(HOT_WANTERS + 1, 1);
+    assert_eq!(world.told(HOT_WANTERS + 1, 1).spread, 2);
+    (HOT_WANTERS + 2..=HOT_WANTERS + 100).for_each(|n| world.want(n, 1));
+    assert_eq!(world.told(HOT_WANTERS + 100, 1).spread, 2, "those who were told have time to move");
+    world.wait(SPREAD_EVERY);
+    world.want(HOT_WANTERS + 101, 1);
+    assert_eq!(world.told(HOT_WANTERS + 101, 1).spread, 3, "it is still too many");
+    (1..=HOT_WANTERS * 2).for_each(|n| world.input(Input::Forget { peer: peer(n), task: task(1) }));
+    world.want(1, 1);
+    assert_eq!(world.told(1, 1).spread, 1);
+}
+
+#[test]
+fn guests_get_parents_and_the_issuer_they_know_and_nobody_is_elected_for_them() {
+    let mut world = World::new();
+    world.join(1..=5);
+    world.hold(4, 1, 3, false);
+    (2..=3).for_each(|n| world.want_naming(n, 1, 1, true));
+    world.wait(ms(1000));
+    for n in 2..=3 {
+        let told = world.told(n, 1);
+        assert_eq!((told.issuer, told.spread), (Some(peer(1)), 0));
+        assert!([1, 4, 5 - n].iter().all(|other| told.parents.contains(&peer(*other))), "{told:?}");
+    }
+    assert!(world.readers(1).is_empty());
+    world.leave(1);
+    world.wait(GRACE + ELECTION_STALL);
+    assert!(world.readers(1).is_empty(), "another scheduler elects");
+    assert_eq!(world.told(2, 1).spread, 1, "and there they are sent");
+    world.audit();
+}
+
+#[test]
 fn a_seed_known_from_before_the_restart_is_waited_for() {
     let mut world = World::cold();
     world.input(Input::Expected(registration(0, Role::Seed, ""), Duration::from_secs(20)));
@@ -457,7 +576,10 @@ fn the_last_seed_gone_an_election_follows_and_a_seed_that_comes_leaves_the_elect
     world.want(1, 1);
     world.leave(0);
     world.wait(GRACE + ms(1000));
-    assert_eq!(world.told(1, 1), &Told { parents: vec![], issuer: Some(peer(1)), fetch_from_origin: true });
+    assert_eq!(
+        world.told(1, 1),
+        &Told { parents: vec![], issuer: Some(peer(1)), fetch_from_origin: true, spread: 1 }
+    );
     world.join_seed(0);
     world.want(2, 1);
     assert_eq!(world.parents(2, 1), [peer(1)], "one copy from the origin, not two");
@@ -545,7 +667,14 @@ fn asking_again_names_the_seed_and_prefers_others() {
     (1..=200).for_each(|n| world.want(n, 1));
     let before = world.parents(200, 1).to_vec();
     assert!(!before.contains(&peer(0)));
-    world.input(Input::Want { peer: peer(200), task: task(1), size_bytes: None, again: true, reads: false });
+    world.input(Input::Want {
+        peer: peer(200),
+        task: task(1),
+        size_bytes: None,
+        again: true,
+        reads: false,
+        terms: Terms::default(),
+    });
     let after = world.parents(200, 1);
     assert_eq!(after[0], peer(0));
     assert!(after.iter().filter(|parent| before.contains(parent)).count() < before.len() / 2);
@@ -557,6 +686,7 @@ enum Step {
     Join(u32),
     Leave(u32),
     Want(u32, u32, bool),
+    WantNaming(u32, u32, u32, bool),
     Hold(u32, u32, u32),
     HoldOnly(u32, u32),
     Forget(u32, u32),
@@ -573,6 +703,8 @@ fn step() -> impl Strategy<Value = Step> {
         3 => p().prop_map(Step::Join),
         1 => p().prop_map(Step::Leave),
         6 => (p(), t(), any::<bool>()).prop_map(|(p, t, again)| Step::Want(p, t, again)),
+        2 => (p(), t(), p(), any::<bool>())
+            .prop_map(|(p, t, issuer, guest)| Step::WantNaming(p, t, issuer, guest)),
         4 => (p(), t(), 0u32..24).prop_map(|(p, t, pieces)| Step::Hold(p, t, pieces)),
         1 => (p(), t()).prop_map(|(p, t)| Step::HoldOnly(p, t)),
         1 => (p(), t()).prop_map(|(p, t)| Step::Forget(p, t)),
@@ -596,8 +728,10 @@ fn apply(world: &mut World, step: &Step) {
                 size_bytes: Some(20 * MIB),
                 again,
                 reads: again,
+                terms: Terms::default(),
             });
         }
+        Step::WantNaming(n, t, issuer, guest) => world.want_naming(n, t, issuer, guest),
         Step::Hold(n, t, pieces) => world.hold(n, t, pieces, pieces == 23),
         Step::HoldOnly(n, t) => {
             let holdings = vec![Holding { task: task(t), size_bytes: 20 * MIB, pieces: 23, complete: true }];
@@ -612,7 +746,7 @@ fn apply(world: &mut World, step: &Step) {
 /// What must hold of everything that was said since `from`, by what is known of the peers now.
 fn check_said(world: &World, from: usize) {
     for output in &world.said[from..] {
-        let Output::Parents { to, parents, issuer, fetch_from_origin, .. } = output else { continue };
+        let Output::Parents { to, parents, issuer, fetch_from_origin, spread, .. } = output else { continue };
         assert!(parents.len() <= MAX_PARENTS);
         assert!(!parents.contains(to), "nobody is named to itself");
         assert!(
@@ -623,6 +757,7 @@ fn check_said(world: &World, from: usize) {
         let unique: BTreeSet<_> = parents.iter().collect();
         assert_eq!(unique.len(), parents.len());
         assert_eq!(*fetch_from_origin, *issuer == Some(*to));
+        assert!((0..=MAX_SPREAD).contains(spread));
         assert!(issuer.is_none_or(|issuer| !world.isolated.contains(&issuer)));
     }
 }
@@ -651,12 +786,15 @@ proptest! {
             world.audit();
         }
         // Where somebody waits and no seed is there, exactly one who may be is elected.
-        world.wait(WARM_UP + GRACE + ms(1000));
+        world.wait(WARM_UP + ISSUER_RETURNS + GRACE + ms(1000));
         for slot in world.swarm.wanted.clone() {
             let elected = world.swarm.tasks.get(slot).and_then(|task| task.elected());
             let task = world.swarm.tasks.get(slot).unwrap();
             let no_seed = world.swarm.live_seeds(world.now).next().is_none();
-            let eligible = task.wanters().any(|wanter| world.swarm.is_namable(world.now, wanter));
+            let eligible = task.copies.iter().any(|copy| {
+                let is_ours = copy.want.as_deref().is_some_and(|want| !want.guest);
+                is_ours && world.swarm.is_namable(world.now, copy.peer)
+            });
             prop_assert!(elected.is_some() || !no_seed || !eligible);
         }
     }

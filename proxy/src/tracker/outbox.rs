@@ -22,8 +22,8 @@ const MAX_HOLDINGS: usize = 16_384;
 const MAX_REPORTS: usize = 1024;
 
 /// What all schedulers are still to be told, and what they told last.
-#[derive(Default)]
 pub(super) struct Outboxes {
+    me: PeerId,
     wants: BTreeMap<Digest, Wanted>,
     sessions: BTreeMap<PeerId, Outbox>,
     /// Members as each scheduler told them last; under `None` those from the disk.
@@ -34,7 +34,30 @@ pub(super) struct Outboxes {
 struct Wanted {
     want: Want,
     /// Which scheduler knows of it.
-    asked: Option<PeerId>,
+    asked: Option<Asked>,
+    /// Who issues its table, as far as this node was told.
+    issuer: Option<PeerId>,
+    /// Over how many schedulers it is spread.
+    spread: u32,
+    /// It is asked where its issuer is elected, whatever its spread: this node is the issuer, or found none elsewhere.
+    stays: bool,
+}
+
+/// Where a task is asked for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Asked {
+    scheduler: PeerId,
+    /// It is not the first in the task's order.
+    guest: bool,
+}
+
+/// What a scheduler says of a task, besides its parents.
+pub(super) struct Answer {
+    pub(super) issuer: Option<PeerId>,
+    /// This node is the issuer.
+    pub(super) elected: bool,
+    /// Over how many schedulers the task is spread; 0: nothing new.
+    pub(super) spread: u32,
 }
 
 /// What one scheduler is still to be told.
@@ -59,19 +82,52 @@ pub(super) enum Announcement {
 }
 
 impl Outboxes {
+    pub(super) const fn new(me: PeerId) -> Self {
+        Self {
+            me,
+            wants: BTreeMap::new(),
+            sessions: BTreeMap::new(),
+            members: BTreeMap::new(),
+            isolated: BTreeMap::new(),
+        }
+    }
+
     pub(super) fn want(&mut self, task: &Digest, want: Want) {
         if self.wants.len() >= MAX_WANTS && !self.wants.contains_key(task) {
             debug!(%task, "too many tasks are wanted; this one is fetched without a scheduler");
             return;
         }
-        let asked = self.owner(task);
-        self.wants.insert(*task, Wanted { want, asked });
+        let wanted = match self.wants.remove(task) {
+            Some(wanted) => Wanted { want, ..wanted },
+            None => Wanted { want, asked: None, issuer: None, spread: 1, stays: false },
+        };
+        let asked = wanted.asked;
+        self.wants.insert(*task, wanted);
         self.ask(asked, task);
+        self.reassign_one(task);
+    }
+
+    /// Notes what a scheduler says of a task; where that means to ask another one from now on, it is asked. `false`: it is not
+    /// the one that was asked, and its word no longer counts.
+    pub(super) fn heard_parents(&mut self, scheduler: PeerId, task: &Digest, said: Answer) -> bool {
+        // Elected for what it holds, a node need not want it.
+        let Some(wanted) = self.wants.get_mut(task) else { return true };
+        let Some(asked) = wanted.asked.filter(|asked| asked.scheduler == scheduler) else { return false };
+        wanted.issuer = said.issuer;
+        match (asked.guest, said.spread) {
+            (true, 1) => wanted.stays = true,
+            (false, spread @ 1..) => wanted.spread = spread,
+            _ => {}
+        }
+        wanted.stays |= said.elected;
+        self.reassign_one(task);
+        true
     }
 
     pub(super) fn forget(&mut self, task: &Digest) {
-        let asked = self.wants.remove(task).and_then(|want| want.asked);
-        self.withdraw(asked, task);
+        if let Some(asked) = self.wants.remove(task).and_then(|want| want.asked) {
+            self.withdraw(asked.scheduler, task);
+        }
     }
 
     pub(super) fn holding(&mut self, holding: &Holding) {
@@ -153,7 +209,7 @@ impl Outboxes {
             .map(|task| v1::from_peer::Event::Forget(v1::Forget { task: task.to_string() }));
         let mut questions: Vec<_> = forgets.collect();
         for task in std::mem::take(&mut outbox.wants) {
-            let Some(Wanted { want, .. }) = self.wants.get_mut(&task) else { continue };
+            let Some(Wanted { want, asked, issuer, .. }) = self.wants.get_mut(&task) else { continue };
             questions.push(v1::from_peer::Event::Want(v1::Want {
                 task: task.to_string(),
                 size_bytes: want.size_bytes.unwrap_or(0),
@@ -161,6 +217,8 @@ impl Outboxes {
                 // Said once: to a scheduler that starts afresh it is a first question.
                 again: std::mem::take(&mut want.again),
                 reads: want.reads,
+                issuer: issuer.map(|peer| peer.0.to_vec()).unwrap_or_default(),
+                guest: asked.is_some_and(|asked| asked.guest),
             }));
         }
         questions
@@ -231,16 +289,23 @@ impl Outboxes {
         rendezvous::owner(task, self.sessions.keys().copied())
     }
 
-    fn ask(&mut self, scheduler: Option<PeerId>, task: &Digest) {
-        if let Some(outbox) = scheduler.and_then(|scheduler| self.sessions.get_mut(&scheduler)) {
+    /// Where a task is to be asked for.
+    fn place(&self, task: &Digest, wanted: &Wanted) -> Option<Asked> {
+        let spread = if wanted.stays { 1 } else { wanted.spread };
+        let scheduler = rendezvous::share(task, self.sessions.keys().copied(), spread, self.me)?;
+        Some(Asked { scheduler, guest: spread > 1 && self.owner(task) != Some(scheduler) })
+    }
+
+    fn ask(&mut self, asked: Option<Asked>, task: &Digest) {
+        if let Some(outbox) = asked.and_then(|asked| self.sessions.get_mut(&asked.scheduler)) {
             outbox.forgets.remove(task);
             outbox.wants.insert(*task);
             outbox.wake.notify_one();
         }
     }
 
-    fn withdraw(&mut self, scheduler: Option<PeerId>, task: &Digest) {
-        if let Some(outbox) = scheduler.and_then(|scheduler| self.sessions.get_mut(&scheduler)) {
+    fn withdraw(&mut self, scheduler: PeerId, task: &Digest) {
+        if let Some(outbox) = self.sessions.get_mut(&scheduler) {
             // A question that was never asked needs no answer; the scheduler ignores a forget of what it does not know.
             outbox.wants.remove(task);
             outbox.forgets.insert(*task);
@@ -250,16 +315,25 @@ impl Outboxes {
 
     /// The connected have changed: tasks that another scheduler tracks now are asked for there.
     fn reassign(&mut self) {
-        let tasks: Vec<Digest> = self.wants.keys().copied().collect();
-        for task in tasks {
-            let owner = self.owner(&task);
-            let Some(want) = self.wants.get_mut(&task) else { continue };
-            let asked = std::mem::replace(&mut want.asked, owner);
-            if asked != owner {
-                self.withdraw(asked, &task);
-                self.ask(owner, &task);
-            }
+        for task in self.wants.keys().copied().collect::<Vec<_>>() {
+            self.reassign_one(&task);
         }
+    }
+
+    fn reassign_one(&mut self, task: &Digest) {
+        let Some(wanted) = self.wants.get(task) else { return };
+        let (before, now) = (wanted.asked, self.place(task, wanted));
+        if before == now {
+            return;
+        }
+        if let Some(before) = before.filter(|before| now.is_none_or(|now| now.scheduler != before.scheduler))
+        {
+            self.withdraw(before.scheduler, task);
+        }
+        if let Some(wanted) = self.wants.get_mut(task) {
+            wanted.asked = now;
+        }
+        self.ask(now, task);
     }
 }
 
@@ -299,7 +373,7 @@ mod tests {
 
     #[test]
     fn each_open_want_is_asked_at_one_scheduler_and_again_when_that_is_gone() {
-        let mut outboxes = Outboxes::default();
+        let mut outboxes = Outboxes::new(scheduler(200));
         (0..100).for_each(|n| outboxes.want(&task(n), want(false)));
         outboxes.open(scheduler(1), "a:1");
         assert_eq!(wanted(&mut outboxes, scheduler(1)).len(), 100);
@@ -320,9 +394,92 @@ mod tests {
         );
     }
 
+    fn parents_said(issuer: Option<PeerId>, elected: bool, spread: u32) -> Answer {
+        Answer { issuer, elected, spread }
+    }
+
+    fn first_want(outboxes: &mut Outboxes, from: PeerId) -> Option<v1::Want> {
+        outboxes.take_questions(from).into_iter().find_map(|question| match question {
+            Event::Want(want) => Some(want),
+            _ => None,
+        })
+    }
+
+    #[test]
+    fn a_scheduler_that_comes_back_hears_who_the_issuer_is() {
+        let mut outboxes = Outboxes::new(scheduler(200));
+        outboxes.open(scheduler(1), "a:1");
+        outboxes.want(&task(1), want(false));
+        assert!(first_want(&mut outboxes, scheduler(1)).unwrap().issuer.is_empty());
+        assert!(outboxes.heard_parents(scheduler(1), &task(1), parents_said(Some(scheduler(9)), false, 1)));
+        outboxes.close(scheduler(1));
+        outboxes.open(scheduler(1), "a:1");
+        let again = first_want(&mut outboxes, scheduler(1)).unwrap();
+        assert_eq!((again.issuer, again.guest), (scheduler(9).0.to_vec(), false));
+    }
+
+    #[test]
+    fn a_spread_task_is_asked_for_at_one_of_the_first_schedulers() {
+        let all = || (1..=4).map(scheduler);
+        let (mut moved, mut stayed) = (0, 0);
+        for me in 0..100 {
+            let mut outboxes = Outboxes::new(PeerId([me; 16]));
+            all().for_each(|scheduler| drop(outboxes.open(scheduler, "a:1")));
+            outboxes.want(&task(1), want(false));
+            let order = rendezvous::order(&task(1), all());
+            assert!(first_want(&mut outboxes, order[0]).is_some(), "the first in the order is asked first");
+            outboxes.heard_parents(order[0], &task(1), parents_said(Some(scheduler(9)), false, 2));
+            let Some(guest) = first_want(&mut outboxes, order[1]) else {
+                stayed += 1;
+                continue;
+            };
+            moved += 1;
+            assert!(guest.guest && guest.issuer == scheduler(9).0);
+            let forgets = outboxes.take_questions(order[0]);
+            assert!(matches!(&forgets[..], [Event::Forget(_)]), "{forgets:?}");
+            assert!(
+                !outboxes.heard_parents(order[0], &task(1), parents_said(None, false, 8)),
+                "who is no longer asked says nothing that counts"
+            );
+            // Nobody there brings it: back, and for good.
+            outboxes.heard_parents(order[1], &task(1), parents_said(None, false, 1));
+            assert!(first_want(&mut outboxes, order[0]).is_some_and(|want| !want.guest));
+            outboxes.heard_parents(order[0], &task(1), parents_said(None, false, 2));
+            assert!(first_want(&mut outboxes, order[1]).is_none());
+        }
+        assert!(moved > 30 && stayed > 30, "{moved} and {stayed}");
+    }
+
+    #[test]
+    fn a_guest_s_scheduler_that_becomes_the_first_is_asked_as_the_first() {
+        let order = rendezvous::order(&task(1), (1..=2).map(scheduler));
+        let me = (0..)
+            .map(|me| PeerId([me; 16]))
+            .find(|me| rendezvous::share(&task(1), order.iter().copied(), 2, *me) == Some(order[1]));
+        let mut outboxes = Outboxes::new(me.unwrap());
+        order.iter().for_each(|scheduler| drop(outboxes.open(*scheduler, "a:1")));
+        outboxes.want(&task(1), want(false));
+        outboxes.heard_parents(order[0], &task(1), parents_said(None, false, 2));
+        assert!(first_want(&mut outboxes, order[1]).is_some_and(|want| want.guest));
+        outboxes.close(order[0]);
+        assert!(first_want(&mut outboxes, order[1]).is_some_and(|want| !want.guest));
+    }
+
+    #[test]
+    fn the_issuer_stays_where_it_was_elected() {
+        for me in 0..20 {
+            let mut outboxes = Outboxes::new(PeerId([me; 16]));
+            (1..=2).for_each(|n| drop(outboxes.open(scheduler(n), "a:1")));
+            outboxes.want(&task(1), want(false));
+            let order = rendezvous::order(&task(1), (1..=2).map(scheduler));
+            outboxes.heard_parents(order[0], &task(1), parents_said(Some(PeerId([me; 16])), true, 2));
+            assert!(first_want(&mut outboxes, order[1]).is_none());
+        }
+    }
+
     #[test]
     fn a_want_forgotten_before_it_was_sent_is_not_asked() {
-        let mut outboxes = Outboxes::default();
+        let mut outboxes = Outboxes::new(scheduler(200));
         outboxes.open(scheduler(1), "a:1");
         outboxes.want(&task(1), want(false));
         outboxes.forget(&task(1));
@@ -334,7 +491,7 @@ mod tests {
 
     #[test]
     fn what_is_held_is_told_before_it_is_wanted_no_more() {
-        let mut outboxes = Outboxes::default();
+        let mut outboxes = Outboxes::new(scheduler(200));
         outboxes.open(scheduler(1), "a:1");
         outboxes.take_news(scheduler(1));
         outboxes.want(&task(1), want(false));
@@ -351,7 +508,7 @@ mod tests {
 
     #[test]
     fn a_new_stream_announces_all_and_then_the_latest_of_each() {
-        let mut outboxes = Outboxes::default();
+        let mut outboxes = Outboxes::new(scheduler(200));
         outboxes.holding(&holding(1, 1));
         outboxes.open(scheduler(1), "a:1");
         assert!(outboxes.has_news(scheduler(1)));
@@ -366,7 +523,7 @@ mod tests {
 
     #[test]
     fn reports_add_up_and_are_bounded() {
-        let mut outboxes = Outboxes::default();
+        let mut outboxes = Outboxes::new(scheduler(200));
         outboxes.report(scheduler(9), &task(1), ReportKind::Stalled);
         outboxes.open(scheduler(1), "a:1");
         for _ in 0..3 {
@@ -380,7 +537,7 @@ mod tests {
 
     #[test]
     fn wants_are_bounded() {
-        let mut outboxes = Outboxes::default();
+        let mut outboxes = Outboxes::new(scheduler(200));
         (0..5000).for_each(|n| outboxes.want(&task(n), want(false)));
         assert_eq!(outboxes.wants.len(), MAX_WANTS);
     }
@@ -394,7 +551,7 @@ mod tests {
             role: Role::Seed,
             zone: String::new(),
         };
-        let mut outboxes = Outboxes::default();
+        let mut outboxes = Outboxes::new(scheduler(200));
         assert_eq!(outboxes.heard_members(None, vec![seed(50)]).unwrap(), [seed(50)]);
         outboxes.open(scheduler(1), "a:1");
         outboxes.open(scheduler(2), "b:1");
@@ -412,7 +569,7 @@ mod tests {
 
     #[test]
     fn isolated_is_whom_any_scheduler_isolates() {
-        let mut outboxes = Outboxes::default();
+        let mut outboxes = Outboxes::new(scheduler(200));
         let (a, b) = (scheduler(50), scheduler(51));
         assert_eq!(outboxes.heard_isolated(scheduler(1), Vec::new()), None);
         assert_eq!(outboxes.heard_isolated(scheduler(1), vec![a]).unwrap(), [a]);

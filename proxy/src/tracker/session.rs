@@ -20,7 +20,7 @@ use tokio::time::{sleep, timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tracing::{debug, info, warn};
 
-use super::outbox::Announcement;
+use super::outbox::{Announcement, Answer};
 use super::{Holding, Member, Shared, TrackerEvent};
 
 /// Waits between tries grow from the first to the last, each doubled and then changed at random by up to a half: after a
@@ -228,7 +228,14 @@ impl Session<'_> {
             }
             Some(Said::Members(members)) => self.heard_members(members).await,
             Some(Said::Parents(parents)) => {
+                let spread = parents.spread;
                 let event = parents_event(parents).map_err(|error| error.to_string())?;
+                if let TrackerEvent::Parents { task, issuer, fetch_from_origin, .. } = &event {
+                    let said = Answer { issuer: *issuer, elected: *fetch_from_origin, spread };
+                    if !self.shared.outboxes().heard_parents(self.scheduler, task, said) {
+                        return Ok(());
+                    }
+                }
                 tell(self.shared, event).await;
                 Ok(())
             }
@@ -277,10 +284,7 @@ fn holding(holding: &Holding) -> v1::Holding {
 }
 
 fn parents_event(parents: v1::Parents) -> Result<TrackerEvent, convert::ConvertError> {
-    let issuer = match parents.issuer.as_slice() {
-        [] => None,
-        raw => Some(convert::from_peer_id(raw)?),
-    };
+    let issuer = convert::from_optional_peer_id(&parents.issuer)?;
     Ok(TrackerEvent::Parents {
         task: convert::from_task(&parents.task)?,
         parents: convert::from_members(parents.parents)?,
