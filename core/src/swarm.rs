@@ -37,7 +37,8 @@ use crate::piece::PeerId;
 
 use conduct::Conduct;
 pub use conduct::{
-    EVIDENCE_WINDOW, ISOLATION, LONE_ACCUSATIONS, REPORTERS_TO_ISOLATE, SUSPICION_HALF_LIFE,
+    EVIDENCE_WINDOW, Guilt, ISOLATION, LONE_ACCUSATIONS, REPORTERS_TO_ISOLATE, STALL_ISOLATION, STALL_WINDOW,
+    SUSPICION_HALF_LIFE,
     VERDICTS_PER_REPORTER,
 };
 use slab::{Slab, Slot};
@@ -129,6 +130,8 @@ pub enum ReportKind {
     WrongBytes,
     /// It stopped sending.
     Stalled,
+    /// It refused what it had offered.
+    NotHeld,
     /// It could not be reached or broke off.
     Failed,
     /// It served this many bytes since the last report.
@@ -193,6 +196,8 @@ pub enum Input {
         /// What.
         kind: ReportKind,
     },
+    /// Two sealed statements of an issuer contradict each other; both signatures have been checked.
+    Contradicted(PeerId),
 }
 
 /// What to tell.
@@ -221,8 +226,8 @@ pub enum Output {
 /// What is known of a peer, for people.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct PeerState {
-    /// Named to nobody.
-    pub isolated: bool,
+    /// Why it is named to nobody, and for how long from now on.
+    pub isolation: Option<(Guilt, Duration)>,
     /// Tasks in which it has a part.
     pub tasks: usize,
     /// Bytes that others said it served.
@@ -311,6 +316,7 @@ pub struct Swarm {
     /// All tasks, longest idle first.
     idle: BTreeSet<(Time, Slot)>,
     conduct: Conduct,
+    isolations: BTreeMap<Guilt, u64>,
     timers: BTreeSet<(Time, Timer)>,
     outputs: VecDeque<Output>,
 }
@@ -329,6 +335,7 @@ impl Swarm {
             wanted: BTreeSet::new(),
             idle: BTreeSet::new(),
             conduct: Conduct::default(),
+            isolations: BTreeMap::new(),
             timers: BTreeSet::from([elects_from, elects_from + ISSUER_RETURNS].map(|at| (at, Timer::WarmUp))),
             outputs: VecDeque::new(),
         }
@@ -349,6 +356,7 @@ impl Swarm {
             }
             Input::Forget { peer, task } => self.forget(now, rng, peer, &task),
             Input::Report { reporter, peer, kind } => self.report(now, rng, reporter, peer, kind),
+            Input::Contradicted(issuer) => self.contradicted(now, rng, issuer),
         }
         self.tick(now, rng);
     }
@@ -407,11 +415,16 @@ impl Swarm {
         self.conduct.isolated(now)
     }
 
+    /// How many were isolated so far for this.
+    pub fn isolations(&self, guilt: Guilt) -> u64 {
+        self.isolations.get(&guilt).copied().unwrap_or(0)
+    }
+
     /// What is known of a peer; nothing known is the default.
     pub fn peer_state(&self, now: Time, peer: PeerId) -> PeerState {
         let here = self.by_id.get(&peer).and_then(|slot| self.peers.get(*slot));
         PeerState {
-            isolated: self.conduct.is_isolated(now, peer),
+            isolation: self.conduct.isolation(now, peer),
             tasks: here.map_or(0, |peer| peer.tasks.len()),
             served_bytes: here.map_or(0, |peer| peer.served_bytes),
             suspicion: self.conduct.suspicion(now, peer),

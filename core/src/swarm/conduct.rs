@@ -1,14 +1,18 @@
 //! Who reported whom, who is trusted less for it, and who is isolated: the rule of evidence.
 //!
 //! - Wrong bytes isolate a peer when two different reporters, both with a vote, said so within [`EVIDENCE_WINDOW`].
-//! - A reporter whose accusations of wrong bytes nobody shares has no vote after [`LONE_ACCUSATIONS`] of them, and no
+//! - So do stalls, and refusals of what was offered, within [`STALL_WINDOW`], while nobody says that the peer served anything:
+//!   one whom two can't use and nobody can is of no use, be it by will or by a broken link. It is soon given another chance.
+//!   A slow peer serves somebody; that refutes them.
+//! - Two sealed statements of one issuer that contradict each other isolate it alone, whoever brings them.
+//! - A reporter whose accusations nobody shares, or that were refuted, has no vote after [`LONE_ACCUSATIONS`] of them, and no
 //!   reporter takes part in more than [`VERDICTS_PER_REPORTER`] verdicts a window: two liars isolate a few peers at most.
-//! - Stalls and failures never isolate. They lower a peer's score, less the more peers a reporter complains about alone:
-//!   who stalls with everybody has a bad link of his own.
-//! - What a peer did fades with [`SUSPICION_HALF_LIFE`]. After [`ISOLATION`] a peer is let back, on probation: its suspicion
-//!   starts high, so that it is chosen last.
+//! - Failures to reach a peer never isolate: each finds them out by himself, and they may be his own. They lower its score,
+//!   less the more peers a reporter complains about alone: who fails with everybody has a bad link of his own.
+//! - What a peer did fades with [`SUSPICION_HALF_LIFE`]. After [`ISOLATION`] (for stalls [`STALL_ISOLATION`]) a peer is let back,
+//!   on probation: its suspicion starts high, so that it is chosen last.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use super::ReportKind;
@@ -17,11 +21,16 @@ use crate::piece::PeerId;
 
 /// How long an isolated peer is named to nobody.
 pub const ISOLATION: Duration = Duration::from_secs(10 * 60);
+/// The same for one that stalled: a link that hung for a moment does not keep a peer out for the whole deploy.
+pub const STALL_ISOLATION: Duration = Duration::from_secs(60);
+/// How long a stall counts.
+pub const STALL_WINDOW: Duration = Duration::from_secs(30);
 /// How long an accusation counts.
 pub const EVIDENCE_WINDOW: Duration = Duration::from_secs(10 * 60);
 /// Reporters it takes to isolate a peer.
 pub const REPORTERS_TO_ISOLATE: usize = 2;
-/// Unshared accusations of wrong bytes after which a reporter has no vote. Wrong bytes are rare: one liar in a thousand.
+/// Unshared accusations of wrong bytes (of stalls) after which a reporter has no vote on them. Both are rare: one liar in a
+/// thousand.
 pub const LONE_ACCUSATIONS: usize = 3;
 /// Unshared complaints of any kind at which a reporter is no longer believed; each takes an equal part of its credit.
 const LONE_COMPLAINTS: f32 = 8.0;
@@ -33,6 +42,7 @@ pub const SUSPICION_HALF_LIFE: Duration = Duration::from_secs(5 * 60);
 /// What an accusation adds to suspicion, out of 1: wrong bytes weigh as much as five stalls.
 const WRONG_BYTES_WEIGHT: f32 = 0.5;
 const STALLED_WEIGHT: f32 = 0.1;
+const NOT_HELD_WEIGHT: f32 = 0.1;
 const FAILED_WEIGHT: f32 = 0.1;
 /// Where suspicion starts again when isolation ends.
 const PROBATION_SUSPICION: f32 = 0.9;
@@ -45,12 +55,23 @@ const MAX_RECORDS: usize = 65_536;
 /// How often what has faded is dropped.
 const SWEEP_EVERY: Duration = Duration::from_secs(60);
 
+/// Why a peer is isolated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Guilt {
+    /// Several got wrong bytes from it.
+    WrongBytes,
+    /// Several got nothing from it that it had offered, and nobody got anything.
+    Stalled,
+    /// It signed and sealed two different tables of one task.
+    Contradiction,
+}
+
 /// The records of everybody who reported or was reported.
 #[derive(Debug, Default)]
 pub(super) struct Conduct {
     records: BTreeMap<PeerId, Record>,
-    /// When isolated peers are let back, in order: all are isolated for the same time.
-    releases: VecDeque<Time>,
+    /// When isolated peers are let back.
+    releases: BTreeSet<Time>,
     swept_at: Time,
 }
 
@@ -59,7 +80,9 @@ struct Record {
     suspicion: f32,
     /// When `suspicion` was right.
     at: Time,
-    isolated_until: Option<Time>,
+    isolated: Option<(Guilt, Time)>,
+    /// When somebody last said that it served him.
+    served_at: Option<Time>,
     /// Who accused this peer.
     accusers: Vec<Accusation>,
     /// Whom this peer accused.
@@ -70,8 +93,27 @@ struct Record {
 struct Accusation {
     /// The other one.
     peer: PeerId,
-    wrong_bytes: bool,
+    charge: Charge,
     at: Time,
+}
+
+/// What is held against a peer: what isolates, each kind by itself, and what only lowers its score.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Charge {
+    WrongBytes,
+    Stalled,
+    Failed,
+}
+
+impl Charge {
+    /// What enough reporters of it find a peer guilty of, how long their word counts, and how long it is isolated.
+    const fn verdict(self) -> Option<(Guilt, Duration, Duration)> {
+        match self {
+            Charge::WrongBytes => Some((Guilt::WrongBytes, EVIDENCE_WINDOW, ISOLATION)),
+            Charge::Stalled => Some((Guilt::Stalled, STALL_WINDOW, STALL_ISOLATION)),
+            Charge::Failed => None,
+        }
+    }
 }
 
 impl Record {
@@ -86,11 +128,17 @@ impl Record {
     }
 
     fn is_isolated(&self, now: Time) -> bool {
-        self.isolated_until.is_some_and(|until| now < until)
+        self.isolated.is_some_and(|(_, until)| now < until)
+    }
+
+    /// Whether it has served somebody since it was said to stall.
+    fn refutes(&self, accusation: &Accusation) -> bool {
+        accusation.charge == Charge::Stalled && self.served_at.is_some_and(|at| at >= accusation.at)
     }
 
     fn has_faded(&self, now: Time) -> bool {
-        self.isolated_until.is_none()
+        self.isolated.is_none()
+            && self.served_at.is_none_or(|at| now.since(at) >= EVIDENCE_WINDOW)
             && self.accusers.is_empty()
             && self.accused.is_empty()
             && self.suspicion(now) < NEGLIGIBLE
@@ -98,7 +146,7 @@ impl Record {
 }
 
 fn note(accusations: &mut Vec<Accusation>, new: Accusation) {
-    match accusations.iter_mut().find(|old| old.peer == new.peer && old.wrong_bytes == new.wrong_bytes) {
+    match accusations.iter_mut().find(|old| old.peer == new.peer && old.charge == new.charge) {
         Some(old) => old.at = new.at,
         None => {
             if accusations.len() == KEPT {
@@ -126,24 +174,48 @@ impl Conduct {
 
     /// Takes in a report. `true`: `accused` is isolated from now on.
     pub(super) fn report(&mut self, now: Time, reporter: PeerId, accused: PeerId, kind: ReportKind) -> bool {
-        let (weight, wrong_bytes) = match kind {
-            ReportKind::WrongBytes => (WRONG_BYTES_WEIGHT, true),
-            ReportKind::Stalled => (STALLED_WEIGHT, false),
-            ReportKind::Failed => (FAILED_WEIGHT, false),
-            ReportKind::Served(_) => return false,
-        };
         if reporter == accused || self.is_isolated(now, reporter) || self.is_isolated(now, accused) {
             return false;
         }
-        let credit = self.credit(now, reporter, accused, wrong_bytes);
+        let (weight, charge) = match kind {
+            ReportKind::WrongBytes => (WRONG_BYTES_WEIGHT, Charge::WrongBytes),
+            ReportKind::Stalled => (STALLED_WEIGHT, Charge::Stalled),
+            ReportKind::NotHeld => (NOT_HELD_WEIGHT, Charge::Stalled),
+            ReportKind::Failed => (FAILED_WEIGHT, Charge::Failed),
+            ReportKind::Served(_) => {
+                // Only those on record have anything to be refuted.
+                if let Some(record) = self.records.get_mut(&accused) {
+                    record.served_at = Some(now);
+                }
+                return false;
+            }
+        };
+        let credit = self.credit(now, reporter, accused, charge);
         if let Some(record) = self.record(accused) {
             record.suspect(now, weight * credit);
-            note(&mut record.accusers, Accusation { peer: reporter, wrong_bytes, at: now });
+            note(&mut record.accusers, Accusation { peer: reporter, charge, at: now });
         }
         if let Some(record) = self.record(reporter) {
-            note(&mut record.accused, Accusation { peer: accused, wrong_bytes, at: now });
+            note(&mut record.accused, Accusation { peer: accused, charge, at: now });
         }
-        wrong_bytes && self.judge(now, accused)
+        self.judge(now, accused, charge)
+    }
+
+    /// Isolates a peer that is guilty beyond doubt. `false`: it is isolated already, or there are too many records.
+    pub(super) fn convict(&mut self, now: Time, peer: PeerId, guilt: Guilt, isolation: Duration) -> bool {
+        if self.is_isolated(now, peer) {
+            return false;
+        }
+        let Some(record) = self.record(peer) else { return false };
+        record.isolated = Some((guilt, now + isolation));
+        self.releases.insert(now + isolation);
+        true
+    }
+
+    /// Why a peer is isolated, and for how long from now on.
+    pub(super) fn isolation(&self, now: Time, peer: PeerId) -> Option<(Guilt, Duration)> {
+        let (guilt, until) = self.records.get(&peer)?.isolated?;
+        (now < until).then(|| (guilt, until.since(now)))
     }
 
     /// Drops what has faded, at most once a minute. `true`: somebody is no longer isolated.
@@ -152,13 +224,13 @@ impl Conduct {
             return false;
         }
         self.swept_at = now;
-        while self.releases.front().is_some_and(|release| *release <= now) {
-            self.releases.pop_front();
+        while self.releases.first().is_some_and(|release| *release <= now) {
+            self.releases.pop_first();
         }
         let mut released = false;
         for record in self.records.values_mut() {
-            if record.isolated_until.is_some_and(|until| until <= now) {
-                record.isolated_until = None;
+            if record.isolated.is_some_and(|(_, until)| until <= now) {
+                record.isolated = None;
                 record.suspicion = PROBATION_SUSPICION;
                 record.at = now;
                 // Its time is served; only new evidence counts.
@@ -175,49 +247,46 @@ impl Conduct {
     /// When [`Conduct::sweep`] has something to do.
     pub(super) fn deadline(&self) -> Option<Time> {
         let sweep = (!self.records.is_empty()).then_some(self.swept_at + SWEEP_EVERY);
-        self.releases.front().copied().into_iter().chain(sweep).min()
+        self.releases.first().copied().into_iter().chain(sweep).min()
     }
 
-    fn judge(&mut self, now: Time, accused: PeerId) -> bool {
+    fn judge(&mut self, now: Time, accused: PeerId, charge: Charge) -> bool {
+        let Some((guilt, window, isolation)) = charge.verdict() else { return false };
         let Some(record) = self.records.get(&accused) else { return false };
-        let recent = |a: &&Accusation| a.wrong_bytes && now.since(a.at) < EVIDENCE_WINDOW;
-        let votes =
-            record.accusers.iter().filter(recent).filter(|a| self.has_vote(now, a.peer, accused)).count();
-        if votes < REPORTERS_TO_ISOLATE {
-            return false;
-        }
-        if let Some(record) = self.records.get_mut(&accused) {
-            record.isolated_until = Some(now + ISOLATION);
-            self.releases.push_back(now + ISOLATION);
-        }
-        true
+        let counts = |a: &&Accusation| {
+            a.charge == charge && now.since(a.at) < window && !record.refutes(a)
+        };
+        let votes = record
+            .accusers
+            .iter()
+            .filter(counts)
+            .filter(|a| self.has_vote(now, a.peer, accused, charge))
+            .count();
+        votes >= REPORTERS_TO_ISOLATE && self.convict(now, accused, guilt, isolation)
     }
 
     /// How much of a report is believed, 0 to 1.
-    fn credit(&self, now: Time, reporter: PeerId, accused: PeerId, wrong_bytes: bool) -> f32 {
-        if wrong_bytes && !self.has_vote(now, reporter, accused) {
+    fn credit(&self, now: Time, reporter: PeerId, accused: PeerId, charge: Charge) -> f32 {
+        if charge == Charge::WrongBytes && !self.has_vote(now, reporter, accused, charge) {
             return 0.0;
         }
-        (1.0 - self.lone_accusations(now, reporter, accused, false) as f32 / LONE_COMPLAINTS).max(0.0)
+        (1.0 - self.lone_accusations(now, reporter, accused, None) as f32 / LONE_COMPLAINTS).max(0.0)
     }
 
-    fn has_vote(&self, now: Time, reporter: PeerId, accused: PeerId) -> bool {
+    fn has_vote(&self, now: Time, reporter: PeerId, accused: PeerId, charge: Charge) -> bool {
         !self.is_isolated(now, reporter)
-            && self.lone_accusations(now, reporter, accused, true) < LONE_ACCUSATIONS
+            && self.lone_accusations(now, reporter, accused, Some(charge)) < LONE_ACCUSATIONS
             && self.verdicts(now, reporter) < VERDICTS_PER_REPORTER
     }
 
-    /// How many peers other than `but` the reporter accuses of wrong bytes (or of anything) while nobody else does.
-    fn lone_accusations(&self, now: Time, reporter: PeerId, but: PeerId, wrong_bytes: bool) -> usize {
-        let counts = |a: &&Accusation| {
-            a.peer != but && (a.wrong_bytes || !wrong_bytes) && now.since(a.at) < EVIDENCE_WINDOW
-        };
+    /// Of how many peers other than `but` the reporter says this (or anything) while nobody else does, or somebody refutes it.
+    fn lone_accusations(&self, now: Time, reporter: PeerId, but: PeerId, charge: Option<Charge>) -> usize {
+        let is_meant = |a: &Accusation| charge.is_none_or(|charge| a.charge == charge);
+        let counts = |a: &&Accusation| a.peer != but && is_meant(a) && now.since(a.at) < EVIDENCE_WINDOW;
         let alone = |a: &&Accusation| {
             self.records.get(&a.peer).is_none_or(|record| {
-                record
-                    .accusers
-                    .iter()
-                    .all(|other| other.peer == reporter || (wrong_bytes && !other.wrong_bytes))
+                let is_shared = record.accusers.iter().any(|other| other.peer != reporter && is_meant(other));
+                !is_shared || charge.is_some() && record.refutes(a)
             })
         };
         self.records
@@ -225,10 +294,11 @@ impl Conduct {
             .map_or(0, |record| record.accused.iter().filter(counts).filter(alone).count())
     }
 
-    /// How many of those it accuses of wrong bytes are isolated: no report is taken on an isolated peer, so it helped.
+    /// How many of those it accuses of what isolates are isolated: no report is taken on an isolated peer, so it helped.
     fn verdicts(&self, now: Time, reporter: PeerId) -> usize {
         let Some(record) = self.records.get(&reporter) else { return 0 };
-        record.accused.iter().filter(|a| a.wrong_bytes && self.is_isolated(now, a.peer)).count()
+        let helped = |a: &&Accusation| a.charge.verdict().is_some() && self.is_isolated(now, a.peer);
+        record.accused.iter().filter(helped).count()
     }
 
     fn record(&mut self, peer: PeerId) -> Option<&mut Record> {
@@ -284,10 +354,10 @@ mod tests {
     }
 
     #[test]
-    fn stalls_never_isolate_and_are_forgiven() {
+    fn failures_never_isolate_and_are_forgiven() {
         let mut conduct = Conduct::default();
         for reporter in 1..30 {
-            assert!(!conduct.report(at(0), peer(reporter), peer(99), ReportKind::Stalled));
+            assert!(!conduct.report(at(0), peer(reporter), peer(99), ReportKind::Failed));
         }
         assert!(conduct.isolated(at(0)).is_empty());
         assert!(conduct.suspicion(at(0), peer(99)) > 0.9);
@@ -296,10 +366,55 @@ mod tests {
     }
 
     #[test]
+    fn who_serves_two_peers_nothing_and_nobody_anything_is_isolated_for_a_while() {
+        use ReportKind::{NotHeld, Served, Stalled};
+        type Case<'a> = (&'a str, &'a [(u64, u8, ReportKind)], bool);
+        let cases: &[Case<'_>] = &[
+            ("one reporter, often", &[(0, 1, Stalled), (1, 1, NotHeld), (2, 1, Stalled)], false),
+            ("two reporters", &[(0, 1, Stalled), (5, 2, NotHeld)], true),
+            ("too far apart", &[(0, 1, Stalled), (31, 2, Stalled)], false),
+            ("a third got something between", &[(0, 1, Stalled), (3, 3, Served(1)), (5, 2, Stalled)], false),
+            ("and then no more", &[(3, 3, Served(1)), (4, 1, Stalled), (5, 2, Stalled)], true),
+            ("its own word is none", &[(0, 1, Stalled), (3, 9, Served(1)), (5, 2, Stalled)], true),
+        ];
+        for (name, reports, isolated) in cases {
+            let mut conduct = Conduct::default();
+            for (second, reporter, kind) in *reports {
+                conduct.report(at(*second), peer(*reporter), peer(9), *kind);
+            }
+            assert_eq!(conduct.is_isolated(at(31), peer(9)), *isolated, "{name}");
+        }
+    }
+
+    #[test]
+    fn who_was_refuted_has_no_vote_on_stalls() {
+        let mut conduct = Conduct::default();
+        for accused in 10..13 {
+            conduct.report(at(0), peer(1), peer(accused), ReportKind::Stalled);
+            conduct.report(at(1), peer(2), peer(accused), ReportKind::Served(1));
+        }
+        conduct.report(at(2), peer(1), peer(9), ReportKind::Stalled);
+        assert!(!conduct.report(at(3), peer(3), peer(9), ReportKind::Stalled));
+        assert!(conduct.report(at(4), peer(4), peer(9), ReportKind::Stalled));
+    }
+
+    #[test]
+    fn isolation_tells_why_and_how_long() {
+        let mut conduct = Conduct::default();
+        conduct.report(at(0), peer(1), peer(9), ReportKind::Stalled);
+        conduct.report(at(0), peer(2), peer(9), ReportKind::Stalled);
+        assert_eq!(conduct.isolation(at(20), peer(9)), Some((Guilt::Stalled, Duration::from_secs(40))));
+        assert!(conduct.convict(at(1), peer(8), Guilt::Contradiction, ISOLATION));
+        assert!(!conduct.convict(at(2), peer(8), Guilt::Contradiction, ISOLATION));
+        assert!(conduct.sweep(at(60)), "the shorter one ends first");
+        assert_eq!(conduct.isolated(at(60)), [peer(8)]);
+    }
+
+    #[test]
     fn who_stalls_with_everybody_is_believed_less() {
         let mut conduct = Conduct::default();
         for accused in 2..40 {
-            conduct.report(at(0), peer(1), peer(accused), ReportKind::Stalled);
+            conduct.report(at(0), peer(1), peer(accused), ReportKind::Failed);
         }
         assert!(conduct.suspicion(at(0), peer(2)) > 0.05);
         assert!(conduct.suspicion(at(0), peer(39)) < 0.001);

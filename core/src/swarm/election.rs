@@ -6,7 +6,7 @@ use rand::{Rng, RngExt};
 
 use super::slab::Slot;
 use super::task::{Copy, Election};
-use super::{ELECTION_STALL, ISSUER_RETURNS, Output, REPORTERS_TO_ISOLATE, ReportKind, Swarm, Timer};
+use super::{ELECTION_STALL, Guilt, ISOLATION, ISSUER_RETURNS, Output, REPORTERS_TO_ISOLATE, ReportKind, Swarm, Timer};
 use crate::Time;
 use crate::piece::PeerId;
 
@@ -142,17 +142,34 @@ impl Swarm {
         if !self.peers.get_mut(*from).is_some_and(|peer| peer.may_report(now)) {
             return;
         }
+        let Some(peer) = self.peers.get_mut(about) else { return };
         if let ReportKind::Served(bytes) = kind {
-            if let Some(peer) = self.peers.get_mut(about) {
-                peer.served_bytes = peer.served_bytes.saturating_add(bytes);
-            }
-        } else if self.conduct.report(now, reporter, accused, kind) {
+            peer.served_bytes = peer.served_bytes.saturating_add(bytes);
+        } else if kind != ReportKind::WrongBytes && peer.gone_at.is_some() {
+            // It is away: that is no fault, and it may be back before its grace is over.
+            return;
+        }
+        if self.conduct.report(now, reporter, accused, kind) {
             self.isolate(now, rng, about);
+        }
+    }
+
+    /// An issuer that sealed two different tables of one task is isolated by its own word.
+    pub(super) fn contradicted<R: Rng + ?Sized>(&mut self, now: Time, rng: &mut R, issuer: PeerId) {
+        let slot = self.by_id.get(&issuer).copied();
+        if let Some(slot) = slot
+            && self.conduct.convict(now, issuer, Guilt::Contradiction, ISOLATION)
+        {
+            self.isolate(now, rng, slot);
         }
     }
 
     /// Takes a peer that has just been found guilty out of all lists.
     fn isolate<R: Rng + ?Sized>(&mut self, now: Time, rng: &mut R, slot: Slot) {
+        let id = self.peers.get(slot).map(|peer| peer.about.peer);
+        if let Some((guilt, _)) = id.and_then(|peer| self.conduct.isolation(now, peer)) {
+            *self.isolations.entry(guilt).or_default() += 1;
+        }
         self.outputs.push_back(Output::Isolated(self.conduct.isolated(now)));
         let Some(peer) = self.peers.get_mut(slot) else { return };
         peer.children = 0;

@@ -65,6 +65,11 @@ pub(super) struct Want {
 }
 
 impl Want {
+    /// Whether it may read here for others what seeds may not.
+    const fn is_reader(&self) -> bool {
+        self.reads && !self.guest
+    }
+
     /// Whether its word on the issuer counts here.
     const fn names_issuer(&self) -> bool {
         self.issuer.is_some() && !self.guest
@@ -151,7 +156,7 @@ impl Task {
         let mut want = want.take().unwrap_or_default();
         change(&mut want);
         self.wanting += 1;
-        self.readers += u32::from(want.reads);
+        self.readers += u32::from(want.is_reader());
         self.guests += u32::from(want.guest);
         self.naming += u32::from(want.names_issuer());
         if let Some(copy) = self.copy_mut(peer) {
@@ -161,7 +166,7 @@ impl Task {
 
     fn uncount(&mut self, want: &Want) {
         self.wanting -= 1;
-        self.readers -= u32::from(want.reads);
+        self.readers -= u32::from(want.is_reader());
         self.guests -= u32::from(want.guest);
         self.naming -= u32::from(want.names_issuer());
         if self.wanting == 0 {

@@ -193,7 +193,7 @@ impl World {
             assert!(task.copies.is_sorted_by_key(|copy| copy.peer) && !task.copies.is_empty());
             let wants = || task.copies.iter().filter_map(|copy| copy.want.as_deref());
             assert_eq!(task.wanting as usize, wants().count());
-            assert_eq!(task.readers as usize, wants().filter(|want| want.reads).count());
+            assert_eq!(task.readers as usize, wants().filter(|want| want.reads && !want.guest).count());
             assert_eq!(task.guests as usize, wants().filter(|want| want.guest).count());
             let naming = wants().filter(|want| want.issuer.is_some() && !want.guest);
             assert_eq!(task.naming as usize, naming.count());
@@ -610,6 +610,37 @@ fn two_reporters_isolate_for_everyone_and_probation_ends_it() {
     world.join_seed(0);
     [1, 2, 3, 5].into_iter().for_each(|n| world.want(n, 3));
     assert_eq!(world.parents(5, 3).last(), Some(&peer(1)), "on probation it comes last");
+}
+
+#[test]
+fn who_is_away_is_not_blamed_for_stalling() {
+    let mut world = World::new();
+    world.join(1..=4);
+    let complain = |world: &mut World, reporter: u32| {
+        world.input(Input::Report { reporter: peer(reporter), peer: peer(1), kind: ReportKind::Stalled });
+    };
+    world.leave(1);
+    (2..=4).for_each(|n| complain(&mut world, n));
+    world.join([1]);
+    assert!(world.isolated.is_empty());
+    (2..=3).for_each(|n| complain(&mut world, n));
+    assert_eq!(world.isolated, [peer(1)]);
+    assert_eq!(world.swarm.isolations(Guilt::Stalled), 1);
+    world.wait(STALL_ISOLATION);
+    assert!(world.isolated.is_empty());
+}
+
+#[test]
+fn an_issuer_that_contradicts_itself_is_isolated_at_once() {
+    let mut world = World::new();
+    world.join(1..=3);
+    (1..=3).for_each(|n| world.want(n, 1));
+    world.input(Input::Contradicted(peer(1)));
+    world.input(Input::Contradicted(peer(99)));
+    assert_eq!(world.isolated, [peer(1)]);
+    world.wait(ms(1000));
+    assert!(world.told(2, 1).issuer.is_some_and(|issuer| issuer != peer(1)));
+    assert_eq!(world.swarm.isolations(Guilt::Contradiction), 1);
 }
 
 #[test]

@@ -39,7 +39,7 @@ struct Wanted {
     issuer: Option<PeerId>,
     /// Over how many schedulers it is spread.
     spread: u32,
-    /// It is asked where its issuer is elected, whatever its spread: this node is the issuer, or found none elsewhere.
+    /// It is asked where its issuer is elected, however far it is spread: this node is the issuer, or found none elsewhere.
     stays: bool,
 }
 
@@ -291,7 +291,8 @@ impl Outboxes {
 
     /// Where a task is to be asked for.
     fn place(&self, task: &Digest, wanted: &Wanted) -> Option<Asked> {
-        let spread = if wanted.stays { 1 } else { wanted.spread };
+        // Who may read what seeds may not may be elected, which only the first does.
+        let spread = if wanted.stays || wanted.want.reads { 1 } else { wanted.spread };
         let scheduler = rendezvous::share(task, self.sessions.keys().copied(), spread, self.me)?;
         Some(Asked { scheduler, guest: spread > 1 && self.owner(task) != Some(scheduler) })
     }
