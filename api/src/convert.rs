@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use hawker_core::digest::{Algorithm, ChainValue, Digest};
 use hawker_core::message::{Message, Offer, Refusal, Role};
-use hawker_core::piece::{MAX_BLOB_BYTES, PeerId, PieceIndex, PieceLayout, SignedPrefix};
+use hawker_core::piece::{MAX_BLOB_BYTES, PeerId, PieceIndex, PieceLayout, PieceTable, SignedPrefix};
 use hawker_core::reference::{MAX_NAME_BYTES, Source, canonical_host, is_repository};
 use hawker_core::right::Bearer;
 
@@ -189,6 +189,30 @@ fn from_table(table: v1::Table) -> Result<Message> {
     ensure(u64::from(first) + values.len() as u64 <= u64::from(full_count), "values")?;
     let signed = signed.map(|signed| from_signed_prefix(signed, full_count)).transpose()?;
     Ok(Message::Table { task, size_bytes, first, values, signed })
+}
+
+/// A whole table with its statement, to the wire.
+pub fn table(table: &PieceTable) -> v1::Table {
+    v1::Table {
+        task: table.task().to_string(),
+        size_bytes: table.layout().size_bytes(),
+        first: 0,
+        values: values_bytes(table.values()),
+        signed: table.signed().map(signed_prefix),
+    }
+}
+
+/// A table from its first value on, with a statement. Its form is checked, not its signature.
+pub fn from_whole_table(table: Option<v1::Table>) -> Result<PieceTable> {
+    let Message::Table { task, size_bytes, first: 0, values, signed: Some(signed) } =
+        from_table(table.unwrap_or_default())?
+    else {
+        return Err(ConvertError::Bad("table"));
+    };
+    let mut table = PieceTable::new(task, PieceLayout::new(size_bytes));
+    values.into_iter().for_each(|value| table.push(value));
+    table.sign(signed);
+    Ok(table)
 }
 
 fn values_bytes(values: &[ChainValue]) -> Vec<u8> {

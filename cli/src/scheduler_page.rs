@@ -34,6 +34,13 @@ impl SchedulerPage {
             ("streams", "Open streams", &n.streams),
         ];
         let counters = [
+            ("isolated_wrong_bytes", "Peers isolated for wrong bytes", &n.isolated_for_wrong_bytes),
+            ("isolated_stalled", "Peers isolated because they stalled", &n.isolated_for_stalls),
+            (
+                "isolated_contradiction",
+                "Peers isolated because they sealed two tables of one task",
+                &n.isolated_for_contradictions,
+            ),
             ("messages_received", "Messages received", &n.received),
             ("messages_sent", "Messages sent", &n.sent),
             ("streams_dropped", "Streams closed because their peer read too slowly", &n.dropped),

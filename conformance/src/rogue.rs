@@ -2,8 +2,8 @@
 
 use std::io;
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -68,6 +68,8 @@ struct Shared {
     content: Content,
     lies: Option<PieceTable>,
     asked: AtomicU64,
+    /// To the scheduler; the stream lives as long as this.
+    say: OnceLock<mpsc::Sender<v1::FromPeer>>,
 }
 
 impl Rogue {
@@ -96,8 +98,16 @@ impl Rogue {
             let lies = (conduct == Conduct::SignsLies)
                 .then(|| lies(&identity, &blob, layout, &content))
                 .transpose()?;
-            let shared =
-                Arc::new(Shared { identity, conduct, blob, layout, content, lies, asked: AtomicU64::new(0) });
+            let shared = Arc::new(Shared {
+                identity,
+                conduct,
+                blob,
+                layout,
+                content,
+                lies,
+                asked: AtomicU64::new(0),
+                say: OnceLock::new(),
+            });
             let listener = TcpListener::bind(address).await.context("listening")?;
             tokio::spawn(Arc::clone(&shared).accept(listener));
             tokio::time::timeout(JOIN, Arc::clone(&shared).announce(&scheduler, address))
@@ -113,6 +123,22 @@ impl Rogue {
     #[must_use]
     pub fn peer_id(&self) -> PeerId {
         self.shared.identity.peer_id()
+    }
+
+    /// Tells the scheduler that all of `others` sent it wrong bytes.
+    ///
+    /// # Errors
+    /// When its stream is over.
+    pub fn slander(&self, others: &[PeerId]) -> Result<()> {
+        let report = |peer: &PeerId| v1::Report {
+            peer_id: peer.0.to_vec(),
+            task: self.shared.blob.digest.to_string(),
+            kind: v1::report::Kind::WrongBytes.into(),
+            bytes: 0,
+        };
+        let reports = v1::Reports { reports: others.iter().map(report).collect() };
+        let say = self.shared.say.get().context("it has not announced itself")?;
+        Ok(say.try_send(v1::FromPeer { event: Some(Say::Reports(reports)) })?)
     }
 
     /// Pieces that it was asked for.
@@ -167,10 +193,8 @@ impl Shared {
         let mut client = SchedulerClient::new(connection.channel);
         let mut stream = client.track(ReceiverStream::new(outgoing)).await?.into_inner();
         stream.message().await?.context("the scheduler closed the stream")?;
-        tokio::spawn(async move {
-            let _say = say;
-            while let Ok(Some(_)) = stream.message().await {}
-        });
+        let _ = self.say.set(say);
+        tokio::spawn(async move { while let Ok(Some(_)) = stream.message().await {} });
         Ok(())
     }
 

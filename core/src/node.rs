@@ -140,6 +140,8 @@ pub enum Output {
     },
     /// Tell the scheduler what became of a parent.
     Report(PeerId, Digest, Fault),
+    /// Show the schedulers two tables that one issuer sealed and that contradict each other.
+    Contradiction(Box<[PieceTable; 2]>),
     /// Look for this task: another peer asks for it. `open` follows when it is here or to be got, else `refuse`.
     Load {
         /// The task.

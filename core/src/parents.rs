@@ -13,7 +13,9 @@ pub enum Fault {
     WrongBytes,
     /// It stopped sending.
     Stalled,
-    /// It could not be reached, broke off, or refused what it had offered.
+    /// It refused what it had offered: it lied, or its disk lost it.
+    NotHeld,
+    /// It could not be reached, or broke off.
     Failed,
 }
 
@@ -24,7 +26,7 @@ impl Fault {
             Fault::WrongBytes => 8.0,
             // A stall costs the child seconds; a refused request or a reset costs a round trip.
             Fault::Stalled => 2.0,
-            Fault::Failed => 1.0,
+            Fault::NotHeld | Fault::Failed => 1.0,
         }
     }
 }

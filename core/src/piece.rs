@@ -352,7 +352,7 @@ impl SignedPrefix {
 
 /// What each piece of a task must hash to: the chaining values at the piece boundaries, from the first piece on, as far
 /// as they are known.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PieceTable {
     task: Digest,
     layout: PieceLayout,
@@ -482,6 +482,19 @@ impl PieceTable {
         )
     }
 
+    /// Who sealed both this table and `other` though they differ; `None` where nobody did. If both signatures hold, that is
+    /// proof of a lie: a seal says that the whole blob was verified, and one digest has one table. Statements without a seal
+    /// prove nothing: an honest issuer may have signed what a broken origin sent before the digest told.
+    pub fn contradiction(&self, other: &PieceTable) -> Option<PeerId> {
+        let sealed = |table: &PieceTable| {
+            let signed = table.signed.as_ref().filter(|signed| signed.sealed)?;
+            (signed.count as usize == table.values.len()).then_some(signed.issuer)
+        };
+        let differs = (self.layout, &self.values) != (other.layout, &other.values);
+        let issuer = sealed(self).filter(|issuer| Some(*issuer) == sealed(other));
+        issuer.filter(|_| self.task == other.task && differs)
+    }
+
     /// Attaches this node's own signature over all values known.
     pub fn sign(&mut self, signed: SignedPrefix) {
         self.signed = Some(signed);
@@ -571,6 +584,42 @@ mod tests {
             statement(&task, 9, &[value(1), value(2)], false, 6),
         ];
         assert_eq!(all.iter().collect::<BTreeSet<_>>().len(), all.len());
+    }
+
+    #[test]
+    fn only_two_seals_of_one_issuer_on_different_tables_contradict_each_other() {
+        let table = |task: &[u8], size, n: u8, sealed, issuer: u8| {
+            let layout = PieceLayout::new(size);
+            let mut table = PieceTable::new(Digest::of(Algorithm::Sha256, task), layout);
+            (1..layout.count())
+                .for_each(|_| table.push(ChainValue::from_bytes(Algorithm::Sha256, &[n; 32]).unwrap()));
+            table.sign(SignedPrefix {
+                count: table.full_count(),
+                sealed,
+                signed_at_s: u64::from(n),
+                issuer: PeerId([issuer; 16]),
+                certificate: [][..].into(),
+                signature: Vec::new(),
+            });
+            table
+        };
+        let sealed = table(b"a", 2 * MIB, 1, true, 7);
+        let cases = [
+            ("other values", table(b"a", 2 * MIB, 2, true, 7), true),
+            ("another size", table(b"a", 2 * MIB - 1, 1, true, 7), true),
+            ("the same", table(b"a", 2 * MIB, 1, true, 7), false),
+            ("another task", table(b"b", 2 * MIB, 2, true, 7), false),
+            ("no seal", table(b"a", 2 * MIB, 2, false, 7), false),
+            ("another issuer", table(b"a", 2 * MIB, 2, true, 8), false),
+        ];
+        for (name, other, contradicts) in cases {
+            let expected = contradicts.then_some(PeerId([7; 16]));
+            assert_eq!(
+                (sealed.contradiction(&other), other.contradiction(&sealed)),
+                (expected, expected),
+                "{name}"
+            );
+        }
     }
 
     #[test]

@@ -38,8 +38,7 @@ use crate::piece::PeerId;
 use conduct::Conduct;
 pub use conduct::{
     EVIDENCE_WINDOW, Guilt, ISOLATION, LONE_ACCUSATIONS, REPORTERS_TO_ISOLATE, STALL_ISOLATION, STALL_WINDOW,
-    SUSPICION_HALF_LIFE,
-    VERDICTS_PER_REPORTER,
+    SUSPICION_HALF_LIFE, VERDICTS_PER_REPORTER,
 };
 use slab::{Slab, Slot};
 use task::Task;

@@ -9,6 +9,8 @@
 //! is spread: each node asks one of the first few in the order, by its own hash. Whom a node was told as the issuer it says
 //! with its question wherever it asks next: to the next scheduler, or to the same one after its restart.
 //!
+//! Reports of wrong bytes go to all schedulers, too: who is isolated must not depend on which tasks two reporters met it in.
+//!
 //! What is dropped: reports while no scheduler is connected or when too many wait; wants beyond [`MAX_WANTS`].
 
 mod outbox;
@@ -21,7 +23,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 pub use hawker_api::convert::Member;
 use hawker_api::identity::Identity;
 use hawker_core::digest::Digest;
-use hawker_core::piece::PeerId;
+use hawker_core::piece::{PeerId, PieceTable};
 use hawker_core::reference::Source;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
@@ -56,6 +58,8 @@ pub enum ReportKind {
     WrongBytes,
     /// It stopped sending.
     Stalled,
+    /// It refused what it had offered.
+    NotHeld,
     /// It could not be reached or broke off.
     Failed,
     /// It served this many bytes since the last report.
@@ -165,6 +169,11 @@ impl Tracker {
     /// What became of a parent; sent batched.
     pub fn report(&self, peer: PeerId, task: &Digest, kind: ReportKind) {
         self.shared.outboxes().report(peer, task, kind);
+    }
+
+    /// Two tables that one issuer sealed and that contradict each other: proof for every scheduler.
+    pub fn contradiction(&self, tables: [PieceTable; 2]) {
+        self.shared.outboxes().contradiction(&tables);
     }
 
     /// Schedulers with a live stream, by address.

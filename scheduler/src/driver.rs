@@ -11,7 +11,7 @@ use hawker_api::v1::to_peer::Event as Say;
 use hawker_core::Time;
 use hawker_core::message::Role;
 use hawker_core::piece::PeerId;
-use hawker_core::swarm::{Input, Output, Registration, Swarm};
+use hawker_core::swarm::{Guilt, Input, Output, Registration, Swarm};
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 use tokio::sync::{mpsc, oneshot};
@@ -267,6 +267,13 @@ impl Driver {
             Output::Isolated(isolated) => {
                 info!(?isolated, "the isolated members have changed");
                 self.numbers.isolated.store(isolated.len() as u64, Relaxed);
+                for (guilt, number) in [
+                    (Guilt::WrongBytes, &self.numbers.isolated_for_wrong_bytes),
+                    (Guilt::Stalled, &self.numbers.isolated_for_stalls),
+                    (Guilt::Contradiction, &self.numbers.isolated_for_contradictions),
+                ] {
+                    number.store(self.swarm.isolations(guilt), Relaxed);
+                }
                 self.say_all(&isolated_list(&isolated));
             }
         }
@@ -310,7 +317,9 @@ impl Driver {
                 since.or_else(|| (member.role == Role::Scheduler && connected).then_some(self.started));
             v1::MemberState {
                 member: Some(convert::member(member)),
-                isolated: state.isolated,
+                isolated: state.isolation.is_some(),
+                isolated_for: state.isolation.map(|(guilt, _)| guilt.to_string()).unwrap_or_default(),
+                isolated_for_s: state.isolation.map_or(0, |(_, left)| left.as_secs()),
                 tasks: u32::try_from(state.tasks).unwrap_or(u32::MAX),
                 served_bytes: state.served_bytes,
                 connected_s: since.map_or(0, |since| since.elapsed().as_secs()),

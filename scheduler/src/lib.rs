@@ -85,6 +85,12 @@ pub struct Numbers {
     pub tasks: AtomicU64,
     /// Isolated peers.
     pub isolated: AtomicU64,
+    /// Peers isolated since the start for wrong bytes.
+    pub isolated_for_wrong_bytes: AtomicU64,
+    /// Peers isolated since the start because they stalled.
+    pub isolated_for_stalls: AtomicU64,
+    /// Peers isolated since the start because they sealed two tables of one task.
+    pub isolated_for_contradictions: AtomicU64,
     /// Open streams.
     pub streams: AtomicU64,
     /// Messages received since the start.
@@ -138,6 +144,7 @@ pub async fn run(config: SchedulerConfig, shutdown: CancellationToken) -> Result
     let (handle, driver_task) = driver.start(shutdown.clone());
     let service = Service {
         driver: handle,
+        identity: identity.clone(),
         authority: authority.clone(),
         cluster,
         numbers: config.numbers,

@@ -6,10 +6,11 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, SystemTime};
 
 use hawker_api::convert::{self, ConvertError, Member};
+use hawker_api::identity::Identity;
 use hawker_api::v1;
 use hawker_api::v1::from_peer::Event as Said;
 use hawker_core::message::Role;
-use hawker_core::piece::PeerId;
+use hawker_core::piece::{PeerId, PieceTable};
 use hawker_core::swarm::{Holding, Input, Registration, ReportKind, Terms};
 use tokio::sync::mpsc;
 use tokio::time::timeout;
@@ -31,6 +32,8 @@ const REGISTER_TIMEOUT: Duration = Duration::from_secs(10);
 #[derive(Clone)]
 pub(crate) struct Service {
     pub(crate) driver: Handle,
+    /// Checks what issuers signed.
+    pub(crate) identity: Identity,
     pub(crate) authority: Option<Arc<Authority>>,
     /// The cluster's name.
     pub(crate) cluster: String,
@@ -59,11 +62,12 @@ impl v1::scheduler_server::Scheduler for Service {
         let (outgoing, incoming) = mpsc::channel(STREAM_QUEUE);
         let id = self.streams.fetch_add(1, Relaxed);
         let stream = Stream { id, outgoing, over: CancellationToken::new() };
-        let driver = self.driver.clone();
+        let (driver, identity) = (self.driver.clone(), self.identity.clone());
         // The task ends with the stream: the client's end of it, the driver's word, or the connection's keepalive.
         tokio::spawn(async move {
             let outgoing = stream.outgoing.clone();
-            if let Err(status) = listen(&driver, peer, role, stream, request.into_inner()).await {
+            if let Err(status) = listen(&driver, &identity, (peer, role), stream, request.into_inner()).await
+            {
                 debug!(%peer, %status, "a stream ended");
                 let _ = outgoing.try_send(Err(status));
             }
@@ -89,8 +93,8 @@ fn stopping() -> Status {
 /// Reads a peer's stream to its end.
 async fn listen(
     driver: &Handle,
-    peer: PeerId,
-    role: Role,
+    identity: &Identity,
+    (peer, role): (PeerId, Role),
     stream: Stream,
     mut messages: Streaming<v1::FromPeer>,
 ) -> Result<(), Status> {
@@ -111,7 +115,7 @@ async fn listen(
             message = messages.message() => message?,
         };
         let Some(message) = message else { return Ok(()) };
-        for input in inputs(peer, message).map_err(|error| bad(&error))? {
+        for input in inputs(identity, peer, message).map_err(|error| bad(&error))? {
             if !driver.send(Event::Said(input)).await {
                 return Err(stopping());
             }
@@ -144,7 +148,7 @@ fn registered(
 }
 
 /// What a message says. One that a later version knows says nothing.
-fn inputs(peer: PeerId, message: v1::FromPeer) -> Result<Vec<Input>, ConvertError> {
+fn inputs(identity: &Identity, peer: PeerId, message: v1::FromPeer) -> Result<Vec<Input>, ConvertError> {
     Ok(match message.event {
         None => Vec::new(),
         Some(Said::Register(_)) => return Err(ConvertError::Bad("second registration")),
@@ -168,7 +172,26 @@ fn inputs(peer: PeerId, message: v1::FromPeer) -> Result<Vec<Input>, ConvertErro
             .into_iter()
             .flatten()
             .collect(),
+        Some(Said::Contradiction(said)) => contradicted(identity, peer, said)?.into_iter().collect(),
     })
+}
+
+/// What two tables prove, if both signatures hold.
+fn contradicted(
+    identity: &Identity,
+    reporter: PeerId,
+    said: v1::Contradiction,
+) -> Result<Option<Input>, ConvertError> {
+    let (one, other) = (convert::from_whole_table(said.one)?, convert::from_whole_table(said.other)?);
+    let is_signed = |table: &PieceTable| {
+        table.signed().is_some_and(|signed| identity.check(signed, &table.statement_of(signed)).is_some())
+    };
+    let issuer = one.contradiction(&other).filter(|_| is_signed(&one) && is_signed(&other));
+    match issuer {
+        Some(issuer) => warn!(%issuer, task = %one.task(), %reporter, "an issuer contradicts itself"),
+        None => warn!(%reporter, task = %one.task(), "two tables that prove nothing"),
+    }
+    Ok(issuer.map(Input::Contradicted))
 }
 
 fn holding(holding: v1::Holding) -> Result<Holding, ConvertError> {
@@ -185,6 +208,7 @@ fn report(reporter: PeerId, report: &v1::Report) -> Result<Option<Input>, Conver
     let kind = match report.kind() {
         Kind::WrongBytes => ReportKind::WrongBytes,
         Kind::Stalled => ReportKind::Stalled,
+        Kind::NotHeld => ReportKind::NotHeld,
         Kind::Failed => ReportKind::Failed,
         Kind::Served => ReportKind::Served(report.bytes),
         Kind::Unspecified => return Ok(None),

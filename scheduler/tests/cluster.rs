@@ -9,10 +9,11 @@ use hawker_api::identity::{Identity, role_name};
 use hawker_api::join::{self, JoinError, Token};
 use hawker_api::v1;
 use hawker_api::v1::scheduler_client::SchedulerClient;
-use hawker_core::digest::{Algorithm, Digest};
+use hawker_core::digest::{Algorithm, ChainValue, Digest};
 use hawker_core::message::Role;
-use hawker_core::piece::PeerId;
+use hawker_core::piece::{PeerId, PieceLayout, PieceTable, SignedPrefix};
 use hawker_core::reference::Source;
+use hawker_core::swarm::WARM_UP;
 use hawker_proxy::tracker::{Holding, Member, ReportKind, Tracker, TrackerConfig, TrackerEvent, Want};
 use hawker_scheduler::authority::{CERTIFICATE_LIFE, create_token};
 use hawker_scheduler::{Numbers, SchedulerConfig, SchedulerError, bind, run};
@@ -378,6 +379,75 @@ async fn two_reporters_isolate_and_one_does_not() {
     assert_eq!(a.hears("isolation", isolated).await, [bad.id()]);
     let mut late = Node::start("late", Role::Peer, &dir, &[&scheduler], Vec::new()).await;
     assert_eq!(late.hears("isolation, told to a newcomer", isolated).await, [bad.id()]);
+}
+
+/// A table of `n`s for a task of 20 MiB, signed by `issuer`.
+fn signed_table(issuer: &Identity, n: u8, sealed: bool) -> PieceTable {
+    let mut table = PieceTable::new(task(1), PieceLayout::new(20 * MIB));
+    let value = ChainValue::from_bytes(Algorithm::Sha256, &[n; 32]).unwrap();
+    (0..table.full_count()).for_each(|_| table.push(value));
+    issuer.sign(&mut table, sealed, std::time::SystemTime::now());
+    table
+}
+
+#[tokio::test]
+async fn an_issuer_is_isolated_by_two_of_its_own_seals_and_by_nothing_less() {
+    let dir = tempfile::tempdir().unwrap();
+    let scheduler = Scheduler::start(&dir).await;
+    let mut a = Node::start("a", Role::Peer, &dir, &[&scheduler], Vec::new()).await;
+    let mut bad = Node::start("bad", Role::Seed, &dir, &[&scheduler], Vec::new()).await;
+    for node in [&mut a, &mut bad] {
+        node.hears_members("connected", |members| !members.is_empty()).await;
+    }
+    let sealed = |n| signed_table(&bad.identity, n, true);
+    let mut forged = sealed(2);
+    let other = signed_table(&a.identity, 2, true);
+    let signature = other.signed().unwrap().signature.clone();
+    forged.sign(SignedPrefix { signature, ..forged.signed().unwrap().clone() });
+    a.tracker.contradiction([sealed(1), signed_table(&bad.identity, 2, false)]);
+    a.tracker.contradiction([sealed(1), forged]);
+    a.hears_of_no_isolation().await;
+    a.tracker.contradiction([sealed(1), sealed(2)]);
+    let isolated = |event| match event {
+        TrackerEvent::Isolated(peers) => Some(peers),
+        _ => None,
+    };
+    assert_eq!(a.hears("isolation", isolated).await, [bad.id()]);
+    scheduler.stop().await;
+}
+
+#[tokio::test]
+async fn the_issuer_is_the_same_after_a_restart() {
+    let dir = tempfile::tempdir().unwrap();
+    let scheduler = Scheduler::start(&dir).await;
+    let address = scheduler.address;
+    let (mut nodes, mut issuer) = (Vec::new(), None);
+    for n in 0..4 {
+        // Each that comes later says that it holds more than the issuer.
+        let held = Holding { task: task(1), size_bytes: 20 * MIB, pieces: n, complete: false };
+        let held = if n == 0 { Vec::new() } else { vec![held] };
+        let mut node = Node::start(&format!("n{n}"), Role::Peer, &dir, &[&scheduler], held).await;
+        node.want(1);
+        let told = node.hears_parents("an issuer", |told| told.issuer.is_some()).await;
+        issuer = issuer.or(told.issuer);
+        assert_eq!(told.issuer, issuer);
+        nodes.push(node);
+    }
+    scheduler.stop().await;
+    let scheduler = Scheduler::start_with(&dir, address, CERTIFICATE_LIFE, None).await;
+    let elected_after = WARM_UP + Duration::from_secs(3);
+    for (n, node) in nodes.iter_mut().enumerate() {
+        let end = tokio::time::Instant::now() + if n == 0 { elected_after } else { A_WHILE };
+        let mut heard = 0;
+        while let Ok(Some(event)) = tokio::time::timeout_at(end, node.events.recv()).await {
+            let Some(told) = Told::of(event) else { continue };
+            heard += 1;
+            assert_eq!(told.issuer, issuer, "node {n}");
+            assert_eq!(told.fetch_from_origin, Some(node.id()) == issuer);
+        }
+        assert!(heard > 0, "node {n} was told nothing");
+    }
+    scheduler.stop().await;
 }
 
 #[tokio::test]

@@ -137,6 +137,14 @@ impl<N: Notary> Node<N> {
                 self.outputs.push_back(Output::Sized(*digest, size_bytes));
             }
             let Some(known) = &mut task.table else { continue };
+            if signed.sealed && known.is_sealed() {
+                let mut other = PieceTable::new(*digest, PieceLayout::new(size_bytes));
+                values[..signed.count as usize].iter().for_each(|value| other.push(*value));
+                other.sign(signed.clone());
+                if known.contradiction(&other).is_some() {
+                    self.outputs.push_back(Output::Contradiction(Box::new([known.clone(), other])));
+                }
+            }
             if known.layout().size_bytes() != size_bytes {
                 link_unavailable(task, peer);
                 continue;

@@ -68,9 +68,11 @@ impl<N: Notary> Node<N> {
                 _ => {}
             }
         }
-        // To shed load is no fault.
-        if refused != Some(Refusal::Busy) {
-            self.punish(now, peer, &digest, fault);
+        match refused {
+            // To shed load is no fault.
+            Some(Refusal::Busy) => {}
+            Some(Refusal::NotHeld) => self.punish(now, peer, &digest, Fault::NotHeld),
+            _ => self.punish(now, peer, &digest, fault),
         }
     }
 

@@ -220,6 +220,7 @@ impl World {
                 self.schedule_origin(me, generation, from);
             }
             Output::StopOrigin(_) => self.hosts.get_mut(&me).unwrap().origin = None,
+            Output::Contradiction(tables) => panic!("{me:?} shows two tables: {tables:?}"),
             Output::Want { .. } => {
                 let others: Vec<PeerId> = self.hosts.keys().copied().filter(|p| *p != me).collect();
                 let (task, elect) = (self.task, self.elect);

@@ -13,6 +13,7 @@
 //!   on probation: its suspicion starts high, so that it is chosen last.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 use std::time::Duration;
 
 use super::ReportKind;
@@ -64,6 +65,16 @@ pub enum Guilt {
     Stalled,
     /// It signed and sealed two different tables of one task.
     Contradiction,
+}
+
+impl fmt::Display for Guilt {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Guilt::WrongBytes => "wrong bytes",
+            Guilt::Stalled => "stalling",
+            Guilt::Contradiction => "two seals that contradict each other",
+        })
+    }
 }
 
 /// The records of everybody who reported or was reported.
@@ -253,9 +264,7 @@ impl Conduct {
     fn judge(&mut self, now: Time, accused: PeerId, charge: Charge) -> bool {
         let Some((guilt, window, isolation)) = charge.verdict() else { return false };
         let Some(record) = self.records.get(&accused) else { return false };
-        let counts = |a: &&Accusation| {
-            a.charge == charge && now.since(a.at) < window && !record.refutes(a)
-        };
+        let counts = |a: &&Accusation| a.charge == charge && now.since(a.at) < window && !record.refutes(a);
         let votes = record
             .accusers
             .iter()

@@ -6,7 +6,9 @@ use rand::{Rng, RngExt};
 
 use super::slab::Slot;
 use super::task::{Copy, Election};
-use super::{ELECTION_STALL, Guilt, ISOLATION, ISSUER_RETURNS, Output, REPORTERS_TO_ISOLATE, ReportKind, Swarm, Timer};
+use super::{
+    ELECTION_STALL, Guilt, ISOLATION, ISSUER_RETURNS, Output, REPORTERS_TO_ISOLATE, ReportKind, Swarm, Timer,
+};
 use crate::Time;
 use crate::piece::PeerId;
 

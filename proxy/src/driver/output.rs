@@ -40,9 +40,15 @@ impl Driver {
                     let kind = match fault {
                         Fault::WrongBytes => ReportKind::WrongBytes,
                         Fault::Stalled => ReportKind::Stalled,
+                        Fault::NotHeld => ReportKind::NotHeld,
                         Fault::Failed => ReportKind::Failed,
                     };
                     tracker.report(peer, &task, kind);
+                }
+            }
+            Output::Contradiction(tables) => {
+                if let Some(tracker) = &self.config.tracker {
+                    tracker.contradiction(*tables);
                 }
             }
             Output::Load { task, source, token, peer } => self.load(task, source, token.as_ref(), peer),

@@ -7,7 +7,7 @@ use hawker_api::convert::{self, Member};
 use hawker_api::v1;
 use hawker_api::v1::report::Kind;
 use hawker_core::digest::Digest;
-use hawker_core::piece::PeerId;
+use hawker_core::piece::{PeerId, PieceTable};
 use hawker_core::rendezvous;
 use tokio::sync::Notify;
 use tracing::debug;
@@ -20,6 +20,10 @@ pub const MAX_WANTS: usize = 4096;
 const MAX_HOLDINGS: usize = 16_384;
 /// Reports that wait for one scheduler; beyond that they are dropped: they are many, and each says little.
 const MAX_REPORTS: usize = 1024;
+/// Contradictions that wait for one scheduler: one is enough, and one may have a megabyte.
+const MAX_CONTRADICTIONS: usize = 2;
+/// Values of a table that is sent as proof: with SHA-512, two such tables fill half of a message.
+const MAX_PROOF_VALUES: usize = 16_384;
 
 /// What all schedulers are still to be told, and what they told last.
 pub(super) struct Outboxes {
@@ -70,6 +74,7 @@ struct Outbox {
     holdings: Option<BTreeMap<Digest, Holding>>,
     /// Bytes by peer, task and kind: a stall said twice is one stall.
     reports: BTreeMap<(PeerId, Digest, i32), u64>,
+    contradictions: Vec<v1::Contradiction>,
 }
 
 /// Holdings to send.
@@ -146,16 +151,33 @@ impl Outboxes {
         let (kind, bytes) = match kind {
             ReportKind::WrongBytes => (Kind::WrongBytes, 0),
             ReportKind::Stalled => (Kind::Stalled, 0),
+            ReportKind::NotHeld => (Kind::NotHeld, 0),
             ReportKind::Failed => (Kind::Failed, 0),
             ReportKind::Served(bytes) => (Kind::Served, bytes),
         };
         let Some(owner) = self.owner(task) else { return };
-        let Some(outbox) = self.sessions.get_mut(&owner) else { return };
-        let key = (peer, *task, i32::from(kind));
-        if outbox.reports.len() < MAX_REPORTS || outbox.reports.contains_key(&key) {
-            let sum = outbox.reports.entry(key).or_default();
-            *sum = sum.saturating_add(bytes);
-            outbox.wake.notify_one();
+        let is_told = |scheduler: &PeerId| kind == Kind::WrongBytes || *scheduler == owner;
+        for (_, outbox) in self.sessions.iter_mut().filter(|(scheduler, _)| is_told(scheduler)) {
+            let key = (peer, *task, i32::from(kind));
+            if outbox.reports.len() < MAX_REPORTS || outbox.reports.contains_key(&key) {
+                let sum = outbox.reports.entry(key).or_default();
+                *sum = sum.saturating_add(bytes);
+                outbox.wake.notify_one();
+            }
+        }
+    }
+
+    pub(super) fn contradiction(&mut self, tables: &[PieceTable; 2]) {
+        if tables.iter().any(|table| table.values().len() > MAX_PROOF_VALUES) {
+            debug!("two tables contradict each other that are too long to be shown");
+            return;
+        }
+        let [one, other] = tables.each_ref().map(|table| Some(convert::table(table)));
+        for outbox in self.sessions.values_mut() {
+            if outbox.contradictions.len() < MAX_CONTRADICTIONS {
+                outbox.contradictions.push(v1::Contradiction { one: one.clone(), other: other.clone() });
+                outbox.wake.notify_one();
+            }
         }
     }
 
@@ -184,6 +206,7 @@ impl Outboxes {
             forgets: BTreeSet::new(),
             holdings: None,
             reports: BTreeMap::new(),
+            contradictions: Vec::new(),
         };
         self.sessions.insert(scheduler, outbox);
         self.reassign();
@@ -227,9 +250,19 @@ impl Outboxes {
     /// Whether holdings or reports wait for this scheduler.
     pub(super) fn has_news(&self, scheduler: PeerId) -> bool {
         let has_news = |outbox: &Outbox| {
-            !outbox.reports.is_empty() || outbox.holdings.as_ref().is_none_or(|changes| !changes.is_empty())
+            !outbox.reports.is_empty()
+                || !outbox.contradictions.is_empty()
+                || outbox.holdings.as_ref().is_none_or(|changes| !changes.is_empty())
         };
         self.sessions.get(&scheduler).is_some_and(has_news)
+    }
+
+    /// Proofs that this scheduler is to be shown.
+    pub(super) fn take_contradictions(&mut self, scheduler: PeerId) -> Vec<v1::Contradiction> {
+        self.sessions
+            .get_mut(&scheduler)
+            .map(|outbox| std::mem::take(&mut outbox.contradictions))
+            .unwrap_or_default()
     }
 
     /// Changed holdings, and reports, that this scheduler is to be told.
@@ -534,6 +567,18 @@ mod tests {
         assert_eq!(reports.iter().map(|report| report.bytes).collect::<Vec<_>>(), [15]);
         (0..5000).for_each(|n| outboxes.report(scheduler(9), &task(n), ReportKind::Stalled));
         assert_eq!(outboxes.take_news(scheduler(1)).1.len(), MAX_REPORTS);
+    }
+
+    #[test]
+    fn wrong_bytes_are_told_to_all_schedulers_and_the_rest_to_the_task_s() {
+        let mut outboxes = Outboxes::new(scheduler(200));
+        (1..=3).for_each(|n| drop(outboxes.open(scheduler(n), "a:1")));
+        outboxes.report(scheduler(9), &task(1), ReportKind::WrongBytes);
+        outboxes.report(scheduler(9), &task(1), ReportKind::Served(1));
+        let told = |outboxes: &mut Outboxes, n| outboxes.take_news(scheduler(n)).1.len();
+        let mut counts = [1, 2, 3].map(|n| told(&mut outboxes, n));
+        counts.sort_unstable();
+        assert_eq!(counts, [1, 1, 2]);
     }
 
     #[test]

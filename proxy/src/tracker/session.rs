@@ -213,6 +213,10 @@ impl Session<'_> {
         if !reports.is_empty() {
             self.say(to, Say::Reports(v1::Reports { reports })).await?;
         }
+        let contradictions = self.shared.outboxes().take_contradictions(self.scheduler);
+        for contradiction in contradictions {
+            self.say(to, Say::Contradiction(contradiction)).await?;
+        }
         Ok(())
     }
 
