@@ -8,6 +8,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
+use hawker_conformance::lab::{Memory, memory_bytes};
 use hawker_core::Time;
 use hawker_core::digest::{Algorithm, Digest};
 use hawker_core::message::Role;
@@ -18,7 +19,7 @@ use rand::{RngExt as _, SeedableRng as _};
 use serde_json::json;
 
 use crate::SchedulerOptions;
-use crate::measure::{Watch, rss_bytes, with_load};
+use crate::measure::{Watch, with_load};
 use crate::report::{Report, Target};
 
 const SEEDS: u32 = 5;
@@ -104,7 +105,7 @@ impl Books {
 
     /// How much more resident memory there is after `work`, in bytes.
     fn measure(&mut self, work: impl FnOnce(&mut Self)) -> Result<f64> {
-        let resident = || rss_bytes(std::process::id()).context("/proc is not mounted");
+        let resident = || memory_bytes(std::process::id(), Memory::Resident).context("/proc is not mounted");
         let before = resident()?;
         work(self);
         Ok(resident()?.saturating_sub(before) as f64)

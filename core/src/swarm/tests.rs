@@ -557,6 +557,23 @@ fn guests_get_parents_and_the_issuer_they_know_and_nobody_is_elected_for_them() 
 }
 
 #[test]
+fn a_guest_s_right_to_read_counts_for_nothing() {
+    let mut world = World::new();
+    world.join(1..=2);
+    let terms = Terms { issuer: None, guest: true };
+    world.input(Input::Want {
+        peer: peer(1),
+        task: task(1),
+        size_bytes: None,
+        again: false,
+        reads: true,
+        terms,
+    });
+    world.want(2, 1);
+    assert_eq!(world.readers(1), [peer(2)], "it is elected elsewhere, or not at all");
+}
+
+#[test]
 fn a_seed_known_from_before_the_restart_is_waited_for() {
     let mut world = World::cold();
     world.input(Input::Expected(registration(0, Role::Seed, ""), Duration::from_secs(20)));
