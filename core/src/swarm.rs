@@ -297,8 +297,10 @@ enum Timer {
     Push(Slot, Slot),
     /// Look whether a task's elected peer makes progress.
     Stall(Slot),
-    /// Elections may begin; those, too, for which an issuer was waited for.
+    /// Elections may begin.
     WarmUp,
+    /// The issuer of a task was waited for long enough.
+    Elect(Slot),
 }
 
 /// The scheduler's view of all peers.
@@ -335,7 +337,7 @@ impl Swarm {
             idle: BTreeSet::new(),
             conduct: Conduct::default(),
             isolations: BTreeMap::new(),
-            timers: BTreeSet::from([elects_from, elects_from + ISSUER_RETURNS].map(|at| (at, Timer::WarmUp))),
+            timers: BTreeSet::from([(elects_from, Timer::WarmUp)]),
             outputs: VecDeque::new(),
         }
     }
@@ -370,6 +372,7 @@ impl Swarm {
                 Timer::Push(task, peer) => self.push(now, rng, due, task, peer),
                 Timer::Stall(task) => self.check_election(now, rng, task),
                 Timer::WarmUp => self.ensure_sources(now, rng),
+                Timer::Elect(task) => self.ensure_source(now, rng, task),
             }
         }
         if self.conduct.sweep(now) {

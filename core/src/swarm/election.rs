@@ -5,9 +5,10 @@ use std::time::Duration;
 use rand::{Rng, RngExt};
 
 use super::slab::Slot;
-use super::task::{Copy, Election};
+use super::task::{Copy, Election, Task};
 use super::{
-    ELECTION_STALL, Guilt, ISOLATION, ISSUER_RETURNS, Output, REPORTERS_TO_ISOLATE, ReportKind, Swarm, Timer,
+    ELECTION_STALL, GRACE, Guilt, ISOLATION, ISSUER_RETURNS, Output, REPORTERS_TO_ISOLATE, ReportKind, Swarm,
+    Timer,
 };
 use crate::Time;
 use crate::piece::PeerId;
@@ -23,7 +24,8 @@ impl Swarm {
         let named = task.named_issuers();
         let most_named = named.iter().max_by_key(|(peer, count)| (**count, **peer));
         if let Some((issuer, count)) = most_named.map(|(peer, count)| (*peer, *count)) {
-            if self.may_come_back(now, issuer) {
+            if let Some(until) = self.awaits_issuer(now, task, issuer) {
+                self.timers.insert((until, Timer::Elect(task_slot)));
                 return;
             }
             // A seed that came after the election leaves it alone, also after a restart; two liars are needed to make it so.
@@ -37,14 +39,18 @@ impl Swarm {
         }
     }
 
-    /// Whether an issuer whom peers name is not here, and still expected.
-    fn may_come_back(&self, now: Time, issuer: PeerId) -> bool {
-        let is_here = self
-            .by_id
-            .get(&issuer)
-            .and_then(|slot| self.peers.get(*slot))
-            .is_some_and(|peer| peer.gone_at.is_none());
-        !is_here && now < self.elects_from + ISSUER_RETURNS && !self.conduct.is_isolated(now, issuer)
+    /// Until when an issuer whom peers name is waited for: it is not here yet, or it has not said yet that it goes on with this
+    /// task, which comes to this scheduler just now, by a restart or because another one is gone.
+    fn awaits_issuer(&self, now: Time, task: &Task, issuer: PeerId) -> Option<Time> {
+        let slot = self.by_id.get(&issuer).copied();
+        let is_here = slot.and_then(|slot| self.peers.get(slot)).is_some_and(|peer| peer.gone_at.is_none());
+        let until = match (is_here, slot.and_then(|slot| task.copy(slot))) {
+            _ if self.conduct.is_isolated(now, issuer) => return None,
+            (false, _) => self.elects_from + ISSUER_RETURNS,
+            (true, Some(copy)) if self.is_eligible(now, copy, task.is_private()) => return None,
+            (true, _) => task.named_at + GRACE,
+        };
+        (now < until).then_some(until)
     }
 
     /// The same for all tasks that are wanted.

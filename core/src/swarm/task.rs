@@ -24,6 +24,8 @@ pub(super) struct Task {
     pub(super) guests: u32,
     /// How many of the others named an issuer when they asked.
     pub(super) naming: u32,
+    /// Since when any of them does.
+    pub(super) named_at: Time,
     /// Over how many schedulers it is spread, and since when.
     pub(super) spread: u32,
     pub(super) spread_at: Time,
@@ -103,6 +105,7 @@ impl Task {
             readers: 0,
             guests: 0,
             naming: 0,
+            named_at: now,
             spread: 1,
             spread_at: now,
             election: None,
@@ -150,6 +153,7 @@ impl Task {
 
     /// Opens a peer's question, or changes it. The peer has a copy.
     pub(super) fn change_want(&mut self, peer: Slot, change: impl FnOnce(&mut Want)) {
+        let was_named = self.naming > 0;
         let Some(copy) = self.copy_mut(peer) else { return };
         let mut want = copy.want.take();
         want.as_deref().into_iter().for_each(|want| self.uncount(want));
@@ -159,6 +163,9 @@ impl Task {
         self.readers += u32::from(want.is_reader());
         self.guests += u32::from(want.guest);
         self.naming += u32::from(want.names_issuer());
+        if !was_named && want.names_issuer() {
+            self.named_at = want.said_at;
+        }
         if let Some(copy) = self.copy_mut(peer) {
             copy.want = Some(want);
         }

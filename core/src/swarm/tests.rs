@@ -502,6 +502,27 @@ fn an_issuer_that_is_not_back_yet_is_waited_for_and_not_for_ever() {
 }
 
 #[test]
+fn a_task_that_moves_here_keeps_its_issuer_whoever_says_so_first() {
+    for goes_on in [true, false] {
+        let mut world = World::new();
+        world.join(1..=3);
+        world.hold(2, 1, 3, false);
+        world.want_naming(1, 1, 2, false);
+        assert_eq!(world.told(1, 1).issuer, Some(peer(2)));
+        assert!(world.readers(1).is_empty(), "it has not moved yet");
+        if goes_on {
+            world.want_naming(2, 1, 2, false);
+        }
+        // To say it again does not prolong it.
+        world.wait(GRACE - ms(1000));
+        world.want_naming(1, 1, 2, false);
+        world.wait(ms(1000));
+        assert_eq!(world.readers(1), [peer(if goes_on { 2 } else { 1 })]);
+        world.audit();
+    }
+}
+
+#[test]
 fn beside_a_seed_one_peer_s_word_makes_nobody_the_issuer() {
     let mut world = World::cold();
     world.join_seed(0);
