@@ -6,11 +6,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use hawker_conformance::lab::{
-    Answer, Cluster, ClusterPlan, Containerd, DockerRegistry, Hawker, Image, Lab, Layer, Mbit, RegistryPlan,
-    Request, TokenServer, run,
+    Answer, Cluster, ClusterPlan, Containerd, DockerRegistry, Hawker, HawkerPlan, Image, Lab, Layer, Mbit,
+    RegistryPlan, Request, TokenServer, run,
 };
 use hawker_conformance::origin::{Content, Fault, Rule};
 use hawker_conformance::scene::{Plan, REPOSITORY, blob_path, join, right, until, until_committed};
+use hawker_core::digest::{Algorithm, Digest};
 
 const ANN: (&str, &str) = ("ann", "Passw0rd-of-ann");
 const BOB: (&str, &str) = ("bob", "Passw0rd-of-bob");
@@ -536,6 +537,75 @@ fn a_manifest_that_names_anothers_digest_gives_nobody_what_it_stands_for() -> Re
         ensure!(ask(cached, "GET", &paths(REPOSITORY)[0])?.status == 200, "its own repository has it");
         Ok(())
     })
+}
+
+/// What a pushed document means is for the registry to say, which may read it otherwise than we do.
+#[test]
+fn no_document_that_a_real_registry_takes_gives_what_the_registry_does_not() -> Result<()> {
+    let lab = Lab::new()?;
+    lab.explain((|| {
+        let host = lab.host("origin")?;
+        let registry = DockerRegistry::start(&host)?;
+        let (theirs, ours) = (Layer::noise(81, 300_000), Layer::noise(82, 10_000));
+        registry.push(&Image { layers: vec![theirs.clone()] }, "victim/app", "v1")?;
+        registry.push(&Image { layers: vec![ours.clone()] }, "mallory/app", "v1")?;
+        let node = HawkerPlan::proxy(&lab.host("node")?).plain_registry(registry.authority()).start()?;
+        let index = "application/vnd.oci.image.index.v1+json";
+        let docker = "application/vnd.docker.distribution.manifest.v2+json";
+        let ask = |method: &str, path: &str| {
+            let target = format!("{path}?ns={}", registry.authority());
+            let accept = format!("{MANIFEST}, {docker}, {index}");
+            Request::new(method, node.mirror(), target).header("accept", accept).send(node.host())
+        };
+        let whole = ask("GET", &blob("victim/app", &theirs))?;
+        ensure!(whole.status == 200 && whole.body == theirs.data);
+        let descriptor = |layer: &Layer| {
+            format!(
+                "{{\"mediaType\":\"application/vnd.oci.image.layer.v1.tar\",\"digest\":\"{}\",\"size\":{}}}",
+                layer.digest,
+                layer.data.len()
+            )
+        };
+        let (bait, own) = (descriptor(&theirs), descriptor(&ours));
+        let old = format!("[{{\"blobSum\":\"{}\"}}]", theirs.digest);
+        let both =
+            format!("{{\"digest\":\"{}\",{}", theirs.digest, own[1..].replace("\"digest\"", "\"Digest\""));
+        let documents = [
+            (MANIFEST, format!("\"config\":{own},\"layers\":[{bait}],\"Layers\":[{own}]")),
+            (docker, format!("\"config\":{own},\"layers\":[{bait}],\"Layers\":[{own}]")),
+            (MANIFEST, format!("\"config\":{bait},\"Config\":{own},\"layers\":[{own}]")),
+            (MANIFEST, format!("\"config\":{own},\"layers\":[{both}]")),
+            (MANIFEST, format!("\"config\":{own},\"layers\":[{own}],\"fsLayers\":{old}")),
+            (index, format!("\"manifests\":[],\"fsLayers\":{old}")),
+        ];
+        let mut taken = 0;
+        for (media_type, fields) in documents {
+            let document = format!("{{\"schemaVersion\":2,\"mediaType\":\"{media_type}\",{fields}}}");
+            let file = host.dir().join("document");
+            std::fs::write(&file, &document)?;
+            let mut curl = host.command("curl");
+            curl.args(["-sS", "-o", "/dev/null", "-w", "%{http_code}", "-X", "PUT", "-H"]);
+            curl.arg(format!("Content-Type: {media_type}")).arg("--data-binary");
+            curl.arg(format!("@{}", file.display()));
+            let pushed =
+                run(curl.arg(format!("http://{}/v2/mallory/app/manifests/bait", registry.authority())))?;
+            if pushed.trim() != "201" {
+                continue;
+            }
+            taken += 1;
+            let digest = Digest::of(Algorithm::Sha256, document.as_bytes());
+            for reference in [digest.to_string(), "bait".to_owned()] {
+                let answer = ask("GET", &format!("/v2/mallory/app/manifests/{reference}"))?;
+                ensure!(answer.status == 200, "{document}: {}", answer.status);
+                for method in ["HEAD", "GET"] {
+                    let answer = ask(method, &blob("mallory/app", &theirs))?;
+                    denied(&format!("{method} after {document}"), &answer, &[404])?;
+                }
+            }
+        }
+        ensure!(taken >= 4, "the registry took {taken} of them only: that shows nothing");
+        Ok(())
+    })())
 }
 
 /// The whole of it once more by a client that is nobody's friend: curl with what the challenge says.

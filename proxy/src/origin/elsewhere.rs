@@ -8,7 +8,7 @@ use std::num::NonZeroUsize;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use hawker_core::digest::Digest;
-use hawker_core::manifest::Part;
+use hawker_core::manifest::{MAX_URLS, Part};
 use hawker_core::reference::Source;
 use lru::LruCache;
 use url::Url;
@@ -17,8 +17,6 @@ use super::{Content, Target};
 
 /// Blobs remembered.
 const CAPACITY: NonZeroUsize = NonZeroUsize::new(1024).expect("not zero");
-/// URLs of one blob that are tried.
-const MAX_URLS: usize = 4;
 /// Longest URL remembered.
 const MAX_URL_BYTES: usize = 2048;
 

@@ -22,6 +22,8 @@ const READABLE: Duration = Duration::from_secs(5 * 60);
 const BELONGS: Duration = Duration::from_secs(24 * 60 * 60);
 /// How long after its token has run out a pull may be under way at most, however busy it is.
 pub(super) const LONGEST_PULL: Duration = Duration::from_secs(60 * 60);
+/// How long what a manifest names is not looked at again.
+const READ: Duration = Duration::from_secs(60);
 /// Facts of each kind that are remembered.
 const CAPACITY: NonZeroUsize = NonZeroUsize::new(64 << 10).expect("not zero");
 
@@ -55,6 +57,8 @@ pub(super) struct Access {
 struct Facts {
     readable: LruCache<(Caller, Source), Readable>,
     belongs: LruCache<(Source, Digest), Belonging>,
+    /// Manifests whose parts have been noted, and when.
+    read: LruCache<(Source, Digest), Instant>,
 }
 
 /// The origin's yes to a caller.
@@ -121,7 +125,11 @@ impl Caller {
 
 impl Access {
     pub(super) fn new(pull_grace: Duration) -> Self {
-        let facts = Facts { readable: LruCache::new(CAPACITY), belongs: LruCache::new(CAPACITY) };
+        let facts = Facts {
+            readable: LruCache::new(CAPACITY),
+            belongs: LruCache::new(CAPACITY),
+            read: LruCache::new(CAPACITY),
+        };
         Self { facts: Mutex::new(facts), pull_grace }
     }
 
@@ -201,6 +209,16 @@ impl Access {
         let key = (source.clone(), *digest);
         let size_bytes = size_bytes.or_else(|| facts.belongs.peek(&key).and_then(|b| b.size_bytes));
         facts.belongs.put(key, Belonging { confirmed: now, size_bytes });
+    }
+
+    /// Whether what a manifest of this repository names is to be noted: not again within a minute, as it may be long.
+    pub(super) fn is_to_be_read(&self, source: &Source, manifest: &Digest, now: Instant) -> bool {
+        let (mut facts, key) = (self.facts(), (source.clone(), *manifest));
+        let fresh = facts.read.get(&key).is_some_and(|at| now.saturating_duration_since(*at) < READ);
+        if !fresh {
+            facts.read.put(key, now);
+        }
+        !fresh
     }
 
     /// The origin refuses the repository to this caller.
@@ -377,6 +395,15 @@ mod tests {
             take_back(&access, &a);
             assert_eq!(access.standing(client(1), &a, &digest, &live(), t), Standing::Unknown);
         }
+    }
+
+    #[test]
+    fn what_a_manifest_names_is_looked_at_once_a_minute_for_each_repository() {
+        let (access, t) = (access(), Instant::now());
+        let read = |repository, seconds| {
+            access.is_to_be_read(&source(repository), &blob(), t + Duration::from_secs(seconds))
+        };
+        assert!(read("a", 0) && !read("a", 59) && read("b", 1) && read("a", 60) && !read("a", 61));
     }
 
     #[test]

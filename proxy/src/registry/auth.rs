@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime};
 use hawker_core::digest::Digest;
 use hawker_core::manifest::parts;
 use hawker_core::reference::Source;
-use http::header::ACCEPT;
+use http::header::{ACCEPT, CONTENT_TYPE};
 use http::{Extensions, HeaderMap, Response, StatusCode};
 use tokio::time::{Instant, timeout};
 
@@ -14,8 +14,9 @@ use super::access::{Access, Caller, Standing};
 use super::error::Problem;
 use super::forward::DOCKER_CONTENT_DIGEST;
 use super::manifest::{ANY_TYPE, Manifest};
+use super::room::SHORT_BYTES;
 use super::{Answer, Ask, Inner};
-use crate::origin::{ByCredentials, Content, Target, content_length};
+use crate::origin::{ByCredentials, Content, OriginError, Target, content_length};
 
 /// For an origin to answer where what it said before would do as well.
 const WITH_ANOTHER_ANSWER: Duration = Duration::from_secs(5);
@@ -61,6 +62,12 @@ pub(super) async fn confirm(
     let problem = match unless_slow(another, head(mirror, ask, &target)).await {
         Ok(head) => {
             let size = content_length(head.headers());
+            if !is_about(mirror, digest, head.headers()).await {
+                let (registry, reason) =
+                    (source.registry.clone(), format!("it answers with something else than {digest}"));
+                return Err(OriginError::Broken { registry, reason }.into());
+            }
+            readable(mirror, ask, head.extensions());
             mirror.access.belongs(source, digest, size, Instant::now());
             return Ok(Confirmed::Here(size));
         }
@@ -72,12 +79,14 @@ pub(super) async fn confirm(
             let content = Content::Manifest(elsewhere.manifest.to_string());
             match head(mirror, ask, &Target { source: source.clone(), content }).await {
                 // What a URL has given before may be given again.
-                Ok(_) => {
+                Ok(head) if is_about(mirror, &elsewhere.manifest, head.headers()).await => {
+                    readable(mirror, ask, head.extensions());
                     return Ok(match standing(ask.caller) {
                         Standing::Confirmed(size) => Confirmed::Here(size),
                         _ => Confirmed::Elsewhere(elsewhere.size_bytes),
                     });
                 }
+                Ok(_) => problem,
                 Err(problem) => problem,
             }
         }
@@ -98,11 +107,32 @@ async fn head(mirror: &Inner, ask: &Ask, target: &Target) -> Result<Response<()>
     headers.insert(ACCEPT, ANY_TYPE);
     let head = mirror.origin.head(target, &headers).await?;
     if head.status() == StatusCode::OK {
-        readable(mirror, ask, head.extensions());
         return Ok(head);
     }
     note_refusal(mirror, ask, head.status());
     Err(Problem::refusal(head.status(), head.headers()))
+}
+
+/// Whether the head of a 200 can be about this content: what stands before a registry may lead those who may not read it to a
+/// page of its own, which is a 200 too.
+async fn is_about(mirror: &Inner, digest: &Digest, head: &HeaderMap) -> bool {
+    if head.contains_key(&DOCKER_CONTENT_DIGEST) {
+        return digest_of(head).is_some_and(|told| told == *digest);
+    }
+    let (store, task) = (mirror.store.clone(), *digest);
+    let held_bytes = match mirror.store.has(digest) {
+        true => tokio::task::spawn_blocking(move || store.committed(&task)).await.ok().flatten(),
+        false => None,
+    }
+    .map(|blob| blob.size_bytes());
+    let same = held_bytes.zip(content_length(head)).is_none_or(|(held, told)| held == told);
+    same && !is_page(head)
+}
+
+/// Whether an answer is for people's eyes.
+pub(super) fn is_page(head: &HeaderMap) -> bool {
+    head.get(CONTENT_TYPE)
+        .is_some_and(|given| given.as_bytes().to_ascii_lowercase().starts_with(b"text/html"))
 }
 
 /// The origin gave the caller something of the repository, in an answer with these extensions.
@@ -114,10 +144,18 @@ pub(super) fn readable(mirror: &Inner, ask: &Ask, answer: &Extensions) {
 }
 
 /// A manifest belongs to the repository that it was read through, and what the registry vouches for with it.
-pub(super) fn note_parts(mirror: &Inner, ask: &Ask, found: &Manifest) {
+pub(super) async fn note_parts(mirror: &Inner, ask: &Ask, found: &Manifest) {
     let (source, now) = (&ask.grant.source, Instant::now());
     mirror.access.belongs(source, &found.digest, Some(found.body.len() as u64), now);
-    for part in parts(&found.body) {
+    if !mirror.access.is_to_be_read(source, &found.digest, now) {
+        return;
+    }
+    let body = found.body.clone();
+    let parts = match body.len() {
+        ..=SHORT_BYTES => parts(&body),
+        _ => tokio::task::spawn_blocking(move || parts(&body)).await.unwrap_or_default(),
+    };
+    for part in parts {
         if part.vouched {
             mirror.access.belongs(source, &part.digest, part.size_bytes, now);
         }

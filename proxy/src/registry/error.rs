@@ -88,6 +88,9 @@ pub(crate) enum Problem {
     /// A manifest that nobody should send.
     #[error("the origin's manifest is longer than {0} bytes")]
     TooLong(usize),
+    /// Something that is no manifest.
+    #[error("the origin's answer is no manifest; perhaps it is a page that asks for a login")]
+    NoManifest,
     /// The origin's bytes are not what it, or the request, says they are.
     #[error("the origin's manifest does not match {0}")]
     WrongManifest(Digest),
@@ -136,17 +139,26 @@ impl Problem {
             Problem::Unasked(OriginError::Forbidden(_)) => StatusCode::FORBIDDEN,
             Problem::Flight(FlightError::Stopping) => StatusCode::SERVICE_UNAVAILABLE,
             Problem::Slow => StatusCode::GATEWAY_TIMEOUT,
-            Problem::Unasked(_) | Problem::Flight(_) | Problem::TooLong(_) | Problem::WrongManifest(_) => {
-                StatusCode::BAD_GATEWAY
-            }
+            Problem::Unasked(_)
+            | Problem::Flight(_)
+            | Problem::TooLong(_)
+            | Problem::NoManifest
+            | Problem::WrongManifest(_) => StatusCode::BAD_GATEWAY,
         }
     }
 
     /// Whether the origin can't be asked just now, so that what it said before may have to do.
     pub(super) fn is_out_of_order(&self) -> bool {
-        let refused_here = matches!(self, Problem::Unasked(OriginError::Forbidden(_)));
+        // What it may not be asked, and what it answers though it makes no sense, is not silence.
+        let is_answer = matches!(
+            self,
+            Problem::Unasked(OriginError::Forbidden(_) | OriginError::Broken { .. })
+                | Problem::NoManifest
+                | Problem::TooLong(_)
+                | Problem::WrongManifest(_)
+        );
         let status = self.status();
-        !refused_here && (status.is_server_error() || status == StatusCode::TOO_MANY_REQUESTS)
+        !is_answer && (status.is_server_error() || status == StatusCode::TOO_MANY_REQUESTS)
     }
 
     fn code(&self, kind: RequestKind) -> &'static str {
@@ -157,7 +169,7 @@ impl Problem {
                 "UNSUPPORTED"
             }
             Problem::Unsatisfiable(_) => "SIZE_INVALID",
-            Problem::TooLong(_) | Problem::WrongManifest(_) => "MANIFEST_INVALID",
+            Problem::TooLong(_) | Problem::NoManifest | Problem::WrongManifest(_) => "MANIFEST_INVALID",
             _ => match (self.status().as_u16(), kind) {
                 (401, _) => "UNAUTHORIZED",
                 (403, _) => "DENIED",
@@ -260,6 +272,7 @@ mod tests {
             (FlightError::WrongDigest(digest).into(), RequestKind::Blob, 502, "UNKNOWN"),
             (FlightError::Stopping.into(), RequestKind::Blob, 503, "UNKNOWN"),
             (Problem::TooLong(4), RequestKind::Manifest, 502, "MANIFEST_INVALID"),
+            (Problem::NoManifest, RequestKind::Manifest, 502, "MANIFEST_INVALID"),
             (Problem::WrongManifest(digest), RequestKind::Manifest, 502, "MANIFEST_INVALID"),
             (Problem::Slow, RequestKind::Blob, 504, "UNKNOWN"),
             (Problem::Challenged(HeaderValue::from_static("Bearer")), RequestKind::Ping, 401, "UNAUTHORIZED"),

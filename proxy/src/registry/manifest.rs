@@ -13,7 +13,7 @@ use http::{HeaderMap, HeaderValue, Response, StatusCode};
 use tokio::time::timeout;
 
 use super::access::Caller;
-use super::auth::{confirm, digest_of, note_parts, note_refusal, readable};
+use super::auth::{confirm, digest_of, is_page, note_parts, note_refusal, readable};
 use super::body::Payload;
 use super::error::Problem;
 use super::forward::{DOCKER_CONTENT_DIGEST, not_encoded, passed_on, with};
@@ -101,7 +101,7 @@ async fn from_here(
 ) -> Result<Manifest, Problem> {
     let Some(found) = cached else { return fetch_once(mirror, ask, digest, true).await };
     // Its parts belong to this repository too, even if it came here through another one.
-    note_parts(mirror, ask, &found);
+    note_parts(mirror, ask, &found).await;
     Ok(found)
 }
 
@@ -124,8 +124,9 @@ async fn fetch(mirror: &Inner, ask: &Ask, digest: &Digest, ask_seed: bool) -> Re
         note_refusal(mirror, ask, response.status());
         return Err(Problem::refusal(response.status(), response.headers()));
     }
-    readable(mirror, ask, response.extensions());
+    let extensions = response.extensions().clone();
     let found = read(mirror, response, Some(digest), source).await?;
+    readable(mirror, ask, &extensions);
     Ok(keep(mirror, ask, found).await)
 }
 
@@ -151,6 +152,9 @@ pub(super) async fn read(
     source: &Source,
 ) -> Result<Manifest, Problem> {
     not_encoded(response.headers(), source)?;
+    if is_page(response.headers()) {
+        return Err(Problem::NoManifest);
+    }
     let (head, mut incoming) = response.into_parts();
     let announced = content_length(&head.headers).unwrap_or(0);
     if announced > MAX_BYTES as u64 {
@@ -170,6 +174,9 @@ pub(super) async fn read(
         body.extend_from_slice(&data);
     }
     let body = taken.by(body.freeze());
+    if body.trim_ascii_start().first() != Some(&b'{') {
+        return Err(Problem::NoManifest);
+    }
     let expected = digest.copied().or_else(|| digest_of(&head.headers));
     let algorithm = expected.map_or(Algorithm::Sha256, |d: Digest| d.algorithm());
     let actual = Digest::of(algorithm, &body);
@@ -230,7 +237,7 @@ pub(super) async fn cached(mirror: &Inner, digest: &Digest) -> Result<Option<Man
 
 /// Keeps a manifest, and the knowledge of what belongs to its repository.
 pub(super) async fn keep(mirror: &Inner, ask: &Ask, mut found: Manifest) -> Manifest {
-    note_parts(mirror, ask, &found);
+    note_parts(mirror, ask, &found).await;
     let (store, kept) = (mirror.store.clone(), found.clone());
     let kept = tokio::task::spawn_blocking(move || {
         store.put_manifest(&kept.digest, &kept.media_type, &kept.body)?;

@@ -16,7 +16,7 @@ use lru::LruCache;
 use tokio::time::Instant;
 
 use super::access::Caller;
-use super::auth::{digest_of, note_refusal, readable, unless_slow};
+use super::auth::{digest_of, is_page, note_refusal, readable, unless_slow};
 use super::body::Payload;
 use super::error::Problem;
 use super::forward::{forward, forward_head, passed_on, with};
@@ -161,6 +161,7 @@ impl Request<'_> {
         let head = self.mirror.origin.head(&self.target, &headers).await?;
         let (status, told) = (head.status(), passed_on(head.headers()));
         match (status, known) {
+            (StatusCode::OK, _) if is_page(head.headers()) => Err(Problem::NoManifest),
             (StatusCode::OK, _) => {
                 readable(self.mirror, self.ask, head.extensions());
                 Ok(match Pointer::of(head.headers()) {
@@ -246,8 +247,9 @@ impl Request<'_> {
             return forward(response, &self.target.source);
         }
         let etag = response.headers().get(ETAG).and_then(kept);
-        readable(mirror, ask, response.extensions());
+        let extensions = response.extensions().clone();
         let found = read(mirror, response, None, &self.target.source).await?;
+        readable(mirror, ask, &extensions);
         let found = keep(mirror, ask, found).await;
         match Pointer::to(&found, etag) {
             Some(pointer) => {

@@ -711,6 +711,44 @@ async fn a_mirror_that_is_its_own_origin_notices() {
     assert_eq!(node.get("/v2/a/b/manifests/v1").await.status, 508);
 }
 
+/// What stands before some registries leads whoever may not read there to a page that asks for a login.
+#[tokio::test]
+async fn a_page_that_asks_for_a_login_is_no_yes() {
+    let image = Image::new(1000);
+    let replies = image.clone();
+    let registry = TestRegistry::start(move |seen| {
+        if seen.target.starts_with("/login") {
+            return say(
+                seen,
+                200,
+                &[("Content-Type", "text/html; charset=utf-8")],
+                b"<form>who are you?</form>",
+            );
+        }
+        match seen.header("authorization") {
+            Some(_) => replies.reply(seen),
+            None => say(seen, 302, &[("Location", "/login")], b""),
+        }
+    })
+    .await;
+    let node = Node::before(&registry).await;
+    node.commit(&image.blob);
+    let blob = format!("/v2/a/b/blobs/{}", image.blob_digest());
+    let manifest = format!("/v2/a/b/manifests/{}", image.manifest_digest());
+    let good = [("Authorization", "Bearer good")];
+    for target in [&*manifest, "/v2/a/b/manifests/v1", &*blob] {
+        assert_eq!(node.ask("GET", target, &good).await.status, 200, "{target}");
+    }
+    for round in 0..2 {
+        for target in [&*blob, &*manifest, "/v2/a/b/manifests/v1", "/v2/a/b/manifests/latest"] {
+            for method in ["HEAD", "GET"] {
+                let got = node.ask(method, target, &[]).await;
+                assert_eq!(got.status, 502, "{method} {target}, {round}: {got:?}");
+            }
+        }
+    }
+}
+
 #[tokio::test]
 async fn what_was_confirmed_counts_while_the_origin_is_down() {
     let (image, registry, node) = image_node(1000).await;
