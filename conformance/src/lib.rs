@@ -3,6 +3,7 @@
 //! - [`lab`]: hosts in network namespaces with shaped links, and the daemons that run on them.
 //! - [`origin`]: a registry that notes what it sends and misbehaves on demand.
 //! - [`rogue`]: a member of a cluster that lies.
+//! - [`sim`]: a swarm of thousands in one process.
 //! - [`scene`]: what most end-to-end tests start from: such an origin, a cluster and blobs that nobody has seen.
 //!
 //! The end-to-end tests are in `tests/`, the benches in `src/bench/` (binary `hawker-bench`). All of it needs root and the
@@ -12,3 +13,4 @@ pub mod lab;
 pub mod origin;
 pub mod rogue;
 pub mod scene;
+pub mod sim;

@@ -18,8 +18,9 @@ use crate::piece::{PeerId, PieceIndex, PieceLayout, PieceSet};
 /// stale news about which pieces are rare.
 const REQUESTS_AIM: usize = 8;
 
-/// Requests under way at one parent at least: one being served and one waiting, so that it never idles for a round trip.
-const REQUESTS_A_PARENT_MIN: usize = 2;
+/// Requests under way at one parent at least. With as many parents as a swarm names, one at each keeps both links busy; what
+/// waits longer was chosen on staler news: 16 nodes with four layers were a tenth slower with two.
+const REQUESTS_A_PARENT_MIN: usize = 1;
 
 /// How many pieces after a reader's position count as what it needs first.
 const IN_ORDER_WINDOW: u32 = 2;
@@ -74,6 +75,16 @@ struct Parent {
     offered: PieceSet,
     /// It is busy: nothing is asked of it before this moment.
     rests_until: Time,
+}
+
+/// A parent that may be asked now.
+struct Ready<'a> {
+    peer: PeerId,
+    offered: &'a PieceSet,
+    /// Shunned, requests at it, a lot: the lowest is asked first.
+    rank: (bool, usize, u32),
+    /// There are fewer requests at it than it needs to be busy.
+    has_room: bool,
 }
 
 /// The state of one download.
@@ -304,43 +315,82 @@ impl Fetch {
         taken: Option<PieceIndex>,
         rng: &mut R,
     ) -> Option<(PeerId, PieceIndex)> {
-        let asked = |peer: &PeerId| under_way.get(peer).copied().unwrap_or(0);
         let a_parent = (REQUESTS_AIM / self.parents.len().max(1)).max(REQUESTS_A_PARENT_MIN);
-        let mut ready: Vec<(bool, usize, u32, PeerId)> = self
+        let mut ready: Vec<Ready<'_>> = self
             .parents
             .iter()
-            .filter(|(peer, p)| {
-                // What one parent alone offers is asked for beyond the limit: nobody else can begin to spread it.
-                asked(peer) < 2 * a_parent && p.rests_until <= now && !parents.banned(now, **peer)
+            .filter(|(_, parent)| parent.rests_until <= now)
+            .map(|(peer, parent)| (peer, parent, under_way.get(peer).copied().unwrap_or(0)))
+            // What one parent alone offers is asked for beyond the limit: nobody else can begin to spread it.
+            .filter(|(peer, _, asked)| *asked < 2 * a_parent && !parents.banned(now, **peer))
+            .map(|(peer, parent, asked)| Ready {
+                peer: *peer,
+                offered: &parent.offered,
+                // Least busy first, and by lot among equals, so that children do not all start at the same parent.
+                rank: (parents.shunned(now, *peer), asked, rng.random()),
+                has_room: asked < a_parent,
             })
-            // Least busy first, and by lot among equals, so that children do not all start at the same parent.
-            .map(|(peer, _)| (parents.shunned(now, *peer), asked(peer), rng.random(), *peer))
             .collect();
-        ready.sort_unstable();
-        let within = |piece: PieceIndex| self.window.as_ref().is_none_or(|w| w.contains(&piece));
-        let open = |piece: PieceIndex| {
-            piece < verifiable && Some(piece) != taken && within(piece) && self.wants(piece)
+        if ready.is_empty() {
+            return None;
+        }
+        ready.sort_unstable_by_key(|parent| parent.rank);
+        let open = self.open(verifiable, taken);
+        let of = |piece: PieceIndex, ready: &[Ready<'_>]| {
+            ready.iter().find(|p| p.has_room && p.offered.contains(piece)).map(|p| (p.peer, piece))
         };
-        ready.iter().find_map(|(_, asked, _, peer)| {
-            let offered = &self.parents[peer].offered;
-            if *asked >= a_parent {
-                let only_here = |piece: PieceIndex| self.offers[piece as usize] == 1 && open(piece);
-                return self.rarest(offered, &only_here, rng).map(|piece| (*peer, piece));
+        let mut unasked = open.clone();
+        unasked.subtract(&self.asked_set);
+        let mut offered = PieceSet::empty(self.layout.count());
+        ready.iter().filter(|parent| parent.has_room).for_each(|parent| offered.unite(parent.offered));
+        offered.intersect(&unasked);
+        self.needed_first(now, &offered)
+            .or_else(|| self.rarest(&offered, |_| true, rng))
+            .and_then(|piece| of(piece, &ready))
+            .or_else(|| {
+                ready.iter().filter(|parent| !parent.has_room).find_map(|parent| {
+                    let mut offered = parent.offered.clone();
+                    offered.intersect(&unasked);
+                    let only_here = |piece: PieceIndex| self.offers[piece as usize] == 1;
+                    self.rarest(&offered, only_here, rng).map(|piece| (parent.peer, piece))
+                })
+            })
+            .or_else(|| {
+                ready.iter().filter(|parent| parent.has_room).find_map(|parent| {
+                    self.overdue(now, parent, parents, &open).map(|piece| (parent.peer, piece))
+                })
+            })
+    }
+
+    /// The pieces that are wanted and may be asked for: they can be verified, and are not just being read from the origin.
+    fn open(&self, verifiable: u32, taken: Option<PieceIndex>) -> PieceSet {
+        let mut open = PieceSet::empty(self.layout.count());
+        if self.whole {
+            open.insert_range(0..verifiable);
+        } else {
+            for reader in self.readers.values() {
+                open.insert_range(reader.pieces.start..reader.pieces.end.min(verifiable));
+                if let Some(ahead) = &reader.ahead {
+                    for piece in ahead.iter().take_while(|piece| *piece < verifiable) {
+                        open.insert(piece);
+                    }
+                }
             }
-            self.needed_first(now, offered, &open)
-                .or_else(|| self.rarest(offered, &open, rng))
-                .or_else(|| self.overdue(now, *peer, offered, parents, &open))
-                .map(|piece| (*peer, piece))
-        })
+        }
+        if let Some(window) = &self.window {
+            let mut within = PieceSet::empty(self.layout.count());
+            within.insert_range(window.clone());
+            open.intersect(&within);
+        }
+        open.subtract(&self.held);
+        if let Some(taken) = taken {
+            open.remove(taken);
+        }
+        open
     }
 
     /// What a reader waits for.
-    fn needed_first(
-        &self,
-        now: Time,
-        offered: &PieceSet,
-        open: &dyn Fn(PieceIndex) -> bool,
-    ) -> Option<PieceIndex> {
+    fn needed_first(&self, now: Time, offered: &PieceSet) -> Option<PieceIndex> {
         self.readers
             .values()
             .filter(|r| r.partial || r.pieces.start == 0 || now.since(r.moved) >= READER_PATIENCE)
@@ -348,21 +398,21 @@ impl Fetch {
                 let from = self.held.first_missing(r.pieces.start);
                 from..from.saturating_add(IN_ORDER_WINDOW).min(r.pieces.end)
             })
-            .find(|piece| offered.contains(*piece) && !self.asked_set.contains(*piece) && open(*piece))
+            .find(|piece| offered.contains(*piece))
     }
 
     /// The piece that the fewest offer; among equals the first when there is one parent, by lot when there are several.
     fn rarest<R: Rng + ?Sized>(
         &self,
         offered: &PieceSet,
-        open: &dyn Fn(PieceIndex) -> bool,
+        fits: impl Fn(PieceIndex) -> bool,
         rng: &mut R,
     ) -> Option<PieceIndex> {
         let alone = self.parents.len() < 2;
         let from = if alone { 0 } else { rng.random_range(0..self.layout.count().max(1)) };
         offered
             .iter_from(from)
-            .filter(|piece| !self.asked_set.contains(*piece) && open(*piece))
+            .filter(|piece| fits(*piece))
             .take(if alone { 1 } else { CANDIDATES })
             .min_by_key(|piece| self.offers[*piece as usize])
     }
@@ -371,16 +421,18 @@ impl Fetch {
     fn overdue(
         &self,
         now: Time,
-        peer: PeerId,
-        offered: &PieceSet,
+        parent: &Ready<'_>,
         parents: &Parents,
-        open: &dyn Fn(PieceIndex) -> bool,
+        open: &PieceSet,
     ) -> Option<PieceIndex> {
         let endgame = self.layout.count() - self.held.len() <= ENDGAME_PIECES;
         self.asked
             .iter()
             .filter(|(piece, all)| {
-                all.len() == 1 && all[0].peer != peer && offered.contains(**piece) && open(**piece)
+                all.len() == 1
+                    && all[0].peer != parent.peer
+                    && parent.offered.contains(**piece)
+                    && open.contains(**piece)
             })
             .map(|(piece, all)| (now.since(all[0].at), *piece, all[0].peer))
             .filter(|(waited, piece, other)| {
@@ -394,5 +446,98 @@ impl Fetch {
         let expected =
             parents.rate_bytes(peer).map_or(0.0, |rate| self.layout.len_bytes(piece) as f64 / rate);
         HEDGE_AFTER_MIN.max(Duration::from_secs_f64((expected * HEDGE_AFTER_FACTOR).min(20.0)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rand::SeedableRng;
+    use rand::rngs::StdRng;
+
+    use super::*;
+
+    const MIB: u64 = 1 << 20;
+
+    fn peer(n: u8) -> PeerId {
+        PeerId([n; 16])
+    }
+
+    /// A download of 20 pieces, all wanted, and what each parent offers.
+    fn fetch(offers: &[(u8, &[PieceIndex])]) -> Fetch {
+        let layout = PieceLayout::new(17 * MIB);
+        let mut fetch = Fetch::new(layout, PieceSet::empty(layout.count()));
+        fetch.want_whole(true);
+        for (parent, pieces) in offers {
+            fetch.offered(peer(*parent), pieces.iter().copied());
+        }
+        fetch
+    }
+
+    fn chosen(fetch: &Fetch, under_way: &[(u8, usize)], seed: u64) -> Option<(PeerId, PieceIndex)> {
+        let under_way = under_way.iter().map(|(parent, n)| (peer(*parent), *n)).collect();
+        let mut rng = StdRng::seed_from_u64(seed);
+        fetch.choose(Time::default(), &Parents::default(), &under_way, fetch.layout().count(), None, &mut rng)
+    }
+
+    #[test]
+    fn the_rarest_piece_of_all_parents_is_asked_of_the_least_busy_that_has_it() {
+        let fetch = fetch(&[(1, &[5, 6, 7]), (2, &[5, 6]), (3, &[6, 7, 8])]);
+        for seed in 0..20 {
+            assert_eq!(chosen(&fetch, &[], seed), Some((peer(3), 8)), "one parent has it");
+            let (asked, piece) = chosen(&fetch, &[(3, 4)], seed).unwrap();
+            assert!(asked != peer(3) && [5, 7].contains(&piece), "{asked} {piece}: the third is busy");
+        }
+    }
+
+    #[test]
+    fn what_one_parent_alone_has_is_asked_for_beyond_its_limit_but_not_without_end() {
+        let fetch = fetch(&[(1, &[5, 6]), (2, &[5])]);
+        let limit = REQUESTS_AIM / 2;
+        let busy = |n| [(1, n), (2, 2 * limit)];
+        assert_eq!(chosen(&fetch, &busy(limit), 0), Some((peer(1), 6)));
+        assert_eq!(chosen(&fetch, &busy(2 * limit), 0), None);
+    }
+
+    #[test]
+    fn nothing_is_asked_for_that_is_held_asked_for_unverifiable_or_outside_the_window() {
+        let mut fetch = fetch(&[(1, &[2, 3, 4, 9])]);
+        fetch.got(2);
+        fetch.ask(3, Asked { peer: peer(1), request: 1, at: Time::default() });
+        let choose = |fetch: &Fetch, verifiable, taken| {
+            let mut rng = StdRng::seed_from_u64(1);
+            let free = BTreeMap::new();
+            fetch.choose(Time::default(), &Parents::default(), &free, verifiable, taken, &mut rng)
+        };
+        assert_eq!(choose(&fetch, 9, None), Some((peer(1), 4)));
+        assert_eq!(choose(&fetch, 4, None), None);
+        assert_eq!(choose(&fetch, 20, Some(4)), Some((peer(1), 9)));
+        fetch.keep_within(0..9);
+        assert_eq!(choose(&fetch, 20, Some(4)), None);
+    }
+
+    #[test]
+    fn what_a_reader_waits_for_comes_before_what_is_rare() {
+        let mut fetch = fetch(&[(1, &[0, 1, 7]), (2, &[0, 1])]);
+        fetch.want_whole(false);
+        fetch.reader(Time::default(), 1, Some(0..20), false);
+        for seed in 0..20 {
+            assert_eq!(chosen(&fetch, &[], seed).map(|(_, piece)| piece), Some(0));
+        }
+        fetch.reader(Time::default(), 1, Some(8..20), false);
+        assert_eq!(chosen(&fetch, &[], 0), None, "nobody reads what is on offer");
+    }
+
+    #[test]
+    fn a_parent_that_rests_or_lied_is_asked_for_nothing() {
+        let mut fetch = fetch(&[(1, &[5])]);
+        let mut parents = Parents::default();
+        let mut rng = StdRng::seed_from_u64(1);
+        let free = BTreeMap::new();
+        let (now, later) = (Time::default(), Time(Duration::from_secs(2)));
+        fetch.rest(peer(1), Time(Duration::from_secs(1)));
+        assert_eq!(fetch.choose(now, &parents, &free, 20, None, &mut rng), None);
+        assert!(fetch.choose(later, &parents, &free, 20, None, &mut rng).is_some());
+        parents.punish(later, peer(1), crate::parents::Fault::WrongBytes);
+        assert_eq!(fetch.choose(later, &parents, &free, 20, None, &mut rng), None);
     }
 }

@@ -627,6 +627,11 @@ impl<N: Notary> Node<N> {
         self.tasks.get(digest).and_then(|t| t.fetch.as_ref()).map(Fetch::held)
     }
 
+    /// Requests of a task that were doubled in the endgame so far.
+    pub fn duplicates(&self, digest: &Digest) -> u64 {
+        self.tasks.get(digest).and_then(|t| t.fetch.as_ref()).map_or(0, Fetch::duplicates)
+    }
+
     /// Whether a task is being downloaded.
     pub fn is_running(&self, digest: &Digest) -> bool {
         self.tasks.get(digest).is_some_and(|t| t.running)

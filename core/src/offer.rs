@@ -105,20 +105,27 @@ impl Offers {
         self.children.values().filter(|c| !c.holds.is_full()).count()
     }
 
+    /// New pieces on offer, and to whom each.
+    pub fn pending(&self) -> impl Iterator<Item = PeerId> + '_ {
+        self.pending.values().map(|(to, _)| *to)
+    }
+
     /// What to tell whom now, of the pieces `held`. `frugal`: as the issuer does. `idle`: nothing is being sent or waits to be.
+    /// `elsewhere`: new pieces of other tasks that each child has on offer: its link is one.
     pub fn next(
         &mut self,
         now: Time,
         held: &PieceSet,
         frugal: bool,
         idle: bool,
+        elsewhere: &BTreeMap<PeerId, usize>,
     ) -> Vec<(PeerId, Vec<PieceIndex>)> {
         if !(frugal && self.hungry() >= 2) {
             return self.everything(held);
         }
         let mut told: BTreeMap<PeerId, Vec<PieceIndex>> = BTreeMap::new();
         self.expire(now);
-        self.deal(now, held, &mut told);
+        self.deal(now, held, elsewhere, &mut told);
         if idle && told.is_empty() {
             self.reveal(held, &mut told);
         }
@@ -145,9 +152,16 @@ impl Offers {
     }
 
     /// Deals new pieces out, each to the child with the fewest on offer.
-    fn deal(&mut self, now: Time, held: &PieceSet, told: &mut BTreeMap<PeerId, Vec<PieceIndex>>) {
+    fn deal(
+        &mut self,
+        now: Time,
+        held: &PieceSet,
+        elsewhere: &BTreeMap<PeerId, usize>,
+        told: &mut BTreeMap<PeerId, Vec<PieceIndex>>,
+    ) {
+        let hungry = self.children.iter().filter(|(_, c)| !c.holds.is_full()).map(|(peer, _)| *peer);
         let mut load: BTreeMap<PeerId, usize> =
-            self.children.iter().filter(|(_, c)| !c.holds.is_full()).map(|(peer, _)| (*peer, 0)).collect();
+            hungry.map(|peer| (peer, elsewhere.get(&peer).copied().unwrap_or(0))).collect();
         for (to, _) in self.pending.values() {
             load.entry(*to).and_modify(|n| *n += 1);
         }
@@ -216,16 +230,16 @@ mod tests {
     fn an_ordinary_peer_tells_everybody_everything_once() {
         let mut offers = offers(3, 10);
         let held = PieceSet::full(10);
-        let told = offers.next(Time::default(), &held, false, true);
+        let told = offers.next(Time::default(), &held, false, true, &BTreeMap::new());
         assert_eq!(told.len(), 3);
         assert!(told.iter().all(|(_, pieces)| pieces.len() == 10));
-        assert!(offers.next(Time::default(), &held, false, true).is_empty());
+        assert!(offers.next(Time::default(), &held, false, true, &BTreeMap::new()).is_empty());
     }
 
     #[test]
     fn the_issuer_offers_each_new_piece_to_one_child() {
         let mut offers = offers(4, 8);
-        let told = offers.next(Time::default(), &PieceSet::full(8), true, true);
+        let told = offers.next(Time::default(), &PieceSet::full(8), true, true, &BTreeMap::new());
         let mut all: Vec<PieceIndex> = told.iter().flat_map(|(_, p)| p.clone()).collect();
         all.sort_unstable();
         assert_eq!(all, (0..8).collect::<Vec<_>>());
@@ -235,33 +249,39 @@ mod tests {
     #[test]
     fn the_issuer_with_one_hungry_child_holds_nothing_back() {
         let mut offers = offers(1, 50);
-        assert_eq!(offers.next(Time::default(), &PieceSet::full(50), true, false)[0].1.len(), 50);
+        assert_eq!(
+            offers.next(Time::default(), &PieceSet::full(50), true, false, &BTreeMap::new())[0].1.len(),
+            50
+        );
     }
 
     #[test]
     fn a_child_that_took_its_piece_gets_the_next() {
         let mut offers = offers(2, 100);
-        offers.next(Time::default(), &PieceSet::full(100), true, false);
-        assert!(offers.next(Time::default(), &PieceSet::full(100), true, false).is_empty());
+        offers.next(Time::default(), &PieceSet::full(100), true, false, &BTreeMap::new());
+        assert!(offers.next(Time::default(), &PieceSet::full(100), true, false, &BTreeMap::new()).is_empty());
         offers.holds(peer(0), 0);
-        assert_eq!(offers.next(Time::default(), &PieceSet::full(100), true, false), [(peer(0), vec![4])]);
+        assert_eq!(
+            offers.next(Time::default(), &PieceSet::full(100), true, false, &BTreeMap::new()),
+            [(peer(0), vec![4])]
+        );
     }
 
     #[test]
     fn an_offer_that_leads_to_nothing_goes_to_another_child() {
         let mut offers = offers(2, 1);
-        let first = offers.next(Time::default(), &PieceSet::full(1), true, false);
+        let first = offers.next(Time::default(), &PieceSet::full(1), true, false, &BTreeMap::new());
         let later = Time(OFFER_LIFE);
-        let second = offers.next(later, &PieceSet::full(1), true, false);
+        let second = offers.next(later, &PieceSet::full(1), true, false, &BTreeMap::new());
         assert_ne!(first[0].0, second[0].0);
     }
 
     #[test]
     fn what_was_on_offer_to_a_lost_child_is_offered_again() {
         let mut offers = offers(3, 2);
-        let first = offers.next(Time::default(), &PieceSet::full(2), true, false);
+        let first = offers.next(Time::default(), &PieceSet::full(2), true, false, &BTreeMap::new());
         offers.leave(first[0].0);
-        let again = offers.next(Time::default(), &PieceSet::full(2), true, false);
+        let again = offers.next(Time::default(), &PieceSet::full(2), true, false, &BTreeMap::new());
         assert_eq!(again.len(), 1);
         assert_eq!(again[0].1, first[0].1);
     }
@@ -269,11 +289,23 @@ mod tests {
     #[test]
     fn an_idle_issuer_reveals_what_has_spread() {
         let mut offers = offers(2, 2);
-        offers.next(Time::default(), &PieceSet::full(2), true, false);
+        offers.next(Time::default(), &PieceSet::full(2), true, false, &BTreeMap::new());
         offers.holds(peer(0), 0);
         offers.holds(peer(1), 1);
-        assert!(offers.next(Time::default(), &PieceSet::full(2), true, false).is_empty());
-        let told = offers.next(Time::default(), &PieceSet::full(2), true, true);
+        assert!(offers.next(Time::default(), &PieceSet::full(2), true, false, &BTreeMap::new()).is_empty());
+        let told = offers.next(Time::default(), &PieceSet::full(2), true, true, &BTreeMap::new());
         assert_eq!(told, [(peer(0), vec![1]), (peer(1), vec![0])]);
+    }
+
+    #[test]
+    fn what_a_child_has_on_offer_of_other_tasks_counts_as_well() {
+        let mut offers = offers(2, 8);
+        let elsewhere = BTreeMap::from([(peer(0), QUOTA)]);
+        let told = offers.next(Time::default(), &PieceSet::full(8), true, false, &elsewhere);
+        assert_eq!(
+            told.iter().map(|(to, pieces)| (*to, pieces.len())).collect::<Vec<_>>(),
+            [(peer(1), QUOTA)]
+        );
+        assert_eq!(offers.pending().collect::<Vec<_>>(), [peer(1); QUOTA]);
     }
 }

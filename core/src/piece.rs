@@ -197,6 +197,36 @@ impl PieceSet {
         }
     }
 
+    /// Puts in all that `other` has.
+    pub fn unite(&mut self, other: &PieceSet) {
+        self.combine(other, |own, other| own | other);
+    }
+
+    /// Takes out all that `other` has.
+    pub fn subtract(&mut self, other: &PieceSet) {
+        self.combine(other, |own, other| own & !other);
+    }
+
+    /// Takes out all that `other` lacks.
+    pub fn intersect(&mut self, other: &PieceSet) {
+        self.combine(other, |own, other| own & other);
+    }
+
+    /// What `other` has past this set's count does not count.
+    fn combine(&mut self, other: &PieceSet, word: impl Fn(u64, u64) -> u64) {
+        let mut held = 0;
+        for (at, own) in self.words.iter_mut().enumerate() {
+            *own = word(*own, other.words.get(at).copied().unwrap_or(0));
+            held += own.count_ones();
+        }
+        let past = self.count % 64;
+        if let Some(last) = self.words.last_mut().filter(|_| past > 0) {
+            held -= (*last >> past).count_ones();
+            *last &= (1 << past) - 1;
+        }
+        self.held = held;
+    }
+
     /// The pieces in the set, ascending.
     pub fn iter(&self) -> impl Iterator<Item = PieceIndex> + '_ {
         self.words.iter().enumerate().flat_map(|(at, word)| {
@@ -857,6 +887,37 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn sets_are_combined_as_sets_are(
+            count in 0..200u32, one in prop::collection::btree_set(0..200u32, 0..99),
+            other_count in 0..200u32, other in prop::collection::btree_set(0..200u32, 0..99),
+        ) {
+            let set = |count: u32, of: &BTreeSet<u32>| {
+                let mut set = PieceSet::empty(count);
+                of.iter().for_each(|piece| {
+                    set.insert(*piece);
+                });
+                set
+            };
+            let (mine, theirs) = (set(count, &one), set(other_count, &other));
+            let (one, other): (Vec<u32>, Vec<u32>) = (mine.iter().collect(), theirs.iter().collect());
+            let expected = |keep: &dyn Fn(bool, bool) -> bool| -> Vec<u32> {
+                (0..count).filter(|piece| keep(one.contains(piece), other.contains(piece))).collect()
+            };
+            type Combine = fn(&mut PieceSet, &PieceSet);
+            let cases: [(Combine, Vec<u32>); 3] = [
+                (PieceSet::unite, expected(&|a, b| a || b)),
+                (PieceSet::subtract, expected(&|a, b| a && !b)),
+                (PieceSet::intersect, expected(&|a, b| a && b)),
+            ];
+            for (combine, expected) in cases {
+                let mut combined = mine.clone();
+                combine(&mut combined, &theirs);
+                prop_assert_eq!(combined.iter().collect::<Vec<_>>(), expected.clone());
+                prop_assert_eq!(combined.len() as usize, expected.len());
+            }
+        }
+
         #[test]
         fn a_table_takes_what_follows_and_finds_the_first_lie(
             says in prop::collection::vec((0..8u32, 0..8usize, prop::option::of(0..8usize)), 1..8),

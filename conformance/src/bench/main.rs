@@ -19,6 +19,7 @@ mod memory;
 mod origin;
 mod report;
 mod scheduler;
+mod sim;
 mod stage;
 
 use std::path::PathBuf;
@@ -52,6 +53,8 @@ enum Bench {
     Memory(BurstOptions),
     /// What a scheduler's decision takes in time and what its books take in memory: no daemon runs
     Scheduler(SchedulerOptions),
+    /// A swarm of thousands in one process, deciding with the daemons' own code: no daemon runs
+    Sim(Box<sim::SimOptions>),
     /// What this machine gives the other side of each ratio; needs no Hawker
     Machine(Options),
     /// Runs the fault-injecting origin registry until it is ended
@@ -106,6 +109,13 @@ fn main() -> Result<()> {
         Bench::Manifest(options) => measured("manifest", &options, manifest::run),
         Bench::Scheduler(options) => {
             report("scheduler", &options.common.clone(), |report, _| scheduler::run(report, &options))
+        }
+        Bench::Sim(options) => {
+            let mut report = Report::new("sim");
+            let outcome = sim::run(&mut report, &options);
+            report.print_figures();
+            report.write(options.json.as_deref())?;
+            outcome
         }
         Bench::Machine(options) => report("machine", &options, machine::run),
         Bench::Origin(args) => origin::run(&args),

@@ -201,6 +201,11 @@ impl<N: Notary> Node<N> {
     /// Tells children of new values and pieces.
     pub(super) fn tell(&mut self, now: Time, digest: &Digest) {
         let idle = self.uploads.is_idle();
+        let mut elsewhere = BTreeMap::new();
+        let others = self.tasks.iter().filter(|(other, _)| *other != digest);
+        for child in others.flat_map(|(_, task)| task.offers.pending()) {
+            *elsewhere.entry(child).or_insert(0) += 1;
+        }
         let Some(task) = self.tasks.get_mut(digest) else { return };
         if !task.announce || task.offers.is_empty() || now.since(task.news) < task.news_every() {
             return;
@@ -225,7 +230,7 @@ impl<N: Notary> Node<N> {
         if task.may_share() {
             task.send_tables(now, digest, &mut self.outputs);
             let (Some(fetch), Some(size_bytes)) = (&task.fetch, task.size_bytes()) else { return };
-            for (peer, pieces) in task.offers.next(now, fetch.held(), issuer, idle) {
+            for (peer, pieces) in task.offers.next(now, fetch.held(), issuer, idle, &elsewhere) {
                 task.links.entry(peer).or_default().told = Some(now);
                 let offer = offer_of(fetch.layout().count(), pieces);
                 self.outputs

@@ -45,7 +45,8 @@ impl Uploads {
         room
     }
 
-    /// The next request to serve, if a slot is free: the least spread piece, then the child that is sent least, then the oldest.
+    /// The next request to serve, if a slot is free: what nobody else holds, then the child that is sent least, then the oldest.
+    /// By how rare a piece is beyond that, some would wait for ever while newer ones come; the askers choose what is rare.
     pub(super) fn next(&mut self, spread: impl Fn(&Waiting) -> u16) -> Option<Waiting> {
         if self.active.len() >= self.slots {
             return None;
@@ -55,7 +56,7 @@ impl Uploads {
             .waiting
             .iter()
             .enumerate()
-            .min_by_key(|(_, w)| (spread(w).min(1), sent_to(w.peer), spread(w), w.since))?;
+            .min_by_key(|(_, w)| (spread(w).min(1), sent_to(w.peer), w.since))?;
         let next = self.waiting.remove(at);
         self.active.insert((next.peer, next.request));
         Some(next)

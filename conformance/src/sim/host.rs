@@ -1,0 +1,139 @@
+//! One simulated host: a node, its links, what it is sending.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+
+use hawker_core::Time;
+use hawker_core::node::Node;
+use hawker_core::piece::{PeerId, PieceIndex, PieceSet};
+use hawker_core::swarm::ReportKind;
+
+use super::content::{Blob, Keys};
+use super::link::Link;
+
+/// A piece on its way out.
+pub(super) struct Sending {
+    pub(super) to: u32,
+    pub(super) request: u32,
+    pub(super) blob: usize,
+    pub(super) piece: PieceIndex,
+    pub(super) left_bytes: u64,
+}
+
+/// One blob at one host.
+pub(super) struct Local {
+    /// Pieces that were really verified here, as the simulation knows.
+    pub(super) verified: PieceSet,
+    shown: PieceSet,
+    reader_at: PieceIndex,
+    /// The stream from the origin, while there is one.
+    pub(super) reading: Option<u64>,
+    pub(super) done_at: Option<Time>,
+    pub(super) changed: bool,
+    /// Whom the scheduler named as its issuer.
+    pub(super) issuer: Option<PeerId>,
+}
+
+impl Local {
+    fn new(blob: &Blob) -> Self {
+        let none = PieceSet::empty(blob.layout.count());
+        Self {
+            verified: none.clone(),
+            shown: none,
+            reader_at: 0,
+            reading: None,
+            done_at: None,
+            changed: false,
+            issuer: None,
+        }
+    }
+
+    /// A client may have this piece: where it reads now, if it moves.
+    pub(super) fn show(&mut self, piece: PieceIndex) -> Option<PieceIndex> {
+        self.shown.insert(piece);
+        let next = self.shown.first_missing(self.reader_at);
+        (next != self.reader_at).then(|| {
+            self.reader_at = next;
+            next
+        })
+    }
+
+    pub(super) fn start_over(&mut self) {
+        let none = PieceSet::empty(self.verified.count());
+        (self.verified, self.shown, self.reader_at) = (none.clone(), none, 0);
+    }
+}
+
+pub(super) struct Host {
+    pub(super) node: Node<Keys>,
+    pub(super) up: Link,
+    pub(super) down: Link,
+    pub(super) zone: u32,
+    pub(super) slow: bool,
+    pub(super) lies: bool,
+    pub(super) dead: bool,
+    pub(super) blobs: Vec<Local>,
+    pub(super) connected: BTreeSet<u32>,
+    pub(super) sending: VecDeque<Sending>,
+    /// When it looks at its uplink next, and decides next.
+    pub(super) pumps_at: Option<Time>,
+    pub(super) decides_at: Option<Time>,
+    /// When it last gathered news for the scheduler.
+    pub(super) news_due: bool,
+    pub(super) reports: BTreeMap<(PeerId, ReportKey), u64>,
+}
+
+/// Reports of one kind add up.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum ReportKey {
+    WrongBytes,
+    Stalled,
+    NotHeld,
+    Failed,
+    Served,
+}
+
+impl ReportKey {
+    pub(super) const fn kind(self, bytes: u64) -> ReportKind {
+        match self {
+            ReportKey::WrongBytes => ReportKind::WrongBytes,
+            ReportKey::Stalled => ReportKind::Stalled,
+            ReportKey::NotHeld => ReportKind::NotHeld,
+            ReportKey::Failed => ReportKind::Failed,
+            ReportKey::Served => ReportKind::Served(bytes),
+        }
+    }
+}
+
+impl Host {
+    pub(super) fn new(node: Node<Keys>, rate: f64, zone: u32, blobs: &[Blob]) -> Self {
+        Self {
+            node,
+            up: Link::new(rate),
+            down: Link::new(rate),
+            zone,
+            slow: false,
+            lies: false,
+            dead: false,
+            blobs: blobs.iter().map(Local::new).collect(),
+            connected: BTreeSet::new(),
+            sending: VecDeque::new(),
+            pumps_at: None,
+            decides_at: None,
+            news_due: false,
+            reports: BTreeMap::new(),
+        }
+    }
+
+    /// Pieces that it lacks.
+    pub(super) fn missing(&self) -> u32 {
+        self.blobs.iter().map(|blob| blob.verified.count() - blob.verified.len()).sum()
+    }
+
+    /// When the last of its blobs was complete.
+    pub(super) fn done_at(&self) -> Option<Time> {
+        self.blobs
+            .iter()
+            .map(|blob| blob.done_at)
+            .max_by_key(|at| at.map_or(u64::MAX as u128, |at| at.0.as_nanos()))?
+    }
+}

@@ -1,0 +1,878 @@
+//! All hosts, their scheduler and the origin: what happens, and what is done about it.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use hawker_core::Time;
+use hawker_core::digest::Digest;
+use hawker_core::message::{Message, Refusal, Role};
+use hawker_core::node::{Config, Failure, Node, Opening, Output, Verdict};
+use hawker_core::parents::Fault;
+use hawker_core::piece::{PeerId, PieceIndex};
+use hawker_core::reference::Source;
+use hawker_core::right::Right;
+use hawker_core::swarm::{self, Holding, Input, Registration, Swarm, Terms};
+use rand::rngs::StdRng;
+use rand::seq::SliceRandom as _;
+use rand::{RngExt as _, SeedableRng as _};
+
+use super::content::{Blob, Keys, index_of, peer_id};
+use super::event::Queue;
+use super::host::{Host, Local, ReportKey, Sending};
+use super::link::Link;
+use super::{Checks, DIAL_ROUND_TRIPS, Finish, Outcome, Scenario};
+
+/// A daemon takes in what has come before it decides: as long as a busy machine takes to get to it.
+const DECIDES_WITHIN: Duration = Duration::from_millis(1);
+
+/// Counts for the scheduler are gathered for so long, as the daemon's tracker does.
+const NEWS_EVERY: Duration = Duration::from_secs(1);
+
+/// A zone's link to the outside, as a part of the sum of its hosts'.
+const ZONE_LINK: f64 = 0.1;
+
+/// Pieces on offer per reader: each node has one client a blob.
+const READER: u64 = 1;
+
+enum Event {
+    /// A node takes in what came and decides.
+    Decide(u32),
+    /// A message is there.
+    Arrive {
+        to: u32,
+        from: u32,
+        message: Message,
+    },
+    /// A host's uplink has room.
+    Pump(u32),
+    /// A turn has left a host's uplink.
+    Left {
+        from: u32,
+        to: u32,
+        request: u32,
+        blob: usize,
+        piece: PieceIndex,
+        bytes: u64,
+        last: bool,
+    },
+    /// The last turn of a piece is there.
+    Piece {
+        to: u32,
+        from: u32,
+        request: u32,
+        blob: usize,
+        piece: PieceIndex,
+    },
+    /// Two hosts are connected.
+    Connected(u32, u32),
+    /// No connection led to the second.
+    Unreached(u32, u32),
+    /// The first notices that the second is gone.
+    Lost(u32, u32),
+    /// A piece is there from the origin.
+    Origin {
+        to: u32,
+        stream: u64,
+        blob: usize,
+        piece: PieceIndex,
+    },
+    /// A peer said something to the scheduler.
+    Said {
+        life: u32,
+        input: Input,
+    },
+    /// The scheduler said something to a peer.
+    Told {
+        life: u32,
+        to: u32,
+        output: swarm::Output,
+    },
+    /// The scheduler's deadline has come.
+    Tick,
+    /// A host tells the scheduler what it has gathered.
+    News(u32),
+    /// A host dies.
+    Die(u32),
+    SchedulerDown,
+    SchedulerUp,
+}
+
+/// A zone's link to the outside.
+struct Zone {
+    up: Link,
+    down: Link,
+    /// From the origin, past the link.
+    origin_bytes: u64,
+}
+
+pub(super) struct World<'a> {
+    scenario: &'a Scenario,
+    now: Time,
+    queue: Queue<Event>,
+    rng: StdRng,
+    blobs: Vec<Blob>,
+    by_digest: BTreeMap<Digest, usize>,
+    hosts: Vec<Host>,
+    zones: Vec<Zone>,
+    origin: Link,
+    streams: u64,
+    swarm: Option<Swarm>,
+    /// How many schedulers there were: what was said to an earlier one is lost.
+    life: u32,
+    ticks_at: Option<Time>,
+    scheduler_messages: u64,
+    peer_messages: u64,
+    wrong_pieces: u64,
+    unfinished: u32,
+    checks: Checks,
+    trace: u64,
+}
+
+/// Mixes a word into a sum, as Fowler, Noll and Vo do, and spreads it.
+fn mix(sum: u64, word: u64) -> u64 {
+    (sum ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29)
+}
+
+impl<'a> World<'a> {
+    pub(super) fn new(scenario: &'a Scenario) -> Self {
+        let mut rng = StdRng::seed_from_u64(scenario.rng);
+        let layers = scenario.layers.max(1);
+        let blobs: Vec<Blob> =
+            (0..layers).map(|n| Blob::new(n, scenario.size_bytes / u64::from(layers))).collect();
+        let (seeds, all) = (scenario.seed_peers, scenario.seed_peers + scenario.hosts);
+        let seed_ids: Vec<PeerId> = (0..seeds).map(peer_id).collect();
+        let mut hosts: Vec<Host> = (0..all)
+            .map(|index| {
+                let role = if index < seeds { Role::Seed } else { Role::Peer };
+                let config = Config {
+                    me: peer_id(index),
+                    role,
+                    upload_slots: scenario.upload_slots,
+                    in_flight_bytes: scenario.in_flight_bytes,
+                };
+                let mut node = Node::new(config, Keys::new(index, seeds));
+                node.seeds(seed_ids.clone());
+                node.scheduler(true);
+                Host::new(node, scenario.rate, index % scenario.zones.max(1), &blobs)
+            })
+            .collect();
+        let in_zone = |zone| hosts.iter().filter(|host| host.zone == zone).count() as f64;
+        let zones = (0..scenario.zones.max(1))
+            .map(|zone| scenario.rate * in_zone(zone) * ZONE_LINK)
+            .map(|rate| Zone { up: Link::new(rate), down: Link::new(rate), origin_bytes: 0 })
+            .collect();
+        let by_digest = blobs.iter().enumerate().map(|(at, blob)| (blob.digest, at)).collect();
+        afflict(scenario, &mut hosts, &mut rng);
+        Self {
+            scenario,
+            now: Time::default(),
+            queue: Queue::new(),
+            rng,
+            blobs,
+            by_digest,
+            hosts,
+            zones,
+            origin: Link::new(scenario.origin_rate),
+            streams: 0,
+            swarm: Some(Swarm::new(Time::default())),
+            life: 0,
+            ticks_at: None,
+            scheduler_messages: 0,
+            peer_messages: 0,
+            wrong_pieces: 0,
+            unfinished: scenario.hosts,
+            checks: Checks::default(),
+            trace: 0,
+        }
+    }
+
+    pub(super) fn run(mut self) -> Outcome {
+        for index in 0..self.hosts.len() as u32 {
+            self.register(index);
+        }
+        for index in self.scenario.seed_peers..self.hosts.len() as u32 {
+            self.pull(index);
+        }
+        let faults = &self.scenario.faults;
+        for at in &faults.scheduler_restarts {
+            self.queue.put(Time(*at), Event::SchedulerDown);
+            self.queue.put(Time(*at + faults.scheduler_away), Event::SchedulerUp);
+        }
+        self.schedule_deaths();
+        let limit = Time(self.scenario.limit());
+        while self.unfinished > 0
+            && let Some((at, event)) = self.queue.take()
+            && at <= limit
+        {
+            self.now = at;
+            self.happen(event);
+        }
+        self.outcome()
+    }
+
+    fn schedule_deaths(&mut self) {
+        let dying = (self.scenario.faults.die * f64::from(self.scenario.hosts)).round() as usize;
+        let mut all: Vec<u32> = (self.scenario.seed_peers..self.hosts.len() as u32).collect();
+        all.shuffle(&mut self.rng);
+        for host in all.into_iter().take(dying) {
+            let at = self.scenario.bound_s() * self.rng.random_range(0.1..0.9);
+            self.queue.put(Time(Duration::from_secs_f64(at)), Event::Die(host));
+        }
+    }
+
+    fn outcome(mut self) -> Outcome {
+        let scenario = self.scenario;
+        let seeds = scenario.seed_peers as usize;
+        let finish = |host: &Host| Finish {
+            at_s: host.done_at().filter(|_| !host.dead).map(|at| at.0.as_secs_f64()),
+            slow: host.slow,
+            dead: host.dead,
+        };
+        for (index, host) in self.hosts.iter().enumerate().skip(seeds).filter(|(_, host)| !host.dead) {
+            self.checks.ended(index as u32, host.missing());
+        }
+        self.checks.origin(self.origin.bytes(), scenario.size_bytes, scenario.origin_copies_max);
+        let copies = |bytes: u64| bytes as f64 / scenario.size_bytes as f64;
+        let lasted_s = self.now.0.as_secs_f64().max(f64::MIN_POSITIVE);
+        let entered = |zone: &Zone| copies(zone.down.bytes() + zone.origin_bytes);
+        Outcome {
+            bound_s: scenario.bound_s(),
+            finishes: self.hosts.iter().skip(seeds).map(finish).collect(),
+            origin_copies: copies(self.origin.bytes()),
+            seed_copies: copies(self.hosts.iter().take(seeds).map(|host| host.up.bytes()).sum()),
+            zone_copies: self.zones.iter().map(entered).fold(0.0, f64::max),
+            scheduler_messages_per_s: self.scheduler_messages as f64 / lasted_s,
+            peer_messages_per_s: self.peer_messages as f64 / lasted_s / self.hosts.len() as f64,
+            duplicates: doubled(&self.hosts, &self.blobs),
+            wrong_pieces: self.wrong_pieces,
+            events: self.queue.count(),
+            lasted_s,
+            trace: self.trace,
+            checks: self.checks,
+        }
+    }
+
+    // ---- what happens -------------------------------------------------------------------------------------------
+
+    fn host(&mut self, index: u32) -> &mut Host {
+        &mut self.hosts[index as usize]
+    }
+
+    fn dead(&self, index: u32) -> bool {
+        self.hosts[index as usize].dead
+    }
+
+    fn happen(&mut self, event: Event) {
+        let now = self.now;
+        match event {
+            Event::Decide(index) => {
+                if self.host(index).decides_at == Some(now) {
+                    self.decide(index);
+                }
+            }
+            Event::Arrive { to, from, message } => self.arrive(to, from, message),
+            Event::Pump(index) => {
+                if self.host(index).pumps_at == Some(now) {
+                    self.host(index).pumps_at = None;
+                    self.pump(index);
+                }
+            }
+            Event::Left { from, to, request, blob, piece, bytes, last } => {
+                let there = self.arrival(from, to, bytes);
+                if last {
+                    self.queue.put(there, Event::Piece { to, from, request, blob, piece });
+                }
+            }
+            Event::Piece { to, from, request, blob, piece } => self.piece(to, from, request, blob, piece),
+            Event::Connected(a, b) => self.connect(a, b),
+            Event::Unreached(index, peer) => {
+                self.host(index).node.dial_failed(now, peer_id(peer));
+                self.touch(index);
+            }
+            Event::Lost(index, peer) => {
+                self.host(index).node.peer_down(now, peer_id(peer));
+                self.host(index).sending.retain(|sending| sending.to != peer);
+                self.touch(index);
+            }
+            Event::Origin { to, stream, blob, piece } => self.origin_piece(to, stream, blob, piece),
+            Event::Said { life, input } => {
+                self.scheduler_messages += 1;
+                if life == self.life
+                    && let Some(swarm) = &mut self.swarm
+                {
+                    swarm.handle(now, &mut self.rng, input);
+                    self.hear_scheduler();
+                }
+            }
+            Event::Told { life, to, output } => {
+                if life == self.life && self.swarm.is_some() && !self.dead(to) {
+                    self.told(to, output);
+                }
+            }
+            Event::Tick => {
+                if self.ticks_at == Some(now)
+                    && let Some(swarm) = &mut self.swarm
+                {
+                    self.ticks_at = None;
+                    swarm.tick(now, &mut self.rng);
+                    self.hear_scheduler();
+                }
+            }
+            Event::News(index) => self.tell_news(index),
+            Event::Die(index) => self.die(index),
+            Event::SchedulerDown => {
+                self.swarm = None;
+                self.hosts.iter_mut().for_each(|host| host.node.scheduler(false));
+            }
+            Event::SchedulerUp => {
+                self.life += 1;
+                self.swarm = Some(Swarm::new(now));
+                for index in 0..self.hosts.len() as u32 {
+                    if !self.dead(index) {
+                        self.register(index);
+                        self.come_back(index);
+                    }
+                }
+            }
+        }
+    }
+
+    /// The node looks at what came, soon.
+    fn touch(&mut self, index: u32) {
+        self.decide_at(index, self.now + DECIDES_WITHIN);
+    }
+
+    fn decide_at(&mut self, index: u32, at: Time) {
+        let host = self.host(index);
+        if !host.dead && host.decides_at.is_none_or(|before| at < before) {
+            host.decides_at = Some(at);
+            self.queue.put(at, Event::Decide(index));
+        }
+    }
+
+    fn decide(&mut self, index: u32) {
+        let now = self.now;
+        let host = &mut self.hosts[index as usize];
+        host.decides_at = None;
+        if host.dead {
+            return;
+        }
+        host.node.decide(now, &mut self.rng);
+        while let Some(output) = self.host(index).node.poll() {
+            self.carry_out(index, output);
+        }
+        if let Some(at) = self.host(index).node.deadline(now) {
+            self.decide_at(index, at.max(now + DECIDES_WITHIN));
+        }
+    }
+
+    fn arrive(&mut self, to: u32, from: u32, message: Message) {
+        let now = self.now;
+        if self.dead(to) || !self.host(to).connected.contains(&from) {
+            return;
+        }
+        match message {
+            Message::Reject { request, reason } => {
+                self.host(to).node.piece_failed(now, peer_id(from), request, Some(reason), Fault::Failed);
+            }
+            Message::Cancel { request } => {
+                let sent = |sending: &Sending| (sending.to, sending.request) == (from, request);
+                if self.host(to).sending.iter().any(sent) {
+                    self.host(to).sending.retain(|sending| !sent(sending));
+                    self.host(to).node.uploaded(peer_id(from), request);
+                }
+                self.host(to).node.message(now, peer_id(from), Message::Cancel { request });
+            }
+            message => self.host(to).node.message(now, peer_id(from), message),
+        }
+        self.touch(to);
+    }
+
+    fn connect(&mut self, a: u32, b: u32) {
+        if self.dead(a) || self.dead(b) || self.host(a).connected.contains(&b) {
+            return;
+        }
+        let now = self.now;
+        for (one, other) in [(a, b), (b, a)] {
+            let role = if other < self.scenario.seed_peers { Role::Seed } else { Role::Peer };
+            self.host(one).connected.insert(other);
+            self.host(one).node.peer_up(now, peer_id(other), role);
+            self.touch(one);
+        }
+    }
+
+    // ---- what a node wants done ---------------------------------------------------------------------------------
+
+    fn carry_out(&mut self, me: u32, output: Output) {
+        let (now, delay) = (self.now, self.scenario.delay);
+        self.note(me, &output);
+        match output {
+            Output::Dial(peer) => {
+                let there = index_of(peer);
+                let took = 2 * DIAL_ROUND_TRIPS * delay;
+                let event = match self.dead(there) {
+                    true => Event::Unreached(me, there),
+                    false => Event::Connected(me, there),
+                };
+                self.queue.put(now + took, event);
+            }
+            Output::Send(peer, message) => {
+                if let Message::Have { task, offer, .. } = &message
+                    && let Some(blob) = self.by_digest.get(task)
+                {
+                    self.checks.announced(me, offer, &self.hosts[me as usize].blobs[*blob].verified);
+                }
+                self.send(me, index_of(peer), message);
+            }
+            Output::Download { peer, request, task, piece } => {
+                self.send(me, index_of(peer), Message::Request { request, task, piece });
+            }
+            Output::Cancel { peer, request } => self.send(me, index_of(peer), Message::Cancel { request }),
+            Output::Upload { peer, request, task, piece } => self.upload(me, peer, request, &task, piece),
+            Output::ReadOrigin { task, from } => self.read_origin(me, &task, from),
+            Output::StopOrigin(task) => {
+                if let Some(local) = self.local(me, &task) {
+                    local.reading = None;
+                }
+            }
+            Output::Want { task, again, reads } => {
+                let size_bytes = self.host(me).node.table(&task).map(|table| table.layout().size_bytes());
+                let terms =
+                    Terms { issuer: self.local(me, &task).and_then(|local| local.issuer), guest: false };
+                self.say(Input::Want { peer: peer_id(me), task, size_bytes, again, reads, terms });
+            }
+            Output::Report(peer, _, fault) => {
+                let kind = match fault {
+                    Fault::WrongBytes => ReportKey::WrongBytes,
+                    Fault::Stalled => ReportKey::Stalled,
+                    Fault::NotHeld => ReportKey::NotHeld,
+                    Fault::Failed => ReportKey::Failed,
+                };
+                self.host(me).reports.entry((peer, kind)).or_default();
+                self.news(me);
+            }
+            Output::Load { task, source, token: _, peer } => self.load(me, task, source, peer),
+            Output::Show(task, piece) => self.show(me, &task, piece),
+            Output::Complete(task) => self.complete(me, &task),
+            Output::Poisoned(task) => {
+                if let Some(local) = self.local(me, &task) {
+                    local.start_over();
+                }
+            }
+            // Nobody can give it now: its client asks again.
+            Output::Failed(task, _) => {
+                self.host(me).node.run(now, task, true, false);
+                self.touch(me);
+            }
+            // Liars lie about bytes here, not about tables.
+            Output::Contradiction(_) | Output::Recheck(_) | Output::Sized(..) | Output::TableGrew(_) => {}
+        }
+    }
+
+    fn note(&mut self, me: u32, output: &Output) {
+        let (kind, peer, detail) = match output {
+            Output::Dial(peer) => (1, index_of(*peer), 0),
+            Output::Send(peer, _) => (2, index_of(*peer), 0),
+            Output::Download { peer, piece, .. } => (3, index_of(*peer), *piece),
+            Output::Cancel { peer, request } => (4, index_of(*peer), *request),
+            Output::Upload { peer, piece, .. } => (5, index_of(*peer), *piece),
+            Output::ReadOrigin { from, .. } => (6, 0, *from),
+            Output::Show(_, piece) => (7, 0, *piece),
+            Output::Want { .. } => (8, 0, 0),
+            Output::Report(peer, ..) => (9, index_of(*peer), 0),
+            Output::Complete(_) => (10, 0, 0),
+            _ => (11, 0, 0),
+        };
+        let words = [
+            self.now.0.as_nanos() as u64,
+            u64::from(me) << 8 | kind,
+            u64::from(peer) << 32 | u64::from(detail),
+        ];
+        self.trace = words.into_iter().fold(self.trace, mix);
+    }
+
+    fn local(&mut self, me: u32, task: &Digest) -> Option<&mut Local> {
+        let blob = *self.by_digest.get(task)?;
+        self.hosts[me as usize].blobs.get_mut(blob)
+    }
+
+    /// A message waits behind what is committed to the uplink.
+    fn send(&mut self, from: u32, to: u32, message: Message) {
+        self.peer_messages += 1;
+        let at = self.now + self.hosts[from as usize].up.backlog(self.now) + self.scenario.delay;
+        self.queue.put(at, Event::Arrive { to, from, message });
+    }
+
+    fn pull(&mut self, index: u32) {
+        for blob in 0..self.blobs.len() {
+            self.open(index, blob);
+            let (now, task, count) = (self.now, self.blobs[blob].digest, self.blobs[blob].layout.count());
+            self.host(index).node.run(now, task, true, false);
+            self.host(index).node.reader(now, &task, READER, Some(0..count), false);
+        }
+        self.touch(index);
+    }
+
+    fn open(&mut self, index: u32, blob: usize) {
+        let (now, task) = (self.now, self.blobs[blob].digest);
+        let source = Source { registry: "registry.test".into(), repository: "library/image".into() };
+        let opening = Opening { source, right: Right::Own, known: None, own_table: false, announce: true };
+        self.host(index).node.open(now, task, opening);
+    }
+
+    /// As `proxy::driver` does: a seed gets what it is asked for, a node gives what it has.
+    fn load(&mut self, me: u32, task: Digest, _source: Source, peer: PeerId) {
+        let Some(blob) = self.by_digest.get(&task).copied() else { return };
+        let now = self.now;
+        if me < self.scenario.seed_peers {
+            self.open(me, blob);
+            let as_owner = index_of(peer) < self.scenario.seed_peers;
+            self.host(me).node.run(now, task, true, as_owner);
+        } else if self.host(me).blobs[blob].verified.is_empty() && !self.host(me).node.is_running(&task) {
+            self.host(me).node.refuse(peer, task, Refusal::NotHeld);
+            return;
+        }
+        self.host(me).node.adopt(now, &task, peer);
+        self.touch(me);
+    }
+
+    fn show(&mut self, me: u32, task: &Digest, piece: PieceIndex) {
+        let now = self.now;
+        let Some(local) = self.local(me, task) else { return };
+        let count = local.verified.count();
+        if let Some(next) = local.show(piece) {
+            let pieces = (next < count).then_some(next..count);
+            self.host(me).node.reader(now, task, READER, pieces, false);
+        }
+    }
+
+    fn complete(&mut self, me: u32, task: &Digest) {
+        let now = self.now;
+        let Some(local) = self.local(me, task) else { return };
+        local.done_at.get_or_insert(now);
+        local.changed = true;
+        let all_done = self.host(me).blobs.iter().all(|local| local.done_at.is_some());
+        if me >= self.scenario.seed_peers && all_done {
+            self.unfinished -= 1;
+        }
+        self.news(me);
+    }
+
+    // ---- pieces -------------------------------------------------------------------------------------------------
+
+    fn upload(&mut self, me: u32, peer: PeerId, request: u32, task: &Digest, piece: PieceIndex) {
+        let Some(blob) = self.by_digest.get(task).copied() else { return };
+        let left_bytes = self.blobs[blob].layout.len_bytes(piece);
+        let to = index_of(peer);
+        let host = &mut self.hosts[me as usize];
+        if !host.connected.contains(&to) {
+            host.node.uploaded(peer, request);
+            return;
+        }
+        host.sending.push_back(Sending { to, request, blob, piece, left_bytes });
+        let verified = host.blobs[blob].verified.contains(piece);
+        self.checks.uploads(me, verified, host.sending.len(), self.scenario.upload_slots);
+        self.pump(me);
+    }
+
+    /// Fills the uplink's buffer: a turn for each piece, round and round.
+    fn pump(&mut self, index: u32) {
+        let (now, buffer) = (self.now, self.scenario.buffer);
+        while !self.dead(index) && !self.hosts[index as usize].sending.is_empty() {
+            let backlog = self.hosts[index as usize].up.backlog(now);
+            if backlog > buffer {
+                return self.pump_at(index, now + (backlog - buffer));
+            }
+            // Whose downlink has room first, in turn.
+            let waits = |sending: &Sending| self.congestion(index, sending.to).saturating_sub(buffer);
+            let sending = &self.hosts[index as usize].sending;
+            let Some((at, wait)) =
+                sending.iter().map(waits).enumerate().min_by_key(|(at, wait)| (*wait, *at))
+            else {
+                return;
+            };
+            if wait > Duration::ZERO {
+                return self.pump_at(index, now + wait);
+            }
+            self.send_turn(index, at);
+        }
+    }
+
+    fn send_turn(&mut self, index: u32, at: usize) {
+        let now = self.now;
+        let host = &mut self.hosts[index as usize];
+        let Some(mut sending) = host.sending.remove(at) else { return };
+        let bytes = sending.left_bytes.min(self.scenario.turn_bytes);
+        sending.left_bytes -= bytes;
+        let leaves = host.up.send(now, bytes);
+        let Sending { to, request, blob, piece, left_bytes } = sending;
+        let last = left_bytes == 0;
+        self.queue.put(leaves, Event::Left { from: index, to, request, blob, piece, bytes, last });
+        if last {
+            self.hosts[index as usize].node.uploaded(peer_id(to), request);
+            self.touch(index);
+        } else {
+            self.hosts[index as usize].sending.push_back(sending);
+        }
+    }
+
+    fn pump_at(&mut self, index: u32, at: Time) {
+        let host = self.host(index);
+        if host.pumps_at.is_none_or(|before| at < before) {
+            host.pumps_at = Some(at);
+            self.queue.put(at, Event::Pump(index));
+        }
+    }
+
+    /// How far behind the links on the way are.
+    fn congestion(&self, from: u32, to: u32) -> Duration {
+        let (sender, receiver) = (&self.hosts[from as usize], &self.hosts[to as usize]);
+        let down = receiver.down.backlog(self.now);
+        if sender.zone == receiver.zone {
+            return down;
+        }
+        let out = self.zones[sender.zone as usize].up.backlog(self.now);
+        let into = self.zones[receiver.zone as usize].down.backlog(self.now);
+        down.max(out).max(into)
+    }
+
+    /// When bytes that leave an uplink now are there.
+    fn arrival(&mut self, from: u32, to: u32, bytes: u64) -> Time {
+        let (mut at, delay) = (self.now + self.scenario.delay, self.scenario.delay);
+        let (there, here) = (self.hosts[from as usize].zone, self.hosts[to as usize].zone);
+        if there != here {
+            at = self.zones[there as usize].up.pass(at, bytes) + delay;
+            at = self.zones[here as usize].down.pass(at, bytes) + delay;
+        }
+        self.host(to).down.pass(at, bytes)
+    }
+
+    fn piece(&mut self, to: u32, from: u32, request: u32, blob: usize, piece: PieceIndex) {
+        let now = self.now;
+        if self.dead(to) || self.host(to).node.asked_for(peer_id(from), request).is_none() {
+            return;
+        }
+        let right = !self.host(from).lies;
+        let chain = self.blobs[blob].chain_after(piece, right);
+        let verdict = self.host(to).node.piece(now, peer_id(from), request, &chain);
+        self.wrong_pieces += u64::from(verdict == Verdict::Wrong);
+        if verdict == Verdict::Keep {
+            self.checks.kept(to, right);
+            self.keep(to, blob, piece, right);
+            let bytes = self.blobs[blob].layout.len_bytes(piece);
+            *self.host(to).reports.entry((peer_id(from), ReportKey::Served)).or_default() += bytes;
+        }
+        self.touch(to);
+    }
+
+    fn keep(&mut self, index: u32, blob: usize, piece: PieceIndex, right: bool) {
+        let local = &mut self.hosts[index as usize].blobs[blob];
+        if right {
+            local.verified.insert(piece);
+        }
+        local.changed = true;
+        self.news(index);
+    }
+
+    // ---- the origin ---------------------------------------------------------------------------------------------
+
+    fn read_origin(&mut self, me: u32, task: &Digest, from: PieceIndex) {
+        let Some(blob) = self.by_digest.get(task).copied() else { return };
+        self.streams += 1;
+        let stream = self.streams;
+        let (now, size_bytes) = (self.now, self.blobs[blob].layout.size_bytes());
+        let host = self.host(me);
+        host.blobs[blob].reading = Some(stream);
+        host.node.sized(now, *task, size_bytes);
+        self.stream(me, stream, blob, from);
+        self.touch(me);
+    }
+
+    /// The next piece of a stream leaves the origin.
+    fn stream(&mut self, to: u32, stream: u64, blob: usize, piece: PieceIndex) {
+        let bytes = self.blobs[blob].layout.len_bytes(piece);
+        let left = self.origin.send(self.now, bytes) + self.scenario.delay;
+        let zone = self.host(to).zone as usize;
+        self.zones[zone].origin_bytes += bytes;
+        let there = self.host(to).down.pass(left, bytes);
+        self.queue.put(there, Event::Origin { to, stream, blob, piece });
+    }
+
+    fn origin_piece(&mut self, to: u32, stream: u64, blob: usize, piece: PieceIndex) {
+        let (now, task) = (self.now, self.blobs[blob].digest);
+        if self.dead(to) || self.host(to).blobs[blob].reading != Some(stream) {
+            return;
+        }
+        let chain = self.blobs[blob].chain_after(piece, true);
+        let verdict = self.host(to).node.origin_piece(now, &task, piece, &chain);
+        if verdict == Verdict::Keep {
+            self.keep(to, blob, piece, true);
+        }
+        if piece + 1 < self.blobs[blob].layout.count() {
+            self.stream(to, stream, blob, piece + 1);
+        } else {
+            self.host(to).node.origin_over(now, &task, None::<Failure>);
+            self.host(to).blobs[blob].reading = None;
+        }
+        self.touch(to);
+    }
+
+    // ---- the scheduler ------------------------------------------------------------------------------------------
+
+    fn say(&mut self, input: Input) {
+        if self.swarm.is_some() {
+            self.queue.put(self.now + self.scenario.delay, Event::Said { life: self.life, input });
+        }
+    }
+
+    fn register(&mut self, index: u32) {
+        let seed = index < self.scenario.seed_peers;
+        self.say(Input::Joined(Registration {
+            peer: peer_id(index),
+            role: if seed { Role::Seed } else { Role::Peer },
+            zone: Arc::from(format!("zone-{}", self.hosts[index as usize].zone)),
+            upload_slots: self.scenario.upload_slots as u32,
+            upload_rate_bytes: 0,
+            reads_origins: true,
+        }));
+        self.host(index).node.scheduler(true);
+    }
+
+    /// To a scheduler that has just come up everything is said again.
+    fn come_back(&mut self, index: u32) {
+        let host = self.host(index);
+        host.blobs.iter_mut().for_each(|local| local.changed = true);
+        let running: Vec<usize> =
+            (0..host.blobs.len()).filter(|at| host.blobs[*at].done_at.is_none()).collect();
+        self.tell_news(index);
+        for blob in running {
+            let task = self.blobs[blob].digest;
+            if self.host(index).node.is_running(&task) {
+                let size_bytes = Some(self.blobs[blob].layout.size_bytes());
+                let terms = Terms { issuer: self.host(index).blobs[blob].issuer, guest: false };
+                let (peer, again, reads) = (peer_id(index), false, false);
+                self.say(Input::Want { peer, task, size_bytes, again, reads, terms });
+            }
+        }
+    }
+
+    /// There is news for the scheduler: it is told within a second. The first at once would be one message a host and piece.
+    fn news(&mut self, index: u32) {
+        let host = self.host(index);
+        if !std::mem::replace(&mut host.news_due, true) {
+            self.queue.put(self.now + NEWS_EVERY, Event::News(index));
+        }
+    }
+
+    fn tell_news(&mut self, index: u32) {
+        let blobs = &self.blobs;
+        let host = &mut self.hosts[index as usize];
+        host.news_due = false;
+        if host.dead {
+            return;
+        }
+        let changed = host.blobs.iter_mut().zip(blobs).filter(|(local, _)| local.changed);
+        let holdings: Vec<Holding> = changed
+            .map(|(local, blob)| {
+                local.changed = false;
+                Holding {
+                    task: blob.digest,
+                    size_bytes: blob.layout.size_bytes(),
+                    pieces: local.verified.len(),
+                    complete: local.done_at.is_some(),
+                }
+            })
+            .collect();
+        let reports = std::mem::take(&mut host.reports);
+        let peer = peer_id(index);
+        if !holdings.is_empty() {
+            self.say(Input::Holdings { peer, replaces_all: false, holdings });
+        }
+        // They travel in one message: only the first counts as one.
+        self.scheduler_messages -= (reports.len() as u64).saturating_sub(1).min(self.scheduler_messages);
+        for ((parent, kind), bytes) in reports {
+            self.say(Input::Report { reporter: peer, peer: parent, kind: kind.kind(bytes) });
+        }
+    }
+
+    fn hear_scheduler(&mut self) {
+        let at = self.now + self.scenario.delay;
+        let mut told = Vec::new();
+        if let Some(swarm) = &mut self.swarm {
+            told.extend(std::iter::from_fn(|| swarm.poll()));
+        }
+        for output in told {
+            match &output {
+                swarm::Output::Parents { to, .. } => {
+                    self.scheduler_messages += 1;
+                    self.queue.put(at, Event::Told { life: self.life, to: index_of(*to), output });
+                }
+                swarm::Output::Isolated(_) => {
+                    for to in 0..self.hosts.len() as u32 {
+                        self.scheduler_messages += 1;
+                        self.queue.put(at, Event::Told { life: self.life, to, output: output.clone() });
+                    }
+                }
+            }
+        }
+        let deadline = self.swarm.as_ref().and_then(Swarm::deadline);
+        if let Some(at) = deadline.filter(|at| self.ticks_at.is_none_or(|before| *at < before)) {
+            let at = at.max(self.now);
+            self.ticks_at = Some(at);
+            self.queue.put(at, Event::Tick);
+        }
+    }
+
+    fn told(&mut self, to: u32, output: swarm::Output) {
+        let now = self.now;
+        match output {
+            swarm::Output::Parents { task, parents, issuer, fetch_from_origin, .. } => {
+                if let Some(local) = self.local(to, &task) {
+                    local.issuer = issuer;
+                }
+                let node = &mut self.host(to).node;
+                node.parents(now, task, &parents, issuer, fetch_from_origin);
+            }
+            swarm::Output::Isolated(peers) => self.host(to).node.isolated(now, peers),
+        }
+        self.touch(to);
+    }
+
+    // ---- faults -------------------------------------------------------------------------------------------------
+
+    fn die(&mut self, index: u32) {
+        if self.host(index).done_at().is_none() {
+            self.unfinished -= 1;
+        }
+        let noticed = self.now + self.scenario.faults.noticed_after;
+        let host = self.host(index);
+        host.dead = true;
+        host.sending.clear();
+        for other in std::mem::take(&mut host.connected) {
+            self.host(other).connected.remove(&index);
+            self.queue.put(noticed, Event::Lost(other, index));
+        }
+        self.queue.put(noticed, Event::Said { life: self.life, input: Input::Left(peer_id(index)) });
+    }
+}
+
+/// Requests that were doubled.
+fn doubled(hosts: &[Host], blobs: &[Blob]) -> u64 {
+    let of = |host: &Host| -> u64 { blobs.iter().map(|blob| host.node.duplicates(&blob.digest)).sum() };
+    hosts.iter().map(of).sum()
+}
+
+/// Who is slow and who lies, by lot.
+fn afflict(scenario: &Scenario, hosts: &mut [Host], rng: &mut StdRng) {
+    let faults = &scenario.faults;
+    let many = |part: f64| (part * f64::from(scenario.hosts)).round() as usize;
+    let mut nodes: Vec<&mut Host> = hosts.iter_mut().skip(scenario.seed_peers as usize).collect();
+    nodes.shuffle(rng);
+    for host in nodes.iter_mut().take(many(faults.slow)) {
+        let rate = scenario.rate * faults.slow_rate;
+        (host.slow, host.up, host.down) = (true, Link::new(rate), Link::new(rate));
+    }
+    nodes.shuffle(rng);
+    nodes.iter_mut().take(many(faults.lie)).for_each(|host| host.lies = true);
+}
