@@ -202,7 +202,8 @@ impl<N: Notary> Node<N> {
     pub(super) fn tell(&mut self, now: Time, digest: &Digest) {
         let idle = self.uploads.is_idle();
         let mut elsewhere = BTreeMap::new();
-        let others = self.tasks.iter().filter(|(other, _)| *other != digest);
+        // Nobody tells those who have all of a task what they hold of it: offers of such tasks only lapse.
+        let others = self.tasks.iter().filter(|(other, task)| *other != digest && !task.complete);
         for child in others.flat_map(|(_, task)| task.offers.pending()) {
             *elsewhere.entry(child).or_insert(0) += 1;
         }

@@ -363,7 +363,7 @@ async fn a_manifest_that_does_not_match_its_digest_is_not_served() {
 async fn manifests_of_four_mebibytes_work_and_longer_ones_do_not() {
     for (len, status) in [(4 << 20, 200), ((4 << 20) + 1, 502)] {
         for chunked in [false, true] {
-            let body = vec![b' '; len];
+            let body = [&b"{"[..], &vec![b' '; len - 2], b"}"].concat();
             let registry = TestRegistry::start(move |seen| {
                 if !chunked {
                     return say(seen, 200, &[], &body);
