@@ -842,9 +842,11 @@ proptest! {
             let from = world.said.len();
             if let Step::Wait(time) = step {
                 for _ in 0..*time / 50 {
-                    let from = world.said.len();
+                    let (from, peers) = (world.said.len(), world.swarm.by_id.len());
                     world.wait(ms(50));
-                    if world.isolated == world.swarm.isolated(world.now) && world.said.len() == from + 1 {
+                    let nobody_went = world.swarm.by_id.len() == peers;
+                    let isolated_as_before = world.isolated == world.swarm.isolated(world.now);
+                    if nobody_went && isolated_as_before && world.said.len() == from + 1 {
                         check_said(&world, from);
                     }
                 }
