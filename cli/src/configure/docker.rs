@@ -57,7 +57,7 @@ fn flagged(view: &View<'_>) -> Vec<PathBuf> {
 
 /// A reload tells dockerd of mirrors, but not that there are none any more.
 pub(super) fn restart(changes: &[Change]) -> Restart {
-    let has = |text: &String| text.contains("\"registry-mirrors\"");
+    let has = |text: &String| text.to_ascii_lowercase().contains("\"registry-mirrors\"");
     if changes.iter().all(|change| change.after.as_ref().is_some_and(has)) {
         return Restart::Unit { verb: "reload", unit: "docker", why: "dockerd reads its mirrors again" };
     }

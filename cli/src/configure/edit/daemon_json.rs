@@ -1,7 +1,7 @@
 //! dockerd's daemon.json: `registry-mirrors`, asked in order for Docker Hub's images.
 
 use jsonc_parser::ParseOptions;
-use jsonc_parser::cst::{CstArray, CstInputValue, CstNode, CstObject, CstRootNode};
+use jsonc_parser::cst::{CstArray, CstInputValue, CstNode, CstObject, CstObjectProp, CstRootNode};
 use serde_json::Value;
 
 use super::Unfit;
@@ -10,46 +10,46 @@ const KEY: &str = "registry-mirrors";
 
 /// Puts the URL first.
 pub(super) fn apply(text: &str, url: &str) -> Result<String, Unfit> {
-    let (model, object, root) = parse(text)?;
+    let (mut wanted, object, root) = parse(text)?;
     let input = CstInputValue::String(url.to_owned());
-    match (object.get(KEY), mirrors(&object)) {
-        (None, _) => {
+    match &lists(&object)[..] {
+        [] => {
             object.insert(0, KEY, CstInputValue::Array(vec![input]));
+            wanted[KEY] = vec![url].into();
         }
-        (Some(_), Some(array)) if position(&array, url).is_some() => return Ok(text.to_owned()),
-        (Some(_), Some(array)) => {
+        [(name, property)] => {
+            let array = property.array_value();
+            let array = array.ok_or_else(|| Unfit::new(format!("`{name}` is no list"), "mend it"))?;
+            if position(&array, url).is_some() {
+                return Ok(text.to_owned());
+            }
             array.insert(0, input);
+            wanted[name].as_array_mut().ok_or_else(unfit)?.insert(0, url.into());
         }
-        (Some(_), None) => return Err(Unfit::new(format!("`{KEY}` is no list"), "mend it")),
+        _ => return Err(Unfit::new(format!("has `{KEY}` more than once"), "leave one of them")),
     }
-    let mut wanted = model;
-    let list = wanted
-        .as_object_mut()
-        .and_then(|object| object.entry(KEY).or_insert_with(|| Value::Array(Vec::new())).as_array_mut());
-    list.ok_or_else(unfit)?.insert(0, url.into());
     meant(root.to_string(), &wanted)
 }
 
 /// Takes the URL out.
 pub(super) fn undo(text: &str, url: &str, original: Option<&str>) -> Result<String, Unfit> {
     let (mut wanted, object, root) = parse(text)?;
-    let there =
-        original.is_some_and(|text| parse(text).is_ok_and(|(_, object, _)| object.get(KEY).is_some()));
-    let Some((array, at)) = mirrors(&object)
-        .and_then(|array| Some((position(&array, url)?, array)))
-        .map(|(at, array)| (array, at))
-    else {
-        return Ok(text.to_owned());
-    };
+    let found = lists(&object).into_iter().find_map(|(name, property)| {
+        let array = property.array_value()?;
+        let at = position(&array, url)?;
+        Some((name, property, array, at))
+    });
+    let Some((name, property, array, at)) = found else { return Ok(text.to_owned()) };
+    let there = original.is_some_and(|text| parse(text).is_ok_and(|(model, ..)| model.get(&name).is_some()));
     let model = wanted.as_object_mut().ok_or_else(unfit)?;
     if array.elements().len() == 1 && !there {
-        if let Some(property) = object.get(KEY) {
-            property.remove();
-        }
-        model.remove(KEY);
+        property.remove();
+        model.remove(&name);
     } else {
         array.elements().swap_remove(at).remove();
-        model.get_mut(KEY).and_then(Value::as_array_mut).ok_or_else(unfit)?.remove(at);
+        // A name that is there twice is the last one to the model, the first one here.
+        let list = model.get_mut(&name).and_then(Value::as_array_mut).filter(|list| at < list.len());
+        list.ok_or_else(unfit)?.remove(at);
     }
     meant(root.to_string(), &wanted)
 }
@@ -73,15 +73,18 @@ fn parse(text: &str) -> Result<(Value, CstObject, CstRootNode), Unfit> {
     Ok((model, object, root))
 }
 
-fn mirrors(object: &CstObject) -> Option<CstArray> {
-    object.get(KEY)?.array_value()
+/// The key with its name as it is written: to Go's JSON, a key is the same in any case.
+fn lists(object: &CstObject) -> Vec<(String, CstObjectProp)> {
+    let named = |property: CstObjectProp| Some((property.decoded_name()?, property));
+    let properties = object.properties().into_iter().filter_map(named);
+    properties.filter(|(name, _)| name.eq_ignore_ascii_case(KEY)).collect()
 }
 
+/// Where the mirror is: dockerd ends each URL with a slash, whether it is written with one or without.
 fn position(array: &CstArray, url: &str) -> Option<usize> {
-    let same = |node: &CstNode| {
-        node.as_string_lit().and_then(|text| text.decoded_value().ok()).is_some_and(|text| text == url)
-    };
-    array.elements().iter().position(same)
+    let bare = |url: &str| url.strip_suffix('/').unwrap_or(url).to_owned();
+    let text = |node: &CstNode| node.as_string_lit()?.decoded_value().ok();
+    array.elements().iter().position(|node| text(node).is_some_and(|text| bare(&text) == bare(url)))
 }
 
 fn meant(edited: String, wanted: &Value) -> Result<String, Unfit> {
@@ -102,6 +105,10 @@ mod tests {
 
     const URL: &str = "http://127.0.0.1:6500";
 
+    fn model(text: &str) -> Value {
+        parse(text).unwrap().0
+    }
+
     #[test]
     fn the_mirror_comes_first_and_the_rest_keeps_its_order_and_look() {
         for (before, after) in [
@@ -120,12 +127,29 @@ mod tests {
             let applied = apply(before, URL).unwrap();
             assert_eq!(applied, after);
             assert_eq!(apply(&applied, URL).unwrap(), applied, "twice is once");
-            let back: Value = serde_json::from_str(&undo(&applied, URL, Some(before)).unwrap()).unwrap();
-            assert_eq!(
-                back,
-                serde_json::from_str::<Value>(if before.is_empty() { "{}" } else { before }).unwrap()
-            );
+            assert_eq!(model(&undo(&applied, URL, Some(before)).unwrap()), model(before));
         }
+    }
+
+    #[test]
+    fn a_key_in_other_case_and_a_url_with_a_slash_are_the_same() {
+        let before = "{\"Registry-Mirrors\": [\"https://b\"], \"x\": 1}";
+        let applied = apply(before, URL).unwrap();
+        assert_eq!(applied, "{\"Registry-Mirrors\": [\"http://127.0.0.1:6500\", \"https://b\"], \"x\": 1}");
+        assert_eq!(model(&undo(&applied, URL, Some(before)).unwrap()), model(before));
+        let empty = "{\"Registry-Mirrors\": []}";
+        assert_eq!(undo(&apply(empty, URL).unwrap(), URL, Some(empty)).unwrap(), empty);
+        let slashed = "{\"registry-mirrors\": [\"https://b\", \"http://127.0.0.1:6500/\"]}";
+        assert_eq!(apply(slashed, URL).unwrap(), slashed, "it is there already");
+        let ours = apply("{}", URL).unwrap().replace("6500", "6500/");
+        assert_eq!(undo(&ours, URL, Some("{}")).unwrap(), "{}");
+        let twice =
+            "{\"registry-mirrors\": [\"http://127.0.0.1:6500\"], \"Registry-Mirrors\": [\"https://b\"]}";
+        assert!(apply(twice, URL).unwrap_err().what.contains("more than once"));
+        let left = undo(twice, URL, Some("{\"Registry-Mirrors\": [\"https://b\"]}")).unwrap();
+        assert_eq!(left, "{ \"Registry-Mirrors\": [\"https://b\"]}", "what an earlier hawker wrote goes");
+        let alike = "{\"registry-mirrors\": [\"a\", \"http://127.0.0.1:6500\"], \"registry-mirrors\": []}";
+        assert!(undo(alike, URL, Some("{}")).is_err());
     }
 
     #[test]
