@@ -19,7 +19,7 @@ pub(crate) const HOSTS_DIR: &str = "/etc/containerd/certs.d";
 /// The part of [`super::containerd`]'s default from 2.2 on that is docker's.
 const DOCKER_DIR: &str = "/etc/docker/certs.d";
 
-/// The plugin that has the registries: in files of version 1, of version 2, of later ones.
+/// The plugin that has the registries: in files of version 1, 2 and 3.
 pub(crate) const CRI: [&str; 3] = ["cri", "io.containerd.grpc.v1.cri", "io.containerd.cri.v1.images"];
 
 /// Files that a configuration may import, its own included.
@@ -28,7 +28,7 @@ const FILES_MAX: usize = 64;
 /// What of containerd's configuration matters here.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Config {
-    /// The format of the main file: 1 and 2 for containerd 1.x, 3 and more from 2.0.
+    /// The format of the main file: 1 and 2 for containerd 1.x, 3 from 2.0 on.
     pub(crate) version: i64,
     pub(crate) address: Option<PathBuf>,
     pub(crate) cri_disabled: bool,
@@ -69,7 +69,14 @@ impl Config {
                 let message = error.message().trim().replace('\n', ", ");
                 anyhow::anyhow!("{} is no TOML: {message}", view.show(&file))
             })?;
-            config.take(&file, file == path, &table);
+            let version = version_of(&table).map_err(|found| {
+                let file = view.show(&file);
+                anyhow::anyhow!(
+                    "{file} says `version = {found}`, which is none that hawker knows; write version = 1, 2 or 3, as a \
+                     number without quotes (`containerd config migrate` gives a file of this containerd's version)"
+                )
+            })?;
+            config.take(&file, file == path, version, &table);
             let imports = table.get("imports").and_then(Value::as_array).into_iter().flatten();
             pending.extend(imports.filter_map(Value::as_str).flat_map(|import| expand(view, &file, import)));
         }
@@ -79,8 +86,7 @@ impl Config {
         Ok(config)
     }
 
-    fn take(&mut self, file: &Path, is_main: bool, table: &Table) {
-        let version = table.get("version").and_then(Value::as_integer);
+    fn take(&mut self, file: &Path, is_main: bool, version: Option<i64>, table: &Table) {
         if is_main {
             self.version = version.unwrap_or(1);
         }
@@ -148,6 +154,12 @@ impl Config {
         }
         Some((format!("{} excludes config_path: CRI does not start with both", what.join(" and ")), cure))
     }
+}
+
+/// The version that a file says it is of, if any; an error is what it says instead.
+fn version_of(table: &Table) -> Result<Option<i64>, &Value> {
+    let Some(version) = table.get("version") else { return Ok(None) };
+    version.as_integer().filter(|version| (1..=3).contains(version)).map(Some).ok_or(version)
 }
 
 fn plugin_of(version: i64) -> &'static str {

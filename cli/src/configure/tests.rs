@@ -121,7 +121,6 @@ fn containerd_looks_for_hosts_toml_whatever_its_configuration_looks_like() {
         ("none", None, CRI_1),
         ("without a version", Some("oom_score = 0\n"), "cri"),
         ("of version 3", Some("version = 3\n"), CRI_2),
-        ("of version 4", Some("version = 4"), CRI_2),
         ("empty", Some(""), "cri"),
     ] {
         let files: Vec<_> = text.map(|text| (CONFIG, text)).into_iter().collect();
@@ -193,6 +192,14 @@ fn what_would_keep_cri_from_starting_is_told_with_the_cure() {
     let system = System::with(&[(CONFIG, &pair), ("/b/reg.example/ca.crt", "x")]);
     assert!(system.refused("containerd").contains("/b"));
     assert!(System::with(&[(CONFIG, "version = [")]).refused("containerd").contains(CONFIG));
+    for version in ["\"2\"", "4", "0", "-1", "2.0", "[2]"] {
+        let said = System::with(&[(CONFIG, &format!("version = {version}\n"))]).refused("containerd");
+        assert!(said.contains(CONFIG) && said.contains(&format!("`version = {version}`")), "{said}");
+        assert!(said.contains("write version = 1, 2 or 3"), "{said}");
+    }
+    let imported =
+        [(CONFIG, "version = 2\nimports = [\"a.toml\"]\n"), ("/etc/containerd/a.toml", "version = 4\n")];
+    assert!(System::with(&imported).refused("containerd").contains("/etc/containerd/a.toml"));
     let inline = System::with(&[(CONFIG, "version = 2\nplugins = { x = {} }\n")]).refused("containerd");
     assert!(inline.contains("[table]"), "{inline}");
 }
@@ -422,12 +429,13 @@ fn json() -> impl Strategy<Value = Option<String>> {
                 .prop_map(|map| map.into_iter().collect::<serde_json::Map<_, _>>().into())
         ]
     });
-    let mirrors = proptest::option::of(proptest::collection::vec("https://[a-z]{1,3}", 0..3));
+    let mirrors = proptest::collection::vec("https://[a-z]{1,3}", 0..3);
+    let mirrors = proptest::option::of(("registry-mirrors|Registry-Mirrors", mirrors));
     let file = (proptest::collection::btree_map("[a-z-]{1,8}", value, 0..4), mirrors, any::<bool>());
     proptest::option::of(file.prop_map(|(keys, mirrors, pretty)| {
         let mut object: serde_json::Map<String, serde_json::Value> = keys.into_iter().collect();
-        if let Some(mirrors) = mirrors {
-            object.insert("registry-mirrors".into(), mirrors.into());
+        if let Some((key, mirrors)) = mirrors {
+            object.insert(key, mirrors.into());
         }
         let value = serde_json::Value::from(object);
         if pretty { serde_json::to_string_pretty(&value).unwrap() + "\n" } else { value.to_string() }
