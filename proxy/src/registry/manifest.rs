@@ -1,6 +1,7 @@
 //! Manifests by digest, from the cache, a seed, or the origin: always what the digest says. Those by tag begin in [`super::tags`].
 
 use std::fs::File;
+use std::hash::{Hash, Hasher};
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
@@ -22,6 +23,7 @@ use super::{Answer, Ask, Inner, etag, not_modified, tags};
 use crate::coalesce::Coalesced;
 use crate::grant::Grant;
 use crate::origin::{Content, OriginBody, Target, content_length};
+use crate::settings::LiveSettings;
 use crate::store::{StoreError, StoredManifest};
 
 /// A manifest's length at most (distribution spec, "Pushing manifests").
@@ -50,7 +52,26 @@ pub(super) struct Manifest {
 }
 
 /// Downloads of manifests under way: who asks for the same one, with the same right, waits for it.
-pub(super) type Fetching = Coalesced<(Caller, Source, Digest), Result<Manifest, Problem>>;
+pub(super) type Fetching = Coalesced<(Caller, Source, Digest, Under), Result<Manifest, Problem>>;
+
+/// The settings that a caller came under. They say what right this node has of its own: what is being fetched with one that it
+/// has lost since is not for those who come after.
+#[derive(Clone)]
+pub(super) struct Under(Arc<LiveSettings>);
+
+impl PartialEq for Under {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
+impl Eq for Under {}
+
+impl Hash for Under {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        Arc::as_ptr(&self.0).hash(state);
+    }
+}
 
 pub(super) async fn manifest(mirror: &Inner, ask: &Ask, reference: &ManifestRef) -> Result<Answer, Problem> {
     match reference {
@@ -107,7 +128,7 @@ async fn from_here(
 
 /// Gets a manifest that is not cached; of many who ask at once only one does.
 async fn fetch_once(mirror: &Inner, ask: &Ask, digest: &Digest, ask_seed: bool) -> Result<Manifest, Problem> {
-    let key = (ask.caller, ask.grant.source.clone(), *digest);
+    let key = (ask.caller, ask.grant.source.clone(), *digest, Under(mirror.live.load_full()));
     mirror.fetching.run(key, Box::pin(fetch(mirror, ask, digest, ask_seed))).await
 }
 

@@ -10,7 +10,7 @@ use super::*;
 use crate::driver::Event;
 use crate::flight::{FlightError, Shared};
 use crate::origin::testing::{Reply, Seen, TestRegistry, knowing, noise, origin, say, sha256};
-use crate::settings::CacheSettings;
+use crate::settings::{AuthorizationMode, CacheSettings, CredentialSource};
 
 mod ranges;
 mod tags;
@@ -390,6 +390,36 @@ async fn many_who_ask_for_a_manifest_at_once_cost_one_request() {
     assert!(clients.join_all().await.iter().all(|status| *status == 200));
     // Those who come when it is there already ask whether they may have it, at most.
     assert_eq!(registry.count("GET", "/v2/a/b/manifests/"), 1);
+}
+
+#[tokio::test]
+async fn who_comes_under_new_settings_gets_nothing_by_the_credentials_of_the_old_ones() {
+    let image = Image::new(10);
+    let registry = TestRegistry::start(|seen| match seen.header("authorization") {
+        Some(_) => Reply::Silence,
+        None => say(seen, 401, &[("WWW-Authenticate", "Basic realm=\"x\"")], b"{\"errors\":[]}"),
+    })
+    .await;
+    let node = Node::before(&registry).await;
+    let file = node.folder.path().join("config.json");
+    let user = serde_json::json!({ "username": "user", "password": "secret" });
+    std::fs::write(&file, serde_json::json!({ "auths": { registry.name(): user } }).to_string()).unwrap();
+    let switch = |mode| {
+        let mut settings = (**node.live.load()).clone();
+        settings.credentials = vec![CredentialSource::Docker(file.clone())];
+        settings.registries.known.get_mut(&registry.name()).unwrap().authorization = Some(mode);
+        node.live.store(Arc::new(settings));
+    };
+    switch(AuthorizationMode::Node);
+    let target = format!("/v2/a/b/manifests/{}", image.manifest_digest());
+    let mut early = Client::to(node.address).await;
+    early.send("GET", &target, &[]).await;
+    while registry.seen().iter().all(|seen| seen.header("authorization").is_none()) {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    switch(AuthorizationMode::Relay);
+    let late = tokio::time::timeout(Duration::from_secs(5), node.get(&target)).await;
+    assert_eq!(late.expect("it waits for what is not for it").status, 401);
 }
 
 #[tokio::test]
