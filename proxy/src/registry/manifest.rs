@@ -1,8 +1,6 @@
 //! Manifests by digest, from the cache, a seed, or the origin: always what the digest says. Those by tag begin in [`super::tags`].
 
-use std::fs::File;
 use std::hash::{Hash, Hasher};
-use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -24,7 +22,7 @@ use crate::coalesce::Coalesced;
 use crate::grant::Grant;
 use crate::origin::{Content, OriginBody, Target, content_length};
 use crate::settings::LiveSettings;
-use crate::store::{StoreError, StoredManifest};
+use crate::store::{Place, StoredManifest};
 
 /// A manifest's length at most (distribution spec, "Pushing manifests").
 const MAX_BYTES: usize = 4 << 20;
@@ -46,7 +44,7 @@ pub(super) struct Manifest {
     pub(super) media_type: String,
     pub(super) body: Bytes,
     /// Where the body is on disk, if it is there and worth looking for.
-    file: Option<(Arc<File>, Range<u64>)>,
+    file: Option<Place>,
     /// What else the origin said.
     headers: HeaderMap,
 }
@@ -182,7 +180,7 @@ pub(super) async fn read(
         return Err(Problem::TooLong(MAX_BYTES));
     }
     let mut taken = mirror.room.take(announced as usize).await?;
-    let mut body = BytesMut::new();
+    let mut body = BytesMut::with_capacity(announced as usize);
     while let Some(data) = incoming.next().await.transpose()? {
         let before = body.len();
         if before + data.len() > MAX_BYTES {
@@ -212,8 +210,8 @@ pub(super) async fn read(
 impl Manifest {
     /// One that the store has.
     fn kept(digest: Digest, kept: StoredManifest, taken: Taken) -> Self {
-        let StoredManifest { media_type, body, file, range } = kept;
-        let file = (body.len() >= FROM_FILE_BYTES).then_some((file, range));
+        let StoredManifest { media_type, body, place } = kept;
+        let file = (body.len() >= FROM_FILE_BYTES).then_some(place);
         Self { digest, media_type, body: taken.by(body), file, headers: HeaderMap::new() }
     }
 
@@ -260,14 +258,9 @@ pub(super) async fn cached(mirror: &Inner, digest: &Digest) -> Result<Option<Man
 pub(super) async fn keep(mirror: &Inner, ask: &Ask, mut found: Manifest) -> Manifest {
     note_parts(mirror, ask, &found).await;
     let (store, kept) = (mirror.store.clone(), found.clone());
-    let kept = tokio::task::spawn_blocking(move || {
-        store.put_manifest(&kept.digest, &kept.media_type, &kept.body)?;
-        let reads_back = kept.body.len() >= FROM_FILE_BYTES;
-        Ok::<_, StoreError>(reads_back.then(|| store.manifest(&kept.digest)).flatten())
-    })
-    .await;
-    match kept {
-        Ok(Ok(kept)) => found.file = kept.map(|kept| (kept.file, kept.range)),
+    let put = move || store.put_manifest(&kept.digest, &kept.media_type, &kept.body);
+    match tokio::task::spawn_blocking(put).await {
+        Ok(Ok(place)) => found.file = place.filter(|_| found.body.len() >= FROM_FILE_BYTES),
         Ok(Err(reason)) => tracing::warn!(%reason, "the manifest is not kept"),
         Err(_) => {}
     }

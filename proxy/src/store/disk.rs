@@ -1,7 +1,7 @@
 //! The few things done with files: private ones, replaced whole, made durable.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::{self, ErrorKind, Read};
+use std::io::{self, ErrorKind, Read, Write as _};
 use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -47,20 +47,22 @@ pub(super) fn open(path: &Path) -> io::Result<File> {
 
 /// Puts `content` in the place of the file at `path`, whole or not at all. It lasts once the folder was synced.
 pub(super) fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
-    replace_after(path, content, File::sync_all)
+    replace_after(path, &[content], File::sync_all).map(drop)
 }
 
-/// The same for a file that is verified whenever it is read: after a power failure it may be empty or torn.
-pub(super) fn replace_unsynced(path: &Path, content: &[u8]) -> io::Result<()> {
-    replace_after(path, content, |_| Ok(()))
+/// The same for a file that is verified whenever it is read: after a power failure it may be empty or torn. What is in `parts`
+/// comes one behind the other; the file, to read.
+pub(super) fn replace_unsynced(path: &Path, parts: &[&[u8]]) -> io::Result<File> {
+    replace_after(path, parts, |_| Ok(()))
 }
 
-fn replace_after(path: &Path, content: &[u8], sync: impl Fn(&File) -> io::Result<()>) -> io::Result<()> {
+fn replace_after(path: &Path, parts: &[&[u8]], sync: impl Fn(&File) -> io::Result<()>) -> io::Result<File> {
     let temporary = temporary_for(path);
-    let written = create(&temporary).and_then(|file| {
-        file.write_all_at(content, 0)?;
+    let written = create(&temporary).and_then(|mut file| {
+        parts.iter().try_for_each(|part| file.write_all(part))?;
         sync(&file)?;
-        fs::rename(&temporary, path)
+        fs::rename(&temporary, path)?;
+        Ok(file)
     });
     if written.is_err() {
         // The first error is the one to tell; what is left is removed at the next start.
@@ -85,9 +87,9 @@ pub(super) fn remove(path: &Path) -> io::Result<()> {
 }
 
 /// All bytes of a file that is at most `max_bytes` long.
-pub(super) fn read_whole(mut file: &File, max_bytes: u64) -> io::Result<Vec<u8>> {
-    let mut bytes = Vec::new();
-    file.by_ref().take(max_bytes + 1).read_to_end(&mut bytes)?;
+pub(super) fn read_whole(file: &File, max_bytes: u64) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::with_capacity(file.metadata()?.len().min(max_bytes) as usize);
+    file.take(max_bytes + 1).read_to_end(&mut bytes)?;
     if bytes.len() as u64 > max_bytes { Err(ErrorKind::FileTooLarge.into()) } else { Ok(bytes) }
 }
 

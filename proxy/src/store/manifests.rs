@@ -16,6 +16,9 @@ const MAX_MANIFEST_BYTES: usize = 16 << 20;
 /// Room for media type and framing.
 const MAX_FILE_BYTES: u64 = MAX_MANIFEST_BYTES as u64 + (64 << 10);
 
+/// Where a manifest's body is on disk; reading goes on even if the file is unlinked.
+pub type Place = (Arc<File>, Range<u64>);
+
 /// A manifest on disk.
 #[derive(Clone, Debug)]
 pub struct StoredManifest {
@@ -23,30 +26,35 @@ pub struct StoredManifest {
     pub media_type: String,
     /// What hashes to its digest.
     pub body: Bytes,
-    /// Where that is as well; reading goes on even if the file is unlinked.
-    pub file: Arc<File>,
-    /// Its place in the file.
-    pub range: Range<u64>,
+    /// Where that is as well.
+    pub place: Place,
 }
 
-/// Writes a manifest, if it is not there.
-pub(super) fn put(store: &Inner, digest: &Digest, media_type: &str, body: &Bytes) -> Result<(), StoreError> {
+/// Writes a manifest; where its body is then, unless it is too long to be kept.
+pub(super) fn put(
+    store: &Inner,
+    digest: &Digest,
+    media_type: &str,
+    body: &Bytes,
+) -> Result<Option<Place>, StoreError> {
     if body.len() > MAX_MANIFEST_BYTES {
-        return Ok(());
+        return Ok(None);
     }
     if Digest::of(digest.algorithm(), body) != *digest {
         return Err(StoreError::Rotten(*digest));
     }
     let path = store.layout.manifest(digest);
-    let (content, _) = record::manifest(digest, media_type, body);
-    store.write(
+    let (before, after) = record::manifest(digest, media_type, body);
+    let (start, end) = (before.len() as u64, (before.len() + body.len()) as u64);
+    let file_bytes = end + after.len() as u64;
+    let file = store.write(
         || format!("writing {}", path.display()),
-        content.len() as u64,
-        || disk::replace_unsynced(&path, &content),
+        file_bytes,
+        || disk::replace_unsynced(&path, &[&before, body, &after]),
     )?;
     let now = store.now();
-    store.state().cache.insert(Key::Manifest(*digest), content.len() as u64, now);
-    Ok(())
+    store.state().cache.insert(Key::Manifest(*digest), file_bytes, now);
+    Ok(Some((Arc::new(file), start..end)))
 }
 
 /// Reads a manifest; one that does not hash to its digest goes.
@@ -62,7 +70,7 @@ pub(super) fn get(store: &Inner, digest: &Digest) -> Option<StoredManifest> {
         leave(&path);
         return None;
     };
-    note_use(&kept.file);
+    note_use(&kept.place.0);
     Some(kept)
 }
 
@@ -72,5 +80,5 @@ fn read(file: File, digest: &Digest) -> Option<StoredManifest> {
     let body = raw.slice(range.clone());
     let right = named == *digest && Digest::of(digest.algorithm(), &body) == *digest;
     let range = range.start as u64..range.end as u64;
-    right.then(|| StoredManifest { media_type, body, file: Arc::new(file), range })
+    right.then(|| StoredManifest { media_type, body, place: (Arc::new(file), range) })
 }

@@ -29,7 +29,7 @@ use hawker_core::piece::PieceLayout;
 pub use self::blob::Blob;
 pub use self::disk::disk_refuses;
 use self::layout::Layout;
-pub use self::manifests::StoredManifest;
+pub use self::manifests::{Place, StoredManifest};
 pub use self::partial::Partial;
 use self::state::{Entry, Inner, Key};
 use crate::settings::CacheSettings;
@@ -123,8 +123,13 @@ impl Store {
         blob::recheck(&self.inner, task)
     }
 
-    /// Puts a manifest in the cache, under its digest. Blocking.
-    pub fn put_manifest(&self, digest: &Digest, media_type: &str, body: &Bytes) -> Result<(), StoreError> {
+    /// Puts a manifest in the cache, under its digest; where its body is then, unless it is too long to be kept. Blocking.
+    pub fn put_manifest(
+        &self,
+        digest: &Digest,
+        media_type: &str,
+        body: &Bytes,
+    ) -> Result<Option<Place>, StoreError> {
         manifests::put(&self.inner, digest, media_type, body)
     }
 

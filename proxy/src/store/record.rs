@@ -219,14 +219,16 @@ pub(super) fn index(about: &Header, known: &PieceTable, held: &PieceSet) -> Vec<
     out
 }
 
-/// A whole manifest file.
-pub(super) fn manifest(digest: &Digest, media_type: &str, body: &[u8]) -> (Vec<u8>, Range<usize>) {
+/// What a manifest file has before the body and behind it: a body may be long, and is not copied.
+pub(super) fn manifest(digest: &Digest, media_type: &str, body: &[u8]) -> (Vec<u8>, [u8; SUM_BYTES]) {
     let about = Header { digest: *digest, size_bytes: body.len() as u64, boot_id: String::new() };
-    let mut out = header(&about);
-    out.extend(record(MEDIA_TYPE, media_type.as_bytes()));
-    out.extend(record(BODY, body));
-    let end = out.len() - SUM_BYTES;
-    (out, end - body.len()..end)
+    let mut before = header(&about);
+    before.extend(record(MEDIA_TYPE, media_type.as_bytes()));
+    let start = before.len();
+    before.push(BODY);
+    put_length(&mut before, body);
+    let sum = crc32(before[start..].iter().chain(body));
+    (before, sum.to_be_bytes())
 }
 
 /// Digest and media type of a manifest file, and where its body is; `None` when it is not whole.
@@ -256,9 +258,13 @@ fn record(kind: u8, payload: &[u8]) -> Vec<u8> {
     out
 }
 
-fn put_counted(out: &mut Vec<u8>, bytes: &[u8]) {
+fn put_length(out: &mut Vec<u8>, bytes: &[u8]) {
     // Nothing stored is near 4 GiB; a length that were would only fail its checksum.
     out.extend_from_slice(&(bytes.len() as u32).to_be_bytes());
+}
+
+fn put_counted(out: &mut Vec<u8>, bytes: &[u8]) {
+    put_length(out, bytes);
     out.extend_from_slice(bytes);
 }
 
@@ -323,8 +329,8 @@ impl<'a> Fields<'a> {
 }
 
 /// CRC-32 as in ISO 3309 and ITU-T V.42 (reflected polynomial EDB88320).
-fn crc32(bytes: &[u8]) -> u32 {
-    !bytes.iter().fold(!0, |sum, byte| sum >> 8 ^ CRC_TABLE[usize::from(sum as u8 ^ byte)])
+fn crc32<'a>(bytes: impl IntoIterator<Item = &'a u8>) -> u32 {
+    !bytes.into_iter().fold(!0, |sum, byte| sum >> 8 ^ CRC_TABLE[usize::from(sum as u8 ^ byte)])
 }
 
 const CRC_TABLE: [u32; 256] = {
@@ -436,8 +442,8 @@ mod tests {
     #[test]
     fn manifests_are_read_back() {
         let digest = Digest::of(Algorithm::Sha256, b"{}");
-        let (raw, body) = manifest(&digest, "application/json", b"{}");
-        assert_eq!(&raw[body.clone()], b"{}");
+        let (before, after) = manifest(&digest, "application/json", b"{}");
+        let (raw, body) = ([&before, &b"{}"[..], &after].concat(), before.len()..before.len() + 2);
         assert_eq!(read_manifest(&raw), Some((digest, "application/json".to_owned(), body)));
         for cut in 0..raw.len() {
             assert_eq!(read_manifest(&raw[..cut]), None);

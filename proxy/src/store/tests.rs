@@ -641,12 +641,19 @@ fn nobody_else_may_read_the_store() {
     let store = open(&dir);
     let _partial = Content::sha256(MIB, 16).begin(&store);
     Content::sha256(MIB, 17).put(&store);
-    store.put_manifest(&Digest::of(Algorithm::Sha256, b"{}"), "a/b", &Bytes::from_static(b"{}")).unwrap();
+    let _ =
+        store.put_manifest(&Digest::of(Algorithm::Sha256, b"{}"), "a/b", &Bytes::from_static(b"{}")).unwrap();
     let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
     for file in files_below(&dir) {
         assert_eq!(mode(&file), 0o600, "{}", file.display());
         assert_eq!(mode(file.parent().unwrap()), 0o700, "{}", file.display());
     }
+}
+
+fn body_at((file, range): &Place) -> Vec<u8> {
+    let mut body = vec![0; (range.end - range.start) as usize];
+    file.read_exact_at(&mut body, range.start).unwrap();
+    body
 }
 
 #[test]
@@ -658,23 +665,25 @@ fn manifests_are_kept_and_rotten_ones_are_not_served() {
     {
         let store = open(&dir);
         assert!(store.manifest(&digest).is_none());
-        store.put_manifest(&digest, media_type, &body).unwrap();
+        let written = store.put_manifest(&digest, media_type, &body).unwrap().unwrap();
+        assert_eq!(body_at(&written), body);
         assert!(matches!(
             store.put_manifest(&digest, "x", &Bytes::from_static(b"?")),
             Err(StoreError::Rotten(_))
         ));
         let kept = store.manifest(&digest).unwrap();
         assert_eq!((&*kept.media_type, &kept.body), (media_type, &body));
+        assert_eq!(kept.place.1, written.1);
     }
     let store = open(&dir);
     let kept = store.manifest(&digest).unwrap();
     assert_eq!((&*kept.media_type, &kept.body), (media_type, &body));
     assert!(store.manifest_bytes(&digest).unwrap() > body.len() as u64);
-    let mut from_file = vec![0; body.len()];
-    kept.file.read_exact_at(&mut from_file, kept.range.start).unwrap();
-    assert_eq!((from_file, kept.range.end - kept.range.start), (body.to_vec(), body.len() as u64));
+    assert_eq!(body_at(&kept.place), body);
     let path = store.inner.layout.manifest(&digest);
-    fs::write(&path, record::manifest(&digest, media_type, b"something else").0).unwrap();
+    let other = b"something else";
+    let (before, after) = record::manifest(&digest, media_type, other);
+    fs::write(&path, [&before, &other[..], &after].concat()).unwrap();
     assert!(store.manifest(&digest).is_none() && store.manifest_bytes(&digest).is_none());
     assert!(!path.exists());
 }
