@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use hawker_conformance::lab::{Hawker, Memory, Request, memory_bytes};
-use hawker_conformance::scene::{Plan, REPOSITORY, Scene, join};
+use hawker_conformance::origin::{Blob, Fault, Rule};
+use hawker_conformance::scene::{Plan, REPOSITORY, Scene, join, right};
 
 /// For an answer or the end of a connection that sends what no client sends.
 const PROMPT: Duration = Duration::from_secs(5);
@@ -32,10 +33,15 @@ fn say(node: &Hawker, bytes: &[u8], hang_up: bool, deadline: Duration) -> Result
     })?
 }
 
+/// So much of a node's memory.
+fn mib(node: &Hawker, what: Memory) -> Result<u64> {
+    let bytes = memory_bytes(node.pid().context("it runs")?, what);
+    Ok(bytes.context("it runs")? >> 20)
+}
+
 /// The anonymous memory of a node's process.
 fn memory_mib(node: &Hawker) -> Result<u64> {
-    let bytes = memory_bytes(node.pid().context("it runs")?, Memory::Anonymous);
-    Ok(bytes.context("it runs")? >> 20)
+    mib(node, Memory::Anonymous)
 }
 
 #[test]
@@ -68,6 +74,69 @@ fn readers_that_stand_still_hold_no_manifest_in_memory() -> Result<()> {
         standing.pop().context("60 of them")?.read_to_end(&mut rest)?;
         ensure!(rest.ends_with(manifest.as_bytes()), "it is another one, or a part of it");
         is_well(node)
+    })
+}
+
+/// Manifests as long as they may be, each another one, in shapes that take far more memory than bytes to whoever believes them.
+fn hungry_manifests() -> Vec<String> {
+    let (digest, url) =
+        (format!("sha256:{}", "a".repeat(64)), format!("http://u.example/{}", "u".repeat(900)));
+    let layer = format!("{{\"digest\":\"{digest}\",\"urls\":[\"{url}\",\"{url}\",\"{url}\",\"{url}\"]}},");
+    let shapes = [
+        ("\"x\":", "[", ""),
+        ("\"x\":", "{\"a\":", ""),
+        ("\"layers\":[", "{},", "{}]"),
+        ("\"layers\":[", "\"\",", "\"\"]"),
+        ("\"layers\":[", &layer, "{}]"),
+        ("", "\"a\":0,", "\"a\":0"),
+        ("", "\"layers\":[{}],", "\"a\":0"),
+        ("", "\"config\":{\"digest\":\"\"},", "\"a\":0"),
+        ("\"config\":{", "\"urls\":[\"\"],", "\"a\":0}"),
+        ("\"x\":\"", "\\u0000", "\""),
+    ];
+    let closing = [("[", "]"), ("{\"a\":", "}")];
+    let of = |number: usize, (open, unit, end): (&str, &str, &str)| {
+        let close = closing.iter().find(|(open, _)| *open == unit).map_or("", |(_, close)| close);
+        let mut text = format!("{{\"schemaVersion\":2,\"number\":{number},{open}");
+        let times = ((4 << 20) - text.len() - end.len() - 2) / (unit.len() + close.len());
+        text += &unit.repeat(times);
+        text += if close.is_empty() { "" } else { "0" };
+        text += &close.repeat(times);
+        text + end + "}"
+    };
+    (0..30).map(|number| of(number, shapes[number % shapes.len()])).collect()
+}
+
+#[test]
+fn manifests_made_to_fill_memory_do_not() -> Result<()> {
+    Plan::nodes(1).play(|scene| {
+        let media_type = "application/vnd.oci.image.manifest.v1+json";
+        let add = |text: String| scene.origin.add_manifest(REPOSITORY, "hungry", media_type, text.as_bytes());
+        let blobs: Vec<Blob> = hungry_manifests().into_iter().map(add).collect();
+        ensure!(blobs.iter().all(|blob| (4 << 20) - 4096 < blob.size_bytes && blob.size_bytes <= 4 << 20));
+        // Their bytes are on their way for a while, to the node and from it.
+        scene.origin.add_fault(Rule::always(Fault::SlowBody { bytes_per_s: 4 << 20 }).on("/manifests/"));
+        let node = scene.node();
+        let daemons = [("node", node), ("seed", &scene.cluster.seed)];
+        let before = daemons.map(|(_, daemon)| mib(daemon, Memory::Resident));
+        let pull = |blob: &Blob| -> Result<()> {
+            let path = format!("/v2/{REPOSITORY}/manifests/{}", blob.digest);
+            let request = node.request(scene.registry(), &path).slowly(1 << 20).discard();
+            right(request.send(node.host())?, blob).map(drop)
+        };
+        std::thread::scope(|scope| {
+            let pulls: Vec<_> = blobs.iter().chain(&blobs).map(|blob| scope.spawn(|| pull(blob))).collect();
+            pulls.into_iter().try_for_each(|pull| join(pull.join()))
+        })?;
+        for ((name, daemon), before) in daemons.into_iter().zip(before) {
+            let (before, peak, after) = (before?, mib(daemon, Memory::Peak)?, mib(daemon, Memory::Resident)?);
+            println!("{name}: {before} MiB before, {peak} at most, {after} after");
+            ensure!(peak < before + 128, "the {name} went from {before} to {peak} MiB");
+            // What the C library keeps for the next time.
+            ensure!(after < before + 96, "the {name} went from {before} MiB to {after}, and stays there");
+            is_well(daemon)?;
+        }
+        Ok(())
     })
 }
 

@@ -180,6 +180,8 @@ pub enum Memory {
     Anonymous,
     /// All that is resident, its code included.
     Resident,
+    /// The most that was ever resident.
+    Peak,
 }
 
 /// How much of it a process has now, in bytes (proc_pid_status(5)); `None` when it is gone.
@@ -188,6 +190,7 @@ pub fn memory_bytes(pid: u32, what: Memory) -> Option<u64> {
     let field = match what {
         Memory::Anonymous => "RssAnon:",
         Memory::Resident => "VmRSS:",
+        Memory::Peak => "VmHWM:",
     };
     let text = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
     let line = text.lines().find_map(|line| line.strip_prefix(field))?;
