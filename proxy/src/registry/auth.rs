@@ -62,7 +62,7 @@ pub(super) async fn confirm(
     let problem = match unless_slow(another, head(mirror, ask, &target)).await {
         Ok(head) => {
             let size = content_length(head.headers());
-            if !is_about(mirror, digest, head.headers()).await {
+            if !is_about(mirror, digest, head.headers()) {
                 let (registry, reason) =
                     (source.registry.clone(), format!("it answers with something else than {digest}"));
                 return Err(OriginError::Broken { registry, reason }.into());
@@ -79,7 +79,7 @@ pub(super) async fn confirm(
             let content = Content::Manifest(elsewhere.manifest.to_string());
             match head(mirror, ask, &Target { source: source.clone(), content }).await {
                 // What a URL has given before may be given again.
-                Ok(head) if is_about(mirror, &elsewhere.manifest, head.headers()).await => {
+                Ok(head) if is_about(mirror, &elsewhere.manifest, head.headers()) => {
                     readable(mirror, ask, head.extensions());
                     return Ok(match standing(ask.caller) {
                         Standing::Confirmed(size) => Confirmed::Here(size),
@@ -115,16 +115,11 @@ async fn head(mirror: &Inner, ask: &Ask, target: &Target) -> Result<Response<()>
 
 /// Whether the head of a 200 can be about this content: what stands before a registry may lead those who may not read it to a
 /// page of its own, which is a 200 too.
-async fn is_about(mirror: &Inner, digest: &Digest, head: &HeaderMap) -> bool {
+fn is_about(mirror: &Inner, digest: &Digest, head: &HeaderMap) -> bool {
     if head.contains_key(&DOCKER_CONTENT_DIGEST) {
         return digest_of(head).is_some_and(|told| told == *digest);
     }
-    let (store, task) = (mirror.store.clone(), *digest);
-    let held_bytes = match mirror.store.has(digest) {
-        true => tokio::task::spawn_blocking(move || store.committed(&task)).await.ok().flatten(),
-        false => None,
-    }
-    .map(|blob| blob.size_bytes());
+    let held_bytes = mirror.store.blob_bytes(digest);
     let same = held_bytes.zip(content_length(head)).is_none_or(|(held, told)| held == told);
     same && !is_page(head)
 }

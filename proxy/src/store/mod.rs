@@ -87,7 +87,15 @@ impl Store {
 
     /// Whether it is committed; no lease, no touch.
     pub fn has(&self, task: &Digest) -> bool {
-        matches!(self.inner.state().tasks.get(task), Some(Entry::Blob { .. }))
+        self.blob_bytes(task).is_some()
+    }
+
+    /// Size of a committed blob, if it is one; no lease, no touch.
+    pub fn blob_bytes(&self, task: &Digest) -> Option<u64> {
+        match self.inner.state().tasks.get(task) {
+            Some(Entry::Blob { size_bytes, .. }) => Some(*size_bytes),
+            _ => None,
+        }
     }
 
     /// All that is held, for announcing: digest, size, pieces held, whether committed.
