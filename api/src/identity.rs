@@ -26,7 +26,7 @@ use rustls::sign::CertifiedKey;
 use rustls::{RootCertStore, SignatureScheme};
 use webpki::{EndEntityCert, KeyUsage};
 
-pub use authority::{AuthorityKey, serial};
+pub use authority::{AuthorityKey, authority_params, serial};
 
 /// All members' names end in this.
 const DOMAIN: &str = "hawker.internal";

@@ -21,6 +21,25 @@ const AUTHORITY_LIFE: Duration = Duration::from_secs(30 * 365 * 24 * 3600);
 /// How far members' clocks may lag behind the authority's.
 const CLOCK_SLACK: Duration = Duration::from_secs(3600);
 
+/// The certificate of an authority that signs those of others, and no other authority's.
+pub fn authority_params(
+    organization: &str,
+    name: &str,
+    life: Duration,
+) -> Result<CertificateParams, IdentityError> {
+    let now = SystemTime::now();
+    let mut params = CertificateParams::default();
+    params.distinguished_name = DistinguishedName::new();
+    params.distinguished_name.push(DnType::OrganizationName, organization);
+    params.distinguished_name.push(DnType::CommonName, name);
+    params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+    params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+    params.serial_number = Some(serial()?);
+    params.not_before = (now - CLOCK_SLACK).into();
+    params.not_after = (now + life).into();
+    Ok(params)
+}
+
 /// A cluster's certificate authority: an Ed25519 key and its self-signed certificate.
 pub struct AuthorityKey {
     issuer: Issuer<'static, KeyPair>,
@@ -32,16 +51,7 @@ impl AuthorityKey {
     /// A new authority for the cluster of this name.
     pub fn generate(cluster: &str) -> Result<Self, IdentityError> {
         let key = KeyPair::generate_for(&rcgen::PKCS_ED25519).map_err(unusable)?;
-        let now = SystemTime::now();
-        let mut params = CertificateParams::default();
-        params.distinguished_name = DistinguishedName::new();
-        params.distinguished_name.push(DnType::OrganizationName, cluster);
-        params.distinguished_name.push(DnType::CommonName, "Hawker authority");
-        params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
-        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
-        params.serial_number = Some(serial()?);
-        params.not_before = (now - CLOCK_SLACK).into();
-        params.not_after = (now + AUTHORITY_LIFE).into();
+        let params = authority_params(cluster, "Hawker authority", AUTHORITY_LIFE)?;
         let certificate = params.self_signed(&key).map_err(unusable)?.der().clone();
         Self::assemble(key, certificate)
     }

@@ -6,11 +6,11 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
-use hawker_api::identity::{IdentityError, files, serial};
+use hawker_api::identity::{IdentityError, authority_params, files, serial};
 use lru::LruCache;
 use rcgen::{
-    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer,
-    KeyPair, KeyUsagePurpose, PKCS_ECDSA_P256_SHA256,
+    CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
+    KeyUsagePurpose, PKCS_ECDSA_P256_SHA256,
 };
 use rustls::ServerConfig;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
@@ -70,16 +70,8 @@ impl Authority {
 
     fn create(dir: &Path, name: &str) -> Result<Self, IdentityError> {
         let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).map_err(unusable)?;
-        let now = SystemTime::now();
-        let mut params = CertificateParams::default();
-        params.distinguished_name = DistinguishedName::new();
-        params.distinguished_name.push(DnType::OrganizationName, "Hawker");
-        params.distinguished_name.push(DnType::CommonName, format!("Hawker forward proxy on {name}"));
-        params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
-        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
-        params.serial_number = Some(serial()?);
-        params.not_before = (now - CLOCK_SLACK).into();
-        params.not_after = (now + AUTHORITY_LIFE).into();
+        let name = format!("Hawker forward proxy on {name}");
+        let params = authority_params("Hawker", &name, AUTHORITY_LIFE)?;
         let certificate = params.self_signed(&key).map_err(unusable)?.der().clone();
         files::write(&dir.join(KEY_FILE), key.serialize_pem().as_bytes())?;
         files::write(&dir.join(CERTIFICATE_FILE), &files::certificate_pem(&certificate))?;
