@@ -8,7 +8,7 @@ extern crate self as hawker_api;
 pub mod convert;
 
 #[path = "../../proxy/src/peer/frame.rs"]
-#[allow(dead_code)]
+#[expect(dead_code, reason = "only what reads frames is tried here")]
 mod frame;
 
 /// The generated messages.
