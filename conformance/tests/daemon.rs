@@ -1,10 +1,11 @@
 //! What is expected of a daemon: its clients, its process, its disk, its people's commands.
 
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use hawker_conformance::lab::{
-    Answer, Containerd, DockerRegistry, End, HawkerPlan, Image, Lab, Mbit, Process, Request, run,
+    Answer, Containerd, DockerRegistry, End, HawkerPlan, Host, Image, Lab, Mbit, Process, Request, run,
 };
 use hawker_conformance::origin::Content;
 use hawker_conformance::scene::{
@@ -144,6 +145,15 @@ fn a_bad_configuration_is_told_whole_with_keys_and_cures() -> Result<()> {
     })())
 }
 
+/// A disk of its own for a host, that takes so much.
+fn small_disk(host: &Host, size: &str) -> Result<PathBuf> {
+    let disk = host.dir().join("disk");
+    std::fs::create_dir(&disk)?;
+    let options = format!("size={size}");
+    run(std::process::Command::new("mount").args(["-t", "tmpfs", "-o", &options, "tmpfs"]).arg(&disk))?;
+    Ok(disk)
+}
+
 #[test]
 fn a_full_disk_does_not_fail_a_pull() -> Result<()> {
     let lab = Lab::new()?;
@@ -151,9 +161,7 @@ fn a_full_disk_does_not_fail_a_pull() -> Result<()> {
         let origin_host = lab.host("origin")?;
         let origin = start_origin(&origin_host)?;
         let host = lab.host("node")?;
-        let disk = host.dir().join("disk");
-        std::fs::create_dir(&disk)?;
-        run(std::process::Command::new("mount").args(["-t", "tmpfs", "-o", "size=6m", "tmpfs"]).arg(&disk))?;
+        let disk = small_disk(&host, "6m")?;
         let node = HawkerPlan::proxy(&host)
             .data_dir(disk.join("hawker"))
             .plain_registry(origin.address())
@@ -178,10 +186,8 @@ fn a_disk_that_can_only_be_read_does_not_fail_a_pull() -> Result<()> {
         let origin_host = lab.host("origin")?;
         let origin = start_origin(&origin_host)?;
         let host = lab.host("node")?;
-        let disk = host.dir().join("disk");
-        std::fs::create_dir(&disk)?;
+        let disk = small_disk(&host, "64m")?;
         let mount = |options: &[&str]| run(std::process::Command::new("mount").args(options).arg(&disk));
-        mount(&["-t", "tmpfs", "-o", "size=64m", "tmpfs"])?;
         let plan = HawkerPlan::proxy(&host).data_dir(disk.join("hawker")).plain_registry(origin.address());
         let (cached, new) = (
             origin.add_blob(REPOSITORY, Content::generated(1, 300_000))?,
