@@ -128,6 +128,13 @@ fn matrix(scene: &Tenants, node: &Hawker, round: &str) -> Result<()> {
         ("ann/app", &anns, [&bobs, &nobody_at_anns], own_of_ann, own_of_bob),
         ("bob/app", &bobs, [&anns, &ann_at_bobs], own_of_bob, own_of_ann),
     ] {
+        let strangers_are_denied = |path: &str| {
+            let mut all = strangers.into_iter().map(|token| Some(token.as_str())).chain(nobodys);
+            all.try_for_each(|stranger| {
+                let answer = scene.ask(node, path, stranger)?;
+                denied(&format!("{round}: a stranger at {path}"), &answer, &[400, 401, 403])
+            })
+        };
         for layer in [shared, own] {
             let path = blob(repository, layer);
             let answer = scene.ask(node, &path, Some(owner))?;
@@ -136,13 +143,7 @@ fn matrix(scene: &Tenants, node: &Hawker, round: &str) -> Result<()> {
                 "{round}: the owner at {path}: {}",
                 answer.status
             );
-            for stranger in strangers.into_iter().map(|token| Some(token.as_str())).chain(nobodys) {
-                denied(
-                    &format!("{round}: a stranger at {path}"),
-                    &scene.ask(node, &path, stranger)?,
-                    &[400, 401, 403],
-                )?;
-            }
+            strangers_are_denied(&path)?;
             let part = node
                 .request(scene.registry.authority(), &path)
                 .header("range", "bytes=0-9")
@@ -169,13 +170,7 @@ fn matrix(scene: &Tenants, node: &Hawker, round: &str) -> Result<()> {
         for reference in ["v1".to_owned(), scene.manifest_of(repository)?] {
             let path = format!("/v2/{repository}/manifests/{reference}");
             ensure!(scene.ask(node, &path, Some(owner))?.status == 200, "{round}: the owner at {path}");
-            for stranger in strangers.into_iter().map(|token| Some(token.as_str())).chain(nobodys) {
-                denied(
-                    &format!("{round}: a stranger at {path}"),
-                    &scene.ask(node, &path, stranger)?,
-                    &[400, 401, 403],
-                )?;
-            }
+            strangers_are_denied(&path)?;
         }
         let others = if repository == "ann/app" { "bob/app" } else { "ann/app" };
         let foreign = format!("/v2/{repository}/manifests/{}", scene.manifest_of(others)?);
