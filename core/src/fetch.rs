@@ -98,8 +98,9 @@ pub struct Fetch {
     window: Option<Range<PieceIndex>>,
     readers: BTreeMap<u64, Reader>,
     parents: BTreeMap<PeerId, Parent>,
-    /// How many parents offer each piece.
+    /// How many parents offer each piece, and which pieces only one does.
     offers: Vec<u16>,
+    lone: PieceSet,
     asked: BTreeMap<PieceIndex, Vec<Asked>>,
     asked_set: PieceSet,
     asked_bytes: u64,
@@ -119,6 +120,7 @@ impl Fetch {
             readers: BTreeMap::new(),
             parents: BTreeMap::new(),
             offers: vec![0; count as usize],
+            lone: PieceSet::empty(count),
             asked: BTreeMap::new(),
             asked_set: PieceSet::empty(count),
             asked_bytes: 0,
@@ -222,7 +224,9 @@ impl Fetch {
             .or_insert_with(|| Parent { offered: PieceSet::empty(count), rests_until: Time::default() });
         for piece in pieces {
             if parent.offered.insert(piece) {
-                self.offers[piece as usize] = self.offers[piece as usize].saturating_add(1);
+                let offers = &mut self.offers[piece as usize];
+                *offers = offers.saturating_add(1);
+                note_lone(&mut self.lone, piece, *offers);
             }
         }
     }
@@ -230,8 +234,14 @@ impl Fetch {
     /// `peer` offers this one no more.
     pub fn withdrawn(&mut self, peer: PeerId, piece: PieceIndex) {
         if self.parents.get_mut(&peer).is_some_and(|p| p.offered.remove(piece)) {
-            self.offers[piece as usize] = self.offers[piece as usize].saturating_sub(1);
+            self.one_fewer(piece);
         }
+    }
+
+    fn one_fewer(&mut self, piece: PieceIndex) {
+        let offers = &mut self.offers[piece as usize];
+        *offers = offers.saturating_sub(1);
+        note_lone(&mut self.lone, piece, *offers);
     }
 
     /// Leaves a parent alone for a while.
@@ -244,9 +254,7 @@ impl Fetch {
     /// A parent is gone, and with it its requests.
     pub fn parent_lost(&mut self, peer: PeerId) {
         if let Some(parent) = self.parents.remove(&peer) {
-            for piece in parent.offered.iter() {
-                self.offers[piece as usize] = self.offers[piece as usize].saturating_sub(1);
-            }
+            parent.offered.iter().for_each(|piece| self.one_fewer(piece));
         }
         let theirs: Vec<(PieceIndex, u32)> = self
             .asked
@@ -270,9 +278,8 @@ impl Fetch {
 
     /// Whether a parent that is not banned offers something that is wanted.
     pub fn has_useful_parent(&self, now: Time, parents: &Parents) -> bool {
-        self.parents
-            .iter()
-            .any(|(peer, p)| !parents.banned(now, *peer) && p.offered.iter().any(|piece| self.wants(piece)))
+        let wanted = self.open(self.layout.count(), None);
+        self.parents.iter().any(|(peer, p)| p.offered.meets(&wanted) && !parents.banned(now, *peer))
     }
 
     /// A request was sent.
@@ -316,13 +323,27 @@ impl Fetch {
         rng: &mut R,
     ) -> Option<(PeerId, PieceIndex)> {
         let a_parent = (REQUESTS_AIM / self.parents.len().max(1)).max(REQUESTS_A_PARENT_MIN);
+        let open = self.open(verifiable, taken);
+        let mut unasked = open.clone();
+        unasked.subtract(&self.asked_set);
+        let mut lone = unasked.clone();
+        lone.intersect(&self.lone);
+        let overdue = self.overdue(now, parents, &open);
+        let mut useful = unasked.clone();
+        overdue.iter().for_each(|(piece, _)| {
+            useful.insert(*piece);
+        });
+        // Most parents have a request already or nothing to give: no more is worked out about them.
         let mut ready: Vec<Ready<'_>> = self
             .parents
             .iter()
-            .filter(|(_, parent)| parent.rests_until <= now)
             .map(|(peer, parent)| (peer, parent, under_way.get(peer).copied().unwrap_or(0)))
             // What one parent alone offers is asked for beyond the limit: nobody else can begin to spread it.
-            .filter(|(peer, _, asked)| *asked < 2 * a_parent && !parents.banned(now, **peer))
+            .filter(|(_, parent, asked)| {
+                let wanted = if *asked < a_parent { &useful } else { &lone };
+                *asked < 2 * a_parent && parent.offered.meets(wanted)
+            })
+            .filter(|(peer, parent, _)| parent.rests_until <= now && !parents.banned(now, **peer))
             .map(|(peer, parent, asked)| Ready {
                 peer: *peer,
                 offered: &parent.offered,
@@ -335,31 +356,24 @@ impl Fetch {
             return None;
         }
         ready.sort_unstable_by_key(|parent| parent.rank);
-        let open = self.open(verifiable, taken);
-        let of = |piece: PieceIndex, ready: &[Ready<'_>]| {
-            ready.iter().find(|p| p.has_room && p.offered.contains(piece)).map(|p| (p.peer, piece))
-        };
-        let mut unasked = open.clone();
-        unasked.subtract(&self.asked_set);
         let mut offered = PieceSet::empty(self.layout.count());
         ready.iter().filter(|parent| parent.has_room).for_each(|parent| offered.unite(parent.offered));
         offered.intersect(&unasked);
+        let with_room = |piece: PieceIndex, but: Option<PeerId>| {
+            let fits = |p: &&Ready<'_>| p.has_room && Some(p.peer) != but && p.offered.contains(piece);
+            ready.iter().find(fits).map(|p| (p.peer, piece))
+        };
         self.needed_first(now, &offered)
-            .or_else(|| self.rarest(&offered, |_| true, rng))
-            .and_then(|piece| of(piece, &ready))
+            .or_else(|| self.rarest(&offered, rng))
+            .and_then(|piece| with_room(piece, None))
             .or_else(|| {
                 ready.iter().filter(|parent| !parent.has_room).find_map(|parent| {
-                    let mut offered = parent.offered.clone();
-                    offered.intersect(&unasked);
-                    let only_here = |piece: PieceIndex| self.offers[piece as usize] == 1;
-                    self.rarest(&offered, only_here, rng).map(|piece| (parent.peer, piece))
+                    let mut lone = lone.clone();
+                    lone.intersect(parent.offered);
+                    self.rarest(&lone, rng).map(|piece| (parent.peer, piece))
                 })
             })
-            .or_else(|| {
-                ready.iter().filter(|parent| parent.has_room).find_map(|parent| {
-                    self.overdue(now, parent, parents, &open).map(|piece| (parent.peer, piece))
-                })
-            })
+            .or_else(|| overdue.iter().find_map(|(piece, slow)| with_room(*piece, Some(*slow))))
     }
 
     /// The pieces that are wanted and may be asked for: they can be verified, and are not just being read from the origin.
@@ -402,50 +416,44 @@ impl Fetch {
     }
 
     /// The piece that the fewest offer; among equals the first when there is one parent, by lot when there are several.
-    fn rarest<R: Rng + ?Sized>(
-        &self,
-        offered: &PieceSet,
-        fits: impl Fn(PieceIndex) -> bool,
-        rng: &mut R,
-    ) -> Option<PieceIndex> {
+    fn rarest<R: Rng + ?Sized>(&self, offered: &PieceSet, rng: &mut R) -> Option<PieceIndex> {
         let alone = self.parents.len() < 2;
         let from = if alone { 0 } else { rng.random_range(0..self.layout.count().max(1)) };
         offered
             .iter_from(from)
-            .filter(|piece| fits(*piece))
             .take(if alone { 1 } else { CANDIDATES })
             .min_by_key(|piece| self.offers[*piece as usize])
     }
 
-    /// In the endgame: a piece that another parent takes too long over. One double at a time.
-    fn overdue(
-        &self,
-        now: Time,
-        parent: &Ready<'_>,
-        parents: &Parents,
-        open: &PieceSet,
-    ) -> Option<PieceIndex> {
+    /// Pieces that the parent who was asked takes too long over, the slowest first. Each is doubled once at most.
+    fn overdue(&self, now: Time, parents: &Parents, open: &PieceSet) -> Vec<(PieceIndex, PeerId)> {
         let endgame = self.layout.count() - self.held.len() <= ENDGAME_PIECES;
-        self.asked
+        let mut overdue: Vec<(Duration, PieceIndex, PeerId)> = self
+            .asked
             .iter()
-            .filter(|(piece, all)| {
-                all.len() == 1
-                    && all[0].peer != parent.peer
-                    && parent.offered.contains(**piece)
-                    && open.contains(**piece)
-            })
+            .filter(|(piece, all)| all.len() == 1 && open.contains(**piece))
             .map(|(piece, all)| (now.since(all[0].at), *piece, all[0].peer))
-            .filter(|(waited, piece, other)| {
-                *waited >= if endgame { self.hedge_after(*piece, *other, parents) } else { STALLED_AFTER }
+            .filter(|(waited, piece, peer)| {
+                *waited >= if endgame { self.hedge_after(*piece, *peer, parents) } else { STALLED_AFTER }
             })
-            .max()
-            .map(|(_, piece, _)| piece)
+            .collect();
+        overdue.sort_unstable_by(|a, b| b.cmp(a));
+        overdue.into_iter().map(|(_, piece, peer)| (piece, peer)).collect()
     }
 
     fn hedge_after(&self, piece: PieceIndex, peer: PeerId, parents: &Parents) -> Duration {
         let expected =
             parents.rate_bytes(peer).map_or(0.0, |rate| self.layout.len_bytes(piece) as f64 / rate);
         HEDGE_AFTER_MIN.max(Duration::from_secs_f64((expected * HEDGE_AFTER_FACTOR).min(20.0)))
+    }
+}
+
+/// Keeps the set of pieces that exactly one parent offers.
+fn note_lone(lone: &mut PieceSet, piece: PieceIndex, offers: u16) {
+    if offers == 1 {
+        lone.insert(piece);
+    } else {
+        lone.remove(piece);
     }
 }
 
@@ -496,6 +504,23 @@ mod tests {
         let busy = |n| [(1, n), (2, 2 * limit)];
         assert_eq!(chosen(&fetch, &busy(limit), 0), Some((peer(1), 6)));
         assert_eq!(chosen(&fetch, &busy(2 * limit), 0), None);
+    }
+
+    #[test]
+    fn a_slow_piece_is_doubled_at_another_parent_once_when_few_are_missing() {
+        let mut fetch = fetch(&[(1, &[19]), (2, &[19])]);
+        (0..19).for_each(|piece| drop(fetch.got(piece)));
+        fetch.ask(19, Asked { peer: peer(1), request: 1, at: Time::default() });
+        let choose = |fetch: &Fetch, now| {
+            let under_way = BTreeMap::from([(peer(1), 1)]);
+            fetch.choose(now, &Parents::default(), &under_way, 20, None, &mut StdRng::seed_from_u64(1))
+        };
+        assert_eq!(choose(&fetch, Time::default()), None, "it is not late");
+        let late = Time(HEDGE_AFTER_MIN);
+        assert_eq!(choose(&fetch, late), Some((peer(2), 19)));
+        fetch.ask(19, Asked { peer: peer(2), request: 2, at: late });
+        assert_eq!(choose(&fetch, Time(2 * HEDGE_AFTER_MIN)), None, "two are enough");
+        assert_eq!(fetch.duplicates(), 1);
     }
 
     #[test]

@@ -192,8 +192,16 @@ impl PieceSet {
 
     /// Puts in a range of pieces.
     pub fn insert_range(&mut self, range: Range<PieceIndex>) {
-        for index in range.start..range.end.min(self.count) {
-            self.insert(index);
+        let end = range.end.min(self.count);
+        let mut index = range.start;
+        while index < end {
+            // As many bits of one word as the range has.
+            let bits = (64 - index % 64).min(end - index);
+            let mask = (u64::MAX >> (64 - bits)) << (index % 64);
+            let word = &mut self.words[index as usize / 64];
+            self.held += (mask & !*word).count_ones();
+            *word |= mask;
+            index += bits;
         }
     }
 
@@ -210,6 +218,11 @@ impl PieceSet {
     /// Takes out all that `other` lacks.
     pub fn intersect(&mut self, other: &PieceSet) {
         self.combine(other, |own, other| own & other);
+    }
+
+    /// Whether there is a piece that both have.
+    pub fn meets(&self, other: &PieceSet) -> bool {
+        self.words.iter().zip(&other.words).any(|(own, other)| own & other != 0)
     }
 
     /// What `other` has past this set's count does not count.
@@ -916,6 +929,7 @@ mod tests {
                 prop_assert_eq!(combined.iter().collect::<Vec<_>>(), expected.clone());
                 prop_assert_eq!(combined.len() as usize, expected.len());
             }
+            prop_assert_eq!(mine.meets(&theirs), one.iter().any(|piece| other.contains(piece)));
         }
 
         #[test]

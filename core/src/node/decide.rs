@@ -101,12 +101,13 @@ impl<N: Notary> Node<N> {
 
     /// Goes to the origin when this node is elected, when there is nobody else to hope for, or when it has waited enough.
     pub(super) fn read_origin(&mut self, now: Time, digest: &Digest) {
-        let hope = self.hope(now, digest);
-        let Some(task) = self.tasks.get_mut(digest).filter(|t| t.running) else { return };
+        let Some(task) = self.tasks.get(digest).filter(|t| t.running) else { return };
         // For readers of ranges alone the blob is not read from its start: they read theirs from the origin themselves.
-        if !(task.whole || task.elected) {
+        if !(task.whole || task.elected) || matches!(task.reading, Reading::At(_)) {
             return;
         }
+        let hope = self.hope(now, digest);
+        let Some(task) = self.tasks.get_mut(digest) else { return };
         let from = match &task.fetch {
             Some(fetch) if !fetch.is_wanting() => return,
             // The values are known up to the first piece that is missing: read on from there.

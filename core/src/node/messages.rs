@@ -17,7 +17,7 @@ impl<N: Notary> Node<N> {
             Message::Table { task, size_bytes, first, values, signed } => {
                 if let Some(t) = self.tasks.get_mut(&task) {
                     let link = t.links.entry(peer).or_default();
-                    link.unproven.take_in(size_bytes, first, values, signed);
+                    link.unproven.take_in(size_bytes, first, values, signed, t.table.as_ref());
                     self.prove(now, &task);
                 }
             }
@@ -118,6 +118,13 @@ impl<N: Notary> Node<N> {
         for peer in peers {
             let Some(task) = self.tasks.get_mut(digest) else { return };
             let Some(link) = task.links.get_mut(&peer) else { continue };
+            if task.table.as_ref().is_some_and(|table| link.unproven.repeats(table)) {
+                link.unproven.settle();
+                for (size, offer) in link.unproven.take_early() {
+                    self.have(now, peer, *digest, size, &offer);
+                }
+                continue;
+            }
             let Some((size_bytes, values, signed)) = link.unproven.complete() else { continue };
             if self.isolated.contains(&signed.issuer) || self.poisoners.contains(&signed.issuer) {
                 continue;

@@ -40,9 +40,11 @@ impl<N: Notary> Node<N> {
 
     /// Peers bring pieces after all: whoever is not to read the origin for others stops reading it.
     fn leave_origin_to_others(&mut self, now: Time, digest: &Digest) {
-        let hope = self.hope(now, digest);
-        let Some(task) = self.tasks.get_mut(digest) else { return };
-        if hope && !task.elected && matches!(task.reading, Reading::At(_)) {
+        let reads = |t: &Task| !t.elected && matches!(t.reading, Reading::At(_));
+        if !self.tasks.get(digest).is_some_and(reads) || !self.hope(now, digest) {
+            return;
+        }
+        if let Some(task) = self.tasks.get_mut(digest) {
             task.reading = Reading::No;
             self.outputs.push_back(Output::StopOrigin(*digest));
         }

@@ -52,13 +52,15 @@ pub(super) struct Unproven {
 }
 
 impl Unproven {
-    /// Values that follow, or repeat, those sent before; another size or a gap starts over.
+    /// Values that follow, or repeat, those sent before; another size or a gap starts over. `known`: this node's own table. What
+    /// counts is in there, and is not kept here a second time for each peer that says it.
     pub(super) fn take_in(
         &mut self,
         size_bytes: u64,
         first: u32,
         values: Vec<ChainValue>,
         signed: Option<SignedPrefix>,
+        known: Option<&PieceTable>,
     ) {
         let first = first as usize;
         // No more than the size allows: nobody has vouched for these yet.
@@ -68,8 +70,12 @@ impl Unproven {
         if size_bytes != self.size_bytes || first > self.values.len() {
             self.values.clear();
             self.signed = None;
-            if first > 0 {
-                return;
+            let known = known.filter(|table| self.size_bytes == table.layout().size_bytes());
+            match known.and_then(|table| table.values().get(..first)) {
+                // Should it have said something else before, its statement does not hold for this.
+                Some(counted) if size_bytes == self.size_bytes => self.values.extend(counted),
+                _ if first > 0 => return,
+                _ => {}
             }
         }
         self.size_bytes = size_bytes;
@@ -97,9 +103,20 @@ impl Unproven {
         self.news
     }
 
-    /// It counts now.
-    pub(super) const fn settle(&mut self) {
+    /// It counts now, and is in the table.
+    pub(super) fn settle(&mut self) {
         self.news = false;
+        self.values = Vec::new();
+    }
+
+    /// Whether it only says again what `table` has by a statement of the same issuer: most peers pass on the same.
+    pub(super) fn repeats(&self, table: &PieceTable) -> bool {
+        let (Some(said), Some(known)) = (&self.signed, table.signed()) else { return false };
+        let older = said.issuer == known.issuer && !said.sealed && said.count <= known.count;
+        let values = self.values.get(..said.count as usize);
+        (said == known || older)
+            && self.size_bytes == table.layout().size_bytes()
+            && values.is_some_and(|values| table.values().starts_with(values))
     }
 
     /// All that is covered by a statement: size, values, statement.
