@@ -45,6 +45,10 @@ const FIRST_PIECES: u32 = 8;
 /// How long a scheduler may say nothing before it is no longer waited for: it is advice.
 const ANSWER_WITHIN: Duration = Duration::from_millis(1500);
 
+/// How long it may take until one of those who may read the origin is elected, where the seed may not: a scheduler that has just
+/// come up listens for its `swarm::WARM_UP` before it elects anybody, and its first answer names nobody.
+const ELECTED_WITHIN: Duration = Duration::from_millis(2500);
+
 /// How long a seed, or the issuer, may take to be reached and to answer. A deploy hits it with everybody's handshakes at once, and
 /// giving up on it early costs another copy from the origin; a client can wait this long.
 const SEED_ANSWERS_WITHIN: Duration = Duration::from_secs(5);
@@ -590,7 +594,9 @@ impl<N: Notary> Node<N> {
     /// A peer that asked is now a child.
     pub fn adopt(&mut self, now: Time, digest: &Digest, peer: PeerId) {
         let Some(task) = self.tasks.get_mut(digest) else { return };
-        let reason = match (task.announce, task.running || task.may_share()) {
+        // Who has all of it and no seal yet gets one with the election; a child may hear of that before this node does.
+        let will_share = task.running || task.complete || task.may_share();
+        let reason = match (task.announce, will_share) {
             (false, _) => Some(Refusal::Unable),
             (true, false) => Some(Refusal::NotHeld),
             (true, true) => None,

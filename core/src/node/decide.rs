@@ -146,8 +146,11 @@ impl<N: Notary> Node<N> {
     /// Whether anybody else may still bring what is missing.
     pub(super) fn hope(&self, now: Time, digest: &Digest) -> bool {
         let Some(task) = self.tasks.get(digest) else { return false };
-        let scheduler =
-            self.scheduler && !task.answered && task.wanted.is_none_or(|at| now.since(at) < ANSWER_WITHIN);
+        let (open, patience) = match task.reads {
+            true => (task.issuer.is_none(), ELECTED_WITHIN),
+            false => (!task.answered, ANSWER_WITHIN),
+        };
+        let scheduler = self.scheduler && open && task.wanted.is_none_or(|at| now.since(at) < patience);
         let offers = task.fetch.as_ref().is_some_and(|f| f.has_useful_parent(now, &self.parents));
         let peers = task.links.iter().any(|(peer, link)| {
             let dialling = self.dialling.get(peer).is_some_and(|at| now.since(*at) < SEED_ANSWERS_WITHIN);

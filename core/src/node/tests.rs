@@ -624,3 +624,70 @@ fn where_the_seed_may_not_read_one_that_may_is_to_be_elected() {
         assert_eq!(said.contains(&Output::ReadOrigin { task, from: 0 }), !expected, "{right:?} {reason:?}");
     }
 }
+
+/// A node whose seed may not read the task: one of those who may is to be elected.
+fn waiting_for_an_election() -> (Node<Names>, Digest, StdRng) {
+    let (mut node, task, mut rng) = wanting(&[7; 1000]);
+    let now = Time::default();
+    node.scheduler(true);
+    node.seeds(vec![id(1)]);
+    node.authorize(&task, World::source(), Right::Kept);
+    node.peer_up(now, id(1), Role::Seed);
+    outputs(&mut node, now, &mut rng);
+    node.parents(now, task, &[id(1)], None, false);
+    node.message(now, id(1), Message::Unavailable { task, reason: Refusal::Origin(401) });
+    let said = outputs(&mut node, now, &mut rng);
+    assert!(said.contains(&Output::Want { task, again: false, reads: true }));
+    (node, task, rng)
+}
+
+#[test]
+fn a_scheduler_that_elects_nobody_yet_is_waited_for_until_it_may() {
+    let reads = |task| Output::ReadOrigin { task, from: 0 };
+    let now = Time::default();
+    // It names nobody while it warms up, and says more afterwards.
+    assert!(ELECTED_WITHIN > crate::swarm::WARM_UP);
+    for answers in [false, true] {
+        let (mut node, task, mut rng) = waiting_for_an_election();
+        if answers {
+            node.parents(now, task, &[], None, false);
+        }
+        let early = outputs(&mut node, now + (ELECTED_WITHIN - Duration::from_millis(1)), &mut rng);
+        assert!(!early.contains(&reads(task)));
+        assert!(outputs(&mut node, now + ELECTED_WITHIN, &mut rng).contains(&reads(task)));
+    }
+    let (mut node, task, mut rng) = waiting_for_an_election();
+    node.parents(now, task, &[], Some(id(0)), true);
+    assert!(outputs(&mut node, now, &mut rng).contains(&reads(task)), "the elected one reads at once");
+}
+
+#[test]
+fn who_holds_all_without_a_seal_keeps_the_child_that_hears_of_its_election_first() {
+    let data = vec![7; 2 * MIB];
+    let (task, layout) = (Digest::of(Algorithm::Sha256, &data), PieceLayout::new(data.len() as u64));
+    let (mut table, mut chain) = (PieceTable::new(task, layout), Chain::new(Algorithm::Sha256));
+    for piece in 0..table.full_count() {
+        let range = layout.range(piece);
+        chain.update(&data[range.start as usize..range.end as usize]);
+        table.push(chain.value().unwrap());
+    }
+    let (mut node, _, mut rng) = wanting(b"another");
+    let now = Time::default();
+    let known = Some((table, PieceSet::full(layout.count())));
+    let opening =
+        Opening { source: World::source(), right: Right::Own, known, own_table: true, announce: true };
+    node.open(now, task, opening);
+    node.scheduler(true);
+    node.peer_up(now, id(1), Role::Peer);
+    node.adopt(now, &task, id(1));
+    let to_child = |said: &[Output], sealed: bool| {
+        said.iter().any(|output| match output {
+            Output::Send(_, Message::Unavailable { .. }) => panic!("the child was sent away"),
+            Output::Send(peer, Message::Table { .. }) => sealed && *peer == id(1),
+            _ => false,
+        })
+    };
+    assert!(!to_child(&outputs(&mut node, now, &mut rng), true), "nobody vouches for it yet");
+    node.parents(now, task, &[], Some(id(0)), true);
+    assert!(to_child(&outputs(&mut node, now + NEWS_EVERY, &mut rng), true));
+}
