@@ -485,7 +485,24 @@ fn a_manifest_that_names_anothers_digest_gives_nobody_what_it_stands_for() -> Re
         with_urls["urls"] = serde_json::json!([nowhere]);
         let index = "application/vnd.oci.image.index.v1+json";
         let of_victim = serde_json::json!([{ "digest": victim.to_string(), "mediaType": MANIFEST }]);
+        // zot looks at none of these.
+        let odd = |media_type: &str| {
+            let mut odd = descriptor.clone();
+            odd["mediaType"] = media_type.into();
+            odd
+        };
+        let artifact =
+            [odd("application/vnd.example.config"), odd("application/vnd.oci.image.layer.v1.tar+gzip")];
+        let hidden = "application/vnd.oci.image.layer.nondistributable.v1.tar+gzip";
+        let mut config = odd("application/vnd.oci.image.config.v1+json");
+        config["digest"] =
+            scene.origin.add_blob("mallory/app", Content::bytes(*b"{}"))?.digest.to_string().into();
+        let [artifact, image] = [artifact, [config, odd(hidden)]].map(
+            |[config, layer]| serde_json::json!({ "schemaVersion": 2, "config": config, "layers": [layer] }),
+        );
         let bait = [
+            (MANIFEST, artifact),
+            (MANIFEST, image),
             (MANIFEST, serde_json::json!({ "schemaVersion": 2, "layers": [with_urls] })),
             (index, serde_json::json!({ "schemaVersion": 2, "manifests": of_victim })),
             (index, serde_json::json!({ "schemaVersion": 2, "mediaType": index, "layers": [descriptor] })),

@@ -17,6 +17,19 @@ pub const MAX_URLS: usize = 4;
 const OF_IMAGES: [&str; 2] =
     ["application/vnd.oci.image.manifest.v1+json", "application/vnd.docker.distribution.manifest.v2+json"];
 
+/// What an image's configuration and its layers are called. Some registries look at an artifact's blobs less closely, or at those of
+/// layers that are not to be distributed (zot checks neither).
+const CONFIGURATIONS: [&str; 2] =
+    ["application/vnd.oci.image.config.v1+json", "application/vnd.docker.container.image.v1+json"];
+const LAYERS: [&str; 6] = [
+    "application/vnd.oci.image.layer.v1.tar",
+    "application/vnd.oci.image.layer.v1.tar+gzip",
+    "application/vnd.oci.image.layer.v1.tar+zstd",
+    "application/vnd.docker.image.rootfs.diff.tar",
+    "application/vnd.docker.image.rootfs.diff.tar.gzip",
+    "application/vnd.docker.image.rootfs.diff.tar.zstd",
+];
+
 /// One thing that a manifest names.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Part {
@@ -27,8 +40,9 @@ pub struct Part {
     /// Where it may be had if the registry does not have it (image spec, "Content Descriptors").
     pub urls: Vec<String>,
     /// The registry took the manifest because it has this in the same repository: registries look for an image's blobs at the
-    /// push. They do not for what has URLs, nor, all of them, for an index's manifests; and of a document that can be read in
-    /// two ways nobody knows which one they looked at. Whoever may push could name what is not there to be read.
+    /// push. They do not for what has URLs, nor, all of them, for an index's manifests or an artifact's blobs; and of a document
+    /// that can be read in two ways nobody knows which one they looked at. Whoever may push could name what is not there to be
+    /// read.
     pub vouched: bool,
 }
 
@@ -36,13 +50,18 @@ pub struct Part {
 pub fn parts(body: &[u8]) -> Vec<Part> {
     let Ok(named) = serde_json::from_slice::<Named>(body) else { return Vec::new() };
     let media_type = named.media_type.as_deref();
-    let is_image = named.plain && media_type.is_none_or(|given| OF_IMAGES.contains(&given));
+    let is_configured =
+        named.config.as_ref().is_some_and(|config| config.plain && config.is(&CONFIGURATIONS));
+    let is_image = named.plain && is_configured && media_type.is_none_or(|given| OF_IMAGES.contains(&given));
     let layers = named.layers.map_or_else(Vec::new, |layers| layers.0);
-    let descriptors = named.config.into_iter().chain(layers).take(MAX_PARTS);
+    let configuration = named.config.into_iter().map(|config| (config, CONFIGURATIONS.as_slice()));
+    let layers = layers.into_iter().map(|layer| (layer, LAYERS.as_slice()));
+    let descriptors = configuration.chain(layers).take(MAX_PARTS);
     descriptors
-        .filter_map(|descriptor| {
+        .filter_map(|(descriptor, kinds)| {
+            let kind = descriptor.is(kinds);
             let urls = descriptor.urls.map_or_else(Vec::new, |urls| urls.0);
-            let vouched = is_image && descriptor.plain && urls.is_empty();
+            let vouched = is_image && descriptor.plain && kind && urls.is_empty();
             let digest = descriptor.digest?.parse().ok()?;
             Some(Part { digest, size_bytes: descriptor.size, urls, vouched })
         })
@@ -59,10 +78,17 @@ struct Named {
 }
 
 struct Descriptor {
+    media_type: Option<String>,
     digest: Option<String>,
     size: Option<u64>,
     urls: Option<First<String, MAX_URLS>>,
     plain: bool,
+}
+
+impl Descriptor {
+    fn is(&self, kinds: &[&str]) -> bool {
+        self.media_type.as_deref().is_some_and(|given| kinds.contains(&given))
+    }
 }
 
 /// Whether another reader could take a key that is not one of `known` for one of them: some fold case, and not of ASCII alone.
@@ -122,16 +148,17 @@ impl<'de> Deserialize<'de> for Descriptor {
             }
 
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Descriptor, A::Error> {
-                let mut told = Descriptor { digest: None, size: None, urls: None, plain: true };
+                let mut told =
+                    Descriptor { media_type: None, digest: None, size: None, urls: None, plain: true };
                 while let Some(key) = map.next_key::<Cow<'de, str>>()? {
                     told.plain &= match &*key {
+                        "mediaType" => put(&mut told.media_type, &mut map)?,
                         "digest" => put(&mut told.digest, &mut map)?,
                         "size" => put(&mut told.size, &mut map)?,
                         "urls" => put(&mut told.urls, &mut map)?,
                         other => {
-                            let mine = other == "mediaType";
                             map.next_value::<IgnoredAny>()?;
-                            mine || !is_ambiguous(other, &["digest", "size", "urls", "mediaType"])
+                            !is_ambiguous(other, &["digest", "size", "urls", "mediaType"])
                         }
                     };
                 }
@@ -195,11 +222,11 @@ mod tests {
         };
         let manifest = serde_json::json!({
             "schemaVersion": 2,
-            "config": { "digest": digest(1).to_string(), "size": 1, "mediaType": "x" },
+            "config": { "digest": digest(1).to_string(), "size": 1, "mediaType": CONFIGURATIONS[0] },
             "layers": [
-                { "digest": digest(2).to_string(), "size": 2, "urls": ["https://x.example/l"] },
-                { "digest": "md5:x", "size": 3 },
-                { "digest": digest(3).to_string(), "urls": null, "annotations": { "a": "b" } },
+                { "digest": digest(2).to_string(), "size": 2, "urls": ["https://x.example/l"], "mediaType": LAYERS[1] },
+                { "digest": "md5:x", "size": 3, "mediaType": LAYERS[1] },
+                { "digest": digest(3).to_string(), "urls": null, "annotations": { "a": "b" }, "mediaType": LAYERS[2] },
             ],
             "annotations": { "Layers": "not these" },
         });
@@ -218,32 +245,64 @@ mod tests {
     #[test]
     fn nothing_is_vouched_for_in_what_can_be_read_in_two_ways() {
         let (own, bait) = (digest(1), digest(2));
-        let layer = |of: &Digest| format!("{{\"digest\":\"{of}\"}}");
-        let (own, bait) = (layer(&own), layer(&bait));
-        let plain = format!("{{\"mediaType\":\"{OCI}\",\"layers\":[{bait}]}}");
-        assert!(parts(plain.as_bytes())[0].vouched);
+        let of = |kind: &str, of: &Digest| format!("{{\"mediaType\":\"{kind}\",\"digest\":\"{of}\"}}");
+        let config = format!("\"config\":{}", of(CONFIGURATIONS[0], &digest(3)));
+        let (own, bait) = (of(LAYERS[0], &own), of(LAYERS[0], &bait));
+        let plain = format!("{{\"mediaType\":\"{OCI}\",{config},\"layers\":[{bait}]}}");
+        assert!(parts(plain.as_bytes()).iter().all(|part| part.vouched));
         for text in [
-            format!("{{\"layers\":[{bait}],\"Layers\":[{own}]}}"),
-            format!("{{\"layers\":[{bait}],\"LAYERS\":[{own}]}}"),
-            format!("{{\"layers\":[{bait}],\"layer\u{17f}\":[{own}]}}"),
-            format!("{{\"layers\":[{bait}],\"layers\":[{own}]}}"),
-            format!("{{\"layers\":[{own}],\"layers\":[{bait}]}}"),
-            format!("{{\"layers\":[{bait}],\"la\\u0079ers\":[{own}]}}"),
-            format!("{{\"config\":{bait},\"Config\":{own}}}"),
-            format!("{{\"layers\":[{}]}}", bait.replace('}', ",\"Digest\":\"x\"}")),
-            format!("{{\"layers\":[{}]}}", bait.replace('}', ",\"URLs\":[\"http://x\"]}")),
-            format!("{{\"layers\":[{}]}}", bait.replace('}', ",\"MediaType\":\"x\"}")),
-            format!("{{\"layers\":[{bait}],\"fsLayers\":[]}}"),
-            format!("{{\"layers\":[{bait}],\"manifests\":[]}}"),
-            format!("{{\"layers\":[{bait}],\"Manifests\":null}}"),
-            format!("{{\"mediaType\":\"{OCI}\",\"MediaType\":\"x\",\"layers\":[{bait}]}}"),
-            format!("{{\"mediaType\":\"application/vnd.oci.image.index.v1+json\",\"layers\":[{bait}]}}"),
-            format!("{{\"mediaType\":\"application/x\",\"layers\":[{bait}]}}"),
+            format!("{{{config},\"layers\":[{bait}],\"Layers\":[{own}]}}"),
+            format!("{{{config},\"layers\":[{bait}],\"LAYERS\":[{own}]}}"),
+            format!("{{{config},\"layers\":[{bait}],\"layer\u{17f}\":[{own}]}}"),
+            format!("{{{config},\"layers\":[{bait}],\"layers\":[{own}]}}"),
+            format!("{{{config},\"layers\":[{own}],\"layers\":[{bait}]}}"),
+            format!("{{{config},\"layers\":[{bait}],\"la\\u0079ers\":[{own}]}}"),
+            format!("{{{config},\"Config\":{own},\"layers\":[{bait}]}}"),
+            format!("{{{config},\"layers\":[{}]}}", bait.replace('}', ",\"Digest\":\"x\"}")),
+            format!("{{{config},\"layers\":[{}]}}", bait.replace('}', ",\"URLs\":[\"http://x\"]}")),
+            format!("{{{config},\"layers\":[{}]}}", bait.replace('}', ",\"MediaType\":\"x\"}")),
+            format!("{{{config},\"layers\":[{bait}],\"fsLayers\":[]}}"),
+            format!("{{{config},\"layers\":[{bait}],\"manifests\":[]}}"),
+            format!("{{{config},\"layers\":[{bait}],\"Manifests\":null}}"),
+            format!("{{\"mediaType\":\"{OCI}\",\"MediaType\":\"x\",{config},\"layers\":[{bait}]}}"),
+            format!(
+                "{{\"mediaType\":\"application/vnd.oci.image.index.v1+json\",{config},\"layers\":[{bait}]}}"
+            ),
+            format!("{{\"mediaType\":\"application/x\",{config},\"layers\":[{bait}]}}"),
         ] {
-            assert!(parts(text.as_bytes()).iter().all(|part| !part.vouched), "{text}");
+            let named = parts(text.as_bytes());
+            assert!(!named.iter().any(|part| part.digest == digest(2) && part.vouched), "{text}");
         }
         let old = format!("{{\"fsLayers\":[{{\"blobSum\":\"{}\"}}]}}", digest(2));
         assert!(parts(old.as_bytes()).is_empty(), "only what was signed of the first schema was looked at");
+    }
+
+    /// zot takes an artifact without a look at its blobs, and an image without one at its layers that are not to be distributed.
+    #[test]
+    fn nothing_is_vouched_for_but_what_images_are_made_of() {
+        let part = |kind: Option<&str>, n| match kind {
+            Some(kind) => serde_json::json!({ "mediaType": kind, "digest": digest(n).to_string() }),
+            None => serde_json::json!({ "digest": digest(n).to_string() }),
+        };
+        let hidden = "application/vnd.oci.image.layer.nondistributable.v1.tar+gzip";
+        for (config, layer, vouched) in [
+            (Some(CONFIGURATIONS[0]), Some(LAYERS[1]), [true, true]),
+            (Some(CONFIGURATIONS[1]), Some(LAYERS[4]), [true, true]),
+            (Some(CONFIGURATIONS[0]), Some(hidden), [true, false]),
+            (Some(CONFIGURATIONS[0]), Some("application/x"), [true, false]),
+            (Some(CONFIGURATIONS[0]), None, [true, false]),
+            (Some(CONFIGURATIONS[0]), Some(CONFIGURATIONS[0]), [true, false]),
+            (Some("application/x"), Some(LAYERS[1]), [false, false]),
+            (Some(LAYERS[1]), Some(LAYERS[1]), [false, false]),
+            (None, Some(LAYERS[1]), [false, false]),
+        ] {
+            let named =
+                parts_of(&serde_json::json!({ "config": part(config, 1), "layers": [part(layer, 2)] }));
+            let told: Vec<bool> = named.iter().map(|part| part.vouched).collect();
+            assert_eq!(told, vouched, "{config:?} {layer:?}");
+        }
+        let unconfigured = serde_json::json!({ "layers": [part(Some(LAYERS[1]), 2)] });
+        assert!(!parts_of(&unconfigured)[0].vouched);
     }
 
     #[test]

@@ -32,8 +32,13 @@ struct Image {
 impl Image {
     fn new(blob_bytes: usize) -> Self {
         let blob = noise(blob_bytes, 7);
-        let layer = serde_json::json!({ "digest": sha256(&blob).to_string(), "size": blob.len() });
-        let manifest = serde_json::json!({ "schemaVersion": 2, "mediaType": MANIFEST, "layers": [layer] });
+        let part = |media_type: &str, data: &[u8]| serde_json::json!({ "mediaType": media_type, "digest": sha256(data).to_string(), "size": data.len() });
+        let manifest = serde_json::json!({
+            "schemaVersion": 2,
+            "mediaType": MANIFEST,
+            "config": part("application/vnd.oci.image.config.v1+json", b"{}"),
+            "layers": [part("application/vnd.oci.image.layer.v1.tar", &blob)],
+        });
         Self { blob, manifest: manifest.to_string() }
     }
 
