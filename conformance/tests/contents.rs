@@ -95,7 +95,8 @@ fn a_layer_that_the_registry_does_not_have_comes_from_its_url() -> Result<()> {
         let plan =
             |name: &str| -> Result<_> { Ok(HawkerPlan::proxy(&lab.host(name)?).plain_registry(&registry)) };
         let network = format!("{}/32", vendor_host.ip());
-        let node = plan("node")?.flag("--allow-network", network).start()?;
+        let vendors = vendor.address().to_string();
+        let node = plan("node")?.plain_registry(&vendors).flag("--allow-network", &network).start()?;
         let path = format!("/v2/{REPOSITORY}/manifests/{}", image.digest);
         let unnamed = node.request(&registry, &blob_path(&layer)).send(node.host())?;
         ensure!(unnamed.status == 404, "no manifest named it yet: {}", unnamed.status);

@@ -2,7 +2,7 @@
 //! spec, "Descriptors", `urls`).
 //!
 //! Whoever may push a manifest chooses these URLs, so they are treated like registries that only a client named: public
-//! addresses, no credentials, no authorities but the system's. What comes is verified by its digest like anything else.
+//! addresses, no credentials, TLS, no authorities but the system's. What comes is verified by its digest like anything else.
 
 use std::num::NonZeroUsize;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

@@ -115,10 +115,13 @@ impl Route {
         }
     }
 
-    /// The way to a URL that a manifest names, if hosts like it may be asked.
+    /// The way to a URL that a manifest names, if hosts like it may be asked. What comes in the clear could be anybody's, and most
+    /// of it is passed on before its digest is known: only to where the configuration asks in the clear as well.
     pub(super) fn elsewhere(registries: &Registries, url: &Url) -> Result<Self, OriginError> {
         let host = url.host_str().unwrap_or_default();
-        if !registries.allow.is_empty() && !is_allowed(registries, host) {
+        let in_the_clear = |known: &Url| known.scheme() == "http" && known.origin() == url.origin();
+        let safe = url.scheme() == "https" || is_known_endpoint(registries, in_the_clear);
+        if !safe || !registries.allow.is_empty() && !is_allowed(registries, host) {
             return Err(OriginError::Forbidden(host.to_owned()));
         }
         Ok(Self {
@@ -226,6 +229,21 @@ mod tests {
             (&some, "10.0.0.1:5001", false),
         ] {
             assert_eq!(Route::to(registries, registry).is_ok(), allowed, "{registry}");
+        }
+    }
+
+    #[test]
+    fn no_manifest_leads_to_what_is_sent_in_the_clear_unless_the_configuration_does() {
+        let mut registries = Registries::default();
+        registries.known.insert("plain.example".into(), known(&["http://10.0.0.1:5000"], false));
+        for (url, allowed) in [
+            ("https://x.example/layer", true),
+            ("http://x.example/layer", false),
+            ("http://10.0.0.1:5000/layer", true),
+            ("http://10.0.0.1:5001/layer", false),
+            ("http://10.0.0.1/layer", false),
+        ] {
+            assert_eq!(Route::elsewhere(&registries, &url.parse().unwrap()).is_ok(), allowed, "{url}");
         }
     }
 
