@@ -17,6 +17,13 @@ pub(super) fn apply(text: &str, url: &str) -> Result<String, Unfit> {
             object.insert(0, KEY, CstInputValue::Array(vec![input]));
             wanted[KEY] = vec![url].into();
         }
+        // dockerd itself compares names exactly, and refuses a file with any other.
+        [(name, _)] if name != KEY => {
+            return Err(Unfit::new(
+                format!("has `{name}`: dockerd would not start with it"),
+                format!("write `{KEY}`"),
+            ));
+        }
         [(name, property)] => {
             let array = property.array_value();
             let array = array.ok_or_else(|| Unfit::new(format!("`{name}` is no list"), "mend it"))?;
@@ -73,7 +80,7 @@ fn parse(text: &str) -> Result<(Value, CstObject, CstRootNode), Unfit> {
     Ok((model, object, root))
 }
 
-/// The key with its name as it is written: to Go's JSON, a key is the same in any case.
+/// The key with its name as it is written, in any case.
 fn lists(object: &CstObject) -> Vec<(String, CstObjectProp)> {
     let named = |property: CstObjectProp| Some((property.decoded_name()?, property));
     let properties = object.properties().into_iter().filter_map(named);
@@ -132,13 +139,12 @@ mod tests {
     }
 
     #[test]
-    fn a_key_in_other_case_and_a_url_with_a_slash_are_the_same() {
-        let before = "{\"Registry-Mirrors\": [\"https://b\"], \"x\": 1}";
-        let applied = apply(before, URL).unwrap();
-        assert_eq!(applied, "{\"Registry-Mirrors\": [\"http://127.0.0.1:6500\", \"https://b\"], \"x\": 1}");
-        assert_eq!(model(&undo(&applied, URL, Some(before)).unwrap()), model(before));
-        let empty = "{\"Registry-Mirrors\": []}";
-        assert_eq!(undo(&apply(empty, URL).unwrap(), URL, Some(empty)).unwrap(), empty);
+    fn a_url_with_a_slash_is_the_same_and_a_key_in_other_case_is_refused() {
+        let odd = "{\"Registry-Mirrors\": [\"https://b\"], \"x\": 1}";
+        assert!(apply(odd, URL).unwrap_err().what.contains("`Registry-Mirrors`: dockerd would not start"));
+        // What was written beside such a key goes again.
+        let written = "{\"Registry-Mirrors\": [\"http://127.0.0.1:6500\", \"https://b\"], \"x\": 1}";
+        assert_eq!(model(&undo(written, URL, Some(odd)).unwrap()), model(odd));
         let slashed = "{\"registry-mirrors\": [\"https://b\", \"http://127.0.0.1:6500/\"]}";
         assert_eq!(apply(slashed, URL).unwrap(), slashed, "it is there already");
         let ours = apply("{}", URL).unwrap().replace("6500", "6500/");
