@@ -100,25 +100,18 @@ pub(super) async fn for_peer(mirror: &Inner, grant: Grant, digest: &Digest) -> (
 /// From the cache, a seed, or the origin. Only the origin's own bytes show that the caller may read the repository; whatever is
 /// had from elsewhere is confirmed first.
 async fn by_digest(mirror: &Inner, ask: &Ask, digest: &Digest) -> Result<Manifest, Problem> {
-    let cached = cached(mirror, digest).await?;
-    if cached.is_some() || mirror.seeds.is_some() {
+    if mirror.store.manifest_bytes(digest).is_some() || mirror.seeds.is_some() {
         confirm(mirror, ask, digest, Content::Manifest(digest.to_string())).await?;
+        return confirmed(mirror, ask, digest).await;
     }
-    from_here(mirror, ask, digest, cached).await
+    fetch_once(mirror, ask, digest, true).await
 }
 
 /// The same, once it is confirmed that the caller may have it.
 pub(super) async fn confirmed(mirror: &Inner, ask: &Ask, digest: &Digest) -> Result<Manifest, Problem> {
-    from_here(mirror, ask, digest, cached(mirror, digest).await?).await
-}
-
-async fn from_here(
-    mirror: &Inner,
-    ask: &Ask,
-    digest: &Digest,
-    cached: Option<Manifest>,
-) -> Result<Manifest, Problem> {
-    let Some(found) = cached else { return fetch_once(mirror, ask, digest, true).await };
+    let Some(found) = cached(mirror, digest).await? else {
+        return fetch_once(mirror, ask, digest, true).await;
+    };
     // Its parts belong to this repository too, even if it came here through another one.
     note_parts(mirror, ask, &found).await;
     Ok(found)

@@ -39,8 +39,10 @@ const BLOCK_BYTES: usize = 16 << 10;
 const HEAD: Duration = Duration::from_secs(10);
 /// For a connection to wait for its next request.
 const IDLE: Duration = Duration::from_secs(90);
-/// For a client to take at least one byte of what is sent to it.
+/// For a client to take at least this much of what is sent to it, or all of it: containerd may rest for minutes, but a connection and
+/// what it holds are not for who takes a byte now and then.
 const STALLED: Duration = Duration::from_secs(600);
+const PROGRESS_BYTES: usize = 1 << 20;
 
 /// What the parts of one connection tell each other.
 pub(super) struct Line(Mutex<State>);
@@ -53,7 +55,9 @@ struct State {
     unsent: bool,
     /// A body that waits until all is sent.
     flushed: Option<Waker>,
+    /// Since when it is waited for [`PROGRESS_BYTES`], and how many of these came.
     progress: Instant,
+    moved_bytes: usize,
 }
 
 struct Span {
@@ -77,7 +81,7 @@ impl Line {
     pub(super) fn new() -> Self {
         let now = Instant::now();
         let (phase, spans) = (Phase::Head(now), VecDeque::new());
-        Self(Mutex::new(State { spans, phase, unsent: false, flushed: None, progress: now }))
+        Self(Mutex::new(State { spans, phase, unsent: false, flushed: None, progress: now, moved_bytes: 0 }))
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -105,7 +109,16 @@ impl Line {
         let mut state = self.state();
         if !state.unsent {
             state.unsent = true;
-            state.progress = Instant::now();
+            (state.progress, state.moved_bytes) = (Instant::now(), 0);
+        }
+    }
+
+    /// The client took so many bytes.
+    fn moved(&self, bytes: usize) {
+        let mut state = self.state();
+        state.moved_bytes += bytes;
+        if state.moved_bytes >= PROGRESS_BYTES {
+            (state.progress, state.moved_bytes) = (Instant::now(), 0);
         }
     }
 
@@ -129,7 +142,7 @@ impl Line {
         let state = self.state();
         let longer = |since: Instant, limit: Duration| now.saturating_duration_since(since) > limit;
         if state.unsent {
-            return longer(state.progress, STALLED).then_some("it took no bytes");
+            return longer(state.progress, STALLED).then_some("it took next to no bytes");
         }
         match state.phase {
             Phase::Busy => None,
@@ -345,7 +358,7 @@ impl Write for Wire {
                 sent
             }
         };
-        self.line.state().progress = Instant::now();
+        self.line.moved(sent);
         Poll::Ready(Ok(sent))
     }
 
@@ -403,5 +416,22 @@ impl State {
         if bytes > 0 && matches!(self.phase, Phase::Idle(_)) {
             self.phase = Phase::Head(Instant::now());
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_client_that_takes_a_byte_now_and_then_is_given_up() {
+        let (line, soon) = (Line::new(), Duration::from_secs(200));
+        line.owe();
+        line.state().progress -= STALLED - soon / 2;
+        line.moved(PROGRESS_BYTES - 1);
+        assert!(line.overdue(Instant::now()).is_none());
+        assert!(line.overdue(Instant::now() + soon).is_some());
+        line.moved(1);
+        assert!(line.overdue(Instant::now() + soon).is_none());
     }
 }
