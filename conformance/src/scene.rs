@@ -20,6 +20,7 @@ const COMMIT: Duration = Duration::from_secs(10);
 pub struct Plan {
     nodes: usize,
     link: Option<Mbit>,
+    scheduler_apart: bool,
     args: Vec<String>,
 }
 
@@ -49,6 +50,13 @@ impl Plan {
         self
     }
 
+    /// With a scheduler that is not the seed's process.
+    #[must_use]
+    pub fn scheduler_apart(mut self) -> Self {
+        self.scheduler_apart = true;
+        self
+    }
+
     /// With a flag and its value for all members.
     #[must_use]
     pub fn flag(mut self, name: &str, value: &str) -> Self {
@@ -67,6 +75,7 @@ impl Plan {
         let origin = start_origin(&origin_host)?;
         let plan = ClusterPlan {
             nodes: self.nodes,
+            scheduler_apart: self.scheduler_apart,
             link: self.link,
             plain_registries: vec![origin.address().to_string()],
             args: self.args,
@@ -211,6 +220,26 @@ pub fn until_committed(node: &Hawker, blob: &Blob) -> Result<()> {
 pub fn committed_path(node: &Hawker, blob: &Blob) -> std::path::PathBuf {
     let hex = blob.digest.hex();
     node.store_dir().join("blobs").join(blob.digest.algorithm().name()).join(&hex[..2]).join(hex)
+}
+
+/// Where a node keeps what it has of a blob until then.
+#[must_use]
+pub fn partial_path(node: &Hawker, blob: &Blob) -> std::path::PathBuf {
+    let name = format!("{}-{}", blob.digest.algorithm().name(), blob.digest.hex());
+    node.store_dir().join("partial").join(name)
+}
+
+/// Turns a byte in the middle of a file around, as a failing disk does.
+///
+/// # Errors
+/// When it is not there, or empty.
+pub fn rot(path: &std::path::Path) -> Result<()> {
+    use std::os::unix::fs::FileExt as _;
+    let file = std::fs::File::options().read(true).write(true).open(path)?;
+    let middle = file.metadata()?.len() / 2;
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, middle)?;
+    Ok(file.write_all_at(&[!byte[0]], middle)?)
 }
 
 /// Waits until something is so.

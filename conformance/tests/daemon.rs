@@ -9,7 +9,7 @@ use hawker_conformance::lab::{
 };
 use hawker_conformance::origin::Content;
 use hawker_conformance::scene::{
-    Plan, REPOSITORY, blob_path, join, right, start_origin, until, until_committed,
+    Plan, REPOSITORY, blob_path, committed_path, join, right, rot, start_origin, until, until_committed,
 };
 use rustix::process::Signal;
 
@@ -282,7 +282,7 @@ fn a_rotten_blob_is_found_out_when_the_same_client_asks_again() -> Result<()> {
         let blob = scene.blob(SIZE_BYTES)?;
         scene.pull(scene.node(), &blob)?;
         until_committed(scene.node(), &blob)?;
-        rot(&hawker_conformance::scene::committed_path(scene.node(), &blob))?;
+        rot(&committed_path(scene.node(), &blob))?;
         // The client got wrong bytes or will; asking whole again makes the node look.
         drop(scene.get(scene.node(), &blob)?);
         scene.pull(scene.node(), &blob).map(drop)
@@ -297,20 +297,10 @@ fn a_peer_with_rotten_bytes_on_its_disk_does_not_spoil_a_pull() -> Result<()> {
         for member in [&scene.cluster.seed, scene.node()] {
             until_committed(member, &blob)?;
         }
-        rot(&hawker_conformance::scene::committed_path(scene.node(), &blob))?;
-        rot(&hawker_conformance::scene::committed_path(&scene.cluster.seed, &blob))?;
+        rot(&committed_path(scene.node(), &blob))?;
+        rot(&committed_path(&scene.cluster.seed, &blob))?;
         scene.pull(&scene.cluster.nodes[1], &blob).map(drop)
     })
-}
-
-/// Turns a byte in the middle of a file around.
-fn rot(path: &std::path::Path) -> Result<()> {
-    use std::os::unix::fs::FileExt as _;
-    let file = std::fs::File::options().read(true).write(true).open(path)?;
-    let middle = file.metadata()?.len() / 2;
-    let mut byte = [0];
-    file.read_exact_at(&mut byte, middle)?;
-    Ok(file.write_all_at(&[!byte[0]], middle)?)
 }
 
 #[test]

@@ -1,12 +1,11 @@
 //! Daemons die in the middle of pulls: the pulls finish, and what is kept is right.
 
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
-use hawker_conformance::lab::{Cluster, End, Hawker, HawkerPlan, Host, Lab, Mbit, Request, TokenFrom};
+use anyhow::{Context as _, Result, ensure};
+use hawker_conformance::lab::{End, Hawker, HawkerPlan, Host, Lab, Mbit, Request, TokenFrom};
 use hawker_conformance::origin::Blob;
-use hawker_conformance::scene::{Plan, Scene, blob_path, join, right, start_origin, until, until_committed};
+use hawker_conformance::scene::{Plan, blob_path, join, right, until, until_committed};
 
 use hawker_core::digest::{Algorithm, Digest};
 
@@ -148,30 +147,16 @@ fn a_node_that_starts_while_the_scheduler_is_dead_serves() -> Result<()> {
 
 #[test]
 fn nodes_announce_again_what_they_hold_after_the_scheduler_restarts() -> Result<()> {
-    let lab = Arc::new(Lab::new()?);
-    lab.explain((|| {
-        let origin_host = lab.host("origin")?;
-        let origin = start_origin(&origin_host)?;
-        let registry = origin.address().to_string();
-        let mut scheduler = HawkerPlan::scheduler(&lab.host("scheduler")?).start()?;
-        let join_as = |name: &str, seed: bool| -> Result<Hawker> {
-            let host = lab.host(name)?;
-            let plan = if seed { HawkerPlan::seed(&host) } else { HawkerPlan::proxy(&host) };
-            plan.plain_registry(&registry).join_to(&scheduler)?.start()
-        };
-        let (seed, nodes) =
-            (join_as("seed", true)?, vec![join_as("node1", false)?, join_as("node2", false)?]);
-        let mut scene =
-            Scene { cluster: Cluster { seed, nodes }, origin, origin_host, lab: Arc::clone(&lab) };
+    Plan::nodes(2).scheduler_apart().play(|scene| {
         let blob = scene.blob(SIZE_BYTES)?;
         scene.pull(scene.node(), &blob)?;
         until_committed(scene.node(), &blob)?;
 
-        scheduler.kill()?;
+        scene.cluster.scheduler.as_mut().context("it is apart")?.kill()?;
         // A pull that is under way does not notice.
         let during = scene.blob(SIZE_BYTES)?;
         scene.pull(scene.node(), &during)?;
-        scheduler.restart()?;
+        scene.cluster.scheduler.as_mut().context("it is apart")?.restart()?;
         for node in &scene.cluster.nodes {
             node.wait_status(Duration::from_secs(20), |status| {
                 status.schedulers.iter().any(|s| s.connected)
@@ -186,7 +171,7 @@ fn nodes_announce_again_what_they_hold_after_the_scheduler_restarts() -> Result<
         ensure!(again < SIZE_BYTES / 10, "the origin was asked again for {again} bytes");
         ensure!(scene.cluster.nodes[1].status()?.bytes.received_peers > SIZE_BYTES * 9 / 10);
         Ok(())
-    })())
+    })
 }
 
 #[test]

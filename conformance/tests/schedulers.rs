@@ -51,8 +51,12 @@ impl Stage {
             let nodes = (1..nodes).map(|n| node(format!("node{n}"))).collect::<Result<Vec<_>>>()?;
             // A scheduler that has just started elects nobody.
             std::thread::sleep(WARM_UP + Duration::from_secs(1));
-            let scene =
-                Scene { cluster: Cluster { seed, nodes }, origin, origin_host, lab: Arc::clone(&lab) };
+            let scene = Scene {
+                cluster: Cluster { seed, nodes, scheduler: None },
+                origin,
+                origin_host,
+                lab: Arc::clone(&lab),
+            };
             play(&mut Stage { schedulers: all, scene })
         })())
     }

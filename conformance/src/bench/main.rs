@@ -10,6 +10,7 @@ mod burst;
 mod client;
 mod cold;
 mod cpu;
+mod faults;
 mod goodput;
 mod hit;
 mod machine;
@@ -55,6 +56,8 @@ enum Bench {
     Scheduler(SchedulerOptions),
     /// A swarm of thousands in one process, deciding with the daemons' own code: no daemon runs
     Sim(Box<sim::SimOptions>),
+    /// Real nodes killed, stopped, cut off and corrupted by seeded plans while clients pull through them
+    Faults(faults::FaultsOptions),
     /// What this machine gives the other side of each ratio; needs no Hawker
     Machine(Options),
     /// Runs the fault-injecting origin registry until it is ended
@@ -113,6 +116,14 @@ fn main() -> Result<()> {
         Bench::Sim(options) => {
             let mut report = Report::new("sim");
             let outcome = sim::run(&mut report, &options);
+            report.print_figures();
+            report.write(options.json.as_deref())?;
+            outcome
+        }
+        Bench::Faults(options) => {
+            build_hawker()?;
+            let mut report = Report::new("faults");
+            let outcome = faults::run(&mut report, &options);
             report.print_figures();
             report.write(options.json.as_deref())?;
             outcome

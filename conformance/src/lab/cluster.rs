@@ -1,4 +1,4 @@
-//! A whole cluster in one call: one `hawker up` and nodes that joined it.
+//! A whole cluster in one call: one `hawker up`, or a scheduler and a seed, and nodes that joined it.
 
 use std::time::Duration;
 
@@ -13,6 +13,8 @@ use super::host::Mbit;
 pub struct ClusterPlan {
     /// Nodes besides the seed.
     pub nodes: usize,
+    /// Scheduler and seed are daemons of their own, so that one can be ended without the other.
+    pub scheduler_apart: bool,
     /// The rate of every member's link, in each direction.
     pub link: Option<Mbit>,
     /// Registries (`host:port`) reached by plain HTTP.
@@ -21,13 +23,16 @@ pub struct ClusterPlan {
     pub args: Vec<String>,
 }
 
-/// `hawker up` on host `seed`, and `hawker proxy` on `node1`, `node2`, …
+/// `hawker up` on host `seed` (or `hawker proxy --seed` there and the scheduler on `scheduler`), and `hawker proxy` on `node1`,
+/// `node2`, …
 #[derive(Debug)]
 pub struct Cluster {
-    /// Scheduler, authority and seed.
+    /// The seed; scheduler and authority too where these are not apart.
     pub seed: Hawker,
     /// The nodes.
     pub nodes: Vec<Hawker>,
+    /// Scheduler and authority, where they are apart.
+    pub scheduler: Option<Hawker>,
 }
 
 impl Cluster {
@@ -41,9 +46,21 @@ impl Cluster {
             plan.link.map_or(Ok(()), |rate| host.shape(rate, rate))?;
             Ok(host)
         };
-        let seed = plan.complete(HawkerPlan::up(&host("seed")?)).start()?;
+        let scheduler = if plan.scheduler_apart {
+            Some(HawkerPlan::scheduler(&host("scheduler")?).start()?)
+        } else {
+            None
+        };
+        let seed = match &scheduler {
+            Some(scheduler) => plan.complete(HawkerPlan::seed(&host("seed")?)).join_to(scheduler)?,
+            None => plan.complete(HawkerPlan::up(&host("seed")?)),
+        };
+        let seed = seed.start()?;
+        let authority = scheduler.as_ref().unwrap_or(&seed);
         let start = |number: usize| -> Result<Hawker> {
-            plan.complete(HawkerPlan::proxy(&host(&format!("node{number}"))?)).join_to(&seed)?.start_unready()
+            plan.complete(HawkerPlan::proxy(&host(&format!("node{number}"))?))
+                .join_to(authority)?
+                .start_unready()
         };
         let unready: Vec<Hawker> = (1..=plan.nodes).map(start).collect::<Result<_>>()?;
         let nodes = unready.into_iter().map(Hawker::wait_ready).collect::<Result<Vec<_>>>()?;
@@ -52,7 +69,13 @@ impl Cluster {
                 status.schedulers.iter().any(|s| s.connected)
             })?;
         }
-        Ok(Self { seed, nodes })
+        Ok(Self { seed, nodes, scheduler })
+    }
+
+    /// Who signs certificates and makes tokens.
+    #[must_use]
+    pub fn authority(&self) -> &Hawker {
+        self.scheduler.as_ref().unwrap_or(&self.seed)
     }
 }
 

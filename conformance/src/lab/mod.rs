@@ -152,6 +152,20 @@ impl Lab {
         process::tails(&self.dir)
     }
 
+    /// Copies each daemon's log into a folder, under its host's name: the lab's own are removed with it.
+    ///
+    /// # Errors
+    /// When one cannot be copied.
+    pub fn copy_logs(&self, to: &Path) -> Result<()> {
+        for log in process::logs(&self.dir) {
+            let host = log.parent().and_then(Path::file_name).unwrap_or_default().to_string_lossy();
+            let name = log.file_name().unwrap_or_default().to_string_lossy();
+            fs::copy(&log, to.join(format!("{host}-{name}")))
+                .with_context(|| format!("copying {}", log.display()))?;
+        }
+        Ok(())
+    }
+
     /// Adds the daemons' logs to an error.
     ///
     /// # Errors

@@ -162,15 +162,20 @@ fn tail(log: &Path) -> String {
     format!("--- {} (last {} lines)\n{}\n", log.display(), lines.len() - from, lines[from..].join("\n"))
 }
 
-/// The last lines of every `*.log` in the hosts' folders of a lab.
-pub(super) fn tails(lab: &Path) -> String {
+/// Every `*.log` in the hosts' folders of a lab.
+pub(super) fn logs(lab: &Path) -> Vec<PathBuf> {
     let entries = |dir: &Path| fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path());
     let mut logs: Vec<PathBuf> = entries(lab)
         .flat_map(|host| entries(&host).collect::<Vec<_>>())
         .filter(|path| path.extension().is_some_and(|extension| extension == "log"))
         .collect();
     logs.sort();
-    logs.iter().map(|log| tail(log)).collect()
+    logs
+}
+
+/// The last lines of each of them.
+pub(super) fn tails(lab: &Path) -> String {
+    logs(lab).iter().map(|log| tail(log)).collect()
 }
 
 /// What of a process's memory.
