@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use hawker_conformance::lab::{End, Hawker, HawkerPlan, Host, Lab, Mbit, Request, TokenFrom};
 use hawker_conformance::origin::Blob;
-use hawker_conformance::scene::{Plan, blob_path, join, right, until, until_committed};
+use hawker_conformance::scene::{Plan, Scene, blob_path, join, right, until, until_committed};
 
 use hawker_core::digest::{Algorithm, Digest};
 
@@ -209,6 +209,27 @@ fn a_parent_whose_cable_is_pulled_never_shows() -> Result<()> {
         scene.cluster.seed.host().unplug()?;
         let answer = join(client.join())?;
         ensure!(answer.total < Duration::from_secs(40), "it took {:?}", answer.total);
+        Ok(())
+    })
+}
+
+#[test]
+fn a_blob_s_last_bytes_come_from_the_origin_when_the_seed_is_gone_that_gave_a_node_its_table() -> Result<()> {
+    Plan::nodes(1).play(|scene| {
+        let blob = scene.blob(SIZE_BYTES)?;
+        let part = |scene: &Scene, range: &str| {
+            let answer =
+                scene.request(scene.node(), &blob).header("range", range).send(scene.node().host())?;
+            ensure!(answer.status == 206 && answer.end == End::Complete, "{range}: {answer:?}");
+            Ok(answer.total)
+        };
+        part(scene, "bytes=0-9")?;
+        until_committed(&scene.cluster.seed, &blob)?;
+        // Now the table is sealed, and the node gets it with the next piece.
+        part(scene, "bytes=5000000-5000009")?;
+        scene.cluster.seed.kill()?;
+        let took = part(scene, "bytes=-10")?;
+        ensure!(took < Duration::from_secs(25), "it took {took:?}");
         Ok(())
     })
 }

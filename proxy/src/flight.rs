@@ -410,6 +410,10 @@ impl Reader {
             let must_prove = self.at >= last_start;
             let in_memory = self.flight.shared.lock().in_memory;
             if !in_memory && (failed.is_some() || must_prove || self.whole_only) {
+                // A flight for ranges alone leaves the origin to their readers, and this one must not show the last piece.
+                if must_prove && failed.is_none() && !self.whole_only {
+                    self.leave_to_flight().await;
+                }
                 return None;
             }
             let proven = in_memory && self.end > last_start;
@@ -432,10 +436,7 @@ impl Reader {
             }
             Err(Stopped::WholeOnly) => {
                 self.direct = None;
-                self.whole_only = true;
-                self.flight.want_whole().await;
-                self.announced = None;
-                self.tell_position();
+                self.leave_to_flight().await;
                 None
             }
             Err(Stopped::Failed(error)) => {
@@ -443,6 +444,14 @@ impl Reader {
                 Some(Err(error))
             }
         }
+    }
+
+    /// What is missing here comes by the flight, which may read all of the blob for it.
+    async fn leave_to_flight(&mut self) {
+        self.whole_only = true;
+        self.flight.want_whole().await;
+        self.announced = None;
+        self.tell_position();
     }
 
     fn advance(&mut self, segment: Segment) -> Segment {
