@@ -18,7 +18,7 @@ use crate::report::{Report, Target};
 use crate::stage::{Stage, committed};
 
 pub(crate) const LINK: Mbit = Mbit(100);
-const TOTAL_BYTES: u64 = 128 * MIB;
+pub(crate) const TOTAL_BYTES: u64 = 128 * MIB;
 /// Into how many blobs the bytes are cut, and what that is called.
 pub(crate) const VARIANTS: [(u64, &str); 2] = [(1, "one blob"), (4, "four blobs")];
 /// A digest run that takes longer has hung.
@@ -126,7 +126,7 @@ pub(crate) fn measure(
     Ok(burst)
 }
 
-fn fresh_blobs(stage: &mut Stage, count: u64) -> Result<Vec<Blob>> {
+pub(crate) fn fresh_blobs(stage: &mut Stage, count: u64) -> Result<Vec<Blob>> {
     (0..count).map(|_| stage.fresh_blob(TOTAL_BYTES / count)).collect()
 }
 

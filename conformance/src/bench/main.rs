@@ -7,6 +7,7 @@
 
 mod baseline;
 mod burst;
+mod burst_faults;
 mod client;
 mod cold;
 mod cpu;
@@ -47,7 +48,7 @@ enum Bench {
     /// CPU of a node that receives 1 GiB from a peer, against curl and openssl
     Cpu(Options),
     /// The same 128 MiB to all nodes at once, against the bound and against curl on all nodes
-    Burst(BurstOptions),
+    Burst(BurstWithFaults),
     /// What the mirror adds to a manifest, 5,000 short connections, and the memory of an idle daemon
     Manifest(Options),
     /// Peak anonymous memory of any Hawker process in a burst and in a 4 GiB pull
@@ -84,6 +85,15 @@ struct BurstOptions {
 }
 
 #[derive(Args, Clone)]
+struct BurstWithFaults {
+    #[command(flatten)]
+    burst: BurstOptions,
+    /// Three nodes are killed in mid-pull, a member lies, the scheduler is restarted: how the others fare
+    #[arg(long)]
+    faults: bool,
+}
+
+#[derive(Args, Clone)]
 struct SchedulerOptions {
     #[command(flatten)]
     common: Options,
@@ -104,7 +114,8 @@ fn main() -> Result<()> {
         Bench::Cold(options) => measured("cold", &options, cold::run),
         Bench::Cpu(options) => measured("cpu", &options, cpu::run),
         Bench::Burst(options) => {
-            measured("burst", &options.common.clone(), |report, _| burst::run(report, &options))
+            let bench = if options.faults { burst_faults::run } else { burst::run };
+            measured("burst", &options.burst.common.clone(), |report, _| bench(report, &options.burst))
         }
         Bench::Memory(options) => {
             measured("memory", &options.common.clone(), |report, _| memory::run(report, &options))

@@ -48,11 +48,17 @@ impl Stage {
 
     /// `hawker up` and this many nodes, all connected.
     pub(crate) fn cluster(&self, nodes: usize) -> Result<Cluster> {
+        self.cluster_of(ClusterPlan { nodes, ..ClusterPlan::default() })
+    }
+
+    /// The same with a scheduler that is not the seed's process.
+    pub(crate) fn cluster_and_scheduler(&self, nodes: usize) -> Result<Cluster> {
+        self.cluster_of(ClusterPlan { nodes, scheduler_apart: true, ..ClusterPlan::default() })
+    }
+
+    fn cluster_of(&self, plan: ClusterPlan) -> Result<Cluster> {
         let plain_registries = vec![self.registry()];
-        Cluster::start(
-            &self.lab,
-            &ClusterPlan { nodes, link: self.link, plain_registries, ..ClusterPlan::default() },
-        )
+        Cluster::start(&self.lab, &ClusterPlan { link: self.link, plain_registries, ..plan })
     }
 
     /// The origin as members name it: `host:port`.
@@ -62,8 +68,14 @@ impl Stage {
 
     /// A blob of content that nobody has seen, at the origin.
     pub(crate) fn fresh_blob(&mut self, size_bytes: u64) -> Result<Blob> {
+        let content = self.fresh_content(size_bytes);
+        Ok(self.origin.add_blob(REPOSITORY, content)?)
+    }
+
+    /// Content that no blob has.
+    pub(crate) const fn fresh_content(&mut self, size_bytes: u64) -> Content {
         self.blobs_made += 1;
-        Ok(self.origin.add_blob(REPOSITORY, Content::generated(self.blobs_made, size_bytes))?)
+        Content::generated(self.blobs_made, size_bytes)
     }
 
     /// The blob straight from the origin.

@@ -16,6 +16,8 @@ use crate::scene::{self, REPOSITORY, Scene, committed_path, partial_path};
 
 /// Slow enough that pulls are under way when something breaks, fast enough that a run is short.
 const LINK: Mbit = Mbit(50);
+/// What a failed run is explained by.
+const LOG_LEVEL: &str = "info,hawker_proxy=debug";
 /// How many wrong bytes a lying origin sends.
 const LIE_BYTES: u64 = 100;
 
@@ -48,7 +50,8 @@ impl Outcome {
 pub fn run(plan: &Plan, logs: &Path) -> Result<Outcome> {
     let start = Instant::now();
     let mut outcome = None;
-    scene::Plan::nodes(NODES).link(LINK).scheduler_apart().play(|scene| {
+    let scene = scene::Plan::nodes(NODES).link(LINK).scheduler_apart().flag("--log-level", LOG_LEVEL);
+    scene.play(|scene| {
         outcome = Some(play(plan, scene, logs)?);
         Ok(())
     })?;
