@@ -84,8 +84,9 @@ pub fn peer_message(message: &Message) -> v1::PeerMessage {
         }
         Message::Leave { task } => Wire::Leave(v1::Leave { task: task.to_string() }),
         Message::Wrong { task, piece } => Wire::Wrong(v1::Wrong { task: task.to_string(), piece: *piece }),
-        Message::Request { request, task, piece } => {
-            Wire::Request(v1::Request { request: *request, task: task.to_string(), piece: *piece })
+        Message::Request { request, task, piece, prefetch } => {
+            let (request, task, piece, prefetch) = (*request, task.to_string(), *piece, *prefetch);
+            Wire::Request(v1::Request { request, task, piece, prefetch })
         }
         Message::Cancel { request } => Wire::Cancel(v1::Cancel { request: *request }),
         Message::Reject { request, reason } => {
@@ -116,8 +117,8 @@ pub fn from_peer_message(message: v1::PeerMessage) -> Result<Option<Message>> {
         Wire::Wrong(v1::Wrong { task, piece }) => {
             Message::Wrong { task: from_task(&task)?, piece: from_piece(piece)? }
         }
-        Wire::Request(v1::Request { request, task, piece }) => {
-            Message::Request { request, task: from_task(&task)?, piece: from_piece(piece)? }
+        Wire::Request(v1::Request { request, task, piece, prefetch }) => {
+            Message::Request { request, task: from_task(&task)?, piece: from_piece(piece)?, prefetch }
         }
         Wire::Cancel(v1::Cancel { request }) => Message::Cancel { request },
         Wire::Reject(v1::Reject { request, reason, origin_status }) => {
@@ -517,11 +518,9 @@ mod tests {
             task().prop_map(|task| Message::Working { task }),
             (task(), refusal_strategy()).prop_map(|(task, reason)| Message::Unavailable { task, reason }),
             task().prop_map(|task| Message::Leave { task }),
-            (any::<u32>(), task(), 0..1_000_000u32).prop_map(|(request, task, piece)| Message::Request {
-                request,
-                task,
-                piece
-            }),
+            (any::<u32>(), task(), 0..1_000_000u32, any::<bool>()).prop_map(
+                |(request, task, piece, prefetch)| Message::Request { request, task, piece, prefetch }
+            ),
             any::<u32>().prop_map(|request| Message::Cancel { request }),
             (any::<u32>(), refusal_strategy())
                 .prop_map(|(request, reason)| Message::Reject { request, reason }),

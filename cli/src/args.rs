@@ -156,6 +156,21 @@ pub(crate) struct NodeArgs {
     /// From registries at most, a second [default: no limit]
     #[arg(long, value_name = "SIZE", help_heading = "Limits")]
     pub(crate) origin_rate: Option<String>,
+    /// Of what nobody waits for at most, from peers and registries, a second [default: no limit]
+    #[arg(long, value_name = "SIZE", help_heading = "Limits")]
+    pub(crate) prefetch_rate: Option<String>,
+    /// Of one blob to peers at most, a second [default: no limit]
+    #[arg(long, value_name = "SIZE", help_heading = "Limits")]
+    pub(crate) task_upload_rate: Option<String>,
+    /// Of one blob from peers at most, a second [default: no limit]
+    #[arg(long, value_name = "SIZE", help_heading = "Limits")]
+    pub(crate) task_download_rate: Option<String>,
+    /// Of one blob from its registry for the cluster at most, a second [default: no limit]
+    #[arg(long, value_name = "SIZE", help_heading = "Limits")]
+    pub(crate) task_origin_rate: Option<String>,
+    /// Of one blob that nobody waits for at most, a second [default: no limit]
+    #[arg(long, value_name = "SIZE", help_heading = "Limits")]
+    pub(crate) task_prefetch_rate: Option<String>,
     /// Evict from when the disk is this full [default: 90]
     #[arg(long, value_name = "PERCENT", help_heading = "Limits")]
     pub(crate) cache_high: Option<String>,

@@ -11,11 +11,16 @@ use crate::log::LogHandle;
 use crate::problem::Problems;
 
 /// Flags that take effect at SIGHUP.
-const LIVE: [&str; 19] = [
+const LIVE: [&str; 24] = [
     "log-level",
     "upload-rate",
     "download-rate",
     "origin-rate",
+    "prefetch-rate",
+    "task-upload-rate",
+    "task-download-rate",
+    "task-origin-rate",
+    "task-prefetch-rate",
     "default-registry",
     "allow-registry",
     "allow-network",

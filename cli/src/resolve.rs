@@ -292,6 +292,7 @@ impl<'a> Reader<'a> {
         let mut registries = self.registries(args);
         let live = LiveSettings {
             rates: self.rates(args),
+            task_rates: self.task_rates(args),
             intercept: self.intercept(args, &mut registries),
             registries,
             credentials: self.many("credentials", &args.credentials, quantity::credentials),
@@ -348,6 +349,16 @@ impl<'a> Reader<'a> {
             upload: self.optional("upload-rate", args.upload_rate.as_deref(), quantity::rate),
             download: self.optional("download-rate", args.download_rate.as_deref(), quantity::rate),
             origin: self.optional("origin-rate", args.origin_rate.as_deref(), quantity::rate),
+            prefetch: self.optional("prefetch-rate", args.prefetch_rate.as_deref(), quantity::rate),
+        }
+    }
+
+    fn task_rates(&mut self, args: &NodeArgs) -> Rates {
+        Rates {
+            upload: self.optional("task-upload-rate", args.task_upload_rate.as_deref(), quantity::rate),
+            download: self.optional("task-download-rate", args.task_download_rate.as_deref(), quantity::rate),
+            origin: self.optional("task-origin-rate", args.task_origin_rate.as_deref(), quantity::rate),
+            prefetch: self.optional("task-prefetch-rate", args.task_prefetch_rate.as_deref(), quantity::rate),
         }
     }
 
@@ -678,7 +689,7 @@ mod tests {
                     --scheduler t.example:7 --seed-address u.example:8 --default-registry docker.io \
                     --allow-registry *.example.com --allow-registry docker.io --allow-network 10.0.0.0/8 \
                     --registry 10.0.0.1:5000=http://10.0.0.1:5000 --registry-insecure a.example \
-                    --upload-rate 100MB --download-rate 12MiB --origin-rate 1MB/s --cache-high 70 --cache-low 60% \
+                    --upload-rate 100MB --download-rate 12MiB --origin-rate 1MB/s --prefetch-rate 9MB --task-upload-rate 8MB --cache-high 70 --cache-low 60% \
                     --cache-max 10GB --upload-slots 8 --memory 64MiB --linger 5m --drain 10s \
                     --seed-uses-client-token false --pull-grace 5s --authorization token \
                     --registry-authorization b.example=node --registry-realm b.example=https://sso.example:8443 \
@@ -700,8 +711,14 @@ mod tests {
         assert_eq!((s.seed_uses_client_token, s.pull_grace), (false, Duration::from_secs(5)));
         assert_eq!(log, LogSettings { level: "debug".into(), format: Format::Json });
         let live = s.live.load();
-        let rates = Rates { upload: Some(100_000_000), download: Some(12 << 20), origin: Some(1_000_000) };
+        let rates = Rates {
+            upload: Some(100_000_000),
+            download: Some(12 << 20),
+            origin: Some(1_000_000),
+            prefetch: Some(9_000_000),
+        };
         assert_eq!(live.rates, rates);
+        assert_eq!(live.task_rates, Rates { upload: Some(8_000_000), ..Rates::default() });
         let (hour, two_days) = (Duration::from_secs(3_600), Duration::from_secs(2 * 86_400));
         assert_eq!(live.staleness, Staleness { tags: Some(hour), public_grace: two_days });
         assert_eq!(live.registries.known["10.0.0.1:5000"].endpoints[0].as_str(), "http://10.0.0.1:5000/");

@@ -105,7 +105,10 @@ fn key_of(flag: &str) -> String {
         "registry-authorization" => "registries.\"HOST\".authorization".to_owned(),
         _ => {
             if let Some(direction) = flag.strip_suffix("-rate") {
-                return format!("rates.{direction}");
+                return match direction.strip_prefix("task-") {
+                    Some(direction) => format!("task_rates.{direction}"),
+                    None => format!("rates.{direction}"),
+                };
             }
             for section in ["cache", "log"] {
                 if let Some(key) = flag.strip_prefix(section).and_then(|rest| rest.strip_prefix('-')) {
@@ -154,7 +157,9 @@ impl Walk<'_> {
                 ("registries", toml::Value::Table(hosts)) if argument(self.command, "registry").is_some() => {
                     self.registries(hosts);
                 }
-                ("rates" | "cache" | "log", toml::Value::Table(section)) => self.table(&key, section),
+                ("rates" | "task_rates" | "cache" | "log", toml::Value::Table(section)) => {
+                    self.table(&key, section)
+                }
                 ("intercept", toml::Value::Array(rules)) if rules.iter().any(toml::Value::is_table) => {
                     self.rules(rules);
                 }

@@ -1,4 +1,4 @@
-//! How fast: a token bucket for a host's upload, download and back-to-source traffic.
+//! How fast: rates, and the token bucket that keeps one of them.
 
 use std::time::Duration;
 
@@ -11,6 +11,19 @@ pub const BURST: Duration = Duration::from_millis(50);
 pub const BURST_MIN_BYTES: u64 = 64 << 10;
 
 const NANOS_PER_SECOND: i128 = 1_000_000_000;
+
+/// How much of each kind of traffic, of a host or of one task, in bytes a second; `None` and zero: as fast as it goes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Rates {
+    /// To peers.
+    pub upload: Option<u64>,
+    /// From peers.
+    pub download: Option<u64>,
+    /// From origins.
+    pub origin: Option<u64>,
+    /// From peers and origins, of what nobody waits for.
+    pub prefetch: Option<u64>,
+}
 
 /// A token bucket in bytes.
 ///
@@ -66,6 +79,11 @@ impl TokenBucket {
         self.balance -= i128::from(bytes) * NANOS_PER_SECOND;
         let owed = u128::try_from(-self.balance).unwrap_or(0);
         Duration::from_nanos(u64::try_from(owed.div_ceil(u128::from(rate))).unwrap_or(u64::MAX))
+    }
+
+    /// Whether nothing is owed: a reservation, however large, may be made and used at once.
+    pub fn is_free(&mut self, now: Time) -> bool {
+        self.reserve(now, 0).is_zero()
     }
 
     /// Puts back bytes that were reserved and will not be sent.

@@ -126,6 +126,8 @@ pub enum Message {
         task: Digest,
         /// The piece.
         piece: PieceIndex,
+        /// Nobody waits for it: serve others first.
+        prefetch: bool,
     },
     /// "I don't want it any more." Bytes under way are thrown away.
     Cancel {

@@ -12,6 +12,7 @@ use rand::Rng;
 use crate::Time;
 use crate::digest::{Chain, Digest};
 use crate::fetch::{Asked, Fetch};
+use crate::limit::{Rates, TokenBucket};
 use crate::message::{Message, Offer, Refusal, Role};
 use crate::offer::Offers;
 use crate::parents::{Fault, Parents};
@@ -22,6 +23,7 @@ use crate::right::{Bearer, Right};
 
 mod decide;
 mod messages;
+mod pace;
 mod pieces;
 mod table;
 mod task;
@@ -30,6 +32,7 @@ mod uploads;
 #[cfg(test)]
 mod tests;
 
+use pace::Pace;
 use table::Unproven;
 pub use table::{Notary, Trust};
 use task::{Reading, Task};
@@ -75,6 +78,9 @@ const BUSY_REST: Duration = Duration::from_millis(200);
 /// Patience while requests are under way: the transport gives up on those that do not move well before.
 const PATIENCE_IN_FLIGHT: Duration = Duration::from_secs(25);
 
+/// What is prefetched may add to what is under way only up to this part of the room, while somebody waits for anything else.
+const PREFETCH_ROOM: u64 = 4;
+
 /// What this node is.
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -105,6 +111,8 @@ pub enum Output {
         task: Digest,
         /// Which.
         piece: PieceIndex,
+        /// Nobody here waits for it.
+        prefetch: bool,
     },
     /// Give that request up; nothing follows.
     Cancel {
@@ -229,6 +237,10 @@ pub struct Node<N> {
     scheduler: bool,
     parents: Parents,
     uploads: Uploads,
+    /// Of each task.
+    task_rates: Rates,
+    /// All that is prefetched.
+    prefetch: TokenBucket,
     asked: BTreeMap<(PeerId, u32), (Digest, PieceIndex, Time)>,
     next_request: u32,
     outputs: VecDeque<Output>,
@@ -251,6 +263,8 @@ impl<N: Notary> Node<N> {
             scheduler: false,
             parents: Parents::default(),
             uploads,
+            task_rates: Rates::default(),
+            prefetch: TokenBucket::new(None, Time::default()),
             asked: BTreeMap::new(),
             next_request: 0,
             outputs: VecDeque::new(),
@@ -268,6 +282,18 @@ impl<N: Notary> Node<N> {
     /// Whether a scheduler listens.
     pub const fn scheduler(&mut self, listens: bool) {
         self.scheduler = listens;
+    }
+
+    /// How fast each task may go, and all that is prefetched together. `true`: that is new.
+    pub fn rates(&mut self, now: Time, each_task: Rates, prefetch: Option<u64>) -> bool {
+        let prefetch = prefetch.filter(|rate| *rate > 0);
+        if (self.task_rates, self.prefetch.rate_bytes()) == (each_task, prefetch) {
+            return false;
+        }
+        self.task_rates = each_task;
+        self.prefetch.set_rate(prefetch, now);
+        self.tasks.values_mut().for_each(|task| task.pace.set(&each_task, now));
+        true
     }
 
     /// Peers that nobody fetches from.
@@ -351,6 +377,8 @@ impl<N: Notary> Node<N> {
             elected: false,
             announce: opening.announce,
             running: false,
+            is_read: true,
+            pace: Pace::new(&self.task_rates, now),
             whole: false,
             complete: false,
             reading: Reading::No,
@@ -508,6 +536,19 @@ impl<N: Notary> Node<N> {
             fetch.want_whole(true);
         }
         fetch.reader(now, id, pieces, partial);
+    }
+
+    /// Whether clients here wait for it. What is fetched though nobody does, here or at children that depend on this node, is
+    /// prefetched: it comes after everything else.
+    pub fn read(&mut self, digest: &Digest, is_read: bool) {
+        if let Some(task) = self.tasks.get_mut(digest) {
+            task.is_read = is_read;
+        }
+    }
+
+    /// Whether a task goes on though nobody waits for it.
+    pub fn is_prefetch(&self, digest: &Digest) -> bool {
+        self.tasks.get(digest).is_some_and(|t| t.is_prefetch(self.config.role))
     }
 
     /// What a reader, who has just been told of, reads after that.

@@ -164,6 +164,7 @@ pub async fn run(
         memory_bytes: settings.memory_bytes,
         linger: settings.linger,
         lends_tokens: settings.seed_uses_client_token,
+        live: Arc::clone(&settings.live),
         store: store.clone(),
         origin,
         peers: peers.clone(),

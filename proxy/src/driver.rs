@@ -8,6 +8,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
+use arc_swap::ArcSwap;
 use bytes::Bytes;
 use hawker_api::identity::Identity;
 use hawker_core::Time;
@@ -27,9 +28,10 @@ use tracing::{debug, info, warn};
 use crate::buffer::{BufferPool, PieceBuffer};
 use crate::flight::{FlightError, Shared};
 use crate::grant::{Authorization, Grant};
-use crate::metrics::Metrics;
+use crate::metrics::{Metrics, Refused};
 use crate::origin::Origin;
 use crate::peer::{Download, PeerError, PeerEvent, Peers, PieceSource, Received};
+use crate::settings::LiveSettings;
 use crate::store::{Blob, Partial, Store, StoreError};
 use crate::tracker::{Holding, Member, ReportKind, Tracker, TrackerEvent, Want};
 
@@ -178,6 +180,7 @@ pub(crate) struct DriverConfig {
     pub(crate) linger: Duration,
     /// Clients' tokens may be lent to seeds.
     pub(crate) lends_tokens: bool,
+    pub(crate) live: Arc<ArcSwap<LiveSettings>>,
     pub(crate) store: Store,
     pub(crate) origin: Origin,
     pub(crate) peers: Option<Peers>,
@@ -249,6 +252,7 @@ impl Driver {
             }
             self.sweep();
             self.node.scheduler(self.config.tracker.as_ref().is_some_and(|t| !t.connected().is_empty()));
+            self.set_rates();
             let now = self.now();
             self.node.decide(now, &mut self.rng);
             while let Some(output) = self.node.poll() {
@@ -257,6 +261,17 @@ impl Driver {
         }
         for task in self.tasks.values() {
             task.shared.update(|state| state.failed = Some(FlightError::Stopping));
+        }
+    }
+
+    /// Follows the settings; who waits for the origin's rate looks again at how long.
+    fn set_rates(&mut self) {
+        let (now, live) = (self.now(), self.config.live.load());
+        if self.node.rates(now, live.task_rates, live.rates.prefetch) {
+            let reading = self.tasks.values().filter(|state| state.origin.is_some());
+            for state in reading {
+                state.resumes.send_replace(tokio::time::Instant::now());
+            }
         }
     }
 
@@ -295,6 +310,10 @@ impl Driver {
             Event::OriginPiece { task, generation, piece, buffer, chain } => {
                 if self.reading(&task, generation) {
                     let verdict = self.node.origin_piece(now, &task, piece, &chain);
+                    let resumes = tokio::time::Instant::now() + self.node.origin_waits(now, &task);
+                    if let Some(state) = self.tasks.get(&task) {
+                        state.resumes.send_replace(resumes);
+                    }
                     self.take(task, piece, buffer, verdict);
                 }
             }
@@ -482,6 +501,8 @@ impl Driver {
         let now = self.now();
         if let Some(state) = self.tasks.get_mut(&task) {
             state.idle_since = None;
+            self.node.read(&task, !state.readers.is_empty());
+            state.resumes.send_replace(tokio::time::Instant::now() + self.node.origin_waits(now, &task));
             self.node.run(now, task, state.whole, as_owner);
         }
     }
@@ -499,6 +520,7 @@ impl Driver {
                 state.readers.remove(&reader);
                 if state.readers.is_empty() {
                     state.idle_since = Some(Instant::now());
+                    self.node.read(&task, false);
                 }
             }
         }
@@ -545,7 +567,12 @@ impl Driver {
                 self.config.members.with(|state| state.connected.remove(&peer));
                 self.node.peer_down(now, peer);
             }
-            PeerEvent::Message { peer, message } => self.node.message(now, peer, message),
+            PeerEvent::Message { peer, message } => {
+                if let Message::Unavailable { reason, .. } = &message {
+                    self.config.metrics.refused(Refused::Us, *reason);
+                }
+                self.node.message(now, peer, message);
+            }
             PeerEvent::Uploaded { peer, request, bytes, complete: _ } => {
                 self.config.metrics.uploaded.inc_by(bytes);
                 self.node.uploaded(peer, request);
@@ -604,6 +631,9 @@ impl Driver {
             Err(error) => {
                 debug!(%task, %peer, %error, "a piece did not come");
                 let refused = if let PeerError::Refused(reason) = error { Some(reason) } else { None };
+                if let Some(reason) = refused {
+                    self.config.metrics.refused(Refused::Us, reason);
+                }
                 let fault = if error == PeerError::Stalled { Fault::Stalled } else { Fault::Failed };
                 self.node.piece_failed(now, peer, request, refused, fault);
             }
@@ -689,6 +719,7 @@ impl Driver {
                     of: held.map_or(0, PieceSet::count),
                     state: match (self.node.is_complete(task), self.node.is_running(task), state.in_memory())
                     {
+                        (_, true, false) if self.node.is_prefetch(task) => "prefetching",
                         (true, ..) => "complete",
                         (_, true, true) => "through memory",
                         (_, true, false) => "downloading",

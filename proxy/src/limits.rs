@@ -1,4 +1,5 @@
-//! Host-wide rates: the core's token buckets, awaited.
+//! Host-wide rates of what goes over each kind of connection: the core's token buckets, awaited. The rates of single tasks, and of
+//! what is prefetched, are kept by the core itself: it asks for no more than they allow.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -94,7 +95,8 @@ mod tests {
 
     #[test]
     fn each_direction_keeps_its_own_rate() {
-        let rates = Rates { upload: Some(10 * FRAME), download: None, origin: Some(20 * FRAME) };
+        let rates =
+            Rates { upload: Some(10 * FRAME), download: None, origin: Some(20 * FRAME), prefetch: None };
         let (limits, _) = limits(rates);
         assert!((seconds_for(&limits, Direction::Upload, 100) - 9.9).abs() < 0.3);
         assert!((seconds_for(&limits, Direction::Origin, 100) - 4.9).abs() < 0.3);

@@ -5,6 +5,7 @@
 use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
+use hawker_core::message::Refusal;
 use prometheus_client::encoding::text;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
@@ -66,12 +67,36 @@ pub enum ServedFrom {
     Origin,
 }
 
+/// Who was told to ask elsewhere.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refused {
+    /// A peer, by this node.
+    Peer,
+    /// This node, by a peer.
+    Us,
+}
+
+/// Why: the label `reason`.
+fn reason_of(refusal: Refusal) -> &'static str {
+    match refusal {
+        Refusal::NotHeld => "not_held",
+        Refusal::Busy => "busy",
+        Refusal::Draining => "draining",
+        Refusal::Unable => "unable",
+        Refusal::Origin(_) => "origin",
+        Refusal::OriginUnreachable => "origin_unreachable",
+    }
+}
+
 type Labels<const N: usize> = [(&'static str, String); N];
+type Reasons = Family<[(&'static str, &'static str); 1], Counter>;
 
 /// All counters of one daemon. Each handle shares its number with the registry that `/metrics` prints.
 pub struct Metrics {
     registry: Registry,
     requests: Family<Labels<2>, Counter>,
+    refused: Reasons,
+    refused_by_peers: Reasons,
 
     /// `received_bytes_total{source="peers"}`: verified bytes from peers that are no seeds.
     pub received_peers: Counter,
@@ -146,6 +171,13 @@ impl Metrics {
         r.register("build", "The program", Info::new([("version", env!("CARGO_PKG_VERSION"))]));
         let requests = Family::default();
         r.register("requests", "Requests at the mirror by kind and status", requests.clone());
+        let (refused, refused_by_peers) = (Reasons::default(), Reasons::default());
+        r.register("refused", "Peers told to ask elsewhere, by reason", refused.clone());
+        r.register("refused_by_peers", "What peers refused, by reason", refused_by_peers.clone());
+        for family in [&refused, &refused_by_peers] {
+            // Shown from the start: a missing series is no zero.
+            drop(family.get_or_create(&[("reason", reason_of(Refusal::Busy))]));
+        }
         let received = by_source(r, "received_bytes", "Bytes received", ["peers", "seeds", "origin"]);
         let [received_peers, received_seeds, received_origin] = received;
         let served = by_source(r, "served_bytes", "Bytes sent to runtimes", ["cache", "flight", "origin"]);
@@ -156,6 +188,8 @@ impl Metrics {
         register(r);
         Self {
             requests,
+            refused,
+            refused_by_peers,
             received_peers,
             received_seeds,
             received_origin,
@@ -190,6 +224,15 @@ impl Metrics {
     pub fn request(&self, kind: RequestKind, code: u16) {
         let labels = [("kind", kind.as_str().to_owned()), ("code", code.to_string())];
         self.requests.get_or_create(&labels).inc();
+    }
+
+    /// Somebody was told to ask elsewhere.
+    pub fn refused(&self, who: Refused, why: Refusal) {
+        let family = match who {
+            Refused::Peer => &self.refused,
+            Refused::Us => &self.refused_by_peers,
+        };
+        family.get_or_create(&[("reason", reason_of(why))]).inc();
     }
 
     /// A blob's first body byte left this long after the request's head arrived.
@@ -290,6 +333,7 @@ mod tests {
         metrics.served_flight.inc_by(4);
         metrics.request(RequestKind::Blob, 206);
         metrics.request(RequestKind::Blob, 206);
+        metrics.refused(Refused::Peer, Refusal::Busy);
         metrics.tasks_active.set(3);
         metrics.first_byte(Duration::from_millis(3));
         let text = metrics.encode();
@@ -299,6 +343,8 @@ mod tests {
             "hawker_served_bytes_total{source=\"cache\"} 7",
             "hawker_requests_total{kind=\"blob\",code=\"206\"} 2",
             "hawker_uploaded_bytes_total 0",
+            "hawker_refused_total{reason=\"busy\"} 1",
+            "hawker_refused_by_peers_total{reason=\"busy\"} 0",
             "hawker_tasks_active 3",
             "hawker_first_byte_seconds_count 1",
         ] {

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use hawker_core::intercept::Rules;
+pub use hawker_core::limit::Rates;
 use rustls::ServerConfig;
 use url::Url;
 
@@ -57,8 +58,10 @@ pub struct Settings {
 /// Settings that SIGHUP reads again.
 #[derive(Clone, Debug, Default)]
 pub struct LiveSettings {
-    /// Bytes a second, `None` for no limit.
+    /// Of the host.
     pub rates: Rates,
+    /// Of each task.
+    pub task_rates: Rates,
     /// Upstream registries.
     pub registries: Registries,
     /// Where this node's own names and passwords for registries are; the first that has one counts.
@@ -109,17 +112,6 @@ pub enum AuthorizationMode {
     Token,
     /// This node's, for whoever asks. It does not keep clients apart.
     Node,
-}
-
-/// Host-wide rates, each in bytes a second.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Rates {
-    /// To peers.
-    pub upload: Option<u64>,
-    /// From peers.
-    pub download: Option<u64>,
-    /// From origins.
-    pub origin: Option<u64>,
 }
 
 /// Which registries may be asked, and how each is reached.

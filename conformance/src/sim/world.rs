@@ -425,8 +425,8 @@ impl<'a> World<'a> {
                 }
                 self.send(me, index_of(peer), message);
             }
-            Output::Download { peer, request, task, piece } => {
-                self.send(me, index_of(peer), Message::Request { request, task, piece });
+            Output::Download { peer, request, task, piece, prefetch } => {
+                self.send(me, index_of(peer), Message::Request { request, task, piece, prefetch });
             }
             Output::Cancel { peer, request } => self.send(me, index_of(peer), Message::Cancel { request }),
             Output::Upload { peer, request, task, piece } => self.upload(me, peer, request, &task, piece),

@@ -14,7 +14,7 @@ impl<N: Notary> Node<N> {
         for digest in &tasks {
             self.tell(now, digest);
         }
-        self.serve();
+        self.serve(now);
     }
 
     /// When to decide again though nothing happened.
@@ -164,39 +164,68 @@ impl<N: Notary> Node<N> {
         scheduler || offers || peers
     }
 
-    /// Sends requests as long as there is room in flight, to all tasks in turn.
+    /// Sends requests as long as there is room in flight, to all tasks in turn; what nobody waits for comes last.
     pub(super) fn ask<R: Rng + ?Sized>(&mut self, now: Time, tasks: &[Digest], rng: &mut R) {
-        let mut open: Vec<Digest> = tasks
-            .iter()
-            .filter(|d| self.tasks[*d].running && self.tasks[*d].fetch.is_some())
-            .copied()
-            .collect();
-        let mut in_flight: u64 =
-            self.tasks.values().filter_map(|t| t.fetch.as_ref()).map(Fetch::asked_bytes).sum();
+        let running = |d: &&Digest| self.tasks[*d].running && self.tasks[*d].fetch.is_some();
+        let (prefetched, wanted): (Vec<Digest>, Vec<Digest>) =
+            tasks.iter().filter(running).copied().partition(|digest| self.is_prefetch(digest));
+        let room = self.config.in_flight_bytes;
+        let rest = if wanted.is_empty() { room } else { room / PREFETCH_ROOM };
         let mut under_way: BTreeMap<PeerId, usize> = BTreeMap::new();
         for (peer, _) in self.asked.keys() {
             *under_way.entry(*peer).or_default() += 1;
         }
+        for (open, room, prefetch) in [(wanted, room, false), (prefetched, rest, true)] {
+            self.ask_in_turn(now, open, room, prefetch, &mut under_way, rng);
+        }
+    }
+
+    fn ask_in_turn<R: Rng + ?Sized>(
+        &mut self,
+        now: Time,
+        mut open: Vec<Digest>,
+        room: u64,
+        prefetch: bool,
+        under_way: &mut BTreeMap<PeerId, usize>,
+        rng: &mut R,
+    ) {
+        let mut in_flight: u64 =
+            self.tasks.values().filter_map(|t| t.fetch.as_ref()).map(Fetch::asked_bytes).sum();
         while !open.is_empty() {
             open.retain(|digest| {
                 let Some(task) = self.tasks.get_mut(digest) else { return false };
                 let (Some(fetch), Some(table)) = (&mut task.fetch, &task.table) else { return false };
+                let may = task.pace.download.is_free(now)
+                    && (!prefetch || task.pace.prefetch.is_free(now) && self.prefetch.is_free(now));
+                if !may {
+                    // Held back on purpose: no parent is to blame for it, and the origin no way out of it.
+                    task.moved = now;
+                    return false;
+                }
                 let taken = if let Reading::At(piece) = task.reading { Some(piece) } else { None };
                 let verifiable = table.verifiable();
-                let chosen = fetch.choose(now, &self.parents, &under_way, verifiable, taken, rng);
+                let chosen = fetch.choose(now, &self.parents, under_way, verifiable, taken, rng);
                 let Some((peer, piece)) = chosen else { return false };
                 let len = fetch.layout().len_bytes(piece);
                 // At least one request is always allowed: a piece may be longer than the room.
-                if in_flight > 0 && in_flight + len > self.config.in_flight_bytes {
+                if in_flight > 0 && in_flight + len > room {
+                    if prefetch {
+                        task.moved = now;
+                    }
                     return false;
                 }
                 in_flight += len;
+                task.pace.download.reserve(now, len);
+                if prefetch {
+                    task.pace.prefetch.reserve(now, len);
+                    self.prefetch.reserve(now, len);
+                }
                 let request = self.next_request;
                 self.next_request = self.next_request.wrapping_add(1);
                 fetch.ask(piece, Asked { peer, request, at: now });
                 *under_way.entry(peer).or_default() += 1;
                 self.asked.insert((peer, request), (*digest, piece, now));
-                self.outputs.push_back(Output::Download { peer, request, task: *digest, piece });
+                self.outputs.push_back(Output::Download { peer, request, task: *digest, piece, prefetch });
                 true
             });
         }
@@ -253,13 +282,30 @@ impl<N: Notary> Node<N> {
         }
     }
 
-    /// Fills the upload slots: what the fewest hold goes first.
-    pub(super) fn serve(&mut self) {
-        let tasks = &self.tasks;
-        let spread =
-            |waiting: &Waiting| tasks.get(&waiting.task).map_or(0, |t| t.offers.spread(waiting.piece));
-        while let Some(next) = self.uploads.next(spread) {
-            let Waiting { peer, request, task, piece, .. } = next;
+    /// Fills the upload slots, and tells those who have waited for too long to ask elsewhere.
+    pub(super) fn serve(&mut self, now: Time) {
+        let overdue = self.uploads.overdue(now);
+        self.shed(overdue);
+        let mut held_back: BTreeSet<Digest> = BTreeSet::new();
+        if self.task_rates.upload.is_some() {
+            let busy =
+                |(digest, task): (&Digest, &mut Task)| (!task.pace.upload.is_free(now)).then_some(*digest);
+            held_back.extend(self.tasks.iter_mut().filter_map(busy));
+        }
+        loop {
+            let tasks = &self.tasks;
+            let spread =
+                |waiting: &Waiting| tasks.get(&waiting.task).map_or(0, |t| t.offers.spread(waiting.piece));
+            let may = |digest: &Digest| !held_back.contains(digest);
+            let Some(Waiting { peer, request, task, piece, .. }) = self.uploads.next(spread, may) else {
+                break;
+            };
+            if let Some(state) = self.tasks.get_mut(&task)
+                && let Some(len) = state.fetch.as_ref().map(|f| f.layout().len_bytes(piece))
+                && !state.pace.upload.reserve(now, len).is_zero()
+            {
+                held_back.insert(task);
+            }
             self.outputs.push_back(Output::Upload { peer, request, task, piece });
         }
     }

@@ -34,7 +34,9 @@ impl<N: Notary> Node<N> {
                 }
             }
             Message::Wrong { task, piece: _ } => self.outputs.push_back(Output::Recheck(task)),
-            Message::Request { request, task, piece } => self.requested(now, peer, request, task, piece),
+            Message::Request { request, task, piece, prefetch } => {
+                self.requested(Waiting { peer, request, task, piece, prefetch, since: now });
+            }
             Message::Cancel { request } => self.uploads.cancel(peer, request),
             // The transport reports a rejected download as failed: see `piece_failed`.
             Message::Reject { .. } => {}
@@ -83,28 +85,28 @@ impl<N: Notary> Node<N> {
         }
     }
 
-    pub(super) fn requested(
-        &mut self,
-        now: Time,
-        peer: PeerId,
-        request: u32,
-        digest: Digest,
-        piece: PieceIndex,
-    ) {
-        let held = self
-            .tasks
-            .get_mut(&digest)
-            .filter(|t| {
-                t.announce && t.fetch.as_ref().is_some_and(|f| f.held().contains(piece)) && t.may_share()
-            })
-            .map(|t| t.offers.asked(now, peer, piece))
-            .is_some();
-        let reason = match held {
-            false => Some(Refusal::NotHeld),
-            true => (!self.uploads.wait(Waiting { peer, request, task: digest, piece, since: now }))
-                .then_some(Refusal::Busy),
-        };
-        if let Some(reason) = reason {
+    pub(super) fn requested(&mut self, asked: Waiting) {
+        let Waiting { peer, request, piece, since, .. } = asked;
+        let offered = self.tasks.get_mut(&asked.task).filter(|t| {
+            t.announce && t.fetch.as_ref().is_some_and(|f| f.held().contains(piece)) && t.may_share()
+        });
+        match offered {
+            Some(task) => {
+                task.offers.asked(since, peer, piece);
+                let sent_away = self.uploads.wait(asked);
+                self.shed(sent_away);
+            }
+            None => {
+                let reason = Refusal::NotHeld;
+                self.outputs.push_back(Output::Send(peer, Message::Reject { request, reason }));
+            }
+        }
+    }
+
+    /// Tells these to ask elsewhere: there is more to send than can be sent.
+    pub(super) fn shed(&mut self, sent_away: impl IntoIterator<Item = Waiting>) {
+        for Waiting { peer, request, .. } in sent_away {
+            let reason = Refusal::Busy;
             self.outputs.push_back(Output::Send(peer, Message::Reject { request, reason }));
         }
     }

@@ -60,6 +60,7 @@ impl<N: Notary> Node<N> {
         fault: Fault,
     ) {
         let Some((digest, piece, _)) = self.asked.remove(&(peer, request)) else { return };
+        self.refund(&digest, piece);
         if let Some(fetch) = self.tasks.get_mut(&digest).and_then(|t| t.fetch.as_mut()) {
             fetch.failed(piece, peer, request);
             match refused {
@@ -78,6 +79,18 @@ impl<N: Notary> Node<N> {
         }
     }
 
+    /// A piece that was asked for will not come: it counts for no rate.
+    fn refund(&mut self, digest: &Digest, piece: PieceIndex) {
+        let prefetch = self.is_prefetch(digest);
+        let Some(task) = self.tasks.get_mut(digest) else { return };
+        let Some(len) = task.fetch.as_ref().map(|f| f.layout().len_bytes(piece)) else { return };
+        task.pace.download.refund(len);
+        if prefetch {
+            task.pace.prefetch.refund(len);
+            self.prefetch.refund(len);
+        }
+    }
+
     pub(super) fn punish(&mut self, now: Time, peer: PeerId, digest: &Digest, fault: Fault) {
         self.parents.punish(now, peer, fault);
         self.outputs.push_back(Output::Report(peer, *digest, fault));
@@ -88,7 +101,7 @@ impl<N: Notary> Node<N> {
 
     /// The next piece of the origin's stream is whole; `chain` ran from the piece's start.
     pub fn origin_piece(&mut self, now: Time, digest: &Digest, piece: PieceIndex, chain: &Chain) -> Verdict {
-        let honest = self.honest_prefix(digest);
+        let (honest, prefetch) = (self.honest_prefix(digest), self.is_prefetch(digest));
         let Some(task) = self.tasks.get_mut(digest) else { return Verdict::Drop };
         let (Some(fetch), Some(table), Reading::At(at)) = (&task.fetch, &mut task.table, task.reading) else {
             return Verdict::Drop;
@@ -123,11 +136,28 @@ impl<N: Notary> Node<N> {
         let Some(task) = self.tasks.get_mut(digest) else { return Verdict::Drop };
         let fresh = task.fetch.as_ref().is_some_and(|f| !f.held().contains(piece));
         task.reading = Reading::At(next);
+        let len = task.fetch.as_ref().map_or(0, |f| f.layout().len_bytes(piece));
+        task.pace.origin.reserve(now, len);
+        if prefetch {
+            task.pace.prefetch.reserve(now, len);
+            self.prefetch.reserve(now, len);
+        }
         if fresh {
             self.kept(now, digest, piece);
         }
         self.origin_next(digest, next);
         if fresh { Verdict::Keep } else { Verdict::Drop }
+    }
+
+    /// How long to wait before reading on from the origin, for the rates' sake.
+    pub fn origin_waits(&mut self, now: Time, digest: &Digest) -> Duration {
+        let prefetch = self.is_prefetch(digest);
+        let Some(task) = self.tasks.get_mut(digest) else { return Duration::ZERO };
+        let own = task.pace.origin.reserve(now, 0);
+        match prefetch {
+            true => own.max(task.pace.prefetch.reserve(now, 0)).max(self.prefetch.reserve(now, 0)),
+            false => own,
+        }
     }
 
     /// Whether the whole table came from this node's own reading of the origin.

@@ -50,6 +50,9 @@ pub(super) struct Task {
     pub(super) announce: bool,
     /// Somebody here wants pieces of it.
     pub(super) running: bool,
+    /// Clients of this node read it.
+    pub(super) is_read: bool,
+    pub(super) pace: Pace,
     /// All of them.
     pub(super) whole: bool,
     pub(super) complete: bool,
@@ -71,6 +74,12 @@ impl Task {
     pub(super) fn news_every(&self) -> Duration {
         let few = self.running && self.fetch.as_ref().is_some_and(|f| f.held().len() <= FIRST_PIECES);
         if few { FIRST_NEWS_EVERY } else { NEWS_EVERY }
+    }
+
+    /// Whether it goes on though nobody waits for it: no client here, and no child of whoever is to bring it to the others.
+    pub(super) fn is_prefetch(&self, role: Role) -> bool {
+        let brings = self.elected || role == Role::Seed;
+        self.running && !self.is_read && !(brings && self.offers.hungry() > 0)
     }
 
     pub(super) fn size_bytes(&self) -> Option<u64> {

@@ -190,9 +190,9 @@ impl World {
             Output::Send(to, message) => {
                 self.at(now + Duration::from_millis(1), What::Arrive { to, from: me, message });
             }
-            Output::Download { peer, request, task, piece } => {
+            Output::Download { peer, request, task, piece, prefetch } => {
                 self.hosts.get_mut(&me).unwrap().requests.insert((peer, request), (task, piece));
-                let message = Message::Request { request, task, piece };
+                let message = Message::Request { request, task, piece, prefetch };
                 self.at(now + Duration::from_millis(1), What::Arrive { to: peer, from: me, message });
             }
             Output::Cancel { peer, request } => {
@@ -690,4 +690,156 @@ fn who_holds_all_without_a_seal_keeps_the_child_that_hears_of_its_election_first
     assert!(!to_child(&outputs(&mut node, now, &mut rng), true), "nobody vouches for it yet");
     node.parents(now, task, &[], Some(id(0)), true);
     assert!(to_child(&outputs(&mut node, now + NEWS_EVERY, &mut rng), true));
+}
+
+/// A node to whom one peer offers all of several tasks of 16 MiB, each with its table.
+fn offered(tasks: u8, in_flight_bytes: u64) -> (Node<Names>, Vec<Digest>, StdRng) {
+    let config = Config { me: id(0), role: Role::Peer, upload_slots: 4, in_flight_bytes };
+    let roles = (0..2).map(|n| (id(n), Role::Peer)).collect();
+    let (mut node, now) = (Node::new(config, Names { me: id(0), roles }), Time::default());
+    node.peer_up(now, id(1), Role::Peer);
+    let mut digests = Vec::new();
+    for n in 0..tasks {
+        let data = vec![n; 16 * MIB];
+        let (task, layout) = (Digest::of(Algorithm::Sha256, &data), PieceLayout::new(data.len() as u64));
+        let (mut table, mut chain) = (PieceTable::new(task, layout), Chain::new(Algorithm::Sha256));
+        for piece in 0..layout.count() - 1 {
+            let range = layout.range(piece);
+            chain.update(&data[range.start as usize..range.end as usize]);
+            table.push(chain.value().unwrap());
+        }
+        let known = Some((table, PieceSet::empty(layout.count())));
+        let (source, right) = (World::source(), Right::Own);
+        node.open(now, task, Opening { source, right, known, own_table: true, announce: true });
+        node.run(now, task, true, false);
+        node.parents(now, task, &[id(1)], None, false);
+        let size_bytes = data.len() as u64;
+        node.message(now, id(1), Message::Have { task, size_bytes, offer: Offer::All });
+        digests.push(task);
+    }
+    (node, digests, StdRng::seed_from_u64(1))
+}
+
+/// The pieces that are asked for of each task, and whether they say that nobody waits for them.
+fn asked(node: &mut Node<Names>, now: Time, rng: &mut StdRng) -> Vec<(Digest, u32, u32, bool)> {
+    let asked = outputs(node, now, rng).into_iter().filter_map(|output| match output {
+        Output::Download { request, task, piece, prefetch, .. } => Some((task, request, piece, prefetch)),
+        _ => None,
+    });
+    asked.collect()
+}
+
+#[test]
+fn what_is_prefetched_waits_until_there_is_room_beside_what_clients_read() {
+    let room = 4 << 20;
+    let (mut node, tasks, mut rng) = offered(2, room);
+    let now = Time::default();
+    let (prefetched, read) = (tasks[0], tasks[1]);
+    node.read(&prefetched, false);
+    let first = asked(&mut node, now, &mut rng);
+    assert!(
+        !first.is_empty() && first.iter().all(|(task, _, _, prefetch)| *task == read && !prefetch),
+        "{first:?}"
+    );
+    // It is not taken for a download that does not move: nothing of it is read from the origin.
+    let late = now + PATIENCE + Duration::from_secs(1);
+    let origin = Output::ReadOrigin { task: prefetched, from: 0 };
+    outputs(&mut node, now + PATIENCE / 2, &mut rng);
+    assert!(!outputs(&mut node, late, &mut rng).contains(&origin));
+    // The client is done, or turns to the other: then it goes on, and says what it is for.
+    node.pause(&read);
+    let alone = asked(&mut node, late, &mut rng);
+    assert!(!alone.is_empty() && alone.iter().all(|(task, _, _, prefetch)| *task == prefetched && *prefetch));
+    node.read(&prefetched, true);
+    let (_, request, ..) = alone[0];
+    node.piece_failed(late, id(1), request, Some(Refusal::Unable), Fault::Failed);
+    assert!(asked(&mut node, late, &mut rng).iter().all(|(_, _, _, prefetch)| !prefetch));
+}
+
+#[test]
+fn a_seed_does_not_prefetch_what_its_children_wait_for() {
+    let mut world = World::new(1, true, 4 * MIB, 3);
+    world.pull(1);
+    world.run_until(Duration::from_millis(150), |_| false);
+    let (task, now) = (world.task, world.now);
+    let seed = &mut world.hosts.get_mut(&id(SEED)).unwrap().node;
+    seed.read(&task, false);
+    assert!(seed.is_running(&task) && !seed.is_prefetch(&task));
+    seed.message(now, id(0), Message::Leave { task });
+    assert!(seed.is_prefetch(&task));
+}
+
+#[test]
+fn rates_hold_piece_by_piece_and_change_at_once() {
+    const RATE: u64 = 1 << 20;
+    let seconds = 8;
+    let bytes = |asked: Vec<(Digest, u32, u32, bool)>, layout: PieceLayout| -> u64 {
+        asked.iter().map(|(_, _, piece, _)| layout.len_bytes(*piece)).sum()
+    };
+    // (of each task, of all that is prefetched, whether clients read them, bytes a second of two tasks)
+    let each = Rates { download: Some(RATE), ..Rates::default() };
+    let each_prefetched = Rates { prefetch: Some(RATE), ..Rates::default() };
+    let cases = [
+        (each, None, true, 2 * RATE),
+        (each, None, false, 2 * RATE),
+        (each_prefetched, None, false, 2 * RATE),
+        (Rates::default(), Some(RATE), false, RATE),
+    ];
+    for (each, prefetch, is_read, expected) in cases {
+        let (mut node, tasks, mut rng) = offered(2, 1 << 30);
+        tasks.iter().for_each(|task| node.read(task, is_read));
+        assert!(node.rates(Time::default(), each, prefetch));
+        assert!(!node.rates(Time::default(), each, prefetch), "it is known");
+        let layout = node.table(&tasks[0]).unwrap().layout();
+        let mut came = 0;
+        for millis in (0..=seconds * 1000).step_by(50) {
+            let now = Time(Duration::from_millis(millis));
+            let all = asked(&mut node, now, &mut rng);
+            // Each is answered, by whatever: none is to hold up the next.
+            all.iter().for_each(|(_, request, ..)| {
+                node.asked.remove(&(id(1), *request));
+            });
+            for task in &tasks {
+                let fetch = node.tasks.get_mut(task).and_then(|t| t.fetch.as_mut()).unwrap();
+                all.iter().filter(|(of, ..)| of == task).for_each(|(_, _, piece, _)| drop(fetch.got(*piece)));
+            }
+            came += bytes(all, layout);
+        }
+        let (expected, burst) = (expected * seconds, 2 * (layout.len_bytes(layout.count() - 1) + RATE / 10));
+        assert!(came.abs_diff(expected) <= burst, "{each:?} {prefetch:?}: {came} where {expected} may come");
+        assert!(node.rates(Time(Duration::from_secs(seconds)), Rates::default(), None));
+        let now = Time(Duration::from_secs(seconds) + Duration::from_millis(50));
+        assert!(bytes(asked(&mut node, now, &mut rng), layout) > 3 * RATE, "the new rate holds at once");
+    }
+}
+
+#[test]
+fn one_tasks_upload_rate_holds_over_all_its_children() {
+    let mut world = World::new(1, true, 8 * MIB, 3);
+    let rates = Rates { upload: Some(1 << 20), ..Rates::default() };
+    world.hosts.get_mut(&id(SEED)).unwrap().node.rates(Time::default(), rates, None);
+    world.pull(1);
+    world.run_until(Duration::from_secs(60), |w| w.all_done(1));
+    assert!(world.all_done(1));
+    let took = world.hosts[&id(0)].done.unwrap().0.as_secs_f64();
+    assert!((6.0..9.5).contains(&took), "{took} s at 1 MiB/s");
+}
+
+#[test]
+fn the_origin_is_read_on_when_the_rates_allow() {
+    let data = vec![7; MIB];
+    let (mut node, task, mut rng) = wanting(&data);
+    let now = Time::default();
+    node.rates(now, Rates { origin: Some(64 << 10), ..Rates::default() }, None);
+    outputs(&mut node, now, &mut rng);
+    node.sized(now, task, data.len() as u64);
+    assert_eq!(node.origin_waits(now, &task), Duration::ZERO);
+    let len = node.table(&task).unwrap().layout().len_bytes(0);
+    let mut chain = Chain::new(Algorithm::Sha256);
+    chain.update(&data[..len as usize]);
+    node.origin_piece(now, &task, 0, &chain);
+    // 256 KiB at 64 KiB a second, of which one is saved up.
+    assert_eq!(node.origin_waits(now, &task), Duration::from_secs(3));
+    node.rates(now, Rates::default(), None);
+    assert_eq!(node.origin_waits(now, &task), Duration::ZERO);
 }

@@ -39,6 +39,8 @@ pub(super) struct Read {
     pub(super) pool: BufferPool,
     /// Pieces from this one on must wait.
     pub(super) window: watch::Receiver<PieceIndex>,
+    /// When to read on, for the rates' sake; it may become sooner.
+    pub(super) resumes: watch::Receiver<tokio::time::Instant>,
     pub(super) events: mpsc::Sender<Event>,
 }
 
@@ -179,6 +181,18 @@ impl Read {
         }
     }
 
+    /// Waits as long as the rates say; `false`: the driver is gone.
+    async fn rest(&mut self) -> bool {
+        loop {
+            let until = *self.resumes.borrow_and_update();
+            match tokio::time::timeout_at(until, self.resumes.changed()).await {
+                Err(_) => return true,
+                Ok(Ok(())) => {}
+                Ok(Err(_)) => return false,
+            }
+        }
+    }
+
     fn server_error(&self, status: StatusCode) -> Ended {
         // One who is overloaded says so with 503 or 429; trying at once makes it worse.
         match status {
@@ -193,6 +207,9 @@ impl Read {
     async fn pieces(&mut self, layout: PieceLayout, mut body: OriginBody, mut chunk: Bytes) -> Ended {
         while self.from < layout.count() {
             if self.window.wait_for(|end| self.from < *end).await.is_err() {
+                return Ended::Unheard;
+            }
+            if !self.rest().await {
                 return Ended::Unheard;
             }
             let mut buffer = self.pool.get(layout.len_bytes(self.from) as usize).await;

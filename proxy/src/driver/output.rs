@@ -7,6 +7,9 @@ impl Driver {
         match output {
             Output::Dial(peer) => self.dial(peer),
             Output::Send(peer, message) => {
+                if let Message::Reject { reason, .. } | Message::Unavailable { reason, .. } = &message {
+                    self.config.metrics.refused(Refused::Peer, *reason);
+                }
                 if let Some(peers) = &self.config.peers {
                     peers.send(peer, &message);
                 }
@@ -14,7 +17,9 @@ impl Driver {
                     debug!(%task, %peer, "left");
                 }
             }
-            Output::Download { peer, request, task, piece } => self.download(peer, request, task, piece),
+            Output::Download { peer, request, task, piece, prefetch } => {
+                self.download(peer, request, task, piece, prefetch);
+            }
             Output::Cancel { peer, request } => {
                 if let Some(peers) = &self.config.peers {
                     peers.cancel(peer, request);
@@ -84,7 +89,14 @@ impl Driver {
         });
     }
 
-    pub(super) fn download(&self, peer: PeerId, request: u32, task: Digest, piece: PieceIndex) {
+    pub(super) fn download(
+        &self,
+        peer: PeerId,
+        request: u32,
+        task: Digest,
+        piece: PieceIndex,
+        prefetch: bool,
+    ) {
         let Some(table) = self.node.table(&task) else { return };
         let (Some(chain), Some(peers)) = (table.chain_at(piece), self.config.peers.clone()) else { return };
         let len = table.layout().len_bytes(piece) as usize;
@@ -92,7 +104,7 @@ impl Driver {
         tokio::spawn(async move {
             let buffer = pool.get(len).await;
             let (done, outcome) = oneshot::channel();
-            peers.download(peer, Download { request, task, piece, buffer, chain, done });
+            peers.download(peer, Download { request, task, piece, prefetch, buffer, chain, done });
             let outcome = outcome.await.unwrap_or(Err(PeerError::Lost));
             let _ = events.send(Event::Piece { task, peer, request, outcome }).await;
         });
@@ -103,7 +115,9 @@ impl Driver {
         match (source, &self.config.peers) {
             (Some(source), Some(peers)) => peers.upload(peer, request, source),
             (None, Some(peers)) => {
-                peers.send(peer, &Message::Reject { request, reason: Refusal::NotHeld });
+                let reason = Refusal::NotHeld;
+                self.config.metrics.refused(Refused::Peer, reason);
+                peers.send(peer, &Message::Reject { request, reason });
                 self.node.uploaded(peer, request);
             }
             _ => self.node.uploaded(peer, request),
@@ -130,6 +144,7 @@ impl Driver {
             origin: self.config.origin.clone(),
             pool: self.pool.clone(),
             window: state.window.subscribe(),
+            resumes: state.resumes.subscribe(),
             events: self.config.events.clone(),
         }));
     }

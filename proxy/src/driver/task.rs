@@ -50,6 +50,8 @@ pub(super) struct TaskState {
     pub(super) starved: bool,
     /// The end of what may be read from the origin: moves with the readers when the disk refuses.
     pub(super) window: watch::Sender<PieceIndex>,
+    /// When the origin may be read on, for the rates' sake.
+    pub(super) resumes: watch::Sender<tokio::time::Instant>,
 }
 
 impl TaskState {
@@ -75,6 +77,7 @@ impl TaskState {
             holds_memory: false,
             starved: false,
             window: watch::Sender::new(PieceIndex::MAX),
+            resumes: watch::Sender::new(tokio::time::Instant::now()),
         }
     }
 

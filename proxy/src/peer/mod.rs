@@ -113,6 +113,8 @@ pub struct Download {
     pub task: Digest,
     /// The piece.
     pub piece: PieceIndex,
+    /// Nobody here waits for it.
+    pub prefetch: bool,
     /// Where its bytes go; as long as the piece.
     pub buffer: PieceBuffer,
     /// The hash at the piece's start.

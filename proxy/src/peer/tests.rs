@@ -143,7 +143,10 @@ impl Node {
         let (done, outcome) = oneshot::channel();
         let buffer = self.pool.get(len).await;
         let chain = Chain::new(Algorithm::Sha256);
-        self.peers.download(peer, Download { request, task: task(), piece: request, buffer, chain, done });
+        self.peers.download(
+            peer,
+            Download { request, task: task(), piece: request, prefetch: false, buffer, chain, done },
+        );
         outcome
     }
 }
@@ -487,7 +490,7 @@ async fn more_bytes_than_the_piece_has_end_the_connection() {
 async fn bytes_and_frames_that_no_honest_member_sends_end_the_connection() {
     let cluster = Cluster::new();
     let request = || {
-        let request = v1::Request { request: 5, task: task().to_string(), piece: 0 };
+        let request = v1::Request { request: 5, task: task().to_string(), piece: 0, prefetch: false };
         let mut frame = Vec::new();
         put_control(&v1::PeerMessage { message: Some(Wire::Request(request)) }, &mut frame);
         frame
