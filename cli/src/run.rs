@@ -58,7 +58,7 @@ pub(crate) async fn proxy(argv: Vec<OsString>) -> anyhow::Result<()> {
         if identity.is_none() {
             tracing::info!("no identity and no --join: running alone, as a verified cache");
         }
-        daemon::run(settings, identity, shutdown.clone(), Box::new(tell_ready)).await?;
+        daemon::run(settings, identity, shutdown.clone(), Box::new(tell_ready), None).await?;
         Ok(())
     };
     attend(signals, &shutdown, reloader, Box::pin(body)).await
@@ -88,7 +88,7 @@ pub(crate) async fn scheduler(argv: Vec<OsString>) -> anyhow::Result<()> {
     };
     let body = async {
         let page = SchedulerPage::new(&config);
-        let admin = Admin { status: page.clone(), metrics: Box::new(move || page.metrics()) };
+        let admin = Admin { status: page.clone(), metrics: Box::new(move || page.metrics() + "# EOF\n") };
         let admin = admin.serve(TcpListener::bind(resolved.admin).await?, shutdown.clone());
         let scheduler = async {
             // Connections wait in the listeners' queues from here on.
@@ -139,11 +139,15 @@ pub(crate) async fn up(argv: Vec<OsString>) -> anyhow::Result<()> {
         tell_ready();
         help.print();
     });
+    let page = SchedulerPage::new(&config);
+    let more: daemon::MoreMetrics = Arc::new(move || page.metrics());
     let both = async {
         let scheduler =
             async { hawker_scheduler::run(config, shutdown.clone()).await.context("the scheduler ended") };
         let proxy = async {
-            daemon::run(settings, Some(identity), shutdown.clone(), ready).await.context("the proxy ended")
+            daemon::run(settings, Some(identity), shutdown.clone(), ready, Some(more))
+                .await
+                .context("the proxy ended")
         };
         // Neither goes on without the other, and both drain at once.
         let (scheduler, proxy) = tokio::join!(ending(&shutdown, scheduler), ending(&shutdown, proxy));

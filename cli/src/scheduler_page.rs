@@ -1,12 +1,12 @@
 //! What a scheduler without a mirror shows at its admin address.
 
 use std::fmt::Write;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, PoisonError};
 use std::time::Instant;
 
-use hawker_proxy::admin::{Status, StatusSource};
-use hawker_scheduler::{Numbers, SchedulerConfig};
+use hawker_proxy::admin::{MemberStatus, Status, StatusSource};
+use hawker_scheduler::{Isolation, Numbers, SchedulerConfig};
 
 /// Status and metrics of one scheduler. Cheap to share.
 pub(crate) struct SchedulerPage {
@@ -24,23 +24,16 @@ impl SchedulerPage {
         Arc::new(Self { name, cluster, started: Instant::now(), numbers })
     }
 
-    /// The OpenMetrics text.
+    /// The OpenMetrics text, without its end.
     pub(crate) fn metrics(&self) -> String {
         let n = &self.numbers;
         let gauges = [
             ("peers", "Peers and seeds", &n.peers),
             ("tasks", "Tasks of which something is known", &n.tasks),
-            ("isolated", "Isolated peers", &n.isolated),
+            ("isolated_peers", "Isolated peers", &n.isolated),
             ("streams", "Open streams", &n.streams),
         ];
         let counters = [
-            ("isolated_wrong_bytes", "Peers isolated for wrong bytes", &n.isolated_for_wrong_bytes),
-            ("isolated_stalled", "Peers isolated because they stalled", &n.isolated_for_stalls),
-            (
-                "isolated_contradiction",
-                "Peers isolated because they sealed two tables of one task",
-                &n.isolated_for_contradictions,
-            ),
             ("messages_received", "Messages received", &n.received),
             ("messages_sent", "Messages sent", &n.sent),
             ("streams_dropped", "Streams closed because their peer read too slowly", &n.dropped),
@@ -50,8 +43,33 @@ impl SchedulerPage {
         let mut out = String::new();
         gauges.iter().for_each(|metric| sample(&mut out, "gauge", "", metric));
         counters.iter().for_each(|metric| sample(&mut out, "counter", "_total", metric));
-        out.push_str("# EOF\n");
+        let name = "hawker_scheduler_isolations";
+        let _ = writeln!(out, "# HELP {name} Peers isolated, by reason.\n# TYPE {name} counter");
+        for (reason, number) in [
+            ("wrong_bytes", &n.isolated_for_wrong_bytes),
+            ("stalled", &n.isolated_for_stalls),
+            ("contradiction", &n.isolated_for_contradictions),
+        ] {
+            let value = number.load(Ordering::Relaxed);
+            let _ = writeln!(out, "{name}_total{{reason=\"{reason}\"}} {value}");
+        }
         out
+    }
+}
+
+impl SchedulerPage {
+    /// Who is isolated, and why; the others are listed by the nodes.
+    fn isolated(&self) -> Vec<MemberStatus> {
+        let isolations = self.numbers.isolations.lock().unwrap_or_else(PoisonError::into_inner);
+        let member = |isolation: &Isolation| MemberStatus {
+            name: isolation.name.clone(),
+            peer_id: isolation.peer.to_string(),
+            isolated: true,
+            isolated_for: isolation.guilt.to_string(),
+            isolated_for_s: isolation.until.saturating_duration_since(Instant::now()).as_secs(),
+            ..MemberStatus::default()
+        };
+        isolations.iter().map(member).collect()
     }
 }
 
@@ -71,6 +89,7 @@ impl StatusSource for SchedulerPage {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             uptime_s: self.started.elapsed().as_secs(),
             ready: true,
+            members: self.isolated(),
             ..Status::default()
         }
     }

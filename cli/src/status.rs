@@ -81,8 +81,13 @@ fn members(out: &mut String, status: &Status) {
             (_, true) => "connected",
             _ => "-",
         };
-        let isolated = if member.isolated { "ISOLATED" } else { "" };
-        [&member.name, &member.role, &member.addresses.join(", "), connection, isolated].map(str::to_owned)
+        let isolated = match (member.isolated, member.isolated_for.as_str()) {
+            (false, _) => String::new(),
+            (true, "") => "ISOLATED".to_owned(),
+            (true, why) => format!("ISOLATED for {why}, {} more", human_duration(member.isolated_for_s)),
+        };
+        let addresses = member.addresses.join(", ");
+        [&member.name, &member.role, &addresses, connection, &isolated].map(str::to_owned)
     });
     table(out, ["NAME", "ROLE", "ADDRESS", "CONNECTION", ""], rows.collect(), &[]);
 }
@@ -179,6 +184,8 @@ mod tests {
             addresses: vec![format!("{name}:6501")],
             connected,
             isolated,
+            isolated_for: if isolated { "wrong bytes".into() } else { String::new() },
+            isolated_for_s: if isolated { 540 } else { 0 },
         };
         Status {
             name: "n1".into(),
@@ -231,7 +238,7 @@ Members (3)
   NAME         ROLE  ADDRESS           CONNECTION
   n1           peer  n1:6501           this node
   seed         seed  seed:6501         connected
-  longer-name  peer  longer-name:6501  -           ISOLATED
+  longer-name  peer  longer-name:6501  -           ISOLATED for wrong bytes, 9 min more
 
 Bytes
   served to runtimes  1.0 GiB (30 % out of the cache)

@@ -132,6 +132,8 @@ fn a_seed_sends_what_clients_wait_for_before_what_nobody_does() -> Result<()> {
         };
         let (idle, busy) = (node("idle")?, node("busy")?);
         leave(&idle, origin, &long)?;
+        // What was asked for while the client was there goes out as asked: up to 32 pieces.
+        std::thread::sleep(Duration::from_secs(12));
         // 16 MiB at 4 MB/s are 4.2 s alone, and twice that at half the rate.
         let took = pull(&busy, origin, &[short])?;
         ensure!(took < Duration::from_millis(6500), "it takes {took:?}");
@@ -170,6 +172,10 @@ fn an_overloaded_seed_says_so_and_is_not_taken_for_one_that_stalls() -> Result<(
             .map(|node| node.metric("hawker_refused_by_peers_total", &busy))
             .sum::<Result<f64>>()?;
         ensure!(told > 0.0, "nobody heard of it");
+        let isolated = seed.node.metric("hawker_scheduler_isolations_total", &[])?;
+        ensure!(isolated == 0.0, "{isolated} isolations are counted");
+        let peers = seed.node.metric("hawker_scheduler_peers", &[])?;
+        ensure!(peers == 4.0, "{peers} peers are counted by the scheduler beside the seed");
         for node in &nodes {
             ensure!(!node.status()?.members.iter().any(|member| member.isolated), "the seed is isolated");
         }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use hawker_conformance::lab::{Cluster, Hawker, HawkerPlan, Lab, Mbit, TokenFrom};
+use hawker_conformance::lab::{Cluster, Hawker, HawkerPlan, Lab, Mbit, TokenFrom, run};
 use hawker_conformance::origin::{Blob, Content};
 use hawker_conformance::rogue::{Conduct, Rogue};
 use hawker_conformance::scene::{REPOSITORY, Scene, join, right, start_origin, until};
@@ -148,11 +148,19 @@ fn a_peer_with_wrong_bytes_is_isolated_for_everyone_and_shown_and_its_slanders_i
             let status = node.wait_status(Duration::from_secs(20), |status| {
                 status.members.iter().any(|member| member.isolated && member.peer_id == known)
             })?;
-            let isolated = status.members.iter().filter(|member| member.isolated).count();
-            ensure!(isolated == 1, "{isolated} are isolated, not the rogue alone");
+            let isolated: Vec<_> = status.members.iter().filter(|member| member.isolated).collect();
+            ensure!(isolated.len() == 1, "they are isolated, not the rogue alone: {isolated:?}");
+            let (why, left_s) = (&isolated[0].isolated_for, isolated[0].isolated_for_s);
+            ensure!(why == "wrong bytes" && (400..=600).contains(&left_s), "{why}, {left_s} s");
+            ensure!(node.metric("hawker_peers_isolated", &[])? == 1.0, "the node does not count it");
         }
-        let counted = stage.schedulers[0].metric("hawker_scheduler_isolated_wrong_bytes_total", &[])?;
+        let scheduler = &stage.schedulers[0];
+        let counted = scheduler.metric("hawker_scheduler_isolations_total", &["reason=\"wrong_bytes\""])?;
         ensure!(counted == 1.0, "{counted} isolations are counted");
+        ensure!(scheduler.metric("hawker_scheduler_isolations_total", &[])? == 1.0, "others are counted");
+        ensure!(scheduler.metric("hawker_scheduler_isolated_peers", &[])? == 1.0, "nobody is isolated there");
+        let page = run(scheduler.cli()?.args(["status", "--admin", &scheduler.admin().to_string()]))?;
+        ensure!(page.contains("ISOLATED for wrong bytes, "), "hawker status at the scheduler:\n{page}");
         Ok(())
     })
 }

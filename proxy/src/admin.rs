@@ -93,6 +93,10 @@ pub struct MemberStatus {
     pub connected: bool,
     /// Whether the scheduler keeps it away from others.
     pub isolated: bool,
+    /// Why; empty when it is not isolated.
+    pub isolated_for: String,
+    /// How much longer.
+    pub isolated_for_s: u64,
 }
 
 /// Body bytes since the start.

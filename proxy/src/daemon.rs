@@ -74,6 +74,9 @@ pub enum DaemonError {
     Ended(&'static str),
 }
 
+/// Metrics of what else runs in this process: samples in the same format, without its end.
+pub type MoreMetrics = Arc<dyn Fn() -> String + Send + Sync>;
+
 /// Runs the daemon until `shutdown`, then drains. `ready` is called once runtimes can pull. Without an identity the node has no
 /// peers: a verified pull-through cache.
 pub async fn run(
@@ -81,6 +84,7 @@ pub async fn run(
     identity: Option<Identity>,
     shutdown: CancellationToken,
     ready: Box<dyn FnOnce() + Send>,
+    more_metrics: Option<MoreMetrics>,
 ) -> Result<(), DaemonError> {
     let mirrors = listen(&settings.mirror, "the mirror", "--mirror")?;
     let forward_listeners = listen(&settings.forward_proxy, "the forward proxy", "--forward-proxy")?;
@@ -196,10 +200,12 @@ pub async fn run(
     let admins: Vec<_> = admin
         .into_iter()
         .map(|listener| {
-            let metrics = Arc::clone(&metrics);
+            let (metrics, more) = (Arc::clone(&metrics), more_metrics.clone());
             let admin = Admin {
                 status: Arc::clone(&status) as Arc<dyn StatusSource>,
-                metrics: Box::new(move || metrics.encode()),
+                metrics: Box::new(move || {
+                    more.as_ref().map_or_else(String::new, |more| more()) + &metrics.encode()
+                }),
             };
             tokio::spawn(admin.serve(listener, stop_admin.clone()))
         })
@@ -432,7 +438,10 @@ impl StatusSource for Overview {
                     role: member.role.to_string(),
                     addresses: member.addresses,
                     connected,
-                    isolated,
+                    isolated: isolated.is_some(),
+                    isolated_for: isolated.as_ref().map(|i| i.why.clone()).unwrap_or_default(),
+                    isolated_for_s: isolated
+                        .map_or(0, |i| i.until.saturating_duration_since(Instant::now()).as_secs()),
                 })
                 .collect(),
             bytes: self.metrics.bytes(),

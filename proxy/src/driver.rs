@@ -600,8 +600,10 @@ impl Driver {
                 }
             }
             TrackerEvent::Isolated(peers) => {
-                self.config.members.with(|state| state.isolated = peers.iter().copied().collect());
-                self.node.isolated(now, peers);
+                self.node.isolated(now, peers.iter().map(|isolation| isolation.peer));
+                self.config.metrics.peers_isolated.set(peers.len() as u64);
+                let isolated = peers.into_iter().map(|isolation| (isolation.peer, isolation)).collect();
+                self.config.members.with(|state| state.isolated = isolated);
             }
         }
     }

@@ -140,6 +140,8 @@ pub struct Metrics {
     pub readers_active: Level,
     /// `peers_connected`: peers with a connection now.
     pub peers_connected: Level,
+    /// `peers_isolated`: peers that this node fetches nothing from, by the schedulers' word.
+    pub peers_isolated: Level,
     /// `store_bytes`: bytes of committed and partial blobs.
     pub store_bytes: Level,
     /// `store_blobs`: committed blobs.
@@ -211,6 +213,7 @@ impl Metrics {
             tasks_active: level(r, "tasks_active", "Downloads that run"),
             readers_active: level(r, "readers_active", "Bodies being sent to runtimes"),
             peers_connected: level(r, "peers_connected", "Peers with a connection"),
+            peers_isolated: level(r, "peers_isolated", "Peers that the schedulers isolate"),
             store_bytes: level(r, "store_bytes", "Bytes in the store"),
             store_blobs: level(r, "store_blobs", "Committed blobs in the store"),
             store_degraded: level(r, "store_degraded", "1 while the disk refuses writes"),

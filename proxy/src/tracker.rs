@@ -19,6 +19,7 @@ mod session;
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 pub use hawker_api::convert::Member;
 use hawker_api::identity::Identity;
@@ -48,7 +49,18 @@ pub enum TrackerEvent {
         fetch_from_origin: bool,
     },
     /// Members that nobody fetches from, the whole list.
-    Isolated(Vec<PeerId>),
+    Isolated(Vec<Isolation>),
+}
+
+/// A member that nobody fetches from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Isolation {
+    /// Who.
+    pub peer: PeerId,
+    /// Why, for people.
+    pub why: String,
+    /// When it is let back.
+    pub until: Instant,
 }
 
 /// What became of a parent, for the scheduler.

@@ -1,8 +1,8 @@
 //! One task that owns the swarm: streams' messages go in, what the swarm decides goes out to the streams.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use hawker_api::convert::{self, Member};
@@ -19,8 +19,8 @@ use tokio_util::sync::CancellationToken;
 use tonic::Status;
 use tracing::{debug, info};
 
-use crate::Numbers;
 use crate::membership::{LISTED_AFTER, Membership};
+use crate::{Isolation, Numbers};
 
 /// Messages from all streams that wait for the driver. Streams wait for room: a flood slows the flooder.
 const QUEUE: usize = 4096;
@@ -200,7 +200,7 @@ impl Driver {
         self.say(peer, Say::Welcome(welcome));
         let isolated = self.swarm.isolated(self.now());
         if !isolated.is_empty() {
-            self.say(peer, isolated_list(&isolated));
+            self.say(peer, self.isolated_list(&isolated));
         }
         self.swarm_input(Input::Joined(registration));
     }
@@ -274,9 +274,31 @@ impl Driver {
                 ] {
                     number.store(self.swarm.isolations(guilt), Relaxed);
                 }
-                self.say_all(&isolated_list(&isolated));
+                *self.numbers.isolations.lock().unwrap_or_else(PoisonError::into_inner) =
+                    self.isolations(&isolated);
+                self.say_all(&self.isolated_list(&isolated));
             }
         }
+    }
+
+    /// Why these are isolated, and for how long.
+    fn isolations(&self, peers: &[PeerId]) -> Vec<Isolation> {
+        let now = self.now();
+        let isolation = |peer: &PeerId| {
+            let (guilt, left) = self.swarm.peer_state(now, *peer).isolation?;
+            let name = self.membership.wire(*peer).map(|member| member.name).unwrap_or_default();
+            Some(Isolation { peer: *peer, name, guilt, until: Instant::now() + left })
+        };
+        peers.iter().filter_map(isolation).collect()
+    }
+
+    fn isolated_list(&self, peers: &[PeerId]) -> Say {
+        let said = |isolation: Isolation| v1::Isolation {
+            peer_id: isolation.peer.0.to_vec(),
+            why: isolation.guilt.to_string(),
+            for_s: isolation.until.saturating_duration_since(Instant::now()).as_secs(),
+        };
+        Say::Isolated(v1::Isolated { isolations: self.isolations(peers).into_iter().map(said).collect() })
     }
 
     fn say_all(&mut self, say: &Say) {
@@ -328,8 +350,4 @@ impl Driver {
         };
         self.membership.all().map(state).collect()
     }
-}
-
-fn isolated_list(peers: &[PeerId]) -> Say {
-    Say::Isolated(v1::Isolated { peer_ids: peers.iter().map(|peer| peer.0.to_vec()).collect() })
 }

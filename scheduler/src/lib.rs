@@ -14,8 +14,8 @@ mod service;
 
 use std::io;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 
 use hawker_api::convert::Member;
@@ -24,6 +24,8 @@ use hawker_api::join::{self, JoinError, Token};
 use hawker_api::v1::authority_server::AuthorityServer;
 use hawker_api::v1::scheduler_server::SchedulerServer;
 use hawker_core::message::Role;
+use hawker_core::piece::PeerId;
+use hawker_core::swarm::Guilt;
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -76,6 +78,19 @@ pub struct SchedulerConfig {
     pub numbers: Arc<Numbers>,
 }
 
+/// A peer that nobody is sent to, for people.
+#[derive(Clone, Debug)]
+pub struct Isolation {
+    /// Its id.
+    pub peer: PeerId,
+    /// Its name, empty when it is gone.
+    pub name: String,
+    /// Why.
+    pub guilt: Guilt,
+    /// When it is let back.
+    pub until: Instant,
+}
+
 /// What a scheduler counts, for metrics.
 #[derive(Debug, Default)]
 pub struct Numbers {
@@ -85,6 +100,8 @@ pub struct Numbers {
     pub tasks: AtomicU64,
     /// Isolated peers.
     pub isolated: AtomicU64,
+    /// Who these are. Bounded by the members there are.
+    pub isolations: Mutex<Vec<Isolation>>,
     /// Peers isolated since the start for wrong bytes.
     pub isolated_for_wrong_bytes: AtomicU64,
     /// Peers isolated since the start because they stalled.

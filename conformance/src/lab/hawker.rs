@@ -507,6 +507,10 @@ pub struct Member {
     pub connected: bool,
     /// Whether the scheduler isolated it.
     pub isolated: bool,
+    /// Why.
+    pub isolated_for: String,
+    /// How much longer.
+    pub isolated_for_s: u64,
 }
 
 /// Bytes in [`Status`], since the start of the daemon.

@@ -838,8 +838,8 @@ fn the_origin_is_read_on_when_the_rates_allow() {
     let mut chain = Chain::new(Algorithm::Sha256);
     chain.update(&data[..len as usize]);
     node.origin_piece(now, &task, 0, &chain);
-    // 256 KiB at 64 KiB a second, of which one is saved up.
-    assert_eq!(node.origin_waits(now, &task), Duration::from_secs(3));
+    // 256 KiB at 64 KiB a second.
+    assert_eq!(node.origin_waits(now, &task), Duration::from_secs(4));
     node.rates(now, Rates::default(), None);
     assert_eq!(node.origin_waits(now, &task), Duration::ZERO);
 }

@@ -1,6 +1,6 @@
 //! Whom to serve next, and whom to send elsewhere: few at a time, what somebody waits for and the fewest hold first.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use crate::Time;
@@ -33,12 +33,13 @@ pub(super) struct Waiting {
 pub(super) struct Uploads {
     slots: usize,
     waiting: Vec<Waiting>,
-    active: BTreeSet<(PeerId, u32)>,
+    /// And whether each is of what nobody waits for.
+    active: BTreeMap<(PeerId, u32), bool>,
 }
 
 impl Uploads {
     pub(super) const fn new(slots: usize) -> Self {
-        Self { slots: if slots == 0 { 1 } else { slots }, waiting: Vec::new(), active: BTreeSet::new() }
+        Self { slots: if slots == 0 { 1 } else { slots }, waiting: Vec::new(), active: BTreeMap::new() }
     }
 
     /// Puts a request in the queue. Who has to go elsewhere when that is full: whoever asked last for what nobody waits for,
@@ -69,8 +70,8 @@ impl Uploads {
         self.waiting.extract_if(.., |w| now.since(w.since) >= WAITS_AT_MOST).collect()
     }
 
-    /// The next request to serve, if a slot is free and its task `may` go: what somebody waits for, then what nobody else holds,
-    /// then the child that is sent least, then the oldest.
+    /// The next request to serve, if a slot is free and its task `may` go: what nobody else holds, then the child that is sent
+    /// least, then the oldest. What nobody waits for is begun while nothing else is sent or waits: all share one link.
     /// By how rare a piece is beyond that, some would wait for ever while newer ones come; the askers choose what is rare.
     pub(super) fn next(
         &mut self,
@@ -80,15 +81,16 @@ impl Uploads {
         if self.active.len() >= self.slots {
             return None;
         }
-        let sent_to = |peer: PeerId| self.active.iter().filter(|(whom, _)| *whom == peer).count();
+        let sent_to = |peer: PeerId| self.active.keys().filter(|(whom, _)| *whom == peer).count();
+        let others_wait = self.active.values().any(|prefetch| !prefetch);
         let (at, _) = self
             .waiting
             .iter()
             .enumerate()
-            .filter(|(_, w)| may(&w.task))
+            .filter(|(_, w)| may(&w.task) && !(w.prefetch && others_wait))
             .min_by_key(|(_, w)| (w.prefetch, spread(w).min(1), sent_to(w.peer), w.since))?;
         let next = self.waiting.remove(at);
-        self.active.insert((next.peer, next.request));
+        self.active.insert((next.peer, next.request), next.prefetch);
         Some(next)
     }
 
@@ -108,7 +110,7 @@ impl Uploads {
 
     pub(super) fn peer_gone(&mut self, peer: PeerId) {
         self.waiting.retain(|w| w.peer != peer);
-        self.active.retain(|(whom, _)| *whom != peer);
+        self.active.retain(|(whom, _), _| *whom != peer);
     }
 
     pub(super) fn task_gone(&mut self, task: &Digest) {
@@ -153,6 +155,17 @@ mod tests {
             assert!(uploads.wait(waiting).is_none());
         }
         assert_eq!(served(&mut uploads, |_| true), [2, 4, 1, 3]);
+    }
+
+    #[test]
+    fn what_is_prefetched_is_not_begun_beside_anything_else() {
+        let mut uploads = Uploads::new(SLOTS);
+        [asks(1, 1, true), asks(2, 2, false)].into_iter().for_each(|w| drop(uploads.wait(w)));
+        assert_eq!(uploads.next(|_| 1, |_| true).map(|w| w.request), Some(2));
+        // The next request of the one who is served may be on its way.
+        assert!(uploads.next(|_| 1, |_| true).is_none());
+        uploads.over(PeerId([2; 16]), 2);
+        assert_eq!(uploads.next(|_| 1, |_| true).map(|w| w.request), Some(1));
     }
 
     #[test]

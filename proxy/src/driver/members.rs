@@ -1,12 +1,12 @@
 //! Who is known in the cluster.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use hawker_core::message::Role;
 use hawker_core::piece::PeerId;
 
 use crate::peer::Dial;
-use crate::tracker::Member;
+use crate::tracker::{Isolation, Member};
 
 /// Who is known in the cluster, for the driver, manifests and people.
 #[derive(Debug, Default)]
@@ -20,7 +20,7 @@ pub(super) struct MembersState {
     pub(super) met: HashMap<PeerId, Member>,
     pub(super) static_seeds: BTreeSet<PeerId>,
     pub(super) connected: BTreeSet<PeerId>,
-    pub(super) isolated: BTreeSet<PeerId>,
+    pub(super) isolated: BTreeMap<PeerId, Isolation>,
 }
 
 /// Members met remembered at most, beyond the list.
@@ -62,7 +62,7 @@ impl Members {
     }
 
     /// Everybody known: member, connected, isolated.
-    pub(crate) fn all(&self) -> Vec<(Member, bool, bool)> {
+    pub(crate) fn all(&self) -> Vec<(Member, bool, Option<Isolation>)> {
         self.with(|state| {
             let mut all: HashMap<PeerId, Member> = state.met.clone();
             all.extend(state.listed.iter().map(|m| (m.peer, m.clone())));
@@ -70,7 +70,7 @@ impl Members {
                 .into_values()
                 .map(|m| {
                     let (connected, isolated) =
-                        (state.connected.contains(&m.peer), state.isolated.contains(&m.peer));
+                        (state.connected.contains(&m.peer), state.isolated.get(&m.peer).cloned());
                     (m, connected, isolated)
                 })
                 .collect();

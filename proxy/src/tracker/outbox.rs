@@ -12,7 +12,7 @@ use hawker_core::rendezvous;
 use tokio::sync::Notify;
 use tracing::debug;
 
-use super::{Holding, ReportKind, Want};
+use super::{Holding, Isolation, ReportKind, Want};
 
 /// Tasks wanted at a time: as many as a scheduler keeps of one peer. Beyond that a task is fetched without a scheduler.
 pub const MAX_WANTS: usize = 4096;
@@ -32,7 +32,7 @@ pub(super) struct Outboxes {
     sessions: BTreeMap<PeerId, Outbox>,
     /// Members as each scheduler told them last; under `None` those from the disk.
     members: BTreeMap<Option<PeerId>, Vec<Member>>,
-    isolated: BTreeMap<PeerId, Vec<PeerId>>,
+    isolated: BTreeMap<PeerId, Vec<Isolation>>,
 }
 
 struct Wanted {
@@ -307,15 +307,23 @@ impl Outboxes {
     }
 
     /// Notes who is isolated according to a scheduler. All who are, if that changes anything.
-    pub(super) fn heard_isolated(&mut self, from: PeerId, isolated: Vec<PeerId>) -> Option<Vec<PeerId>> {
+    pub(super) fn heard_isolated(
+        &mut self,
+        from: PeerId,
+        isolated: Vec<Isolation>,
+    ) -> Option<Vec<Isolation>> {
         let before = self.isolated();
         self.isolated.insert(from, isolated);
         let now = self.isolated();
-        (now != before).then(|| now.into_iter().collect())
+        let who = |all: &BTreeMap<PeerId, Isolation>| -> BTreeSet<PeerId> { all.keys().copied().collect() };
+        (who(&now) != who(&before)).then(|| now.into_values().collect())
     }
 
-    fn isolated(&self) -> BTreeSet<PeerId> {
-        self.isolated.values().flatten().copied().collect()
+    /// Each once, as long as the longest of them.
+    fn isolated(&self) -> BTreeMap<PeerId, Isolation> {
+        let mut all: Vec<&Isolation> = self.isolated.values().flatten().collect();
+        all.sort_by_key(|isolation| isolation.until);
+        all.into_iter().map(|isolation| (isolation.peer, isolation.clone())).collect()
     }
 
     fn owner(&self, task: &Digest) -> Option<PeerId> {
@@ -373,6 +381,8 @@ impl Outboxes {
 
 #[cfg(test)]
 mod tests {
+    use std::time::{Duration, Instant};
+
     use hawker_core::digest::Algorithm;
     use hawker_core::message::Role;
     use hawker_core::reference::Source;
@@ -617,10 +627,17 @@ mod tests {
     fn isolated_is_whom_any_scheduler_isolates() {
         let mut outboxes = Outboxes::new(scheduler(200));
         let (a, b) = (scheduler(50), scheduler(51));
+        let start = Instant::now();
+        let isolation = |peer: PeerId, seconds: u64| {
+            let until = start + Duration::from_secs(seconds);
+            Isolation { peer, why: "stalling".into(), until }
+        };
+        let (brief, long, other) = (isolation(a, 10), isolation(a, 20), isolation(b, 5));
         assert_eq!(outboxes.heard_isolated(scheduler(1), Vec::new()), None);
-        assert_eq!(outboxes.heard_isolated(scheduler(1), vec![a]).unwrap(), [a]);
-        assert_eq!(outboxes.heard_isolated(scheduler(2), vec![a, b]).unwrap(), [a, b]);
+        assert_eq!(outboxes.heard_isolated(scheduler(1), vec![brief.clone()]).unwrap(), [brief]);
+        let both = vec![long.clone(), other.clone()];
+        assert_eq!(outboxes.heard_isolated(scheduler(2), both).unwrap(), [long, other.clone()]);
         assert_eq!(outboxes.heard_isolated(scheduler(1), Vec::new()), None);
-        assert_eq!(outboxes.heard_isolated(scheduler(2), vec![b]).unwrap(), [b]);
+        assert_eq!(outboxes.heard_isolated(scheduler(2), vec![other.clone()]).unwrap(), [other]);
     }
 }

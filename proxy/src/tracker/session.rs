@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use hawker_api::convert;
+use hawker_api::convert::{self, ConvertError};
 use hawker_api::join::{self, Connection};
 use hawker_api::member_file;
 use hawker_api::v1;
@@ -13,6 +13,7 @@ use hawker_api::v1::scheduler_client::SchedulerClient;
 use hawker_api::v1::to_peer::Event as Said;
 use hawker_core::message::Role;
 use hawker_core::piece::PeerId;
+use hawker_core::swarm::ISOLATION;
 use rand::RngExt;
 use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinSet;
@@ -21,7 +22,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tracing::{debug, info, warn};
 
 use super::outbox::{Announcement, Answer};
-use super::{Holding, Member, Shared, TrackerEvent};
+use super::{Holding, Isolation, Member, Shared, TrackerEvent};
 
 /// Waits between tries grow from the first to the last, each doubled and then changed at random by up to a half: after a
 /// scheduler's restart not all come at once.
@@ -244,15 +245,14 @@ impl Session<'_> {
                 Ok(())
             }
             Some(Said::Isolated(isolated)) => {
-                let peers: Result<_, _> =
-                    isolated.peer_ids.iter().map(|raw| convert::from_peer_id(raw)).collect();
-                self.heard_isolated(peers.map_err(|error| error.to_string())?).await;
+                let isolations: Result<_, _> = isolated.isolations.into_iter().map(isolation).collect();
+                self.heard_isolated(isolations.map_err(|error| error.to_string())?).await;
                 Ok(())
             }
         }
     }
 
-    async fn heard_isolated(&self, isolated: Vec<PeerId>) {
+    async fn heard_isolated(&self, isolated: Vec<Isolation>) {
         let news = self.shared.outboxes().heard_isolated(self.scheduler, isolated);
         if let Some(all) = news {
             tell(self.shared, TrackerEvent::Isolated(all)).await;
@@ -287,7 +287,7 @@ fn holding(holding: &Holding) -> v1::Holding {
     }
 }
 
-fn parents_event(parents: v1::Parents) -> Result<TrackerEvent, convert::ConvertError> {
+fn parents_event(parents: v1::Parents) -> Result<TrackerEvent, ConvertError> {
     let issuer = convert::from_optional_peer_id(&parents.issuer)?;
     Ok(TrackerEvent::Parents {
         task: convert::from_task(&parents.task)?,
@@ -295,4 +295,11 @@ fn parents_event(parents: v1::Parents) -> Result<TrackerEvent, convert::ConvertE
         issuer,
         fetch_from_origin: parents.fetch_from_origin,
     })
+}
+
+fn isolation(said: v1::Isolation) -> Result<Isolation, ConvertError> {
+    // However much longer it says: it is no longer than this until it is said again.
+    let left = Duration::from_secs(said.for_s).min(ISOLATION);
+    let (peer, why) = (convert::from_peer_id(&said.peer_id)?, convert::from_label(said.why, "why")?);
+    Ok(Isolation { peer, why, until: Instant::now() + left })
 }
