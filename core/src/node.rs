@@ -302,6 +302,7 @@ impl<N: Notary> Node<N> {
         for peer in self.isolated.clone() {
             self.forget_parent(now, peer);
         }
+        self.tasks.values_mut().for_each(|task| task.offers.disbelieve(&self.isolated));
     }
 
     /// A connection stands.
@@ -646,7 +647,7 @@ impl<N: Notary> Node<N> {
             self.outputs.push_back(Output::Send(peer, Message::Unavailable { task: *digest, reason }));
             return;
         }
-        task.offers.join(peer);
+        task.offers.join(peer, !self.isolated.contains(&peer));
         task.links.entry(peer).or_default().told = None;
         // It wants the task, so it will hold pieces of it: hear of them.
         self.interest(now, *digest, peer);

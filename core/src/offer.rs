@@ -4,7 +4,7 @@
 //! new piece to one of them only, until another peer holds it, so that its uplink carries what nobody else can give (receiver-driven
 //! choice makes a seed send everything twice). With nothing new to give and nothing to send, it reveals what has spread already.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use crate::Time;
@@ -27,6 +27,15 @@ struct Child {
     holds: PieceSet,
     /// New pieces it was offered so far: all children get their turn, since each passes on what it got.
     dealt: u32,
+    /// What it says it holds counts, and what it is given it passes on.
+    believed: bool,
+}
+
+impl Child {
+    /// It lacks something, and what it gets comes to others.
+    fn is_hungry(&self) -> bool {
+        self.believed && !self.holds.is_full()
+    }
 }
 
 /// The offers of one task.
@@ -46,13 +55,21 @@ impl Offers {
         Self { count, children: BTreeMap::new(), spread: vec![0; count as usize], pending: BTreeMap::new() }
     }
 
-    /// A peer wants to hear of this task.
-    pub fn join(&mut self, peer: PeerId) {
+    /// The same children for a task that turned out to have `count` pieces; what they hold of it is not known yet.
+    pub fn anew(&self, count: u32) -> Self {
+        let mut offers = Self::new(count);
+        self.children.iter().for_each(|(peer, child)| offers.join(*peer, child.believed));
+        offers
+    }
+
+    /// A peer wants to hear of this task. `believed`: see [`Offers::disbelieve`].
+    pub fn join(&mut self, peer: PeerId, believed: bool) {
         let count = self.count;
         self.children.entry(peer).or_insert_with(|| Child {
             told: PieceSet::empty(count),
             holds: PieceSet::empty(count),
             dealt: 0,
+            believed,
         });
     }
 
@@ -64,6 +81,21 @@ impl Offers {
             }
         }
         self.pending.retain(|_, (to, _)| *to != peer);
+    }
+
+    /// Whom not to believe from now on, and nobody else: a liar who says that it has everything would otherwise make an issuer think
+    /// that all has spread. What such a child says it holds counts for nothing, and new pieces are dealt to others.
+    pub fn disbelieve(&mut self, liars: &BTreeSet<PeerId>) {
+        for (peer, child) in &mut self.children {
+            child.believed = !liars.contains(peer);
+            if !child.believed {
+                for piece in child.holds.iter() {
+                    self.spread[piece as usize] = self.spread[piece as usize].saturating_sub(1);
+                }
+                child.holds = PieceSet::empty(self.count);
+            }
+        }
+        self.pending.retain(|_, (to, _)| !liars.contains(to));
     }
 
     /// Who hears of this task.
@@ -79,6 +111,7 @@ impl Offers {
     /// A child says that it holds a piece.
     pub fn holds(&mut self, peer: PeerId, piece: PieceIndex) {
         if let Some(child) = self.children.get_mut(&peer)
+            && child.believed
             && child.holds.insert(piece)
         {
             self.spread[piece as usize] = self.spread[piece as usize].saturating_add(1);
@@ -100,9 +133,9 @@ impl Offers {
         self.spread.get(piece as usize).copied().unwrap_or(0)
     }
 
-    /// Children that still lack something.
+    /// Children that still lack something, and are believed.
     pub fn hungry(&self) -> usize {
-        self.children.values().filter(|c| !c.holds.is_full()).count()
+        self.children.values().filter(|c| c.is_hungry()).count()
     }
 
     /// New pieces on offer, and to whom each.
@@ -159,7 +192,7 @@ impl Offers {
         elsewhere: &BTreeMap<PeerId, usize>,
         told: &mut BTreeMap<PeerId, Vec<PieceIndex>>,
     ) {
-        let hungry = self.children.iter().filter(|(_, c)| !c.holds.is_full()).map(|(peer, _)| *peer);
+        let hungry = self.children.iter().filter(|(_, c)| c.is_hungry()).map(|(peer, _)| *peer);
         let mut load: BTreeMap<PeerId, usize> =
             hungry.map(|peer| (peer, elsewhere.get(&peer).copied().unwrap_or(0))).collect();
         for (to, _) in self.pending.values() {
@@ -222,7 +255,7 @@ mod tests {
 
     fn offers(children: u8, count: u32) -> Offers {
         let mut offers = Offers::new(count);
-        (0..children).for_each(|n| offers.join(peer(n)));
+        (0..children).for_each(|n| offers.join(peer(n), true));
         offers
     }
 
@@ -295,6 +328,25 @@ mod tests {
         assert!(offers.next(Time::default(), &PieceSet::full(2), true, false, &BTreeMap::new()).is_empty());
         let told = offers.next(Time::default(), &PieceSet::full(2), true, true, &BTreeMap::new());
         assert_eq!(told, [(peer(0), vec![1]), (peer(1), vec![0])]);
+    }
+
+    #[test]
+    fn a_liar_that_says_it_has_everything_keeps_no_piece_from_being_dealt() {
+        let mut offers = offers(4, 8);
+        let liars = BTreeSet::from([peer(0)]);
+        (0..8).for_each(|piece| offers.holds(peer(0), piece));
+        let deal = |offers: &mut Offers| {
+            let told = offers.next(Time::default(), &PieceSet::full(8), true, false, &BTreeMap::new());
+            told.iter().map(|(to, pieces)| (*to, pieces.len())).collect::<Vec<_>>()
+        };
+        assert_eq!(deal(&mut offers), [], "all has spread, by what it says");
+        offers.disbelieve(&liars);
+        offers.holds(peer(0), 1);
+        assert_eq!(offers.spread(1), 0);
+        assert_eq!(deal(&mut offers), [(peer(1), QUOTA), (peer(2), QUOTA), (peer(3), QUOTA)]);
+        offers.disbelieve(&BTreeSet::new());
+        offers.holds(peer(0), 1);
+        assert_eq!(offers.spread(1), 1, "it is let back");
     }
 
     #[test]

@@ -373,7 +373,7 @@ async fn two_reporters_isolate_and_one_does_not() {
     a.hears_of_no_isolation().await;
     b.tracker.report(bad.id(), &task(1), ReportKind::WrongBytes);
     let isolated = |event| match event {
-        TrackerEvent::Isolated(peers) => Some(peers),
+        TrackerEvent::Isolated(isolated) => Some(isolated.iter().map(|i| i.peer).collect::<Vec<_>>()),
         _ => None,
     };
     assert_eq!(a.hears("isolation", isolated).await, [bad.id()]);
@@ -409,7 +409,7 @@ async fn an_issuer_is_isolated_by_two_of_its_own_seals_and_by_nothing_less() {
     a.hears_of_no_isolation().await;
     a.tracker.contradiction([sealed(1), sealed(2)]);
     let isolated = |event| match event {
-        TrackerEvent::Isolated(peers) => Some(peers),
+        TrackerEvent::Isolated(isolated) => Some(isolated.iter().map(|i| i.peer).collect::<Vec<_>>()),
         _ => None,
     };
     assert_eq!(a.hears("isolation", isolated).await, [bad.id()]);

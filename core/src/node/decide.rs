@@ -92,7 +92,7 @@ impl<N: Notary> Node<N> {
         if link.asked.is_none() {
             link.asked = Some(now);
             if announce {
-                task.offers.join(peer);
+                task.offers.join(peer, !self.isolated.contains(&peer));
             }
             let interest = Message::Interest { task: digest, source, size_bytes, token };
             self.outputs.push_back(Output::Send(peer, interest));

@@ -94,9 +94,7 @@ impl Task {
     ) {
         let (table, held) =
             known.unwrap_or_else(|| (PieceTable::new(*digest, layout), PieceSet::empty(layout.count())));
-        let mut offers = Offers::new(layout.count());
-        self.offers.children().for_each(|child| offers.join(child));
-        self.offers = offers;
+        self.offers = self.offers.anew(layout.count());
         self.shown = PieceSet::empty(layout.count());
         self.table = Some(table);
         let mut fetch = Fetch::new(layout, held);
