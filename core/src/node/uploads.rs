@@ -160,7 +160,9 @@ mod tests {
     #[test]
     fn what_is_prefetched_is_not_begun_beside_anything_else() {
         let mut uploads = Uploads::new(SLOTS);
-        [asks(1, 1, true), asks(2, 2, false)].into_iter().for_each(|w| drop(uploads.wait(w)));
+        for waiting in [asks(1, 1, true), asks(2, 2, false)] {
+            let _ = uploads.wait(waiting);
+        }
         assert_eq!(uploads.next(|_| 1, |_| true).map(|w| w.request), Some(2));
         // The next request of the one who is served may be on its way.
         assert!(uploads.next(|_| 1, |_| true).is_none());
@@ -191,7 +193,9 @@ mod tests {
     fn who_has_waited_for_too_long_is_sent_elsewhere() {
         let mut uploads = Uploads::new(SLOTS);
         let late = WAITS_AT_MOST + Duration::from_millis(5);
-        (0..10).for_each(|request| drop(uploads.wait(asks(1, request, false))));
+        for request in 0..10 {
+            let _ = uploads.wait(asks(1, request, false));
+        }
         let overdue: Vec<u32> = uploads.overdue(Time(late)).iter().map(|w| w.request).collect();
         assert_eq!(overdue, [0, 1, 2, 3, 4, 5]);
         assert_eq!(served(&mut uploads, |_| true), [6, 7, 8, 9]);
@@ -201,7 +205,9 @@ mod tests {
     fn a_task_that_may_not_go_keeps_no_other_from_its_turn() {
         let mut uploads = Uploads::new(SLOTS);
         let other = Waiting { task: task(2), ..asks(2, 7, false) };
-        [asks(1, 1, false), other].into_iter().for_each(|w| drop(uploads.wait(w)));
+        for waiting in [asks(1, 1, false), other] {
+            let _ = uploads.wait(waiting);
+        }
         assert_eq!(served(&mut uploads, |digest| *digest == task(2)), [7]);
         assert!(!uploads.is_idle());
     }
