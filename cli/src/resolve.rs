@@ -291,8 +291,17 @@ impl<'a> Reader<'a> {
     fn node(&mut self, args: &NodeArgs) -> Settings {
         let mut registries = self.registries(args);
         let live = LiveSettings {
-            rates: self.rates(args),
-            task_rates: self.task_rates(args),
+            rates: self
+                .rates("", [&args.upload_rate, &args.download_rate, &args.origin_rate, &args.prefetch_rate]),
+            task_rates: self.rates(
+                "task-",
+                [
+                    &args.task_upload_rate,
+                    &args.task_download_rate,
+                    &args.task_origin_rate,
+                    &args.task_prefetch_rate,
+                ],
+            ),
             intercept: self.intercept(args, &mut registries),
             registries,
             credentials: self.many("credentials", &args.credentials, quantity::credentials),
@@ -344,21 +353,16 @@ impl<'a> Reader<'a> {
         settings
     }
 
-    fn rates(&mut self, args: &NodeArgs) -> Rates {
+    /// `of`: what the flags' names begin with.
+    fn rates(&mut self, of: &str, [upload, download, origin, prefetch]: [&Option<String>; 4]) -> Rates {
+        let mut rate = |kind: &str, text: &Option<String>| {
+            self.optional(&format!("{of}{kind}-rate"), text.as_deref(), quantity::rate)
+        };
         Rates {
-            upload: self.optional("upload-rate", args.upload_rate.as_deref(), quantity::rate),
-            download: self.optional("download-rate", args.download_rate.as_deref(), quantity::rate),
-            origin: self.optional("origin-rate", args.origin_rate.as_deref(), quantity::rate),
-            prefetch: self.optional("prefetch-rate", args.prefetch_rate.as_deref(), quantity::rate),
-        }
-    }
-
-    fn task_rates(&mut self, args: &NodeArgs) -> Rates {
-        Rates {
-            upload: self.optional("task-upload-rate", args.task_upload_rate.as_deref(), quantity::rate),
-            download: self.optional("task-download-rate", args.task_download_rate.as_deref(), quantity::rate),
-            origin: self.optional("task-origin-rate", args.task_origin_rate.as_deref(), quantity::rate),
-            prefetch: self.optional("task-prefetch-rate", args.task_prefetch_rate.as_deref(), quantity::rate),
+            upload: rate("upload", upload),
+            download: rate("download", download),
+            origin: rate("origin", origin),
+            prefetch: rate("prefetch", prefetch),
         }
     }
 

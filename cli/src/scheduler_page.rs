@@ -55,9 +55,7 @@ impl SchedulerPage {
         }
         out
     }
-}
 
-impl SchedulerPage {
     /// Who is isolated, and why; the others are listed by the nodes.
     fn isolated(&self) -> Vec<MemberStatus> {
         let isolations = self.numbers.isolations.lock().unwrap_or_else(PoisonError::into_inner);

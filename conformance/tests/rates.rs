@@ -25,6 +25,12 @@ impl Rated {
         Ok(Self { node: plan.start()?, config })
     }
 
+    /// A node in the cluster of this one.
+    fn join(&self, lab: &Lab, origin: &Origin, name: &str) -> Result<Self> {
+        let host = lab.host(name)?;
+        Self::start(HawkerPlan::proxy(&host).join_to(&self.node)?, &host, origin, "")
+    }
+
     fn set(&mut self, rates: &str) -> Result<()> {
         std::fs::write(&self.config, rates)?;
         self.node.process()?.signal(Signal::HUP)
@@ -83,8 +89,7 @@ fn a_blobs_rates_hold_for_each_by_itself_and_change_at_sighup() -> Result<()> {
         held("the origin", pull(&seed.node, origin, &both)?)?;
 
         seed.set("[task_rates]\nupload = \"2MB\"\n")?;
-        let host = lab.host("node")?;
-        let mut node = Rated::start(HawkerPlan::proxy(&host).join_to(&seed.node)?, &host, origin, "")?;
+        let mut node = seed.join(lab, origin, "node")?;
         held("the seed's upload", pull(&node.node, origin, &both)?)?;
 
         seed.set("")?;
@@ -126,11 +131,8 @@ fn a_seed_sends_what_clients_wait_for_before_what_nobody_does() -> Result<()> {
         let (long, short) = (blobs(origin, 256 * MIB, 0..1)?[0], blobs(origin, 16 * MIB, 1..2)?[0]);
         pull(&seed.node, origin, &[long, short])?;
         seed.set("[rates]\nupload = \"4MB\"\n")?;
-        let node = |name: &str| -> Result<Hawker> {
-            let host = lab.host(name)?;
-            Ok(Rated::start(HawkerPlan::proxy(&host).join_to(&seed.node)?, &host, origin, "")?.node)
-        };
-        let (idle, busy) = (node("idle")?, node("busy")?);
+        let [idle, busy] = ["idle", "busy"].map(|name| seed.join(lab, origin, name));
+        let (idle, busy) = (idle?.node, busy?.node);
         leave(&idle, origin, &long)?;
         // What was asked for while the client was there goes out as asked: up to 32 pieces.
         std::thread::sleep(Duration::from_secs(12));
@@ -152,10 +154,7 @@ fn an_overloaded_seed_says_so_and_is_not_taken_for_one_that_stalls() -> Result<(
         let all = blobs(origin, 8 * MIB, 0..3)?;
         pull(&seed.node, origin, &all)?;
         seed.set("[rates]\nupload = \"300KB\"\n")?;
-        let node = |n: usize| -> Result<Hawker> {
-            let host = lab.host(&format!("node{n}"))?;
-            Ok(Rated::start(HawkerPlan::proxy(&host).join_to(&seed.node)?, &host, origin, "")?.node)
-        };
+        let node = |n: usize| Ok(seed.join(lab, origin, &format!("node{n}"))?.node);
         let nodes = (0..3).map(node).collect::<Result<Vec<_>>>()?;
         std::thread::scope(|scope| {
             let pulls: Vec<_> = nodes

@@ -76,9 +76,7 @@ impl Offers {
     /// A child is gone; what was on offer to it is new again.
     pub fn leave(&mut self, peer: PeerId) {
         if let Some(child) = self.children.remove(&peer) {
-            for piece in child.holds.iter() {
-                self.spread[piece as usize] = self.spread[piece as usize].saturating_sub(1);
-            }
+            uncount(&mut self.spread, &child.holds);
         }
         self.pending.retain(|_, (to, _)| *to != peer);
     }
@@ -89,9 +87,7 @@ impl Offers {
         for (peer, child) in &mut self.children {
             child.believed = !liars.contains(peer);
             if !child.believed {
-                for piece in child.holds.iter() {
-                    self.spread[piece as usize] = self.spread[piece as usize].saturating_sub(1);
-                }
+                uncount(&mut self.spread, &child.holds);
                 child.holds = PieceSet::empty(self.count);
             }
         }
@@ -242,6 +238,13 @@ impl Offers {
                 told.entry(*peer).or_default().push(piece);
             }
         }
+    }
+}
+
+/// What one child held does not count any more.
+fn uncount(spread: &mut [u16], held: &PieceSet) {
+    for piece in held.iter() {
+        spread[piece as usize] = spread[piece as usize].saturating_sub(1);
     }
 }
 

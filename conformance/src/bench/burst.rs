@@ -15,7 +15,7 @@ use crate::client::{Got, get};
 use crate::goodput;
 use crate::measure::{MIB, Watch, median, together, with_load};
 use crate::report::{Report, Target};
-use crate::stage::{Stage, committed};
+use crate::stage::{Stage, blob_path, committed};
 
 pub(crate) const LINK: Mbit = Mbit(100);
 pub(crate) const TOTAL_BYTES: u64 = 128 * MIB;
@@ -157,7 +157,7 @@ fn check_digests(stage: &mut Stage, cluster: &Cluster, blobs: u64) -> Result<()>
     let answers =
         together(cluster.nodes.iter().flat_map(|node| blobs.iter().map(move |blob| (node, blob))).map(
             |(node, blob)| {
-                let path = format!("/v2/{}/blobs/{}", crate::stage::REPOSITORY, blob.digest);
+                let path = blob_path(blob);
                 let request = node.request(&registry, &path).discard().within(DIGEST_RUN);
                 move || request.send(node.host())
             },

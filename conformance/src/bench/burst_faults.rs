@@ -15,7 +15,7 @@ use crate::burst::{LINK, TOTAL_BYTES, VARIANTS, bound_s, disk_gib, fresh_blobs};
 use crate::goodput;
 use crate::measure::{Watch, median, with_load};
 use crate::report::{Report, Target};
-use crate::stage::{REPOSITORY, Stage};
+use crate::stage::{Stage, blob_path};
 
 const KILLED: usize = 3;
 /// Parts of the blobs that the first victim has when it is killed, and the others when they are.
@@ -104,8 +104,7 @@ fn round_of(
 /// Each blob at each of these nodes.
 fn pulls(stage: &Stage, nodes: &[Hawker], blobs: &[Blob]) -> Vec<(Request, Host)> {
     let request = |node: &Hawker, blob: &Blob| {
-        let path = format!("/v2/{REPOSITORY}/blobs/{}", blob.digest);
-        (node.request(stage.registry(), &path).discard().within(PULL_WITHIN), node.host().clone())
+        (node.request(stage.registry(), &blob_path(blob)).discard().within(PULL_WITHIN), node.host().clone())
     };
     nodes.iter().flat_map(|node| blobs.iter().map(move |blob| request(node, blob))).collect()
 }

@@ -80,16 +80,17 @@ impl Stage {
 
     /// The blob straight from the origin.
     pub(crate) fn origin_url(&self, blob: &Blob) -> String {
-        format!("http://{}{}", self.registry(), path(blob))
+        format!("http://{}{}", self.registry(), blob_path(blob))
     }
 
     /// What a runtime asks its node's mirror for.
     pub(crate) fn mirror_target(&self, blob: &Blob) -> String {
-        format!("{}?ns={}", path(blob), self.registry().replace(':', "%3A"))
+        format!("{}?ns={}", blob_path(blob), self.registry().replace(':', "%3A"))
     }
 }
 
-fn path(blob: &Blob) -> String {
+/// Where registries have it.
+pub(crate) fn blob_path(blob: &Blob) -> String {
     format!("/v2/{REPOSITORY}/blobs/{}", blob.digest)
 }
 

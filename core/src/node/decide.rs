@@ -195,9 +195,8 @@ impl<N: Notary> Node<N> {
             open.retain(|digest| {
                 let Some(task) = self.tasks.get_mut(digest) else { return false };
                 let (Some(fetch), Some(table)) = (&mut task.fetch, &task.table) else { return false };
-                let may = task.pace.download.is_free(now)
-                    && (!prefetch || task.pace.prefetch.is_free(now) && self.prefetch.is_free(now));
-                if !may {
+                let prefetched = prefetch.then_some(&mut self.prefetch);
+                if !task.pace.download(prefetched).all(|bucket| bucket.is_free(now)) {
                     // Held back on purpose: no parent is to blame for it, and the origin no way out of it.
                     task.moved = now;
                     return false;
@@ -215,10 +214,8 @@ impl<N: Notary> Node<N> {
                     return false;
                 }
                 in_flight += len;
-                task.pace.download.reserve(now, len);
-                if prefetch {
-                    task.pace.prefetch.reserve(now, len);
-                    self.prefetch.reserve(now, len);
+                for bucket in task.pace.download(prefetch.then_some(&mut self.prefetch)) {
+                    bucket.reserve(now, len);
                 }
                 let request = self.next_request;
                 self.next_request = self.next_request.wrapping_add(1);

@@ -122,9 +122,8 @@ impl<N: Notary> Node<N> {
             let Some(link) = task.links.get_mut(&peer) else { continue };
             if task.table.as_ref().is_some_and(|table| link.unproven.repeats(table)) {
                 link.unproven.settle();
-                for (size, offer) in link.unproven.take_early() {
-                    self.have(now, peer, *digest, size, &offer);
-                }
+                let early = link.unproven.take_early();
+                self.have_early(now, peer, digest, early);
                 continue;
             }
             let Some((size_bytes, values, signed)) = link.unproven.complete() else { continue };
@@ -169,9 +168,14 @@ impl<N: Notary> Node<N> {
                 // Two statements that count contradict each other: the origin decides, see `origin_piece`.
                 Err(_) => link_unavailable(task, peer),
             }
-            for (size, offer) in early {
-                self.have(now, peer, *digest, size, &offer);
-            }
+            self.have_early(now, peer, digest, early);
+        }
+    }
+
+    /// What a peer offered before its table counted.
+    fn have_early(&mut self, now: Time, peer: PeerId, digest: &Digest, early: Vec<(u64, Offer)>) {
+        for (size_bytes, offer) in early {
+            self.have(now, peer, *digest, size_bytes, &offer);
         }
     }
 }

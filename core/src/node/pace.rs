@@ -3,6 +3,8 @@
 //! A bucket that owes nothing lets the next piece through, however long that is, and owes it from then on. So nothing waits
 //! that holds memory, a slot or a connection, and on the average the rate is kept.
 
+use std::iter;
+
 use crate::Time;
 use crate::limit::{Rates, TokenBucket};
 
@@ -10,9 +12,9 @@ use crate::limit::{Rates, TokenBucket};
 #[derive(Clone, Debug)]
 pub(super) struct Pace {
     pub(super) upload: TokenBucket,
-    pub(super) download: TokenBucket,
-    pub(super) origin: TokenBucket,
-    pub(super) prefetch: TokenBucket,
+    download: TokenBucket,
+    origin: TokenBucket,
+    prefetch: TokenBucket,
 }
 
 impl Pace {
@@ -23,6 +25,24 @@ impl Pace {
             origin: TokenBucket::new(rates.origin, now),
             prefetch: TokenBucket::new(rates.prefetch, now),
         }
+    }
+
+    /// The buckets that a piece from a peer counts for. `prefetched`: the one of all that nobody waits for, if nobody does for this.
+    pub(super) fn download<'a>(
+        &'a mut self,
+        prefetched: Option<&'a mut TokenBucket>,
+    ) -> impl Iterator<Item = &'a mut TokenBucket> {
+        let also = prefetched.map(|all| [&mut self.prefetch, all]);
+        iter::once(&mut self.download).chain(also.into_iter().flatten())
+    }
+
+    /// The same for a piece from the origin.
+    pub(super) fn origin<'a>(
+        &'a mut self,
+        prefetched: Option<&'a mut TokenBucket>,
+    ) -> impl Iterator<Item = &'a mut TokenBucket> {
+        let also = prefetched.map(|all| [&mut self.prefetch, all]);
+        iter::once(&mut self.origin).chain(also.into_iter().flatten())
     }
 
     pub(super) fn set(&mut self, rates: &Rates, now: Time) {

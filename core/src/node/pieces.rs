@@ -84,11 +84,8 @@ impl<N: Notary> Node<N> {
         let prefetch = self.is_prefetch(digest);
         let Some(task) = self.tasks.get_mut(digest) else { return };
         let Some(len) = task.fetch.as_ref().map(|f| f.layout().len_bytes(piece)) else { return };
-        task.pace.download.refund(len);
-        if prefetch {
-            task.pace.prefetch.refund(len);
-            self.prefetch.refund(len);
-        }
+        let buckets = task.pace.download(prefetch.then_some(&mut self.prefetch));
+        buckets.for_each(|bucket| bucket.refund(len));
     }
 
     pub(super) fn punish(&mut self, now: Time, peer: PeerId, digest: &Digest, fault: Fault) {
@@ -137,10 +134,8 @@ impl<N: Notary> Node<N> {
         let fresh = task.fetch.as_ref().is_some_and(|f| !f.held().contains(piece));
         task.reading = Reading::At(next);
         let len = task.fetch.as_ref().map_or(0, |f| f.layout().len_bytes(piece));
-        task.pace.origin.reserve(now, len);
-        if prefetch {
-            task.pace.prefetch.reserve(now, len);
-            self.prefetch.reserve(now, len);
+        for bucket in task.pace.origin(prefetch.then_some(&mut self.prefetch)) {
+            bucket.reserve(now, len);
         }
         if fresh {
             self.kept(now, digest, piece);
@@ -153,11 +148,8 @@ impl<N: Notary> Node<N> {
     pub fn origin_waits(&mut self, now: Time, digest: &Digest) -> Duration {
         let prefetch = self.is_prefetch(digest);
         let Some(task) = self.tasks.get_mut(digest) else { return Duration::ZERO };
-        let own = task.pace.origin.reserve(now, 0);
-        match prefetch {
-            true => own.max(task.pace.prefetch.reserve(now, 0)).max(self.prefetch.reserve(now, 0)),
-            false => own,
-        }
+        let buckets = task.pace.origin(prefetch.then_some(&mut self.prefetch));
+        buckets.map(|bucket| bucket.reserve(now, 0)).max().unwrap_or_default()
     }
 
     /// Whether the whole table came from this node's own reading of the origin.
