@@ -323,27 +323,38 @@ impl Fetch {
         rng: &mut R,
     ) -> Option<(PeerId, PieceIndex)> {
         let a_parent = (REQUESTS_AIM / self.parents.len().max(1)).max(REQUESTS_A_PARENT_MIN);
+        let mut lone = self.lone.clone();
+        lone.subtract(&self.held);
+        lone.subtract(&self.asked_set);
+        // Most parents have a request already: no more is worked out about them. What one parent alone offers is asked for beyond
+        // the limit: nobody else can begin to spread it.
+        let free: Vec<(&PeerId, &Parent, usize)> = self
+            .parents
+            .iter()
+            .map(|(peer, parent)| (peer, parent, under_way.get(peer).copied().unwrap_or(0)))
+            .filter(|(_, parent, asked)| {
+                *asked < a_parent || *asked < 2 * a_parent && parent.offered.meets(&lone)
+            })
+            .filter(|(peer, parent, _)| parent.rests_until <= now && !parents.banned(now, **peer))
+            .collect();
+        if free.is_empty() {
+            return None;
+        }
         let open = self.open(verifiable, taken);
         let mut unasked = open.clone();
         unasked.subtract(&self.asked_set);
-        let mut lone = unasked.clone();
-        lone.intersect(&self.lone);
+        lone.intersect(&unasked);
         let overdue = self.overdue(now, parents, &open);
         let mut useful = unasked.clone();
         overdue.iter().for_each(|(piece, _)| {
             useful.insert(*piece);
         });
-        // Most parents have a request already or nothing to give: no more is worked out about them.
-        let mut ready: Vec<Ready<'_>> = self
-            .parents
-            .iter()
-            .map(|(peer, parent)| (peer, parent, under_way.get(peer).copied().unwrap_or(0)))
-            // What one parent alone offers is asked for beyond the limit: nobody else can begin to spread it.
+        let mut ready: Vec<Ready<'_>> = free
+            .into_iter()
             .filter(|(_, parent, asked)| {
                 let wanted = if *asked < a_parent { &useful } else { &lone };
-                *asked < 2 * a_parent && parent.offered.meets(wanted)
+                parent.offered.meets(wanted)
             })
-            .filter(|(peer, parent, _)| parent.rests_until <= now && !parents.banned(now, **peer))
             .map(|(peer, parent, asked)| Ready {
                 peer: *peer,
                 offered: &parent.offered,

@@ -231,6 +231,8 @@ pub struct Node<N> {
     dialling: BTreeMap<PeerId, Time>,
     undialled: BTreeMap<PeerId, Time>,
     seeds: Vec<PeerId>,
+    /// In which order to try them for a task, as far as it was needed since they or the isolated changed.
+    orders: BTreeMap<Digest, Vec<PeerId>>,
     isolated: BTreeSet<PeerId>,
     /// Issuers of poisoned tables: no statement of theirs counts here any more.
     poisoners: BTreeSet<PeerId>,
@@ -258,6 +260,7 @@ impl<N: Notary> Node<N> {
             dialling: BTreeMap::new(),
             undialled: BTreeMap::new(),
             seeds: Vec::new(),
+            orders: BTreeMap::new(),
             isolated: BTreeSet::new(),
             poisoners: BTreeSet::new(),
             scheduler: false,
@@ -277,6 +280,7 @@ impl<N: Notary> Node<N> {
     pub fn seeds(&mut self, seeds: Vec<PeerId>) {
         self.seeds = seeds;
         self.seeds.retain(|seed| *seed != self.config.me);
+        self.orders.clear();
     }
 
     /// Whether a scheduler listens.
@@ -299,6 +303,7 @@ impl<N: Notary> Node<N> {
     /// Peers that nobody fetches from.
     pub fn isolated(&mut self, now: Time, peers: impl IntoIterator<Item = PeerId>) {
         self.isolated = peers.into_iter().collect();
+        self.orders.clear();
         for peer in self.isolated.clone() {
             self.forget_parent(now, peer);
         }
@@ -411,6 +416,7 @@ impl<N: Notary> Node<N> {
     /// Forgets a task: nobody reads it here, nobody asks for it.
     pub fn close(&mut self, digest: &Digest) {
         self.stop(digest);
+        self.orders.remove(digest);
         if let Some(task) = self.tasks.remove(digest) {
             for peer in task.links.keys().filter(|peer| self.connected.contains_key(*peer)) {
                 self.outputs.push_back(Output::Send(*peer, Message::Leave { task: *digest }));

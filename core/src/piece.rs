@@ -1,5 +1,6 @@
 //! Pieces: where a blob is cut, which of them are held, and the table that says what each must hash to.
 
+use std::cmp::Ordering;
 use std::fmt;
 use std::ops::Range;
 
@@ -312,8 +313,21 @@ impl fmt::Debug for PieceSet {
 }
 
 /// Who a member is: the first 16 bytes of the SHA-256 of its public key (SubjectPublicKeyInfo).
-#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct PeerId(pub [u8; 16]);
+
+impl Ord for PeerId {
+    /// As the bytes are ordered, but compared as one number: maps by peer are looked into all the time.
+    fn cmp(&self, other: &Self) -> Ordering {
+        u128::from_be_bytes(self.0).cmp(&u128::from_be_bytes(other.0))
+    }
+}
+
+impl PartialOrd for PeerId {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
 
 impl PeerId {
     /// From raw bytes; `None` when there are not 16.

@@ -42,9 +42,12 @@ impl<N: Notary> Node<N> {
             return;
         }
         // The owner first; the next seed only when those before it can't help.
-        let order = rendezvous::order(digest, self.candidates());
-        let next = order
-            .into_iter()
+        if !self.orders.contains_key(digest) {
+            self.orders.insert(*digest, rendezvous::order(digest, self.candidates()));
+        }
+        let next = self.orders[digest]
+            .iter()
+            .copied()
             .take_while(|seed| *seed != self.config.me)
             .find(|seed| !self.gave_up_on(now, digest, *seed));
         if let Some(seed) = next {
@@ -84,17 +87,15 @@ impl<N: Notary> Node<N> {
     pub(super) fn interest(&mut self, now: Time, digest: Digest, peer: PeerId) {
         let Some(task) = self.tasks.get_mut(&digest) else { return };
         let Some(role) = self.connected.get(&peer).filter(|_| task.running && !task.complete) else { return };
-        let token = task.right.token().filter(|_| *role == Role::Seed).cloned();
         let size_bytes = task.size_bytes();
-        let source = task.source.clone();
-        let announce = task.announce;
         let link = task.links.entry(peer).or_default();
         if link.asked.is_none() {
             link.asked = Some(now);
-            if announce {
+            if task.announce {
                 task.offers.join(peer, !self.isolated.contains(&peer));
             }
-            let interest = Message::Interest { task: digest, source, size_bytes, token };
+            let token = task.right.token().filter(|_| *role == Role::Seed).cloned();
+            let interest = Message::Interest { task: digest, source: task.source.clone(), size_bytes, token };
             self.outputs.push_back(Output::Send(peer, interest));
         }
     }
@@ -106,8 +107,6 @@ impl<N: Notary> Node<N> {
         if !(task.whole || task.elected) || matches!(task.reading, Reading::At(_)) {
             return;
         }
-        let hope = self.hope(now, digest);
-        let Some(task) = self.tasks.get_mut(digest) else { return };
         let from = match &task.fetch {
             Some(fetch) if !fetch.is_wanting() => return,
             // The values are known up to the first piece that is missing: read on from there.
@@ -119,7 +118,11 @@ impl<N: Notary> Node<N> {
         };
         let moving = task.fetch.as_ref().is_some_and(|f| f.asked_bytes() > 0);
         let waited = now.since(task.moved) >= if moving { PATIENCE_IN_FLIGHT } else { PATIENCE };
-        match task.reading {
+        let reading = task.reading;
+        // Most of the time it is hoped for and moves: no more is worked out.
+        let hope = !(task.elected && reading == Reading::No) && self.hope(now, digest);
+        let Some(task) = self.tasks.get_mut(digest) else { return };
+        match reading {
             Reading::At(_) => return,
             Reading::FailedAt(at, failure) => {
                 let useless = task.fetch.as_ref().is_none_or(|f| !f.has_useful_parent(now, &self.parents));
@@ -151,8 +154,8 @@ impl<N: Notary> Node<N> {
             false => (!task.answered, ANSWER_WITHIN),
         };
         let scheduler = self.scheduler && open && task.wanted.is_none_or(|at| now.since(at) < patience);
-        let offers = task.fetch.as_ref().is_some_and(|f| f.has_useful_parent(now, &self.parents));
-        let peers = task.links.iter().any(|(peer, link)| {
+        let offers = || task.fetch.as_ref().is_some_and(|f| f.has_useful_parent(now, &self.parents));
+        let may_help = |(peer, link): (&PeerId, &task::Link)| {
             let dialling = self.dialling.get(peer).is_some_and(|at| now.since(*at) < SEED_ANSWERS_WITHIN);
             let reads = self.connected.get(peer) == Some(&Role::Seed) || task.issuer == Some(*peer);
             // A peer that asked us is asked in turn, but nobody said that it has anything.
@@ -160,8 +163,10 @@ impl<N: Notary> Node<N> {
             let asked = link.asked.is_some_and(|at| now.since(at) < patience) && (reads || link.named);
             let working = link.working.is_some_and(|at| now.since(at) < WORKING_FOR) && reads;
             !link.unavailable && (dialling || asked || working)
-        });
-        scheduler || offers || peers
+        };
+        // What costs least to find out comes first.
+        let peers = || task.links.iter().any(may_help);
+        scheduler || offers() || peers()
     }
 
     /// Sends requests as long as there is room in flight, to all tasks in turn; what nobody waits for comes last.
@@ -202,17 +207,17 @@ impl<N: Notary> Node<N> {
                     return false;
                 }
                 let taken = if let Reading::At(piece) = task.reading { Some(piece) } else { None };
-                let verifiable = table.verifiable();
-                let chosen = fetch.choose(now, &self.parents, under_way, verifiable, taken, rng);
-                let Some((peer, piece)) = chosen else { return false };
-                let len = fetch.layout().len_bytes(piece);
-                // At least one request is always allowed: a piece may be longer than the room.
-                if in_flight > 0 && in_flight + len > room {
+                // At least one request is always allowed: a piece may be longer than the room. What would be chosen is not worked out without it.
+                if in_flight > 0 && in_flight + fetch.layout().piece_bytes() > room {
                     if prefetch {
                         task.moved = now;
                     }
                     return false;
                 }
+                let verifiable = table.verifiable();
+                let chosen = fetch.choose(now, &self.parents, under_way, verifiable, taken, rng);
+                let Some((peer, piece)) = chosen else { return false };
+                let len = fetch.layout().len_bytes(piece);
                 in_flight += len;
                 for bucket in task.pace.download(prefetch.then_some(&mut self.prefetch)) {
                     bucket.reserve(now, len);
@@ -230,6 +235,10 @@ impl<N: Notary> Node<N> {
 
     /// Tells children of new values and pieces.
     pub(super) fn tell(&mut self, now: Time, digest: &Digest) {
+        let due = |t: &Task| t.announce && !t.offers.is_empty() && now.since(t.news) >= t.news_every();
+        if !self.tasks.get(digest).is_some_and(due) {
+            return;
+        }
         let idle = self.uploads.is_idle();
         let mut elsewhere = BTreeMap::new();
         // Nobody tells those who have all of a task what they hold of it: offers of such tasks only lapse.
@@ -238,9 +247,6 @@ impl<N: Notary> Node<N> {
             *elsewhere.entry(child).or_insert(0) += 1;
         }
         let Some(task) = self.tasks.get_mut(digest) else { return };
-        if !task.announce || task.offers.is_empty() || now.since(task.news) < task.news_every() {
-            return;
-        }
         task.news = now;
         if task.failed {
             let reason = match task.reading {

@@ -17,8 +17,11 @@ impl<N: Notary> Node<N> {
             Message::Table { task, size_bytes, first, values, signed } => {
                 if let Some(t) = self.tasks.get_mut(&task) {
                     let link = t.links.entry(peer).or_default();
+                    // It need not be told what it says itself.
+                    let said = signed.as_ref().map(|signed| (signed.sealed, signed.count));
+                    link.signed_sent = link.signed_sent.max(said);
                     link.unproven.take_in(size_bytes, first, values, signed, t.table.as_ref());
-                    self.prove(now, &task);
+                    self.prove_from(now, &task, peer);
                 }
             }
             Message::Working { task } => {
@@ -113,63 +116,67 @@ impl<N: Notary> Node<N> {
 
     /// Takes in what peers sent of the table as far as it counts now.
     pub(super) fn prove(&mut self, now: Time, digest: &Digest) {
+        let Some(task) = self.tasks.get(digest) else { return };
+        let news = task.links.iter().filter(|(_, link)| link.unproven.has_news());
+        for peer in news.map(|(peer, _)| *peer).collect::<Vec<_>>() {
+            self.prove_from(now, digest, peer);
+        }
+    }
+
+    /// Takes in what one peer sent of the table, if it counts.
+    fn prove_from(&mut self, now: Time, digest: &Digest, peer: PeerId) {
         let Some(task) = self.tasks.get_mut(digest) else { return };
         let named = task.issuer;
-        let peers: Vec<PeerId> =
-            task.links.iter().filter(|(_, l)| l.unproven.has_news()).map(|(peer, _)| *peer).collect();
-        for peer in peers {
-            let Some(task) = self.tasks.get_mut(digest) else { return };
-            let Some(link) = task.links.get_mut(&peer) else { continue };
-            if task.table.as_ref().is_some_and(|table| link.unproven.repeats(table)) {
-                link.unproven.settle();
-                let early = link.unproven.take_early();
-                self.have_early(now, peer, digest, early);
-                continue;
-            }
-            let Some((size_bytes, values, signed)) = link.unproven.complete() else { continue };
-            if self.isolated.contains(&signed.issuer) || self.poisoners.contains(&signed.issuer) {
-                continue;
-            }
-            let statement = SignedPrefix::statement(
-                digest,
-                size_bytes,
-                &values[..signed.count as usize],
-                signed.sealed,
-                signed.signed_at_s,
-            );
-            let Some(trust) = table::weigh(&self.notary, &signed, &statement, named) else { continue };
+        let Some(link) = task.links.get_mut(&peer).filter(|link| link.unproven.has_news()) else { return };
+        if task.table.as_ref().is_some_and(|table| link.unproven.repeats(table)) {
             link.unproven.settle();
             let early = link.unproven.take_early();
-            if task.fetch.is_none() {
-                task.set_size(digest, PieceLayout::new(size_bytes), None);
-                self.outputs.push_back(Output::Sized(*digest, size_bytes));
-            }
-            let Some(known) = &mut task.table else { continue };
-            if signed.sealed && known.is_sealed() {
-                let mut other = PieceTable::new(*digest, PieceLayout::new(size_bytes));
-                values[..signed.count as usize].iter().for_each(|value| other.push(*value));
-                other.sign(signed.clone());
-                if known.contradiction(&other).is_some() {
-                    self.outputs.push_back(Output::Contradiction(Box::new([known.clone(), other])));
-                }
-            }
-            if known.layout().size_bytes() != size_bytes {
-                link_unavailable(task, peer);
-                continue;
-            }
-            match known.extend(0, &values[..signed.count as usize], Some(signed)) {
-                Ok(grew) => {
-                    task.trust = task.trust.max(Some(trust));
-                    if grew {
-                        task.show(digest, &mut self.outputs);
-                        self.outputs.push_back(Output::TableGrew(*digest));
-                    }
-                }
-                // Two statements that count contradict each other: the origin decides, see `origin_piece`.
-                Err(_) => link_unavailable(task, peer),
-            }
             self.have_early(now, peer, digest, early);
+            return;
         }
+        let Some((size_bytes, values, signed)) = link.unproven.complete() else { return };
+        if self.isolated.contains(&signed.issuer) || self.poisoners.contains(&signed.issuer) {
+            return;
+        }
+        let statement = SignedPrefix::statement(
+            digest,
+            size_bytes,
+            &values[..signed.count as usize],
+            signed.sealed,
+            signed.signed_at_s,
+        );
+        let Some(trust) = table::weigh(&self.notary, &signed, &statement, named) else { return };
+        link.unproven.settle();
+        let early = link.unproven.take_early();
+        if task.fetch.is_none() {
+            task.set_size(digest, PieceLayout::new(size_bytes), None);
+            self.outputs.push_back(Output::Sized(*digest, size_bytes));
+        }
+        let Some(known) = &mut task.table else { return };
+        if signed.sealed && known.is_sealed() {
+            let mut other = PieceTable::new(*digest, PieceLayout::new(size_bytes));
+            values[..signed.count as usize].iter().for_each(|value| other.push(*value));
+            other.sign(signed.clone());
+            if known.contradiction(&other).is_some() {
+                self.outputs.push_back(Output::Contradiction(Box::new([known.clone(), other])));
+            }
+        }
+        if known.layout().size_bytes() != size_bytes {
+            link_unavailable(task, peer);
+            return;
+        }
+        match known.extend(0, &values[..signed.count as usize], Some(signed)) {
+            Ok(grew) => {
+                task.trust = task.trust.max(Some(trust));
+                if grew {
+                    task.show(digest, &mut self.outputs);
+                    self.outputs.push_back(Output::TableGrew(*digest));
+                }
+            }
+            // Two statements that count contradict each other: the origin decides, see `origin_piece`.
+            Err(_) => link_unavailable(task, peer),
+        }
+        self.have_early(now, peer, digest, early);
     }
 
     /// What a peer offered before its table counted.
