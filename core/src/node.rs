@@ -659,9 +659,10 @@ impl<N: Notary> Node<N> {
         self.interest(now, *digest, peer);
     }
 
-    /// An upload is over.
-    pub fn uploaded(&mut self, peer: PeerId, request: u32) {
+    /// An upload is over. Whether another waits.
+    pub fn uploaded(&mut self, peer: PeerId, request: u32) -> bool {
         self.uploads.over(peer, request);
+        self.uploads.is_waited_for()
     }
 
     // ---- for the shell and for people ---------------------------------------------------------------------------

@@ -152,6 +152,7 @@ impl PieceSet {
     }
 
     /// How many are in the set.
+    #[inline]
     pub const fn len(&self) -> u32 {
         self.held
     }
@@ -167,11 +168,13 @@ impl PieceSet {
     }
 
     /// Whether piece `index` is in the set; `false` past the count.
+    #[inline]
     pub fn contains(&self, index: PieceIndex) -> bool {
         self.words.get(index as usize / 64).is_some_and(|w| w >> (index % 64) & 1 == 1)
     }
 
     /// Puts piece `index` in; `true` when it was not there. Past the count nothing happens.
+    #[inline]
     pub fn insert(&mut self, index: PieceIndex) -> bool {
         let new = index < self.count && !self.contains(index);
         if new {
@@ -182,6 +185,7 @@ impl PieceSet {
     }
 
     /// Takes piece `index` out; `true` when it was there.
+    #[inline]
     pub fn remove(&mut self, index: PieceIndex) -> bool {
         let there = self.contains(index);
         if there {
@@ -222,6 +226,7 @@ impl PieceSet {
     }
 
     /// Whether there is a piece that both have.
+    #[inline]
     pub fn meets(&self, other: &PieceSet) -> bool {
         self.words.iter().zip(&other.words).any(|(own, other)| own & other != 0)
     }
@@ -318,6 +323,7 @@ pub struct PeerId(pub [u8; 16]);
 
 impl Ord for PeerId {
     /// As the bytes are ordered, but compared as one number: maps by peer are looked into all the time.
+    #[inline]
     fn cmp(&self, other: &Self) -> Ordering {
         u128::from_be_bytes(self.0).cmp(&u128::from_be_bytes(other.0))
     }

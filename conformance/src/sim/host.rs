@@ -74,9 +74,13 @@ pub(super) struct Host {
     pub(super) blobs: Vec<Local>,
     pub(super) connected: BTreeSet<u32>,
     pub(super) sending: VecDeque<Sending>,
-    /// When it looks at its uplink next, and decides next.
+    /// When it looks at its uplink next.
     pub(super) pumps_at: Option<Time>,
-    pub(super) decides_at: Option<Time>,
+    /// Whether it is about to decide, or will be woken.
+    pub(super) decides: bool,
+    pub(super) wakes: bool,
+    /// When it decides though nothing happens.
+    pub(super) rests_until: Option<Time>,
     /// When it last gathered news for the scheduler.
     pub(super) news_due: bool,
     pub(super) reports: BTreeMap<(PeerId, ReportKey), u64>,
@@ -118,7 +122,9 @@ impl Host {
             connected: BTreeSet::new(),
             sending: VecDeque::new(),
             pumps_at: None,
-            decides_at: None,
+            decides: false,
+            wakes: false,
+            rests_until: None,
             news_due: false,
             reports: BTreeMap::new(),
         }

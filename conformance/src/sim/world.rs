@@ -38,11 +38,13 @@ const READER: u64 = 1;
 enum Event {
     /// A node takes in what came and decides.
     Decide(u32),
+    /// A node decides though nothing came, if it has not lately.
+    Wake(u32),
     /// A message is there.
     Arrive {
         to: u32,
         from: u32,
-        message: Message,
+        message: Box<Message>,
     },
     /// A host's uplink has room.
     Pump(u32),
@@ -266,12 +268,9 @@ impl<'a> World<'a> {
     fn happen(&mut self, event: Event) {
         let now = self.now;
         match event {
-            Event::Decide(index) => {
-                if self.host(index).decides_at == Some(now) {
-                    self.decide(index);
-                }
-            }
-            Event::Arrive { to, from, message } => self.arrive(to, from, message),
+            Event::Decide(index) => self.decide(index),
+            Event::Wake(index) => self.wake(index),
+            Event::Arrive { to, from, message } => self.arrive(to, from, *message),
             Event::Pump(index) => {
                 if self.host(index).pumps_at == Some(now) {
                     self.host(index).pumps_at = None;
@@ -340,30 +339,47 @@ impl<'a> World<'a> {
 
     /// The node looks at what came, soon.
     fn touch(&mut self, index: u32) {
-        self.decide_at(index, self.now + DECIDES_WITHIN);
+        let at = self.now + DECIDES_WITHIN;
+        let host = self.host(index);
+        if !host.dead && !std::mem::replace(&mut host.decides, true) {
+            self.queue.put(at, Event::Decide(index));
+        }
     }
 
-    fn decide_at(&mut self, index: u32, at: Time) {
+    /// Few of the moments at which a node would decide again come: something happens before. So there is one event for all of them.
+    fn wake(&mut self, index: u32) {
+        let now = self.now;
         let host = self.host(index);
-        if !host.dead && host.decides_at.is_none_or(|before| at < before) {
-            host.decides_at = Some(at);
-            self.queue.put(at, Event::Decide(index));
+        host.wakes = false;
+        match host.rests_until {
+            Some(at) if at <= now => self.decide(index),
+            Some(at) => self.wake_at(index, at),
+            None => {}
+        }
+    }
+
+    fn wake_at(&mut self, index: u32, at: Time) {
+        if !std::mem::replace(&mut self.host(index).wakes, true) {
+            self.queue.put(at, Event::Wake(index));
         }
     }
 
     fn decide(&mut self, index: u32) {
         let now = self.now;
         let host = &mut self.hosts[index as usize];
-        host.decides_at = None;
+        host.decides = false;
         if host.dead {
+            host.rests_until = None;
             return;
         }
         host.node.decide(now, &mut self.rng);
         while let Some(output) = self.host(index).node.poll() {
             self.carry_out(index, output);
         }
-        if let Some(at) = self.host(index).node.deadline(now) {
-            self.decide_at(index, at.max(now + DECIDES_WITHIN));
+        let deadline = self.host(index).node.deadline(now).map(|at| at.max(now + DECIDES_WITHIN));
+        self.host(index).rests_until = deadline;
+        if let Some(at) = deadline {
+            self.wake_at(index, at);
         }
     }
 
@@ -384,7 +400,11 @@ impl<'a> World<'a> {
                 }
                 self.host(to).node.message(now, peer_id(from), Message::Cancel { request });
             }
-            message => self.host(to).node.message(now, peer_id(from), message),
+            message => {
+                if !self.host(to).node.message(now, peer_id(from), message) {
+                    return;
+                }
+            }
         }
         self.touch(to);
     }
@@ -501,7 +521,7 @@ impl<'a> World<'a> {
     fn send(&mut self, from: u32, to: u32, message: Message) {
         self.peer_messages += 1;
         let at = self.now + self.hosts[from as usize].up.backlog(self.now) + self.scenario.delay;
-        self.queue.put(at, Event::Arrive { to, from, message });
+        self.queue.put(at, Event::Arrive { to, from, message: Box::new(message) });
     }
 
     fn pull(&mut self, index: u32) {
@@ -610,8 +630,9 @@ impl<'a> World<'a> {
         let last = left_bytes == 0;
         self.queue.put(leaves, Event::Left { from: index, to, request, blob, piece, bytes, last });
         if last {
-            self.hosts[index as usize].node.uploaded(peer_id(to), request);
-            self.touch(index);
+            if self.host(index).node.uploaded(peer_id(to), request) {
+                self.touch(index);
+            }
         } else {
             self.hosts[index as usize].sending.push_back(sending);
         }

@@ -265,11 +265,14 @@ impl<N: Notary> Node<N> {
             task.issue(&self.notary);
         }
         if task.may_share() {
-            task.send_tables(now, digest, &mut self.outputs);
             let (Some(fetch), Some(size_bytes)) = (&task.fetch, task.size_bytes()) else { return };
-            for (peer, pieces) in task.offers.next(now, fetch.held(), issuer, idle, &elsewhere) {
+            let count = fetch.layout().count();
+            let told = task.offers.next(now, fetch.held(), issuer, idle, &elsewhere);
+            let last = told.iter().map(|(peer, pieces)| (*peer, pieces.iter().max().copied()));
+            task.send_tables(now, digest, &last.collect(), &mut self.outputs);
+            for (peer, pieces) in told {
                 task.links.entry(peer).or_default().told = Some(now);
-                let offer = offer_of(fetch.layout().count(), pieces);
+                let offer = offer_of(count, pieces);
                 self.outputs
                     .push_back(Output::Send(peer, Message::Have { task: *digest, size_bytes, offer }));
             }

@@ -3,8 +3,28 @@
 use super::*;
 
 impl<N: Notary> Node<N> {
-    /// A peer said something.
-    pub fn message(&mut self, now: Time, peer: PeerId, message: Message) {
+    /// A peer said something. Whether anything may follow from it at once: most of what is heard of pieces can wait for the next
+    /// decision.
+    pub fn message(&mut self, now: Time, peer: PeerId, message: Message) -> bool {
+        let matters = match &message {
+            Message::Have { .. } => self.may_ask(peer),
+            Message::Request { .. } => self.uploads.has_slot(),
+            Message::Cancel { .. } | Message::Reject { .. } => false,
+            _ => true,
+        };
+        self.take_in(now, peer, message);
+        matters || !self.outputs.is_empty()
+    }
+
+    /// Whether there is room for a request, and none at this peer.
+    fn may_ask(&self, peer: PeerId) -> bool {
+        let in_flight: u64 =
+            self.tasks.values().filter_map(|t| t.fetch.as_ref()).map(Fetch::asked_bytes).sum();
+        in_flight < self.config.in_flight_bytes
+            && self.asked.range((peer, 0)..=(peer, u32::MAX)).next().is_none()
+    }
+
+    fn take_in(&mut self, now: Time, peer: PeerId, message: Message) {
         match message {
             Message::Interest { task, source, size_bytes: _, token } => {
                 if self.tasks.contains_key(&task) {
@@ -18,8 +38,10 @@ impl<N: Notary> Node<N> {
                 if let Some(t) = self.tasks.get_mut(&task) {
                     let link = t.links.entry(peer).or_default();
                     // It need not be told what it says itself.
-                    let said = signed.as_ref().map(|signed| (signed.sealed, signed.count));
-                    link.signed_sent = link.signed_sent.max(said);
+                    if let Some(signed) = &signed {
+                        link.signed_sent = link.signed_sent.max(Some((signed.sealed, signed.count)));
+                        link.table_sent = link.table_sent.max(signed.count);
+                    }
                     link.unproven.take_in(size_bytes, first, values, signed, t.table.as_ref());
                     self.prove_from(now, &task, peer);
                 }

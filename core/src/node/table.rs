@@ -70,12 +70,12 @@ impl Unproven {
         if size_bytes != self.size_bytes || first > self.values.len() {
             self.values.clear();
             self.signed = None;
-            let known = known.filter(|table| self.size_bytes == table.layout().size_bytes());
+            let known = known.filter(|table| size_bytes == table.layout().size_bytes());
             match known.and_then(|table| table.values().get(..first)) {
-                // Should it have said something else before, its statement does not hold for this.
-                Some(counted) if size_bytes == self.size_bytes => self.values.extend(counted),
-                _ if first > 0 => return,
-                _ => {}
+                // It goes on where this node is. Should it have said something else before, its statement does not hold for this.
+                Some(counted) => self.values.extend(counted),
+                None if first > 0 => return,
+                None => {}
             }
         }
         self.size_bytes = size_bytes;

@@ -155,13 +155,23 @@ impl Task {
         }
     }
 
-    pub(super) fn send_tables(&mut self, now: Time, digest: &Digest, outputs: &mut VecDeque<Output>) {
+    /// Sends the table to those who need it: for the last piece that they are about to be offered, or to be sure of the whole. It
+    /// grows with each piece from the origin; to send it on each time to everybody would be most of what is said.
+    pub(super) fn send_tables(
+        &mut self,
+        now: Time,
+        digest: &Digest,
+        last_offered: &BTreeMap<PeerId, Option<PieceIndex>>,
+        outputs: &mut VecDeque<Output>,
+    ) {
         let Some(table) = &self.table else { return };
         let Some(signed) = table.signed() else { return };
         let version = (signed.sealed, signed.count);
         for peer in self.offers.children() {
             let link = self.links.entry(peer).or_default();
-            if link.signed_sent.is_some_and(|sent| sent >= version) {
+            let last = last_offered.get(&peer).copied().flatten();
+            let covers = |sent: (bool, u32)| last.is_none_or(|piece| piece < sent.1) && sent.0 == version.0;
+            if link.signed_sent.is_some_and(|sent| sent >= version || covers(sent)) {
                 continue;
             }
             let first = link.table_sent.min(signed.count);

@@ -94,6 +94,16 @@ impl Uploads {
         Some(next)
     }
 
+    /// Whether more could be sent at once.
+    pub(super) fn has_slot(&self) -> bool {
+        self.active.len() < self.slots
+    }
+
+    /// Whether anybody waits.
+    pub(super) const fn is_waited_for(&self) -> bool {
+        !self.waiting.is_empty()
+    }
+
     /// Whether nothing is sent and nothing waits.
     pub(super) fn is_idle(&self) -> bool {
         self.waiting.is_empty() && self.active.len() < self.slots
