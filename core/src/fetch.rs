@@ -483,7 +483,7 @@ mod tests {
 
     /// A download of 20 pieces, all wanted, and what each parent offers.
     fn fetch(offers: &[(u8, &[PieceIndex])]) -> Fetch {
-        let layout = PieceLayout::new(17 * MIB);
+        let layout = PieceLayout::new(9 * MIB);
         let mut fetch = Fetch::new(layout, PieceSet::empty(layout.count()));
         fetch.want_whole(true);
         for (parent, pieces) in offers {

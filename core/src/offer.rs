@@ -19,13 +19,22 @@ const OFFER_LIFE: Duration = Duration::from_secs(3);
 /// Spread pieces revealed to a child at a time while the holder idles.
 const REVEAL: usize = 2;
 
+/// What a child was dealt of other tasks: its link is one for all.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Dealt {
+    /// New pieces on offer to it that it does not hold yet.
+    pub pending: usize,
+    /// New pieces it was offered so far.
+    pub ever: u32,
+}
+
 #[derive(Clone, Debug)]
 struct Child {
     /// What it was told.
     told: PieceSet,
     /// What it said it holds.
     holds: PieceSet,
-    /// New pieces it was offered so far: all children get their turn, since each passes on what it got.
+    /// New pieces it was offered so far.
     dealt: u32,
     /// What it says it holds counts, and what it is given it passes on.
     believed: bool,
@@ -134,20 +143,25 @@ impl Offers {
         self.children.values().filter(|c| c.is_hungry()).count()
     }
 
-    /// New pieces on offer, and to whom each.
-    pub fn pending(&self) -> impl Iterator<Item = PeerId> + '_ {
-        self.pending.values().map(|(to, _)| *to)
+    /// Adds what each child was dealt of this task.
+    pub fn add_dealt(&self, sum: &mut BTreeMap<PeerId, Dealt>) {
+        for (peer, child) in self.children.iter().filter(|(_, child)| child.dealt > 0) {
+            sum.entry(*peer).or_default().ever += child.dealt;
+        }
+        for (to, _) in self.pending.values() {
+            sum.entry(*to).or_default().pending += 1;
+        }
     }
 
     /// What to tell whom now, of the pieces `held`. `frugal`: as the issuer does. `idle`: nothing is being sent or waits to be.
-    /// `elsewhere`: new pieces of other tasks that each child has on offer: its link is one.
+    /// `elsewhere`: what each child was dealt of other tasks.
     pub fn next(
         &mut self,
         now: Time,
         held: &PieceSet,
         frugal: bool,
         idle: bool,
-        elsewhere: &BTreeMap<PeerId, usize>,
+        elsewhere: &BTreeMap<PeerId, Dealt>,
     ) -> Vec<(PeerId, Vec<PieceIndex>)> {
         if !(frugal && self.hungry() >= 2) {
             return self.everything(held);
@@ -185,30 +199,38 @@ impl Offers {
         &mut self,
         now: Time,
         held: &PieceSet,
-        elsewhere: &BTreeMap<PeerId, usize>,
+        elsewhere: &BTreeMap<PeerId, Dealt>,
         told: &mut BTreeMap<PeerId, Vec<PieceIndex>>,
     ) {
         let hungry = self.children.iter().filter(|(_, c)| c.is_hungry()).map(|(peer, _)| *peer);
-        let mut load: BTreeMap<PeerId, usize> =
-            hungry.map(|peer| (peer, elsewhere.get(&peer).copied().unwrap_or(0))).collect();
+        let mut load: BTreeMap<PeerId, Dealt> =
+            hungry.map(|peer| (peer, elsewhere.get(&peer).copied().unwrap_or_default())).collect();
+        for (peer, dealt) in &mut load {
+            dealt.ever += self.children[peer].dealt;
+        }
         for (to, _) in self.pending.values() {
-            load.entry(*to).and_modify(|n| *n += 1);
+            load.entry(*to).and_modify(|dealt| dealt.pending += 1);
         }
         for piece in held.iter().filter(|p| self.spread[*p as usize] == 0) {
-            if load.values().all(|n| *n >= QUOTA) {
+            if load.values().all(|dealt| dealt.pending >= QUOTA) {
                 break;
             }
             if self.pending.contains_key(&piece) {
                 continue;
             }
-            // Fewest on offer first; one that let this very offer lapse comes after all others.
-            let Some((to, n)) = load.iter_mut().filter(|(_, n)| **n < QUOTA).min_by_key(|(peer, n)| {
-                let child = &self.children[*peer];
-                (child.told.contains(piece), **n, child.dealt, **peer)
-            }) else {
+            // Fewest on offer first, then fewest ever, since each passes on what it got and all uplinks are to be busy: over all
+            // tasks, else layers that come in step would all start at the same children. One that let this very offer lapse
+            // comes after all others.
+            let Some((to, dealt)) =
+                load.iter_mut().filter(|(_, dealt)| dealt.pending < QUOTA).min_by_key(|(peer, dealt)| {
+                    let lapsed = self.children[*peer].told.contains(piece);
+                    (lapsed, dealt.pending, dealt.ever, **peer)
+                })
+            else {
                 break;
             };
-            *n += 1;
+            dealt.pending += 1;
+            dealt.ever += 1;
             self.pending.insert(piece, (*to, now));
             if let Some(child) = self.children.get_mut(to) {
                 child.dealt += 1;
@@ -355,12 +377,35 @@ mod tests {
     #[test]
     fn what_a_child_has_on_offer_of_other_tasks_counts_as_well() {
         let mut offers = offers(2, 8);
-        let elsewhere = BTreeMap::from([(peer(0), QUOTA)]);
+        let elsewhere = BTreeMap::from([(peer(0), Dealt { pending: QUOTA, ever: 0 })]);
         let told = offers.next(Time::default(), &PieceSet::full(8), true, false, &elsewhere);
         assert_eq!(
             told.iter().map(|(to, pieces)| (*to, pieces.len())).collect::<Vec<_>>(),
             [(peer(1), QUOTA)]
         );
-        assert_eq!(offers.pending().collect::<Vec<_>>(), [peer(1); QUOTA]);
+        let mut dealt = BTreeMap::new();
+        offers.add_dealt(&mut dealt);
+        assert_eq!(dealt, BTreeMap::from([(peer(1), Dealt { pending: QUOTA, ever: QUOTA as u32 })]));
+    }
+
+    #[test]
+    fn layers_that_come_in_step_are_dealt_to_all_children_alike() {
+        let mut layers = [offers(8, 64), offers(8, 64)];
+        let mut held = PieceSet::empty(64);
+        for piece in 0..32 {
+            held.insert(piece);
+            for (layer, other) in [(0, 1), (1, 0)] {
+                let mut elsewhere = BTreeMap::new();
+                layers[other].add_dealt(&mut elsewhere);
+                let told = layers[layer].next(Time::default(), &held, true, false, &elsewhere);
+                assert_eq!(told.len(), 1);
+                told.iter().for_each(|(to, pieces)| layers[layer].holds(*to, pieces[0]));
+            }
+        }
+        let mut dealt = BTreeMap::new();
+        layers.iter().for_each(|layer| layer.add_dealt(&mut dealt));
+        assert!(dealt.values().all(|dealt| dealt.ever == 8), "{dealt:?}");
+        // By counting for each layer alone, half of them would have got nothing of a layer, and the others both.
+        assert!((0..8).all(|n| dealt.contains_key(&peer(n))));
     }
 }

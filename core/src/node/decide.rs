@@ -241,11 +241,8 @@ impl<N: Notary> Node<N> {
         }
         let idle = self.uploads.is_idle();
         let mut elsewhere = BTreeMap::new();
-        // Nobody tells those who have all of a task what they hold of it: offers of such tasks only lapse.
-        let others = self.tasks.iter().filter(|(other, task)| *other != digest && !task.complete);
-        for child in others.flat_map(|(_, task)| task.offers.pending()) {
-            *elsewhere.entry(child).or_insert(0) += 1;
-        }
+        let others = self.tasks.iter().filter(|(other, _)| *other != digest);
+        others.for_each(|(_, task)| task.offers.add_dealt(&mut elsewhere));
         let Some(task) = self.tasks.get_mut(digest) else { return };
         task.news = now;
         if task.failed {

@@ -15,7 +15,7 @@ use tracing::Span;
 
 use super::auth::{Given, Underway};
 use super::multipart::Parts;
-use super::wire::{Line, MAX_SPAN_BYTES};
+use super::wire::Line;
 use crate::flight::{FlightError, Reader, Segment};
 use crate::metrics::{Metrics, ServedFrom};
 use crate::origin::{OriginBody, OriginError};
@@ -216,13 +216,12 @@ impl Body {
     /// The next part of the file that is being sent.
     fn next_of_file(&mut self) -> Option<Bytes> {
         let (file, range) = self.file.as_mut()?;
-        let len = (range.end - range.start).min(MAX_SPAN_BYTES).min(self.remaining_bytes.unwrap_or(u64::MAX));
-        if len == 0 {
+        let bytes = self.line.phantom(file, range, self.remaining_bytes.unwrap_or(u64::MAX));
+        if bytes.is_empty() {
             self.file = None;
             return None;
         }
-        let bytes = self.line.phantom(file, range.start, len);
-        range.start += len;
+        range.start += bytes.len() as u64;
         Some(bytes)
     }
 

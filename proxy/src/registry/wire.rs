@@ -10,6 +10,7 @@ use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, IoSlice};
 use std::num::NonZeroU64;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -27,7 +28,7 @@ use tokio_rustls::server::TlsStream;
 /// Stands for bytes of files; never read, never written, so it takes no memory.
 static PHANTOM: [u8; 1 << 20] = [0; 1 << 20];
 /// The most that one phantom stands for.
-pub(super) const MAX_SPAN_BYTES: u64 = PHANTOM.len() as u64;
+const MAX_SPAN_BYTES: u64 = PHANTOM.len() as u64;
 /// How far ahead of the sending position the kernel is asked to read.
 const READ_AHEAD_BYTES: u64 = 4 << 20;
 /// What one read takes from the socket.
@@ -88,13 +89,17 @@ impl Line {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Bytes of a file, at most [`MAX_SPAN_BYTES`], as what goes into the body for them. They must go there next.
-    pub(super) fn phantom(&self, file: &Arc<File>, offset: u64, len: u64) -> Bytes {
+    /// The next bytes of a file of which this `range` is to be sent, at most [`MAX_SPAN_BYTES`] and `limit_bytes`, as what goes into
+    /// the body for them. They must go there next.
+    pub(super) fn phantom(&self, file: &Arc<File>, range: &Range<u64>, limit_bytes: u64) -> Bytes {
+        let (offset, len) = (range.start, (range.end - range.start).min(MAX_SPAN_BYTES).min(limit_bytes));
         if offset / READ_AHEAD_BYTES != (offset + len) / READ_AHEAD_BYTES || offset == 0 {
-            // Only a hint: where it does not work, reading waits for the disk.
-            let _ = fadvise(file, offset + len, NonZeroU64::new(READ_AHEAD_BYTES), Advice::WillNeed);
+            // Only a hint: where it does not work, reading waits for the disk. Not past the range: in a blob that still comes there
+            // are holes, and the pages read of them would be filled twice.
+            let ahead = NonZeroU64::new(range.end.saturating_sub(offset + len).min(READ_AHEAD_BYTES));
+            let _ = ahead.map(|ahead| fadvise(file, offset + len, Some(ahead), Advice::WillNeed));
         }
-        let phantom = Bytes::from_static(&PHANTOM[..len.min(MAX_SPAN_BYTES) as usize]);
+        let phantom = Bytes::from_static(&PHANTOM[..len as usize]);
         self.state().spans.push_back(Span { file: Arc::clone(file), offset, len: phantom.len() });
         phantom
     }

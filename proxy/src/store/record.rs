@@ -15,8 +15,8 @@ use hawker_core::piece::{
 };
 
 const MAGIC: &[u8; 6] = b"hawker";
-/// Readers refuse another major version.
-const MAJOR: u8 = 1;
+/// Readers refuse another major version. 2: blobs up to 256 MiB are cut into more pieces than in 1.
+const MAJOR: u8 = 2;
 /// Grows with additions that older readers can ignore.
 const MINOR: u8 = 0;
 
