@@ -217,12 +217,11 @@ impl Body {
     fn next_of_file(&mut self) -> Option<Bytes> {
         let (file, range) = self.file.as_mut()?;
         let bytes = self.line.phantom(file, range, self.remaining_bytes.unwrap_or(u64::MAX));
-        if bytes.is_empty() {
-            self.file = None;
-            return None;
+        match &bytes {
+            Some(bytes) => range.start += bytes.len() as u64,
+            None => self.file = None,
         }
-        range.start += bytes.len() as u64;
-        Some(bytes)
+        bytes
     }
 
     /// Never more than was promised, whatever the source gives.

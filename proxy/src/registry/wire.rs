@@ -90,9 +90,12 @@ impl Line {
     }
 
     /// The next bytes of a file of which this `range` is to be sent, at most [`MAX_SPAN_BYTES`] and `limit_bytes`, as what goes into
-    /// the body for them. They must go there next.
-    pub(super) fn phantom(&self, file: &Arc<File>, range: &Range<u64>, limit_bytes: u64) -> Bytes {
+    /// the body for them, if there are any. They must go there next.
+    pub(super) fn phantom(&self, file: &Arc<File>, range: &Range<u64>, limit_bytes: u64) -> Option<Bytes> {
         let (offset, len) = (range.start, (range.end - range.start).min(MAX_SPAN_BYTES).min(limit_bytes));
+        if len == 0 {
+            return None;
+        }
         if offset / READ_AHEAD_BYTES != (offset + len) / READ_AHEAD_BYTES || offset == 0 {
             // Only a hint: where it does not work, reading waits for the disk. Not past the range: in a blob that still comes there
             // are holes, and the pages read of them would be filled twice.
@@ -101,7 +104,7 @@ impl Line {
         }
         let phantom = Bytes::from_static(&PHANTOM[..len as usize]);
         self.state().spans.push_back(Span { file: Arc::clone(file), offset, len: phantom.len() });
-        phantom
+        Some(phantom)
     }
 
     /// A request's head is complete.
