@@ -196,6 +196,8 @@ impl<N: Notary> Node<N> {
     ) {
         let mut in_flight: u64 =
             self.tasks.values().filter_map(|t| t.fetch.as_ref()).map(Fetch::asked_bytes).sum();
+        // Who has least under way is first: else one task would get each place that comes free, and the issuers of the others idle.
+        open.sort_by_key(|d| self.tasks.get(d).and_then(|t| t.fetch.as_ref()).map(Fetch::asked_bytes));
         while !open.is_empty() {
             open.retain(|digest| {
                 let Some(task) = self.tasks.get_mut(digest) else { return false };
