@@ -518,13 +518,25 @@ mod tests {
     }
 
     #[test]
-    fn the_rarest_piece_of_all_parents_is_asked_of_the_least_busy_that_has_it() {
+    fn of_the_least_busy_parents_any_is_asked_for_the_rarest_piece_that_it_has() {
         let fetch = fetch(&[(1, &[5, 6, 7]), (2, &[5, 6]), (3, &[6, 7, 8])]);
+        let mut all = BTreeSet::new();
         for seed in 0..20 {
-            assert_eq!(chosen(&fetch, &[], seed), Some((peer(3), 8)), "one parent has it");
+            all.extend(chosen(&fetch, &[], seed));
             let (asked, piece) = chosen(&fetch, &[(3, 4)], seed).unwrap();
             assert!(asked != peer(3) && [5, 7].contains(&piece), "{asked} {piece}: the third is busy");
         }
+        assert_eq!(all, BTreeSet::from([(peer(1), 5), (peer(1), 7), (peer(2), 5), (peer(3), 8)]));
+    }
+
+    #[test]
+    fn an_issuer_with_something_new_is_asked_before_all_others() {
+        let mut fetch = fetch(&[(1, &[5, 6]), (2, &[5, 7]), (3, &[6, 7])]);
+        fetch.issues(peer(2));
+        fetch.offered(peer(2), [8]);
+        assert!((0..20).all(|seed| chosen(&fetch, &[], seed) == Some((peer(2), 8))));
+        fetch.got(8);
+        assert!((0..20).any(|seed| chosen(&fetch, &[], seed).unwrap().0 != peer(2)), "it has nothing new");
     }
 
     #[test]

@@ -45,9 +45,9 @@ use task::Task;
 
 /// Parents of one child of one task at most.
 pub const MAX_PARENTS: usize = 32;
-/// Parents that a child gets in a swarm too big for everybody to know everybody: rarest-first works on random graphs of this
-/// degree as well as on complete ones, and a peer's messages about availability stay few.
-pub const MESH_DEGREE: usize = 24;
+/// Parents that a child gets in a swarm too big for everybody to know everybody; as many again get it. Rarest-first works on
+/// random graphs of twice this degree as well as on complete ones, and a peer's messages about availability stay few.
+pub const MESH_DEGREE: usize = 12;
 /// Complete holders among a child's parents at most: they don't take anything back, so few must do for many.
 pub const MAX_COMPLETE: usize = 8;
 /// Seeds among a child's parents at most: the one that reads the origin, and one more that has the task.
