@@ -1,10 +1,10 @@
 //! One task's download: which piece to ask of which parent next.
 //!
-//! The rule, in order: what a waiting reader needs first; then the piece that the fewest peers offer, so that copies of
-//! everything spread; at the very end a second request for what is slow to come. Nothing is asked for that the piece table
+//! The rule, in order: what a waiting reader needs first; then, of a parent that is not busy with this node, the piece that the
+//! fewest peers offer, so that copies of everything spread; at the very end a second request for what is slow to come. Nothing is asked for that the piece table
 //! cannot verify yet.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::time::Duration;
 
@@ -81,8 +81,8 @@ struct Parent {
 struct Ready<'a> {
     peer: PeerId,
     offered: &'a PieceSet,
-    /// Shunned, requests at it, a lot: the lowest is asked first.
-    rank: (bool, usize, u32),
+    /// Shunned, no issuer with news, requests at it, a lot: the lowest is asked first.
+    rank: (bool, bool, usize, u32),
     /// There are fewer requests at it than it needs to be busy.
     has_room: bool,
 }
@@ -98,6 +98,8 @@ pub struct Fetch {
     window: Option<Range<PieceIndex>>,
     readers: BTreeMap<u64, Reader>,
     parents: BTreeMap<PeerId, Parent>,
+    /// Those who offer what is new to one child only.
+    issuers: BTreeSet<PeerId>,
     /// How many parents offer each piece, and which pieces only one does.
     offers: Vec<u16>,
     lone: PieceSet,
@@ -119,6 +121,7 @@ impl Fetch {
             window: None,
             readers: BTreeMap::new(),
             parents: BTreeMap::new(),
+            issuers: BTreeSet::new(),
             offers: vec![0; count as usize],
             lone: PieceSet::empty(count),
             asked: BTreeMap::new(),
@@ -229,6 +232,11 @@ impl Fetch {
                 note_lone(&mut self.lone, piece, *offers);
             }
         }
+    }
+
+    /// `peer` brings the task to the others: what it offers that is new, it offers to one child only.
+    pub fn issues(&mut self, peer: PeerId) {
+        self.issuers.insert(peer);
     }
 
     /// `peer` offers this one no more.
@@ -358,8 +366,14 @@ impl Fetch {
             .map(|(peer, parent, asked)| Ready {
                 peer: *peer,
                 offered: &parent.offered,
-                // Least busy first, and by lot among equals, so that children do not all start at the same parent.
-                rank: (parents.shunned(now, *peer), asked, rng.random()),
+                // Least busy first, and by lot among equals, so that children do not all start at the same parent. But an issuer
+                // that has something new for this node waits for it alone: what is not fetched from it spreads nowhere.
+                rank: (
+                    parents.shunned(now, *peer),
+                    !(self.issuers.contains(peer) && parent.offered.meets(&lone)),
+                    asked,
+                    rng.random(),
+                ),
                 has_room: asked < a_parent,
             })
             .collect();
@@ -367,22 +381,27 @@ impl Fetch {
             return None;
         }
         ready.sort_unstable_by_key(|parent| parent.rank);
-        let mut offered = PieceSet::empty(self.layout.count());
-        ready.iter().filter(|parent| parent.has_room).for_each(|parent| offered.unite(parent.offered));
-        offered.intersect(&unasked);
         let with_room = |piece: PieceIndex, but: Option<PeerId>| {
             let fits = |p: &&Ready<'_>| p.has_room && Some(p.peer) != but && p.offered.contains(piece);
             ready.iter().find(fits).map(|p| (p.peer, piece))
         };
-        self.needed_first(now, &offered)
-            .or_else(|| self.rarest(&offered, rng))
-            .and_then(|piece| with_room(piece, None))
+        let rarest_of = |parent: &Ready<'_>, wanted: &PieceSet, rng: &mut R| {
+            let mut theirs = wanted.clone();
+            theirs.intersect(parent.offered);
+            self.rarest(&theirs, rng).map(|piece| (parent.peer, piece))
+        };
+        let needed = self.needed_first(now, &unasked).find_map(|piece| with_room(piece, None));
+        if needed.is_some() {
+            return needed;
+        }
+        // The parent first, then the rarest of what it has: to ask for the rarest of all is to wait, with everybody else, for the few
+        // who have it, while the links of all others idle.
+        let mut with_all = ready.iter().filter(|parent| parent.has_room);
+        with_all
+            .find_map(|parent| rarest_of(parent, &unasked, rng))
             .or_else(|| {
-                ready.iter().filter(|parent| !parent.has_room).find_map(|parent| {
-                    let mut lone = lone.clone();
-                    lone.intersect(parent.offered);
-                    self.rarest(&lone, rng).map(|piece| (parent.peer, piece))
-                })
+                let mut busy = ready.iter().filter(|parent| !parent.has_room);
+                busy.find_map(|parent| rarest_of(parent, &lone, rng))
             })
             .or_else(|| overdue.iter().find_map(|(piece, slow)| with_room(*piece, Some(*slow))))
     }
@@ -414,16 +433,16 @@ impl Fetch {
         open
     }
 
-    /// What a reader waits for.
-    fn needed_first(&self, now: Time, offered: &PieceSet) -> Option<PieceIndex> {
+    /// What readers wait for, of what may be asked for.
+    fn needed_first(&self, now: Time, unasked: &PieceSet) -> impl Iterator<Item = PieceIndex> {
         self.readers
             .values()
-            .filter(|r| r.partial || r.pieces.start == 0 || now.since(r.moved) >= READER_PATIENCE)
+            .filter(move |r| r.partial || r.pieces.start == 0 || now.since(r.moved) >= READER_PATIENCE)
             .flat_map(|r| {
                 let from = self.held.first_missing(r.pieces.start);
                 from..from.saturating_add(IN_ORDER_WINDOW).min(r.pieces.end)
             })
-            .find(|piece| offered.contains(*piece))
+            .filter(|piece| unasked.contains(*piece))
     }
 
     /// The piece that the fewest offer; among equals the first when there is one parent, by lot when there are several.
@@ -499,13 +518,25 @@ mod tests {
     }
 
     #[test]
-    fn the_rarest_piece_of_all_parents_is_asked_of_the_least_busy_that_has_it() {
+    fn of_the_least_busy_parents_any_is_asked_for_the_rarest_piece_that_it_has() {
         let fetch = fetch(&[(1, &[5, 6, 7]), (2, &[5, 6]), (3, &[6, 7, 8])]);
+        let mut all = BTreeSet::new();
         for seed in 0..20 {
-            assert_eq!(chosen(&fetch, &[], seed), Some((peer(3), 8)), "one parent has it");
+            all.extend(chosen(&fetch, &[], seed));
             let (asked, piece) = chosen(&fetch, &[(3, 4)], seed).unwrap();
             assert!(asked != peer(3) && [5, 7].contains(&piece), "{asked} {piece}: the third is busy");
         }
+        assert_eq!(all, BTreeSet::from([(peer(1), 5), (peer(1), 7), (peer(2), 5), (peer(3), 8)]));
+    }
+
+    #[test]
+    fn an_issuer_with_something_new_is_asked_before_all_others() {
+        let mut fetch = fetch(&[(1, &[5, 6]), (2, &[5, 7]), (3, &[6, 7])]);
+        fetch.issues(peer(2));
+        fetch.offered(peer(2), [8]);
+        assert!((0..20).all(|seed| chosen(&fetch, &[], seed) == Some((peer(2), 8))));
+        fetch.got(8);
+        assert!((0..20).any(|seed| chosen(&fetch, &[], seed).unwrap().0 != peer(2)), "it has nothing new");
     }
 
     #[test]

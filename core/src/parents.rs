@@ -63,6 +63,10 @@ impl Record {
 #[derive(Clone, Debug, Default)]
 pub struct Parents {
     records: BTreeMap<PeerId, Record>,
+    /// The latest moment to which anybody is banned: hardly ever is anybody.
+    banned_until: Time,
+    /// Whether anybody did anything wrong so far.
+    faulty: bool,
 }
 
 /// Peers remembered at most; past it the one with the fewest faults goes.
@@ -82,6 +86,10 @@ impl Parents {
 
     /// It did something wrong.
     pub fn punish(&mut self, now: Time, peer: PeerId, fault: Fault) {
+        self.faulty = true;
+        if fault == Fault::WrongBytes {
+            self.banned_until = now + BAN;
+        }
         let record = self.record(peer);
         record.faults = record.faults(now) + fault.weight();
         record.faults_at = now;
@@ -92,12 +100,13 @@ impl Parents {
 
     /// Whether nothing may be asked of it.
     pub fn banned(&self, now: Time, peer: PeerId) -> bool {
-        self.records.get(&peer).and_then(|r| r.banned_until).is_some_and(|until| now < until)
+        now < self.banned_until
+            && self.records.get(&peer).and_then(|r| r.banned_until).is_some_and(|until| now < until)
     }
 
     /// Whether it is asked only when nobody else will do.
     pub fn shunned(&self, now: Time, peer: PeerId) -> bool {
-        self.records.get(&peer).is_some_and(|r| r.faults(now) >= SHUNNED)
+        self.faulty && self.records.get(&peer).is_some_and(|r| r.faults(now) >= SHUNNED)
     }
 
     /// Measured bytes a second; `None` before the first piece.

@@ -45,9 +45,9 @@ use task::Task;
 
 /// Parents of one child of one task at most.
 pub const MAX_PARENTS: usize = 32;
-/// Parents that a child gets in a swarm too big for everybody to know everybody: rarest-first works on random graphs of this
-/// degree as well as on complete ones, and a peer's messages about availability stay few.
-pub const MESH_DEGREE: usize = 24;
+/// Parents that a child gets in a swarm too big for everybody to know everybody; as many again get it. Rarest-first works on
+/// random graphs of twice this degree as well as on complete ones, and a peer's messages about availability stay few.
+pub const MESH_DEGREE: usize = 12;
 /// Complete holders among a child's parents at most: they don't take anything back, so few must do for many.
 pub const MAX_COMPLETE: usize = 8;
 /// Seeds among a child's parents at most: the one that reads the origin, and one more that has the task.
@@ -55,6 +55,9 @@ pub const MAX_SEEDS: usize = 2;
 /// Children of one task that get a source (a seed or the elected peer) directly. The others get the pieces from these: a
 /// source sends each piece about once whatever their number, and says what it has to each of them.
 pub const SOURCE_CHILDREN: u32 = 64;
+/// Peers of a zone, about, that get parents elsewhere: they bring a task in, and the others have it from them and from each other. A
+/// link between zones is dear, and each more that fetches over it fetches what is there already.
+pub const GATEWAYS: u64 = 6;
 /// Copies looked at for one decision.
 pub const SAMPLE: usize = 128;
 /// How long a peer whose stream broke still counts: a reconnect takes less, and the dead are found out by their children.
@@ -310,6 +313,8 @@ pub struct Swarm {
     peers: Slab<Peer>,
     by_id: BTreeMap<PeerId, Slot>,
     seeds: BTreeMap<PeerId, Slot>,
+    /// How many peers stand in each zone.
+    zones: BTreeMap<Arc<str>, u32>,
     tasks: Slab<Task>,
     by_digest: BTreeMap<Digest, Slot>,
     /// Tasks that somebody wants.
@@ -331,6 +336,7 @@ impl Swarm {
             peers: Slab::new(),
             by_id: BTreeMap::new(),
             seeds: BTreeMap::new(),
+            zones: BTreeMap::new(),
             tasks: Slab::new(),
             by_digest: BTreeMap::new(),
             wanted: BTreeSet::new(),
@@ -449,6 +455,7 @@ impl Swarm {
             true => self.seeds.insert(about.peer, slot).is_some(),
             false => self.seeds.remove(&about.peer).is_some(),
         };
+        self.move_zone(slot, &about.zone);
         if let Some(peer) = self.peers.get_mut(slot) {
             (peer.about, peer.gone_at, peer.joined_at) = (about, None, now);
         }
@@ -471,7 +478,24 @@ impl Swarm {
     fn insert_peer(&mut self, now: Time, about: &Registration) -> Slot {
         let slot = self.peers.insert(Peer::new(about.clone(), now));
         self.by_id.insert(about.peer, slot);
+        *self.zones.entry(Arc::clone(&about.zone)).or_default() += 1;
         slot
+    }
+
+    /// A peer that came back may stand elsewhere.
+    fn move_zone(&mut self, slot: Slot, zone: &Arc<str>) {
+        self.leave_zone(slot);
+        *self.zones.entry(Arc::clone(zone)).or_default() += 1;
+    }
+
+    fn leave_zone(&mut self, slot: Slot) {
+        let Some(zone) = self.peers.get(slot).map(|peer| &peer.about.zone) else { return };
+        if let Some(peers) = self.zones.get_mut(zone) {
+            *peers -= 1;
+            if *peers == 0 {
+                self.zones.remove(zone);
+            }
+        }
     }
 
     fn left(&mut self, now: Time, peer: PeerId) {
@@ -495,6 +519,7 @@ impl Swarm {
             self.remove_copy(now, rng, task, slot);
         }
         self.by_id.remove(&id);
+        self.leave_zone(slot);
         self.peers.remove(slot);
         if was_seed {
             self.ensure_sources(now, rng);

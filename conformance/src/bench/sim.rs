@@ -20,6 +20,9 @@ const BURST_RATE: f64 = 11.9e6;
 const BURST_BUFFER: Duration = Duration::from_millis(60);
 const BURST_DELAY: Duration = Duration::from_millis(1);
 
+/// How often a long run says how far it is.
+const PROGRESS_EVERY: Duration = Duration::from_secs(10);
+
 /// What is simulated. A scenario file has the same names as keys, and its own aims; flags override it.
 #[derive(Args, Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
@@ -45,6 +48,9 @@ pub(crate) struct SimOptions {
     /// Into how many blobs that is cut
     #[arg(long)]
     layers: Option<u32>,
+    /// Pieces of 4 MiB also for blobs of just 1 GiB, whose pieces would be of 1 MiB: a quarter of the transfers
+    #[arg(long)]
+    long_pieces: bool,
     /// Each host's link, each way: 300MB/s
     #[arg(long)]
     rate: Option<String>,
@@ -125,6 +131,7 @@ impl SimOptions {
             hosts: self.hosts.or(file.hosts),
             size: self.size.or(file.size),
             layers: self.layers.or(file.layers),
+            long_pieces: self.long_pieces || file.long_pieces,
             rate: self.rate.or(file.rate),
             origin_rate: self.origin_rate.or(file.origin_rate),
             seed_peers: self.seed_peers.or(file.seed_peers),
@@ -158,6 +165,7 @@ impl SimOptions {
             seed_peers: self.seed_peers.unwrap_or(plain.seed_peers),
             size_bytes: bytes(&self.size, plain.size_bytes as f64)? as u64,
             layers: self.layers.unwrap_or(plain.layers),
+            long_pieces: self.long_pieces,
             rate,
             origin_rate: bytes(&self.origin_rate, plain.origin_rate.max(rate))?,
             zones: self.zones.unwrap_or(plain.zones),
@@ -190,7 +198,20 @@ fn quantity(text: &str) -> Result<f64> {
 
 fn simulate(report: &mut Report, scenario: &Scenario, variant: &str) -> Result<(Outcome, f64)> {
     let start = Instant::now();
-    let outcome = sim::run(scenario);
+    let mut told = start;
+    let outcome = sim::run_watched(scenario, &mut |progress| {
+        if told.elapsed() >= PROGRESS_EVERY {
+            told = Instant::now();
+            eprintln!(
+                "  {:.0} s: {:.2} s simulated, {:.1} % of all pieces, {} nodes to go, {} events",
+                start.elapsed().as_secs_f64(),
+                progress.at_s,
+                100.0 * progress.done,
+                progress.unfinished,
+                progress.events
+            );
+        }
+    });
     let memory = memory_bytes(std::process::id(), Memory::Resident).context("no /proc")?;
     let per_peer = memory as f64 / f64::from(scenario.hosts + scenario.seed_peers);
     report.run(json!({

@@ -32,12 +32,30 @@ mod world;
 pub use check::Checks;
 pub use outcome::{Finish, Outcome};
 pub use picture::completion;
-pub use scenario::{Faults, Scenario};
+pub use scenario::{Faults, LAST_SHORT_BYTES, Scenario};
 
 /// TCP and TLS 1.3 before the first message.
 pub const DIAL_ROUND_TRIPS: u32 = 2;
 
+/// How far a run is.
+#[derive(Clone, Copy, Debug)]
+pub struct Progress {
+    /// Events so far.
+    pub events: u64,
+    /// Seconds simulated.
+    pub at_s: f64,
+    /// The part of all pieces that is where it is to be, seeds included.
+    pub done: f64,
+    /// Nodes that lack something.
+    pub unfinished: u32,
+}
+
 /// Runs a scenario to its end.
 pub fn run(scenario: &Scenario) -> Outcome {
-    world::World::new(scenario).run()
+    run_watched(scenario, &mut |_| ())
+}
+
+/// Runs a scenario to its end, and says again and again how far it is.
+pub fn run_watched(scenario: &Scenario, watch: &mut dyn FnMut(Progress)) -> Outcome {
+    world::World::new(scenario).run(watch)
 }

@@ -2,6 +2,9 @@
 
 use std::time::Duration;
 
+/// The longest blob with pieces of 1 MiB.
+pub const LAST_SHORT_BYTES: u64 = 1 << 30;
+
 /// A swarm and what becomes of it. Rates in bytes a second, each way.
 #[derive(Clone, Debug)]
 pub struct Scenario {
@@ -13,6 +16,8 @@ pub struct Scenario {
     pub size_bytes: u64,
     /// Into how many blobs that is cut.
     pub layers: u32,
+    /// Blobs of 1 GiB are a block longer, so that their pieces are of 4 MiB and not of 1: a quarter of the transfers.
+    pub long_pieces: bool,
     /// Of each host's link.
     pub rate: f64,
     /// Of the origin's link.
@@ -65,6 +70,7 @@ impl Default for Scenario {
             seed_peers: 1,
             size_bytes: 128 << 20,
             layers: 1,
+            long_pieces: false,
             rate: 125e6,
             origin_rate: 1.25e9,
             zones: 1,
@@ -94,6 +100,12 @@ impl Scenario {
         [size / self.origin_rate, size / self.rate, size / seeds_up, hosts * size / up]
             .into_iter()
             .fold(0.0, f64::max)
+    }
+
+    /// How long each blob is.
+    pub fn blob_bytes(&self) -> u64 {
+        let bytes = self.size_bytes / u64::from(self.layers.max(1));
+        if self.long_pieces && bytes == LAST_SHORT_BYTES { bytes + 1 } else { bytes }
     }
 
     /// When the run is given up: what has not ended by then never will.

@@ -21,7 +21,7 @@ use super::content::{Blob, Keys, index_of, peer_id};
 use super::event::Queue;
 use super::host::{Host, Local, ReportKey, Sending};
 use super::link::Link;
-use super::{Checks, DIAL_ROUND_TRIPS, Finish, Outcome, Scenario};
+use super::{Checks, DIAL_ROUND_TRIPS, Finish, Outcome, Progress, Scenario};
 
 /// A daemon takes in what has come before it decides: as long as a busy machine takes to get to it.
 const DECIDES_WITHIN: Duration = Duration::from_millis(1);
@@ -31,6 +31,9 @@ const NEWS_EVERY: Duration = Duration::from_secs(1);
 
 /// A zone's link to the outside, as a part of the sum of its hosts'.
 const ZONE_LINK: f64 = 0.1;
+
+/// Events between two looks at how far a run is.
+const WATCHED_EVERY: u64 = 1 << 18;
 
 /// Pieces on offer per reader: each node has one client a blob.
 const READER: u64 = 1;
@@ -140,8 +143,7 @@ impl<'a> World<'a> {
     pub(super) fn new(scenario: &'a Scenario) -> Self {
         let mut rng = StdRng::seed_from_u64(scenario.rng);
         let layers = scenario.layers.max(1);
-        let blobs: Vec<Blob> =
-            (0..layers).map(|n| Blob::new(n, scenario.size_bytes / u64::from(layers))).collect();
+        let blobs: Vec<Blob> = (0..layers).map(|n| Blob::new(n, scenario.blob_bytes())).collect();
         let (seeds, all) = (scenario.seed_peers, scenario.seed_peers + scenario.hosts);
         let seed_ids: Vec<PeerId> = (0..seeds).map(peer_id).collect();
         let mut hosts: Vec<Host> = (0..all)
@@ -189,7 +191,7 @@ impl<'a> World<'a> {
         }
     }
 
-    pub(super) fn run(mut self) -> Outcome {
+    pub(super) fn run(mut self, watch: &mut dyn FnMut(Progress)) -> Outcome {
         for index in 0..self.hosts.len() as u32 {
             self.register(index);
         }
@@ -203,12 +205,21 @@ impl<'a> World<'a> {
         }
         self.schedule_deaths();
         let limit = Time(self.scenario.limit());
+        let mut events: u64 = 0;
         while self.unfinished > 0
             && let Some((at, event)) = self.queue.take()
             && at <= limit
         {
             self.now = at;
             self.happen(event);
+            events += 1;
+            if events.is_multiple_of(WATCHED_EVERY) {
+                let pieces = self.hosts.iter().flat_map(|host| &host.blobs).map(|blob| &blob.verified);
+                let (held, all) =
+                    pieces.fold((0, 0), |(held, all), set| (held + set.len(), all + set.count()));
+                let done = f64::from(held) / f64::from(all.max(1));
+                watch(Progress { events, at_s: at.0.as_secs_f64(), done, unfinished: self.unfinished });
+            }
         }
         self.outcome()
     }

@@ -50,7 +50,11 @@ impl<N: Notary> Node<N> {
             .copied()
             .take_while(|seed| *seed != self.config.me)
             .find(|seed| !self.gave_up_on(now, digest, *seed));
-        if let Some(seed) = next {
+        let asked = |seed: &PeerId| {
+            let link = self.tasks.get(digest).and_then(|t| t.links.get(seed));
+            link.is_some_and(|link| link.named && link.asked.is_some())
+        };
+        if let Some(seed) = next.filter(|seed| !asked(seed)) {
             self.approach(now, *digest, seed);
         }
     }
@@ -119,8 +123,8 @@ impl<N: Notary> Node<N> {
         let moving = task.fetch.as_ref().is_some_and(|f| f.asked_bytes() > 0);
         let waited = now.since(task.moved) >= if moving { PATIENCE_IN_FLIGHT } else { PATIENCE };
         let reading = task.reading;
-        // Most of the time it is hoped for and moves: no more is worked out.
-        let hope = !(task.elected && reading == Reading::No) && self.hope(now, digest);
+        // Most of the time it moves, and whoever was asked may bring it: no more is worked out.
+        let hope = moving || !(task.elected && reading == Reading::No) && self.hope(now, digest);
         let Some(task) = self.tasks.get_mut(digest) else { return };
         match reading {
             Reading::At(_) => return,
@@ -196,6 +200,8 @@ impl<N: Notary> Node<N> {
     ) {
         let mut in_flight: u64 =
             self.tasks.values().filter_map(|t| t.fetch.as_ref()).map(Fetch::asked_bytes).sum();
+        // Who has least under way is first: else one task would get each place that comes free, and the issuers of the others idle.
+        open.sort_by_key(|d| self.tasks.get(d).and_then(|t| t.fetch.as_ref()).map(Fetch::asked_bytes));
         while !open.is_empty() {
             open.retain(|digest| {
                 let Some(task) = self.tasks.get_mut(digest) else { return false };

@@ -106,6 +106,9 @@ impl<N: Notary> Node<N> {
             task.offers.holds(peer, *piece);
         }
         if !isolated {
+            if task.issuer == Some(peer) || self.connected.get(&peer) == Some(&Role::Seed) {
+                fetch.issues(peer);
+            }
             fetch.offered(peer, pieces);
         }
     }

@@ -8,7 +8,7 @@ use super::choose::{Candidate, choose};
 use super::slab::Slot;
 use super::task::{Copy, Task};
 use super::{
-    MAX_COMPLETE, MAX_PARENTS, MAX_SEEDS, MESH_DEGREE, Output, PUSH_DELAY, PUSH_DOUBLINGS, SAMPLE,
+    GATEWAYS, MAX_COMPLETE, MAX_PARENTS, MAX_SEEDS, MESH_DEGREE, Output, PUSH_DELAY, PUSH_DOUBLINGS, SAMPLE,
     SOURCE_CHILDREN, Swarm, Timer,
 };
 use crate::Time;
@@ -53,8 +53,14 @@ impl Swarm {
         let Some(task) = self.tasks.get(task_slot).filter(|task| task.wanting > 0) else { return };
         let Some(copy) = task.copy(holder).filter(|_| self.is_namable(now, holder)) else { return };
         let mut room = (MESH_DEGREE as u32).saturating_sub(copy.children);
-        let wanters: Vec<Slot> =
-            sample(rng, &task.copies).filter(|copy| copy.want.is_some()).map(|copy| copy.peer).collect();
+        let may = |child: Slot| {
+            self.is_near(child, holder) || self.reaches_out(task, child) && self.reaches_out(task, holder)
+        };
+        let wanters: Vec<Slot> = sample(rng, &task.copies)
+            .filter(|copy| copy.want.is_some())
+            .map(|copy| copy.peer)
+            .filter(|child| may(*child))
+            .collect();
         for child in wanters {
             if room > 0 && self.link(task_slot, child, holder) {
                 room -= 1;
@@ -170,6 +176,19 @@ impl Swarm {
             .is_some_and(|peer| peer.gone_at.is_none() && !self.conduct.is_isolated(now, peer.about.peer))
     }
 
+    /// Whether two stand in the same zone.
+    fn is_near(&self, one: Slot, other: Slot) -> bool {
+        let zone = |slot: Slot| self.peers.get(slot).map(|peer| &peer.about.zone);
+        zone(one) == zone(other)
+    }
+
+    /// Whether a peer is one of the few of its zone that bring this task into it.
+    fn reaches_out(&self, task: &Task, slot: Slot) -> bool {
+        let Some(peer) = self.peers.get(slot) else { return false };
+        let here = self.zones.get(&peer.about.zone).copied().map_or(1, u64::from);
+        self.zones.len() < 2 || rendezvous::lot(&task.digest, peer.about.peer) % here.max(1) < GATEWAYS
+    }
+
     /// Seeds that are not isolated. One in its grace counts: it may be reading the origin all the while.
     pub(super) fn live_seeds(&self, now: Time) -> impl Iterator<Item = PeerId> + '_ {
         self.seeds.keys().copied().filter(move |seed| !self.conduct.is_isolated(now, *seed))
@@ -266,9 +285,20 @@ impl Swarm {
         };
         let named =
             task.copy(child).and_then(|copy| copy.want.as_deref()).map_or(&[][..], |want| &want.parents);
-        let sampled: Vec<&Copy> = sample(rng, &task.copies).collect();
-        sampled
-            .into_iter()
+        // Who does without suffices not: it may look everywhere.
+        let anywhere = !tried.is_empty();
+        let reaches_out = self.reaches_out(task, child);
+        let may = |copy: &&Copy| {
+            anywhere || self.is_near(child, copy.peer) || reaches_out && self.reaches_out(task, copy.peer)
+        };
+        let mut pool: Vec<&Copy> = sample(rng, &task.copies).filter(may).collect();
+        if reaches_out && self.zones.len() > 1 {
+            // They are too few for chance to pick them.
+            pool.extend(task.copies.iter().filter(|copy| !self.is_near(child, copy.peer)).filter(may));
+            pool.sort_unstable_by_key(|copy| copy.peer);
+            pool.dedup_by_key(|copy| copy.peer);
+        }
+        pool.into_iter()
             .filter(|copy| {
                 copy.peer != child && !named.contains(&copy.peer) && Some(copy.peer) != task.elected()
             })
