@@ -1,4 +1,4 @@
-//! SIGHUP: log level, rates, registries, credentials, staleness, the forward proxy's rules and the mirror's certificate change in
+//! SIGHUP: log level, rates, applications, registries, credentials, staleness, the forward proxy's rules and the mirror's certificate change in
 //! place; what else changed is named, and waits for a restart.
 
 use std::collections::BTreeMap;
@@ -11,7 +11,7 @@ use crate::log::LogHandle;
 use crate::problem::Problems;
 
 /// Flags that take effect at SIGHUP.
-const LIVE: [&str; 24] = [
+const LIVE: [&str; 25] = [
     "log-level",
     "upload-rate",
     "download-rate",
@@ -21,6 +21,7 @@ const LIVE: [&str; 24] = [
     "task-download-rate",
     "task-origin-rate",
     "task-prefetch-rate",
+    "application",
     "default-registry",
     "allow-registry",
     "allow-network",
@@ -76,7 +77,7 @@ impl<F: FnMut() -> Result<Fresh, Problems>> Reloader<F> {
         let waiting = needs_restart(&self.values, &fresh.values);
         if waiting.is_empty() {
             tracing::info!(
-                "reloaded: log level, rates, registries, credentials, staleness, rules, certificate"
+                "reloaded: log level, rates, applications, registries, credentials, staleness, rules, certificate"
             );
         } else {
             tracing::warn!(

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use hawker_core::application::{Applications, MAX_RULES, Rule};
 use hawker_core::intercept::{Action, Rules};
 use hawker_proxy::registry::tls;
 use hawker_proxy::settings::{
@@ -302,6 +303,7 @@ impl<'a> Reader<'a> {
                     &args.task_prefetch_rate,
                 ],
             ),
+            applications: Arc::new(self.applications(&args.application)),
             intercept: self.intercept(args, &mut registries),
             registries,
             credentials: self.many("credentials", &args.credentials, quantity::credentials),
@@ -364,6 +366,21 @@ impl<'a> Reader<'a> {
             origin: rate("origin", origin),
             prefetch: rate("prefetch", prefetch),
         }
+    }
+
+    /// What is said of applications: of each once.
+    fn applications(&mut self, texts: &[String]) -> Applications {
+        let rules = self.many("application", texts, quantity::application);
+        if rules.len() > MAX_RULES {
+            let cure = format!("write {MAX_RULES} at most; patterns may have * for any text");
+            self.problem("application", format!("there are {} entries", rules.len()), cure);
+        }
+        let twice = |(at, rule): (usize, &Rule)| rules[..at].iter().any(|other| other.labels == rule.labels);
+        for (_, rule) in rules.iter().enumerate().filter(|(at, rule)| twice((*at, rule))) {
+            let what = format!("there are two entries for {}", rule.labels);
+            self.problem("application", what, "make them one; match may be a list");
+        }
+        Applications::new(rules)
     }
 
     fn staleness(&mut self, args: &NodeArgs) -> Staleness {

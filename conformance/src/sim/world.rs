@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use hawker_core::Time;
+use hawker_core::application::Purpose;
 use hawker_core::digest::Digest;
 use hawker_core::message::{Message, Refusal, Role};
 use hawker_core::node::{Config, Failure, Node, Opening, Output, Verdict};
@@ -425,8 +426,9 @@ impl<'a> World<'a> {
                 }
                 self.send(me, index_of(peer), message);
             }
-            Output::Download { peer, request, task, piece, prefetch } => {
-                self.send(me, index_of(peer), Message::Request { request, task, piece, prefetch });
+            Output::Download { peer, request, task, piece, prefetch, priority } => {
+                let message = Message::Request { request, task, piece, prefetch, priority };
+                self.send(me, index_of(peer), message);
             }
             Output::Cancel { peer, request } => self.send(me, index_of(peer), Message::Cancel { request }),
             Output::Upload { peer, request, task, piece } => self.upload(me, peer, request, &task, piece),
@@ -452,7 +454,7 @@ impl<'a> World<'a> {
                 self.host(me).reports.entry((peer, kind)).or_default();
                 self.news(me);
             }
-            Output::Load { task, source, token: _, peer } => self.load(me, task, source, peer),
+            Output::Load { task, source, token: _, peer, purpose: _ } => self.load(me, task, source, peer),
             Output::Show(task, piece) => self.show(me, &task, piece),
             Output::Complete(task) => self.complete(me, &task),
             Output::Poisoned(task) => {
@@ -533,7 +535,7 @@ impl<'a> World<'a> {
             self.host(me).node.refuse(peer, task, Refusal::NotHeld);
             return;
         }
-        self.host(me).node.adopt(now, &task, peer);
+        self.host(me).node.adopt(now, &task, peer, &Purpose::default());
         self.touch(me);
     }
 

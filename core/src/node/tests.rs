@@ -190,9 +190,9 @@ impl World {
             Output::Send(to, message) => {
                 self.at(now + Duration::from_millis(1), What::Arrive { to, from: me, message });
             }
-            Output::Download { peer, request, task, piece, prefetch } => {
+            Output::Download { peer, request, task, piece, prefetch, priority } => {
                 self.hosts.get_mut(&me).unwrap().requests.insert((peer, request), (task, piece));
-                let message = Message::Request { request, task, piece, prefetch };
+                let message = Message::Request { request, task, piece, prefetch, priority };
                 self.at(now + Duration::from_millis(1), What::Arrive { to: peer, from: me, message });
             }
             Output::Cancel { peer, request } => {
@@ -226,7 +226,7 @@ impl World {
                 let (task, elect) = (self.task, self.elect);
                 self.hosts.get_mut(&me).unwrap().node.parents(now, task, &others, elect, elect == Some(me));
             }
-            Output::Load { task, peer, source, token: _ } => {
+            Output::Load { task, peer, source, token: _, purpose } => {
                 let host = self.hosts.get_mut(&me).unwrap();
                 if me == id(SEED) {
                     host.node.open(
@@ -235,7 +235,7 @@ impl World {
                         Opening { source, right: Right::Own, known: None, own_table: false, announce: true },
                     );
                     host.node.run(now, task, true, false);
-                    host.node.adopt(now, &task, peer);
+                    host.node.adopt(now, &task, peer, &purpose);
                 } else if !host.node.is_running(&task) && !host.node.is_complete(&task) {
                     host.node.refuse(peer, task, Refusal::NotHeld);
                 }
@@ -679,7 +679,7 @@ fn who_holds_all_without_a_seal_keeps_the_child_that_hears_of_its_election_first
     node.open(now, task, opening);
     node.scheduler(true);
     node.peer_up(now, id(1), Role::Peer);
-    node.adopt(now, &task, id(1));
+    node.adopt(now, &task, id(1), &Purpose::default());
     let to_child = |said: &[Output], sealed: bool| {
         said.iter().any(|output| match output {
             Output::Send(_, Message::Unavailable { .. }) => panic!("the child was sent away"),
