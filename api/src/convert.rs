@@ -6,8 +6,11 @@
 use std::net::Ipv6Addr;
 use std::sync::Arc;
 
-use hawker_core::application::{Label, Labels, Priority, Purpose};
+use hawker_core::application::{
+    Applications, Label, Labels, Limits, MAX_PATTERNS, MAX_RULES, Pattern, Priority, Purpose, Rule,
+};
 use hawker_core::digest::{Algorithm, ChainValue, Digest};
+use hawker_core::limit::Rates;
 use hawker_core::message::{Message, Offer, Refusal, Role};
 use hawker_core::piece::{MAX_BLOB_BYTES, PeerId, PieceIndex, PieceLayout, PieceTable, SignedPrefix};
 use hawker_core::reference::{MAX_NAME_BYTES, Source, canonical_host, is_repository};
@@ -151,6 +154,58 @@ pub fn from_purpose(purpose: Option<v1::Purpose>) -> Result<Purpose> {
     let v1::Purpose { application, tag, priority } = purpose.unwrap_or_default();
     let (application, tag) = (from_optional_label(&application)?, from_optional_label(&tag)?);
     Ok(Purpose { labels: Labels { application, tag }, priority: from_priority(priority) })
+}
+
+/// What counts in the whole cluster. How many seeds are named is the scheduler's own business.
+pub fn applications(applications: &Applications) -> v1::Applications {
+    let one = |rule: &Rule| {
+        let Rule { labels, patterns, priority, limits } = rule;
+        let rate = |rate: Option<u64>| rate.unwrap_or(0);
+        v1::Application {
+            name: label(labels.application.as_ref()),
+            tag: label(labels.tag.as_ref()),
+            r#match: patterns.iter().map(|pattern| pattern.as_str().to_owned()).collect(),
+            priority: priority.map(|priority| u32::from(priority.level())),
+            upload_rate_bytes: rate(limits.rates.upload),
+            download_rate_bytes: rate(limits.rates.download),
+            origin_rate_bytes: rate(limits.rates.origin),
+            prefetch_rate_bytes: rate(limits.rates.prefetch),
+            requests: limits.requests.unwrap_or(0),
+            origins: limits.origins.unwrap_or(0),
+        }
+    };
+    v1::Applications { applications: applications.rules().iter().map(one).collect() }
+}
+
+/// The same from the wire.
+pub fn from_applications(said: v1::Applications) -> Result<Applications> {
+    ensure(said.applications.len() <= MAX_RULES, "applications")?;
+    let one = |one: v1::Application| {
+        ensure(one.r#match.len() <= MAX_PATTERNS, "match")?;
+        let labels =
+            Labels { application: from_optional_label(&one.name)?, tag: from_optional_label(&one.tag)? };
+        ensure(labels != Labels::default(), "application")?;
+        let pattern = |text: &String| Pattern::new(text).map_err(|_| ConvertError::Bad("match"));
+        let limit = |limit: u32| Some(limit).filter(|limit| *limit > 0);
+        let rate = |rate: u64| Some(rate).filter(|rate| *rate > 0);
+        Ok(Rule {
+            labels,
+            patterns: one.r#match.iter().map(pattern).collect::<Result<_>>()?,
+            priority: one.priority.map(|level| from_priority(Some(level))),
+            limits: Limits {
+                rates: Rates {
+                    upload: rate(one.upload_rate_bytes),
+                    download: rate(one.download_rate_bytes),
+                    origin: rate(one.origin_rate_bytes),
+                    prefetch: rate(one.prefetch_rate_bytes),
+                },
+                requests: limit(one.requests),
+                origins: limit(one.origins),
+                seeds: None,
+            },
+        })
+    };
+    Ok(Applications::new(said.applications.into_iter().map(one).collect::<Result<Vec<_>>>()?))
 }
 
 fn label(label: Option<&Label>) -> String {
@@ -684,6 +739,35 @@ mod tests {
         assert_eq!(told("a", Some(99)).unwrap().priority, Priority::LAST);
         assert_eq!(told("two words", None), Err(ConvertError::Bad("label")));
         assert!(told(&"a".repeat(65), None).is_err());
+    }
+
+    #[test]
+    fn what_is_said_of_applications_arrives_and_nonsense_is_refused() {
+        let rule = Rule {
+            labels: Labels { application: Label::new("shop"), tag: Label::new("night") },
+            patterns: vec![Pattern::new("quay.io/shop/*").unwrap()],
+            priority: Priority::new(0),
+            limits: Limits {
+                rates: Rates { upload: Some(1), download: Some(2), origin: Some(3), prefetch: Some(4) },
+                requests: Some(5),
+                origins: Some(6),
+                seeds: None,
+            },
+        };
+        let plain = Rule { labels: Labels { application: Label::new("data"), tag: None }, ..Rule::default() };
+        let all = Applications::new([rule, plain]);
+        assert_eq!(from_applications(applications(&all)), Ok(all.clone()));
+        let spoilt = |spoil: fn(&mut v1::Application)| {
+            let mut said = applications(&all);
+            spoil(&mut said.applications[0]);
+            from_applications(said).is_err()
+        };
+        assert!(spoilt(|one| one.name = "two words".into()));
+        assert!(spoilt(|one| (one.name, one.tag) = Default::default()));
+        assert!(spoilt(|one| one.r#match = vec![String::new()]));
+        assert!(spoilt(|one| one.r#match = vec!["a/b".into(); MAX_PATTERNS + 1]));
+        let many = v1::Applications { applications: vec![v1::Application::default(); MAX_RULES + 1] };
+        assert!(from_applications(many).is_err());
     }
 
     #[test]

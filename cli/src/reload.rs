@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use arc_swap::ArcSwap;
+use hawker_core::application::Applications;
 use hawker_proxy::settings::LiveSettings;
 
 use crate::log::LogHandle;
@@ -42,6 +43,7 @@ const LIVE: [&str; 25] = [
 /// What a fresh look at the configuration yields.
 pub(crate) struct Fresh {
     pub(crate) live: Option<Arc<LiveSettings>>,
+    pub(crate) applications: Arc<Applications>,
     pub(crate) log_level: String,
     /// By flag.
     pub(crate) values: BTreeMap<String, Vec<String>>,
@@ -52,6 +54,8 @@ pub(crate) struct Reloader<F> {
     pub(crate) log: LogHandle,
     /// The proxy's live settings, where there is a proxy.
     pub(crate) live: Option<Arc<ArcSwap<LiveSettings>>>,
+    /// What the scheduler says of applications, where there is a scheduler.
+    pub(crate) applications: Option<Arc<ArcSwap<Applications>>>,
     /// What the daemon was started with, by flag.
     pub(crate) values: BTreeMap<String, Vec<String>>,
     /// Reads and resolves the same command line again.
@@ -73,6 +77,9 @@ impl<F: FnMut() -> Result<Fresh, Problems>> Reloader<F> {
         }
         if let (Some(live), Some(new)) = (&self.live, fresh.live) {
             live.store(new);
+        }
+        if let Some(applications) = &self.applications {
+            applications.store(fresh.applications);
         }
         let waiting = needs_restart(&self.values, &fresh.values);
         if waiting.is_empty() {

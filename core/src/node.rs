@@ -663,6 +663,13 @@ impl<N: Notary> Node<N> {
         }
     }
 
+    /// The scheduler elects somebody for a task later: that is waited for as its answer was.
+    pub fn postponed(&mut self, now: Time, digest: &Digest) {
+        if let Some(task) = self.tasks.get_mut(digest).filter(|task| task.running) {
+            (task.wanted, task.answered) = (Some(now), false);
+        }
+    }
+
     /// This node is to read the origin and issue the table.
     fn elect(&mut self, digest: &Digest) {
         if let Some(task) = self.tasks.get_mut(digest) {

@@ -603,6 +603,8 @@ impl Driver {
                     self.enter(task, Grant::own(source), None).elected = true;
                 }
             }
+            TrackerEvent::Postponed(task) => self.node.postponed(now, &task),
+            TrackerEvent::Applications(applications) => self.config.desk.told(applications),
             TrackerEvent::Isolated(peers) => {
                 self.node.isolated(now, peers.iter().map(|isolation| isolation.peer));
                 self.config.metrics.peers_isolated.set(peers.len() as u64);

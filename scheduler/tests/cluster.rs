@@ -72,6 +72,7 @@ impl Scheduler {
         let stop = CancellationToken::new();
         let joins = join.is_some();
         let config = SchedulerConfig {
+            applications: Arc::default(),
             name: "scheduler".into(),
             cluster: "test".into(),
             data_dir: dir.path().to_owned(),

@@ -440,8 +440,8 @@ impl<'a> World<'a> {
             }
             Output::Want { task, again, reads } => {
                 let size_bytes = self.host(me).node.table(&task).map(|table| table.layout().size_bytes());
-                let terms =
-                    Terms { issuer: self.local(me, &task).and_then(|local| local.issuer), guest: false };
+                let issuer = self.local(me, &task).and_then(|local| local.issuer);
+                let terms = Terms { issuer, ..Terms::default() };
                 self.say(Input::Want { peer: peer_id(me), task, size_bytes, again, reads, terms });
             }
             Output::Report(peer, _, fault) => {
@@ -752,7 +752,7 @@ impl<'a> World<'a> {
             let task = self.blobs[blob].digest;
             if self.host(index).node.is_running(&task) {
                 let size_bytes = Some(self.blobs[blob].layout.size_bytes());
-                let terms = Terms { issuer: self.host(index).blobs[blob].issuer, guest: false };
+                let terms = Terms { issuer: self.host(index).blobs[blob].issuer, ..Terms::default() };
                 let (peer, again, reads) = (peer_id(index), false, false);
                 self.say(Input::Want { peer, task, size_bytes, again, reads, terms });
             }

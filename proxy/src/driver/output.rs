@@ -37,7 +37,8 @@ impl Driver {
                     && let Some(grant) = state.grants.borrow().last()
                 {
                     let size_bytes = self.node.table(&task).map(|t| t.layout().size_bytes());
-                    tracker.want(&task, Want { size_bytes, source: grant.source.clone(), again, reads });
+                    let (source, purpose) = (grant.source.clone(), self.node.purpose_of(&task));
+                    tracker.want(&task, Want { size_bytes, source, purpose, again, reads });
                 }
             }
             Output::Report(peer, task, fault) => {
