@@ -630,7 +630,7 @@ fn the_last_seed_gone_an_election_follows_and_a_seed_that_comes_leaves_the_elect
     world.wait(GRACE + ms(1000));
     assert_eq!(
         world.told(1, 1),
-        &Told { parents: vec![], issuer: Some(peer(1)), fetch_from_origin: true, spread: 1 }
+        &Told { parents: vec![], issuer: Some(peer(1)), fetch_from_origin: true, spread: 1, later: false }
     );
     world.join_seed(0);
     world.want(2, 1);
