@@ -6,7 +6,11 @@
 use std::net::Ipv6Addr;
 use std::sync::Arc;
 
+use hawker_core::application::{
+    Applications, Label, Labels, Limits, MAX_PATTERNS, MAX_RULES, Pattern, Priority, Purpose, Rule,
+};
 use hawker_core::digest::{Algorithm, ChainValue, Digest};
+use hawker_core::limit::Rates;
 use hawker_core::message::{Message, Offer, Refusal, Role};
 use hawker_core::piece::{MAX_BLOB_BYTES, PeerId, PieceIndex, PieceLayout, PieceTable, SignedPrefix};
 use hawker_core::reference::{MAX_NAME_BYTES, Source, canonical_host, is_repository};
@@ -63,11 +67,12 @@ pub fn check_version(theirs: Option<v1::Version>) -> Result<()> {
 /// To the wire.
 pub fn peer_message(message: &Message) -> v1::PeerMessage {
     let wire = match message {
-        Message::Interest { task, source, size_bytes, token } => Wire::Interest(v1::Interest {
+        Message::Interest { task, source, size_bytes, token, purpose } => Wire::Interest(v1::Interest {
             task: task.to_string(),
             source: Some(self::source(source)),
             size_bytes: *size_bytes,
             token: self::token(token.as_ref()),
+            purpose: Some(self::purpose(purpose)),
         }),
         Message::Have { task, size_bytes, offer } => Wire::Have(have(task, *size_bytes, offer)),
         Message::Table { task, size_bytes, first, values, signed } => Wire::Table(v1::Table {
@@ -84,9 +89,10 @@ pub fn peer_message(message: &Message) -> v1::PeerMessage {
         }
         Message::Leave { task } => Wire::Leave(v1::Leave { task: task.to_string() }),
         Message::Wrong { task, piece } => Wire::Wrong(v1::Wrong { task: task.to_string(), piece: *piece }),
-        Message::Request { request, task, piece, prefetch } => {
+        Message::Request { request, task, piece, prefetch, priority } => {
             let (request, task, piece, prefetch) = (*request, task.to_string(), *piece, *prefetch);
-            Wire::Request(v1::Request { request, task, piece, prefetch })
+            let priority = self::priority(*priority);
+            Wire::Request(v1::Request { request, task, piece, prefetch, priority })
         }
         Message::Cancel { request } => Wire::Cancel(v1::Cancel { request: *request }),
         Message::Reject { request, reason } => {
@@ -101,11 +107,12 @@ pub fn peer_message(message: &Message) -> v1::PeerMessage {
 pub fn from_peer_message(message: v1::PeerMessage) -> Result<Option<Message>> {
     let Some(message) = message.message else { return Ok(None) };
     Ok(Some(match message {
-        Wire::Interest(v1::Interest { task, source, size_bytes, token }) => Message::Interest {
+        Wire::Interest(v1::Interest { task, source, size_bytes, token, purpose }) => Message::Interest {
             task: from_task(&task)?,
             source: from_source(source)?,
             size_bytes: size_bytes.map(from_size).transpose()?,
             token: from_token(&token)?,
+            purpose: from_purpose(purpose)?,
         },
         Wire::Have(have) => from_have(have)?,
         Wire::Table(table) => from_table(table)?,
@@ -117,8 +124,9 @@ pub fn from_peer_message(message: v1::PeerMessage) -> Result<Option<Message>> {
         Wire::Wrong(v1::Wrong { task, piece }) => {
             Message::Wrong { task: from_task(&task)?, piece: from_piece(piece)? }
         }
-        Wire::Request(v1::Request { request, task, piece, prefetch }) => {
-            Message::Request { request, task: from_task(&task)?, piece: from_piece(piece)?, prefetch }
+        Wire::Request(v1::Request { request, task, piece, prefetch, priority }) => {
+            let (task, piece, priority) = (from_task(&task)?, from_piece(piece)?, from_priority(priority));
+            Message::Request { request, task, piece, prefetch, priority }
         }
         Wire::Cancel(v1::Cancel { request }) => Message::Cancel { request },
         Wire::Reject(v1::Reject { request, reason, origin_status }) => {
@@ -132,6 +140,93 @@ pub fn from_peer_message(message: v1::PeerMessage) -> Result<Option<Message>> {
             return Ok(None);
         }
     }))
+}
+
+/// For whom a pull is.
+pub fn purpose(purpose: &Purpose) -> v1::Purpose {
+    let Purpose { labels, priority } = purpose;
+    let (application, tag) = (label(labels.application.as_ref()), label(labels.tag.as_ref()));
+    v1::Purpose { application, tag, priority: self::priority(*priority) }
+}
+
+/// The same from the wire; what is not said is the default.
+pub fn from_purpose(purpose: Option<v1::Purpose>) -> Result<Purpose> {
+    let v1::Purpose { application, tag, priority } = purpose.unwrap_or_default();
+    let (application, tag) = (from_optional_label(&application)?, from_optional_label(&tag)?);
+    Ok(Purpose { labels: Labels { application, tag }, priority: from_priority(priority) })
+}
+
+/// What counts in the whole cluster. How many seeds are named is the scheduler's own business.
+pub fn applications(applications: &Applications) -> v1::Applications {
+    let one = |rule: &Rule| {
+        let Rule { labels, patterns, priority, limits } = rule;
+        let rate = |rate: Option<u64>| rate.unwrap_or(0);
+        v1::Application {
+            name: label(labels.application.as_ref()),
+            tag: label(labels.tag.as_ref()),
+            r#match: patterns.iter().map(|pattern| pattern.as_str().to_owned()).collect(),
+            priority: priority.map(|priority| u32::from(priority.level())),
+            upload_rate_bytes: rate(limits.rates.upload),
+            download_rate_bytes: rate(limits.rates.download),
+            origin_rate_bytes: rate(limits.rates.origin),
+            prefetch_rate_bytes: rate(limits.rates.prefetch),
+            requests: limits.requests.unwrap_or(0),
+            origins: limits.origins.unwrap_or(0),
+        }
+    };
+    v1::Applications { applications: applications.rules().iter().map(one).collect() }
+}
+
+/// The same from the wire.
+pub fn from_applications(said: v1::Applications) -> Result<Applications> {
+    ensure(said.applications.len() <= MAX_RULES, "applications")?;
+    let one = |one: v1::Application| {
+        ensure(one.r#match.len() <= MAX_PATTERNS, "match")?;
+        let labels =
+            Labels { application: from_optional_label(&one.name)?, tag: from_optional_label(&one.tag)? };
+        ensure(labels != Labels::default(), "application")?;
+        let pattern = |text: &String| Pattern::new(text).map_err(|_| ConvertError::Bad("match"));
+        let limit = |limit: u32| Some(limit).filter(|limit| *limit > 0);
+        let rate = |rate: u64| Some(rate).filter(|rate| *rate > 0);
+        Ok(Rule {
+            labels,
+            patterns: one.r#match.iter().map(pattern).collect::<Result<_>>()?,
+            priority: one.priority.map(|level| from_priority(Some(level))),
+            limits: Limits {
+                rates: Rates {
+                    upload: rate(one.upload_rate_bytes),
+                    download: rate(one.download_rate_bytes),
+                    origin: rate(one.origin_rate_bytes),
+                    prefetch: rate(one.prefetch_rate_bytes),
+                },
+                requests: limit(one.requests),
+                origins: limit(one.origins),
+                seeds: None,
+            },
+        })
+    };
+    Ok(Applications::new(said.applications.into_iter().map(one).collect::<Result<Vec<_>>>()?))
+}
+
+fn label(label: Option<&Label>) -> String {
+    label.map(|label| label.as_str().to_owned()).unwrap_or_default()
+}
+
+fn from_optional_label(text: &str) -> Result<Option<Label>> {
+    if text.is_empty() {
+        return Ok(None);
+    }
+    Label::new(text).map(Some).ok_or(ConvertError::Bad("label"))
+}
+
+/// The default goes without saying.
+fn priority(priority: Priority) -> Option<u32> {
+    Some(priority).filter(|priority| *priority != Priority::default()).map(|p| u32::from(p.level()))
+}
+
+/// A level that a later version may know comes last.
+fn from_priority(level: Option<u32>) -> Priority {
+    level.map_or(Priority::default(), |level| Priority::new(level).unwrap_or(Priority::LAST))
 }
 
 /// The digest that names a task, a manifest or a subject.
@@ -497,6 +592,17 @@ mod tests {
         })
     }
 
+    fn priority_strategy() -> impl Strategy<Value = Priority> {
+        (0..=6u32).prop_map(|level| Priority::new(level).unwrap())
+    }
+
+    fn purpose_strategy() -> impl Strategy<Value = Purpose> {
+        ("[a-z./-]{0,64}", "[a-z@:+]{0,64}", priority_strategy()).prop_map(|(application, tag, priority)| {
+            let labels = Labels { application: Label::new(&application), tag: Label::new(&tag) };
+            Purpose { labels, priority }
+        })
+    }
+
     fn message() -> impl Strategy<Value = Message> {
         let have = (task(), 0..200 * MIB).prop_flat_map(|(task, size_bytes)| {
             offer(PieceLayout::new(size_bytes).count()).prop_map(move |offer| Message::Have {
@@ -507,19 +613,30 @@ mod tests {
         });
         let size = prop::option::of(0..=MAX_BLOB_BYTES);
         prop_oneof![
-            (task(), source_strategy(), size, prop::option::of("[A-Za-z0-9._~+/-]{1,40}={0,2}")).prop_map(
-                |(task, source, size_bytes, token)| {
+            (
+                task(),
+                source_strategy(),
+                size,
+                prop::option::of("[A-Za-z0-9._~+/-]{1,40}={0,2}"),
+                purpose_strategy()
+            )
+                .prop_map(|(task, source, size_bytes, token, purpose)| {
                     let token = token.and_then(|token| Bearer::new(&token));
-                    Message::Interest { task, source, size_bytes, token }
-                }
-            ),
+                    Message::Interest { task, source, size_bytes, token, purpose }
+                }),
             have,
             table(),
             task().prop_map(|task| Message::Working { task }),
             (task(), refusal_strategy()).prop_map(|(task, reason)| Message::Unavailable { task, reason }),
             task().prop_map(|task| Message::Leave { task }),
-            (any::<u32>(), task(), 0..1_000_000u32, any::<bool>()).prop_map(
-                |(request, task, piece, prefetch)| Message::Request { request, task, piece, prefetch }
+            (any::<u32>(), task(), 0..1_000_000u32, any::<bool>(), priority_strategy()).prop_map(
+                |(request, task, piece, prefetch, priority)| Message::Request {
+                    request,
+                    task,
+                    piece,
+                    prefetch,
+                    priority
+                }
             ),
             any::<u32>().prop_map(|request| Message::Cancel { request }),
             (any::<u32>(), refusal_strategy())
@@ -611,6 +728,46 @@ mod tests {
         for status in [0, 99, 600, 65_536 + 404] {
             assert!(from_refusal(v1::Refusal::Origin.into(), status).is_err());
         }
+    }
+
+    #[test]
+    fn a_purpose_that_an_older_version_does_not_know_of_is_the_default() {
+        assert_eq!(from_purpose(None), Ok(Purpose::default()));
+        let told = |application: &str, priority| {
+            from_purpose(Some(v1::Purpose { application: application.into(), tag: String::new(), priority }))
+        };
+        assert_eq!(told("a", Some(99)).unwrap().priority, Priority::LAST);
+        assert_eq!(told("two words", None), Err(ConvertError::Bad("label")));
+        assert!(told(&"a".repeat(65), None).is_err());
+    }
+
+    #[test]
+    fn what_is_said_of_applications_arrives_and_nonsense_is_refused() {
+        let rule = Rule {
+            labels: Labels { application: Label::new("shop"), tag: Label::new("night") },
+            patterns: vec![Pattern::new("quay.io/shop/*").unwrap()],
+            priority: Priority::new(0),
+            limits: Limits {
+                rates: Rates { upload: Some(1), download: Some(2), origin: Some(3), prefetch: Some(4) },
+                requests: Some(5),
+                origins: Some(6),
+                seeds: None,
+            },
+        };
+        let plain = Rule { labels: Labels { application: Label::new("data"), tag: None }, ..Rule::default() };
+        let all = Applications::new([rule, plain]);
+        assert_eq!(from_applications(applications(&all)), Ok(all.clone()));
+        let spoilt = |spoil: fn(&mut v1::Application)| {
+            let mut said = applications(&all);
+            spoil(&mut said.applications[0]);
+            from_applications(said).is_err()
+        };
+        assert!(spoilt(|one| one.name = "two words".into()));
+        assert!(spoilt(|one| (one.name, one.tag) = Default::default()));
+        assert!(spoilt(|one| one.r#match = vec![String::new()]));
+        assert!(spoilt(|one| one.r#match = vec!["a/b".into(); MAX_PATTERNS + 1]));
+        let many = v1::Applications { applications: vec![v1::Application::default(); MAX_RULES + 1] };
+        assert!(from_applications(many).is_err());
     }
 
     #[test]

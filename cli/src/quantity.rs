@@ -5,6 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
+use hawker_core::application::{self, Label, Pattern, Priority, Rule as Application};
 use hawker_core::intercept::{Action, Rule, path_pattern};
 use hawker_proxy::settings::{AuthorizationMode, CredentialSource};
 use url::Url;
@@ -224,6 +225,81 @@ pub(crate) fn rule(text: &str) -> Result<Rule, Wrong> {
     Ok(Rule { host: registry_pattern(host)?, path, action })
 }
 
+/// The keys of `[[application]]`, which are the words of its flag.
+pub(crate) const APPLICATION_KEYS: [&str; 11] = [
+    "name", "tag", "match", "priority", "upload", "download", "origin", "prefetch", "requests", "origins",
+    "seeds",
+];
+
+/// What is said of an application: `name=shop match=quay.io/shop/* priority=1 download=10MB`.
+pub(crate) fn application(text: &str) -> Result<Application, Wrong> {
+    const EXAMPLE: &str = "write name=shop match=quay.io/shop/* priority=1";
+    let mut rule = Application::default();
+    let mut seen: Vec<&str> = Vec::new();
+    for word in text.split_whitespace() {
+        let Some((key, value)) = word.split_once('=') else {
+            return wrong(format!("`{word}` is not KEY=VALUE"), EXAMPLE);
+        };
+        if key != "match" && seen.contains(&key) {
+            return wrong(format!("`{text}` says {key} twice"), "say it once");
+        }
+        seen.push(key);
+        let of = |wrong: Wrong| Wrong { what: format!("{key} {}", wrong.what), ..wrong };
+        let at_once = || count(value, 1, 1_000_000).map(Some).map_err(of);
+        let limits = &mut rule.limits;
+        match key {
+            "name" => rule.labels.application = Some(label(value).map_err(of)?),
+            "tag" => rule.labels.tag = Some(label(value).map_err(of)?),
+            "match" => rule.patterns.push(match Pattern::new(value) {
+                Ok(pattern) => pattern,
+                Err(why) => {
+                    let cure = "write HOST/REPOSITORY, with * for any text, like quay.io/shop/*";
+                    return wrong(format!("match `{value}` {why}"), cure);
+                }
+            }),
+            "priority" => match value.parse().ok().and_then(Priority::new) {
+                Some(priority) => rule.priority = Some(priority),
+                None => {
+                    return wrong(
+                        format!("priority `{value}` is none"),
+                        "write 0 (first) to 6 (last); 3 is usual",
+                    );
+                }
+            },
+            "upload" => limits.rates.upload = Some(rate(value).map_err(of)?),
+            "download" => limits.rates.download = Some(rate(value).map_err(of)?),
+            "origin" => limits.rates.origin = Some(rate(value).map_err(of)?),
+            "prefetch" => limits.rates.prefetch = Some(rate(value).map_err(of)?),
+            "requests" => limits.requests = at_once()?,
+            "origins" => limits.origins = at_once()?,
+            "seeds" => limits.seeds = at_once()?,
+            _ => {
+                return wrong(
+                    format!("`{key}` is nothing that is said of an application"),
+                    format!("write one of {}", APPLICATION_KEYS.join(", ")),
+                );
+            }
+        }
+    }
+    if rule.labels == application::Labels::default() {
+        return wrong(format!("`{text}` names neither an application nor a tag"), EXAMPLE);
+    }
+    if rule.patterns.len() > application::MAX_PATTERNS {
+        return wrong(
+            format!("{} has {} patterns", rule.labels, rule.patterns.len()),
+            format!("write {} at most; * stands for any text", application::MAX_PATTERNS),
+        );
+    }
+    Ok(rule)
+}
+
+fn label(text: &str) -> Result<Label, Wrong> {
+    Label::new(text).ok_or_else(|| Wrong {
+        what: format!("`{text}` is no label"),
+        cure: format!("write 1 to {} letters, digits or ._-/:@+", application::MAX_LABEL_BYTES),
+    })
+}
+
 /// A network: `10.0.0.0/8`, `fd00::/8`, or one address.
 pub(crate) fn network(text: &str) -> Result<(IpAddr, u8), Wrong> {
     let (address, length) = text.split_once('/').unwrap_or((text, ""));
@@ -400,5 +476,36 @@ mod tests {
             assert_eq!(human_size(bytes), text);
         }
         assert_eq!(human_duration(3_700), "1 h 1 min");
+    }
+
+    #[test]
+    fn an_application_is_said_in_words_and_what_is_wrong_in_them_is_told_with_its_cure() {
+        let rule = application(
+            "name=shop tag=night match=quay.io/shop/* match=reg:5000 priority=1 upload=10MB requests=2",
+        );
+        let rule = rule.unwrap();
+        assert_eq!(
+            (rule.labels.to_string().as_str(), rule.priority.map(Priority::level)),
+            ("shop tag night", Some(1))
+        );
+        let patterns: Vec<&str> = rule.patterns.iter().map(Pattern::as_str).collect();
+        assert_eq!(patterns, ["quay.io/shop/*", "reg:5000/*"]);
+        assert_eq!((rule.limits.rates.upload, rule.limits.requests), (Some(10_000_000), Some(2)));
+        for (text, what, cure) in [
+            ("", "names neither", "name=shop"),
+            ("priority=1", "names neither", "name=shop"),
+            ("shop", "is not KEY=VALUE", "name=shop"),
+            ("name=shop priority=7", "priority `7`", "0 (first) to 6 (last)"),
+            ("name=shop name=b", "says name twice", "once"),
+            ("name=sh\"op", "is no label", "letters"),
+            ("name=shop match=https://quay.io", "is an address", "quay.io/shop/*"),
+            ("name=shop upload=fast", "upload", ""),
+            ("name=shop requests=0", "requests", ""),
+            ("name=shop speed=1MB", "`speed` is nothing", "upload, download"),
+        ] {
+            let wrong = application(text).expect_err(text);
+            assert!(wrong.what.contains(what) && wrong.cure.contains(cure), "{text}: {wrong:?}");
+            assert!(!wrong.cure.is_empty());
+        }
     }
 }

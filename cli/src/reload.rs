@@ -1,17 +1,18 @@
-//! SIGHUP: log level, rates, registries, credentials, staleness, the forward proxy's rules and the mirror's certificate change in
+//! SIGHUP: log level, rates, applications, registries, credentials, staleness, the forward proxy's rules and the mirror's certificate change in
 //! place; what else changed is named, and waits for a restart.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use arc_swap::ArcSwap;
+use hawker_core::application::Applications;
 use hawker_proxy::settings::LiveSettings;
 
 use crate::log::LogHandle;
 use crate::problem::Problems;
 
 /// Flags that take effect at SIGHUP.
-const LIVE: [&str; 24] = [
+const LIVE: [&str; 25] = [
     "log-level",
     "upload-rate",
     "download-rate",
@@ -21,6 +22,7 @@ const LIVE: [&str; 24] = [
     "task-download-rate",
     "task-origin-rate",
     "task-prefetch-rate",
+    "application",
     "default-registry",
     "allow-registry",
     "allow-network",
@@ -41,6 +43,7 @@ const LIVE: [&str; 24] = [
 /// What a fresh look at the configuration yields.
 pub(crate) struct Fresh {
     pub(crate) live: Option<Arc<LiveSettings>>,
+    pub(crate) applications: Arc<Applications>,
     pub(crate) log_level: String,
     /// By flag.
     pub(crate) values: BTreeMap<String, Vec<String>>,
@@ -51,6 +54,8 @@ pub(crate) struct Reloader<F> {
     pub(crate) log: LogHandle,
     /// The proxy's live settings, where there is a proxy.
     pub(crate) live: Option<Arc<ArcSwap<LiveSettings>>>,
+    /// What the scheduler says of applications, where there is a scheduler.
+    pub(crate) applications: Option<Arc<ArcSwap<Applications>>>,
     /// What the daemon was started with, by flag.
     pub(crate) values: BTreeMap<String, Vec<String>>,
     /// Reads and resolves the same command line again.
@@ -73,10 +78,13 @@ impl<F: FnMut() -> Result<Fresh, Problems>> Reloader<F> {
         if let (Some(live), Some(new)) = (&self.live, fresh.live) {
             live.store(new);
         }
+        if let Some(applications) = &self.applications {
+            applications.store(fresh.applications);
+        }
         let waiting = needs_restart(&self.values, &fresh.values);
         if waiting.is_empty() {
             tracing::info!(
-                "reloaded: log level, rates, registries, credentials, staleness, rules, certificate"
+                "reloaded: log level, rates, applications, registries, credentials, staleness, rules, certificate"
             );
         } else {
             tracing::warn!(

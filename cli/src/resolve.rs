@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use hawker_core::application::{Applications, MAX_RULES, Rule};
 use hawker_core::intercept::{Action, Rules};
 use hawker_proxy::registry::tls;
 use hawker_proxy::settings::{
@@ -80,6 +81,7 @@ pub(crate) struct Scheduler {
     pub(crate) schedulers: Vec<String>,
     /// For a second scheduler.
     pub(crate) join: Option<Join>,
+    pub(crate) applications: Arc<Applications>,
     pub(crate) log: LogSettings,
 }
 
@@ -130,6 +132,7 @@ pub(crate) fn scheduler(
         cluster: reader.cluster_name(args.cluster.as_deref()),
         schedulers: reader.many("scheduler", &args.scheduler, quantity::host_port),
         join: join.map(|address| Join { address, token_file }),
+        applications: Arc::new(reader.applications(&args.application)),
         log: reader.log(&args.log),
     };
     let listeners = scheduler.listen.iter().map(|a| ("listen", *a)).chain([("admin", scheduler.admin)]);
@@ -156,6 +159,7 @@ pub(crate) fn up(written: &Written<UpArgs>) -> Result<Up, Problems> {
         cluster: reader.cluster_name(args.cluster.as_deref()),
         schedulers: Vec::new(),
         join: None,
+        applications: Arc::clone(&settings.live.load().applications),
         log: log.clone(),
         listen,
         advertise,
@@ -302,6 +306,7 @@ impl<'a> Reader<'a> {
                     &args.task_prefetch_rate,
                 ],
             ),
+            applications: Arc::new(self.applications(&args.application)),
             intercept: self.intercept(args, &mut registries),
             registries,
             credentials: self.many("credentials", &args.credentials, quantity::credentials),
@@ -364,6 +369,21 @@ impl<'a> Reader<'a> {
             origin: rate("origin", origin),
             prefetch: rate("prefetch", prefetch),
         }
+    }
+
+    /// What is said of applications: of each once.
+    fn applications(&mut self, texts: &[String]) -> Applications {
+        let rules = self.many("application", texts, quantity::application);
+        if rules.len() > MAX_RULES {
+            let cure = format!("write {MAX_RULES} at most; patterns may have * for any text");
+            self.problem("application", format!("there are {} entries", rules.len()), cure);
+        }
+        let twice = |(at, rule): (usize, &Rule)| rules[..at].iter().any(|other| other.labels == rule.labels);
+        for (_, rule) in rules.iter().enumerate().filter(|(at, rule)| twice((*at, rule))) {
+            let what = format!("there are two entries for {}", rule.labels);
+            self.problem("application", what, "make them one; match may be a list");
+        }
+        Applications::new(rules)
     }
 
     fn staleness(&mut self, args: &NodeArgs) -> Staleness {
@@ -687,13 +707,24 @@ mod tests {
     }
 
     #[test]
+    fn an_application_is_said_once_and_there_are_not_too_many() {
+        let told = |line: &str| proxy(&typed(line), Surroundings::default()).unwrap_err().to_string();
+        let twice = told("--application name=a~priority=1 --application name=a");
+        assert!(twice.contains("two entries for a") && twice.contains("match may be a list"), "{twice}");
+        let many: String = (0..=MAX_RULES).map(|n| format!("--application name=a{n} ")).collect();
+        assert!(told(&many).contains("write 64 at most"));
+        assert!(told("--application priority=1").contains("names neither"));
+    }
+
+    #[test]
     fn everything_written_arrives() {
         let line = "--name n --zone z --data-dir /d --mirror 127.0.0.1:1 --mirror [::1]:2 --admin 127.0.0.1:3 \
                     --peer-listen 0.0.0.0:4 --advertise n.example:5 --seed --join s.example:6 --token-file - \
                     --scheduler t.example:7 --seed-address u.example:8 --default-registry docker.io \
                     --allow-registry *.example.com --allow-registry docker.io --allow-network 10.0.0.0/8 \
                     --registry 10.0.0.1:5000=http://10.0.0.1:5000 --registry-insecure a.example \
-                    --upload-rate 100MB --download-rate 12MiB --origin-rate 1MB/s --prefetch-rate 9MB --task-upload-rate 8MB --cache-high 70 --cache-low 60% \
+                    --upload-rate 100MB --download-rate 12MiB --origin-rate 1MB/s --prefetch-rate 9MB --task-upload-rate 8MB \
+                    --application name=shop~priority=1~download=2MB --application tag=night --cache-high 70 --cache-low 60% \
                     --cache-max 10GB --upload-slots 8 --memory 64MiB --linger 5m --drain 10s \
                     --seed-uses-client-token false --pull-grace 5s --authorization token \
                     --registry-authorization b.example=node --registry-realm b.example=https://sso.example:8443 \
@@ -722,6 +753,9 @@ mod tests {
             prefetch: Some(9_000_000),
         };
         assert_eq!(live.rates, rates);
+        let rules = live.applications.rules().iter();
+        let said: Vec<_> = rules.map(|r| (r.labels.to_string(), r.limits.rates.download)).collect();
+        assert_eq!(said, [("shop".to_owned(), Some(2_000_000)), ("tag night".to_owned(), None)]);
         assert_eq!(live.task_rates, Rates { upload: Some(8_000_000), ..Rates::default() });
         let (hour, two_days) = (Duration::from_secs(3_600), Duration::from_secs(2 * 86_400));
         assert_eq!(live.staleness, Staleness { tags: Some(hour), public_grace: two_days });

@@ -40,12 +40,14 @@ pub(crate) async fn proxy(argv: Vec<OsString>) -> anyhow::Result<()> {
     let reloader = Reloader {
         log,
         live: Some(Arc::clone(&settings.live)),
+        applications: None,
         values: written.values,
         read: move || {
             let written = written::read::<ProxyArgs>("hawker proxy", &argv);
             let fresh = resolve::proxy(&written, surroundings(&written))?;
-            let live = Some(fresh.settings.live.load_full());
-            Ok(Fresh { live, log_level: fresh.log.level, values: written.values })
+            let live = fresh.settings.live.load_full();
+            let (applications, live) = (Arc::clone(&live.applications), Some(live));
+            Ok(Fresh { live, applications, log_level: fresh.log.level, values: written.values })
         },
     };
     let body = async {
@@ -79,11 +81,13 @@ pub(crate) async fn scheduler(argv: Vec<OsString>) -> anyhow::Result<()> {
     let reloader = Reloader {
         log,
         live: None,
+        applications: Some(Arc::clone(&config.applications)),
         values: written.values,
         read: move || {
             let written = written::read::<SchedulerArgs>("hawker scheduler", &argv);
             let fresh = resolve::scheduler(&written, scheduler_surroundings(&written))?;
-            Ok(Fresh { live: None, log_level: fresh.log.level, values: written.values })
+            let applications = fresh.applications;
+            Ok(Fresh { live: None, applications, log_level: fresh.log.level, values: written.values })
         },
     };
     let body = async {
@@ -127,12 +131,14 @@ pub(crate) async fn up(argv: Vec<OsString>) -> anyhow::Result<()> {
     let reloader = Reloader {
         log,
         live: Some(Arc::clone(&settings.live)),
+        applications: Some(Arc::clone(&config.applications)),
         values: written.values,
         read: move || {
             let written = written::read::<UpArgs>("hawker up", &argv);
             let fresh = resolve::up(&written)?.proxy;
-            let live = Some(fresh.settings.live.load_full());
-            Ok(Fresh { live, log_level: fresh.log.level, values: written.values })
+            let live = fresh.settings.live.load_full();
+            let (applications, live) = (Arc::clone(&live.applications), Some(live));
+            Ok(Fresh { live, applications, log_level: fresh.log.level, values: written.values })
         },
     };
     let ready = Box::new(move || {
@@ -257,6 +263,7 @@ async fn scheduler_config(resolved: &resolve::Scheduler) -> anyhow::Result<Sched
         ],
         schedulers: others.cloned().collect(),
         join,
+        applications: Arc::new(Arc::clone(&resolved.applications).into()),
         certificate_life: CERTIFICATE_LIFE,
         numbers: Arc::default(),
     })

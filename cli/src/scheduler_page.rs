@@ -5,8 +5,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError};
 use std::time::Instant;
 
-use hawker_proxy::admin::{MemberStatus, Status, StatusSource};
+use hawker_core::application::{Label, Labels};
+use hawker_proxy::admin::{ApplicationStatus, MemberStatus, Status, StatusSource};
 use hawker_scheduler::{Isolation, Numbers, SchedulerConfig};
+
+/// Whose, how many are elected, how many had to wait.
+type ElectionsOf = (Labels, usize, u64);
 
 /// Status and metrics of one scheduler. Cheap to share.
 pub(crate) struct SchedulerPage {
@@ -53,7 +57,33 @@ impl SchedulerPage {
             let value = number.load(Ordering::Relaxed);
             let _ = writeln!(out, "{name}_total{{reason=\"{reason}\"}} {value}");
         }
+        let applications = n.applications.lock().unwrap_or_else(PoisonError::into_inner);
+        for (name, help, kind, end, value) in [
+            ("elections", "Peers elected now", "gauge", "", (|one| one.1 as u64) as fn(&ElectionsOf) -> u64),
+            ("postponed", "Elections that had to wait", "counter", "_total", |one| one.2),
+        ] {
+            let name = format!("hawker_scheduler_application_{name}");
+            let _ = writeln!(out, "# HELP {name} {help}, where they are limited.\n# TYPE {name} {kind}");
+            for one in applications.iter() {
+                let text =
+                    |label: &Option<Label>| label.as_ref().map(ToString::to_string).unwrap_or_default();
+                let (application, tag) = (text(&one.0.application), text(&one.0.tag));
+                let labels = format!("application=\"{application}\",tag=\"{tag}\"");
+                let _ = writeln!(out, "{name}{end}{{{labels}}} {}", value(one));
+            }
+        }
         out
+    }
+
+    /// How many elections had to wait, by application and tag.
+    fn applications(&self) -> Vec<ApplicationStatus> {
+        let applications = self.numbers.applications.lock().unwrap_or_else(PoisonError::into_inner);
+        let one = |(labels, _, postponed): &ElectionsOf| ApplicationStatus {
+            name: labels.to_string(),
+            refused: *postponed,
+            ..ApplicationStatus::default()
+        };
+        applications.iter().map(one).collect()
     }
 
     /// Who is isolated, and why; the others are listed by the nodes.
@@ -88,6 +118,7 @@ impl StatusSource for SchedulerPage {
             uptime_s: self.started.elapsed().as_secs(),
             ready: true,
             members: self.isolated(),
+            applications: self.applications(),
             ..Status::default()
         }
     }

@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use anyhow::{Context, bail};
-use hawker_proxy::admin::{BytesStatus, Status, TaskStatus};
+use hawker_proxy::admin::{ApplicationStatus, BytesStatus, Status, TaskStatus};
 
 use crate::args::StatusArgs;
 use crate::quantity::{human_duration, human_size};
@@ -41,6 +41,7 @@ fn render(status: &Status) -> String {
     head(&mut out, status);
     members(&mut out, status);
     bytes(&mut out, &status.bytes);
+    applications(&mut out, &status.applications);
     tasks(&mut out, &status.tasks);
     out
 }
@@ -110,6 +111,20 @@ fn bytes(out: &mut String, bytes: &BytesStatus) {
     ];
     let rows = sources.map(|(name, n)| [name.to_owned(), human_size(n), percent(n, all)]);
     table(out, ["FROM", "BYTES", "SHARE"], rows.to_vec(), &[1, 2]);
+}
+
+fn applications(out: &mut String, applications: &[ApplicationStatus]) {
+    if applications.is_empty() {
+        return;
+    }
+    line(out, &format!("\nApplications ({})", applications.len()));
+    let rows = applications.iter().map(|one| {
+        let [served, received, origin, uploaded] =
+            [one.served, one.received, one.origin, one.uploaded].map(human_size);
+        [one.name.clone(), served, received, origin, uploaded, one.refused.to_string()]
+    });
+    let head = ["NAME", "SERVED", "FROM PEERS", "FROM ORIGIN", "TO PEERS", "REFUSED"];
+    table(out, head, rows.collect(), &[1, 2, 3, 4, 5]);
 }
 
 fn tasks(out: &mut String, tasks: &[TaskStatus]) {
@@ -211,6 +226,12 @@ mod tests {
                 served_cache: 300 << 20,
                 uploaded: 50 << 20,
             },
+            applications: vec![ApplicationStatus {
+                name: "shop".into(),
+                served: 5 << 20,
+                refused: 2,
+                ..ApplicationStatus::default()
+            }],
             store: StoreStatus { blobs: 7, partials: 1, bytes: 700 << 20, ..StoreStatus::default() },
             tasks: vec![TaskStatus {
                 task: format!("sha256:{}", "ab".repeat(32)),
@@ -249,6 +270,10 @@ Bytes
   peers   600 MiB   60 %
   seeds   100 MiB   10 %
   origin      0 B  0.0 %
+
+Applications (1)
+  NAME   SERVED  FROM PEERS  FROM ORIGIN  TO PEERS  REFUSED
+  shop  5.0 MiB         0 B          0 B       0 B        2
 
 Downloads (1)
   TASK                    SIZE  DONE  PIECES  STATE    READERS

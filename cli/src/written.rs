@@ -10,6 +10,7 @@ use clap::parser::ValueSource;
 use clap::{ArgAction, Args, Command, FromArgMatches};
 
 use crate::problem::Problem;
+use crate::quantity::APPLICATION_KEYS;
 
 /// Flags that are no keys: they say where the file is.
 const NOT_KEYS: [&str; 3] = ["config", "help", "version"];
@@ -163,6 +164,9 @@ impl Walk<'_> {
                 ("intercept", toml::Value::Array(rules)) if rules.iter().any(toml::Value::is_table) => {
                     self.rules(rules);
                 }
+                ("application", toml::Value::Array(rules)) if rules.iter().any(toml::Value::is_table) => {
+                    self.applications(rules);
+                }
                 _ => self.key(&key, value),
             }
         }
@@ -251,6 +255,40 @@ impl Walk<'_> {
             }
         }
         self.entry("intercept", "intercept", values);
+    }
+
+    /// `[[application]]`: tables, as the words of the flag.
+    fn applications(&mut self, rules: &[toml::Value]) {
+        if argument(self.command, "application").is_none() {
+            return self.key("application", &toml::Value::Boolean(true));
+        }
+        let mut values = Vec::new();
+        for (number, rule) in rules.iter().enumerate() {
+            let at = format!("application[{number}]");
+            let toml::Value::Table(rule) = rule else {
+                self.problem(&at, "is no table", "write each as [[application]] with name, match and limits");
+                continue;
+            };
+            let mut words = Vec::new();
+            for (name, value) in rule {
+                let key = format!("{at}.{name}");
+                if !APPLICATION_KEYS.contains(&name.as_str()) {
+                    self.unknown(&key, APPLICATION_KEYS.into_iter());
+                    continue;
+                }
+                let items = match value {
+                    toml::Value::Array(items) if name == "match" => items.iter().map(scalar).collect(),
+                    value => scalar(value).map(|text| vec![text]),
+                };
+                let is_word = |text: &String| !text.is_empty() && !text.contains(char::is_whitespace);
+                match items.filter(|items: &Vec<String>| items.iter().all(is_word)) {
+                    Some(items) => words.extend(items.into_iter().map(|text| format!("{name}={text}"))),
+                    None => self.problem(&key, "is no word", "write a text without spaces, or a number"),
+                }
+            }
+            values.push(words.join(" "));
+        }
+        self.entry("application", "application", values);
     }
 
     fn value(&mut self, key: &str, flag: &str, value: &toml::Value, shape: impl Fn(String) -> String) {
@@ -452,6 +490,28 @@ mod tests {
             "intercept[2].action",
         ] {
             assert!(problems.iter().any(|p| p.key.starts_with(start)), "{start} in {problems:?}");
+        }
+    }
+
+    #[test]
+    fn applications_are_tables_whose_keys_are_words() {
+        let text = "[[application]]\nname = 'shop'\nmatch = ['quay.io/shop/*', 'reg:5000']\npriority = 1\n\
+                    upload = '10MB'\n[[application]]\ntag = 'night'\nrequests = 2";
+        let written: Written<ProxyArgs> = read_with(text, &[]);
+        assert_eq!(written.problems, []);
+        let expected =
+            ["match=quay.io/shop/* match=reg:5000 name=shop priority=1 upload=10MB", "requests=2 tag=night"];
+        assert_eq!(written.args.node.application, expected);
+        assert_eq!(read_with::<SchedulerArgs>(text, &[]).args.application, expected);
+        let text = "[[application]]\nnmae = 'a'\n[[application]]\nname = 'a b'\nmatch = [1, true]";
+        let problems = read_with::<ProxyArgs>(text, &[]).problems;
+        for (start, cure) in [
+            ("application[0].nmae", "did you mean `name`?"),
+            ("application[1].name", "without spaces"),
+            ("application[1].match", "without spaces"),
+        ] {
+            let told = problems.iter().find(|p| p.key.starts_with(start)).expect(start);
+            assert!(told.cure.contains(cure), "{told:?}");
         }
     }
 

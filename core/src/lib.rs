@@ -11,6 +11,7 @@
 //! Time comes in as [`Time`], randomness as `rng: &mut R`. The proxy, the scheduler and the simulator run this same code.
 
 pub mod accept;
+pub mod application;
 pub mod cache;
 pub mod challenge;
 pub mod digest;

@@ -4,6 +4,7 @@
 
 use std::fmt;
 
+use crate::application::{Priority, Purpose};
 use crate::digest::{ChainValue, Digest};
 use crate::piece::{PieceIndex, SignedPrefix};
 use crate::reference::Source;
@@ -71,6 +72,8 @@ pub enum Message {
         size_bytes: Option<u64>,
         /// With what a seed may read it there. Lent for this one transfer, and to seeds only.
         token: Option<Bearer>,
+        /// For whom, and how urgent. Said again when that changes.
+        purpose: Purpose,
     },
     /// "I offer you these pieces."
     Have {
@@ -128,6 +131,8 @@ pub enum Message {
         piece: PieceIndex,
         /// Nobody waits for it: serve others first.
         prefetch: bool,
+        /// How urgent it is.
+        priority: Priority,
     },
     /// "I don't want it any more." Bytes under way are thrown away.
     Cancel {

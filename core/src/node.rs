@@ -5,11 +5,13 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ops::Range;
+use std::sync::Arc;
 use std::time::Duration;
 
 use rand::Rng;
 
 use crate::Time;
+use crate::application::{Applications, Labels, Priority, Purpose};
 use crate::digest::{Chain, Digest};
 use crate::fetch::{Asked, Fetch};
 use crate::limit::{Rates, TokenBucket};
@@ -32,7 +34,7 @@ mod uploads;
 #[cfg(test)]
 mod tests;
 
-use pace::Pace;
+use pace::{Kind, Pace, Quotas};
 use table::Unproven;
 pub use table::{Notary, Trust};
 use task::{Reading, Task};
@@ -78,8 +80,9 @@ const BUSY_REST: Duration = Duration::from_millis(200);
 /// Patience while requests are under way: the transport gives up on those that do not move well before.
 const PATIENCE_IN_FLIGHT: Duration = Duration::from_secs(25);
 
-/// What is prefetched may add to what is under way only up to this part of the room, while somebody waits for anything else.
-const PREFETCH_ROOM: u64 = 4;
+/// What is less urgent, and what is prefetched, may add to what is under way only up to this part of the room, while somebody
+/// waits for anything more urgent.
+const LESS_URGENT_ROOM: u64 = 4;
 
 /// What this node is.
 #[derive(Clone, Debug)]
@@ -113,6 +116,8 @@ pub enum Output {
         piece: PieceIndex,
         /// Nobody here waits for it.
         prefetch: bool,
+        /// How urgent it is.
+        priority: Priority,
     },
     /// Give that request up; nothing follows.
     Cancel {
@@ -164,6 +169,8 @@ pub enum Output {
         token: Option<Bearer>,
         /// Who asks.
         peer: PeerId,
+        /// For whom, and how urgent.
+        purpose: Purpose,
     },
     /// A peer got wrong bytes of this task from us: hash what is on disk again.
     Recheck(Digest),
@@ -243,6 +250,8 @@ pub struct Node<N> {
     task_rates: Rates,
     /// All that is prefetched.
     prefetch: TokenBucket,
+    /// What each application and each tag may do.
+    quotas: Quotas,
     asked: BTreeMap<(PeerId, u32), (Digest, PieceIndex, Time)>,
     next_request: u32,
     outputs: VecDeque<Output>,
@@ -268,6 +277,7 @@ impl<N: Notary> Node<N> {
             uploads,
             task_rates: Rates::default(),
             prefetch: TokenBucket::new(None, Time::default()),
+            quotas: Quotas::default(),
             asked: BTreeMap::new(),
             next_request: 0,
             outputs: VecDeque::new(),
@@ -298,6 +308,11 @@ impl<N: Notary> Node<N> {
         self.prefetch.set_rate(prefetch, now);
         self.tasks.values_mut().for_each(|task| task.pace.set(&each_task, now));
         true
+    }
+
+    /// What each application and each tag may do, all its tasks together. `true`: that is new.
+    pub fn applications(&mut self, now: Time, applications: &Arc<Applications>) -> bool {
+        self.quotas.set(now, applications)
     }
 
     /// Peers that nobody fetches from.
@@ -344,7 +359,7 @@ impl<N: Notary> Node<N> {
         self.uploads.peer_gone(peer);
         self.forget_parent(now, peer);
         for task in self.tasks.values_mut() {
-            task.offers.leave(peer);
+            task.leave(peer);
             task.links.remove(&peer);
         }
     }
@@ -384,6 +399,9 @@ impl<N: Notary> Node<N> {
             announce: opening.announce,
             running: false,
             is_read: true,
+            purpose: Purpose::default(),
+            childrens_purpose: None,
+            held_back: None,
             pace: Pace::new(&self.task_rates, now),
             whole: false,
             complete: false,
@@ -553,6 +571,33 @@ impl<N: Notary> Node<N> {
         }
     }
 
+    /// What the clients here want it for, all of them together. Whoever was asked already is told.
+    pub fn purpose(&mut self, digest: &Digest, purpose: Purpose) {
+        let role = self.config.role;
+        let Some(task) = self.tasks.get_mut(digest) else { return };
+        let before = task.purpose(role);
+        task.purpose = purpose;
+        if task.purpose(role) == before || !task.running || task.complete {
+            return;
+        }
+        let asked = task.links.iter().filter(|(_, link)| link.asked.is_some()).map(|(peer, _)| *peer);
+        for (peer, role) in asked.filter_map(|peer| Some((peer, *self.connected.get(&peer)?))) {
+            let interest = task.interest(*digest, self.config.role, role);
+            self.outputs.push_back(Output::Send(peer, interest));
+        }
+    }
+
+    /// For whom a child wants a task.
+    pub fn childs_labels(&self, digest: &Digest, peer: PeerId) -> Labels {
+        let link = self.tasks.get(digest).and_then(|task| task.links.get(&peer));
+        link.map(|link| link.purpose.labels.clone()).unwrap_or_default()
+    }
+
+    /// For whom a task is fetched, and how urgent that is.
+    pub fn purpose_of(&self, digest: &Digest) -> Purpose {
+        self.tasks.get(digest).map(|task| task.purpose(self.config.role)).unwrap_or_default()
+    }
+
     /// Whether a task goes on though nobody waits for it.
     pub fn is_prefetch(&self, digest: &Digest) -> bool {
         self.tasks.get(digest).is_some_and(|t| t.is_prefetch(self.config.role))
@@ -624,6 +669,13 @@ impl<N: Notary> Node<N> {
         }
     }
 
+    /// The scheduler elects somebody for a task later: that is waited for as its answer was.
+    pub fn postponed(&mut self, now: Time, digest: &Digest) {
+        if let Some(task) = self.tasks.get_mut(digest).filter(|task| task.running) {
+            (task.wanted, task.answered) = (Some(now), false);
+        }
+    }
+
     /// This node is to read the origin and issue the table.
     fn elect(&mut self, digest: &Digest) {
         if let Some(task) = self.tasks.get_mut(digest) {
@@ -639,8 +691,8 @@ impl<N: Notary> Node<N> {
         self.outputs.push_back(Output::Send(peer, Message::Unavailable { task, reason }));
     }
 
-    /// A peer that asked is now a child.
-    pub fn adopt(&mut self, now: Time, digest: &Digest, peer: PeerId) {
+    /// A peer that asked, for whatever purpose, is now a child.
+    pub fn adopt(&mut self, now: Time, digest: &Digest, peer: PeerId, purpose: &Purpose) {
         let Some(task) = self.tasks.get_mut(digest) else { return };
         // Who has all of it and no seal yet gets one with the election; a child may hear of that before this node does.
         let will_share = task.running || task.complete || task.may_share();
@@ -654,7 +706,11 @@ impl<N: Notary> Node<N> {
             return;
         }
         task.offers.join(peer, !self.isolated.contains(&peer));
-        task.links.entry(peer).or_default().told = None;
+        let link = task.links.entry(peer).or_default();
+        link.told = None;
+        link.purpose.clone_from(purpose);
+        // Who leaves is not taken out of it again, before all have left: a task does not live for long.
+        task.childrens_purpose = Purpose::common(task.childrens_purpose.iter().chain([purpose]));
         // It wants the task, so it will hold pieces of it: hear of them.
         self.interest(now, *digest, peer);
     }

@@ -31,6 +31,7 @@ use std::time::Duration;
 use rand::Rng;
 
 use crate::Time;
+use crate::application::{Applications, Labels, Priority, Purpose};
 use crate::digest::Digest;
 use crate::message::Role;
 use crate::piece::PeerId;
@@ -64,6 +65,9 @@ pub const SAMPLE: usize = 128;
 pub const GRACE: Duration = Duration::from_secs(3);
 /// Without new pieces for this long an elected peer is replaced. Pieces are announced once a second.
 pub const ELECTION_STALL: Duration = Duration::from_secs(10);
+/// How often those are looked at whose application has as many elected peers as it may. They hear of it each time, and wait: a
+/// node that heard nothing, or has waited for as long as a client can, reads the origin by itself.
+pub const POSTPONED_FOR: Duration = Duration::from_secs(1);
 /// A swarm that has just come up elects nobody: peers that have the task, or are reading it, are still coming back.
 pub const WARM_UP: Duration = Duration::from_secs(2);
 /// How long the issuer whom peers name is waited for after a start. It comes back as they do; meanwhile its word counts on.
@@ -147,6 +151,8 @@ pub struct Terms {
     pub issuer: Option<PeerId>,
     /// The task is spread over several schedulers, and this one is not the first of them: it elects nobody.
     pub guest: bool,
+    /// For whom it fetches, and how urgent that is.
+    pub purpose: Purpose,
 }
 
 /// What happens to the scheduler.
@@ -220,6 +226,8 @@ pub enum Output {
         /// Over how many schedulers the task is spread, the first ones in rendezvous order; 0: nothing new. To a guest 1
         /// says: ask the first one again, there is nobody here who brings the task.
         spread: u32,
+        /// Nobody is elected yet, for the application's sake: this comes again in a second.
+        later: bool,
     },
     /// Everybody who is isolated, for all: it has changed.
     Isolated(Vec<PeerId>),
@@ -292,6 +300,8 @@ impl Peer {
 /// Something to look at when its time has come. What it was set for may be over by then: whoever handles it checks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Timer {
+    /// Those who wait for their application's turn are to be looked at.
+    Postponed,
     /// A peer's grace is over.
     Gone(Slot),
     /// A peer that came back has had the time to say again what it wants.
@@ -321,6 +331,13 @@ pub struct Swarm {
     wanted: BTreeSet<Slot>,
     /// All tasks, longest idle first.
     idle: BTreeSet<(Time, Slot)>,
+    applications: Arc<Applications>,
+    /// Tasks whose application has as many elected peers as it may: the most urgent first, then the oldest.
+    postponed: BTreeSet<(Priority, Time, Slot)>,
+    /// A timer for them runs.
+    looks_at_postponed: bool,
+    /// How many were postponed so far, by the rule's labels.
+    postponements: BTreeMap<Labels, u64>,
     conduct: Conduct,
     isolations: BTreeMap<Guilt, u64>,
     timers: BTreeSet<(Time, Timer)>,
@@ -341,11 +358,31 @@ impl Swarm {
             by_digest: BTreeMap::new(),
             wanted: BTreeSet::new(),
             idle: BTreeSet::new(),
+            applications: Arc::default(),
+            postponed: BTreeSet::new(),
+            looks_at_postponed: false,
+            postponements: BTreeMap::new(),
             conduct: Conduct::default(),
             isolations: BTreeMap::new(),
             timers: BTreeSet::from([(elects_from, Timer::WarmUp)]),
             outputs: VecDeque::new(),
         }
+    }
+
+    /// What each application may have from now on.
+    pub fn applications(&mut self, applications: Arc<Applications>) {
+        self.postponements.retain(|labels, _| applications.rules().iter().any(|rule| rule.labels == *labels));
+        self.applications = applications;
+    }
+
+    /// Of each rule that limits how many are elected at once: how many are, and how many had to wait so far.
+    pub fn application_elections(&self) -> Vec<(Labels, usize, u64)> {
+        let limited = self.applications.rules().iter().filter(|rule| rule.limits.origins.is_some());
+        let figures = limited.map(|rule| {
+            let postponed = self.postponements.get(&rule.labels).copied().unwrap_or(0);
+            (rule.labels.clone(), self.elections(&rule.labels).count(), postponed)
+        });
+        figures.collect()
     }
 
     /// Takes in what happened.
@@ -373,6 +410,7 @@ impl Swarm {
         while let Some((due, timer)) = self.timers.first().copied().filter(|(due, _)| *due <= now) {
             self.timers.pop_first();
             match timer {
+                Timer::Postponed => self.look_at_postponed(now, rng),
                 Timer::Gone(peer) => self.gone(now, rng, due, peer),
                 Timer::Stale(peer) => self.drop_stale_wants(now, rng, peer),
                 Timer::Push(task, peer) => self.push(now, rng, due, task, peer),
@@ -629,6 +667,7 @@ impl Swarm {
             want.reads |= reads;
             want.issuer = terms.issuer;
             want.guest = terms.guest;
+            want.purpose = Some(terms.purpose).filter(|p| *p != Purpose::default()).map(Box::new);
             if again {
                 tried = std::mem::take(&mut want.parents);
             }

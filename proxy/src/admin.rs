@@ -56,6 +56,8 @@ pub struct Status {
     pub members: Vec<MemberStatus>,
     /// Since the start.
     pub bytes: BytesStatus,
+    /// The same by application, of those that a rule names.
+    pub applications: Vec<ApplicationStatus>,
     /// On disk.
     pub store: StoreStatus,
     /// Downloads that run.
@@ -115,6 +117,31 @@ pub struct BytesStatus {
     pub served_cache: u64,
     /// To peers.
     pub uploaded: u64,
+}
+
+/// What is counted of one application's pulls since the start, or by a scheduler of its peers.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct ApplicationStatus {
+    /// Its name; `other` for all that no rule names.
+    pub name: String,
+    /// Bytes to clients.
+    pub served: u64,
+    /// Bytes from peers and seeds.
+    pub received: u64,
+    /// Bytes from registries, for the cluster.
+    pub origin: u64,
+    /// Bytes to peers.
+    pub uploaded: u64,
+    /// Requests that were told to come later.
+    pub refused: u64,
+}
+
+impl ApplicationStatus {
+    /// Whether anything was counted.
+    pub const fn is_any(&self) -> bool {
+        self.served + self.received + self.origin + self.uploaded + self.refused > 0
+    }
 }
 
 /// What is on disk.

@@ -18,6 +18,7 @@ use crate::admin::{
     Admin, CertificateStatus, MemberStatus, SchedulerStatus, Status, StatusSource, StoreStatus, TaskStatus,
     disk_used_percent,
 };
+use crate::applications::Desk;
 use crate::driver::{Driver, DriverConfig, EVENTS, Event, Members, Running};
 use crate::flight::Flights;
 use crate::grant::Grant;
@@ -102,6 +103,7 @@ pub async fn run(
     let metrics = Arc::new(Metrics::new());
     let origin =
         Origin::beside(Arc::clone(&settings.live), limits.clone(), own.clone(), Arc::clone(&metrics));
+    let desk = Desk::new(Arc::clone(&settings.live), Arc::clone(&metrics));
     let members = Arc::new(Members::default());
     let (events, heard) = mpsc::channel(EVENTS);
     let flights = Flights::new(events.clone(), origin.clone());
@@ -118,6 +120,7 @@ pub async fn run(
         seeds: (identity.is_some() && !settings.seed).then(|| Arc::clone(&seeds) as Arc<dyn SeedManifests>),
         live: Arc::clone(&settings.live),
         metrics: Arc::clone(&metrics),
+        desk: Arc::clone(&desk),
         pull_grace: settings.pull_grace,
     });
     let forward_proxy = match forward_listeners.is_empty() {
@@ -169,6 +172,7 @@ pub async fn run(
         linger: settings.linger,
         lends_tokens: settings.seed_uses_client_token,
         live: Arc::clone(&settings.live),
+        desk: Arc::clone(&desk),
         store: store.clone(),
         origin,
         peers: peers.clone(),
@@ -191,6 +195,7 @@ pub async fn run(
         tracker,
         store,
         metrics: Arc::clone(&metrics),
+        desk,
         running: std::sync::Mutex::default(),
         started: Instant::now(),
         stopping: shutdown.clone(),
@@ -379,6 +384,7 @@ struct Overview {
     tracker: Option<Tracker>,
     store: Store,
     metrics: Arc<Metrics>,
+    desk: Arc<Desk>,
     running: std::sync::Mutex<Vec<Running>>,
     started: Instant,
     stopping: CancellationToken,
@@ -445,6 +451,7 @@ impl StatusSource for Overview {
                 })
                 .collect(),
             bytes: self.metrics.bytes(),
+            applications: self.desk.status(),
             store: StoreStatus {
                 blobs: usage.blobs,
                 partials: usage.partials,

@@ -12,6 +12,7 @@ use arc_swap::ArcSwap;
 use bytes::Bytes;
 use hawker_api::identity::Identity;
 use hawker_core::Time;
+use hawker_core::application::{Priority, Purpose};
 use hawker_core::digest::{Chain, Digest};
 use hawker_core::message::{Message, Refusal, Role};
 use hawker_core::node::{Config, Failure, Node, Notary, Opening, Output, Verdict};
@@ -25,10 +26,11 @@ use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
+use crate::applications::Desk;
 use crate::buffer::{BufferPool, PieceBuffer};
 use crate::flight::{FlightError, Shared};
 use crate::grant::{Authorization, Grant};
-use crate::metrics::{Metrics, Refused};
+use crate::metrics::{Metrics, Moved, Refused};
 use crate::origin::Origin;
 use crate::peer::{Download, PeerError, PeerEvent, Peers, PieceSource, Received};
 use crate::settings::LiveSettings;
@@ -43,7 +45,7 @@ mod task;
 
 pub(crate) use members::Members;
 
-use task::TaskState;
+use task::{Reading, TaskState};
 
 /// Events that wait for the driver at most; senders wait in turn.
 pub(crate) const EVENTS: usize = 4096;
@@ -78,6 +80,7 @@ pub(crate) enum Event {
     Open {
         task: Digest,
         grant: Grant,
+        purpose: Purpose,
         size_hint: Option<u64>,
         partial: bool,
         reader: u64,
@@ -181,6 +184,7 @@ pub(crate) struct DriverConfig {
     /// Clients' tokens may be lent to seeds.
     pub(crate) lends_tokens: bool,
     pub(crate) live: Arc<ArcSwap<LiveSettings>>,
+    pub(crate) desk: Arc<Desk>,
     pub(crate) store: Store,
     pub(crate) origin: Origin,
     pub(crate) peers: Option<Peers>,
@@ -267,7 +271,8 @@ impl Driver {
     /// Follows the settings; who waits for the origin's rate looks again at how long.
     fn set_rates(&mut self) {
         let (now, live) = (self.now(), self.config.live.load());
-        if self.node.rates(now, live.task_rates, live.rates.prefetch) {
+        let rates = self.node.rates(now, live.task_rates, live.rates.prefetch);
+        if self.node.applications(now, &self.config.desk.rules()) || rates {
             let reading = self.tasks.values().filter(|state| state.origin.is_some());
             for state in reading {
                 state.resumes.send_replace(tokio::time::Instant::now());
@@ -280,8 +285,12 @@ impl Driver {
     fn apply(&mut self, event: Event) {
         let now = self.now();
         match event {
-            Event::Open { task, grant, size_hint, partial, reader, reply } => {
-                self.open(task, grant, size_hint, partial, reader, reply);
+            Event::Open { task, grant, purpose, size_hint, partial, reader, reply } => {
+                let state = self.enter(task, grant, size_hint);
+                state.readers.insert(reader, Reading { pieces: None, purpose });
+                state.whole |= !partial;
+                let _ = reply.send(Arc::clone(&state.shared));
+                self.opened(task);
             }
             Event::Position { task, reader, pieces, ahead, partial } => {
                 self.position(task, reader, pieces, partial);
@@ -309,6 +318,7 @@ impl Driver {
             }
             Event::OriginPiece { task, generation, piece, buffer, chain } => {
                 if self.reading(&task, generation) {
+                    self.moved(&task, Moved::Origin, buffer.filled().len() as u64);
                     let verdict = self.node.origin_piece(now, &task, piece, &chain);
                     let resumes = tokio::time::Instant::now() + self.node.origin_waits(now, &task);
                     if let Some(state) = self.tasks.get(&task) {
@@ -371,22 +381,12 @@ impl Driver {
         self.tasks.get(task).and_then(|t| t.origin.as_ref()).is_some_and(|o| o.generation == generation)
     }
 
-    fn open(
-        &mut self,
-        task: Digest,
-        grant: Grant,
-        size_hint: Option<u64>,
-        partial: bool,
-        reader: u64,
-        reply: oneshot::Sender<Arc<Shared>>,
-    ) {
-        let state = self.enter(task, grant, size_hint);
-        state.readers.insert(reader, None);
+    /// A client has come to read a task.
+    fn opened(&mut self, task: Digest) {
+        let Some(state) = self.tasks.get_mut(&task) else { return };
         state.idle_since = None;
-        state.whole |= !partial;
         state.shared.update(|s| s.failed = None);
-        let _ = reply.send(Arc::clone(&state.shared));
-        if self.tasks.get(&task).is_some_and(|t| t.ready) {
+        if state.ready {
             self.run_task(task, false);
         }
     }
@@ -473,13 +473,13 @@ impl Driver {
         if readers {
             self.run_task(task, false);
         }
-        for peer in children {
-            self.adopt(task, peer);
+        for (peer, purpose) in children {
+            self.adopt(task, peer, &purpose);
         }
     }
 
     /// A peer asks for a task that is ready here.
-    fn adopt(&mut self, task: Digest, peer: PeerId) {
+    fn adopt(&mut self, task: Digest, peer: PeerId, purpose: &Purpose) {
         let now = self.now();
         let held = self.node.held(&task).is_some_and(|held| !held.is_empty());
         if self.config.seed {
@@ -494,7 +494,7 @@ impl Driver {
             self.node.refuse(peer, task, Refusal::NotHeld);
             return;
         }
-        self.node.adopt(now, &task, peer);
+        self.node.adopt(now, &task, peer, purpose);
     }
 
     fn run_task(&mut self, task: Digest, as_owner: bool) {
@@ -502,6 +502,7 @@ impl Driver {
         if let Some(state) = self.tasks.get_mut(&task) {
             state.idle_since = None;
             self.node.read(&task, !state.readers.is_empty());
+            state.purpose().into_iter().for_each(|purpose| self.node.purpose(&task, purpose));
             state.resumes.send_replace(tokio::time::Instant::now() + self.node.origin_waits(now, &task));
             self.node.run(now, task, state.whole, as_owner);
         }
@@ -512,15 +513,18 @@ impl Driver {
         let Some(state) = self.tasks.get_mut(&task) else { return };
         match &pieces {
             Some(pieces) => {
-                if let Some(at) = state.readers.get_mut(&reader) {
-                    *at = Some(pieces.clone());
+                if let Some(reading) = state.readers.get_mut(&reader) {
+                    reading.pieces = Some(pieces.clone());
                 }
             }
             None => {
                 state.readers.remove(&reader);
-                if state.readers.is_empty() {
-                    state.idle_since = Some(Instant::now());
-                    self.node.read(&task, false);
+                match state.purpose() {
+                    Some(purpose) => self.node.purpose(&task, purpose),
+                    None => {
+                        state.idle_since = Some(Instant::now());
+                        self.node.read(&task, false);
+                    }
                 }
             }
         }
@@ -599,6 +603,8 @@ impl Driver {
                     self.enter(task, Grant::own(source), None).elected = true;
                 }
             }
+            TrackerEvent::Postponed(task) => self.node.postponed(now, &task),
+            TrackerEvent::Applications(applications) => self.config.desk.told(applications),
             TrackerEvent::Isolated(peers) => {
                 self.node.isolated(now, peers.iter().map(|isolation| isolation.peer));
                 self.config.metrics.peers_isolated.set(peers.len() as u64);
@@ -623,6 +629,7 @@ impl Driver {
                         &self.config.metrics.received_peers
                     };
                     counter.inc_by(bytes);
+                    self.moved(&task, Moved::Received, bytes);
                     if let Some(tracker) = &self.config.tracker {
                         tracker.report(peer, &task, ReportKind::Served(bytes));
                     }
@@ -640,6 +647,11 @@ impl Driver {
                 self.node.piece_failed(now, peer, request, refused, fault);
             }
         }
+    }
+
+    /// Bytes of a task came.
+    fn moved(&self, task: &Digest, how: Moved, bytes: u64) {
+        self.config.desk.moved(&self.node.purpose_of(task).labels, how, bytes);
     }
 
     // ---- housekeeping -------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
+use hawker_core::application::Purpose;
 use hawker_core::digest::Digest;
 use hawker_core::piece::{MAX_BLOB_BYTES, PieceIndex, PieceLayout, PieceSet};
 use tokio::sync::{Notify, mpsc, oneshot};
@@ -178,11 +179,12 @@ impl Flights {
     }
 
     /// Joins the download of `task`, or starts it; waits until the size is known (from the hint, peers or the origin).
-    /// `partial`: only a range will be read, so the rest is not downloaded for it.
+    /// `partial`: only a range will be read, so the rest is not downloaded for it. `purpose`: for whom, and how urgent.
     pub async fn open(
         &self,
         task: Digest,
         grant: Grant,
+        purpose: Purpose,
         size_hint: Option<u64>,
         partial: bool,
     ) -> Result<Flight, FlightError> {
@@ -190,11 +192,19 @@ impl Flights {
         let size_hint = size_hint.filter(|size| *size <= MAX_BLOB_BYTES);
         let id = self.next_reader.fetch_add(1, Ordering::Relaxed);
         let (reply, answer) = oneshot::channel();
-        let open = Event::Open { task, grant: grant.clone(), size_hint, partial, reader: id, reply };
+        let open = Event::Open {
+            task,
+            grant: grant.clone(),
+            purpose: purpose.clone(),
+            size_hint,
+            partial,
+            reader: id,
+            reply,
+        };
         self.events.send(open).await.map_err(|_| FlightError::Stopping)?;
         let shared = answer.await.map_err(|_| FlightError::Stopping)?;
-        let flight =
-            Flight { shared, grant, partial, id, events: self.events.clone(), origin: self.origin.clone() };
+        let (events, origin) = (self.events.clone(), self.origin.clone());
+        let flight = Flight { shared, grant, purpose, partial, id, events, origin };
         flight.sized().await?;
         // A blob of no bytes has no piece that could be verified.
         if flight.size_bytes() == 0 && Digest::of(task.algorithm(), &[]) != task {
@@ -208,6 +218,7 @@ impl Flights {
 pub struct Flight {
     shared: Arc<Shared>,
     grant: Grant,
+    purpose: Purpose,
     partial: bool,
     id: u64,
     events: mpsc::Sender<Event>,
@@ -268,8 +279,9 @@ impl Flight {
     /// The rest is to be downloaded too, as if somebody read all of it.
     async fn want_whole(&self) {
         let (reply, answer) = oneshot::channel();
-        let (task, grant) = (self.shared.task, self.grant.clone());
-        let open = Event::Open { task, grant, size_hint: None, partial: false, reader: self.id, reply };
+        let (task, grant, purpose) = (self.shared.task, self.grant.clone(), self.purpose.clone());
+        let open =
+            Event::Open { task, grant, purpose, size_hint: None, partial: false, reader: self.id, reply };
         // Without a driver there is no download any more, and the flight says so.
         if self.events.send(open).await.is_ok() {
             let _ = answer.await;

@@ -6,6 +6,7 @@
 //! [`daemon`] puts them together.
 
 pub mod admin;
+pub mod applications;
 pub mod buffer;
 mod coalesce;
 pub mod credentials;

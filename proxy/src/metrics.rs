@@ -14,7 +14,7 @@ use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::Registry;
 
-use crate::admin::BytesStatus;
+use crate::admin::{ApplicationStatus, BytesStatus};
 
 /// A number that goes up and down, and is never negative.
 pub type Level = Gauge<u64, AtomicU64>;
@@ -67,6 +67,31 @@ pub enum ServedFrom {
     Origin,
 }
 
+/// What became of bytes of an application's pulls: the label `how`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Moved {
+    /// To clients.
+    Served,
+    /// From peers and seeds.
+    Received,
+    /// From registries, for the cluster.
+    Origin,
+    /// Pieces that were begun to be sent to peers.
+    Uploaded,
+}
+
+impl Moved {
+    /// The label's value.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Served => "served",
+            Self::Received => "received",
+            Self::Origin => "origin",
+            Self::Uploaded => "uploaded",
+        }
+    }
+}
+
 /// Who was told to ask elsewhere.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Refused {
@@ -97,6 +122,9 @@ pub struct Metrics {
     requests: Family<Labels<2>, Counter>,
     refused: Reasons,
     refused_by_peers: Reasons,
+    /// Of applications that the configuration names, and of all others together.
+    application_bytes: Family<Labels<2>, Counter>,
+    application_refused: Family<Labels<1>, Counter>,
 
     /// `received_bytes_total{source="peers"}`: verified bytes from peers that are no seeds.
     pub received_peers: Counter,
@@ -180,6 +208,13 @@ impl Metrics {
             // Shown from the start: a missing series is no zero.
             drop(family.get_or_create(&[("reason", reason_of(Refusal::Busy))]));
         }
+        let (application_bytes, application_refused) = (Family::default(), Family::default());
+        r.register("application_bytes", "Bytes of applications' pulls", application_bytes.clone());
+        r.register(
+            "application_refused",
+            "Requests told to come later, as their application had as many as it may",
+            application_refused.clone(),
+        );
         let received = by_source(r, "received_bytes", "Bytes received", ["peers", "seeds", "origin"]);
         let [received_peers, received_seeds, received_origin] = received;
         let served = by_source(r, "served_bytes", "Bytes sent to runtimes", ["cache", "flight", "origin"]);
@@ -192,6 +227,8 @@ impl Metrics {
             requests,
             refused,
             refused_by_peers,
+            application_bytes,
+            application_refused,
             received_peers,
             received_seeds,
             received_origin,
@@ -253,6 +290,30 @@ impl Metrics {
         counter.inc_by(bytes);
     }
 
+    /// Bytes of an application's pull were moved. `application` is one of few: see [`crate::applications`].
+    pub(crate) fn application_bytes(&self, application: &str, how: Moved, bytes: u64) {
+        self.application_bytes.get_or_create(&bytes_of(application, how)).inc_by(bytes);
+    }
+
+    /// A request of this application was told to come later.
+    pub(crate) fn application_refused(&self, application: &str) {
+        self.application_refused.get_or_create(&[("application", application.to_owned())]).inc();
+    }
+
+    /// What is counted of one application.
+    pub(crate) fn application(&self, name: &str) -> ApplicationStatus {
+        let bytes = |how| self.application_bytes.get(&bytes_of(name, how)).map_or(0, |counter| counter.get());
+        let refused = self.application_refused.get(&[("application", name.to_owned())]);
+        ApplicationStatus {
+            name: name.to_owned(),
+            served: bytes(Moved::Served),
+            received: bytes(Moved::Received),
+            origin: bytes(Moved::Origin),
+            uploaded: bytes(Moved::Uploaded),
+            refused: refused.map_or(0, |counter| counter.get()),
+        }
+    }
+
     /// Counts a runtime's connection as long as the guard lives.
     pub fn connection(&self) -> Open<'_> {
         Open::count(&self.connections)
@@ -298,6 +359,10 @@ impl Drop for Open<'_> {
     fn drop(&mut self) {
         self.0.dec();
     }
+}
+
+fn bytes_of(application: &str, how: Moved) -> Labels<2> {
+    [("application", application.to_owned()), ("how", how.as_str().to_owned())]
 }
 
 fn counter(registry: &mut Registry, name: &str, help: &str) -> Counter {

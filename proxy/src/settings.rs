@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
+use hawker_core::application::Applications;
 use hawker_core::intercept::Rules;
 pub use hawker_core::limit::Rates;
 use rustls::ServerConfig;
@@ -62,6 +63,8 @@ pub struct LiveSettings {
     pub rates: Rates,
     /// Of each task.
     pub task_rates: Rates,
+    /// What is said of applications, their tags and their limits.
+    pub applications: Arc<Applications>,
     /// Upstream registries.
     pub registries: Registries,
     /// Where this node's own names and passwords for registries are; the first that has one counts.

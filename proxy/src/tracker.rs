@@ -23,6 +23,7 @@ use std::time::Instant;
 
 pub use hawker_api::convert::Member;
 use hawker_api::identity::Identity;
+use hawker_core::application::{Applications, Purpose};
 use hawker_core::digest::Digest;
 use hawker_core::piece::{PeerId, PieceTable};
 use hawker_core::reference::Source;
@@ -50,6 +51,10 @@ pub enum TrackerEvent {
     },
     /// Members that nobody fetches from, the whole list.
     Isolated(Vec<Isolation>),
+    /// Nobody is elected for this task yet, for its application's sake.
+    Postponed(Digest),
+    /// What counts in the whole cluster.
+    Applications(Applications),
 }
 
 /// A member that nobody fetches from.
@@ -87,6 +92,8 @@ pub struct Want {
     pub source: Source,
     /// The parents named before did not suffice.
     pub again: bool,
+    /// For whom it is fetched, and how urgent that is.
+    pub purpose: Purpose,
     /// The seeds may not read it at its origin; this node may.
     pub reads: bool,
 }

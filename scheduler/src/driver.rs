@@ -5,10 +5,12 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
+use arc_swap::ArcSwap;
 use hawker_api::convert::{self, Member};
 use hawker_api::v1;
 use hawker_api::v1::to_peer::Event as Say;
 use hawker_core::Time;
+use hawker_core::application::Applications;
 use hawker_core::message::Role;
 use hawker_core::piece::PeerId;
 use hawker_core::swarm::{Guilt, Input, Output, Registration, Swarm};
@@ -26,6 +28,8 @@ use crate::{Isolation, Numbers};
 const QUEUE: usize = 4096;
 /// Messages that wait for one peer to read them. A peer that lags further behind loses its stream, and starts afresh.
 pub(crate) const STREAM_QUEUE: usize = 1024;
+/// How often what applications have is counted anew, for people.
+const COUNTED_EVERY: Duration = Duration::from_secs(1);
 /// How long changes of the member list are gathered.
 const NEWS_DELAY: Duration = Duration::from_millis(100);
 
@@ -91,13 +95,22 @@ pub(crate) struct Driver {
     /// Schedulers to which we have a stream ourselves.
     linked: BTreeSet<PeerId>,
     cluster: String,
+    /// What the configuration says, and what of it counts.
+    configured: Arc<ArcSwap<Applications>>,
+    applications: Arc<Applications>,
+    counted: Instant,
     numbers: Arc<Numbers>,
     news_at: Option<Instant>,
 }
 
 impl Driver {
     /// Seeds that were there before this process started are waited for.
-    pub(crate) fn new(membership: Membership, cluster: String, numbers: Arc<Numbers>) -> Self {
+    pub(crate) fn new(
+        membership: Membership,
+        cluster: String,
+        configured: Arc<ArcSwap<Applications>>,
+        numbers: Arc<Numbers>,
+    ) -> Self {
         let mut driver = Self {
             swarm: Swarm::new(Time::default()),
             rng: StdRng::from_rng(&mut rand::rng()),
@@ -106,6 +119,9 @@ impl Driver {
             streams: BTreeMap::new(),
             linked: BTreeSet::new(),
             cluster,
+            configured,
+            applications: Arc::default(),
+            counted: Instant::now(),
             numbers,
             news_at: Some(Instant::now()),
         };
@@ -198,6 +214,7 @@ impl Driver {
             members: Some(convert::member_list(&self.membership.list())),
         };
         self.say(peer, Say::Welcome(welcome));
+        self.say(peer, Say::Applications(convert::applications(&self.applications)));
         let isolated = self.swarm.isolated(self.now());
         if !isolated.is_empty() {
             self.say(peer, self.isolated_list(&isolated));
@@ -230,6 +247,7 @@ impl Driver {
 
     /// Carries out what has been decided and what has come due.
     fn work(&mut self) {
+        self.follow_configuration();
         let now = self.now();
         self.swarm.tick(now, &mut self.rng);
         while let Some(output) = self.swarm.poll() {
@@ -251,9 +269,27 @@ impl Driver {
         self.numbers.streams.store(self.streams.len() as u64, Relaxed);
     }
 
+    /// Takes over what SIGHUP has changed, and tells everybody.
+    fn follow_configuration(&mut self) {
+        let configured = self.configured.load_full();
+        if !Arc::ptr_eq(&configured, &self.applications) {
+            let is_new = *configured != *self.applications;
+            self.applications = Arc::clone(&configured);
+            self.swarm.applications(configured);
+            if is_new {
+                self.say_all(&Say::Applications(convert::applications(&self.applications)));
+            }
+        }
+        if self.counted.elapsed() >= COUNTED_EVERY {
+            self.counted = Instant::now();
+            *self.numbers.applications.lock().unwrap_or_else(PoisonError::into_inner) =
+                self.swarm.application_elections();
+        }
+    }
+
     fn carry_out(&mut self, output: Output) {
         match output {
-            Output::Parents { to, task, parents, issuer, fetch_from_origin, spread } => {
+            Output::Parents { to, task, parents, issuer, fetch_from_origin, spread, later } => {
                 debug!(%to, %task, parents = parents.len(), ?issuer, fetch_from_origin, "parents");
                 let parents = v1::Parents {
                     task: task.to_string(),
@@ -261,6 +297,7 @@ impl Driver {
                     issuer: issuer.map(|peer| peer.0.to_vec()).unwrap_or_default(),
                     fetch_from_origin,
                     spread,
+                    later,
                 };
                 self.say(to, Say::Parents(parents));
             }

@@ -18,11 +18,13 @@ use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 
+use arc_swap::ArcSwap;
 use hawker_api::convert::Member;
 use hawker_api::identity::{Identity, IdentityError};
 use hawker_api::join::{self, JoinError, Token};
 use hawker_api::v1::authority_server::AuthorityServer;
 use hawker_api::v1::scheduler_server::SchedulerServer;
+use hawker_core::application::{Applications, Labels};
 use hawker_core::message::Role;
 use hawker_core::piece::PeerId;
 use hawker_core::swarm::Guilt;
@@ -72,6 +74,8 @@ pub struct SchedulerConfig {
     pub schedulers: Vec<String>,
     /// Join the cluster at this address with this token, unless it was joined before: there is no authority here then.
     pub join: Option<(String, Token)>,
+    /// What is said of applications: told to all members, and what is limited here is. It may change.
+    pub applications: Arc<ArcSwap<Applications>>,
     /// How long certificates live that are made here.
     pub certificate_life: Duration,
     /// Kept up to date while the scheduler runs.
@@ -102,6 +106,8 @@ pub struct Numbers {
     pub isolated: AtomicU64,
     /// Who these are. Bounded by the members there are.
     pub isolations: Mutex<Vec<Isolation>>,
+    /// Of each application whose elected peers are limited: its labels, how many there are, how many had to wait since the start.
+    pub applications: Mutex<Vec<(Labels, usize, u64)>>,
     /// Peers isolated since the start for wrong bytes.
     pub isolated_for_wrong_bytes: AtomicU64,
     /// Peers isolated since the start because they stalled.
@@ -157,7 +163,12 @@ pub async fn run(config: SchedulerConfig, shutdown: CancellationToken) -> Result
     let file = config.data_dir.join(MEMBERS_FILE);
     let membership = Membership::load(ourselves.clone(), file, members, Instant::now());
     let known = membership.list();
-    let driver = Driver::new(membership, cluster.clone(), Arc::clone(&config.numbers));
+    let driver = Driver::new(
+        membership,
+        cluster.clone(),
+        Arc::clone(&config.applications),
+        Arc::clone(&config.numbers),
+    );
     let (handle, driver_task) = driver.start(shutdown.clone());
     let service = Service {
         driver: handle,

@@ -162,7 +162,11 @@ fn inputs(identity: &Identity, peer: PeerId, message: v1::FromPeer) -> Result<Ve
             size_bytes: Some(want.size_bytes).filter(|size| *size > 0),
             again: want.again,
             reads: want.reads,
-            terms: Terms { issuer: convert::from_optional_peer_id(&want.issuer)?, guest: want.guest },
+            terms: Terms {
+                issuer: convert::from_optional_peer_id(&want.issuer)?,
+                guest: want.guest,
+                purpose: convert::from_purpose(want.purpose)?,
+            },
         }],
         Some(Said::Forget(forget)) => vec![Input::Forget { peer, task: convert::from_task(&forget.task)? }],
         Some(Said::Reports(v1::Reports { reports })) => reports

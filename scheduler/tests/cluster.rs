@@ -9,6 +9,7 @@ use hawker_api::identity::{Identity, role_name};
 use hawker_api::join::{self, JoinError, Token};
 use hawker_api::v1;
 use hawker_api::v1::scheduler_client::SchedulerClient;
+use hawker_core::application::Purpose;
 use hawker_core::digest::{Algorithm, ChainValue, Digest};
 use hawker_core::message::Role;
 use hawker_core::piece::{PeerId, PieceLayout, PieceTable, SignedPrefix};
@@ -36,7 +37,7 @@ fn task(n: u32) -> Digest {
 
 fn want(size_bytes: Option<u64>, again: bool) -> Want {
     let source = Source { registry: "docker.io".into(), repository: "library/debian".into() };
-    Want { size_bytes, source, again, reads: false }
+    Want { size_bytes, source, purpose: Purpose::default(), again, reads: false }
 }
 
 /// Joins with a key of its own.
@@ -72,6 +73,7 @@ impl Scheduler {
         let stop = CancellationToken::new();
         let joins = join.is_some();
         let config = SchedulerConfig {
+            applications: Arc::default(),
             name: "scheduler".into(),
             cluster: "test".into(),
             data_dir: dir.path().to_owned(),

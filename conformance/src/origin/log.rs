@@ -28,6 +28,9 @@ pub struct Entry {
     pub user_agent: Option<String>,
     /// Its `Via`.
     pub via: Option<String>,
+    /// The names of all its fields.
+    #[serde(default)]
+    pub fields: Vec<String>,
     /// The status answered; 0 while there is no answer.
     pub status: u16,
     /// Body bytes handed to the kernel so far.
@@ -82,6 +85,7 @@ impl Log {
             authorization: request.header("authorization").is_some(),
             user_agent: text("user-agent"),
             via: text("via"),
+            fields: request.names().map(str::to_ascii_lowercase).collect(),
             status: 0,
             body_bytes: 0,
         };

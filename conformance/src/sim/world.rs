@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use hawker_core::Time;
+use hawker_core::application::Purpose;
 use hawker_core::digest::Digest;
 use hawker_core::message::{Message, Refusal, Role};
 use hawker_core::node::{Config, Failure, Node, Opening, Output, Verdict};
@@ -456,8 +457,9 @@ impl<'a> World<'a> {
                 }
                 self.send(me, index_of(peer), message);
             }
-            Output::Download { peer, request, task, piece, prefetch } => {
-                self.send(me, index_of(peer), Message::Request { request, task, piece, prefetch });
+            Output::Download { peer, request, task, piece, prefetch, priority } => {
+                let message = Message::Request { request, task, piece, prefetch, priority };
+                self.send(me, index_of(peer), message);
             }
             Output::Cancel { peer, request } => self.send(me, index_of(peer), Message::Cancel { request }),
             Output::Upload { peer, request, task, piece } => self.upload(me, peer, request, &task, piece),
@@ -469,8 +471,8 @@ impl<'a> World<'a> {
             }
             Output::Want { task, again, reads } => {
                 let size_bytes = self.host(me).node.table(&task).map(|table| table.layout().size_bytes());
-                let terms =
-                    Terms { issuer: self.local(me, &task).and_then(|local| local.issuer), guest: false };
+                let issuer = self.local(me, &task).and_then(|local| local.issuer);
+                let terms = Terms { issuer, ..Terms::default() };
                 self.say(Input::Want { peer: peer_id(me), task, size_bytes, again, reads, terms });
             }
             Output::Report(peer, _, fault) => {
@@ -483,7 +485,7 @@ impl<'a> World<'a> {
                 self.host(me).reports.entry((peer, kind)).or_default();
                 self.news(me);
             }
-            Output::Load { task, source, token: _, peer } => self.load(me, task, source, peer),
+            Output::Load { task, source, token: _, peer, purpose: _ } => self.load(me, task, source, peer),
             Output::Show(task, piece) => self.show(me, &task, piece),
             Output::Complete(task) => self.complete(me, &task),
             Output::Poisoned(task) => {
@@ -564,7 +566,7 @@ impl<'a> World<'a> {
             self.host(me).node.refuse(peer, task, Refusal::NotHeld);
             return;
         }
-        self.host(me).node.adopt(now, &task, peer);
+        self.host(me).node.adopt(now, &task, peer, &Purpose::default());
         self.touch(me);
     }
 
@@ -782,7 +784,7 @@ impl<'a> World<'a> {
             let task = self.blobs[blob].digest;
             if self.host(index).node.is_running(&task) {
                 let size_bytes = Some(self.blobs[blob].layout.size_bytes());
-                let terms = Terms { issuer: self.host(index).blobs[blob].issuer, guest: false };
+                let terms = Terms { issuer: self.host(index).blobs[blob].issuer, ..Terms::default() };
                 let (peer, again, reads) = (peer_id(index), false, false);
                 self.say(Input::Want { peer, task, size_bytes, again, reads, terms });
             }

@@ -8,7 +8,9 @@ impl<N: Notary> Node<N> {
         let tasks: Vec<Digest> = self.tasks.keys().copied().collect();
         for digest in &tasks {
             self.seek_parents(now, digest);
-            self.read_origin(now, digest);
+        }
+        for digest in self.in_turn(now, &tasks) {
+            self.read_origin(now, &digest);
         }
         self.ask(now, &tasks, rng);
         for digest in &tasks {
@@ -91,15 +93,13 @@ impl<N: Notary> Node<N> {
     pub(super) fn interest(&mut self, now: Time, digest: Digest, peer: PeerId) {
         let Some(task) = self.tasks.get_mut(&digest) else { return };
         let Some(role) = self.connected.get(&peer).filter(|_| task.running && !task.complete) else { return };
-        let size_bytes = task.size_bytes();
         let link = task.links.entry(peer).or_default();
         if link.asked.is_none() {
             link.asked = Some(now);
             if task.announce {
                 task.offers.join(peer, !self.isolated.contains(&peer));
             }
-            let token = task.right.token().filter(|_| *role == Role::Seed).cloned();
-            let interest = Message::Interest { task: digest, source: task.source.clone(), size_bytes, token };
+            let interest = task.interest(digest, self.config.role, *role);
             self.outputs.push_back(Output::Send(peer, interest));
         }
     }
@@ -146,8 +146,47 @@ impl<N: Notary> Node<N> {
                 }
             }
         }
+        if self.quotas.limit_origins() && !self.may_read_origin(now, digest) {
+            return;
+        }
+        let Some(task) = self.tasks.get_mut(digest) else { return };
+        task.held_back = None;
         task.reading = Reading::At(from);
         self.outputs.push_back(Output::ReadOrigin { task: *digest, from });
+    }
+
+    /// The tasks in the order in which they get to read the origin, where that is limited: the most urgent first, and before
+    /// these whoever has waited for long already.
+    fn in_turn(&self, now: Time, tasks: &[Digest]) -> Vec<Digest> {
+        let mut tasks = tasks.to_vec();
+        if self.quotas.limit_origins() {
+            tasks.sort_by_cached_key(|digest| {
+                let task = &self.tasks[digest];
+                let overdue = task.held_back.filter(|since| now.since(*since) >= PATIENCE);
+                (overdue.is_none(), overdue, task.is_prefetch(self.config.role), self.priority(digest))
+            });
+        }
+        tasks
+    }
+
+    /// Whether no application or tag that this task is for reads as many from their origins as it may.
+    fn may_read_origin(&mut self, now: Time, digest: &Digest) -> bool {
+        let role = self.config.role;
+        let reading = self.tasks.values().filter(|task| matches!(task.reading, Reading::At(_)));
+        let reading: Vec<Purpose> = reading.map(|task| task.purpose(role)).collect();
+        let Some(task) = self.tasks.get_mut(digest) else { return false };
+        let may = self.quotas.may_read_origin(&task.purpose(role), &reading);
+        if !may {
+            // On purpose: it is not taken for a download that does not move.
+            task.moved = now;
+            task.held_back.get_or_insert(now);
+        }
+        may
+    }
+
+    /// How urgent a task is.
+    fn priority(&self, digest: &Digest) -> Priority {
+        self.tasks.get(digest).map(|task| task.purpose(self.config.role).priority).unwrap_or_default()
     }
 
     /// Whether anybody else may still bring what is missing.
@@ -173,49 +212,67 @@ impl<N: Notary> Node<N> {
         scheduler || offers() || peers()
     }
 
-    /// Sends requests as long as there is room in flight, to all tasks in turn; what nobody waits for comes last.
+    /// Sends requests as long as there is room in flight: for what is most urgent first, and of what is as urgent for all tasks in
+    /// turn; what nobody waits for comes last. While there is anything more urgent, what is less so gets what is left of a part
+    /// of the room, and one request of each priority may always be under way: so nobody waits for ever.
     pub(super) fn ask<R: Rng + ?Sized>(&mut self, now: Time, tasks: &[Digest], rng: &mut R) {
-        let running = |d: &&Digest| self.tasks[*d].running && self.tasks[*d].fetch.is_some();
-        let (prefetched, wanted): (Vec<Digest>, Vec<Digest>) =
-            tasks.iter().filter(running).copied().partition(|digest| self.is_prefetch(digest));
-        let room = self.config.in_flight_bytes;
-        let rest = if wanted.is_empty() { room } else { room / PREFETCH_ROOM };
+        let mut levels: BTreeMap<(bool, Priority), Vec<Digest>> = BTreeMap::new();
+        for digest in tasks {
+            let task = &self.tasks[digest];
+            if task.running && task.fetch.is_some() {
+                let prefetch = task.is_prefetch(self.config.role);
+                // What is prefetched is all the same.
+                let priority = if prefetch { Priority::LAST } else { self.priority(digest) };
+                levels.entry((prefetch, priority)).or_default().push(*digest);
+            }
+        }
         let mut under_way: BTreeMap<PeerId, usize> = BTreeMap::new();
         for (peer, _) in self.asked.keys() {
             *under_way.entry(*peer).or_default() += 1;
         }
-        for (open, room, prefetch) in [(wanted, room, false), (prefetched, rest, true)] {
-            self.ask_in_turn(now, open, room, prefetch, &mut under_way, rng);
+        let mut room = self.config.in_flight_bytes;
+        for ((prefetch, priority), open) in levels {
+            self.ask_in_turn(now, open, room, prefetch, priority, &mut under_way, rng);
+            room = self.config.in_flight_bytes / LESS_URGENT_ROOM;
         }
     }
 
+    #[expect(clippy::too_many_arguments, reason = "one level, and what all of them share")]
     fn ask_in_turn<R: Rng + ?Sized>(
         &mut self,
         now: Time,
         mut open: Vec<Digest>,
         room: u64,
         prefetch: bool,
+        priority: Priority,
         under_way: &mut BTreeMap<PeerId, usize>,
         rng: &mut R,
     ) {
-        let mut in_flight: u64 =
-            self.tasks.values().filter_map(|t| t.fetch.as_ref()).map(Fetch::asked_bytes).sum();
+        let asked = |task: &Task| task.fetch.as_ref().map_or(0, Fetch::asked_bytes);
+        let mut in_flight: u64 = self.tasks.values().map(asked).sum();
+        let mut own: u64 = open.iter().filter_map(|digest| self.tasks.get(digest)).map(asked).sum();
         // Who has least under way is first: else one task would get each place that comes free, and the issuers of the others idle.
-        open.sort_by_key(|d| self.tasks.get(d).and_then(|t| t.fetch.as_ref()).map(Fetch::asked_bytes));
+        open.sort_by_key(|digest| self.tasks.get(digest).map(asked));
         while !open.is_empty() {
             open.retain(|digest| {
                 let Some(task) = self.tasks.get_mut(digest) else { return false };
+                let purpose = task.purpose(self.config.role);
                 let (Some(fetch), Some(table)) = (&mut task.fetch, &task.table) else { return false };
                 let prefetched = prefetch.then_some(&mut self.prefetch);
-                if !task.pace.download(prefetched).all(|bucket| bucket.is_free(now)) {
+                let mut buckets =
+                    pace::buckets(Kind::Download, &mut task.pace, &mut self.quotas, &purpose, prefetched);
+                if !buckets.all(|bucket| bucket.is_free(now)) {
                     // Held back on purpose: no parent is to blame for it, and the origin no way out of it.
                     task.moved = now;
                     return false;
                 }
+                drop(buckets);
                 let taken = if let Reading::At(piece) = task.reading { Some(piece) } else { None };
-                // At least one request is always allowed: a piece may be longer than the room. What would be chosen is not worked out without it.
-                if in_flight > 0 && in_flight + fetch.layout().piece_bytes() > room {
-                    if prefetch {
+                // At least one request is always allowed: a piece may be longer than the room. What would be chosen is not worked
+                // out without it.
+                let has_one = if prefetch { in_flight > 0 } else { own > 0 };
+                if has_one && in_flight + fetch.layout().piece_bytes() > room {
+                    if prefetch || room < self.config.in_flight_bytes {
                         task.moved = now;
                     }
                     return false;
@@ -225,7 +282,11 @@ impl<N: Notary> Node<N> {
                 let Some((peer, piece)) = chosen else { return false };
                 let len = fetch.layout().len_bytes(piece);
                 in_flight += len;
-                for bucket in task.pace.download(prefetch.then_some(&mut self.prefetch)) {
+                own += len;
+                let prefetched = prefetch.then_some(&mut self.prefetch);
+                for bucket in
+                    pace::buckets(Kind::Download, &mut task.pace, &mut self.quotas, &purpose, prefetched)
+                {
                     bucket.reserve(now, len);
                 }
                 let request = self.next_request;
@@ -233,7 +294,8 @@ impl<N: Notary> Node<N> {
                 fetch.ask(piece, Asked { peer, request, at: now });
                 *under_way.entry(peer).or_default() += 1;
                 self.asked.insert((peer, request), (*digest, piece, now));
-                self.outputs.push_back(Output::Download { peer, request, task: *digest, piece, prefetch });
+                let task = *digest;
+                self.outputs.push_back(Output::Download { peer, request, task, piece, prefetch, priority });
                 true
             });
         }
@@ -303,17 +365,27 @@ impl<N: Notary> Node<N> {
         }
         loop {
             let tasks = &self.tasks;
+            let slow = self.quotas.without_upload(now);
             let spread =
                 |waiting: &Waiting| tasks.get(&waiting.task).map_or(0, |t| t.offers.spread(waiting.piece));
-            let may = |digest: &Digest| !held_back.contains(digest);
-            let Some(Waiting { peer, request, task, piece, .. }) = self.uploads.next(spread, may) else {
+            let may = |waiting: &Waiting| {
+                let purpose = tasks.get(&waiting.task).and_then(|t| t.links.get(&waiting.peer));
+                let is_slow = purpose
+                    .is_some_and(|link| slow.iter().any(|labels| labels.are_among(&link.purpose.labels)));
+                !is_slow && !held_back.contains(&waiting.task)
+            };
+            let Some(Waiting { peer, request, task, piece, .. }) = self.uploads.next(now, spread, may) else {
                 break;
             };
             if let Some(state) = self.tasks.get_mut(&task)
                 && let Some(len) = state.fetch.as_ref().map(|f| f.layout().len_bytes(piece))
-                && !state.pace.upload.reserve(now, len).is_zero()
             {
-                held_back.insert(task);
+                if !state.pace.upload.reserve(now, len).is_zero() {
+                    held_back.insert(task);
+                }
+                if let Some(link) = state.links.get(&peer) {
+                    self.quotas.upload(now, &link.purpose, len);
+                }
             }
             self.outputs.push_back(Output::Upload { peer, request, task, piece });
         }

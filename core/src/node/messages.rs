@@ -26,12 +26,12 @@ impl<N: Notary> Node<N> {
 
     fn take_in(&mut self, now: Time, peer: PeerId, message: Message) {
         match message {
-            Message::Interest { task, source, size_bytes: _, token } => {
+            Message::Interest { task, source, size_bytes: _, token, purpose } => {
                 if self.tasks.contains_key(&task) {
-                    self.adopt(now, &task, peer);
+                    self.adopt(now, &task, peer, &purpose);
                 }
                 // Also for a task in play: one that is held in part only may be wanted whole from now on.
-                self.outputs.push_back(Output::Load { task, source, token, peer });
+                self.outputs.push_back(Output::Load { task, source, token, peer, purpose });
             }
             Message::Have { task, size_bytes, offer } => self.have(now, peer, task, size_bytes, &offer),
             Message::Table { task, size_bytes, first, values, signed } => {
@@ -55,12 +55,12 @@ impl<N: Notary> Node<N> {
             Message::Unavailable { task, reason } => self.unavailable(peer, &task, reason),
             Message::Leave { task } => {
                 if let Some(t) = self.tasks.get_mut(&task) {
-                    t.offers.leave(peer);
+                    t.leave(peer);
                 }
             }
             Message::Wrong { task, piece: _ } => self.outputs.push_back(Output::Recheck(task)),
-            Message::Request { request, task, piece, prefetch } => {
-                self.requested(Waiting { peer, request, task, piece, prefetch, since: now });
+            Message::Request { request, task, piece, prefetch, priority } => {
+                self.requested(Waiting { peer, request, task, piece, prefetch, priority, since: now });
             }
             Message::Cancel { request } => self.uploads.cancel(peer, request),
             // The transport reports a rejected download as failed: see `piece_failed`.

@@ -81,11 +81,19 @@ impl<N: Notary> Node<N> {
 
     /// A piece that was asked for will not come: it counts for no rate.
     fn refund(&mut self, digest: &Digest, piece: PieceIndex) {
+        let len = self.tasks.get(digest).and_then(|t| t.fetch.as_ref()).map(|f| f.layout().len_bytes(piece));
+        if let Some(len) = len {
+            self.buckets(Kind::Download, digest).for_each(|bucket| bucket.refund(len));
+        }
+    }
+
+    /// All that a piece of a task counts for.
+    fn buckets(&mut self, kind: Kind, digest: &Digest) -> impl Iterator<Item = &mut TokenBucket> {
         let prefetch = self.is_prefetch(digest);
-        let Some(task) = self.tasks.get_mut(digest) else { return };
-        let Some(len) = task.fetch.as_ref().map(|f| f.layout().len_bytes(piece)) else { return };
-        let buckets = task.pace.download(prefetch.then_some(&mut self.prefetch));
-        buckets.for_each(|bucket| bucket.refund(len));
+        let purpose = self.purpose_of(digest);
+        let (quotas, all) = (&mut self.quotas, prefetch.then_some(&mut self.prefetch));
+        let task = self.tasks.get_mut(digest);
+        task.map(|task| pace::buckets(kind, &mut task.pace, quotas, &purpose, all)).into_iter().flatten()
     }
 
     pub(super) fn punish(&mut self, now: Time, peer: PeerId, digest: &Digest, fault: Fault) {
@@ -98,7 +106,7 @@ impl<N: Notary> Node<N> {
 
     /// The next piece of the origin's stream is whole; `chain` ran from the piece's start.
     pub fn origin_piece(&mut self, now: Time, digest: &Digest, piece: PieceIndex, chain: &Chain) -> Verdict {
-        let (honest, prefetch) = (self.honest_prefix(digest), self.is_prefetch(digest));
+        let honest = self.honest_prefix(digest);
         let Some(task) = self.tasks.get_mut(digest) else { return Verdict::Drop };
         let (Some(fetch), Some(table), Reading::At(at)) = (&task.fetch, &mut task.table, task.reading) else {
             return Verdict::Drop;
@@ -134,7 +142,7 @@ impl<N: Notary> Node<N> {
         let fresh = task.fetch.as_ref().is_some_and(|f| !f.held().contains(piece));
         task.reading = Reading::At(next);
         let len = task.fetch.as_ref().map_or(0, |f| f.layout().len_bytes(piece));
-        for bucket in task.pace.origin(prefetch.then_some(&mut self.prefetch)) {
+        for bucket in self.buckets(Kind::Origin, digest) {
             bucket.reserve(now, len);
         }
         if fresh {
@@ -146,10 +154,7 @@ impl<N: Notary> Node<N> {
 
     /// How long to wait before reading on from the origin, for the rates' sake.
     pub fn origin_waits(&mut self, now: Time, digest: &Digest) -> Duration {
-        let prefetch = self.is_prefetch(digest);
-        let Some(task) = self.tasks.get_mut(digest) else { return Duration::ZERO };
-        let buckets = task.pace.origin(prefetch.then_some(&mut self.prefetch));
-        buckets.map(|bucket| bucket.reserve(now, 0)).max().unwrap_or_default()
+        self.buckets(Kind::Origin, digest).map(|bucket| bucket.reserve(now, 0)).max().unwrap_or_default()
     }
 
     /// Whether the whole table came from this node's own reading of the origin.

@@ -29,6 +29,8 @@ pub(super) struct Link {
     pub(super) told: Option<Time>,
     /// Values it sent that do not count yet.
     pub(super) unproven: Unproven,
+    /// What it wants the task for, as a child.
+    pub(super) purpose: Purpose,
 }
 
 #[derive(Clone, Debug)]
@@ -52,6 +54,12 @@ pub(super) struct Task {
     pub(super) running: bool,
     /// Clients of this node read it.
     pub(super) is_read: bool,
+    /// What they want it for; where there are none any more, what the last ones did.
+    pub(super) purpose: Purpose,
+    /// What those want it for who are to get it from here.
+    pub(super) childrens_purpose: Option<Purpose>,
+    /// Since when it may not be read from the origin, for its application's sake.
+    pub(super) held_back: Option<Time>,
     pub(super) pace: Pace,
     /// All of them.
     pub(super) whole: bool,
@@ -80,6 +88,29 @@ impl Task {
     pub(super) fn is_prefetch(&self, role: Role) -> bool {
         let brings = self.elected || role == Role::Seed;
         self.running && !self.is_read && !(brings && self.offers.hungry() > 0)
+    }
+
+    /// For whom it is fetched: for clients here, and, by whoever is to bring it to the others, for these too.
+    pub(super) fn purpose(&self, role: Role) -> Purpose {
+        let brings = self.elected || role == Role::Seed;
+        let own = Some(&self.purpose).filter(|_| self.is_read);
+        let children = self.childrens_purpose.as_ref().filter(|_| brings);
+        Purpose::common(own.into_iter().chain(children)).unwrap_or_else(|| self.purpose.clone())
+    }
+
+    /// A peer wants no more of it.
+    pub(super) fn leave(&mut self, peer: PeerId) {
+        self.offers.leave(peer);
+        if self.offers.is_empty() {
+            self.childrens_purpose = None;
+        }
+    }
+
+    /// The question for this task, from a node of role `me` to a peer of another role.
+    pub(super) fn interest(&self, task: Digest, me: Role, to: Role) -> Message {
+        let token = self.right.token().filter(|_| to == Role::Seed).cloned();
+        let (source, size_bytes) = (self.source.clone(), self.size_bytes());
+        Message::Interest { task, source, size_bytes, token, purpose: self.purpose(me) }
     }
 
     pub(super) fn size_bytes(&self) -> Option<u64> {

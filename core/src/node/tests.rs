@@ -1,6 +1,7 @@
 //! Several nodes, one seed and an origin in one process: messages arrive at once, pieces take time on serial links.
 
 use super::*;
+use crate::application::{Label, Limits, Rule};
 use crate::digest::Algorithm;
 use rand::SeedableRng;
 use rand::rngs::StdRng;
@@ -190,9 +191,9 @@ impl World {
             Output::Send(to, message) => {
                 self.at(now + Duration::from_millis(1), What::Arrive { to, from: me, message });
             }
-            Output::Download { peer, request, task, piece, prefetch } => {
+            Output::Download { peer, request, task, piece, prefetch, priority } => {
                 self.hosts.get_mut(&me).unwrap().requests.insert((peer, request), (task, piece));
-                let message = Message::Request { request, task, piece, prefetch };
+                let message = Message::Request { request, task, piece, prefetch, priority };
                 self.at(now + Duration::from_millis(1), What::Arrive { to: peer, from: me, message });
             }
             Output::Cancel { peer, request } => {
@@ -226,7 +227,7 @@ impl World {
                 let (task, elect) = (self.task, self.elect);
                 self.hosts.get_mut(&me).unwrap().node.parents(now, task, &others, elect, elect == Some(me));
             }
-            Output::Load { task, peer, source, token: _ } => {
+            Output::Load { task, peer, source, token: _, purpose } => {
                 let host = self.hosts.get_mut(&me).unwrap();
                 if me == id(SEED) {
                     host.node.open(
@@ -235,7 +236,7 @@ impl World {
                         Opening { source, right: Right::Own, known: None, own_table: false, announce: true },
                     );
                     host.node.run(now, task, true, false);
-                    host.node.adopt(now, &task, peer);
+                    host.node.adopt(now, &task, peer, &purpose);
                 } else if !host.node.is_running(&task) && !host.node.is_complete(&task) {
                     host.node.refuse(peer, task, Refusal::NotHeld);
                 }
@@ -679,7 +680,7 @@ fn who_holds_all_without_a_seal_keeps_the_child_that_hears_of_its_election_first
     node.open(now, task, opening);
     node.scheduler(true);
     node.peer_up(now, id(1), Role::Peer);
-    node.adopt(now, &task, id(1));
+    node.adopt(now, &task, id(1), &Purpose::default());
     let to_child = |said: &[Output], sealed: bool| {
         said.iter().any(|output| match output {
             Output::Send(_, Message::Unavailable { .. }) => panic!("the child was sent away"),
@@ -842,4 +843,143 @@ fn the_origin_is_read_on_when_the_rates_allow() {
     assert_eq!(node.origin_waits(now, &task), Duration::from_secs(4));
     node.rates(now, Rates::default(), None);
     assert_eq!(node.origin_waits(now, &task), Duration::ZERO);
+}
+
+fn purpose(application: &str, level: u32) -> Purpose {
+    let labels = Labels { application: Label::new(application), tag: None };
+    Purpose { labels, priority: Priority::new(level).unwrap() }
+}
+
+fn limited(application: &str, limits: Limits) -> Arc<Applications> {
+    let labels = purpose(application, 3).labels;
+    Arc::new(Applications::new([Rule { labels, limits, ..Rule::default() }]))
+}
+
+#[test]
+fn what_is_urgent_is_asked_for_first_and_each_priority_has_a_request_under_way() {
+    // Room for a few pieces.
+    let (mut node, tasks, mut rng) = offered(3, 4 << 20);
+    let now = Time::default();
+    for (task, level) in tasks.iter().zip([6, 1, 4]) {
+        node.purpose(task, purpose("", level));
+    }
+    let count = |all: &[(Digest, u32, u32, bool)], task| all.iter().filter(|(of, ..)| *of == task).count();
+    let first = asked(&mut node, now, &mut rng);
+    assert!(count(&first, tasks[1]) > 2, "{first:?}");
+    assert_eq!((count(&first, tasks[0]), count(&first, tasks[2])), (1, 1), "{first:?}");
+    assert_eq!(first[0].0, tasks[1]);
+    // It is not taken for a download that does not move.
+    let late = now + PATIENCE + Duration::from_secs(1);
+    outputs(&mut node, now + PATIENCE / 2, &mut rng);
+    assert!(!outputs(&mut node, late, &mut rng).contains(&Output::ReadOrigin { task: tasks[0], from: 0 }));
+    // The urgent one is done: the others go on, and say how urgent they are.
+    node.pause(&tasks[1]);
+    node.pause(&tasks[2]);
+    let priorities: Vec<u8> = outputs(&mut node, late, &mut rng)
+        .into_iter()
+        .filter_map(|output| match output {
+            Output::Download { priority, .. } => Some(priority.level()),
+            _ => None,
+        })
+        .collect();
+    assert!(!priorities.is_empty() && priorities.iter().all(|level| *level == 6), "{priorities:?}");
+}
+
+#[test]
+fn all_tasks_of_an_application_share_its_rate_and_others_do_not() {
+    const RATE: u64 = 1 << 20;
+    let seconds = 8;
+    let (mut node, tasks, mut rng) = offered(3, 1 << 30);
+    let rates = Rates { download: Some(RATE), ..Rates::default() };
+    let rules = limited("batch", Limits { rates, ..Limits::default() });
+    assert!(node.applications(Time::default(), &rules) && !node.applications(Time::default(), &rules));
+    (0..2).for_each(|n| node.purpose(&tasks[n], purpose("batch", 3)));
+    let layout = node.table(&tasks[0]).unwrap().layout();
+    let mut came = [0; 3];
+    for millis in (0..=seconds * 1000).step_by(50) {
+        let all = asked(&mut node, Time(Duration::from_millis(millis)), &mut rng);
+        for (task, request, piece, _) in all {
+            let n = tasks.iter().position(|other| *other == task).unwrap();
+            came[n] += layout.len_bytes(piece);
+            node.asked.remove(&(id(1), request));
+            drop(node.tasks.get_mut(&task).and_then(|t| t.fetch.as_mut()).unwrap().got(piece));
+        }
+    }
+    let (expected, burst) = (seconds * RATE, layout.len_bytes(layout.count() - 1) + RATE / 10);
+    assert!((came[0] + came[1]).abs_diff(expected) <= burst, "{came:?}");
+    assert!(came[2] > expected, "{came:?}");
+    // Somebody else joins one of them: its limit is not his.
+    node.purpose(&tasks[1], purpose("batch", 3).and(&purpose("shop", 3)));
+    let now = Time(Duration::from_secs(seconds) + Duration::from_millis(50));
+    let all = asked(&mut node, now, &mut rng);
+    assert!(all.iter().filter(|(task, ..)| *task == tasks[1]).count() > 3, "{all:?}");
+}
+
+#[test]
+fn a_childs_application_keeps_to_its_upload_rate_at_whoever_serves_it() {
+    let took = |rules: Arc<Applications>| {
+        let mut world = World::new(1, true, 8 * MIB, 3);
+        world.hosts.get_mut(&id(SEED)).unwrap().node.applications(Time::default(), &rules);
+        world.pull(1);
+        world.hosts.get_mut(&id(0)).unwrap().node.purpose(&world.task, purpose("batch", 3));
+        world.run_until(Duration::from_secs(60), |w| w.all_done(1));
+        world.hosts[&id(0)].done.unwrap().0.as_secs_f64()
+    };
+    let rates = Rates { upload: Some(1 << 20), ..Rates::default() };
+    let limits = Limits { rates, ..Limits::default() };
+    let (batch, shop) = (took(limited("batch", limits)), took(limited("shop", limits)));
+    assert!((6.0..9.5).contains(&batch) && shop < 3.0, "{batch} s and {shop} s");
+}
+
+#[test]
+fn no_more_of_an_applications_blobs_are_read_from_their_origins_than_may_be_the_urgent_ones_first() {
+    let data: Vec<Vec<u8>> = (0..4u8).map(|n| vec![n; MIB]).collect();
+    let tasks: Vec<Digest> = data.iter().map(|data| Digest::of(Algorithm::Sha256, data)).collect();
+    let (mut node, _, mut rng) = wanting(b"another");
+    let now = Time::default();
+    let rules = limited("batch", Limits { origins: Some(1), ..Limits::default() });
+    node.applications(now, &rules);
+    for (task, purpose) in
+        tasks.iter().zip([purpose("batch", 6), purpose("batch", 2), purpose("batch", 4), purpose("shop", 6)])
+    {
+        let (source, right) = (World::source(), Right::Own);
+        node.open(now, *task, Opening { source, right, known: None, own_table: false, announce: true });
+        node.purpose(task, purpose);
+        node.run(now, *task, true, false);
+    }
+    let mut reads = |node: &mut Node<Names>, now| -> Vec<Digest> {
+        let all = outputs(node, now, &mut rng).into_iter();
+        all.filter_map(|output| if let Output::ReadOrigin { task, .. } = output { Some(task) } else { None })
+            .filter(|task| tasks.contains(task))
+            .collect()
+    };
+    let at = |seconds| now + Duration::from_secs(seconds);
+    let first = reads(&mut node, at(3));
+    assert!(first.contains(&tasks[1]) && first.contains(&tasks[3]) && first.len() == 2, "{first:?}");
+    assert!(reads(&mut node, at(4)).is_empty());
+    node.origin_over(at(5), &tasks[1], None);
+    node.pause(&tasks[1]);
+    assert_eq!(reads(&mut node, at(5)), [tasks[2]]);
+    // Who has waited for long is next, whatever comes.
+    node.run(at(14), tasks[1], true, false);
+    reads(&mut node, at(14));
+    node.origin_over(at(15), &tasks[2], None);
+    node.pause(&tasks[2]);
+    assert_eq!(reads(&mut node, at(15)), [tasks[0]]);
+}
+
+#[test]
+fn a_change_of_purpose_is_told_to_whoever_was_asked_and_a_seed_adds_up_its_childrens() {
+    let mut world = World::new(2, true, 8 * MIB, 3);
+    world.pull(2);
+    world.run_until(Duration::from_millis(100), |_| false);
+    let task = world.task;
+    for (n, level) in [(0, 5), (1, 1)] {
+        world.hosts.get_mut(&id(n)).unwrap().node.purpose(&task, purpose("batch", level));
+        world.settle(id(n));
+    }
+    world.run_until(Duration::from_millis(150), |_| false);
+    let seed = &world.hosts[&id(SEED)].node;
+    assert_eq!(seed.childs_labels(&task, id(0)), purpose("batch", 5).labels);
+    assert_eq!(seed.purpose_of(&task).priority, Priority::new(1).unwrap());
 }

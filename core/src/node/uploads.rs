@@ -1,9 +1,15 @@
-//! Whom to serve next, and whom to send elsewhere: few at a time, what somebody waits for and the fewest hold first.
+//! Whom to serve next, and whom to send elsewhere: few at a time, what is most urgent and the fewest hold first.
+//!
+//! While something more urgent is sent or waits, nothing less urgent is begun beside it: they would share one link. But one
+//! request of [`LESS_URGENT_ONE_IN`] is the oldest of the less urgent ones, and one goes when nothing was begun for
+//! [`LESS_URGENT_AFTER`]: so none of them waits for ever, and a slow child that is urgent holds nobody up. What is prefetched has no
+//! such share.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
 use crate::Time;
+use crate::application::Priority;
 use crate::digest::Digest;
 use crate::piece::{PeerId, PieceIndex};
 
@@ -16,6 +22,12 @@ const WAITING_A_CHILD: usize = 32;
 /// How long a request may wait: past it the answer is "busy" too, well before the child takes the silence for a stall.
 const WAITS_AT_MOST: Duration = Duration::from_secs(10);
 
+/// The part of all requests that goes to less urgent ones while more urgent ones wait.
+const LESS_URGENT_ONE_IN: u32 = 8;
+
+/// When nothing was begun for so long, what is sent has left room: a less urgent request is begun beside it.
+const LESS_URGENT_AFTER: Duration = Duration::from_secs(2);
+
 /// A request that waits for a slot.
 #[derive(Clone, Debug)]
 pub(super) struct Waiting {
@@ -25,7 +37,18 @@ pub(super) struct Waiting {
     pub(super) piece: PieceIndex,
     /// Nobody waits for it there.
     pub(super) prefetch: bool,
+    pub(super) priority: Priority,
     pub(super) since: Time,
+}
+
+/// What is served first is least.
+type Turn = (bool, Priority);
+
+impl Waiting {
+    /// What is prefetched is all the same.
+    fn turn(&self) -> Turn {
+        (self.prefetch, if self.prefetch { Priority::LAST } else { self.priority })
+    }
 }
 
 /// The upload slots and who waits for them.
@@ -33,17 +56,27 @@ pub(super) struct Waiting {
 pub(super) struct Uploads {
     slots: usize,
     waiting: Vec<Waiting>,
-    /// And whether each is of what nobody waits for.
-    active: BTreeMap<(PeerId, u32), bool>,
+    /// And how urgent each is.
+    active: BTreeMap<(PeerId, u32), Turn>,
+    /// How many were begun before less urgent ones since one of these was.
+    overtaken: u32,
+    /// When one was last begun.
+    begun: Time,
 }
 
 impl Uploads {
     pub(super) const fn new(slots: usize) -> Self {
-        Self { slots: if slots == 0 { 1 } else { slots }, waiting: Vec::new(), active: BTreeMap::new() }
+        Self {
+            slots: if slots == 0 { 1 } else { slots },
+            waiting: Vec::new(),
+            active: BTreeMap::new(),
+            overtaken: 0,
+            begun: Time(Duration::ZERO),
+        }
     }
 
-    /// Puts a request in the queue. Who has to go elsewhere when that is full: whoever asked last for what nobody waits for,
-    /// else this one.
+    /// Puts a request in the queue. Who has to go elsewhere when that is full: whoever asked last for what is least urgent, if
+    /// that is less so than this one, else this one.
     pub(super) fn wait(&mut self, waiting: Waiting) -> Option<Waiting> {
         let theirs = self.waiting.iter().filter(|w| w.peer == waiting.peer).count();
         let child_full = theirs >= WAITING_A_CHILD;
@@ -51,11 +84,9 @@ impl Uploads {
             self.waiting.push(waiting);
             return None;
         }
-        if waiting.prefetch {
-            return Some(waiting);
-        }
-        let gives_way = |w: &Waiting| w.prefetch && (!child_full || w.peer == waiting.peer);
-        match self.waiting.iter().rposition(gives_way) {
+        let gives_way = |w: &Waiting| w.turn() > waiting.turn() && (!child_full || w.peer == waiting.peer);
+        let last = self.waiting.iter().enumerate().filter(|(_, w)| gives_way(w));
+        match last.max_by_key(|(at, w)| (w.turn(), *at)).map(|(at, _)| at) {
             Some(at) => {
                 let gone = self.waiting.remove(at);
                 self.waiting.push(waiting);
@@ -70,27 +101,41 @@ impl Uploads {
         self.waiting.extract_if(.., |w| now.since(w.since) >= WAITS_AT_MOST).collect()
     }
 
-    /// The next request to serve, if a slot is free and its task `may` go: what nobody else holds, then the child that is sent
-    /// least, then the oldest. What nobody waits for is begun while nothing else is sent or waits: all share one link.
+    /// The next request to serve, if a slot is free and it `may` go: the most urgent, of these what nobody else holds, then the
+    /// child that is sent least, then the oldest; and now and then the oldest of the less urgent ones (see the module).
     /// By how rare a piece is beyond that, some would wait for ever while newer ones come; the askers choose what is rare.
     pub(super) fn next(
         &mut self,
+        now: Time,
         spread: impl Fn(&Waiting) -> u16,
-        may: impl Fn(&Digest) -> bool,
+        may: impl Fn(&Waiting) -> bool,
     ) -> Option<Waiting> {
         if self.active.len() >= self.slots {
             return None;
         }
         let sent_to = |peer: PeerId| self.active.keys().filter(|(whom, _)| *whom == peer).count();
-        let others_wait = self.active.values().any(|prefetch| !prefetch);
-        let (at, _) = self
-            .waiting
-            .iter()
-            .enumerate()
-            .filter(|(_, w)| may(&w.task) && !(w.prefetch && others_wait))
-            .min_by_key(|(_, w)| (w.prefetch, spread(w).min(1), sent_to(w.peer), w.since))?;
+        let all = || self.waiting.iter().enumerate().filter(|(_, w)| may(w));
+        let most_urgent = all().map(|(_, w)| w.turn()).chain(self.active.values().copied()).min()?;
+        let overtaken = all().filter(|(_, w)| !w.prefetch && w.turn() > most_urgent);
+        let overtaken = overtaken.min_by_key(|(_, w)| w.since).map(|(at, _)| at);
+        let may_overtake = self.overtaken + 1 < LESS_URGENT_ONE_IN
+            && (now.since(self.begun) < LESS_URGENT_AFTER || self.active.is_empty());
+        let at = match overtaken {
+            Some(at) if !may_overtake => {
+                self.overtaken = 0;
+                at
+            }
+            _ => {
+                let equals = all().filter(|(_, w)| w.turn() == most_urgent);
+                let first = equals.min_by_key(|(_, w)| (spread(w).min(1), sent_to(w.peer), w.since));
+                let (at, _) = first?;
+                self.overtaken = if overtaken.is_some() { self.overtaken + 1 } else { 0 };
+                at
+            }
+        };
         let next = self.waiting.remove(at);
-        self.active.insert((next.peer, next.request), next.prefetch);
+        self.active.insert((next.peer, next.request), next.turn());
+        self.begun = now;
         Some(next)
     }
 
@@ -130,6 +175,8 @@ impl Uploads {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
     use crate::digest::Algorithm;
 
@@ -144,14 +191,26 @@ mod tests {
     }
 
     fn asks(peer: u8, request: u32, prefetch: bool) -> Waiting {
-        let since = at(u64::from(request));
-        Waiting { peer: PeerId([peer; 16]), request, task: task(1), piece: request, prefetch, since }
+        let (since, priority) = (at(u64::from(request)), Priority::default());
+        Waiting {
+            peer: PeerId([peer; 16]),
+            request,
+            task: task(1),
+            piece: request,
+            prefetch,
+            priority,
+            since,
+        }
+    }
+
+    fn urgent(peer: u8, request: u32, level: u32) -> Waiting {
+        Waiting { priority: Priority::new(level).unwrap(), ..asks(peer, request, false) }
     }
 
     /// The numbers of all that are served, one after the other.
-    fn served(uploads: &mut Uploads, may: impl Fn(&Digest) -> bool) -> Vec<u32> {
+    fn served(uploads: &mut Uploads, may: impl Fn(&Waiting) -> bool) -> Vec<u32> {
         let mut served = Vec::new();
-        while let Some(next) = uploads.next(|_| 1, &may) {
+        while let Some(next) = uploads.next(at(0), |_| 1, &may) {
             uploads.over(next.peer, next.request);
             served.push(next.request);
         }
@@ -173,11 +232,11 @@ mod tests {
         for waiting in [asks(1, 1, true), asks(2, 2, false)] {
             let _ = uploads.wait(waiting);
         }
-        assert_eq!(uploads.next(|_| 1, |_| true).map(|w| w.request), Some(2));
+        assert_eq!(uploads.next(at(0), |_| 1, |_| true).map(|w| w.request), Some(2));
         // The next request of the one who is served may be on its way.
-        assert!(uploads.next(|_| 1, |_| true).is_none());
+        assert!(uploads.next(at(0), |_| 1, |_| true).is_none());
         uploads.over(PeerId([2; 16]), 2);
-        assert_eq!(uploads.next(|_| 1, |_| true).map(|w| w.request), Some(1));
+        assert_eq!(uploads.next(at(0), |_| 1, |_| true).map(|w| w.request), Some(1));
     }
 
     #[test]
@@ -218,7 +277,79 @@ mod tests {
         for waiting in [asks(1, 1, false), other] {
             let _ = uploads.wait(waiting);
         }
-        assert_eq!(served(&mut uploads, |digest| *digest == task(2)), [7]);
+        assert_eq!(served(&mut uploads, |waiting| waiting.task == task(2)), [7]);
         assert!(!uploads.is_idle());
+    }
+
+    #[test]
+    fn what_is_urgent_goes_first_and_the_rest_gets_its_share() {
+        let mut uploads = Uploads::new(SLOTS);
+        for n in 0..16 {
+            let _ = uploads.wait(urgent(1, n, 6));
+            let _ = uploads.wait(urgent(2, 100 + n, 1));
+        }
+        let order = served(&mut uploads, |_| true);
+        let urgent: Vec<usize> = (0..order.len()).filter(|at| order[*at] >= 100).collect();
+        // Two of the others go among them, the oldest first, and each after seven.
+        assert_eq!(urgent.last(), Some(&17), "{order:?}");
+        assert_eq!((order[7], order[15]), (0, 1), "{order:?}");
+        let rest: Vec<u32> = order.into_iter().filter(|request| *request < 100).collect();
+        assert_eq!(rest, (0..16).collect::<Vec<u32>>());
+    }
+
+    #[test]
+    fn what_is_less_urgent_is_not_begun_beside_what_is_more_so_unless_that_is_slow() {
+        let mut uploads = Uploads::new(SLOTS);
+        for waiting in [urgent(1, 1, 4), urgent(2, 2, 2)] {
+            let _ = uploads.wait(waiting);
+        }
+        let next =
+            |uploads: &mut Uploads, millis| uploads.next(at(millis), |_| 1, |_| true).map(|w| w.request);
+        assert_eq!(next(&mut uploads, 0), Some(2));
+        assert_eq!(next(&mut uploads, 1999), None);
+        assert_eq!(next(&mut uploads, 2000), Some(1));
+    }
+
+    #[test]
+    fn a_full_queue_sends_away_the_least_urgent_first() {
+        let a_child = WAITING_A_CHILD as u32;
+        let mut uploads = Uploads::new(SLOTS);
+        let levels = [4, 6, 5, 6];
+        (0..a_child).for_each(|n| {
+            assert!(uploads.wait(urgent(1, n, *levels.get(n as usize).unwrap_or(&3))).is_none())
+        });
+        // (the request, its level, who has to go)
+        for (request, level, gone) in [(100, 6, 100), (101, 3, 3), (102, 5, 1), (103, 3, 102), (104, 3, 2)] {
+            let told = uploads.wait(urgent(1, request, level)).map(|w| w.request);
+            assert_eq!(told, Some(gone), "{request}");
+        }
+    }
+
+    proptest! {
+        /// Whatever comes, each request is served after a bounded number of others, and equals in the order of before.
+        #[test]
+        fn nobody_waits_for_ever_and_most_of_what_is_sent_is_the_most_urgent(
+            levels in prop::collection::vec(0..=6u32, 1..24), steady in 0..=5u32,
+        ) {
+            let mut uploads = Uploads::new(SLOTS);
+            for (n, level) in levels.iter().enumerate() {
+                let _ = uploads.wait(urgent(n as u8, n as u32, *level));
+            }
+            let less: Vec<u32> = (0..).zip(&levels).filter(|(_, level)| **level > steady).map(|(n, _)| n).collect();
+            let (mut late, mut urgent_ones) = (Vec::new(), 0u32);
+            // Something more urgent always waits as well.
+            for n in 0..LESS_URGENT_ONE_IN * (levels.len() as u32 + 1) {
+                let _ = uploads.wait(urgent(200, 1000 + n, steady));
+                let next = uploads.next(at(5000), |_| 1, |_| true).unwrap();
+                uploads.over(next.peer, next.request);
+                if less.contains(&next.request) {
+                    late.push(next.request);
+                } else {
+                    urgent_ones += 1;
+                }
+            }
+            prop_assert_eq!(&late, &less, "each has gone, the oldest first");
+            prop_assert!(urgent_ones >= (LESS_URGENT_ONE_IN - 1) * late.len() as u32);
+        }
     }
 }

@@ -7,10 +7,11 @@ use rand::{Rng, RngExt};
 use super::slab::Slot;
 use super::task::{Copy, Election, Task};
 use super::{
-    ELECTION_STALL, GRACE, Guilt, ISOLATION, ISSUER_RETURNS, Output, REPORTERS_TO_ISOLATE, ReportKind, Swarm,
-    Timer,
+    ELECTION_STALL, GRACE, Guilt, ISOLATION, ISSUER_RETURNS, Output, POSTPONED_FOR, REPORTERS_TO_ISOLATE,
+    ReportKind, Swarm, Timer,
 };
 use crate::Time;
+use crate::application::{Labels, Rule};
 use crate::piece::PeerId;
 
 /// How many that got nowhere are remembered.
@@ -34,8 +35,57 @@ impl Swarm {
                 return;
             }
         }
-        if self.live_seeds(now).next().is_none() || task.is_private() {
+        let needs_one = self.live_seeds(now).next().is_none() || task.is_private();
+        if needs_one && self.may_elect(now, task_slot) {
             self.elect(now, rng, task_slot, Vec::new());
+        }
+    }
+
+    /// Whether the task's application and tag have fewer elected peers than they may; else it waits for its turn.
+    fn may_elect(&mut self, now: Time, task_slot: Slot) -> bool {
+        if self.applications.rules().iter().all(|rule| rule.limits.origins.is_none()) {
+            return true;
+        }
+        let Some(purpose) = self.tasks.get(task_slot).map(Task::purpose) else { return false };
+        let is_full = |rule: &&Rule| {
+            let most = rule.limits.origins.map(|most| most as usize);
+            most.is_some_and(|most| self.elections(&rule.labels).take(most).count() >= most)
+        };
+        let full = self.applications.of(&purpose.labels).find(is_full).map(|rule| rule.labels.clone());
+        let Some(task) = self.tasks.get_mut(task_slot) else { return false };
+        let Some(full) = full else { return true };
+        if task.postponed_at.is_none() {
+            *self.postponements.entry(full).or_default() += 1;
+        }
+        let since = *task.postponed_at.get_or_insert(now);
+        self.postponed.insert((purpose.priority, since, task_slot));
+        if !std::mem::replace(&mut self.looks_at_postponed, true) {
+            self.timers.insert((now + POSTPONED_FOR, Timer::Postponed));
+        }
+        false
+    }
+
+    /// Tasks that an elected peer is reading from the origin for these labels.
+    pub(super) fn elections<'a>(&'a self, labels: &'a Labels) -> impl Iterator<Item = Slot> + 'a {
+        self.wanted.iter().copied().filter(move |slot| {
+            self.tasks.get(*slot).is_some_and(|task| {
+                let reads = |election: &Election| {
+                    labels.are_among(&election.labels)
+                        && task.copy(election.peer).is_some_and(|copy| !copy.complete)
+                };
+                task.election.as_ref().is_some_and(reads)
+            })
+        })
+    }
+
+    /// Those who waited for their turn get it, or are told again to wait.
+    pub(super) fn look_at_postponed<R: Rng + ?Sized>(&mut self, now: Time, rng: &mut R) {
+        self.looks_at_postponed = false;
+        for (_, _, task_slot) in std::mem::take(&mut self.postponed) {
+            self.ensure_source(now, rng, task_slot);
+            if self.tasks.get(task_slot).is_some_and(|task| task.postponed_at.is_some()) {
+                self.tell_all(now, task_slot, Duration::ZERO);
+            }
         }
     }
 
@@ -120,7 +170,9 @@ impl Swarm {
         let Some((_, _, peer)) = elected else { return };
         let is_waiting = task.copy(peer).is_some_and(|copy| copy.want.is_some());
         if let Some(task) = self.tasks.get_mut(task_slot) {
-            task.election = Some(Election { peer, progress_at: now, tried });
+            let labels = task.purpose().labels;
+            task.election = Some(Election { peer, progress_at: now, tried, labels });
+            task.postponed_at = None;
         }
         self.watch_election(now, task_slot);
         self.tell_all(now, task_slot, Duration::ZERO);

@@ -117,6 +117,7 @@ impl Swarm {
             issuer,
             fetch_from_origin: issuer == Some(to),
             spread,
+            later: issuer.is_none() && task.postponed_at.is_some(),
         });
     }
 
@@ -266,9 +267,27 @@ impl Swarm {
                 seeds
             }
         };
+        let mut seeds_left = self.seeds_for(task, child).unwrap_or(usize::MAX);
+        let is_named = |slot: &Slot| {
+            let is_seed = self.peers.get(*slot).is_some_and(|peer| peer.about.role == Role::Seed);
+            let may = !is_seed || seeds_left > 0;
+            seeds_left = seeds_left.saturating_sub(usize::from(is_seed));
+            may
+        };
+        let sources = sources.into_iter().filter(is_named).collect::<Vec<_>>();
         let has_room =
             |slot: &Slot| again || task.copy(*slot).is_none_or(|copy| copy.children < SOURCE_CHILDREN);
         sources.into_iter().filter(|slot| *slot != child).filter(has_room).collect()
+    }
+
+    /// How many seeds are named to a child, if its application or its tag is limited in that.
+    fn seeds_for(&self, task: &Task, child: Slot) -> Option<usize> {
+        let purpose = task.copy(child)?.want.as_deref()?.purpose.as_deref()?;
+        self.applications
+            .of(&purpose.labels)
+            .filter_map(|rule| rule.limits.seeds)
+            .min()
+            .map(|most| most as usize)
     }
 
     /// Some of those who have or will have pieces, with what speaks for and against them.
@@ -285,11 +304,15 @@ impl Swarm {
         };
         let named =
             task.copy(child).and_then(|copy| copy.want.as_deref()).map_or(&[][..], |want| &want.parents);
+        // Where these are limited, they are named as sources alone.
+        let without_seeds = self.seeds_for(task, child).is_some();
+        let is_seed = |slot: Slot| self.peers.get(slot).is_some_and(|peer| peer.about.role == Role::Seed);
         // Who does without suffices not: it may look everywhere.
         let anywhere = !tried.is_empty();
         let reaches_out = self.reaches_out(task, child);
         let may = |copy: &&Copy| {
-            anywhere || self.is_near(child, copy.peer) || reaches_out && self.reaches_out(task, copy.peer)
+            let near = anywhere || self.is_near(child, copy.peer);
+            (near || reaches_out && self.reaches_out(task, copy.peer)) && !(without_seeds && is_seed(copy.peer))
         };
         let mut pool: Vec<&Copy> = sample(rng, &task.copies).filter(may).collect();
         if reaches_out && self.zones.len() > 1 {

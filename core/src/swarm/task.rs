@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use crate::Time;
+use crate::application::{Labels, Purpose};
 use crate::digest::Digest;
 use crate::piece::{PeerId, PieceLayout};
 
@@ -30,6 +31,8 @@ pub(super) struct Task {
     pub(super) spread: u32,
     pub(super) spread_at: Time,
     pub(super) election: Option<Election>,
+    /// Since when nobody may be elected for it, for its application's sake.
+    pub(super) postponed_at: Option<Time>,
     /// When anybody last wanted it or said something of it, give or take a minute.
     pub(super) touched: Time,
 }
@@ -64,6 +67,8 @@ pub(super) struct Want {
     pub(super) issuer: Option<PeerId>,
     /// It asks here because the task is spread.
     pub(super) guest: bool,
+    /// For whom it fetches, if it says.
+    pub(super) purpose: Option<Box<Purpose>>,
 }
 
 impl Want {
@@ -86,6 +91,8 @@ pub(super) struct Election {
     pub(super) progress_at: Time,
     /// Who was elected before and got nowhere.
     pub(super) tried: Vec<Slot>,
+    /// For whom the task was wanted then.
+    pub(super) labels: Labels,
 }
 
 impl Copy {
@@ -109,6 +116,7 @@ impl Task {
             spread: 1,
             spread_at: now,
             election: None,
+            postponed_at: None,
             touched: now,
         }
     }
@@ -205,6 +213,14 @@ impl Task {
             }
         }
         named
+    }
+
+    /// What those who want it want it for, all together.
+    pub(super) fn purpose(&self) -> Purpose {
+        let (default, wants) =
+            (Purpose::default(), self.copies.iter().filter_map(|copy| copy.want.as_deref()));
+        let purposes = wants.map(|want| want.purpose.as_deref().unwrap_or(&default));
+        Purpose::common(purposes).unwrap_or_default()
     }
 
     /// Who wants it, ascending.

@@ -7,6 +7,7 @@ use rand::SeedableRng;
 use rand::rngs::StdRng;
 
 use super::*;
+use crate::application::{Label, Limits, Rule};
 use crate::digest::Algorithm;
 use crate::rendezvous;
 
@@ -44,6 +45,7 @@ struct Told {
     issuer: Option<PeerId>,
     fetch_from_origin: bool,
     spread: u32,
+    later: bool,
 }
 
 /// A swarm with a clock, and everything it said.
@@ -83,8 +85,8 @@ impl World {
     fn listen(&mut self) {
         while let Some(output) = self.swarm.poll() {
             match output.clone() {
-                Output::Parents { to, task, parents, issuer, fetch_from_origin, spread } => {
-                    self.told.insert((to, task), Told { parents, issuer, fetch_from_origin, spread });
+                Output::Parents { to, task, parents, issuer, fetch_from_origin, spread, later } => {
+                    self.told.insert((to, task), Told { parents, issuer, fetch_from_origin, spread, later });
                 }
                 Output::Isolated(all) => self.isolated = all,
             }
@@ -129,6 +131,18 @@ impl World {
         });
     }
 
+    /// A question for an application.
+    fn want_for(&mut self, n: u32, t: u32, purpose: &Purpose) {
+        self.input(Input::Want {
+            peer: peer(n),
+            task: task(t),
+            size_bytes: Some(20 * MIB),
+            again: false,
+            reads: false,
+            terms: Terms { purpose: purpose.clone(), ..Terms::default() },
+        });
+    }
+
     /// A question of somebody who was told who the issuer is, here before a restart or, as a guest, elsewhere.
     fn want_naming(&mut self, n: u32, t: u32, issuer: u32, guest: bool) {
         self.input(Input::Want {
@@ -137,7 +151,7 @@ impl World {
             size_bytes: Some(20 * MIB),
             again: false,
             reads: false,
-            terms: Terms { issuer: Some(peer(issuer)), guest },
+            terms: Terms { issuer: Some(peer(issuer)), guest, ..Terms::default() },
         });
     }
 
@@ -581,7 +595,7 @@ fn guests_get_parents_and_the_issuer_they_know_and_nobody_is_elected_for_them() 
 fn a_guest_s_right_to_read_counts_for_nothing() {
     let mut world = World::new();
     world.join(1..=2);
-    let terms = Terms { issuer: None, guest: true };
+    let terms = Terms { guest: true, ..Terms::default() };
     world.input(Input::Want {
         peer: peer(1),
         task: task(1),
@@ -616,7 +630,7 @@ fn the_last_seed_gone_an_election_follows_and_a_seed_that_comes_leaves_the_elect
     world.wait(GRACE + ms(1000));
     assert_eq!(
         world.told(1, 1),
-        &Told { parents: vec![], issuer: Some(peer(1)), fetch_from_origin: true, spread: 1 }
+        &Told { parents: vec![], issuer: Some(peer(1)), fetch_from_origin: true, spread: 1, later: false }
     );
     world.join_seed(0);
     world.want(2, 1);
@@ -880,4 +894,63 @@ proptest! {
         };
         prop_assert_eq!(run(), run());
     }
+}
+
+fn purpose(application: &str, level: u32) -> Purpose {
+    let labels = Labels { application: Label::new(application), tag: None };
+    Purpose { labels, priority: Priority::new(level).unwrap() }
+}
+
+fn limited(application: &str, limits: Limits) -> Arc<Applications> {
+    let labels = purpose(application, 3).labels;
+    Arc::new(Applications::new([Rule { labels, limits, ..Rule::default() }]))
+}
+
+#[test]
+fn no_more_peers_are_elected_for_an_application_than_may_be_and_the_most_urgent_task_is_next() {
+    let mut world = World::new();
+    world.swarm.applications(limited("batch", Limits { origins: Some(1), ..Limits::default() }));
+    world.join(0..6);
+    world.want_for(0, 0, &purpose("batch", 3));
+    world.want_for(1, 1, &purpose("batch", 6));
+    world.want_for(2, 2, &purpose("batch", 1));
+    world.want(3, 3);
+    assert_eq!(world.readers(0), [peer(0)]);
+    assert_eq!(world.readers(3), [peer(3)], "nobody limits it");
+    for n in [1, 2] {
+        assert!(world.readers(n).is_empty() && world.told(n, n).later, "{:?}", world.told(n, n));
+    }
+    let labels = purpose("batch", 3).labels;
+    assert_eq!(world.swarm.application_elections(), [(labels, 1, 2)]);
+    // They hear of it again, and one of them gets the place that becomes free.
+    let heard = world.said.len();
+    world.wait(POSTPONED_FOR);
+    assert!(world.said.len() > heard);
+    world.hold(0, 0, 20, true);
+    world.wait(POSTPONED_FOR + ms(1));
+    assert_eq!((world.readers(2), world.readers(1)), (vec![peer(2)], vec![]));
+    assert!(!world.told(2, 2).later && world.told(1, 1).later);
+    // Whoever waits gives up, or the limit goes: nothing is left behind.
+    world.swarm.applications(Arc::default());
+    world.wait(POSTPONED_FOR + ms(1));
+    assert_eq!(world.readers(1), [peer(1)]);
+    world.audit();
+}
+
+#[test]
+fn an_application_is_named_no_more_seeds_than_it_may_have() {
+    let mut world = World::new();
+    world.swarm.applications(limited("batch", Limits { seeds: Some(1), ..Limits::default() }));
+    (100..104).for_each(|seed| world.join_seed(seed));
+    world.join(0..2);
+    (100..104).for_each(|seed| world.hold(seed, 0, 20, true));
+    world.want(0, 0);
+    world.want_for(1, 0, &purpose("batch", 3));
+    let seeds = |n| {
+        let is_seed = |parent: &&PeerId| (100..104).any(|seed| **parent == peer(seed));
+        world.parents(n, 0).iter().filter(is_seed).count()
+    };
+    assert!(seeds(0) > 1);
+    assert_eq!(seeds(1), 1);
+    assert!(world.parents(1, 0).contains(&peer(0)), "others are named all the same");
 }

@@ -17,8 +17,8 @@ impl Driver {
                     debug!(%task, %peer, "left");
                 }
             }
-            Output::Download { peer, request, task, piece, prefetch } => {
-                self.download(peer, request, task, piece, prefetch);
+            Output::Download { peer, request, task, piece, prefetch, priority } => {
+                self.download(peer, request, task, piece, prefetch, priority);
             }
             Output::Cancel { peer, request } => {
                 if let Some(peers) = &self.config.peers {
@@ -37,7 +37,8 @@ impl Driver {
                     && let Some(grant) = state.grants.borrow().last()
                 {
                     let size_bytes = self.node.table(&task).map(|t| t.layout().size_bytes());
-                    tracker.want(&task, Want { size_bytes, source: grant.source.clone(), again, reads });
+                    let (source, purpose) = (grant.source.clone(), self.node.purpose_of(&task));
+                    tracker.want(&task, Want { size_bytes, source, purpose, again, reads });
                 }
             }
             Output::Report(peer, task, fault) => {
@@ -56,7 +57,9 @@ impl Driver {
                     tracker.contradiction(*tables);
                 }
             }
-            Output::Load { task, source, token, peer } => self.load(task, source, token.as_ref(), peer),
+            Output::Load { task, source, token, peer, purpose } => {
+                self.load(task, source, token.as_ref(), peer, purpose);
+            }
             Output::Recheck(task) => self.recheck(task),
             Output::Sized(task, size_bytes) => self.sized(task, size_bytes),
             Output::Show(task, piece) => {
@@ -96,6 +99,7 @@ impl Driver {
         task: Digest,
         piece: PieceIndex,
         prefetch: bool,
+        priority: Priority,
     ) {
         let Some(table) = self.node.table(&task) else { return };
         let (Some(chain), Some(peers)) = (table.chain_at(piece), self.config.peers.clone()) else { return };
@@ -104,7 +108,7 @@ impl Driver {
         tokio::spawn(async move {
             let buffer = pool.get(len).await;
             let (done, outcome) = oneshot::channel();
-            peers.download(peer, Download { request, task, piece, prefetch, buffer, chain, done });
+            peers.download(peer, Download { request, task, piece, prefetch, priority, buffer, chain, done });
             let outcome = outcome.await.unwrap_or(Err(PeerError::Lost));
             let _ = events.send(Event::Piece { task, peer, request, outcome }).await;
         });
@@ -113,7 +117,11 @@ impl Driver {
     pub(super) fn upload(&mut self, peer: PeerId, request: u32, task: Digest, piece: PieceIndex) {
         let source = self.tasks.get(&task).and_then(|state| state.piece_source(piece));
         match (source, &self.config.peers) {
-            (Some(source), Some(peers)) => peers.upload(peer, request, source),
+            (Some(source), Some(peers)) => {
+                let len = self.node.table(&task).map_or(0, |table| table.layout().len_bytes(piece));
+                self.config.desk.moved(&self.node.childs_labels(&task, peer), Moved::Uploaded, len);
+                peers.upload(peer, request, source);
+            }
             (None, Some(peers)) => {
                 let reason = Refusal::NotHeld;
                 self.config.metrics.refused(Refused::Peer, reason);
@@ -152,20 +160,27 @@ impl Driver {
     }
 
     /// A peer asks for a task.
-    pub(super) fn load(&mut self, task: Digest, source: Source, token: Option<&Bearer>, peer: PeerId) {
+    pub(super) fn load(
+        &mut self,
+        task: Digest,
+        source: Source,
+        token: Option<&Bearer>,
+        peer: PeerId,
+        purpose: Purpose,
+    ) {
         let grant = Grant { source, authorization: token.and_then(Authorization::bearer) };
         if self.tasks.get(&task).is_some_and(|t| t.ready) {
             if self.config.seed {
                 self.enter(task, grant, None);
             }
-            self.adopt(task, peer);
+            self.adopt(task, peer, &purpose);
         } else if self.tasks.len() >= TASKS && !self.tasks.contains_key(&task) {
             self.node.refuse(peer, task, Refusal::Busy);
         } else if self.config.seed || self.tasks.contains_key(&task) || self.held_on_disk(&task) {
             let state = self.enter(task, grant, None);
             state.for_peers = true;
             if state.asking.len() < task::ASKING {
-                state.asking.push(peer);
+                state.asking.push((peer, purpose));
             }
         } else {
             self.node.refuse(peer, task, Refusal::NotHeld);

@@ -6,10 +6,11 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
+use hawker_core::application::Purpose;
 use hawker_core::piece::{PeerId, PieceIndex, PieceLayout, PieceSet};
 use tokio::sync::watch;
 
-use super::origin_read::Reading;
+use super::origin_read;
 use crate::flight::Shared;
 use crate::grant::Grant;
 use crate::peer::PieceSource;
@@ -21,6 +22,14 @@ const GRANTS: usize = 4;
 /// Peers that wait for the disk to be looked at.
 pub(super) const ASKING: usize = 1024;
 
+/// What a client's reader wants.
+pub(super) struct Reading {
+    /// The pieces that it still needs, once it has said so.
+    pub(super) pieces: Option<Range<PieceIndex>>,
+    /// For whom, and how urgent.
+    pub(super) purpose: Purpose,
+}
+
 pub(super) struct TaskState {
     pub(super) shared: Arc<Shared>,
     /// Where it can be had and with what right, the newest last. Whoever reads the origin follows it.
@@ -29,15 +38,15 @@ pub(super) struct TaskState {
     pub(super) ready: bool,
     pub(super) partial: Option<Partial>,
     pub(super) blob: Option<Blob>,
-    /// Each client's reader, and the pieces it still needs.
-    pub(super) readers: HashMap<u64, Option<Range<PieceIndex>>>,
+    /// Each client's reader.
+    pub(super) readers: HashMap<u64, Reading>,
     /// Peers that asked before the disk had been looked at.
-    pub(super) asking: Vec<PeerId>,
+    pub(super) asking: Vec<(PeerId, Purpose)>,
     pub(super) for_peers: bool,
     pub(super) whole: bool,
     pub(super) elected: bool,
     pub(super) idle_since: Option<Instant>,
-    pub(super) origin: Option<Reading>,
+    pub(super) origin: Option<origin_read::Reading>,
     /// Changes when everything is thrown away: late news from before then does not count.
     pub(super) generation: u64,
     pub(super) writing: usize,
@@ -79,6 +88,11 @@ impl TaskState {
             window: watch::Sender::new(PieceIndex::MAX),
             resumes: watch::Sender::new(tokio::time::Instant::now()),
         }
+    }
+
+    /// What the clients want it for, all together; `None`: nobody reads it.
+    pub(super) fn purpose(&self) -> Option<Purpose> {
+        Purpose::common(self.readers.values().map(|reading| &reading.purpose))
     }
 
     /// The newest right at a registry takes the place of the one before it.
@@ -134,7 +148,8 @@ impl TaskState {
 
     /// The pieces to hold in memory: from the slowest reader on, `bytes` long or two pieces; with no bytes, none. Drops the rest.
     pub(super) fn memory_window(&mut self, bytes: u64) -> Range<PieceIndex> {
-        let slowest = self.readers.values().map(|at| at.as_ref().map_or(0, |pieces| pieces.start)).min();
+        let slowest =
+            self.readers.values().map(|at| at.pieces.as_ref().map_or(0, |pieces| pieces.start)).min();
         let start = slowest.unwrap_or(0);
         let window = self.shared.update(|s| {
             s.no_memory = bytes == 0;

@@ -18,6 +18,7 @@ use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 use super::*;
+use crate::applications::Desk;
 use crate::flight::Flights;
 use crate::origin::testing::{Reply as Said, Seen, TestRegistry, knowing, noise, origin, say, sha256};
 use crate::registry::MirrorConfig;
@@ -67,6 +68,7 @@ impl Proxy {
             seeds: None,
             live: Arc::clone(&live),
             metrics: Arc::default(),
+            desk: Desk::new(Arc::clone(&live), Arc::default()),
             pull_grace: Duration::from_secs(30),
         });
         let dir = authority_dir(folder.path());

@@ -21,6 +21,7 @@ use url::Url;
 use super::connect::Dialer;
 use super::request::forbidden;
 use super::{Origin, OriginBody, OriginError, Route, Sent, unreachable};
+use crate::applications;
 
 /// For a response's head, from the last byte of the request's body: a registry reads a layer again before it takes it.
 const HEAD: Duration = Duration::from_secs(300);
@@ -92,6 +93,7 @@ impl Origin {
         let mut sent: Request<Sent> = Request::new(body);
         *sent.method_mut() = head.method;
         *sent.headers_mut() = self.passing(&head.headers);
+        applications::strip(sent.headers_mut());
         for own in [HOST, CONTENT_LENGTH, EXPECT] {
             sent.headers_mut().remove(own);
         }

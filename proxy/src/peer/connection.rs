@@ -211,7 +211,7 @@ impl Connection {
 
     /// Asks for a piece.
     pub(super) fn download(&self, download: Download) {
-        let Download { request, task, piece, prefetch, buffer, chain, done } = download;
+        let Download { request, task, piece, prefetch, priority, buffer, chain, done } = download;
         let slot = Slot(Some(Box::new(Filling { buffer, chain, done })));
         {
             let mut under_way = self.under_way();
@@ -222,7 +222,7 @@ impl Connection {
             let entry = Entry { slot: Some(slot), moved: self.clock.now(), served: false };
             under_way.downloads.insert(request, entry);
         }
-        self.say(&Message::Request { request, task, piece, prefetch });
+        self.say(&Message::Request { request, task, piece, prefetch, priority });
     }
 
     /// Gives up one of our requests; `false` when it is not under way here.

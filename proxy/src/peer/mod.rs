@@ -16,6 +16,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use hawker_api::identity::Identity;
+use hawker_core::application::Priority;
 use hawker_core::digest::{Chain, Digest};
 use hawker_core::message::{Message, Refusal, Role};
 use hawker_core::piece::{PeerId, PieceIndex};
@@ -115,6 +116,8 @@ pub struct Download {
     pub piece: PieceIndex,
     /// Nobody here waits for it.
     pub prefetch: bool,
+    /// How urgent it is.
+    pub priority: Priority,
     /// Where its bytes go; as long as the piece.
     pub buffer: PieceBuffer,
     /// The hash at the piece's start.

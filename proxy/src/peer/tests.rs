@@ -145,7 +145,16 @@ impl Node {
         let chain = Chain::new(Algorithm::Sha256);
         self.peers.download(
             peer,
-            Download { request, task: task(), piece: request, prefetch: false, buffer, chain, done },
+            Download {
+                request,
+                task: task(),
+                piece: request,
+                prefetch: false,
+                priority: Priority::default(),
+                buffer,
+                chain,
+                done,
+            },
         );
         outcome
     }
@@ -490,7 +499,8 @@ async fn more_bytes_than_the_piece_has_end_the_connection() {
 async fn bytes_and_frames_that_no_honest_member_sends_end_the_connection() {
     let cluster = Cluster::new();
     let request = || {
-        let request = v1::Request { request: 5, task: task().to_string(), piece: 0, prefetch: false };
+        let request =
+            v1::Request { request: 5, task: task().to_string(), piece: 0, prefetch: false, priority: None };
         let mut frame = Vec::new();
         put_control(&v1::PeerMessage { message: Some(Wire::Request(request)) }, &mut frame);
         frame

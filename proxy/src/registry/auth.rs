@@ -16,6 +16,7 @@ use super::forward::DOCKER_CONTENT_DIGEST;
 use super::manifest::{ANY_TYPE, Manifest};
 use super::room::SHORT_BYTES;
 use super::{Answer, Ask, Inner};
+use crate::applications::Turn;
 use crate::origin::{ByCredentials, Content, OriginError, Target, content_length};
 
 /// For an origin to answer where what it said before would do as well.
@@ -192,7 +193,8 @@ pub(super) fn note_refusal(mirror: &Inner, ask: &Ask, status: StatusCode) {
 /// An answer that is on its way to a client with credentials: its pull goes on.
 pub(super) struct Underway {
     mirror: Arc<Inner>,
-    ask: Asker,
+    ask: Option<Asker>,
+    turn: Option<Arc<Turn>>,
 }
 
 #[derive(Clone)]
@@ -205,22 +207,39 @@ pub(super) fn mark(answer: &mut Answer, ask: &Ask) {
     }
 }
 
+/// An answer has taken its application's turn.
+pub(super) fn counted(answer: &mut Answer, turn: Turn) {
+    answer.extensions_mut().insert(Arc::new(turn));
+}
+
 impl Underway {
     /// Goes with a marked answer from here on.
     pub(super) fn begin(mirror: &Arc<Inner>, answer: &mut Answer) {
-        let Some(ask) = answer.extensions_mut().remove::<Asker>() else { return };
-        mirror.access.answering(ask.0, &ask.1, true, Instant::now());
-        answer.extensions_mut().insert(Arc::new(Self { mirror: Arc::clone(mirror), ask }));
+        let ask = answer.extensions_mut().remove::<Asker>();
+        let turn = answer.extensions_mut().remove::<Arc<Turn>>();
+        if let Some(ask) = &ask {
+            mirror.access.answering(ask.0, &ask.1, true, Instant::now());
+        }
+        if ask.is_some() || turn.is_some() {
+            answer.extensions_mut().insert(Arc::new(Self { mirror: Arc::clone(mirror), ask, turn }));
+        }
     }
 
     /// Of an answer that is about to be sent; to be kept until it is.
     pub(super) fn take(answer: &mut Answer) -> Option<Arc<Self>> {
         answer.extensions_mut().remove()
     }
+
+    /// Bytes of it went out.
+    pub(super) fn served(&self, bytes: u64) {
+        self.turn.iter().for_each(|turn| turn.served(bytes));
+    }
 }
 
 impl Drop for Underway {
     fn drop(&mut self) {
-        self.mirror.access.answering(self.ask.0, &self.ask.1, false, Instant::now());
+        if let Some(ask) = &self.ask {
+            self.mirror.access.answering(ask.0, &ask.1, false, Instant::now());
+        }
     }
 }

@@ -11,7 +11,7 @@ use http::header::{ACCEPT_RANGES, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, I
 use http::{HeaderMap, HeaderValue, Method, Response, StatusCode};
 use tokio::time::{Instant, timeout};
 
-use super::auth::{Confirmed, Given, confirm, note_refusal};
+use super::auth::{self, Confirmed, Given, confirm, note_refusal};
 use super::body::Payload;
 use super::error::Problem;
 use super::forward::{forward, not_encoded, passed_on, with};
@@ -28,6 +28,16 @@ const RECHECK: Duration = Duration::from_secs(20);
 const OCTETS: HeaderValue = HeaderValue::from_static("application/octet-stream");
 
 pub(super) async fn blob(mirror: &Inner, ask: &Ask, digest: &Digest) -> Result<Answer, Problem> {
+    if ask.method == Method::HEAD {
+        return given(mirror, ask, digest).await;
+    }
+    let turn = mirror.desk.admit(&ask.purpose).ok_or(Problem::ApplicationFull)?;
+    let mut answer = given(mirror, ask, digest).await?;
+    auth::counted(&mut answer, turn);
+    Ok(answer)
+}
+
+async fn given(mirror: &Inner, ask: &Ask, digest: &Digest) -> Result<Answer, Problem> {
     let confirmed = confirm(mirror, ask, digest, Content::Blob(*digest)).await?;
     if not_modified(&ask.headers, digest) {
         return Ok(unchanged(digest));
@@ -90,7 +100,7 @@ async fn download(
     }
     // Who reads from somewhere to the end reads the whole, in one go or in several.
     let partial = range.and_then(|r| Ranges::parse(r).ok()).is_some_and(|r| r.open_from().is_none());
-    let open = mirror.flights.open(*digest, ask.grant.clone(), size, partial);
+    let open = mirror.flights.open(*digest, ask.grant.clone(), ask.purpose.clone(), size, partial);
     let flight = match open.await {
         Ok(flight) => flight,
         Err(FlightError::UnknownLength) => return straight(mirror, ask, digest).await,

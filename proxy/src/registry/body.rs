@@ -88,7 +88,7 @@ pub(super) struct Body {
     sent_bytes: u64,
     ended: bool,
     _lease: Option<Blob>,
-    _underway: Option<Arc<Underway>>,
+    underway: Option<Arc<Underway>>,
 }
 
 enum Rest {
@@ -162,7 +162,7 @@ impl Body {
             sent_bytes: 0,
             ended: false,
             _lease: lease,
-            _underway: underway,
+            underway,
         }
     }
 
@@ -254,6 +254,7 @@ impl hyper::body::Body for Body {
                 self.line.owe();
                 self.sent_bytes += bytes.len() as u64;
                 self.metrics.served(self.from, bytes.len() as u64);
+                self.underway.iter().for_each(|underway| underway.served(bytes.len() as u64));
                 Poll::Ready(Some(Ok(Frame::data(bytes))))
             }
         }

@@ -43,6 +43,9 @@ pub(crate) enum Problem {
     /// Too many long manifests are under way.
     #[error("too many long manifests at once, come again")]
     Crowded,
+    /// As many requests of its application, or of its tag, are being answered as may be.
+    #[error("too many requests of this application at once, come again")]
+    ApplicationFull,
     /// As many tunnels as there may be.
     #[error("too many tunnels, come again")]
     TooManyTunnels,
@@ -128,6 +131,7 @@ impl Problem {
             Problem::NoCertificate(_) => StatusCode::INTERNAL_SERVER_ERROR,
             Problem::SlowClient => StatusCode::REQUEST_TIMEOUT,
             Problem::Crowded | Problem::TooManyTunnels => StatusCode::SERVICE_UNAVAILABLE,
+            Problem::ApplicationFull => StatusCode::TOO_MANY_REQUESTS,
             Problem::Refused(refused) => from_number(refused.status()),
             Problem::Loop => StatusCode::LOOP_DETECTED,
             Problem::NoRegistry => StatusCode::NOT_FOUND,
@@ -153,6 +157,7 @@ impl Problem {
         let is_answer = matches!(
             self,
             Problem::Unasked(OriginError::Forbidden(_) | OriginError::Broken { .. })
+                | Problem::ApplicationFull
                 | Problem::NoManifest
                 | Problem::TooLong(_)
                 | Problem::WrongManifest(_)

@@ -48,6 +48,7 @@ pub(crate) use self::body::Payload;
 pub(crate) use self::connection::{Becomes, Reply, Replying, Service};
 pub(crate) use self::error::Problem;
 use self::route::Ask;
+use crate::applications::Desk;
 use crate::flight::Flights;
 use crate::grant::{Authorization, Grant};
 use crate::metrics::Metrics;
@@ -84,6 +85,8 @@ pub struct MirrorConfig {
     pub live: Arc<ArcSwap<LiveSettings>>,
     /// Where it counts.
     pub metrics: Arc<Metrics>,
+    /// What pulls are for.
+    pub desk: Arc<Desk>,
     /// How long a client's pull goes on without a word after its token has run out.
     pub pull_grace: Duration,
 }
@@ -101,6 +104,7 @@ struct Inner {
     seeds: Option<Arc<dyn SeedManifests>>,
     live: Arc<ArcSwap<LiveSettings>>,
     metrics: Arc<Metrics>,
+    desk: Arc<Desk>,
     access: Arc<access::Access>,
     tokens: token::Tokens,
     fetching: manifest::Fetching,
@@ -115,7 +119,7 @@ struct Inner {
 impl Mirror {
     /// A mirror that knows nothing yet.
     pub fn new(config: MirrorConfig) -> Self {
-        let MirrorConfig { store, flights, origin, seeds, live, metrics, pull_grace } = config;
+        let MirrorConfig { store, flights, origin, seeds, live, metrics, desk, pull_grace } = config;
         Self {
             inner: Arc::new(Inner {
                 store,
@@ -124,6 +128,7 @@ impl Mirror {
                 seeds,
                 live,
                 metrics,
+                desk,
                 access: Arc::new(access::Access::new(pull_grace)),
                 tokens: token::Tokens::new(),
                 fetching: manifest::Fetching::default(),

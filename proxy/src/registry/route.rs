@@ -3,6 +3,7 @@
 use std::net::{IpAddr, Ipv6Addr};
 use std::time::Duration;
 
+use hawker_core::application::Purpose;
 use hawker_core::reference::{self, Asked};
 use http::header::{AUTHORIZATION, CONTENT_LENGTH, IF_NONE_MATCH, IF_RANGE, RANGE, VIA};
 use http::request::Parts;
@@ -16,6 +17,7 @@ use super::error::Problem;
 use super::forward::{forward, forward_head, with};
 use super::token::{self, Admission};
 use super::{Answer, Inner, auth, blob, manifest};
+use crate::applications;
 use crate::grant::{Authorization, Grant};
 use crate::metrics::RequestKind;
 use crate::origin::{Content, Target};
@@ -31,20 +33,32 @@ pub(super) struct Ask {
     pub(super) method: Method,
     pub(super) grant: Grant,
     pub(super) caller: Caller,
+    /// For whom, and how urgent.
+    pub(super) purpose: Purpose,
     pub(super) headers: HeaderMap,
     pub(super) client: IpAddr,
 }
 
 impl Ask {
-    fn new(method: Method, source: reference::Source, headers: HeaderMap, client: IpAddr) -> Self {
+    fn new(
+        mirror: &Inner,
+        method: Method,
+        source: reference::Source,
+        mut headers: HeaderMap,
+        client: IpAddr,
+    ) -> Result<Self, Problem> {
+        let told = applications::told(&headers).map_err(Problem::Malformed)?;
+        applications::strip(&mut headers);
+        let purpose = mirror.desk.purpose(&source, &told);
         let grant = Grant { source, authorization: Authorization::of(&headers) };
-        Self { method, caller: Caller::of(&grant), grant, headers, client }
+        Ok(Self { method, caller: Caller::of(&grant), grant, purpose, headers, client })
     }
 
     /// That of a peer, for whom this node is the seed.
     pub(super) fn of_peer(grant: Grant) -> Self {
         let (headers, client) = (HeaderMap::new(), IpAddr::V6(Ipv6Addr::UNSPECIFIED));
-        Self { method: Method::GET, caller: Caller::of(&grant), grant, headers, client }
+        let (method, purpose) = (Method::GET, Purpose::default());
+        Self { method, caller: Caller::of(&grant), grant, purpose, headers, client }
     }
 
     /// The headers to ask the origin with on the client's behalf: its right, and the way that its request has come, so that a
@@ -165,7 +179,7 @@ async fn dispatch(mirror: &Inner, request: Parts, asked: Asked, client: IpAddr) 
         return Err(Problem::NoRegistry);
     }
     let source = asked.source(&default.unwrap_or_default());
-    let ask = Ask::new(request.method, source, request.headers, client);
+    let ask = Ask::new(mirror, request.method, source, request.headers, client)?;
     let mut answer = content(mirror, &ask, &asked).await?;
     auth::mark(&mut answer, &ask);
     Ok(answer)

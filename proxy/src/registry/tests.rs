@@ -154,6 +154,7 @@ impl Node {
             seeds,
             live: Arc::clone(&live),
             metrics: Arc::default(),
+            desk: Desk::new(Arc::clone(&live), Arc::default()),
             pull_grace: Duration::from_secs(60),
         });
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use hawker_api::convert::{self, Member};
 use hawker_api::v1;
 use hawker_api::v1::report::Kind;
+use hawker_core::application::Applications;
 use hawker_core::digest::Digest;
 use hawker_core::piece::{PeerId, PieceTable};
 use hawker_core::rendezvous;
@@ -25,6 +26,9 @@ const MAX_CONTRADICTIONS: usize = 2;
 /// Values of a table that is sent as proof: with SHA-512, two such tables fill half of a message.
 const MAX_PROOF_VALUES: usize = 16_384;
 
+/// Schedulers whose word on applications is kept; beyond that only those that are here count.
+const MAX_SAID: usize = 64;
+
 /// What all schedulers are still to be told, and what they told last.
 pub(super) struct Outboxes {
     me: PeerId,
@@ -33,6 +37,8 @@ pub(super) struct Outboxes {
     /// Members as each scheduler told them last; under `None` those from the disk.
     members: BTreeMap<Option<PeerId>, Vec<Member>>,
     isolated: BTreeMap<PeerId, Vec<Isolation>>,
+    /// What each scheduler said of applications.
+    applications: BTreeMap<PeerId, Applications>,
 }
 
 struct Wanted {
@@ -94,6 +100,7 @@ impl Outboxes {
             sessions: BTreeMap::new(),
             members: BTreeMap::new(),
             isolated: BTreeMap::new(),
+            applications: BTreeMap::new(),
         }
     }
 
@@ -240,6 +247,7 @@ impl Outboxes {
                 // Said once: to a scheduler that starts afresh it is a first question.
                 again: std::mem::take(&mut want.again),
                 reads: want.reads,
+                purpose: Some(convert::purpose(&want.purpose)),
                 issuer: issuer.map(|peer| peer.0.to_vec()).unwrap_or_default(),
                 guest: asked.is_some_and(|asked| asked.guest),
             }));
@@ -326,6 +334,16 @@ impl Outboxes {
         all.into_iter().map(|isolation| (isolation.peer, isolation.clone())).collect()
     }
 
+    /// Notes what a scheduler says of applications; it counts also while that is away. Of several the first one's word counts.
+    pub(super) fn heard_applications(&mut self, from: PeerId, said: Applications) -> Applications {
+        self.applications.insert(from, said);
+        if self.applications.len() > MAX_SAID {
+            self.applications.retain(|scheduler, _| self.sessions.contains_key(scheduler));
+        }
+        let none = Applications::default();
+        self.applications.values().fold(none, |all, more| all.before(more))
+    }
+
     fn owner(&self, task: &Digest) -> Option<PeerId> {
         rendezvous::owner(task, self.sessions.keys().copied())
     }
@@ -383,6 +401,7 @@ impl Outboxes {
 mod tests {
     use std::time::{Duration, Instant};
 
+    use hawker_core::application::Purpose;
     use hawker_core::digest::Algorithm;
     use hawker_core::message::Role;
     use hawker_core::reference::Source;
@@ -400,7 +419,7 @@ mod tests {
 
     fn want(again: bool) -> Want {
         let source = Source { registry: "docker.io".into(), repository: "library/debian".into() };
-        Want { size_bytes: None, source, again, reads: false }
+        Want { size_bytes: None, source, again, reads: false, purpose: Purpose::default() }
     }
 
     fn holding(n: u32, pieces: u32) -> Holding {

@@ -233,7 +233,7 @@ impl Session<'_> {
             }
             Some(Said::Members(members)) => self.heard_members(members).await,
             Some(Said::Parents(parents)) => {
-                let spread = parents.spread;
+                let (spread, later) = (parents.spread, parents.later);
                 let event = parents_event(parents).map_err(|error| error.to_string())?;
                 if let TrackerEvent::Parents { task, issuer, fetch_from_origin, .. } = &event {
                     let said = Answer { issuer: *issuer, elected: *fetch_from_origin, spread };
@@ -241,7 +241,17 @@ impl Session<'_> {
                         return Ok(());
                     }
                 }
+                let task = if let TrackerEvent::Parents { task, .. } = &event { Some(*task) } else { None };
                 tell(self.shared, event).await;
+                if let Some(task) = task.filter(|_| later) {
+                    tell(self.shared, TrackerEvent::Postponed(task)).await;
+                }
+                Ok(())
+            }
+            Some(Said::Applications(said)) => {
+                let said = convert::from_applications(said).map_err(|error| error.to_string())?;
+                let all = self.shared.outboxes().heard_applications(self.scheduler, said);
+                tell(self.shared, TrackerEvent::Applications(all)).await;
                 Ok(())
             }
             Some(Said::Isolated(isolated)) => {
