@@ -76,9 +76,10 @@ pub(super) struct Host {
     pub(super) sending: VecDeque<Sending>,
     /// When it looks at its uplink next.
     pub(super) pumps_at: Option<Time>,
-    /// Whether it is about to decide, or will be woken.
+    /// Whether it is about to decide.
     pub(super) decides: bool,
-    pub(super) wakes: bool,
+    /// When it is woken next.
+    pub(super) wakes_at: Option<Time>,
     /// When it decides though nothing happens.
     pub(super) rests_until: Option<Time>,
     /// When it last gathered news for the scheduler.
@@ -123,7 +124,7 @@ impl Host {
             sending: VecDeque::new(),
             pumps_at: None,
             decides: false,
-            wakes: false,
+            wakes_at: None,
             rests_until: None,
             news_due: false,
             reports: BTreeMap::new(),

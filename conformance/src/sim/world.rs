@@ -362,7 +362,11 @@ impl<'a> World<'a> {
     fn wake(&mut self, index: u32) {
         let now = self.now;
         let host = self.host(index);
-        host.wakes = false;
+        // Another was set for an earlier moment since.
+        if host.wakes_at != Some(now) {
+            return;
+        }
+        host.wakes_at = None;
         match host.rests_until {
             Some(at) if at <= now => self.decide(index),
             Some(at) => self.wake_at(index, at),
@@ -371,7 +375,9 @@ impl<'a> World<'a> {
     }
 
     fn wake_at(&mut self, index: u32, at: Time) {
-        if !std::mem::replace(&mut self.host(index).wakes, true) {
+        let host = self.host(index);
+        if host.wakes_at.is_none_or(|before| at < before) {
+            host.wakes_at = Some(at);
             self.queue.put(at, Event::Wake(index));
         }
     }

@@ -265,7 +265,7 @@ fn in_a_big_burst_links_are_bounded_on_both_sides() {
     let mut children: BTreeMap<PeerId, usize> = BTreeMap::new();
     for n in 1..=1000 {
         let parents = world.parents(n, 1);
-        assert!((16..=MAX_PARENTS).contains(&parents.len()), "{n}: {}", parents.len());
+        assert!((MESH_DEGREE..=MAX_PARENTS).contains(&parents.len()), "{n}: {}", parents.len());
         parents.iter().for_each(|parent| *children.entry(*parent).or_default() += 1);
     }
     assert_eq!(children[&peer(0)], SOURCE_CHILDREN as usize, "the seed talks to some, not to all");
