@@ -120,7 +120,9 @@ impl Driver {
                 peers.send(peer, &Message::Reject { request, reason });
                 self.node.uploaded(peer, request);
             }
-            _ => self.node.uploaded(peer, request),
+            _ => {
+                self.node.uploaded(peer, request);
+            }
         }
     }
 
