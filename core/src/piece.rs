@@ -593,7 +593,8 @@ mod tests {
 
     /// Sizes of all kinds, many of them near where the rule changes.
     fn size() -> impl Strategy<Value = u64> {
-        let edge = prop::sample::select(&[0, 256 * KIB, MIB, 2 * MIB, 64 * MIB, 256 * MIB, GIB, 16 * GIB][..]);
+        let edge =
+            prop::sample::select(&[0, 256 * KIB, MIB, 2 * MIB, 64 * MIB, 256 * MIB, GIB, 16 * GIB][..]);
         prop_oneof![
             0..8 * MIB,
             0..3 * GIB,

@@ -268,17 +268,15 @@ fn tc(args: &str) -> Result<()> {
     run(Command::new("tc").args(args.split_whitespace())).map(drop)
 }
 
-/// A new namespace with its loopback up.
+/// A new namespace with its loopback up. Its TCP and its bridges are what Debian's kernel has, whatever this machine set for itself:
+/// cubic (a machine may have bbr, with which a burst takes a tenth longer), and no firewall over bridged frames (where dockerd loaded
+/// `br_netfilter` it runs over each packet).
 pub(super) fn add_namespace(name: &str) -> Result<()> {
     ip(&format!("netns add {name}")).context("this machine does not allow network namespaces")?;
+    let script = "cd /proc/sys/net; echo cubic >ipv4/tcp_congestion_control; \
+        for f in bridge/bridge-nf-call-*; do [ ! -e $f ] || echo 0 >$f; done";
+    run(Command::new("ip").args(["netns", "exec", name, "sh", "-c", script]))?;
     ip(&format!("-n {name} link set lo up"))
-}
-
-/// Frames on this namespace's bridges go past the firewall, which runs over each packet where dockerd loaded `br_netfilter`: a
-/// twentieth of the CPU of a burst.
-pub(super) fn past_netfilter(namespace: &str) -> Result<()> {
-    let script = "for f in /proc/sys/net/bridge/bridge-nf-call-*; do [ ! -e $f ] || echo 0 >$f; done";
-    run(Command::new("ip").args(["netns", "exec", namespace, "sh", "-c", script])).map(drop)
 }
 
 fn namespace_path(name: &str) -> PathBuf {

@@ -93,7 +93,6 @@ impl Lab {
         fs::create_dir_all(&dir).with_context(|| format!("making {}", dir.display()))?;
         let lab = Self { name, dir, families, next_host: AtomicU16::new(1), turn: None };
         host::add_namespace(&lab.bridge())?;
-        host::past_netfilter(&lab.bridge())?;
         host::ip(&format!("-n {} link add br0 type bridge forward_delay 0 mcast_snooping 0", lab.bridge()))?;
         host::ip(&format!("-n {} link set br0 up", lab.bridge()))?;
         Ok(lab)

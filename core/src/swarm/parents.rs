@@ -312,7 +312,8 @@ impl Swarm {
         let reaches_out = self.reaches_out(task, child);
         let may = |copy: &&Copy| {
             let near = anywhere || self.is_near(child, copy.peer);
-            (near || reaches_out && self.reaches_out(task, copy.peer)) && !(without_seeds && is_seed(copy.peer))
+            (near || reaches_out && self.reaches_out(task, copy.peer))
+                && !(without_seeds && is_seed(copy.peer))
         };
         let mut pool: Vec<&Copy> = sample(rng, &task.copies).filter(may).collect();
         if reaches_out && self.zones.len() > 1 {
