@@ -9,8 +9,6 @@ use crate::digest::{Algorithm, Chain, ChainValue, Digest};
 const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
-const QUARTER_GIB: u64 = GIB / 4;
-const SIXTEEN_GIB: u64 = 16 * GIB;
 
 /// The first pieces are small, so that the first bytes can be verified and passed on early.
 const SMALL_PIECES: u32 = 4;
@@ -48,11 +46,14 @@ impl PieceLayout {
 
     /// Length of a piece after the small ones.
     pub const fn piece_bytes(&self) -> u64 {
-        match self.size_bytes {
-            ..=QUARTER_GIB => MIB / 2,
-            ..=GIB => MIB,
-            ..=SIXTEEN_GIB => 4 * MIB,
-            _ => 16 * MIB,
+        if self.size_bytes <= GIB / 4 {
+            MIB / 2
+        } else if self.size_bytes <= GIB {
+            MIB
+        } else if self.size_bytes <= 16 * GIB {
+            4 * MIB
+        } else {
+            16 * MIB
         }
     }
 
