@@ -648,7 +648,7 @@ mod tests {
     fn honest_table() -> v1::Table {
         v1::Table {
             task: Digest::of(Algorithm::Sha256, b"").to_string(),
-            size_bytes: 7 * MIB,
+            size_bytes: 4 * MIB,
             first: 0,
             values: vec![1; 32 * 9],
             signed: Some(v1::SignedPrefix {
