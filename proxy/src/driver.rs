@@ -669,7 +669,7 @@ impl Driver {
             let running = self.node.is_running(task);
             active += u64::from(running);
             let children = self.node.has_children(task);
-            if !state.readers.is_empty() || !state.ready || state.writing > 0 {
+            if !state.readers.is_empty() || !state.ready {
                 state.idle_since = None;
                 continue;
             }
@@ -686,7 +686,11 @@ impl Driver {
                 if let Some(tracker) = &self.config.tracker {
                     tracker.forget(task);
                 }
-            } else if !running && idle >= LET_GO_AFTER.min(linger) && (!children || idle >= 4 * LET_GO_AFTER)
+            } else if !running
+                // That a piece is being written keeps the task, but not the download: one that never rests would never end.
+                && state.writing == 0
+                && idle >= LET_GO_AFTER.min(linger)
+                && (!children || idle >= 4 * LET_GO_AFTER)
             {
                 gone.push(*task);
             }
