@@ -143,6 +143,11 @@ impl Offers {
         self.children.values().filter(|c| c.is_hungry()).count()
     }
 
+    /// Whether a frugal holder deals new pieces out: to a single hungry child everything is offered.
+    pub fn deals(&self) -> bool {
+        self.hungry() >= 2
+    }
+
     /// Adds what each child was dealt of this task.
     pub fn add_dealt(&self, sum: &mut BTreeMap<PeerId, Dealt>) {
         for (peer, child) in self.children.iter().filter(|(_, child)| child.dealt > 0) {
@@ -163,7 +168,7 @@ impl Offers {
         idle: bool,
         elsewhere: &BTreeMap<PeerId, Dealt>,
     ) -> Vec<(PeerId, Vec<PieceIndex>)> {
-        if !(frugal && self.hungry() >= 2) {
+        if !(frugal && self.deals()) {
             return self.everything(held);
         }
         let mut told: BTreeMap<PeerId, Vec<PieceIndex>> = BTreeMap::new();

@@ -303,14 +303,15 @@ impl<N: Notary> Node<N> {
 
     /// Tells children of new values and pieces.
     pub(super) fn tell(&mut self, now: Time, digest: &Digest) {
-        let due = |t: &Task| t.announce && !t.offers.is_empty() && now.since(t.news) >= t.news_every();
-        if !self.tasks.get(digest).is_some_and(due) {
-            return;
-        }
+        let due = |t: &&Task| t.announce && !t.offers.is_empty() && now.since(t.news) >= t.news_every();
+        let Some(task) = self.tasks.get(digest).filter(due) else { return };
+        let issuer = self.config.role == Role::Seed || task.elected;
         let idle = self.uploads.is_idle();
         let mut elsewhere = BTreeMap::new();
-        let others = self.tasks.iter().filter(|(other, _)| *other != digest);
-        others.for_each(|(_, task)| task.offers.add_dealt(&mut elsewhere));
+        if issuer && task.offers.deals() {
+            let others = self.tasks.iter().filter(|(other, _)| *other != digest);
+            others.for_each(|(_, task)| task.offers.add_dealt(&mut elsewhere));
+        }
         let Some(task) = self.tasks.get_mut(digest) else { return };
         task.news = now;
         if task.failed {
@@ -325,7 +326,6 @@ impl<N: Notary> Node<N> {
             }
             return;
         }
-        let issuer = self.config.role == Role::Seed || task.elected;
         if issuer {
             task.issue(&self.notary);
         }
@@ -342,7 +342,7 @@ impl<N: Notary> Node<N> {
                     .push_back(Output::Send(peer, Message::Have { task: *digest, size_bytes, offer }));
             }
         }
-        if task.running && (task.elected || self.config.role == Role::Seed) {
+        if task.running && issuer {
             for peer in task.offers.children() {
                 let link = task.links.entry(peer).or_default();
                 if link.told.is_none_or(|at| now.since(at) >= SAY_WORKING_EVERY) {
