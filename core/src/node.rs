@@ -633,7 +633,7 @@ impl<N: Notary> Node<N> {
         if task.announce {
             task.announce = false;
             for peer in task.offers.children().collect::<Vec<_>>() {
-                task.offers.leave(peer);
+                task.leave(peer);
                 let reason = Refusal::Unable;
                 self.outputs.push_back(Output::Send(peer, Message::Unavailable { task: *digest, reason }));
             }

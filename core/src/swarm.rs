@@ -677,7 +677,7 @@ impl Swarm {
             self.release(task_slot, *parent);
         }
         self.ensure_source(now, rng, task_slot);
-        self.find_parents(now, rng, task_slot, slot, &tried);
+        self.find_parents(now, rng, task_slot, slot, &tried, again);
         self.tell(now, task_slot, slot);
     }
 

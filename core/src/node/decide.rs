@@ -272,7 +272,9 @@ impl<N: Notary> Node<N> {
                 // out without it.
                 let has_one = if prefetch { in_flight > 0 } else { own > 0 };
                 if has_one && in_flight + fetch.layout().piece_bytes() > room {
-                    if prefetch || room < self.config.in_flight_bytes {
+                    // Held back as well, if it could go on.
+                    let held_back = prefetch || room < self.config.in_flight_bytes;
+                    if held_back && fetch.has_useful_parent(now, &self.parents) {
                         task.moved = now;
                     }
                     return false;
@@ -321,7 +323,7 @@ impl<N: Notary> Node<N> {
                 _ => Refusal::OriginUnreachable,
             };
             for peer in task.offers.children().collect::<Vec<_>>() {
-                task.offers.leave(peer);
+                task.leave(peer);
                 self.outputs.push_back(Output::Send(peer, Message::Unavailable { task: *digest, reason }));
             }
             return;

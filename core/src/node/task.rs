@@ -101,6 +101,10 @@ impl Task {
     /// A peer wants no more of it.
     pub(super) fn leave(&mut self, peer: PeerId) {
         self.offers.leave(peer);
+        // When it comes back it may have thrown away what it was told of the table.
+        if let Some(link) = self.links.get_mut(&peer) {
+            (link.table_sent, link.signed_sent) = (0, None);
+        }
         if self.offers.is_empty() {
             self.childrens_purpose = None;
         }

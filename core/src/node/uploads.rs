@@ -1,7 +1,7 @@
 //! Whom to serve next, and whom to send elsewhere: few at a time, what is most urgent and the fewest hold first.
 //!
 //! While something more urgent is sent or waits, nothing less urgent is begun beside it: they would share one link. But one
-//! request of [`LESS_URGENT_ONE_IN`] is the oldest of the less urgent ones, and one goes when nothing was begun for
+//! request of [`LESS_URGENT_ONE_IN`] is the oldest of the less urgent ones, and they go when nothing more urgent was begun for
 //! [`LESS_URGENT_AFTER`]: so none of them waits for ever, and a slow child that is urgent holds nobody up. What is prefetched has no
 //! such share.
 
@@ -25,7 +25,7 @@ const WAITS_AT_MOST: Duration = Duration::from_secs(10);
 /// The part of all requests that goes to less urgent ones while more urgent ones wait.
 const LESS_URGENT_ONE_IN: u32 = 8;
 
-/// When nothing was begun for so long, what is sent has left room: a less urgent request is begun beside it.
+/// When nothing as urgent was begun for so long, what is sent has left room: less urgent requests are begun beside it.
 const LESS_URGENT_AFTER: Duration = Duration::from_secs(2);
 
 /// A request that waits for a slot.
@@ -118,10 +118,12 @@ impl Uploads {
         let most_urgent = all().map(|(_, w)| w.turn()).chain(self.active.values().copied()).min()?;
         let overtaken = all().filter(|(_, w)| !w.prefetch && w.turn() > most_urgent);
         let overtaken = overtaken.min_by_key(|(_, w)| w.since).map(|(at, _)| at);
-        let may_overtake = self.overtaken + 1 < LESS_URGENT_ONE_IN
-            && (now.since(self.begun) < LESS_URGENT_AFTER || self.active.is_empty());
+        let others_turn = match all().any(|(_, w)| w.turn() == most_urgent) {
+            true => self.overtaken + 1 >= LESS_URGENT_ONE_IN,
+            false => now.since(self.begun) >= LESS_URGENT_AFTER,
+        };
         let at = match overtaken {
-            Some(at) if !may_overtake => {
+            Some(at) if others_turn => {
                 self.overtaken = 0;
                 at
             }
@@ -130,12 +132,12 @@ impl Uploads {
                 let first = equals.min_by_key(|(_, w)| (spread(w).min(1), sent_to(w.peer), w.since));
                 let (at, _) = first?;
                 self.overtaken = if overtaken.is_some() { self.overtaken + 1 } else { 0 };
+                self.begun = now;
                 at
             }
         };
         let next = self.waiting.remove(at);
         self.active.insert((next.peer, next.request), next.turn());
-        self.begun = now;
         Some(next)
     }
 
@@ -299,8 +301,8 @@ mod tests {
 
     #[test]
     fn what_is_less_urgent_is_not_begun_beside_what_is_more_so_unless_that_is_slow() {
-        let mut uploads = Uploads::new(SLOTS);
-        for waiting in [urgent(1, 1, 4), urgent(2, 2, 2)] {
+        let mut uploads = Uploads::new(4);
+        for waiting in [urgent(1, 1, 4), urgent(2, 2, 2), urgent(3, 3, 4)] {
             let _ = uploads.wait(waiting);
         }
         let next =
@@ -308,6 +310,14 @@ mod tests {
         assert_eq!(next(&mut uploads, 0), Some(2));
         assert_eq!(next(&mut uploads, 1999), None);
         assert_eq!(next(&mut uploads, 2000), Some(1));
+        assert_eq!(
+            next(&mut uploads, 2000),
+            Some(3),
+            "what the slow one leaves is theirs, not one request of it"
+        );
+        let _ = uploads.wait(urgent(4, 4, 2));
+        let _ = uploads.wait(urgent(1, 5, 4));
+        assert_eq!(next(&mut uploads, 2001), Some(4), "until somebody as urgent comes");
     }
 
     #[test]

@@ -17,7 +17,7 @@ use crate::piece::PeerId;
 use crate::rendezvous;
 
 impl Swarm {
-    /// Gives a child the parents that it still has room for. `tried` did not suffice.
+    /// Gives a child the parents that it still has room for. `again`: those that it had, `tried`, did not suffice.
     pub(super) fn find_parents<R: Rng + ?Sized>(
         &mut self,
         now: Time,
@@ -25,8 +25,9 @@ impl Swarm {
         task_slot: Slot,
         child: Slot,
         tried: &[Slot],
+        again: bool,
     ) {
-        for source in self.sources(now, task_slot, child, !tried.is_empty()) {
+        for source in self.sources(now, task_slot, child, again) {
             self.peers.get_mut(source).map(|peer| peer.tasks.insert(task_slot));
             self.tasks.get_mut(task_slot).map(|task| task.copy_or_empty(source).peer);
             self.link_both(now, task_slot, child, source);
@@ -35,7 +36,7 @@ impl Swarm {
         if room == 0 {
             return;
         }
-        let candidates = self.candidates(now, rng, task_slot, child, tried);
+        let candidates = self.candidates(now, rng, task_slot, child, tried, again);
         let max_complete = MAX_COMPLETE.saturating_sub(self.complete_parents(task_slot, child));
         for parent in choose(candidates, room, max_complete) {
             self.link_both(now, task_slot, child, parent);
@@ -88,7 +89,7 @@ impl Swarm {
     ) {
         let want = self.tasks.get_mut(task_slot).and_then(|task| task.want_mut(child));
         if want.is_some_and(|want| want.push_at == Some(due)) {
-            self.find_parents(now, rng, task_slot, child, &[]);
+            self.find_parents(now, rng, task_slot, child, &[], false);
             self.tell(now, task_slot, child);
         }
     }
@@ -298,6 +299,7 @@ impl Swarm {
         task_slot: Slot,
         child: Slot,
         tried: &[Slot],
+        again: bool,
     ) -> Vec<Candidate> {
         let (Some(task), Some(peer)) = (self.tasks.get(task_slot), self.peers.get(child)) else {
             return Vec::new();
@@ -307,11 +309,10 @@ impl Swarm {
         // Where these are limited, they are named as sources alone.
         let without_seeds = self.seeds_for(task, child).is_some();
         let is_seed = |slot: Slot| self.peers.get(slot).is_some_and(|peer| peer.about.role == Role::Seed);
-        // Who does without suffices not: it may look everywhere.
-        let anywhere = !tried.is_empty();
         let reaches_out = self.reaches_out(task, child);
         let may = |copy: &&Copy| {
-            let near = anywhere || self.is_near(child, copy.peer);
+            // For whom those of its zone do not suffice, all may.
+            let near = again || self.is_near(child, copy.peer);
             (near || reaches_out && self.reaches_out(task, copy.peer))
                 && !(without_seeds && is_seed(copy.peer))
         };
