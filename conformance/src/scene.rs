@@ -1,12 +1,14 @@
 //! What most end-to-end tests start from: an origin that notes what it sends, a cluster, and blobs that nobody has seen.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
+use rustix::process::Signal;
 
-use crate::lab::{Answer, Cluster, ClusterPlan, End, Hawker, Host, Lab, Mbit, Request};
+use crate::lab::{Answer, Cluster, ClusterPlan, End, Hawker, HawkerPlan, Host, Lab, Mbit, Request};
 use crate::origin::{Blob, Content, Origin, OriginConfig};
 
 /// The repository that a scene's blobs are in.
@@ -93,6 +95,60 @@ impl Plan {
 /// When it cannot listen there.
 pub fn start_origin(host: &Host) -> Result<Origin> {
     host.enter(|| Origin::start(OriginConfig::http(host.at(5000))))?.context("starting the origin")
+}
+
+/// A lab with an origin, in which the caller starts its daemons. What these log is shown where it fails.
+///
+/// # Errors
+/// Whatever `play` says.
+pub fn with_origin(play: impl FnOnce(&Lab, &Origin) -> Result<()>) -> Result<()> {
+    let lab = Lab::new()?;
+    lab.explain((|| {
+        let origin_host = lab.host("origin")?;
+        let origin = start_origin(&origin_host)?;
+        play(&lab, &origin)
+    })())
+}
+
+/// A daemon whose settings stand in a file of its own, and change while it runs.
+pub struct Configured {
+    /// The daemon.
+    pub node: Hawker,
+    config: PathBuf,
+}
+
+impl Configured {
+    /// Starts what is planned, with these settings (TOML).
+    ///
+    /// # Errors
+    /// When it does not start.
+    pub fn start(plan: HawkerPlan, host: &Host, origin: &Origin, settings: &str) -> Result<Self> {
+        let config = host.dir().join("settings.toml");
+        std::fs::write(&config, settings)?;
+        let plan = plan.flag("--config", config.display().to_string()).plain_registry(origin.address());
+        Ok(Self { node: plan.start()?, config })
+    }
+
+    /// A node in the cluster of this one.
+    ///
+    /// # Errors
+    /// When it does not start.
+    pub fn join(&self, lab: &Lab, origin: &Origin, name: &str, settings: &str) -> Result<Self> {
+        let host = lab.host(name)?;
+        Self::start(HawkerPlan::proxy(&host).join_to(&self.node)?, &host, origin, settings)
+    }
+
+    /// Other settings from now on.
+    ///
+    /// # Errors
+    /// When the daemon is not there any more.
+    pub fn set(&mut self, settings: &str) -> Result<()> {
+        std::fs::write(&self.config, settings)?;
+        self.node.process()?.signal(Signal::HUP)?;
+        // It says nothing to the outside when it has read them.
+        std::thread::sleep(Duration::from_millis(300));
+        Ok(())
+    }
 }
 
 impl Scene {
@@ -217,14 +273,14 @@ pub fn until_committed(node: &Hawker, blob: &Blob) -> Result<()> {
 
 /// Where a node keeps the blob once it is committed.
 #[must_use]
-pub fn committed_path(node: &Hawker, blob: &Blob) -> std::path::PathBuf {
+pub fn committed_path(node: &Hawker, blob: &Blob) -> PathBuf {
     let hex = blob.digest.hex();
     node.store_dir().join("blobs").join(blob.digest.algorithm().name()).join(&hex[..2]).join(hex)
 }
 
 /// Where a node keeps what it has of a blob until then.
 #[must_use]
-pub fn partial_path(node: &Hawker, blob: &Blob) -> std::path::PathBuf {
+pub fn partial_path(node: &Hawker, blob: &Blob) -> PathBuf {
     let name = format!("{}-{}", blob.digest.algorithm().name(), blob.digest.hex());
     node.store_dir().join("partial").join(name)
 }

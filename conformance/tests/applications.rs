@@ -1,46 +1,17 @@
 //! Applications, tags and priorities: who is urgent comes first, who is limited keeps to that, and no registry hears of it.
 
-use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use hawker_conformance::lab::{Hawker, HawkerPlan, Host, Lab, Request};
+use hawker_conformance::lab::{Hawker, HawkerPlan, Request};
 use hawker_conformance::origin::{Blob, Content, Origin};
-use hawker_conformance::scene::{REPOSITORY, blob_path, join, right, start_origin, until};
-use rustix::process::Signal;
+use hawker_conformance::scene::{Configured, REPOSITORY, blob_path, join, right, until, with_origin};
 
 const MIB: u64 = 1 << 20;
 
 const APPLICATION: &str = "X-Hawker-Application";
 const TAG: &str = "X-Hawker-Tag";
 const PRIORITY: &str = "X-Hawker-Priority";
-
-/// A daemon whose rules stand in a file of its own.
-struct Ruled {
-    node: Hawker,
-    config: PathBuf,
-}
-
-impl Ruled {
-    fn start(plan: HawkerPlan, host: &Host, origin: &Origin, rules: &str) -> Result<Self> {
-        let config = host.dir().join("applications.toml");
-        std::fs::write(&config, rules)?;
-        let plan = plan.flag("--config", config.display().to_string()).plain_registry(origin.address());
-        Ok(Self { node: plan.start()?, config })
-    }
-
-    fn join(&self, lab: &Lab, origin: &Origin, name: &str, rules: &str) -> Result<Self> {
-        let host = lab.host(name)?;
-        Self::start(HawkerPlan::proxy(&host).join_to(&self.node)?, &host, origin, rules)
-    }
-
-    fn set(&mut self, rules: &str) -> Result<()> {
-        std::fs::write(&self.config, rules)?;
-        self.node.process()?.signal(Signal::HUP)?;
-        std::thread::sleep(Duration::from_millis(300));
-        Ok(())
-    }
-}
 
 fn ask(node: &Hawker, origin: &Origin, blob: &Blob, headers: &[(&str, &str)]) -> Request {
     let request = node.request(origin.address(), &blob_path(blob)).discard().within(Duration::from_secs(90));
@@ -52,25 +23,16 @@ fn pull(node: &Hawker, origin: &Origin, blob: &Blob, headers: &[(&str, &str)]) -
     Ok(right(ask(node, origin, blob, headers).send(node.host())?, blob)?.total)
 }
 
-fn play(play: impl FnOnce(&Lab, &Origin) -> Result<()>) -> Result<()> {
-    let lab = Lab::new()?;
-    lab.explain((|| {
-        let origin_host = lab.host("origin")?;
-        let origin = start_origin(&origin_host)?;
-        play(&lab, &origin)
-    })())
-}
-
 fn blob(origin: &Origin, seed: u64, size_bytes: u64) -> Result<Blob> {
     Ok(origin.add_blob(REPOSITORY, Content::generated(seed, size_bytes))?)
 }
 
 #[test]
 fn a_seed_sends_what_is_urgent_first_and_the_rest_goes_on() -> Result<()> {
-    play(|lab, origin| {
+    with_origin(|lab, origin| {
         let host = lab.host("seed")?;
         let plan = HawkerPlan::up(&host).flag("--upload-slots", "2");
-        let mut seed = Ruled::start(plan, &host, origin, "")?;
+        let mut seed = Configured::start(plan, &host, origin, "")?;
         let (long, short) = (blob(origin, 0, 40 * MIB)?, blob(origin, 1, 16 * MIB)?);
         for blob in [&long, &short] {
             pull(&seed.node, origin, blob, &[])?;
@@ -96,7 +58,7 @@ fn a_seed_sends_what_is_urgent_first_and_the_rest_goes_on() -> Result<()> {
 #[test]
 fn an_application_and_a_tag_keep_to_their_rates_at_the_node_and_at_the_seed_and_these_change_at_sighup()
 -> Result<()> {
-    play(|lab, origin| {
+    with_origin(|lab, origin| {
         // 8 MiB at 2 MB/s are 4 s.
         let held = |what: &str, took: Duration| {
             ensure!((3..7).contains(&took.as_secs()), "{what}: it takes {took:?}");
@@ -109,7 +71,7 @@ fn an_application_and_a_tag_keep_to_their_rates_at_the_node_and_at_the_seed_and_
         let batch = [(APPLICATION, "batch")];
         let host = lab.host("seed")?;
         let rules = "[[application]]\nname = \"batch\"\norigin = \"2MB\"\n";
-        let mut seed = Ruled::start(HawkerPlan::up(&host), &host, origin, rules)?;
+        let mut seed = Configured::start(HawkerPlan::up(&host), &host, origin, rules)?;
         let all = (0..5).map(|seed| blob(origin, seed, 8 * MIB)).collect::<Result<Vec<_>>>()?;
         held("the origin of batch", pull(&seed.node, origin, &all[0], &batch)?)?;
         free("the origin of others", pull(&seed.node, origin, &all[1], &[])?)?;
@@ -144,10 +106,10 @@ fn an_application_and_a_tag_keep_to_their_rates_at_the_node_and_at_the_seed_and_
 #[test]
 fn an_application_with_as_many_requests_as_it_may_is_told_to_come_again_and_no_registry_hears_of_it()
 -> Result<()> {
-    play(|lab, origin| {
+    with_origin(|lab, origin| {
         let host = lab.host("node")?;
         let rules = "[[application]]\nname = \"batch\"\nrequests = 1\n";
-        let node = Ruled::start(HawkerPlan::proxy(&host), &host, origin, rules)?.node;
+        let node = Configured::start(HawkerPlan::proxy(&host), &host, origin, rules)?.node;
         let (long, short) = (blob(origin, 0, 32 * MIB)?, blob(origin, 1, MIB)?);
         let all = [(APPLICATION, "batch"), (TAG, "night"), (PRIORITY, "5")];
         let host = node.host();

@@ -1,41 +1,13 @@
 //! Rates of a blob, changed while the daemons run; what nobody waits for; and a seed that has more to send than it can.
 
-use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use hawker_conformance::lab::{Hawker, HawkerPlan, Host, Lab};
+use hawker_conformance::lab::{Hawker, HawkerPlan};
 use hawker_conformance::origin::{Blob, Content, Origin};
-use hawker_conformance::scene::{REPOSITORY, blob_path, join, right, start_origin};
-use rustix::process::Signal;
+use hawker_conformance::scene::{Configured, REPOSITORY, blob_path, join, right, with_origin};
 
 const MIB: u64 = 1 << 20;
-
-/// A daemon whose rates stand in a file of its own.
-struct Rated {
-    node: Hawker,
-    config: PathBuf,
-}
-
-impl Rated {
-    fn start(plan: HawkerPlan, host: &Host, origin: &Origin, rates: &str) -> Result<Self> {
-        let config = host.dir().join("rates.toml");
-        std::fs::write(&config, rates)?;
-        let plan = plan.flag("--config", config.display().to_string()).plain_registry(origin.address());
-        Ok(Self { node: plan.start()?, config })
-    }
-
-    /// A node in the cluster of this one.
-    fn join(&self, lab: &Lab, origin: &Origin, name: &str) -> Result<Self> {
-        let host = lab.host(name)?;
-        Self::start(HawkerPlan::proxy(&host).join_to(&self.node)?, &host, origin, "")
-    }
-
-    fn set(&mut self, rates: &str) -> Result<()> {
-        std::fs::write(&self.config, rates)?;
-        self.node.process()?.signal(Signal::HUP)
-    }
-}
 
 /// How long it takes to get all of these through a node at once.
 fn pull(node: &Hawker, origin: &Origin, blobs: &[Blob]) -> Result<Duration> {
@@ -60,22 +32,13 @@ fn leave(node: &Hawker, origin: &Origin, blob: &Blob) -> Result<()> {
     Ok(())
 }
 
-fn play(play: impl FnOnce(&Lab, &Origin) -> Result<()>) -> Result<()> {
-    let lab = Lab::new()?;
-    lab.explain((|| {
-        let origin_host = lab.host("origin")?;
-        let origin = start_origin(&origin_host)?;
-        play(&lab, &origin)
-    })())
-}
-
 fn blobs(origin: &Origin, size_bytes: u64, seeds: std::ops::Range<u64>) -> Result<Vec<Blob>> {
     seeds.map(|seed| Ok(origin.add_blob(REPOSITORY, Content::generated(seed, size_bytes))?)).collect()
 }
 
 #[test]
 fn a_blobs_rates_hold_for_each_by_itself_and_change_at_sighup() -> Result<()> {
-    play(|lab, origin| {
+    with_origin(|lab, origin| {
         // 8 MiB at 2 MB/s are 4 s, for two at once as for one.
         let (least, most) = (Duration::from_secs(3), Duration::from_secs(6));
         let held = |what: &str, took: Duration| {
@@ -84,12 +47,12 @@ fn a_blobs_rates_hold_for_each_by_itself_and_change_at_sighup() -> Result<()> {
         };
         let host = lab.host("seed")?;
         let mut seed =
-            Rated::start(HawkerPlan::up(&host), &host, origin, "[task_rates]\norigin = \"2MB\"\n")?;
+            Configured::start(HawkerPlan::up(&host), &host, origin, "[task_rates]\norigin = \"2MB\"\n")?;
         let both = blobs(origin, 8 * MIB, 0..2)?;
         held("the origin", pull(&seed.node, origin, &both)?)?;
 
         seed.set("[task_rates]\nupload = \"2MB\"\n")?;
-        let mut node = seed.join(lab, origin, "node")?;
+        let mut node = seed.join(lab, origin, "node", "")?;
         held("the seed's upload", pull(&node.node, origin, &both)?)?;
 
         seed.set("")?;
@@ -97,7 +60,6 @@ fn a_blobs_rates_hold_for_each_by_itself_and_change_at_sighup() -> Result<()> {
         held("the node's download", pull(&node.node, origin, &blobs(origin, 8 * MIB, 2..4)?)?)?;
 
         node.set("")?;
-        std::thread::sleep(Duration::from_millis(200));
         let free = pull(&node.node, origin, &blobs(origin, 8 * MIB, 4..6)?)?;
         ensure!(free < Duration::from_secs(2), "without rates it takes {free:?}");
         Ok(())
@@ -106,10 +68,10 @@ fn a_blobs_rates_hold_for_each_by_itself_and_change_at_sighup() -> Result<()> {
 
 #[test]
 fn what_nobody_waits_for_keeps_to_its_rate_until_somebody_does() -> Result<()> {
-    play(|lab, origin| {
+    with_origin(|lab, origin| {
         let host = lab.host("node")?;
         let rates = "[rates]\nprefetch = \"1MB\"\n";
-        let node = Rated::start(HawkerPlan::proxy(&host), &host, origin, rates)?.node;
+        let node = Configured::start(HawkerPlan::proxy(&host), &host, origin, rates)?.node;
         let blob = blobs(origin, 256 * MIB, 0..1)?[0];
         leave(&node, origin, &blob)?;
         let before = node.status()?.bytes.received_origin;
@@ -124,14 +86,14 @@ fn what_nobody_waits_for_keeps_to_its_rate_until_somebody_does() -> Result<()> {
 
 #[test]
 fn a_seed_sends_what_clients_wait_for_before_what_nobody_does() -> Result<()> {
-    play(|lab, origin| {
+    with_origin(|lab, origin| {
         let host = lab.host("seed")?;
         let plan = HawkerPlan::up(&host).flag("--upload-slots", "2");
-        let mut seed = Rated::start(plan, &host, origin, "")?;
+        let mut seed = Configured::start(plan, &host, origin, "")?;
         let (long, short) = (blobs(origin, 256 * MIB, 0..1)?[0], blobs(origin, 16 * MIB, 1..2)?[0]);
         pull(&seed.node, origin, &[long, short])?;
         seed.set("[rates]\nupload = \"4MB\"\n")?;
-        let [idle, busy] = ["idle", "busy"].map(|name| seed.join(lab, origin, name));
+        let [idle, busy] = ["idle", "busy"].map(|name| seed.join(lab, origin, name, ""));
         let (idle, busy) = (idle?.node, busy?.node);
         leave(&idle, origin, &long)?;
         // What was asked for while the client was there goes out as asked: up to 32 pieces.
@@ -147,14 +109,14 @@ fn a_seed_sends_what_clients_wait_for_before_what_nobody_does() -> Result<()> {
 
 #[test]
 fn an_overloaded_seed_says_so_and_is_not_taken_for_one_that_stalls() -> Result<()> {
-    play(|lab, origin| {
+    with_origin(|lab, origin| {
         let host = lab.host("seed")?;
         let plan = HawkerPlan::up(&host).flag("--upload-slots", "1");
-        let mut seed = Rated::start(plan, &host, origin, "")?;
+        let mut seed = Configured::start(plan, &host, origin, "")?;
         let all = blobs(origin, 8 * MIB, 0..3)?;
         pull(&seed.node, origin, &all)?;
         seed.set("[rates]\nupload = \"300KB\"\n")?;
-        let node = |n: usize| Ok(seed.join(lab, origin, &format!("node{n}"))?.node);
+        let node = |n: usize| Ok(seed.join(lab, origin, &format!("node{n}"), "")?.node);
         let nodes = (0..3).map(node).collect::<Result<Vec<_>>>()?;
         std::thread::scope(|scope| {
             let pulls: Vec<_> = nodes

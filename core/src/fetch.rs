@@ -1,8 +1,8 @@
 //! One task's download: which piece to ask of which parent next.
 //!
 //! The rule, in order: what a waiting reader needs first; then, of a parent that is not busy with this node, the piece that the
-//! fewest peers offer, so that copies of everything spread; at the very end a second request for what is slow to come. Nothing is asked for that the piece table
-//! cannot verify yet.
+//! fewest peers offer, so that copies of everything spread; at the very end a second request for what is slow to come. Nothing
+//! is asked for that the piece table cannot verify yet.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;

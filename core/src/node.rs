@@ -615,7 +615,7 @@ impl<N: Notary> Node<N> {
         let Some(task) = self.tasks.get_mut(&digest) else { return };
         if task.fetch.is_none() {
             task.set_size(&digest, PieceLayout::new(size_bytes), None);
-            if self.config.role == Role::Seed || task.elected {
+            if task.brings(self.config.role) {
                 task.issue(&self.notary);
             }
             self.outputs.push_back(Output::Sized(digest, size_bytes));

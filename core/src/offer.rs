@@ -19,7 +19,7 @@ const OFFER_LIFE: Duration = Duration::from_secs(3);
 /// Spread pieces revealed to a child at a time while the holder idles.
 const REVEAL: usize = 2;
 
-/// What a child was dealt of other tasks: its link is one for all.
+/// What a child was dealt.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Dealt {
     /// New pieces on offer to it that it does not hold yet.
@@ -159,7 +159,8 @@ impl Offers {
     }
 
     /// What to tell whom now, of the pieces `held`. `frugal`: as the issuer does. `idle`: nothing is being sent or waits to be.
-    /// `elsewhere`: what each child was dealt of other tasks.
+    /// `elsewhere`: what each child was dealt of other tasks: its link is one
+    /// for all.
     pub fn next(
         &mut self,
         now: Time,
@@ -208,14 +209,10 @@ impl Offers {
         told: &mut BTreeMap<PeerId, Vec<PieceIndex>>,
     ) {
         let hungry = self.children.iter().filter(|(_, c)| c.is_hungry()).map(|(peer, _)| *peer);
+        let mut dealt = elsewhere.clone();
+        self.add_dealt(&mut dealt);
         let mut load: BTreeMap<PeerId, Dealt> =
-            hungry.map(|peer| (peer, elsewhere.get(&peer).copied().unwrap_or_default())).collect();
-        for (peer, dealt) in &mut load {
-            dealt.ever += self.children[peer].dealt;
-        }
-        for (to, _) in self.pending.values() {
-            load.entry(*to).and_modify(|dealt| dealt.pending += 1);
-        }
+            hungry.map(|peer| (peer, dealt.get(&peer).copied().unwrap_or_default())).collect();
         for piece in held.iter().filter(|p| self.spread[*p as usize] == 0) {
             if load.values().all(|dealt| dealt.pending >= QUOTA) {
                 break;

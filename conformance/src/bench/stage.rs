@@ -94,7 +94,7 @@ pub(crate) fn blob_path(blob: &Blob) -> String {
     format!("/v2/{REPOSITORY}/blobs/{}", blob.digest)
 }
 
-/// Part of a disk that the stores leave free, by default: past it they evict what the bench just pulled.
+/// Part of a disk that stays free: stores evict from 90 % by default (`--cache-high`), which here is what the bench just pulled.
 const LEFT_FREE_PERCENT: u64 = 15;
 
 fn ensure_space(dir: &Path, needed_gib: u64) -> Result<()> {
@@ -103,7 +103,7 @@ fn ensure_space(dir: &Path, needed_gib: u64) -> Result<()> {
     let left_gib = disk.f_blocks * disk.f_frsize * LEFT_FREE_PERCENT / 100 / GIB;
     ensure!(
         free_gib > needed_gib + left_gib,
-        "{} has {free_gib} GiB free and this bench needs {needed_gib} beside the {left_gib} at which stores evict: free some, or \
+        "{} has {free_gib} GiB free and this bench needs {needed_gib} beside {left_gib} that stay free, as stores evict from 90 %: free some, or \
          set TMPDIR to another disk",
         dir.display()
     );

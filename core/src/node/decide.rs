@@ -120,7 +120,7 @@ impl<N: Notary> Node<N> {
             }
             None => 0,
         };
-        let moving = task.fetch.as_ref().is_some_and(|f| f.asked_bytes() > 0);
+        let moving = task.asked_bytes() > 0;
         let waited = now.since(task.moved) >= if moving { PATIENCE_IN_FLIGHT } else { PATIENCE };
         let reading = task.reading;
         // Most of the time it moves, and whoever was asked may bring it: no more is worked out.
@@ -212,6 +212,11 @@ impl<N: Notary> Node<N> {
         scheduler || offers() || peers()
     }
 
+    /// Bytes asked for and not there yet, of all tasks.
+    pub(super) fn in_flight_bytes(&self) -> u64 {
+        self.tasks.values().map(Task::asked_bytes).sum()
+    }
+
     /// Sends requests as long as there is room in flight: for what is most urgent first, and of what is as urgent for all tasks in
     /// turn; what nobody waits for comes last. While there is anything more urgent, what is less so gets what is left of a part
     /// of the room, and one request of each priority may always be under way: so nobody waits for ever.
@@ -248,11 +253,11 @@ impl<N: Notary> Node<N> {
         under_way: &mut BTreeMap<PeerId, usize>,
         rng: &mut R,
     ) {
-        let asked = |task: &Task| task.fetch.as_ref().map_or(0, Fetch::asked_bytes);
-        let mut in_flight: u64 = self.tasks.values().map(asked).sum();
-        let mut own: u64 = open.iter().filter_map(|digest| self.tasks.get(digest)).map(asked).sum();
+        let mut in_flight = self.in_flight_bytes();
+        let mut own: u64 =
+            open.iter().filter_map(|digest| self.tasks.get(digest)).map(Task::asked_bytes).sum();
         // Who has least under way is first: else one task would get each place that comes free, and the issuers of the others idle.
-        open.sort_by_key(|digest| self.tasks.get(digest).map(asked));
+        open.sort_by_key(|digest| self.tasks.get(digest).map(Task::asked_bytes));
         while !open.is_empty() {
             open.retain(|digest| {
                 let Some(task) = self.tasks.get_mut(digest) else { return false };
@@ -307,7 +312,7 @@ impl<N: Notary> Node<N> {
     pub(super) fn tell(&mut self, now: Time, digest: &Digest) {
         let due = |t: &&Task| t.announce && !t.offers.is_empty() && now.since(t.news) >= t.news_every();
         let Some(task) = self.tasks.get(digest).filter(due) else { return };
-        let issuer = self.config.role == Role::Seed || task.elected;
+        let issuer = task.brings(self.config.role);
         let idle = self.uploads.is_idle();
         let mut elsewhere = BTreeMap::new();
         if issuer && task.offers.deals() {

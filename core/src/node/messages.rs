@@ -18,9 +18,7 @@ impl<N: Notary> Node<N> {
 
     /// Whether there is room for a request, and none at this peer.
     fn may_ask(&self, peer: PeerId) -> bool {
-        let in_flight: u64 =
-            self.tasks.values().filter_map(|t| t.fetch.as_ref()).map(Fetch::asked_bytes).sum();
-        in_flight < self.config.in_flight_bytes
+        self.in_flight_bytes() < self.config.in_flight_bytes
             && self.asked.range((peer, 0)..=(peer, u32::MAX)).next().is_none()
     }
 

@@ -84,17 +84,20 @@ impl Task {
         if few { FIRST_NEWS_EVERY } else { NEWS_EVERY }
     }
 
+    /// Whether a node of this `role` is to bring it to the others: it reads the origin for all, issues the table, is frugal.
+    pub(super) fn brings(&self, role: Role) -> bool {
+        self.elected || role == Role::Seed
+    }
+
     /// Whether it goes on though nobody waits for it: no client here, and no child of whoever is to bring it to the others.
     pub(super) fn is_prefetch(&self, role: Role) -> bool {
-        let brings = self.elected || role == Role::Seed;
-        self.running && !self.is_read && !(brings && self.offers.hungry() > 0)
+        self.running && !self.is_read && !(self.brings(role) && self.offers.hungry() > 0)
     }
 
     /// For whom it is fetched: for clients here, and, by whoever is to bring it to the others, for these too.
     pub(super) fn purpose(&self, role: Role) -> Purpose {
-        let brings = self.elected || role == Role::Seed;
         let own = Some(&self.purpose).filter(|_| self.is_read);
-        let children = self.childrens_purpose.as_ref().filter(|_| brings);
+        let children = self.childrens_purpose.as_ref().filter(|_| self.brings(role));
         Purpose::common(own.into_iter().chain(children)).unwrap_or_else(|| self.purpose.clone())
     }
 
@@ -115,6 +118,11 @@ impl Task {
         let token = self.right.token().filter(|_| to == Role::Seed).cloned();
         let (source, size_bytes) = (self.source.clone(), self.size_bytes());
         Message::Interest { task, source, size_bytes, token, purpose: self.purpose(me) }
+    }
+
+    /// Bytes asked for and not there yet.
+    pub(super) fn asked_bytes(&self) -> u64 {
+        self.fetch.as_ref().map_or(0, Fetch::asked_bytes)
     }
 
     pub(super) fn size_bytes(&self) -> Option<u64> {

@@ -1,7 +1,8 @@
 //! Several nodes, one seed and an origin in one process: messages arrive at once, pieces take time on serial links.
 
 use super::*;
-use crate::application::{Label, Limits, Rule};
+use crate::application::Limits;
+use crate::application::tests::{limited, purpose};
 use crate::digest::Algorithm;
 use rand::SeedableRng;
 use rand::rngs::StdRng;
@@ -843,16 +844,6 @@ fn the_origin_is_read_on_when_the_rates_allow() {
     assert_eq!(node.origin_waits(now, &task), Duration::from_secs(4));
     node.rates(now, Rates::default(), None);
     assert_eq!(node.origin_waits(now, &task), Duration::ZERO);
-}
-
-fn purpose(application: &str, level: u32) -> Purpose {
-    let labels = Labels { application: Label::new(application), tag: None };
-    Purpose { labels, priority: Priority::new(level).unwrap() }
-}
-
-fn limited(application: &str, limits: Limits) -> Arc<Applications> {
-    let labels = purpose(application, 3).labels;
-    Arc::new(Applications::new([Rule { labels, limits, ..Rule::default() }]))
 }
 
 #[test]

@@ -110,7 +110,7 @@ impl Uploads {
         spread: impl Fn(&Waiting) -> u16,
         may: impl Fn(&Waiting) -> bool,
     ) -> Option<Waiting> {
-        if self.active.len() >= self.slots {
+        if !self.has_slot() {
             return None;
         }
         let sent_to = |peer: PeerId| self.active.keys().filter(|(whom, _)| *whom == peer).count();
@@ -153,7 +153,7 @@ impl Uploads {
 
     /// Whether nothing is sent and nothing waits.
     pub(super) fn is_idle(&self) -> bool {
-        self.waiting.is_empty() && self.active.len() < self.slots
+        !self.is_waited_for() && self.has_slot()
     }
 
     pub(super) fn over(&mut self, peer: PeerId, request: u32) {

@@ -178,6 +178,10 @@ impl Swarm {
             .is_some_and(|peer| peer.gone_at.is_none() && !self.conduct.is_isolated(now, peer.about.peer))
     }
 
+    fn is_seed(&self, slot: Slot) -> bool {
+        self.peers.get(slot).is_some_and(|peer| peer.about.role == Role::Seed)
+    }
+
     /// Whether two stand in the same zone.
     fn is_near(&self, one: Slot, other: Slot) -> bool {
         let zone = |slot: Slot| self.peers.get(slot).map(|peer| &peer.about.zone);
@@ -270,15 +274,14 @@ impl Swarm {
         };
         let mut seeds_left = self.seeds_for(task, child).unwrap_or(usize::MAX);
         let is_named = |slot: &Slot| {
-            let is_seed = self.peers.get(*slot).is_some_and(|peer| peer.about.role == Role::Seed);
+            let is_seed = self.is_seed(*slot);
             let may = !is_seed || seeds_left > 0;
             seeds_left = seeds_left.saturating_sub(usize::from(is_seed));
             may
         };
-        let sources = sources.into_iter().filter(is_named).collect::<Vec<_>>();
         let has_room =
             |slot: &Slot| again || task.copy(*slot).is_none_or(|copy| copy.children < SOURCE_CHILDREN);
-        sources.into_iter().filter(|slot| *slot != child).filter(has_room).collect()
+        sources.into_iter().filter(is_named).filter(|slot| *slot != child).filter(has_room).collect()
     }
 
     /// How many seeds are named to a child, if its application or its tag is limited in that.
@@ -308,13 +311,12 @@ impl Swarm {
             task.copy(child).and_then(|copy| copy.want.as_deref()).map_or(&[][..], |want| &want.parents);
         // Where these are limited, they are named as sources alone.
         let without_seeds = self.seeds_for(task, child).is_some();
-        let is_seed = |slot: Slot| self.peers.get(slot).is_some_and(|peer| peer.about.role == Role::Seed);
         let reaches_out = self.reaches_out(task, child);
         let may = |copy: &&Copy| {
             // For whom those of its zone do not suffice, all may.
             let near = again || self.is_near(child, copy.peer);
             (near || reaches_out && self.reaches_out(task, copy.peer))
-                && !(without_seeds && is_seed(copy.peer))
+                && !(without_seeds && self.is_seed(copy.peer))
         };
         let mut pool: Vec<&Copy> = sample(rng, &task.copies).filter(may).collect();
         if reaches_out && self.zones.len() > 1 {

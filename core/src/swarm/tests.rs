@@ -7,7 +7,8 @@ use rand::SeedableRng;
 use rand::rngs::StdRng;
 
 use super::*;
-use crate::application::{Label, Limits, Rule};
+use crate::application::Limits;
+use crate::application::tests::{limited, purpose};
 use crate::digest::Algorithm;
 use crate::rendezvous;
 
@@ -121,38 +122,22 @@ impl World {
     }
 
     fn want(&mut self, n: u32, t: u32) {
-        self.input(Input::Want {
-            peer: peer(n),
-            task: task(t),
-            size_bytes: Some(20 * MIB),
-            again: false,
-            reads: false,
-            terms: Terms::default(),
-        });
+        self.want_on(n, t, Terms::default());
+    }
+
+    fn want_on(&mut self, n: u32, t: u32, terms: Terms) {
+        let (peer, task, size_bytes) = (peer(n), task(t), Some(20 * MIB));
+        self.input(Input::Want { peer, task, size_bytes, again: false, reads: false, terms });
     }
 
     /// A question for an application.
     fn want_for(&mut self, n: u32, t: u32, purpose: &Purpose) {
-        self.input(Input::Want {
-            peer: peer(n),
-            task: task(t),
-            size_bytes: Some(20 * MIB),
-            again: false,
-            reads: false,
-            terms: Terms { purpose: purpose.clone(), ..Terms::default() },
-        });
+        self.want_on(n, t, Terms { purpose: purpose.clone(), ..Terms::default() });
     }
 
     /// A question of somebody who was told who the issuer is, here before a restart or, as a guest, elsewhere.
     fn want_naming(&mut self, n: u32, t: u32, issuer: u32, guest: bool) {
-        self.input(Input::Want {
-            peer: peer(n),
-            task: task(t),
-            size_bytes: Some(20 * MIB),
-            again: false,
-            reads: false,
-            terms: Terms { issuer: Some(peer(issuer)), guest, ..Terms::default() },
-        });
+        self.want_on(n, t, Terms { issuer: Some(peer(issuer)), guest, ..Terms::default() });
     }
 
     fn hold(&mut self, n: u32, t: u32, pieces: u32, complete: bool) {
@@ -894,16 +879,6 @@ proptest! {
         };
         prop_assert_eq!(run(), run());
     }
-}
-
-fn purpose(application: &str, level: u32) -> Purpose {
-    let labels = Labels { application: Label::new(application), tag: None };
-    Purpose { labels, priority: Priority::new(level).unwrap() }
-}
-
-fn limited(application: &str, limits: Limits) -> Arc<Applications> {
-    let labels = purpose(application, 3).labels;
-    Arc::new(Applications::new([Rule { labels, limits, ..Rule::default() }]))
 }
 
 #[test]
