@@ -15,6 +15,7 @@ use hawker_core::message::{Message, Offer, Refusal, Role};
 use hawker_core::piece::{MAX_BLOB_BYTES, PeerId, PieceIndex, PieceLayout, PieceTable, SignedPrefix};
 use hawker_core::reference::{MAX_NAME_BYTES, Source, canonical_host, is_repository};
 use hawker_core::right::Bearer;
+use hawker_core::share::Share;
 
 use crate::v1;
 use crate::v1::peer_message::Message as Wire;
@@ -67,12 +68,13 @@ pub fn check_version(theirs: Option<v1::Version>) -> Result<()> {
 /// To the wire.
 pub fn peer_message(message: &Message) -> v1::PeerMessage {
     let wire = match message {
-        Message::Interest { task, source, size_bytes, token, purpose } => Wire::Interest(v1::Interest {
+        Message::Interest { task, source, size_bytes, token, purpose, far } => Wire::Interest(v1::Interest {
             task: task.to_string(),
             source: Some(self::source(source)),
             size_bytes: *size_bytes,
             token: self::token(token.as_ref()),
             purpose: Some(self::purpose(purpose)),
+            far_share: far.map(Share::bits),
         }),
         Message::Have { task, size_bytes, offer } => Wire::Have(have(task, *size_bytes, offer)),
         Message::Table { task, size_bytes, first, values, signed } => Wire::Table(v1::Table {
@@ -107,13 +109,16 @@ pub fn peer_message(message: &Message) -> v1::PeerMessage {
 pub fn from_peer_message(message: v1::PeerMessage) -> Result<Option<Message>> {
     let Some(message) = message.message else { return Ok(None) };
     Ok(Some(match message {
-        Wire::Interest(v1::Interest { task, source, size_bytes, token, purpose }) => Message::Interest {
-            task: from_task(&task)?,
-            source: from_source(source)?,
-            size_bytes: size_bytes.map(from_size).transpose()?,
-            token: from_token(&token)?,
-            purpose: from_purpose(purpose)?,
-        },
+        Wire::Interest(v1::Interest { task, source, size_bytes, token, purpose, far_share }) => {
+            Message::Interest {
+                task: from_task(&task)?,
+                source: from_source(source)?,
+                size_bytes: size_bytes.map(from_size).transpose()?,
+                token: from_token(&token)?,
+                purpose: from_purpose(purpose)?,
+                far: far_share.map(Share::from_bits),
+            }
+        }
         Wire::Have(have) => from_have(have)?,
         Wire::Table(table) => from_table(table)?,
         Wire::Working(v1::Working { task }) => Message::Working { task: from_task(&task)? },
@@ -618,11 +623,13 @@ mod tests {
                 source_strategy(),
                 size,
                 prop::option::of("[A-Za-z0-9._~+/-]{1,40}={0,2}"),
-                purpose_strategy()
+                purpose_strategy(),
+                prop::option::of(0..256u32)
             )
-                .prop_map(|(task, source, size_bytes, token, purpose)| {
+                .prop_map(|(task, source, size_bytes, token, purpose, far)| {
                     let token = token.and_then(|token| Bearer::new(&token));
-                    Message::Interest { task, source, size_bytes, token, purpose }
+                    let far = far.map(Share::from_bits);
+                    Message::Interest { task, source, size_bytes, token, purpose, far }
                 }),
             have,
             table(),

@@ -2,8 +2,10 @@
 //!
 //! The rule, in order: what a waiting reader needs first; then, of a parent that is not busy with this node, the piece that the
 //! fewest peers offer, so that copies of everything spread; at the very end a second request for what is slow to come. Nothing
-//! is asked for that the piece table cannot verify yet.
+//! is asked for that the piece table cannot verify yet. Of parents in other zones only this node's share is asked for, and of that
+//! what nobody near offers.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::time::Duration;
@@ -13,6 +15,7 @@ use rand::{Rng, RngExt};
 use crate::Time;
 use crate::parents::Parents;
 use crate::piece::{PeerId, PieceIndex, PieceLayout, PieceSet};
+use crate::share::Share;
 
 /// Requests under way for one task that fill a link without planning too far ahead: a choice made early is a choice made on
 /// stale news about which pieces are rare.
@@ -80,9 +83,10 @@ struct Parent {
 /// A parent that may be asked now.
 struct Ready<'a> {
     peer: PeerId,
-    offered: &'a PieceSet,
-    /// Shunned, no issuer with news, requests at it, a lot: the lowest is asked first.
-    rank: (bool, bool, usize, u32),
+    /// Of what it offers, what may be asked of it.
+    offered: Cow<'a, PieceSet>,
+    /// Shunned, no issuer with news, far, requests at it, a lot: the lowest is asked first.
+    rank: (bool, bool, bool, usize, u32),
     /// There are fewer requests at it than it needs to be busy.
     has_room: bool,
 }
@@ -100,6 +104,9 @@ pub struct Fetch {
     parents: BTreeMap<PeerId, Parent>,
     /// Those who offer what is new to one child only.
     issuers: BTreeSet<PeerId>,
+    /// Those who stand in other zones, parents or not, and what is taken from them.
+    far: BTreeSet<PeerId>,
+    share: Share,
     /// How many parents offer each piece, which pieces any does, and which only one.
     offers: Vec<u16>,
     available: PieceSet,
@@ -123,6 +130,8 @@ impl Fetch {
             readers: BTreeMap::new(),
             parents: BTreeMap::new(),
             issuers: BTreeSet::new(),
+            far: BTreeSet::new(),
+            share: Share::ALL,
             offers: vec![0; count as usize],
             available: PieceSet::empty(count),
             lone: PieceSet::empty(count),
@@ -161,6 +170,19 @@ impl Fetch {
     /// From now on nothing outside these pieces is asked for.
     pub fn keep_within(&mut self, window: Range<PieceIndex>) {
         self.window = Some(window);
+    }
+
+    /// A peer stands in another zone, or in this one.
+    pub fn is_far(&mut self, peer: PeerId, far: bool) {
+        match far {
+            true => self.far.insert(peer),
+            false => self.far.remove(&peer),
+        };
+    }
+
+    /// What is taken from those in other zones.
+    pub const fn share(&mut self, share: Share) {
+        self.share = share;
     }
 
     /// A reader has come, moved, or (`None`) gone. `partial`: it reads a range.
@@ -366,23 +388,23 @@ impl Fetch {
         overdue.iter().for_each(|(piece, _)| {
             useful.insert(*piece);
         });
+        let near = self.near();
         let mut ready: Vec<Ready<'_>> = free
             .into_iter()
-            .filter(|(_, parent, asked)| {
-                let wanted = if *asked < a_parent { &useful } else { &lone };
-                parent.offered.meets(wanted)
-            })
-            .map(|(peer, parent, asked)| Ready {
+            .map(|(peer, parent, asked)| (peer, self.from(peer, parent, near.as_ref()), asked))
+            .filter(|(_, offered, asked)| offered.meets(if *asked < a_parent { &useful } else { &lone }))
+            .map(|(peer, offered, asked)| Ready {
                 peer: *peer,
-                offered: &parent.offered,
                 // Least busy first, and by lot among equals, so that children do not all start at the same parent. But an issuer
                 // that has something new for this node waits for it alone: what is not fetched from it spreads nowhere.
                 rank: (
                     parents.shunned(now, *peer),
-                    !(self.issuers.contains(peer) && parent.offered.meets(&lone)),
+                    !(self.issuers.contains(peer) && offered.meets(&lone)),
+                    self.far.contains(peer),
                     asked,
                     rng.random(),
                 ),
+                offered,
                 has_room: asked < a_parent,
             })
             .collect();
@@ -396,7 +418,7 @@ impl Fetch {
         };
         let rarest_of = |parent: &Ready<'_>, wanted: &PieceSet, rng: &mut R| {
             let mut theirs = wanted.clone();
-            theirs.intersect(parent.offered);
+            theirs.intersect(&parent.offered);
             self.rarest(&theirs, rng).map(|piece| (parent.peer, piece))
         };
         let needed = self.needed_first(now, &unasked).find_map(|piece| with_room(piece, None));
@@ -413,6 +435,33 @@ impl Fetch {
                 busy.find_map(|parent| rarest_of(parent, &lone, rng))
             })
             .or_else(|| overdue.iter().find_map(|(piece, slow)| with_room(*piece, Some(*slow))))
+    }
+
+    /// What is not taken from other zones, where that is not all the same: what this node is not to bring here, and what is here.
+    fn near(&self) -> Option<PieceSet> {
+        if self.far.is_empty() || self.share == Share::ALL {
+            return None;
+        }
+        let count = self.layout.count();
+        let mut near = PieceSet::empty(count);
+        (0..count).filter(|piece| !self.share.contains(*piece)).for_each(|piece| {
+            near.insert(piece);
+        });
+        let here = self.parents.iter().filter(|(peer, _)| !self.far.contains(*peer));
+        here.for_each(|(_, parent)| near.unite(&parent.offered));
+        Some(near)
+    }
+
+    /// Of what a parent offers, what may be asked of it.
+    fn from<'a>(&self, peer: &PeerId, parent: &'a Parent, near: Option<&PieceSet>) -> Cow<'a, PieceSet> {
+        match near.filter(|_| self.far.contains(peer)) {
+            None => Cow::Borrowed(&parent.offered),
+            Some(near) => {
+                let mut offered = parent.offered.clone();
+                offered.subtract(near);
+                Cow::Owned(offered)
+            }
+        }
     }
 
     /// The pieces that are wanted and may be asked for: they can be verified, and are not just being read from the origin.
@@ -615,5 +664,26 @@ mod tests {
         assert!(fetch.choose(later, &parents, &free, 20, None, &mut rng).is_some());
         parents.punish(later, peer(1), crate::parents::Fault::WrongBytes);
         assert_eq!(fetch.choose(later, &parents, &free, 20, None, &mut rng), None);
+    }
+
+    #[test]
+    fn of_a_parent_elsewhere_only_what_nobody_here_offers_and_is_this_node_s_share_is_asked_for() {
+        let mut fetch = fetch(&[(1, &[1, 9]), (2, &[0, 1, 2, 9, 17])]);
+        fetch.is_far(peer(2), true);
+        fetch.share(Share::of([1]));
+        let all = |fetch: &Fetch, busy| {
+            (0..50).filter_map(|seed| chosen(fetch, busy, seed)).collect::<BTreeSet<_>>()
+        };
+        let busy = [(1, REQUESTS_AIM)];
+        assert_eq!(all(&fetch, &busy), BTreeSet::from([(peer(2), 17)]));
+        assert!(all(&fetch, &[]).iter().all(|(parent, _)| *parent == peer(1)), "near ones go first");
+        fetch.share(Share::NONE);
+        assert_eq!(all(&fetch, &busy), BTreeSet::new());
+        fetch.share(Share::ALL);
+        assert_eq!(
+            all(&fetch, &busy),
+            [0, 2, 17].map(|piece| (peer(2), piece)).into(),
+            "its own zone did not suffice"
+        );
     }
 }

@@ -4,7 +4,7 @@
 //! - [`reference`], [`range`], [`accept`]: what a request asks for; [`right`]: with what right it is read at the origin;
 //!   [`challenge`]: what a registry wants first; [`manifest`]: what a manifest names; [`intercept`]: what becomes of a request
 //!   that is only passing
-//! - [`node`], [`fetch`], [`parents`], [`message`]: one peer's downloads and uploads
+//! - [`node`], [`fetch`], [`parents`], [`message`]: one peer's downloads and uploads; [`share`]: what of it may come from other zones
 //! - [`swarm`]: the scheduler's view of all peers
 //! - [`limit`], [`cache`]: how fast, and what stays on disk
 //!
@@ -28,6 +28,7 @@ pub mod range;
 pub mod reference;
 pub mod rendezvous;
 pub mod right;
+pub mod share;
 pub mod swarm;
 
 use std::time::Duration;

@@ -9,6 +9,7 @@ use crate::digest::{ChainValue, Digest};
 use crate::piece::{PieceIndex, SignedPrefix};
 use crate::reference::Source;
 use crate::right::Bearer;
+use crate::share::Share;
 
 /// What a member is allowed to be; its certificate says so.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -74,6 +75,9 @@ pub enum Message {
         token: Option<Bearer>,
         /// For whom, and how urgent. Said again when that changes.
         purpose: Purpose,
+        /// The two stand in different zones, and the asker takes this share of the pieces; `None`: in the same zone, and all of
+        /// them. Said again when that changes.
+        far: Option<Share>,
     },
     /// "I offer you these pieces."
     Have {

@@ -22,6 +22,7 @@ use crate::piece::{PeerId, PieceIndex, PieceLayout, PieceSet, PieceTable, Signed
 use crate::reference::Source;
 use crate::rendezvous;
 use crate::right::{Bearer, Right};
+use crate::share::Share;
 
 mod decide;
 mod messages;
@@ -77,6 +78,10 @@ const ASK_AGAIN: Duration = Duration::from_secs(3);
 /// A peer that answered "busy" is left alone for this long.
 const BUSY_REST: Duration = Duration::from_millis(200);
 
+/// A download that has not moved for this long takes all pieces from wherever they are: whoever was to bring them into the zone does
+/// not. Well before it is taken for one that does not move at all.
+const TAKES_ALL_AFTER: Duration = Duration::from_secs(4);
+
 /// Patience while requests are under way: the transport gives up on those that do not move well before.
 const PATIENCE_IN_FLIGHT: Duration = Duration::from_secs(25);
 
@@ -95,6 +100,33 @@ pub struct Config {
     pub upload_slots: usize,
     /// Bytes asked for at once, over all tasks.
     pub in_flight_bytes: u64,
+}
+
+/// A peer that asks for a task, and on what terms.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Child {
+    /// Who.
+    pub peer: PeerId,
+    /// For whom, and how urgent.
+    pub purpose: Purpose,
+    /// It stands in another zone, and takes this share.
+    pub far: Option<Share>,
+}
+
+/// A peer that may be asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Named {
+    /// Who.
+    pub peer: PeerId,
+    /// It stands in another zone than this node.
+    pub far: bool,
+}
+
+impl Named {
+    /// A peer in this node's zone, or where there are none.
+    pub const fn near(peer: PeerId) -> Self {
+        Self { peer, far: false }
+    }
 }
 
 /// What the shell is to do.
@@ -168,9 +200,7 @@ pub enum Output {
         /// With what it may be read there.
         token: Option<Bearer>,
         /// Who asks.
-        peer: PeerId,
-        /// For whom, and how urgent.
-        purpose: Purpose,
+        child: Child,
     },
     /// A peer got wrong bytes of this task from us: hash what is on disk again.
     Recheck(Digest),
@@ -238,6 +268,8 @@ pub struct Node<N> {
     dialling: BTreeMap<PeerId, Time>,
     undialled: BTreeMap<PeerId, Time>,
     seeds: Vec<PeerId>,
+    /// Those of the seeds that stand in other zones.
+    far_seeds: BTreeSet<PeerId>,
     /// In which order to try them for a task, as far as it was needed since they or the isolated changed.
     orders: BTreeMap<Digest, Vec<PeerId>>,
     isolated: BTreeSet<PeerId>,
@@ -269,6 +301,7 @@ impl<N: Notary> Node<N> {
             dialling: BTreeMap::new(),
             undialled: BTreeMap::new(),
             seeds: Vec::new(),
+            far_seeds: BTreeSet::new(),
             orders: BTreeMap::new(),
             isolated: BTreeSet::new(),
             poisoners: BTreeSet::new(),
@@ -287,8 +320,9 @@ impl<N: Notary> Node<N> {
     // ---- who there is -------------------------------------------------------------------------------------------
 
     /// The live seeds, as the member list has them.
-    pub fn seeds(&mut self, seeds: Vec<PeerId>) {
-        self.seeds = seeds;
+    pub fn seeds(&mut self, seeds: Vec<Named>) {
+        self.far_seeds = seeds.iter().filter(|seed| seed.far).map(|seed| seed.peer).collect();
+        self.seeds = seeds.into_iter().map(|seed| seed.peer).collect();
         self.seeds.retain(|seed| *seed != self.config.me);
         self.orders.clear();
     }
@@ -403,6 +437,7 @@ impl<N: Notary> Node<N> {
             childrens_purpose: None,
             held_back: None,
             pace: Pace::new(&self.task_rates, now),
+            share: Share::ALL,
             whole: false,
             complete: false,
             reading: Reading::No,
@@ -494,7 +529,7 @@ impl<N: Notary> Node<N> {
         if owner == Some(self.config.me) || self.config.role == Role::Seed && as_owner {
             self.elect(&digest);
         } else if let Some(seed) = owner {
-            self.approach(now, digest, seed);
+            self.approach_seed(now, digest, seed);
         }
         let connected: Vec<PeerId> = self.tasks[&digest].links.keys().copied().collect();
         for peer in connected {
@@ -582,7 +617,7 @@ impl<N: Notary> Node<N> {
         }
         let asked = task.links.iter().filter(|(_, link)| link.asked.is_some()).map(|(peer, _)| *peer);
         for (peer, role) in asked.filter_map(|peer| Some((peer, *self.connected.get(&peer)?))) {
-            let interest = task.interest(*digest, self.config.role, role);
+            let interest = task.interest(*digest, self.config.role, peer, role);
             self.outputs.push_back(Output::Send(peer, interest));
         }
     }
@@ -640,14 +675,15 @@ impl<N: Notary> Node<N> {
         }
     }
 
-    /// The scheduler's answer.
+    /// The scheduler's answer. `share`: what is to be taken from parents in other zones.
     pub fn parents(
         &mut self,
         now: Time,
         digest: Digest,
-        parents: &[PeerId],
+        parents: &[Named],
         issuer: Option<PeerId>,
         elected: bool,
+        share: Share,
     ) {
         let Some(task) = self.tasks.get_mut(&digest) else { return };
         task.answered = true;
@@ -658,14 +694,30 @@ impl<N: Notary> Node<N> {
             task.elected = elected;
         }
         self.prove(now, &digest);
+        self.take(&digest, share);
         if self.tasks.get(&digest).is_some_and(|t| t.running) {
             let me = self.config.me;
-            for peer in parents.iter().copied().filter(|p| *p != me) {
+            for Named { peer, far } in parents.iter().copied().filter(|named| named.peer != me) {
                 if let Some(link) = self.tasks.get_mut(&digest).and_then(|t| t.links.get_mut(&peer)) {
                     link.unavailable = false;
                 }
-                self.approach(now, digest, peer);
+                self.approach(now, digest, Named { peer, far });
             }
+        }
+    }
+
+    /// What is taken of a task from other zones is this from now on; those who were asked there are told.
+    pub(super) fn take(&mut self, digest: &Digest, share: Share) {
+        let me = self.config.role;
+        let Some(task) = self.tasks.get_mut(digest).filter(|task| task.share != share) else { return };
+        task.share = share;
+        if let Some(fetch) = &mut task.fetch {
+            fetch.share(share);
+        }
+        let asked = task.links.iter().filter(|(_, link)| link.far && link.asked.is_some());
+        let roles = asked.filter_map(|(peer, _)| Some((*peer, *self.connected.get(peer)?)));
+        for (peer, role) in roles.filter(|_| task.running && !task.complete) {
+            self.outputs.push_back(Output::Send(peer, task.interest(*digest, me, peer, role)));
         }
     }
 
@@ -692,7 +744,8 @@ impl<N: Notary> Node<N> {
     }
 
     /// A peer that asked, for whatever purpose, is now a child.
-    pub fn adopt(&mut self, now: Time, digest: &Digest, peer: PeerId, purpose: &Purpose) {
+    pub fn adopt(&mut self, now: Time, digest: &Digest, child: &Child) {
+        let Child { peer, far, .. } = *child;
         let Some(task) = self.tasks.get_mut(digest) else { return };
         // Who has all of it and no seal yet gets one with the election; a child may hear of that before this node does.
         let will_share = task.running || task.complete || task.may_share();
@@ -705,12 +758,16 @@ impl<N: Notary> Node<N> {
             self.outputs.push_back(Output::Send(peer, Message::Unavailable { task: *digest, reason }));
             return;
         }
-        task.offers.join(peer, !self.isolated.contains(&peer));
+        task.offers.join(peer, !self.isolated.contains(&peer), far);
+        task.offers.takes(peer, far);
+        if far.is_some() {
+            task.is_far(peer, true);
+        }
         let link = task.links.entry(peer).or_default();
         link.told = None;
-        link.purpose.clone_from(purpose);
+        link.purpose.clone_from(&child.purpose);
         // Who leaves is not taken out of it again, before all have left: a task does not live for long.
-        task.childrens_purpose = Purpose::common(task.childrens_purpose.iter().chain([purpose]));
+        task.childrens_purpose = Purpose::common(task.childrens_purpose.iter().chain([&child.purpose]));
         // It wants the task, so it will hold pieces of it: hear of them.
         self.interest(now, *digest, peer);
     }

@@ -3,12 +3,16 @@
 //! An ordinary peer offers everything it has to everybody. The issuer is frugal while several children are hungry: it offers a
 //! new piece to one of them only, until another peer holds it, so that its uplink carries what nobody else can give (receiver-driven
 //! choice makes a seed send everything twice). With nothing new to give and nothing to send, it reveals what has spread already.
+//!
+//! Children in other zones take a share only. New pieces are dealt to those of the issuer's own zone while any of these lacks any: a
+//! piece dealt into another zone would come back over the same dear link.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use crate::Time;
 use crate::piece::{PeerId, PieceIndex, PieceSet};
+use crate::share::Share;
 
 /// New pieces that one child may have on offer and not hold yet: one on its way and the next.
 const QUOTA: usize = 2;
@@ -38,12 +42,23 @@ struct Child {
     dealt: u32,
     /// What it says it holds counts, and what it is given it passes on.
     believed: bool,
+    /// It stands in another zone, and takes this share.
+    far: Option<Share>,
 }
 
 impl Child {
     /// It lacks something, and what it gets comes to others.
     fn is_hungry(&self) -> bool {
         self.believed && !self.holds.is_full()
+    }
+
+    fn takes(&self, piece: PieceIndex) -> bool {
+        self.far.is_none_or(|share| share.contains(piece))
+    }
+
+    /// Pieces of `held` that it was not told of and takes.
+    fn untold<'a>(&'a self, held: &'a PieceSet) -> impl Iterator<Item = PieceIndex> + 'a {
+        held.minus(&self.told).filter(|piece| self.takes(*piece))
     }
 }
 
@@ -67,19 +82,28 @@ impl Offers {
     /// The same children for a task that turned out to have `count` pieces; what they hold of it is not known yet.
     pub fn anew(&self, count: u32) -> Self {
         let mut offers = Self::new(count);
-        self.children.iter().for_each(|(peer, child)| offers.join(*peer, child.believed));
+        self.children.iter().for_each(|(peer, child)| offers.join(*peer, child.believed, child.far));
         offers
     }
 
-    /// A peer wants to hear of this task. `believed`: see [`Offers::disbelieve`].
-    pub fn join(&mut self, peer: PeerId, believed: bool) {
+    /// A peer wants to hear of this task. `believed`: see [`Offers::disbelieve`]; `far`: it stands in another zone, and takes this
+    /// share, as long as it says no other.
+    pub fn join(&mut self, peer: PeerId, believed: bool, far: Option<Share>) {
         let count = self.count;
         self.children.entry(peer).or_insert_with(|| Child {
             told: PieceSet::empty(count),
             holds: PieceSet::empty(count),
             dealt: 0,
             believed,
+            far,
         });
+    }
+
+    /// A child says that it stands in another zone and takes this share, or (`None`) that it stands in this one.
+    pub fn takes(&mut self, peer: PeerId, far: Option<Share>) {
+        if let Some(child) = self.children.get_mut(&peer) {
+            child.far = far;
+        }
     }
 
     /// A child is gone; what was on offer to it is new again.
@@ -145,7 +169,16 @@ impl Offers {
 
     /// Whether a frugal holder deals new pieces out: to a single hungry child everything is offered.
     pub fn deals(&self) -> bool {
-        self.hungry() >= 2
+        self.dealt_to().nth(1).is_some()
+    }
+
+    /// To whom new pieces are dealt: to hungry children here, and where there are none, to those elsewhere.
+    fn dealt_to(&self) -> impl Iterator<Item = (&PeerId, &Child)> {
+        let hungry = || self.children.iter().filter(|(_, child)| child.is_hungry());
+        let elsewhere = hungry().all(|(_, child)| child.far.is_some());
+        hungry().filter(move |(_, child)| {
+            child.far.is_none() || elsewhere && child.far.is_some_and(|share| share != Share::NONE)
+        })
     }
 
     /// Adds what each child was dealt of this task.
@@ -187,7 +220,7 @@ impl Offers {
             .iter_mut()
             .filter(|(_, child)| !child.holds.is_full())
             .filter_map(|(peer, child)| {
-                let new: Vec<PieceIndex> = held.minus(&child.told).collect();
+                let new: Vec<PieceIndex> = child.untold(held).collect();
                 new.iter().for_each(|piece| {
                     child.told.insert(*piece);
                 });
@@ -208,11 +241,10 @@ impl Offers {
         elsewhere: &BTreeMap<PeerId, Dealt>,
         told: &mut BTreeMap<PeerId, Vec<PieceIndex>>,
     ) {
-        let hungry = self.children.iter().filter(|(_, c)| c.is_hungry()).map(|(peer, _)| *peer);
         let mut dealt = elsewhere.clone();
         self.add_dealt(&mut dealt);
         let mut load: BTreeMap<PeerId, Dealt> =
-            hungry.map(|peer| (peer, dealt.get(&peer).copied().unwrap_or_default())).collect();
+            self.dealt_to().map(|(peer, _)| (*peer, dealt.get(peer).copied().unwrap_or_default())).collect();
         for piece in held.iter().filter(|p| self.spread[*p as usize] == 0) {
             if load.values().all(|dealt| dealt.pending >= QUOTA) {
                 break;
@@ -223,13 +255,15 @@ impl Offers {
             // Fewest on offer first, then fewest ever, since each passes on what it got and all uplinks are to be busy: over all
             // tasks, else layers that come in step would all start at the same children. One that let this very offer lapse
             // comes after all others.
+            let takes =
+                |peer: &PeerId, dealt: &Dealt| dealt.pending < QUOTA && self.children[peer].takes(piece);
             let Some((to, dealt)) =
-                load.iter_mut().filter(|(_, dealt)| dealt.pending < QUOTA).min_by_key(|(peer, dealt)| {
+                load.iter_mut().filter(|(peer, dealt)| takes(peer, dealt)).min_by_key(|(peer, dealt)| {
                     let lapsed = self.children[*peer].told.contains(piece);
                     (lapsed, dealt.pending, dealt.ever, **peer)
                 })
             else {
-                break;
+                continue;
             };
             dealt.pending += 1;
             dealt.ever += 1;
@@ -246,13 +280,13 @@ impl Offers {
     /// Tells each hungry child of a few pieces that others have too, the least spread first.
     fn reveal(&mut self, held: &PieceSet, told: &mut BTreeMap<PeerId, Vec<PieceIndex>>) {
         for (peer, child) in self.children.iter_mut().filter(|(_, c)| !c.holds.is_full()) {
-            let open = held.minus(&child.told).filter(|p| !child.holds.contains(*p)).count();
+            let open = child.untold(held).filter(|p| !child.holds.contains(*p)).count();
             let revealed = child.told.minus(&child.holds).count();
             if open == 0 || revealed >= QUOTA + REVEAL {
                 continue;
             }
-            let mut rare: Vec<(u16, PieceIndex)> = held
-                .minus(&child.told)
+            let mut rare: Vec<(u16, PieceIndex)> = child
+                .untold(held)
                 .filter(|p| !child.holds.contains(*p) && !self.pending.contains_key(p))
                 .map(|p| (self.spread[p as usize], p))
                 .collect();
@@ -282,7 +316,7 @@ mod tests {
 
     fn offers(children: u8, count: u32) -> Offers {
         let mut offers = Offers::new(count);
-        (0..children).for_each(|n| offers.join(peer(n), true));
+        (0..children).for_each(|n| offers.join(peer(n), true, None));
         offers
     }
 
@@ -409,5 +443,33 @@ mod tests {
         assert!(dealt.values().all(|dealt| dealt.ever == 8), "{dealt:?}");
         // By counting for each layer alone, half of them would have got nothing of a layer, and the others both.
         assert!((0..8).all(|n| dealt.contains_key(&peer(n))));
+    }
+
+    #[test]
+    fn children_elsewhere_take_their_share_after_those_here_have_got_it() {
+        let mut offers = Offers::new(16);
+        let shares = [None, None, Some(Share::of([1])), Some(Share::NONE)];
+        (0..).zip(shares).for_each(|(n, far)| offers.join(peer(n), true, far));
+        let next = |offers: &mut Offers, idle| {
+            offers.next(Time::default(), &PieceSet::full(16), true, idle, &BTreeMap::new())
+        };
+        let dealt: Vec<PeerId> = next(&mut offers, true).iter().map(|(to, _)| *to).collect();
+        assert_eq!(dealt, [peer(0), peer(1)], "to those here alone");
+        (0..16).for_each(|piece| offers.holds(peer(piece as u8 % 2), piece));
+        let told: BTreeMap<PeerId, Vec<PieceIndex>> = next(&mut offers, true).into_iter().collect();
+        assert_eq!(told[&peer(2)], [1, 9], "what it is to bring to its own zone");
+        assert_eq!(told.get(&peer(3)), None, "it has all from those there");
+        (0..16).for_each(|piece| (0..2).for_each(|n| offers.holds(peer(n), piece)));
+        offers.takes(peer(3), Some(Share::ALL));
+        assert_eq!(next(&mut offers, true), [(peer(3), vec![0, 1])], "until these do not suffice");
+    }
+
+    #[test]
+    fn where_all_children_are_elsewhere_new_pieces_are_dealt_by_their_shares() {
+        let mut offers = Offers::new(16);
+        (0..8).for_each(|n| offers.join(peer(n), true, Some(Share::of([usize::from(n)]))));
+        let told = offers.next(Time::default(), &PieceSet::full(16), true, false, &BTreeMap::new());
+        let expected: Vec<_> = (0..8).map(|n| (peer(n as u8), vec![n, n + 8])).collect();
+        assert_eq!(told, expected);
     }
 }

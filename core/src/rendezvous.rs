@@ -35,11 +35,6 @@ pub fn share(
     owner(&own.finish(), order(task, members).into_iter().take(spread as usize))
 }
 
-/// A number for a task and a member, as good as drawn by lot, that everybody draws alike.
-pub fn lot(task: &Digest, member: PeerId) -> u64 {
-    weight(task, member).as_bytes().iter().take(8).fold(0, |lot, byte| lot << 8 | u64::from(*byte))
-}
-
 fn weight(task: &Digest, member: PeerId) -> Digest {
     let mut hash = Chain::new(Algorithm::Sha256);
     hash.update(task.as_bytes());

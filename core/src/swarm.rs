@@ -6,6 +6,7 @@
 //! - **Parents.** Everybody who wants a task is a future holder of it, so wanters are named to each other: up to
 //!   [`MAX_PARENTS`] of them everybody to everybody, beyond that a random mesh of [`MESH_DEGREE`] links a peer. Links run
 //!   both ways: who is named to a newcomer is told of the newcomer. Complete holders come on top, a few each.
+//! - **Zones.** Parents are of the child's own zone. A few of each zone bring the task in: see the `gateways` module.
 //! - **Sources.** Who can read the origin is named first: the seed that rendezvous hashing picks, or a seed that has the
 //!   task already; without any seed one peer is elected and its table counts. Only so many children get a source directly.
 //! - **Spreading.** A task that [`HOT_WANTERS`] peers want is spread over more schedulers: peers are told over how many, and
@@ -18,6 +19,7 @@
 mod choose;
 mod conduct;
 mod election;
+mod gateways;
 mod parents;
 mod slab;
 mod task;
@@ -35,6 +37,7 @@ use crate::application::{Applications, Labels, Priority, Purpose};
 use crate::digest::Digest;
 use crate::message::Role;
 use crate::piece::PeerId;
+use crate::share::Share;
 
 use conduct::Conduct;
 pub use conduct::{
@@ -56,9 +59,6 @@ pub const MAX_SEEDS: usize = 2;
 /// Children of one task that get a source (a seed or the elected peer) directly. The others get the pieces from these: a
 /// source sends each piece about once whatever their number, and says what it has to each of them.
 pub const SOURCE_CHILDREN: u32 = 64;
-/// Peers of a zone, about, that get parents elsewhere: they bring a task in, and the others have it from them and from each other. A
-/// link between zones is dear, and each more that fetches over it fetches what is there already.
-pub const GATEWAYS: u64 = 6;
 /// Copies looked at for one decision.
 pub const SAMPLE: usize = 128;
 /// How long a peer whose stream broke still counts: a reconnect takes less, and the dead are found out by their children.
@@ -226,6 +226,8 @@ pub enum Output {
         /// Over how many schedulers the task is spread, the first ones in rendezvous order; 0: nothing new. To a guest 1
         /// says: ask the first one again, there is nobody here who brings the task.
         spread: u32,
+        /// What to take from parents in other zones.
+        share: Share,
         /// Nobody is elected yet, for the application's sake: this comes again in a second.
         later: bool,
     },
@@ -308,6 +310,8 @@ enum Timer {
     Stale(Slot),
     /// Tell a peer (second) of its parents of a task (first).
     Push(Slot, Slot),
+    /// Give a peer (second) the shares of a task (first) that nobody else takes into their zone.
+    Settle(Slot, Slot),
     /// Look whether a task's elected peer makes progress.
     Stall(Slot),
     /// Elections may begin.
@@ -414,6 +418,7 @@ impl Swarm {
                 Timer::Gone(peer) => self.gone(now, rng, due, peer),
                 Timer::Stale(peer) => self.drop_stale_wants(now, rng, peer),
                 Timer::Push(task, peer) => self.push(now, rng, due, task, peer),
+                Timer::Settle(task, peer) => self.tell_at(now, task, peer),
                 Timer::Stall(task) => self.check_election(now, rng, task),
                 Timer::WarmUp => self.ensure_sources(now, rng),
                 Timer::Elect(task) => self.ensure_source(now, rng, task),
@@ -667,6 +672,7 @@ impl Swarm {
             want.reads |= reads;
             want.issuer = terms.issuer;
             want.guest = terms.guest;
+            want.again |= again;
             want.purpose = Some(terms.purpose).filter(|p| *p != Purpose::default()).map(Box::new);
             if again {
                 tried = std::mem::take(&mut want.parents);

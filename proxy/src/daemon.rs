@@ -104,7 +104,7 @@ pub async fn run(
     let origin =
         Origin::beside(Arc::clone(&settings.live), limits.clone(), own.clone(), Arc::clone(&metrics));
     let desk = Desk::new(Arc::clone(&settings.live), Arc::clone(&metrics));
-    let members = Arc::new(Members::default());
+    let members = Arc::new(Members::of(settings.zone.clone()));
     let (events, heard) = mpsc::channel(EVENTS);
     let flights = Flights::new(events.clone(), origin.clone());
 

@@ -15,11 +15,12 @@ use hawker_core::Time;
 use hawker_core::application::{Priority, Purpose};
 use hawker_core::digest::{Chain, Digest};
 use hawker_core::message::{Message, Refusal, Role};
-use hawker_core::node::{Config, Failure, Node, Notary, Opening, Output, Verdict};
+use hawker_core::node::{Child, Config, Failure, Named, Node, Notary, Opening, Output, Verdict};
 use hawker_core::parents::Fault;
 use hawker_core::piece::{PeerId, PieceIndex, PieceSet, PieceTable, SignedPrefix};
 use hawker_core::reference::Source;
 use hawker_core::right::Bearer;
+use hawker_core::share::Share;
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 use tokio::sync::{mpsc, oneshot};
@@ -303,7 +304,7 @@ impl Driver {
             Event::Tracker(event) => self.tracker(event),
             Event::StaticSeed { peer } => {
                 self.config.members.with(|state| state.static_seeds.insert(peer));
-                self.node.seeds(self.config.members.seeds());
+                self.node.seeds(self.config.members.named_seeds());
             }
             Event::Dialled { peer, reached } => {
                 if !reached {
@@ -461,7 +462,7 @@ impl Driver {
         self.set_window(&task);
         if self.tasks.get(&task).is_some_and(|t| t.elected) {
             let me = self.config.identity.as_ref().map(Identity::peer_id);
-            self.node.parents(now, task, &[], me, true);
+            self.node.parents(now, task, &[], me, true, Share::ALL);
         }
         // An empty blob, or one whose last piece was written before the commit: nothing is left to fetch.
         if known_complete && self.tasks.get(&task).is_some_and(|t| t.blob.is_none()) {
@@ -473,14 +474,12 @@ impl Driver {
         if readers {
             self.run_task(task, false);
         }
-        for (peer, purpose) in children {
-            self.adopt(task, peer, &purpose);
-        }
+        children.iter().for_each(|child| self.adopt(task, child));
     }
 
     /// A peer asks for a task that is ready here.
-    fn adopt(&mut self, task: Digest, peer: PeerId, purpose: &Purpose) {
-        let now = self.now();
+    fn adopt(&mut self, task: Digest, child: &Child) {
+        let (now, peer) = (self.now(), child.peer);
         let held = self.node.held(&task).is_some_and(|held| !held.is_empty());
         if self.config.seed {
             let as_owner =
@@ -494,7 +493,7 @@ impl Driver {
             self.node.refuse(peer, task, Refusal::NotHeld);
             return;
         }
-        self.node.adopt(now, &task, peer, purpose);
+        self.node.adopt(now, &task, child);
     }
 
     fn run_task(&mut self, task: Digest, as_owner: bool) {
@@ -591,12 +590,12 @@ impl Driver {
         match event {
             TrackerEvent::Members(members) => {
                 self.config.members.with(|state| state.listed = members);
-                self.node.seeds(self.config.members.seeds());
+                self.node.seeds(self.config.members.named_seeds());
             }
-            TrackerEvent::Parents { task, parents, issuer, fetch_from_origin } => {
-                let ids: Vec<PeerId> = parents.iter().map(|m| m.peer).collect();
+            TrackerEvent::Parents { task, parents, issuer, fetch_from_origin, share } => {
+                let named: Vec<Named> = parents.iter().map(|m| self.config.members.named(m)).collect();
                 parents.into_iter().for_each(|member| self.config.members.learn(member));
-                self.node.parents(now, task, &ids, issuer, fetch_from_origin);
+                self.node.parents(now, task, &named, issuer, fetch_from_origin, share);
                 // Elected for what it holds, though nobody here reads it: it is to issue the table for others.
                 if fetch_from_origin && !self.tasks.contains_key(&task) && self.config.store.has(&task) {
                     let source = Source { registry: String::new(), repository: String::new() };

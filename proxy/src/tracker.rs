@@ -27,6 +27,7 @@ use hawker_core::application::{Applications, Purpose};
 use hawker_core::digest::Digest;
 use hawker_core::piece::{PeerId, PieceTable};
 use hawker_core::reference::Source;
+use hawker_core::share::Share;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
@@ -48,6 +49,8 @@ pub enum TrackerEvent {
         issuer: Option<PeerId>,
         /// This node is elected to read it from the origin and issue the table.
         fetch_from_origin: bool,
+        /// What to take from parents in other zones.
+        share: Share,
     },
     /// Members that nobody fetches from, the whole list.
     Isolated(Vec<Isolation>),

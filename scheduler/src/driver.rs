@@ -13,6 +13,7 @@ use hawker_core::Time;
 use hawker_core::application::Applications;
 use hawker_core::message::Role;
 use hawker_core::piece::PeerId;
+use hawker_core::share::Share;
 use hawker_core::swarm::{Guilt, Input, Output, Registration, Swarm};
 use rand::SeedableRng;
 use rand::rngs::StdRng;
@@ -289,7 +290,7 @@ impl Driver {
 
     fn carry_out(&mut self, output: Output) {
         match output {
-            Output::Parents { to, task, parents, issuer, fetch_from_origin, spread, later } => {
+            Output::Parents { to, task, parents, issuer, fetch_from_origin, spread, share, later } => {
                 debug!(%to, %task, parents = parents.len(), ?issuer, fetch_from_origin, "parents");
                 let parents = v1::Parents {
                     task: task.to_string(),
@@ -297,6 +298,7 @@ impl Driver {
                     issuer: issuer.map(|peer| peer.0.to_vec()).unwrap_or_default(),
                     fetch_from_origin,
                     spread,
+                    share: (share != Share::ALL).then(|| share.bits()),
                     later,
                 };
                 self.say(to, Say::Parents(parents));

@@ -192,7 +192,9 @@ struct Told {
 
 impl Told {
     fn of(event: TrackerEvent) -> Option<Self> {
-        let TrackerEvent::Parents { task, parents, issuer, fetch_from_origin } = event else { return None };
+        let TrackerEvent::Parents { task, parents, issuer, fetch_from_origin, .. } = event else {
+            return None;
+        };
         Some(Self {
             task,
             parents: parents.into_iter().map(|parent| parent.peer).collect(),

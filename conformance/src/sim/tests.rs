@@ -58,3 +58,26 @@ fn a_fetch_that_does_not_end_in_time_is_a_violation() {
     let outcome = run(&Scenario { ends_after: Some(Duration::from_millis(500)), ..scenario(3) });
     assert_eq!(outcome.checks.count(), 3, "{:?}", outcome.checks.found());
 }
+
+#[test]
+fn each_piece_comes_into_each_zone_once() {
+    let outcome = run(&Scenario { zones: 3, ..scenario(36) });
+    assert_eq!(outcome.checks.found(), [] as [&str; 0]);
+    assert!(outcome.zone_copies <= 1.02, "{}", outcome.zone_copies);
+}
+
+#[test]
+fn whoever_brings_a_task_into_a_zone_is_replaced_when_it_dies_whether_there_is_a_scheduler_or_not() {
+    for scheduler_restarts in [vec![], vec![Duration::from_millis(400)]] {
+        let faults = Faults {
+            die: 0.3,
+            noticed_after: Duration::from_millis(200),
+            scheduler_restarts,
+            scheduler_away: Duration::from_secs(100),
+            ..Faults::default()
+        };
+        let outcome = run(&Scenario { zones: 3, faults, ..scenario(36) });
+        assert_eq!(outcome.checks.found(), [] as [&str; 0]);
+        assert_eq!(outcome.origin_copies, 1.0);
+    }
+}

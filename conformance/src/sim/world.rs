@@ -5,10 +5,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use hawker_core::Time;
-use hawker_core::application::Purpose;
 use hawker_core::digest::Digest;
 use hawker_core::message::{Message, Refusal, Role};
-use hawker_core::node::{Config, Failure, Node, Opening, Output, Verdict};
+use hawker_core::node::{Child, Config, Failure, Named, Node, Opening, Output, Verdict};
 use hawker_core::parents::Fault;
 use hawker_core::piece::{PeerId, PieceIndex};
 use hawker_core::reference::Source;
@@ -146,7 +145,9 @@ impl<'a> World<'a> {
         let layers = scenario.layers.max(1);
         let blobs: Vec<Blob> = (0..layers).map(|n| Blob::new(n, scenario.blob_bytes())).collect();
         let (seeds, all) = (scenario.seed_peers, scenario.seed_peers + scenario.hosts);
-        let seed_ids: Vec<PeerId> = (0..seeds).map(peer_id).collect();
+        let zones = scenario.zones.max(1);
+        let seeds_seen_from =
+            |zone| (0..seeds).map(|seed| Named { peer: peer_id(seed), far: seed % zones != zone }).collect();
         let mut hosts: Vec<Host> = (0..all)
             .map(|index| {
                 let role = if index < seeds { Role::Seed } else { Role::Peer };
@@ -157,13 +158,13 @@ impl<'a> World<'a> {
                     in_flight_bytes: scenario.in_flight_bytes,
                 };
                 let mut node = Node::new(config, Keys::new(index, seeds));
-                node.seeds(seed_ids.clone());
+                node.seeds(seeds_seen_from(index % zones));
                 node.scheduler(true);
-                Host::new(node, scenario.rate, index % scenario.zones.max(1), &blobs)
+                Host::new(node, scenario.rate, index % zones, &blobs)
             })
             .collect();
         let in_zone = |zone| hosts.iter().filter(|host| host.zone == zone).count() as f64;
-        let zones = (0..scenario.zones.max(1))
+        let zones = (0..zones)
             .map(|zone| scenario.rate * in_zone(zone) * ZONE_LINK)
             .map(|rate| Zone { up: Link::new(rate), down: Link::new(rate), origin_bytes: 0 })
             .collect();
@@ -491,7 +492,7 @@ impl<'a> World<'a> {
                 self.host(me).reports.entry((peer, kind)).or_default();
                 self.news(me);
             }
-            Output::Load { task, source, token: _, peer, purpose: _ } => self.load(me, task, source, peer),
+            Output::Load { task, child, .. } => self.load(me, task, &child),
             Output::Show(task, piece) => self.show(me, &task, piece),
             Output::Complete(task) => self.complete(me, &task),
             Output::Poisoned(task) => {
@@ -561,18 +562,18 @@ impl<'a> World<'a> {
     }
 
     /// As `proxy::driver` does: a seed gets what it is asked for, a node gives what it has.
-    fn load(&mut self, me: u32, task: Digest, _source: Source, peer: PeerId) {
+    fn load(&mut self, me: u32, task: Digest, child: &Child) {
         let Some(blob) = self.by_digest.get(&task).copied() else { return };
         let now = self.now;
         if me < self.scenario.seed_peers {
             self.open(me, blob);
-            let as_owner = index_of(peer) < self.scenario.seed_peers;
+            let as_owner = index_of(child.peer) < self.scenario.seed_peers;
             self.host(me).node.run(now, task, true, as_owner);
         } else if self.host(me).blobs[blob].verified.is_empty() && !self.host(me).node.is_running(&task) {
-            self.host(me).node.refuse(peer, task, Refusal::NotHeld);
+            self.host(me).node.refuse(child.peer, task, Refusal::NotHeld);
             return;
         }
-        self.host(me).node.adopt(now, &task, peer, &Purpose::default());
+        self.host(me).node.adopt(now, &task, child);
         self.touch(me);
     }
 
@@ -867,12 +868,17 @@ impl<'a> World<'a> {
     fn told(&mut self, to: u32, output: swarm::Output) {
         let now = self.now;
         match output {
-            swarm::Output::Parents { task, parents, issuer, fetch_from_origin, .. } => {
+            swarm::Output::Parents { task, parents, issuer, fetch_from_origin, share, .. } => {
+                let zone = self.hosts[to as usize].zone;
+                let named = parents
+                    .into_iter()
+                    .map(|peer| Named { peer, far: self.hosts[index_of(peer) as usize].zone != zone });
+                let named: Vec<Named> = named.collect();
                 if let Some(local) = self.local(to, &task) {
                     local.issuer = issuer;
                 }
                 let node = &mut self.host(to).node;
-                node.parents(now, task, &parents, issuer, fetch_from_origin);
+                node.parents(now, task, &named, issuer, fetch_from_origin, share);
             }
             swarm::Output::Isolated(peers) => self.host(to).node.isolated(now, peers),
         }

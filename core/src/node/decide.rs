@@ -40,7 +40,10 @@ impl<N: Notary> Node<N> {
             task.wanted = Some(now);
             self.outputs.push_back(Output::Want { task: *digest, again, reads: task.reads });
         }
-        if task.elected {
+        if now.since(task.moved) >= TAKES_ALL_AFTER {
+            self.take(digest, Share::ALL);
+        }
+        if self.tasks.get(digest).is_none_or(|task| task.elected) {
             return;
         }
         // The owner first; the next seed only when those before it can't help.
@@ -57,8 +60,12 @@ impl<N: Notary> Node<N> {
             link.is_some_and(|link| link.named && link.asked.is_some())
         };
         if let Some(seed) = next.filter(|seed| !asked(seed)) {
-            self.approach(now, *digest, seed);
+            self.approach_seed(now, *digest, seed);
         }
+    }
+
+    pub(super) fn approach_seed(&mut self, now: Time, digest: Digest, peer: PeerId) {
+        self.approach(now, digest, Named { peer, far: self.far_seeds.contains(&peer) });
     }
 
     /// The seeds that could own a task: those known, and this node if it is one.
@@ -74,12 +81,14 @@ impl<N: Notary> Node<N> {
     }
 
     /// Makes a peer a parent: dials it if need be, tells it of our interest.
-    pub(super) fn approach(&mut self, now: Time, digest: Digest, peer: PeerId) {
+    pub(super) fn approach(&mut self, now: Time, digest: Digest, named: Named) {
+        let Named { peer, far } = named;
         if self.isolated.contains(&peer) || self.parents.banned(now, peer) {
             return;
         }
         let Some(task) = self.tasks.get_mut(&digest) else { return };
         task.links.entry(peer).or_default().named = true;
+        task.is_far(peer, far);
         if self.connected.contains_key(&peer) {
             self.interest(now, digest, peer);
         } else if !self.dialling.contains_key(&peer)
@@ -97,9 +106,11 @@ impl<N: Notary> Node<N> {
         if link.asked.is_none() {
             link.asked = Some(now);
             if task.announce {
-                task.offers.join(peer, !self.isolated.contains(&peer));
+                // What it takes from here it says itself.
+                let far = link.far.then_some(Share::NONE);
+                task.offers.join(peer, !self.isolated.contains(&peer), far);
             }
-            let interest = task.interest(digest, self.config.role, *role);
+            let interest = task.interest(digest, self.config.role, peer, *role);
             self.outputs.push_back(Output::Send(peer, interest));
         }
     }

@@ -24,12 +24,13 @@ impl<N: Notary> Node<N> {
 
     fn take_in(&mut self, now: Time, peer: PeerId, message: Message) {
         match message {
-            Message::Interest { task, source, size_bytes: _, token, purpose } => {
+            Message::Interest { task, source, size_bytes: _, token, purpose, far } => {
+                let child = Child { peer, purpose, far };
                 if self.tasks.contains_key(&task) {
-                    self.adopt(now, &task, peer, &purpose);
+                    self.adopt(now, &task, &child);
                 }
                 // Also for a task in play: one that is held in part only may be wanted whole from now on.
-                self.outputs.push_back(Output::Load { task, source, token, peer, purpose });
+                self.outputs.push_back(Output::Load { task, source, token, child });
             }
             Message::Have { task, size_bytes, offer } => self.have(now, peer, task, size_bytes, &offer),
             Message::Table { task, size_bytes, first, values, signed } => {

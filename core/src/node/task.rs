@@ -20,6 +20,8 @@ pub(super) struct Link {
     pub(super) working: Option<Time>,
     /// The scheduler named it, or it is the seed to ask.
     pub(super) named: bool,
+    /// It stands in another zone.
+    pub(super) far: bool,
     /// It can't help.
     pub(super) unavailable: bool,
     /// How many values of our table it was sent, and under which statement.
@@ -61,6 +63,8 @@ pub(super) struct Task {
     /// Since when it may not be read from the origin, for its application's sake.
     pub(super) held_back: Option<Time>,
     pub(super) pace: Pace,
+    /// What is taken from other zones.
+    pub(super) share: Share,
     /// All of them.
     pub(super) whole: bool,
     pub(super) complete: bool,
@@ -114,10 +118,19 @@ impl Task {
     }
 
     /// The question for this task, from a node of role `me` to a peer of another role.
-    pub(super) fn interest(&self, task: Digest, me: Role, to: Role) -> Message {
-        let token = self.right.token().filter(|_| to == Role::Seed).cloned();
+    pub(super) fn interest(&self, task: Digest, me: Role, peer: PeerId, role: Role) -> Message {
+        let token = self.right.token().filter(|_| role == Role::Seed).cloned();
         let (source, size_bytes) = (self.source.clone(), self.size_bytes());
-        Message::Interest { task, source, size_bytes, token, purpose: self.purpose(me) }
+        let far = self.links.get(&peer).filter(|link| link.far).map(|_| self.share);
+        Message::Interest { task, source, size_bytes, token, purpose: self.purpose(me), far }
+    }
+
+    /// A peer stands in another zone, or in this one.
+    pub(super) fn is_far(&mut self, peer: PeerId, far: bool) {
+        self.links.entry(peer).or_default().far = far;
+        if let Some(fetch) = &mut self.fetch {
+            fetch.is_far(peer, far);
+        }
     }
 
     /// Bytes asked for and not there yet.
@@ -142,6 +155,8 @@ impl Task {
         self.table = Some(table);
         let mut fetch = Fetch::new(layout, held);
         fetch.want_whole(self.whole);
+        fetch.share(self.share);
+        self.links.iter().filter(|(_, link)| link.far).for_each(|(peer, _)| fetch.is_far(*peer, true));
         self.fetch = Some(fetch);
     }
 

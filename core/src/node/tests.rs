@@ -93,7 +93,7 @@ impl World {
         let hosts = roles.iter().map(|(me, role)| {
             let config = Config { me: *me, role: *role, upload_slots: 4, in_flight_bytes: 32 << 20 };
             let mut node = Node::new(config, Names { me: *me, roles: roles.clone() });
-            node.seeds(if seed { vec![id(SEED)] } else { Vec::new() });
+            node.seeds(if seed { vec![Named::near(id(SEED))] } else { Vec::new() });
             let host = Host {
                 node,
                 up_free: Time::default(),
@@ -226,9 +226,11 @@ impl World {
             Output::Want { .. } => {
                 let others: Vec<PeerId> = self.hosts.keys().copied().filter(|p| *p != me).collect();
                 let (task, elect) = (self.task, self.elect);
-                self.hosts.get_mut(&me).unwrap().node.parents(now, task, &others, elect, elect == Some(me));
+                let others: Vec<Named> = others.into_iter().map(Named::near).collect();
+                let node = &mut self.hosts.get_mut(&me).unwrap().node;
+                node.parents(now, task, &others, elect, elect == Some(me), Share::ALL);
             }
-            Output::Load { task, peer, source, token: _, purpose } => {
+            Output::Load { task, source, token: _, child } => {
                 let host = self.hosts.get_mut(&me).unwrap();
                 if me == id(SEED) {
                     host.node.open(
@@ -237,9 +239,9 @@ impl World {
                         Opening { source, right: Right::Own, known: None, own_table: false, announce: true },
                     );
                     host.node.run(now, task, true, false);
-                    host.node.adopt(now, &task, peer, &purpose);
+                    host.node.adopt(now, &task, &child);
                 } else if !host.node.is_running(&task) && !host.node.is_complete(&task) {
-                    host.node.refuse(peer, task, Refusal::NotHeld);
+                    host.node.refuse(child.peer, task, Refusal::NotHeld);
                 }
             }
             Output::Show(_, piece) => {
@@ -529,7 +531,7 @@ fn a_peer_that_the_scheduler_named_is_waited_for_but_not_long() {
     node.scheduler(true);
     let now = Time::default();
     outputs(&mut node, now, &mut rng);
-    node.parents(now, task, &[id(1)], None, false);
+    node.parents(now, task, &[Named::near(id(1))], None, false, Share::ALL);
     assert!(outputs(&mut node, now, &mut rng).contains(&Output::Dial(id(1))));
     node.peer_up(now, id(1), Role::Peer);
     let reads = Output::ReadOrigin { task, from: 0 };
@@ -571,11 +573,11 @@ fn a_clients_token_is_lent_to_seeds_and_to_nobody_else() {
     let (mut node, task, mut rng) = wanting(&[7; 1000]);
     let (now, token) = (Time::default(), Bearer::new("t").unwrap());
     node.scheduler(true);
-    node.seeds(vec![id(1)]);
+    node.seeds(vec![Named::near(id(1))]);
     node.authorize(&task, World::source(), Right::Token(token.clone()));
     node.peer_up(now, id(1), Role::Seed);
     node.peer_up(now, id(2), Role::Peer);
-    node.parents(now, task, &[id(2)], None, false);
+    node.parents(now, task, &[Named::near(id(2))], None, false, Share::ALL);
     let said = outputs(&mut node, now, &mut rng);
     let mut told = interests(&said);
     told.sort_unstable_by_key(|(peer, _)| *peer);
@@ -590,7 +592,7 @@ fn a_clients_token_is_lent_to_seeds_and_to_nobody_else() {
 fn a_paused_download_lets_its_parents_go_and_finds_them_again() {
     let (mut node, task, mut rng) = wanting(&[7; 1000]);
     let now = Time::default();
-    node.seeds(vec![id(1)]);
+    node.seeds(vec![Named::near(id(1))]);
     node.peer_up(now, id(1), Role::Seed);
     assert_eq!(interests(&outputs(&mut node, now, &mut rng)), [(id(1), None)]);
     node.pause(&task);
@@ -612,12 +614,12 @@ fn where_the_seed_may_not_read_one_that_may_is_to_be_elected() {
         let (mut node, task, mut rng) = wanting(&[7; 1000]);
         let now = Time::default();
         node.scheduler(true);
-        node.seeds(vec![id(1)]);
+        node.seeds(vec![Named::near(id(1))]);
         node.authorize(&task, World::source(), right.clone());
         node.peer_up(now, id(1), Role::Seed);
         let said = outputs(&mut node, now, &mut rng);
         assert_eq!(interests(&said), [(id(1), None)], "a password is never lent");
-        node.parents(now, task, &[id(1)], None, false);
+        node.parents(now, task, &[Named::near(id(1))], None, false, Share::ALL);
         node.message(now, id(1), Message::Unavailable { task, reason });
         let said = outputs(&mut node, now, &mut rng);
         let wants = said.contains(&Output::Want { task, again: false, reads: true });
@@ -632,11 +634,11 @@ fn waiting_for_an_election() -> (Node<Names>, Digest, StdRng) {
     let (mut node, task, mut rng) = wanting(&[7; 1000]);
     let now = Time::default();
     node.scheduler(true);
-    node.seeds(vec![id(1)]);
+    node.seeds(vec![Named::near(id(1))]);
     node.authorize(&task, World::source(), Right::Kept);
     node.peer_up(now, id(1), Role::Seed);
     outputs(&mut node, now, &mut rng);
-    node.parents(now, task, &[id(1)], None, false);
+    node.parents(now, task, &[Named::near(id(1))], None, false, Share::ALL);
     node.message(now, id(1), Message::Unavailable { task, reason: Refusal::Origin(401) });
     let said = outputs(&mut node, now, &mut rng);
     assert!(said.contains(&Output::Want { task, again: false, reads: true }));
@@ -652,14 +654,14 @@ fn a_scheduler_that_elects_nobody_yet_is_waited_for_until_it_may() {
     for answers in [false, true] {
         let (mut node, task, mut rng) = waiting_for_an_election();
         if answers {
-            node.parents(now, task, &[], None, false);
+            node.parents(now, task, &[], None, false, Share::ALL);
         }
         let early = outputs(&mut node, now + (ELECTED_WITHIN - Duration::from_millis(1)), &mut rng);
         assert!(!early.contains(&reads(task)));
         assert!(outputs(&mut node, now + ELECTED_WITHIN, &mut rng).contains(&reads(task)));
     }
     let (mut node, task, mut rng) = waiting_for_an_election();
-    node.parents(now, task, &[], Some(id(0)), true);
+    node.parents(now, task, &[], Some(id(0)), true, Share::ALL);
     assert!(outputs(&mut node, now, &mut rng).contains(&reads(task)), "the elected one reads at once");
 }
 
@@ -681,7 +683,7 @@ fn who_holds_all_without_a_seal_keeps_the_child_that_hears_of_its_election_first
     node.open(now, task, opening);
     node.scheduler(true);
     node.peer_up(now, id(1), Role::Peer);
-    node.adopt(now, &task, id(1), &Purpose::default());
+    node.adopt(now, &task, &Child { peer: id(1), purpose: Purpose::default(), far: None });
     let to_child = |said: &[Output], sealed: bool| {
         said.iter().any(|output| match output {
             Output::Send(_, Message::Unavailable { .. }) => panic!("the child was sent away"),
@@ -690,7 +692,7 @@ fn who_holds_all_without_a_seal_keeps_the_child_that_hears_of_its_election_first
         })
     };
     assert!(!to_child(&outputs(&mut node, now, &mut rng), true), "nobody vouches for it yet");
-    node.parents(now, task, &[], Some(id(0)), true);
+    node.parents(now, task, &[], Some(id(0)), true, Share::ALL);
     assert!(to_child(&outputs(&mut node, now + NEWS_EVERY, &mut rng), true));
 }
 
@@ -714,7 +716,7 @@ fn offered(tasks: u8, in_flight_bytes: u64) -> (Node<Names>, Vec<Digest>, StdRng
         let (source, right) = (World::source(), Right::Own);
         node.open(now, task, Opening { source, right, known, own_table: true, announce: true });
         node.run(now, task, true, false);
-        node.parents(now, task, &[id(1)], None, false);
+        node.parents(now, task, &[Named::near(id(1))], None, false, Share::ALL);
         let size_bytes = data.len() as u64;
         node.message(now, id(1), Message::Have { task, size_bytes, offer: Offer::All });
         digests.push(task);

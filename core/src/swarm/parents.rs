@@ -5,10 +5,11 @@ use std::time::Duration;
 use rand::{Rng, RngExt};
 
 use super::choose::{Candidate, choose};
+use super::gateways::FAR_PARENTS;
 use super::slab::Slot;
 use super::task::{Copy, Task};
 use super::{
-    GATEWAYS, MAX_COMPLETE, MAX_PARENTS, MAX_SEEDS, MESH_DEGREE, Output, PUSH_DELAY, PUSH_DOUBLINGS, SAMPLE,
+    MAX_COMPLETE, MAX_PARENTS, MAX_SEEDS, MESH_DEGREE, Output, PUSH_DELAY, PUSH_DOUBLINGS, SAMPLE,
     SOURCE_CHILDREN, Swarm, Timer,
 };
 use crate::Time;
@@ -32,6 +33,10 @@ impl Swarm {
             self.tasks.get_mut(task_slot).map(|task| task.copy_or_empty(source).peer);
             self.link_both(now, task_slot, child, source);
         }
+        self.open_gate(now, task_slot, child);
+        for parent in self.far_parents(now, task_slot, child) {
+            self.link_both(now, task_slot, child, parent);
+        }
         let room = self.room(task_slot, child);
         if room == 0 {
             return;
@@ -54,9 +59,8 @@ impl Swarm {
         let Some(task) = self.tasks.get(task_slot).filter(|task| task.wanting > 0) else { return };
         let Some(copy) = task.copy(holder).filter(|_| self.is_namable(now, holder)) else { return };
         let mut room = (MESH_DEGREE as u32).saturating_sub(copy.children);
-        let may = |child: Slot| {
-            self.is_near(child, holder) || self.reaches_out(task, child) && self.reaches_out(task, holder)
-        };
+        let may =
+            |child: Slot| self.is_near(child, holder) || copy.complete && self.is_gateway(task_slot, child);
         let wanters: Vec<Slot> = sample(rng, &task.copies)
             .filter(|copy| copy.want.is_some())
             .map(|copy| copy.peer)
@@ -98,6 +102,7 @@ impl Swarm {
     pub(super) fn tell(&mut self, now: Time, task_slot: Slot, child: Slot) {
         let spread = self.spread_for(now, task_slot, child);
         let named = self.named_issuer(now, task_slot, child);
+        let share = self.share(now, task_slot, child);
         let Some(task) = self.tasks.get_mut(task_slot) else { return };
         let elected = task.elected();
         let mut parents = Vec::new();
@@ -118,6 +123,7 @@ impl Swarm {
             issuer,
             fetch_from_origin: issuer == Some(to),
             spread,
+            share,
             later: issuer.is_none() && task.postponed_at.is_some(),
         });
     }
@@ -178,21 +184,14 @@ impl Swarm {
             .is_some_and(|peer| peer.gone_at.is_none() && !self.conduct.is_isolated(now, peer.about.peer))
     }
 
-    fn is_seed(&self, slot: Slot) -> bool {
+    pub(super) fn is_seed(&self, slot: Slot) -> bool {
         self.peers.get(slot).is_some_and(|peer| peer.about.role == Role::Seed)
     }
 
     /// Whether two stand in the same zone.
-    fn is_near(&self, one: Slot, other: Slot) -> bool {
+    pub(super) fn is_near(&self, one: Slot, other: Slot) -> bool {
         let zone = |slot: Slot| self.peers.get(slot).map(|peer| &peer.about.zone);
         zone(one) == zone(other)
-    }
-
-    /// Whether a peer is one of the few of its zone that bring this task into it.
-    fn reaches_out(&self, task: &Task, slot: Slot) -> bool {
-        let Some(peer) = self.peers.get(slot) else { return false };
-        let here = self.zones.get(&peer.about.zone).copied().map_or(1, u64::from);
-        self.zones.len() < 2 || rendezvous::lot(&task.digest, peer.about.peer) % here.max(1) < GATEWAYS
     }
 
     /// Seeds that are not isolated. One in its grace counts: it may be reading the origin all the while.
@@ -211,9 +210,11 @@ impl Swarm {
 
     /// Makes `parent`, which has a copy, a parent of `child`. `false`: it is one, or the child has no room or no wish.
     fn link(&mut self, task_slot: Slot, child: Slot, parent: Slot) -> bool {
+        // Near ones leave room for those elsewhere: without these a gateway is none.
+        let kept_free = if self.has_zones() && self.is_near(child, parent) { FAR_PARENTS } else { 0 };
         let Some(task) = self.tasks.get_mut(task_slot).filter(|_| child != parent) else { return false };
         let Some(want) = task.want_mut(child) else { return false };
-        if want.parents.len() >= MAX_PARENTS || want.parents.contains(&parent) {
+        if want.parents.len() >= MAX_PARENTS - kept_free || want.parents.contains(&parent) {
             return false;
         }
         want.parents.push(parent);
@@ -231,8 +232,9 @@ impl Swarm {
         let Some(task) = self.tasks.get(task_slot) else { return 0 };
         let all_know_all = task.copies.len() <= MAX_PARENTS + 1;
         let target = if all_know_all { MAX_PARENTS } else { MESH_DEGREE };
-        let want = task.copy(child).and_then(|copy| copy.want.as_deref());
-        want.map_or(0, |want| target.saturating_sub(want.parents.len()))
+        let Some(want) = task.copy(child).and_then(|copy| copy.want.as_deref()) else { return 0 };
+        let near = want.parents.iter().filter(|parent| !self.has_zones() || self.is_near(**parent, child));
+        target.saturating_sub(near.count())
     }
 
     fn complete_parents(&self, task_slot: Slot, child: Slot) -> usize {
@@ -243,7 +245,7 @@ impl Swarm {
 
     /// Who brings the task into the swarm, and may be named to this child: the elected peer; else seeds that have the
     /// task or are getting it; else the seed that owns it.
-    fn sources(&self, now: Time, task_slot: Slot, child: Slot, again: bool) -> Vec<Slot> {
+    pub(super) fn sources(&self, now: Time, task_slot: Slot, child: Slot, again: bool) -> Vec<Slot> {
         let Some(task) = self.tasks.get(task_slot) else { return Vec::new() };
         // A child's own wish makes it no source for itself.
         let part = |slot: Slot| task.copy(slot).filter(|_| slot != child);
@@ -311,21 +313,14 @@ impl Swarm {
             task.copy(child).and_then(|copy| copy.want.as_deref()).map_or(&[][..], |want| &want.parents);
         // Where these are limited, they are named as sources alone.
         let without_seeds = self.seeds_for(task, child).is_some();
-        let reaches_out = self.reaches_out(task, child);
+        let is_gateway = self.is_gateway(task_slot, child);
         let may = |copy: &&Copy| {
-            // For whom those of its zone do not suffice, all may.
-            let near = again || self.is_near(child, copy.peer);
-            (near || reaches_out && self.reaches_out(task, copy.peer))
-                && !(without_seeds && self.is_seed(copy.peer))
+            // For whom those of its zone do not suffice, all may; a gateway has what it brings in from those who have all of it, too.
+            let may = again || self.is_near(child, copy.peer) || is_gateway && copy.complete;
+            may && !(without_seeds && self.is_seed(copy.peer))
         };
-        let mut pool: Vec<&Copy> = sample(rng, &task.copies).filter(may).collect();
-        if reaches_out && self.zones.len() > 1 {
-            // They are too few for chance to pick them.
-            pool.extend(task.copies.iter().filter(|copy| !self.is_near(child, copy.peer)).filter(may));
-            pool.sort_unstable_by_key(|copy| copy.peer);
-            pool.dedup_by_key(|copy| copy.peer);
-        }
-        pool.into_iter()
+        sample(rng, &task.copies)
+            .filter(may)
             .filter(|copy| {
                 copy.peer != child && !named.contains(&copy.peer) && Some(copy.peer) != task.elected()
             })
@@ -360,14 +355,14 @@ impl Swarm {
         })
     }
 
-    fn tell_soon(&mut self, now: Time, task_slot: Slot, child: Slot) {
+    pub(super) fn tell_soon(&mut self, now: Time, task_slot: Slot, child: Slot) {
         let told =
             self.tasks.get_mut(task_slot).and_then(|task| task.want_mut(child)).map_or(0, |want| want.told);
         self.tell_at(now + PUSH_DELAY * (1 << told.min(PUSH_DOUBLINGS)), task_slot, child);
     }
 
     /// Tells a child its parents at `due`, or when it is told anyway before that.
-    fn tell_at(&mut self, due: Time, task_slot: Slot, child: Slot) {
+    pub(super) fn tell_at(&mut self, due: Time, task_slot: Slot, child: Slot) {
         let Some(want) = self.tasks.get_mut(task_slot).and_then(|task| task.want_mut(child)) else { return };
         if want.push_at.is_none_or(|at| due < at) {
             want.push_at = Some(due);

@@ -7,6 +7,7 @@ use crate::application::{Labels, Purpose};
 use crate::digest::Digest;
 use crate::piece::{PeerId, PieceLayout};
 
+use super::gateways::Zones;
 use super::slab::Slot;
 use super::{HOT_WANTERS, MAX_SPREAD, SPREAD_EVERY};
 
@@ -31,6 +32,8 @@ pub(super) struct Task {
     pub(super) spread: u32,
     pub(super) spread_at: Time,
     pub(super) election: Option<Election>,
+    /// Who brings it into each zone, where there are several.
+    pub(super) gateways: Zones,
     /// Since when nobody may be elected for it, for its application's sake.
     pub(super) postponed_at: Option<Time>,
     /// When anybody last wanted it or said something of it, give or take a minute.
@@ -67,6 +70,8 @@ pub(super) struct Want {
     pub(super) issuer: Option<PeerId>,
     /// It asks here because the task is spread.
     pub(super) guest: bool,
+    /// The parents that it was named before did not suffice.
+    pub(super) again: bool,
     /// For whom it fetches, if it says.
     pub(super) purpose: Option<Box<Purpose>>,
 }
@@ -116,6 +121,7 @@ impl Task {
             spread: 1,
             spread_at: now,
             election: None,
+            gateways: Zones::new(),
             postponed_at: None,
             touched: now,
         }
@@ -186,6 +192,7 @@ impl Task {
         self.naming -= u32::from(want.names_issuer());
         if self.wanting == 0 {
             self.spread = 1;
+            self.gateways.clear();
         }
     }
 

@@ -46,6 +46,7 @@ struct Told {
     issuer: Option<PeerId>,
     fetch_from_origin: bool,
     spread: u32,
+    share: Share,
     later: bool,
 }
 
@@ -86,8 +87,9 @@ impl World {
     fn listen(&mut self) {
         while let Some(output) = self.swarm.poll() {
             match output.clone() {
-                Output::Parents { to, task, parents, issuer, fetch_from_origin, spread, later } => {
-                    self.told.insert((to, task), Told { parents, issuer, fetch_from_origin, spread, later });
+                Output::Parents { to, task, parents, issuer, fetch_from_origin, spread, share, later } => {
+                    let told = Told { parents, issuer, fetch_from_origin, spread, share, later };
+                    self.told.insert((to, task), told);
                 }
                 Output::Isolated(all) => self.isolated = all,
             }
@@ -615,7 +617,14 @@ fn the_last_seed_gone_an_election_follows_and_a_seed_that_comes_leaves_the_elect
     world.wait(GRACE + ms(1000));
     assert_eq!(
         world.told(1, 1),
-        &Told { parents: vec![], issuer: Some(peer(1)), fetch_from_origin: true, spread: 1, later: false }
+        &Told {
+            parents: vec![],
+            issuer: Some(peer(1)),
+            fetch_from_origin: true,
+            spread: 1,
+            share: Share::ALL,
+            later: false
+        }
     );
     world.join_seed(0);
     world.want(2, 1);
@@ -746,6 +755,70 @@ fn asking_again_names_the_seed_and_prefers_others() {
     let after = world.parents(200, 1);
     assert_eq!(after[0], peer(0));
     assert!(after.iter().filter(|parent| before.contains(parent)).count() < before.len() / 2);
+    world.audit();
+}
+
+/// Peers of zone "b", numbers from 100 on, beside a seed in zone "a" with number 1.
+fn zoned(peers: std::ops::Range<u32>) -> World {
+    let mut world = World::new();
+    world.input(Input::Joined(registration(1, Role::Seed, "a")));
+    (2..10).for_each(|n| world.input(Input::Joined(registration(n, Role::Peer, "a"))));
+    peers.for_each(|n| world.input(Input::Joined(registration(n, Role::Peer, "b"))));
+    world
+}
+
+/// By how many each piece is taken from other zones.
+fn takers(world: &World, peers: impl Iterator<Item = u32>) -> Vec<usize> {
+    let shares: Vec<Share> = peers.map(|n| world.told(n, 1).share).collect();
+    (0..8).map(|piece| shares.iter().filter(|share| share.contains(piece)).count()).collect()
+}
+
+#[test]
+fn in_a_zone_without_a_source_each_piece_is_taken_from_elsewhere_by_one() {
+    for wanters in [1, 3, 20] {
+        let mut world = zoned(100..120);
+        (2..10).chain(100..100 + wanters).for_each(|n| world.want(n, 1));
+        world.wait(ms(2000));
+        assert_eq!(takers(&world, 100..100 + wanters), [1; 8], "{wanters}");
+        assert_eq!(takers(&world, 2..10), [0; 8], "the seed is here");
+        let gateways: Vec<u32> =
+            (100..100 + wanters).filter(|n| world.told(*n, 1).share != Share::NONE).collect();
+        for n in gateways {
+            let elsewhere = world.parents(n, 1).iter().filter(|parent| (2..10).any(|n| peer(n) == **parent));
+            assert_eq!(elsewhere.count(), 8, "{n}");
+        }
+        world.audit();
+    }
+}
+
+#[test]
+fn the_share_of_a_gateway_that_is_gone_or_isolated_is_taken_over() {
+    let mut world = zoned(100..120);
+    (2..10).chain(100..120).for_each(|n| world.want(n, 1));
+    world.wait(ms(2000));
+    let gateways: Vec<u32> = (100..120).filter(|n| world.told(*n, 1).share != Share::NONE).collect();
+    let (gone, liar) = (gateways[0], gateways[1]);
+    world.leave(gone);
+    [2, 3].into_iter().for_each(|reporter| world.accuse(reporter, liar));
+    world.wait(GRACE + ms(2000));
+    let others = (100..120).filter(|n| ![gone, liar].contains(n));
+    assert_eq!(takers(&world, others), [1; 8]);
+    world.audit();
+}
+
+#[test]
+fn whom_its_zone_does_not_suffice_takes_everything_from_anywhere_and_who_is_near_a_holder_of_all_nothing() {
+    let mut world = zoned(100..110);
+    (2..10).chain(100..109).for_each(|n| world.want(n, 1));
+    world.wait(ms(2000));
+    let outsider = (100..109).find(|n| world.told(*n, 1).share == Share::NONE).unwrap();
+    let (peer, task, size_bytes) = (peer(outsider), task(1), Some(20 * MIB));
+    let terms = Terms::default();
+    world.input(Input::Want { peer, task, size_bytes, again: true, reads: false, terms });
+    assert_eq!(world.told(outsider, 1).share, Share::ALL);
+    world.hold(100, 1, 20, true);
+    world.want(109, 1);
+    assert_eq!(world.told(109, 1).share, Share::NONE);
     world.audit();
 }
 

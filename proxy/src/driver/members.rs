@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use hawker_core::message::Role;
+use hawker_core::node::Named;
 use hawker_core::piece::PeerId;
 
 use crate::peer::Dial;
@@ -11,6 +12,8 @@ use crate::tracker::{Isolation, Member};
 /// Who is known in the cluster, for the driver, manifests and people.
 #[derive(Debug, Default)]
 pub(crate) struct Members {
+    /// Where this node stands; empty when not told.
+    zone: String,
     state: std::sync::Mutex<MembersState>,
 }
 
@@ -27,6 +30,24 @@ pub(super) struct MembersState {
 const MET: usize = 8192;
 
 impl Members {
+    pub(crate) fn of(zone: String) -> Self {
+        Self { zone, ..Self::default() }
+    }
+
+    /// A member as a parent: far when it stands in another zone.
+    pub(super) fn named(&self, member: &Member) -> Named {
+        Named { peer: member.peer, far: member.zone != self.zone }
+    }
+
+    /// The seeds as parents. One that was configured and is not on the list yet counts as near.
+    pub(super) fn named_seeds(&self) -> Vec<Named> {
+        let seeds = self.seeds();
+        self.with(|state| {
+            let listed = |seed| state.listed.iter().find(|member| member.peer == seed);
+            seeds.into_iter().map(|seed| listed(seed).map_or(Named::near(seed), |m| self.named(m))).collect()
+        })
+    }
+
     pub(super) fn with<T>(&self, act: impl FnOnce(&mut MembersState) -> T) -> T {
         act(&mut self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner))
     }

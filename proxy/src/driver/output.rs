@@ -57,9 +57,7 @@ impl Driver {
                     tracker.contradiction(*tables);
                 }
             }
-            Output::Load { task, source, token, peer, purpose } => {
-                self.load(task, source, token.as_ref(), peer, purpose);
-            }
+            Output::Load { task, source, token, child } => self.load(task, source, token.as_ref(), child),
             Output::Recheck(task) => self.recheck(task),
             Output::Sized(task, size_bytes) => self.sized(task, size_bytes),
             Output::Show(task, piece) => {
@@ -160,27 +158,21 @@ impl Driver {
     }
 
     /// A peer asks for a task.
-    pub(super) fn load(
-        &mut self,
-        task: Digest,
-        source: Source,
-        token: Option<&Bearer>,
-        peer: PeerId,
-        purpose: Purpose,
-    ) {
+    pub(super) fn load(&mut self, task: Digest, source: Source, token: Option<&Bearer>, child: Child) {
+        let peer = child.peer;
         let grant = Grant { source, authorization: token.and_then(Authorization::bearer) };
         if self.tasks.get(&task).is_some_and(|t| t.ready) {
             if self.config.seed {
                 self.enter(task, grant, None);
             }
-            self.adopt(task, peer, &purpose);
+            self.adopt(task, &child);
         } else if self.tasks.len() >= TASKS && !self.tasks.contains_key(&task) {
             self.node.refuse(peer, task, Refusal::Busy);
         } else if self.config.seed || self.tasks.contains_key(&task) || self.held_on_disk(&task) {
             let state = self.enter(task, grant, None);
             state.for_peers = true;
             if state.asking.len() < task::ASKING {
-                state.asking.push((peer, purpose));
+                state.asking.push(child);
             }
         } else {
             self.node.refuse(peer, task, Refusal::NotHeld);

@@ -7,7 +7,8 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use hawker_core::application::Purpose;
-use hawker_core::piece::{PeerId, PieceIndex, PieceLayout, PieceSet};
+use hawker_core::node::Child;
+use hawker_core::piece::{PieceIndex, PieceLayout, PieceSet};
 use tokio::sync::watch;
 
 use super::origin_read;
@@ -41,7 +42,7 @@ pub(super) struct TaskState {
     /// Each client's reader.
     pub(super) readers: HashMap<u64, Reading>,
     /// Peers that asked before the disk had been looked at.
-    pub(super) asking: Vec<(PeerId, Purpose)>,
+    pub(super) asking: Vec<Child>,
     pub(super) for_peers: bool,
     pub(super) whole: bool,
     pub(super) elected: bool,

@@ -13,6 +13,7 @@ use hawker_api::v1::scheduler_client::SchedulerClient;
 use hawker_api::v1::to_peer::Event as Said;
 use hawker_core::message::Role;
 use hawker_core::piece::PeerId;
+use hawker_core::share::Share;
 use hawker_core::swarm::ISOLATION;
 use rand::RngExt;
 use tokio::sync::{Notify, mpsc};
@@ -304,6 +305,7 @@ fn parents_event(parents: v1::Parents) -> Result<TrackerEvent, ConvertError> {
         parents: convert::from_members(parents.parents)?,
         issuer,
         fetch_from_origin: parents.fetch_from_origin,
+        share: parents.share.map_or(Share::ALL, Share::from_bits),
     })
 }
 
