@@ -63,7 +63,7 @@ pub(crate) struct NodeArgs {
     /// This node's name, for people [default: the host's name]
     #[arg(long, value_name = "NAME")]
     pub(crate) name: Option<String>,
-    /// Where this node stands, e.g. a rack or a data centre's zone
+    /// Where this node stands, e.g. a data centre's zone: pieces come from nodes of the same zone, and into a zone once
     #[arg(long, value_name = "ZONE")]
     pub(crate) zone: Option<String>,
     /// Identity, members, blobs [default: /var/lib/hawker]

@@ -1,11 +1,11 @@
-//! Networks as they are: IPv6 only, behind NAT, names that move.
+//! Networks as they are: IPv6 only, behind NAT, names that move, zones with dear links between them.
 
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use hawker_conformance::lab::{Containerd, Families, HawkerPlan, Lab};
+use hawker_conformance::lab::{Containerd, Families, Hawker, HawkerPlan, Lab, Mbit, Status};
 use hawker_conformance::origin::Content;
-use hawker_conformance::scene::{REPOSITORY, blob_path, right, start_origin};
+use hawker_conformance::scene::{self, REPOSITORY, blob_path, right, start_origin};
 
 const SIZE_BYTES: u64 = 6 << 20;
 
@@ -98,4 +98,36 @@ fn a_scheduler_known_by_name_is_found_again_where_the_name_moves() -> Result<()>
         point_to(new.ip())?;
         connected(Duration::from_secs(45)).map(drop)
     })())
+}
+
+#[test]
+fn of_a_blob_that_all_nodes_of_another_zone_pull_at_once_each_piece_comes_there_once() -> Result<()> {
+    scene::with_origin(|lab, origin| {
+        let registry = origin.address();
+        let slow = |name: &str| {
+            let host = lab.host(name)?;
+            host.shape(Mbit(100), Mbit(100)).map(|()| host)
+        };
+        let seed = HawkerPlan::up(&slow("seed")?).plain_registry(registry).flag("--zone", "a").start()?;
+        let node = |n| {
+            let plan = HawkerPlan::proxy(&slow(&format!("node{n}"))?).plain_registry(registry);
+            plan.flag("--zone", "b").join_to(&seed)?.start()
+        };
+        let nodes: Vec<Hawker> = (1..=4).map(node).collect::<Result<_>>()?;
+        for node in &nodes {
+            let connected = |status: &Status| status.schedulers.iter().any(|s| s.connected);
+            node.wait_status(Duration::from_secs(10), connected)?;
+        }
+        let blob = origin.add_blob(REPOSITORY, Content::generated(1, 32 << 20))?;
+        std::thread::scope(|scope| {
+            let pull = |node: &Hawker| {
+                right(node.request(registry, &blob_path(&blob)).discard().send(node.host())?, &blob).map(drop)
+            };
+            let pulls: Vec<_> = nodes.iter().map(|node| scope.spawn(move || pull(node))).collect();
+            pulls.into_iter().try_for_each(|pull| scene::join(pull.join()))
+        })?;
+        let copies = seed.status()?.bytes.uploaded as f64 / blob.size_bytes as f64;
+        ensure!(copies <= 1.02, "{copies} copies went from one zone to the other");
+        Ok(())
+    })
 }

@@ -524,6 +524,8 @@ impl<N: Notary> Node<N> {
         for link in task.links.values_mut() {
             link.unavailable = false;
         }
+        // What a scheduler said of another download of it is over.
+        self.take(&digest, Share::ALL);
         // A seed that owns the task reads the origin at once; everybody else asks the owner.
         let owner = rendezvous::owner(&digest, self.candidates());
         if owner == Some(self.config.me) || self.config.role == Role::Seed && as_owner {

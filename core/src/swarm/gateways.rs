@@ -67,10 +67,8 @@ impl Swarm {
     /// Makes a child a gateway of its zone where that needs one.
     pub(super) fn open_gate(&mut self, now: Time, task_slot: Slot, child: Slot) {
         let (Some(task), Some(peer)) = (self.tasks.get(task_slot), self.peers.get(child)) else { return };
-        if !self.has_zones()
-            || self.is_seed(child)
-            || !task.copy(child).is_some_and(|copy| copy.want.is_some())
-        {
+        let wants = task.copy(child).is_some_and(|copy| copy.want.is_some());
+        if !self.has_zones() || !wants || self.is_seed(child) {
             return;
         }
         let zone = Arc::clone(&peer.about.zone);
