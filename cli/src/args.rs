@@ -66,6 +66,9 @@ pub(crate) struct NodeArgs {
     /// Where this node stands, e.g. a data centre's zone: pieces come from nodes of the same zone, and into a zone once
     #[arg(long, value_name = "ZONE")]
     pub(crate) zone: Option<String>,
+    /// Within the zone: nodes of the same rack are asked first
+    #[arg(long, value_name = "NAME")]
+    pub(crate) rack: Option<String>,
     /// Identity, members, blobs [default: /var/lib/hawker]
     #[arg(long, value_name = "DIR")]
     pub(crate) data_dir: Option<String>,
@@ -217,6 +220,15 @@ pub(crate) struct ProxyArgs {
     pub(crate) token_file: Option<String>,
 }
 
+/// Where members stand who do not say it.
+#[derive(Args, Clone, Debug, Default)]
+pub(crate) struct NetworkArgs {
+    /// Where the members of a network stand that say neither zone nor rack themselves, in words: cidr=10.1.0.0/16 zone=eu-1
+    /// rack=r7; the smallest network that an address lies in counts; may be repeated
+    #[arg(long, value_name = "KEY=VALUE ...", help_heading = "Cluster")]
+    pub(crate) network: Vec<String>,
+}
+
 /// `hawker scheduler`.
 #[derive(Args, Clone, Debug, Default)]
 pub(crate) struct SchedulerArgs {
@@ -256,6 +268,8 @@ pub(crate) struct SchedulerArgs {
     #[arg(long, value_name = "KEY=VALUE ...", help_heading = "Limits")]
     pub(crate) application: Vec<String>,
     #[command(flatten)]
+    pub(crate) networks: NetworkArgs,
+    #[command(flatten)]
     pub(crate) log: LogArgs,
 }
 
@@ -273,6 +287,8 @@ pub(crate) struct UpArgs {
     /// The cluster's name, for people [default: hawker]
     #[arg(long, value_name = "NAME", help_heading = "Cluster")]
     pub(crate) cluster: Option<String>,
+    #[command(flatten)]
+    pub(crate) networks: NetworkArgs,
 }
 
 /// What a token lets a node be.

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use hawker_core::application::{self, Label, Pattern, Priority, Rule as Application};
 use hawker_core::intercept::{Action, Rule, path_pattern};
+use hawker_core::place::{Network, Place};
 use hawker_proxy::settings::{AuthorizationMode, CredentialSource};
 use url::Url;
 
@@ -293,6 +294,14 @@ pub(crate) fn application(text: &str) -> Result<Application, Wrong> {
     Ok(rule)
 }
 
+/// A name for people, of a member or of where it stands.
+pub(crate) fn printable(text: &str) -> Result<String, Wrong> {
+    if text.is_empty() || text.len() > 128 || text.chars().any(|c| c.is_control()) {
+        return wrong("is empty, too long or holds control characters", "give 1 to 128 printable characters");
+    }
+    Ok(text.to_owned())
+}
+
 fn label(text: &str) -> Result<Label, Wrong> {
     Label::new(text).ok_or_else(|| Wrong {
         what: format!("`{text}` is no label"),
@@ -300,13 +309,40 @@ fn label(text: &str) -> Result<Label, Wrong> {
     })
 }
 
+/// The words of a network's entry, as keys.
+pub(crate) const PLACE_KEYS: [&str; 3] = ["cidr", "zone", "rack"];
+
+/// Where the members of a network stand: `cidr=10.1.0.0/16 zone=eu-1 rack=r7`.
+pub(crate) fn place(text: &str) -> Result<(Network, Place), Wrong> {
+    const EXAMPLE: &str = "write cidr=10.1.0.0/16 zone=eu-1, and rack=r7 where there are racks";
+    let (mut cidr, mut zone, mut rack) = (None, None, None);
+    for word in text.split_whitespace() {
+        let place = match word.split_once('=') {
+            Some(("cidr", _)) => &mut cidr,
+            Some(("zone", _)) => &mut zone,
+            Some(("rack", _)) => &mut rack,
+            _ => return wrong(format!("`{word}` is nothing that is said of a network"), EXAMPLE),
+        };
+        let value = word.split_once('=').map(|(_, value)| value);
+        if std::mem::replace(place, value).is_some() {
+            return wrong(format!("`{text}` says something twice"), "say it once");
+        }
+    }
+    let Some(cidr) = cidr else { return wrong(format!("`{text}` names no network"), EXAMPLE) };
+    if zone.is_none() && rack.is_none() {
+        return wrong(format!("`{text}` says not where its members stand"), EXAMPLE);
+    }
+    let name = |text: Option<&str>| text.map(printable).transpose().map(Option::unwrap_or_default);
+    Ok((network(cidr)?, Place { zone: name(zone)?.into(), rack: name(rack)?.into() }))
+}
+
 /// A network: `10.0.0.0/8`, `fd00::/8`, or one address.
-pub(crate) fn network(text: &str) -> Result<(IpAddr, u8), Wrong> {
+pub(crate) fn network(text: &str) -> Result<Network, Wrong> {
     let (address, length) = text.split_once('/').unwrap_or((text, ""));
     let parsed = address.parse::<IpAddr>().ok().and_then(|ip| {
         let all = if ip.is_ipv4() { 32 } else { 128 };
         let length = if length.is_empty() && !text.contains('/') { all } else { length.parse().ok()? };
-        (length <= all).then_some((ip, length))
+        Network::new(ip, length)
     });
     match parsed {
         Some(network) => Ok(network),
@@ -434,8 +470,8 @@ mod tests {
             assert!(registry_host(text).is_err(), "{text}");
         }
         assert!(registry_pattern("*.example.com").is_ok() && registry_pattern("a.*.com").is_err());
-        assert_eq!(network("10.0.0.0/8"), Ok(("10.0.0.0".parse().unwrap(), 8)));
-        assert_eq!(network("fd00::1"), Ok(("fd00::1".parse().unwrap(), 128)));
+        assert_eq!(network("10.0.0.0/8"), Ok(Network::new("10.0.0.0".parse().unwrap(), 8).unwrap()));
+        assert_eq!(network("fd00::1"), Ok(Network::new("fd00::1".parse().unwrap(), 128).unwrap()));
         for text in ["10.0.0.0/33", "10.0.0.0/", "x/8", "fd00::/129"] {
             assert!(network(text).is_err(), "{text}");
         }

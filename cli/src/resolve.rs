@@ -8,13 +8,14 @@ use std::time::Duration;
 
 use hawker_core::application::{Applications, MAX_RULES, Rule};
 use hawker_core::intercept::{Action, Rules};
+use hawker_core::place::{Networks, Place};
 use hawker_proxy::registry::tls;
 use hawker_proxy::settings::{
     AuthorizationMode, CacheSettings, LiveSettings, Rates, Registries, RegistrySettings, Settings, Staleness,
 };
 use url::Url;
 
-use crate::args::{LogArgs, NodeArgs, ProxyArgs, SchedulerArgs, UpArgs};
+use crate::args::{LogArgs, NetworkArgs, NodeArgs, ProxyArgs, SchedulerArgs, UpArgs};
 use crate::log::{Format, LogSettings};
 use crate::problem::{Problem, Problems};
 use crate::quantity::{self, Wrong, wrong};
@@ -82,6 +83,8 @@ pub(crate) struct Scheduler {
     /// For a second scheduler.
     pub(crate) join: Option<Join>,
     pub(crate) applications: Arc<Applications>,
+    /// Where members stand who do not say it.
+    pub(crate) networks: Networks,
     pub(crate) log: LogSettings,
 }
 
@@ -133,6 +136,7 @@ pub(crate) fn scheduler(
         schedulers: reader.many("scheduler", &args.scheduler, quantity::host_port),
         join: join.map(|address| Join { address, token_file }),
         applications: Arc::new(reader.applications(&args.application)),
+        networks: reader.networks(&args.networks),
         log: reader.log(&args.log),
     };
     let listeners = scheduler.listen.iter().map(|a| ("listen", *a)).chain([("admin", scheduler.admin)]);
@@ -160,6 +164,7 @@ pub(crate) fn up(written: &Written<UpArgs>) -> Result<Up, Problems> {
         schedulers: Vec::new(),
         join: None,
         applications: Arc::clone(&settings.live.load().applications),
+        networks: reader.networks(&args.networks),
         log: log.clone(),
         listen,
         advertise,
@@ -278,11 +283,11 @@ impl<'a> Reader<'a> {
 
     fn name(&mut self, text: Option<&str>) -> String {
         let host = || rustix::system::uname().nodename().to_string_lossy().into_owned();
-        text.and_then(|text| self.check("name", label(text))).unwrap_or_else(host)
+        text.and_then(|text| self.check("name", quantity::printable(text))).unwrap_or_else(host)
     }
 
     fn cluster_name(&mut self, text: Option<&str>) -> String {
-        self.one("cluster", text, "hawker".to_owned(), label)
+        self.one("cluster", text, "hawker".to_owned(), quantity::printable)
     }
 
     fn data_dir(&mut self, text: Option<&str>) -> PathBuf {
@@ -316,7 +321,16 @@ impl<'a> Reader<'a> {
         self.nodes_own_right(args, &live);
         let settings = Settings {
             name: self.name(args.name.as_deref()),
-            zone: args.zone.as_deref().and_then(|zone| self.check("zone", label(zone))).unwrap_or_default(),
+            place: Place {
+                zone: self
+                    .optional("zone", args.zone.as_deref(), quantity::printable)
+                    .unwrap_or_default()
+                    .into(),
+                rack: self
+                    .optional("rack", args.rack.as_deref(), quantity::printable)
+                    .unwrap_or_default()
+                    .into(),
+            },
             data_dir: self.data_dir(args.data_dir.as_deref()),
             mirror: self.listeners("mirror", &args.mirror, MIRROR),
             forward_proxy: self.many("forward-proxy", &args.forward_proxy, quantity::listen),
@@ -369,6 +383,16 @@ impl<'a> Reader<'a> {
             origin: rate("origin", origin),
             prefetch: rate("prefetch", prefetch),
         }
+    }
+
+    /// Where the members of each network stand: of each once.
+    fn networks(&mut self, args: &NetworkArgs) -> Networks {
+        let networks = self.many("network", &args.network, quantity::place);
+        let twice = |at: usize| networks[..at].iter().any(|(network, _)| *network == networks[at].0);
+        if (1..networks.len()).any(twice) {
+            self.problem("network", "there are two entries for one network", "make them one");
+        }
+        Networks::new(networks)
     }
 
     /// What is said of applications: of each once.
@@ -636,13 +660,6 @@ fn matches(pattern: &str, host: &str) -> bool {
     }
 }
 
-fn label(text: &str) -> Result<String, Wrong> {
-    if text.is_empty() || text.len() > 128 || text.chars().any(|c| c.is_control()) {
-        return wrong("is empty, too long or holds control characters", "give 1 to 128 printable characters");
-    }
-    Ok(text.to_owned())
-}
-
 fn at_least(bytes: u64, least: u64, cure: &str) -> Result<u64, Wrong> {
     if bytes < least {
         wrong(format!("{} is too little", quantity::human_size(bytes)), cure)
@@ -681,9 +698,12 @@ mod tests {
 
     const MEMBER: Surroundings = Surroundings { has_identity: true, has_token: false };
 
+    fn words(line: &str) -> Vec<OsString> {
+        line.split_whitespace().map(|word| word.replace('~', " ").into()).collect()
+    }
+
     fn typed(line: &str) -> Written<ProxyArgs> {
-        let argv: Vec<OsString> = line.split_whitespace().map(|word| word.replace('~', " ").into()).collect();
-        crate::written::read("hawker proxy", &argv)
+        crate::written::read("hawker proxy", &words(line))
     }
 
     fn errors(line: &str, around: Surroundings) -> Vec<String> {
@@ -707,6 +727,33 @@ mod tests {
     }
 
     #[test]
+    fn networks_say_where_members_stand() {
+        let resolved = |line: &str| {
+            scheduler(&crate::written::read("hawker scheduler", &words(line)), Surroundings::default())
+        };
+        let two = "--network cidr=10.0.0.0/8~zone=a --network cidr=10.1.0.0/16~zone=b~rack=7";
+        let networks = resolved(two).unwrap().networks;
+        let of = |ip: &str| networks.of(ip.parse().unwrap()).map(|place| (&*place.zone, &*place.rack));
+        assert_eq!(of("10.2.0.1"), Some(("a", "")));
+        assert_eq!(of("10.1.0.1"), Some(("b", "7")));
+        for (line, told) in [
+            (
+                "--network cidr=10.0.0.0/8~zone=a --network zone=b~cidr=10.0.0.0/8",
+                "two entries for one network",
+            ),
+            ("--network zone=a", "names no network"),
+            ("--network cidr=10.0.0.0/8", "says not where"),
+            ("--network cidr=10.0.0.0/33~zone=a", "is no network"),
+            ("--network cidr=10.0.0.0/8~zone=a~zone=b", "something twice"),
+            ("--network cidr=10.0.0.0/8~zone=", "is empty"),
+            ("--network cidr=10.0.0.0/8~row=3", "nothing that is said"),
+        ] {
+            let problems = resolved(line).unwrap_err().0;
+            assert!(problems.iter().any(|problem| problem.what.contains(told)), "{line}: {problems:?}");
+        }
+    }
+
+    #[test]
     fn an_application_is_said_once_and_there_are_not_too_many() {
         let told = |line: &str| proxy(&typed(line), Surroundings::default()).unwrap_err().to_string();
         let twice = told("--application name=a~priority=1 --application name=a");
@@ -718,7 +765,7 @@ mod tests {
 
     #[test]
     fn everything_written_arrives() {
-        let line = "--name n --zone z --data-dir /d --mirror 127.0.0.1:1 --mirror [::1]:2 --admin 127.0.0.1:3 \
+        let line = "--name n --zone z --rack r --data-dir /d --mirror 127.0.0.1:1 --mirror [::1]:2 --admin 127.0.0.1:3 \
                     --peer-listen 0.0.0.0:4 --advertise n.example:5 --seed --join s.example:6 --token-file - \
                     --scheduler t.example:7 --seed-address u.example:8 --default-registry docker.io \
                     --allow-registry *.example.com --allow-registry docker.io --allow-network 10.0.0.0/8 \
@@ -734,7 +781,7 @@ mod tests {
                     --forward-proxy 127.0.0.1:9 --intercept p2p~quay.io~^/v2/ --intercept direct~auth.example \
                     --log-level debug --log-format json";
         let Proxy { settings: s, join, log, .. } = proxy(&typed(line), Surroundings::default()).unwrap();
-        assert_eq!((s.name.as_str(), s.zone.as_str(), s.seed), ("n", "z", true));
+        assert_eq!((s.name.as_str(), &*s.place.zone, &*s.place.rack, s.seed), ("n", "z", "r", true));
         assert_eq!(s.mirror.len(), 2);
         assert_eq!(s.schedulers, ["t.example:7", "s.example:6"]);
         assert_eq!((s.seeds, s.advertise), (vec!["u.example:8".to_owned()], vec!["n.example:5".to_owned()]));
@@ -762,7 +809,10 @@ mod tests {
         assert_eq!(live.registries.known["10.0.0.1:5000"].endpoints[0].as_str(), "http://10.0.0.1:5000/");
         assert!(live.registries.known["a.example"].insecure);
         assert_eq!(live.registries.known["a.example"].endpoints[0].as_str(), "https://a.example/");
-        assert_eq!(live.registries.allow_networks, [("10.0.0.0".parse().unwrap(), 8)]);
+        assert_eq!(
+            live.registries.allow_networks,
+            [hawker_core::place::Network::new("10.0.0.0".parse().unwrap(), 8).unwrap()]
+        );
         let modes = ["a.example", "b.example"].map(|host| live.registries.authorization(host));
         assert_eq!(modes, [AuthorizationMode::Token, AuthorizationMode::Node]);
         assert_eq!(live.registries.known["b.example"].realms[0].as_str(), "https://sso.example:8443/");

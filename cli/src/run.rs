@@ -264,6 +264,7 @@ async fn scheduler_config(resolved: &resolve::Scheduler) -> anyhow::Result<Sched
         schedulers: others.cloned().collect(),
         join,
         applications: Arc::new(Arc::clone(&resolved.applications).into()),
+        networks: resolved.networks.clone(),
         certificate_life: CERTIFICATE_LIFE,
         numbers: Arc::default(),
     })

@@ -10,7 +10,7 @@ use clap::parser::ValueSource;
 use clap::{ArgAction, Args, Command, FromArgMatches};
 
 use crate::problem::Problem;
-use crate::quantity::APPLICATION_KEYS;
+use crate::quantity::{APPLICATION_KEYS, PLACE_KEYS};
 
 /// Flags that are no keys: they say where the file is.
 const NOT_KEYS: [&str; 3] = ["config", "help", "version"];
@@ -165,7 +165,21 @@ impl Walk<'_> {
                     self.rules(rules);
                 }
                 ("application", toml::Value::Array(rules)) if rules.iter().any(toml::Value::is_table) => {
-                    self.applications(rules);
+                    let known = &APPLICATION_KEYS;
+                    self.in_words(
+                        "application",
+                        rules,
+                        known,
+                        "write each as [[application]] with name, match and limits",
+                    );
+                }
+                ("network", toml::Value::Array(rules)) if rules.iter().any(toml::Value::is_table) => {
+                    self.in_words(
+                        "network",
+                        rules,
+                        &PLACE_KEYS,
+                        "write each as [[network]] with cidr and zone",
+                    );
                 }
                 _ => self.key(&key, value),
             }
@@ -257,23 +271,23 @@ impl Walk<'_> {
         self.entry("intercept", "intercept", values);
     }
 
-    /// `[[application]]`: tables, as the words of the flag.
-    fn applications(&mut self, rules: &[toml::Value]) {
-        if argument(self.command, "application").is_none() {
-            return self.key("application", &toml::Value::Boolean(true));
+    /// `[[application]]`, `[[network]]`: tables, as the words KEY=VALUE of their flag.
+    fn in_words(&mut self, flag: &str, tables: &[toml::Value], known: &[&str], cure: &str) {
+        if argument(self.command, flag).is_none() {
+            return self.key(flag, &toml::Value::Boolean(true));
         }
         let mut values = Vec::new();
-        for (number, rule) in rules.iter().enumerate() {
-            let at = format!("application[{number}]");
-            let toml::Value::Table(rule) = rule else {
-                self.problem(&at, "is no table", "write each as [[application]] with name, match and limits");
+        for (number, table) in tables.iter().enumerate() {
+            let at = format!("{flag}[{number}]");
+            let toml::Value::Table(table) = table else {
+                self.problem(&at, "is no table", cure);
                 continue;
             };
             let mut words = Vec::new();
-            for (name, value) in rule {
+            for (name, value) in table {
                 let key = format!("{at}.{name}");
-                if !APPLICATION_KEYS.contains(&name.as_str()) {
-                    self.unknown(&key, APPLICATION_KEYS.into_iter());
+                if !known.contains(&name.as_str()) {
+                    self.unknown(&key, known.iter().copied());
                     continue;
                 }
                 let items = match value {
@@ -288,7 +302,7 @@ impl Walk<'_> {
             }
             values.push(words.join(" "));
         }
-        self.entry("application", "application", values);
+        self.entry(flag, flag, values);
     }
 
     fn value(&mut self, key: &str, flag: &str, value: &toml::Value, shape: impl Fn(String) -> String) {
@@ -491,6 +505,16 @@ mod tests {
         ] {
             assert!(problems.iter().any(|p| p.key.starts_with(start)), "{start} in {problems:?}");
         }
+    }
+
+    #[test]
+    fn networks_are_tables_for_who_runs_a_scheduler() {
+        let text = "[[network]]\ncidr = '10.1.0.0/16'\nzone = 'eu-1'\nrack = 7\n[[network]]\ncidr = 'fd00::/8'\nzone = 'b'";
+        let expected = ["cidr=10.1.0.0/16 rack=7 zone=eu-1", "cidr=fd00::/8 zone=b"];
+        assert_eq!(read_with::<SchedulerArgs>(text, &[]).args.networks.network, expected);
+        assert_eq!(read_with::<UpArgs>(text, &[]).args.networks.network, expected);
+        let written = read_with::<ProxyArgs>(text, &[]);
+        assert_eq!(written.problems.len(), 1, "{:?}", written.problems);
     }
 
     #[test]

@@ -176,6 +176,7 @@ impl Shared {
             name: "rogue".into(),
             addresses: vec![address.to_string()],
             zone: String::new(),
+            rack: String::new(),
             upload_slots: 8,
             upload_rate_bytes: 0,
             reads_origins: false,

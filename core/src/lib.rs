@@ -5,7 +5,7 @@
 //!   [`challenge`]: what a registry wants first; [`manifest`]: what a manifest names; [`intercept`]: what becomes of a request
 //!   that is only passing
 //! - [`node`], [`fetch`], [`parents`], [`message`]: one peer's downloads and uploads; [`share`]: what of it may come from other zones
-//! - [`swarm`]: the scheduler's view of all peers
+//! - [`swarm`]: the scheduler's view of all peers; [`place`]: where these stand
 //! - [`limit`], [`cache`]: how fast, and what stays on disk
 //!
 //! Time comes in as [`Time`], randomness as `rng: &mut R`. The proxy, the scheduler and the simulator run this same code.
@@ -24,6 +24,7 @@ pub mod node;
 pub mod offer;
 pub mod parents;
 pub mod piece;
+pub mod place;
 pub mod range;
 pub mod reference;
 pub mod rendezvous;

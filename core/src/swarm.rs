@@ -37,6 +37,7 @@ use crate::application::{Applications, Labels, Priority, Purpose};
 use crate::digest::Digest;
 use crate::message::Role;
 use crate::piece::PeerId;
+use crate::place::{Nearness, Place};
 use crate::share::Share;
 
 use conduct::Conduct;
@@ -106,8 +107,8 @@ pub struct Registration {
     pub peer: PeerId,
     /// [`Role::Peer`] or [`Role::Seed`], by its certificate.
     pub role: Role,
-    /// Where it stands; empty when not told.
-    pub zone: Arc<str>,
+    /// Where it stands.
+    pub place: Place,
     /// Pieces that it sends at once.
     pub upload_slots: u32,
     /// Bytes a second, 0 when not limited.
@@ -498,7 +499,7 @@ impl Swarm {
             true => self.seeds.insert(about.peer, slot).is_some(),
             false => self.seeds.remove(&about.peer).is_some(),
         };
-        self.move_zone(slot, &about.zone);
+        self.move_zone(slot, &about.place.zone);
         if let Some(peer) = self.peers.get_mut(slot) {
             (peer.about, peer.gone_at, peer.joined_at) = (about, None, now);
         }
@@ -521,7 +522,7 @@ impl Swarm {
     fn insert_peer(&mut self, now: Time, about: &Registration) -> Slot {
         let slot = self.peers.insert(Peer::new(about.clone(), now));
         self.by_id.insert(about.peer, slot);
-        *self.zones.entry(Arc::clone(&about.zone)).or_default() += 1;
+        *self.zones.entry(Arc::clone(&about.place.zone)).or_default() += 1;
         slot
     }
 
@@ -532,7 +533,7 @@ impl Swarm {
     }
 
     fn leave_zone(&mut self, slot: Slot) {
-        let Some(zone) = self.peers.get(slot).map(|peer| &peer.about.zone) else { return };
+        let Some(zone) = self.peers.get(slot).map(|peer| &peer.about.place.zone) else { return };
         if let Some(peers) = self.zones.get_mut(zone) {
             *peers -= 1;
             if *peers == 0 {

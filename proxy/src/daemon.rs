@@ -104,7 +104,7 @@ pub async fn run(
     let origin =
         Origin::beside(Arc::clone(&settings.live), limits.clone(), own.clone(), Arc::clone(&metrics));
     let desk = Desk::new(Arc::clone(&settings.live), Arc::clone(&metrics));
-    let members = Arc::new(Members::of(settings.zone.clone()));
+    let members = Arc::new(Members::of(settings.place.zone.to_string()));
     let (events, heard) = mpsc::channel(EVENTS);
     let flights = Flights::new(events.clone(), origin.clone());
 
@@ -151,7 +151,7 @@ pub async fn run(
         Tracker::start(TrackerConfig {
             identity,
             name: settings.name.clone(),
-            zone: settings.zone.clone(),
+            place: settings.place.clone(),
             addresses,
             upload_slots: settings.upload_slots,
             upload_rate_bytes: settings.live.load().rates.upload.unwrap_or(0),

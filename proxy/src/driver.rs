@@ -602,6 +602,10 @@ impl Driver {
                     self.enter(task, Grant::own(source), None).elected = true;
                 }
             }
+            TrackerEvent::Zone(zone) => {
+                self.config.members.with(|state| state.zone = zone);
+                self.node.seeds(self.config.members.named_seeds());
+            }
             TrackerEvent::Postponed(task) => self.node.postponed(now, &task),
             TrackerEvent::Applications(applications) => self.config.desk.told(applications),
             TrackerEvent::Isolated(peers) => {

@@ -1,7 +1,7 @@
 //! What the daemon runs with: resolved and checked. `cli` makes it out of what a person wrote.
 
 use std::collections::BTreeMap;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,6 +10,7 @@ use arc_swap::ArcSwap;
 use hawker_core::application::Applications;
 use hawker_core::intercept::Rules;
 pub use hawker_core::limit::Rates;
+use hawker_core::place::{Network, Place};
 use rustls::ServerConfig;
 use url::Url;
 
@@ -18,8 +19,8 @@ use url::Url;
 pub struct Settings {
     /// For people: the host's name unless told otherwise.
     pub name: String,
-    /// Where this node stands (a zone's name), empty when not told.
-    pub zone: String,
+    /// Where this node stands, as far as it is told.
+    pub place: Place,
     /// Identity, members, store.
     pub data_dir: PathBuf,
     /// Where runtimes reach the mirror.
@@ -127,7 +128,7 @@ pub struct Registries {
     /// Registries with settings of their own, by the host that references name.
     pub known: BTreeMap<String, RegistrySettings>,
     /// Networks that may be reached though they are loopback, private or link-local: address and prefix length.
-    pub allow_networks: Vec<(IpAddr, u8)>,
+    pub allow_networks: Vec<Network>,
     /// Whose right counts at registries that do not say.
     pub authorization: AuthorizationMode,
 }

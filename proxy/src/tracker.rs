@@ -26,6 +26,7 @@ use hawker_api::identity::Identity;
 use hawker_core::application::{Applications, Purpose};
 use hawker_core::digest::Digest;
 use hawker_core::piece::{PeerId, PieceTable};
+use hawker_core::place::Place;
 use hawker_core::reference::Source;
 use hawker_core::share::Share;
 use tokio::sync::mpsc;
@@ -54,6 +55,8 @@ pub enum TrackerEvent {
     },
     /// Members that nobody fetches from, the whole list.
     Isolated(Vec<Isolation>),
+    /// Where this node stands: its zone.
+    Zone(String),
     /// Nobody is elected for this task yet, for its application's sake.
     Postponed(Digest),
     /// What counts in the whole cluster.
@@ -121,7 +124,7 @@ pub struct TrackerConfig {
     /// For people.
     pub name: String,
     /// Where we stand.
-    pub zone: String,
+    pub place: Place,
     /// How others reach us.
     pub addresses: Vec<String>,
     /// Pieces sent at once.

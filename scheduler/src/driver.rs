@@ -13,6 +13,7 @@ use hawker_core::Time;
 use hawker_core::application::Applications;
 use hawker_core::message::Role;
 use hawker_core::piece::PeerId;
+use hawker_core::place::Place;
 use hawker_core::share::Share;
 use hawker_core::swarm::{Guilt, Input, Output, Registration, Swarm};
 use rand::SeedableRng;
@@ -130,7 +131,7 @@ impl Driver {
             let registration = Registration {
                 peer: seed.peer,
                 role: Role::Seed,
-                zone: seed.zone.into(),
+                place: Place { zone: seed.zone.into(), ..Place::default() },
                 upload_slots: 1,
                 upload_rate_bytes: 0,
                 reads_origins: true,
@@ -213,6 +214,7 @@ impl Driver {
             version: Some(hawker_api::VERSION),
             cluster: self.cluster.clone(),
             members: Some(convert::member_list(&self.membership.list())),
+            zone: registration.place.zone.to_string(),
         };
         self.say(peer, Say::Welcome(welcome));
         self.say(peer, Say::Applications(convert::applications(&self.applications)));

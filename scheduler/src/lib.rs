@@ -27,6 +27,7 @@ use hawker_api::v1::scheduler_server::SchedulerServer;
 use hawker_core::application::{Applications, Labels};
 use hawker_core::message::Role;
 use hawker_core::piece::PeerId;
+use hawker_core::place::Networks;
 use hawker_core::swarm::Guilt;
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
@@ -76,6 +77,8 @@ pub struct SchedulerConfig {
     pub join: Option<(String, Token)>,
     /// What is said of applications: told to all members, and what is limited here is. It may change.
     pub applications: Arc<ArcSwap<Applications>>,
+    /// Where members stand who do not say it themselves, by their addresses.
+    pub networks: Networks,
     /// How long certificates live that are made here.
     pub certificate_life: Duration,
     /// Kept up to date while the scheduler runs.
@@ -177,6 +180,7 @@ pub async fn run(config: SchedulerConfig, shutdown: CancellationToken) -> Result
         cluster,
         numbers: config.numbers,
         streams: Arc::default(),
+        networks: Arc::new(config.networks),
     };
 
     let mut tasks = JoinSet::new();

@@ -1,5 +1,6 @@
 //! What members and joiners can ask over gRPC. Who asks is in the certificate, never in a message.
 
+use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -11,6 +12,7 @@ use hawker_api::v1;
 use hawker_api::v1::from_peer::Event as Said;
 use hawker_core::message::Role;
 use hawker_core::piece::{PeerId, PieceTable};
+use hawker_core::place::{Networks, Place};
 use hawker_core::swarm::{Holding, Input, Registration, ReportKind, Terms};
 use tokio::sync::mpsc;
 use tokio::time::timeout;
@@ -39,6 +41,8 @@ pub(crate) struct Service {
     pub(crate) cluster: String,
     pub(crate) numbers: Arc<Numbers>,
     pub(crate) streams: Arc<AtomicU64>,
+    /// Where members stand who do not say it.
+    pub(crate) networks: Arc<Networks>,
 }
 
 fn caller<T>(request: &Request<T>) -> Result<(PeerId, Role), Status> {
@@ -62,16 +66,15 @@ impl v1::scheduler_server::Scheduler for Service {
         let (outgoing, incoming) = mpsc::channel(STREAM_QUEUE);
         let id = self.streams.fetch_add(1, Relaxed);
         let stream = Stream { id, outgoing, over: CancellationToken::new() };
-        let (driver, identity) = (self.driver.clone(), self.identity.clone());
+        let service = self.clone();
         // The task ends with the stream: the client's end of it, the driver's word, or the connection's keepalive.
         tokio::spawn(async move {
             let outgoing = stream.outgoing.clone();
-            if let Err(status) = listen(&driver, &identity, (peer, role), stream, request.into_inner()).await
-            {
+            if let Err(status) = listen(&service, (peer, role), stream, request.into_inner()).await {
                 debug!(%peer, %status, "a stream ended");
                 let _ = outgoing.try_send(Err(status));
             }
-            driver.send(Event::Closed { peer, stream: id }).await;
+            service.driver.send(Event::Closed { peer, stream: id }).await;
         });
         Ok(Response::new(Box::pin(ReceiverStream::new(incoming))))
     }
@@ -92,12 +95,12 @@ fn stopping() -> Status {
 
 /// Reads a peer's stream to its end.
 async fn listen(
-    driver: &Handle,
-    identity: &Identity,
+    service: &Service,
     (peer, role): (PeerId, Role),
     stream: Stream,
     mut messages: Streaming<v1::FromPeer>,
 ) -> Result<(), Status> {
+    let Service { driver, identity, networks, .. } = service;
     let over = stream.over.clone();
     let first = timeout(REGISTER_TIMEOUT, messages.message()).await;
     let first =
@@ -105,7 +108,7 @@ async fn listen(
     let Some(Said::Register(register)) = first.and_then(|message| message.event) else {
         return Err(Status::invalid_argument("the stream does not begin with a registration"));
     };
-    let (member, registration) = registered(peer, role, register).map_err(|error| bad(&error))?;
+    let (member, registration) = registered(peer, role, register, networks).map_err(|error| bad(&error))?;
     if !driver.send(Event::Opened { member, registration, stream }).await {
         return Err(stopping());
     }
@@ -127,24 +130,32 @@ fn registered(
     peer: PeerId,
     role: Role,
     register: v1::Register,
+    networks: &Networks,
 ) -> Result<(Member, Registration), ConvertError> {
     convert::check_version(register.version)?;
-    let member = Member {
-        peer,
-        name: convert::from_label(register.name, "name")?,
-        addresses: convert::from_addresses(register.addresses)?,
-        role,
-        zone: convert::from_label(register.zone, "zone")?,
+    let addresses = convert::from_addresses(register.addresses)?;
+    let said = Place {
+        zone: convert::from_label(register.zone, "zone")?.into(),
+        rack: convert::from_label(register.rack, "rack")?.into(),
     };
+    let place = if said.is_unknown() { by_address(networks, &addresses).unwrap_or(said) } else { said };
+    let name = convert::from_label(register.name, "name")?;
+    let member = Member { peer, name, addresses, role, zone: place.zone.to_string() };
     let registration = Registration {
         peer,
         role,
-        zone: member.zone.as_str().into(),
+        place,
         upload_slots: register.upload_slots,
         upload_rate_bytes: register.upload_rate_bytes,
         reads_origins: register.reads_origins,
     };
     Ok((member, registration))
+}
+
+/// Where a member stands, by the first of its addresses that an entry covers.
+fn by_address(networks: &Networks, addresses: &[String]) -> Option<Place> {
+    let ips = addresses.iter().filter_map(|address| address.parse::<SocketAddr>().ok());
+    ips.map(|address| address.ip()).find_map(|ip| networks.of(ip)).cloned()
 }
 
 /// What a message says. One that a later version knows says nothing.

@@ -13,6 +13,7 @@ use hawker_core::application::Purpose;
 use hawker_core::digest::{Algorithm, ChainValue, Digest};
 use hawker_core::message::Role;
 use hawker_core::piece::{PeerId, PieceLayout, PieceTable, SignedPrefix};
+use hawker_core::place::{Network, Networks, Place};
 use hawker_core::reference::Source;
 use hawker_core::swarm::WARM_UP;
 use hawker_proxy::tracker::{Holding, Member, ReportKind, Tracker, TrackerConfig, TrackerEvent, Want};
@@ -74,6 +75,10 @@ impl Scheduler {
         let joins = join.is_some();
         let config = SchedulerConfig {
             applications: Arc::default(),
+            networks: Networks::new(vec![(
+                WEST.0.parse().map(|ip| Network::new(ip, 16).unwrap()).unwrap(),
+                Place { zone: WEST.1.into(), ..Place::default() },
+            )]),
             name: "scheduler".into(),
             cluster: "test".into(),
             data_dir: dir.path().to_owned(),
@@ -102,6 +107,9 @@ impl Scheduler {
     }
 }
 
+/// A network whose members stand in this zone, if they do not say it.
+const WEST: (&str, &str) = ("127.9.0.0", "west");
+
 struct Node {
     identity: Identity,
     tracker: Tracker,
@@ -124,7 +132,7 @@ impl Node {
         let tracker = Tracker::start(TrackerConfig {
             identity: identity.clone(),
             name: name.into(),
-            zone: String::new(),
+            place: Place::default(),
             addresses: vec![format!("{name}:6501")],
             upload_slots: 8,
             upload_rate_bytes: 0,
@@ -282,6 +290,24 @@ async fn without_a_certificate_there_is_joining_and_nothing_else() {
         certificate_request: identity.renewal_request().unwrap(),
     };
     assert_eq!(authority.renew(request).await.unwrap_err().code(), tonic::Code::Unauthenticated);
+}
+
+#[tokio::test]
+async fn who_says_not_where_it_stands_is_told_by_its_network() {
+    let dir = tempfile::tempdir().unwrap();
+    let scheduler = Scheduler::start(&dir).await;
+    let mut a = Node::start("127.9.0.1", Role::Peer, &dir, &[&scheduler], Vec::new()).await;
+    let b = Node::start("127.9.0.2", Role::Peer, &dir, &[&scheduler], Vec::new()).await;
+    let zone = |event| if let TrackerEvent::Zone(zone) = event { Some(zone) } else { None };
+    assert_eq!(a.hears("its own zone", zone).await, WEST.1);
+    b.want(1);
+    a.want(1);
+    let fellow = b.id();
+    let parent = |event| match event {
+        TrackerEvent::Parents { parents, .. } => parents.into_iter().find(|parent| parent.peer == fellow),
+        _ => None,
+    };
+    assert_eq!(a.hears("its fellow", parent).await.zone, WEST.1);
 }
 
 #[tokio::test]

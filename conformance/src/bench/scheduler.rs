@@ -13,6 +13,7 @@ use hawker_core::Time;
 use hawker_core::digest::{Algorithm, Digest};
 use hawker_core::message::Role;
 use hawker_core::piece::{PeerId, PieceLayout};
+use hawker_core::place::Place;
 use hawker_core::swarm::{Holding, Input, Registration, Swarm, Terms, WARM_UP};
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
@@ -121,7 +122,7 @@ impl Books {
             self.input(Input::Joined(Registration {
                 peer: peer(n),
                 role: if n < self.peers { Role::Peer } else { Role::Seed },
-                zone: format!("zone-{}", n % ZONES).as_str().into(),
+                place: Place { zone: format!("zone-{}", n % ZONES).into(), ..Place::default() },
                 upload_slots: 8,
                 upload_rate_bytes: 0,
                 reads_origins: true,

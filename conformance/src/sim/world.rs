@@ -1,7 +1,6 @@
 //! All hosts, their scheduler and the origin: what happens, and what is done about it.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 use std::time::Duration;
 
 use hawker_core::Time;
@@ -10,6 +9,7 @@ use hawker_core::message::{Message, Refusal, Role};
 use hawker_core::node::{Child, Config, Failure, Named, Node, Opening, Output, Verdict};
 use hawker_core::parents::Fault;
 use hawker_core::piece::{PeerId, PieceIndex};
+use hawker_core::place::Place;
 use hawker_core::reference::Source;
 use hawker_core::right::Right;
 use hawker_core::swarm::{self, Holding, Input, Registration, Swarm, Terms};
@@ -772,7 +772,10 @@ impl<'a> World<'a> {
         self.say(Input::Joined(Registration {
             peer: peer_id(index),
             role: if seed { Role::Seed } else { Role::Peer },
-            zone: Arc::from(format!("zone-{}", self.hosts[index as usize].zone)),
+            place: Place {
+                zone: format!("zone-{}", self.hosts[index as usize].zone).into(),
+                ..Place::default()
+            },
             upload_slots: self.scenario.upload_slots as u32,
             upload_rate_bytes: 0,
             reads_origins: true,

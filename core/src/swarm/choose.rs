@@ -1,5 +1,6 @@
 //! Which of the candidates become a child's parents.
 
+use super::Nearness;
 use super::slab::Slot;
 
 /// What is known of a possible parent.
@@ -12,8 +13,8 @@ pub(super) struct Candidate {
     pub(super) completeness: f32,
     /// Children that it was given already, over how many it can serve at a time.
     pub(super) load: f32,
-    /// It stands where the child stands.
-    pub(super) same_zone: bool,
+    /// How near it is to the child.
+    pub(super) nearness: Nearness,
     /// 0 (nothing known against it) to 1.
     pub(super) suspicion: f32,
     /// It was named before and did not suffice.
@@ -24,6 +25,8 @@ pub(super) struct Candidate {
 
 /// A link between zones costs more than anything a better peer there could give.
 const ZONE_WEIGHT: f32 = 2.0;
+/// A link within a rack is shorter, but not so that a loaded peer there is better than an idle one of the next rack.
+const RACK_WEIGHT: f32 = 1.0;
 /// Enough to put a peer that was isolated behind all others.
 const SUSPICION_WEIGHT: f32 = 3.0;
 /// Pieces now, rather than a promise of them.
@@ -35,14 +38,18 @@ const TRIED_WEIGHT: f32 = 1.0;
 /// Less than any of the above, more than small differences in completeness or load.
 const JITTER_WEIGHT: f32 = 0.5;
 
-/// Of the parents, one in this many is from another zone where there are any: what exists only there must come across.
+/// Of the parents, one in this many is not as near as the nearest are, where there are any: what exists only there must come across.
 const REMOTE_ONE_IN: usize = 4;
 
 impl Candidate {
     fn score(&self) -> f32 {
-        let zone = if self.same_zone { ZONE_WEIGHT } else { 0.0 };
+        let near = match self.nearness {
+            Nearness::Elsewhere => 0.0,
+            Nearness::Zone => ZONE_WEIGHT,
+            Nearness::Rack => ZONE_WEIGHT + RACK_WEIGHT,
+        };
         let tried = if self.tried { TRIED_WEIGHT } else { 0.0 };
-        zone + COMPLETENESS_WEIGHT * self.completeness + FREE_WEIGHT / (1.0 + self.load)
+        near + COMPLETENESS_WEIGHT * self.completeness + FREE_WEIGHT / (1.0 + self.load)
             - SUSPICION_WEIGHT * self.suspicion
             - tried
             + JITTER_WEIGHT * self.jitter
@@ -50,7 +57,7 @@ impl Candidate {
 }
 
 /// The best of `candidates`, best first: at most `count`, of them at most `max_complete` complete holders, and not all
-/// from the child's own zone.
+/// as near as the nearest: from the child's own rack, or zone.
 pub(super) fn choose(mut candidates: Vec<Candidate>, count: usize, max_complete: usize) -> Vec<Slot> {
     candidates.sort_by(|a, b| b.score().total_cmp(&a.score()).then(a.peer.cmp(&b.peer)));
     let mut complete = 0;
@@ -58,11 +65,13 @@ pub(super) fn choose(mut candidates: Vec<Candidate>, count: usize, max_complete:
         complete += usize::from(candidate.complete);
         !candidate.complete || complete <= max_complete
     });
+    let nearest = candidates.iter().map(|candidate| candidate.nearness).max();
     let max_near = count - count / REMOTE_ONE_IN;
     let (mut near, mut chosen, mut spare) = (0, Vec::new(), Vec::new());
     for candidate in candidates {
-        near += usize::from(candidate.same_zone);
-        let list = if candidate.same_zone && near > max_near { &mut spare } else { &mut chosen };
+        let is_near = Some(candidate.nearness) == nearest;
+        near += usize::from(is_near);
+        let list = if is_near && near > max_near { &mut spare } else { &mut chosen };
         list.push(candidate.peer);
     }
     chosen.truncate(count);
@@ -82,7 +91,7 @@ mod tests {
         complete: false,
         completeness: 0.5,
         load: 1.0,
-        same_zone: false,
+        nearness: Nearness::Elsewhere,
         suspicion: 0.0,
         tried: false,
         jitter: 0.5,
@@ -93,8 +102,18 @@ mod tests {
         let cases = [
             (
                 "same zone before complete",
-                Candidate { same_zone: true, ..PLAIN },
+                Candidate { nearness: Nearness::Zone, ..PLAIN },
                 Candidate { complete: true, completeness: 1.0, load: 0.0, ..PLAIN },
+            ),
+            (
+                "same rack before same zone",
+                Candidate { nearness: Nearness::Rack, jitter: 0.0, ..PLAIN },
+                Candidate { nearness: Nearness::Zone, ..PLAIN },
+            ),
+            (
+                "an idle one of the zone before a loaded one of the rack",
+                Candidate { nearness: Nearness::Zone, load: 0.0, jitter: 0.0, ..PLAIN },
+                Candidate { nearness: Nearness::Rack, load: 16.0, ..PLAIN },
             ),
             (
                 "complete before partial",
@@ -130,25 +149,30 @@ mod tests {
 
     #[test]
     fn some_parents_are_from_elsewhere() {
-        let near = (0..40).map(|peer| Candidate { peer, same_zone: true, ..PLAIN });
+        let near = (0..40).map(|peer| Candidate { peer, nearness: Nearness::Zone, ..PLAIN });
         let far = (40..80).map(|peer| Candidate { peer, ..PLAIN });
         let chosen = choose(near.clone().chain(far).collect(), 24, 8);
         assert_eq!(chosen.iter().filter(|peer| **peer >= 40).count(), 6);
-        assert_eq!(choose(near.collect(), 24, 8).len(), 24, "unless there is nobody elsewhere");
+        assert_eq!(choose(near.clone().collect(), 24, 8).len(), 24, "unless there is nobody elsewhere");
+        let rack = (80..120).map(|peer| Candidate { peer, nearness: Nearness::Rack, ..PLAIN });
+        let chosen = choose(near.chain(rack).collect(), 24, 8);
+        assert_eq!(chosen.iter().filter(|peer| **peer < 80).count(), 6, "from other racks, too");
     }
 
     fn candidate() -> impl Strategy<Value = Candidate> {
-        (any::<bool>(), 0.0f32..1.0, 0.0f32..9.0, any::<bool>(), 0.0f32..1.0, any::<bool>(), 0.0f32..1.0)
-            .prop_map(|(complete, completeness, load, same_zone, suspicion, tried, jitter)| Candidate {
+        let nearness = prop_oneof![Just(Nearness::Elsewhere), Just(Nearness::Zone), Just(Nearness::Rack)];
+        (any::<bool>(), 0.0f32..1.0, 0.0f32..9.0, nearness, 0.0f32..1.0, any::<bool>(), 0.0f32..1.0).prop_map(
+            |(complete, completeness, load, nearness, suspicion, tried, jitter)| Candidate {
                 peer: 0,
                 complete,
                 completeness,
                 load,
-                same_zone,
+                nearness,
                 suspicion,
                 tried,
                 jitter,
-            })
+            },
+        )
     }
 
     proptest! {

@@ -71,7 +71,7 @@ impl Swarm {
         if !self.has_zones() || !wants || self.is_seed(child) {
             return;
         }
-        let zone = Arc::clone(&peer.about.zone);
+        let zone = Arc::clone(&peer.about.place.zone);
         let here = self.zones.get(&zone).copied().unwrap_or(1).clamp(1, SHARES);
         let is_new = !task.gateways.contains_key(&zone);
         let mut gateways = task.gateways.get(&zone).cloned().unwrap_or_else(|| Gateways::new(now));
@@ -99,7 +99,7 @@ impl Swarm {
         let (Some(task), Some(peer)) = (self.tasks.get(task_slot), self.peers.get(slot)) else {
             return false;
         };
-        task.gateways.get(&peer.about.zone).is_some_and(|gateways| gateways.has(slot))
+        task.gateways.get(&peer.about.place.zone).is_some_and(|gateways| gateways.has(slot))
     }
 
     /// Parents in other zones for a gateway: gateways there.
@@ -107,9 +107,9 @@ impl Swarm {
         let (Some(task), Some(peer)) = (self.tasks.get(task_slot), self.peers.get(child)) else {
             return Vec::new();
         };
-        let Some(own) = task.gateways.get(&peer.about.zone) else { return Vec::new() };
+        let Some(own) = task.gateways.get(&peer.about.place.zone) else { return Vec::new() };
         let shares: BTreeSet<usize> = own.shares(Some(child)).collect();
-        let elsewhere = task.gateways.iter().filter(|(zone, _)| **zone != peer.about.zone);
+        let elsewhere = task.gateways.iter().filter(|(zone, _)| **zone != peer.about.place.zone);
         let mut ranked: BTreeMap<Slot, (bool, Slot)> = BTreeMap::new();
         for (share, taker) in elsewhere.flat_map(|(_, gateways)| (0..).zip(gateways.takers)) {
             let Some(taker) =
@@ -147,7 +147,7 @@ impl Swarm {
         {
             return Share::NONE;
         }
-        let gateways = task.gateways.get(&peer.about.zone);
+        let gateways = task.gateways.get(&peer.about.place.zone);
         gateways.map_or(Share::NONE, |gateways| Share::of(gateways.shares(Some(child))))
     }
 }

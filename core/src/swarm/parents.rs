@@ -9,8 +9,8 @@ use super::gateways::FAR_PARENTS;
 use super::slab::Slot;
 use super::task::{Copy, Task};
 use super::{
-    MAX_COMPLETE, MAX_PARENTS, MAX_SEEDS, MESH_DEGREE, Output, PUSH_DELAY, PUSH_DOUBLINGS, SAMPLE,
-    SOURCE_CHILDREN, Swarm, Timer,
+    MAX_COMPLETE, MAX_PARENTS, MAX_SEEDS, MESH_DEGREE, Nearness, Output, PUSH_DELAY, PUSH_DOUBLINGS, Place,
+    SAMPLE, SOURCE_CHILDREN, Swarm, Timer,
 };
 use crate::Time;
 use crate::message::Role;
@@ -190,8 +190,8 @@ impl Swarm {
 
     /// Whether two stand in the same zone.
     pub(super) fn is_near(&self, one: Slot, other: Slot) -> bool {
-        let zone = |slot: Slot| self.peers.get(slot).map(|peer| &peer.about.zone);
-        zone(one) == zone(other)
+        let place = |slot: Slot| self.peers.get(slot).map(|peer| &peer.about.place);
+        place(one).zip(place(other)).is_some_and(|(one, other)| one.nearness(other) >= Nearness::Zone)
     }
 
     /// Seeds that are not isolated. One in its grace counts: it may be reading the origin all the while.
@@ -325,7 +325,7 @@ impl Swarm {
                 copy.peer != child && !named.contains(&copy.peer) && Some(copy.peer) != task.elected()
             })
             .filter(|copy| self.is_namable(now, copy.peer))
-            .filter_map(|copy| self.candidate(now, task, copy, &peer.about.zone, tried, rng.random()))
+            .filter_map(|copy| self.candidate(now, task, copy, &peer.about.place, tried, rng.random()))
             .collect()
     }
 
@@ -334,7 +334,7 @@ impl Swarm {
         now: Time,
         task: &Task,
         copy: &Copy,
-        zone: &str,
+        place: &Place,
         tried: &[Slot],
         jitter: f32,
     ) -> Option<Candidate> {
@@ -348,7 +348,7 @@ impl Swarm {
             complete: copy.complete,
             completeness: task.completeness(copy),
             load: peer.load(),
-            same_zone: *peer.about.zone == *zone,
+            nearness: peer.about.place.nearness(place),
             suspicion: self.conduct.suspicion(now, peer.about.peer),
             tried: tried.contains(&copy.peer),
             jitter,

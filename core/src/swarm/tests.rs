@@ -32,7 +32,7 @@ fn registration(n: u32, role: Role, zone: &str) -> Registration {
     Registration {
         peer: peer(n),
         role,
-        zone: zone.into(),
+        place: Place { zone: zone.into(), ..Place::default() },
         upload_slots: 8,
         upload_rate_bytes: 0,
         reads_origins: true,

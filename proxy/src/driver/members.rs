@@ -12,13 +12,13 @@ use crate::tracker::{Isolation, Member};
 /// Who is known in the cluster, for the driver, manifests and people.
 #[derive(Debug, Default)]
 pub(crate) struct Members {
-    /// Where this node stands; empty when not told.
-    zone: String,
     state: std::sync::Mutex<MembersState>,
 }
 
 #[derive(Debug, Default)]
 pub(super) struct MembersState {
+    /// Where this node stands; empty when not told.
+    pub(super) zone: String,
     pub(super) listed: Vec<Member>,
     pub(super) met: HashMap<PeerId, Member>,
     pub(super) static_seeds: BTreeSet<PeerId>,
@@ -29,14 +29,21 @@ pub(super) struct MembersState {
 /// Members met remembered at most, beyond the list.
 const MET: usize = 8192;
 
+impl MembersState {
+    fn named(&self, member: &Member) -> Named {
+        Named { peer: member.peer, far: member.zone != self.zone }
+    }
+}
+
 impl Members {
     pub(crate) fn of(zone: String) -> Self {
-        Self { zone, ..Self::default() }
+        let state = MembersState { zone, ..MembersState::default() };
+        Self { state: std::sync::Mutex::new(state) }
     }
 
     /// A member as a parent: far when it stands in another zone.
     pub(super) fn named(&self, member: &Member) -> Named {
-        Named { peer: member.peer, far: member.zone != self.zone }
+        self.with(|state| state.named(member))
     }
 
     /// The seeds as parents. One that was configured and is not on the list yet counts as near.
@@ -44,7 +51,10 @@ impl Members {
         let seeds = self.seeds();
         self.with(|state| {
             let listed = |seed| state.listed.iter().find(|member| member.peer == seed);
-            seeds.into_iter().map(|seed| listed(seed).map_or(Named::near(seed), |m| self.named(m))).collect()
+            seeds
+                .into_iter()
+                .map(|seed| listed(seed).map_or(Named::near(seed), |member| state.named(member)))
+                .collect()
         })
     }
 

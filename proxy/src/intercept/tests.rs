@@ -5,6 +5,7 @@ use std::os::unix::fs::PermissionsExt;
 use bytes::Bytes;
 use hawker_core::digest::Digest;
 use hawker_core::intercept::{Rule, Rules, path_pattern};
+use hawker_core::place::Network;
 use http::{HeaderMap, Response};
 use http_body_util::{BodyExt, Full};
 use hyper::client::conn::http1::SendRequest;
@@ -309,7 +310,7 @@ fn reaching(settings: &mut LiveSettings, host: SocketAddr) {
     let known = settings.registries.known.keys().cloned();
     rules.extend(known.map(|host| Rule { host, path: path_pattern("^/v2/").ok(), action: Action::P2p }));
     settings.intercept = Rules::new(rules);
-    settings.registries.allow_networks = vec![("127.0.0.0".parse().unwrap(), 8)];
+    settings.registries.allow_networks.extend(Network::new("127.0.0.0".parse().unwrap(), 8));
 }
 
 #[tokio::test]
@@ -368,7 +369,7 @@ async fn nobody_is_reached_whom_the_configuration_does_not_name() {
     let private = Proxy::start(&registry, |_| {}).await;
     let listing = Proxy::start(&registry, |settings| {
         settings.registries.allow = vec!["quay.io".into()];
-        settings.registries.allow_networks = vec![("127.0.0.0".parse().unwrap(), 8)];
+        settings.registries.allow_networks.extend(Network::new("127.0.0.0".parse().unwrap(), 8));
     })
     .await;
     for (proxy, target, status) in [

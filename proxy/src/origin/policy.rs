@@ -153,7 +153,7 @@ impl Reach {
     /// Whether a connection made for `host:port` may go to the address `ip`.
     pub(super) fn allows(self, registries: &Registries, host: &str, port: u16, ip: IpAddr) -> bool {
         is_public(ip)
-            || registries.allow_networks.iter().any(|(network, bits)| contains(*network, *bits, ip))
+            || registries.allow_networks.iter().any(|network| network.contains(ip))
             || match self {
                 Reach::Public => false,
                 Reach::Known => is_known_endpoint(registries, |url| is_at(url, host, Some(port))),
@@ -187,21 +187,10 @@ fn is_listed_realm(registries: &Registries, host: &str, port: u16) -> bool {
     realms.into_iter().any(|url| is_at(url, host, Some(port)))
 }
 
-/// Whether `ip` lies in `network/bits`. An IPv4 address written as IPv6 counts as IPv4.
-fn contains(network: IpAddr, bits: u8, ip: IpAddr) -> bool {
-    fn same_prefix(a: u128, b: u128, width: u32, bits: u8) -> bool {
-        let ignored = width.saturating_sub(u32::from(bits));
-        a.checked_shr(ignored).unwrap_or(0) == b.checked_shr(ignored).unwrap_or(0)
-    }
-    match (network.to_canonical(), ip.to_canonical()) {
-        (IpAddr::V4(n), IpAddr::V4(i)) => same_prefix(n.to_bits().into(), i.to_bits().into(), 32, bits),
-        (IpAddr::V6(n), IpAddr::V6(i)) => same_prefix(n.to_bits(), i.to_bits(), 128, bits),
-        _ => false,
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use hawker_core::place::Network;
+
     use super::*;
     use crate::settings::RegistrySettings;
 
@@ -270,7 +259,9 @@ mod tests {
     #[test]
     fn private_addresses_need_a_word_in_the_configuration() {
         let mut registries = Registries {
-            allow_networks: vec![("192.168.0.0".parse().unwrap(), 16), ("fd00::".parse().unwrap(), 8)],
+            allow_networks: [("192.168.0.0", 16), ("fd00::", 8)]
+                .map(|(address, length)| Network::new(address.parse().unwrap(), length).unwrap())
+                .into(),
             ..Registries::default()
         };
         registries.known.insert("r:5000".into(), known(&["http://r:5000"], false));

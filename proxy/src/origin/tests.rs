@@ -1,3 +1,4 @@
+use hawker_core::place::Network;
 use http::header::RETRY_AFTER;
 use hyper_util::client::proxy::matcher::Matcher;
 
@@ -116,7 +117,7 @@ async fn a_known_registry_may_not_redirect_into_the_private_network() {
     assert!(matches!(refused, Some(OriginError::Forbidden(_))), "{refused:?}");
     assert!(inside.seen().is_empty());
     let mut settings = (**live.load()).clone();
-    settings.registries.allow_networks.push(("127.0.0.0".parse().unwrap(), 8));
+    settings.registries.allow_networks.extend(Network::new("127.0.0.0".parse().unwrap(), 8));
     live.store(Arc::new(settings));
     assert!(origin(&live).get(&blob(&registry, b""), &HeaderMap::new()).await.is_ok());
 }
@@ -354,7 +355,7 @@ async fn a_blob_that_its_registry_does_not_have_comes_from_its_urls_but_from_no_
     assert!(elsewhere.seen().is_empty());
 
     let mut settings = (**live.load()).clone();
-    settings.registries.allow_networks.push(("127.0.0.0".parse().unwrap(), 8));
+    settings.registries.allow_networks.extend(Network::new("127.0.0.0".parse().unwrap(), 8));
     live.store(Arc::new(settings.clone()));
     let mut found = origin.get(&target, &sent).await.unwrap();
     assert_eq!((found.status().as_u16(), whole(found.body_mut()).await.unwrap()), (206, data[5..].to_vec()));

@@ -178,7 +178,8 @@ impl Session<'_> {
             version: Some(hawker_api::VERSION),
             name: config.name.clone(),
             addresses: config.addresses.clone(),
-            zone: config.zone.clone(),
+            zone: config.place.zone.to_string(),
+            rack: config.place.rack.to_string(),
             upload_slots: config.upload_slots,
             upload_rate_bytes: config.upload_rate_bytes,
             reads_origins: true,
@@ -230,6 +231,11 @@ impl Session<'_> {
             Some(Said::Welcome(welcome)) => {
                 convert::check_version(welcome.version).map_err(|error| error.to_string())?;
                 self.heard_isolated(Vec::new()).await;
+                let zone = convert::from_label(welcome.zone, "zone").map_err(|error| error.to_string())?;
+                // One of an earlier version says nothing.
+                if !zone.is_empty() {
+                    tell(self.shared, TrackerEvent::Zone(zone)).await;
+                }
                 self.heard_members(welcome.members.unwrap_or_default()).await
             }
             Some(Said::Members(members)) => self.heard_members(members).await,
