@@ -174,11 +174,8 @@ pub(crate) struct NodeArgs {
     /// Of one blob that nobody waits for at most, a second [default: no limit]
     #[arg(long, value_name = "SIZE", help_heading = "Limits")]
     pub(crate) task_prefetch_rate: Option<String>,
-    /// What is said of an application's or a tag's pulls, in words KEY=VALUE: name, tag, match (HOST/REPOSITORY, * for any text),
-    /// priority (0 first, 6 last), upload, download, origin, prefetch (sizes a second, at each node), requests and origins (at once),
-    /// seeds (named by the scheduler); may be repeated
-    #[arg(long, value_name = "KEY=VALUE ...", help_heading = "Limits")]
-    pub(crate) application: Vec<String>,
+    #[command(flatten)]
+    pub(crate) application: ApplicationArgs,
     /// Evict from when the disk is this full [default: 90]
     #[arg(long, value_name = "PERCENT", help_heading = "Limits")]
     pub(crate) cache_high: Option<String>,
@@ -218,6 +215,16 @@ pub(crate) struct ProxyArgs {
     /// Where the token is, `-` for standard input [default: the environment's HAWKER_TOKEN]
     #[arg(long, value_name = "FILE", help_heading = "Cluster")]
     pub(crate) token_file: Option<String>,
+}
+
+/// What is said of applications.
+#[derive(Args, Clone, Debug, Default)]
+pub(crate) struct ApplicationArgs {
+    /// What is said of an application's or a tag's pulls, in words KEY=VALUE: name, tag, match (HOST/REPOSITORY, * for any text),
+    /// priority (0 first, 6 last), upload, download, origin, prefetch (sizes a second, at each node), requests and origins (at once),
+    /// seeds (named by the scheduler); may be repeated
+    #[arg(long, value_name = "KEY=VALUE ...", help_heading = "Limits")]
+    pub(crate) application: Vec<String>,
 }
 
 /// Where members stand who do not say it.
@@ -262,11 +269,8 @@ pub(crate) struct SchedulerArgs {
     /// Where the token (of role scheduler) is, `-` for standard input [default: the environment's HAWKER_TOKEN]
     #[arg(long, value_name = "FILE")]
     pub(crate) token_file: Option<String>,
-    /// What is said of an application's or a tag's pulls, in words KEY=VALUE: name, tag, match (HOST/REPOSITORY, * for any text),
-    /// priority (0 first, 6 last), upload, download, origin, prefetch (sizes a second, at each node), requests and origins (at once),
-    /// seeds (named by the scheduler); may be repeated
-    #[arg(long, value_name = "KEY=VALUE ...", help_heading = "Limits")]
-    pub(crate) application: Vec<String>,
+    #[command(flatten)]
+    pub(crate) application: ApplicationArgs,
     #[command(flatten)]
     pub(crate) networks: NetworkArgs,
     #[command(flatten)]

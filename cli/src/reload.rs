@@ -1,5 +1,5 @@
-//! SIGHUP: log level, rates, applications, registries, credentials, staleness, the forward proxy's rules and the mirror's certificate change in
-//! place; what else changed is named, and waits for a restart.
+//! SIGHUP: log level, rates, applications, registries, credentials, staleness, the forward proxy's rules and the mirror's certificate
+//! change in place; what else changed is named, and waits for a restart.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

@@ -176,7 +176,9 @@ impl Pattern {
         } else {
             canonical_host(host).map_err(|_| "has no host")?
         };
-        Ok(Self(format!("{host}/{repository}")))
+        // As it is said to others, with what was left out.
+        let whole = format!("{host}/{repository}");
+        if whole.len() <= MAX_PATTERN_BYTES { Ok(Self(whole)) } else { Err("is too long") }
     }
 
     /// As it is written.
@@ -384,6 +386,15 @@ pub(crate) mod tests {
             assert!(Pattern::new(bad).is_err(), "{bad:?}");
         }
         assert!(Pattern::new(&"a".repeat(MAX_PATTERN_BYTES + 1)).is_err());
+        // What is good in a file is good on the wire, where it is read again with the part that was left out.
+        for len in MAX_PATTERN_BYTES - 4..=MAX_PATTERN_BYTES {
+            let said = Pattern::new(&format!("*{}", "a".repeat(len - 1)));
+            assert_eq!(said.is_ok(), len + "/*".len() <= MAX_PATTERN_BYTES, "{len}");
+            assert!(
+                said.is_err()
+                    || said.as_ref().is_ok_and(|said| Pattern::new(said.as_str()).as_ref() == Ok(said))
+            );
+        }
     }
 
     #[test]

@@ -69,6 +69,9 @@ pub const ELECTION_STALL: Duration = Duration::from_secs(10);
 /// How often those are looked at whose application has as many elected peers as it may. They hear of it each time, and wait: a
 /// node that heard nothing, or has waited for as long as a client can, reads the origin by itself.
 pub const POSTPONED_FOR: Duration = Duration::from_secs(1);
+/// How long a task waits for its application's turn at most. A client that heard nothing for ten seconds has its node read the
+/// origin: one who is elected before that reads it once, and not each of them.
+pub const POSTPONED_AT_MOST: Duration = Duration::from_secs(8);
 /// A swarm that has just come up elects nobody: peers that have the task, or are reading it, are still coming back.
 pub const WARM_UP: Duration = Duration::from_secs(2);
 /// How long the issuer whom peers name is waited for after a start. It comes back as they do; meanwhile its word counts on.

@@ -7,8 +7,8 @@ use rand::{Rng, RngExt};
 use super::slab::Slot;
 use super::task::{Copy, Election, Task};
 use super::{
-    ELECTION_STALL, GRACE, Guilt, ISOLATION, ISSUER_RETURNS, Output, POSTPONED_FOR, REPORTERS_TO_ISOLATE,
-    ReportKind, Swarm, Timer,
+    ELECTION_STALL, GRACE, Guilt, ISOLATION, ISSUER_RETURNS, Output, POSTPONED_AT_MOST, POSTPONED_FOR,
+    REPORTERS_TO_ISOLATE, ReportKind, Swarm, Timer,
 };
 use crate::Time;
 use crate::application::{Labels, Rule};
@@ -53,7 +53,8 @@ impl Swarm {
         };
         let full = self.applications.of(&purpose.labels).find(is_full).map(|rule| rule.labels.clone());
         let Some(task) = self.tasks.get_mut(task_slot) else { return false };
-        let Some(full) = full else { return true };
+        let overdue = task.postponed_at.is_some_and(|since| now.since(since) >= POSTPONED_AT_MOST);
+        let Some(full) = full.filter(|_| !overdue) else { return true };
         if task.postponed_at.is_none() {
             *self.postponements.entry(full).or_default() += 1;
         }

@@ -193,6 +193,7 @@ impl Task {
         if self.wanting == 0 {
             self.spread = 1;
             self.gateways.clear();
+            self.postponed_at = None;
         }
     }
 

@@ -986,6 +986,24 @@ fn no_more_peers_are_elected_for_an_application_than_may_be_and_the_most_urgent_
 }
 
 #[test]
+fn for_a_task_that_has_waited_for_long_one_is_elected_before_each_reads_it_itself() {
+    let mut world = World::new();
+    world.swarm.applications(limited("batch", Limits { origins: Some(1), ..Limits::default() }));
+    world.join(0..6);
+    world.want_for(0, 0, &purpose("batch", 3));
+    (1..4).for_each(|n| world.want_for(n, 1, &purpose("batch", 3)));
+    // The first goes on: its place does not become free.
+    for pieces in 1..POSTPONED_AT_MOST.as_secs() as u32 {
+        world.hold(0, 0, pieces, false);
+        world.wait(ms(1000));
+        assert_eq!(world.readers(1), [] as [PeerId; 0], "{pieces}");
+    }
+    world.wait(POSTPONED_FOR + ms(1));
+    assert_eq!(world.readers(1).len(), 1);
+    world.audit();
+}
+
+#[test]
 fn an_application_is_named_no_more_seeds_than_it_may_have() {
     let mut world = World::new();
     world.swarm.applications(limited("batch", Limits { seeds: Some(1), ..Limits::default() }));
