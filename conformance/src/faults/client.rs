@@ -127,3 +127,31 @@ impl Client<'_> {
         if complete && known == answer.body_bytes { Came::All } else { Came::Some(known, ended("short")) }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::lab::Lab;
+    use crate::scene::{REPOSITORY, blob_path, start_origin};
+
+    /// Pulls from the origin itself, which answers as a node does, and compares with what the blob is said to be.
+    fn violations(origins: &Content, truth: &Content) -> anyhow::Result<Vec<Kind>> {
+        let lab = Lab::new()?;
+        let host = lab.host("origin")?;
+        let origin = start_origin(&host)?;
+        let blob = origin.add_blob(REPOSITORY, origins.clone())?;
+        let request = Request::get(origin.address(), blob_path(&blob));
+        let known = Known { index: 0, blob, content: truth.clone() };
+        let books = Books::default();
+        Client { books: &books, node: 0, host, request, known: &known, range: None }.run();
+        Ok(books.violations().into_iter().map(|violation| violation.kind).collect())
+    }
+
+    #[test]
+    fn a_client_sees_a_wrong_byte_and_a_right_blob() -> anyhow::Result<()> {
+        let right = Content::generated(1, 100_000);
+        assert_eq!(violations(&right, &right)?, []);
+        assert_eq!(violations(&Content::generated(2, 100_000), &right)?, [Kind::WrongBytes]);
+        Ok(())
+    }
+}
