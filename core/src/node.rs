@@ -411,6 +411,7 @@ impl<N: Notary> Node<N> {
             wanted: None,
             answered: false,
             news: Time::default(),
+            told: None,
             last_wrong: BTreeSet::new(),
             failed: false,
         };

@@ -4,6 +4,7 @@
 //! new piece to one of them only, until another peer holds it, so that its uplink carries what nobody else can give (receiver-driven
 //! choice makes a seed send everything twice). With nothing new to give and nothing to send, it reveals what has spread already.
 
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
@@ -56,17 +57,28 @@ pub struct Offers {
     spread: Vec<u16>,
     /// New pieces on offer to one child.
     pending: BTreeMap<PieceIndex, (PeerId, Time)>,
+    /// How many children are hungry: it is asked for with each piece, and a seed has thousands of children.
+    hungry: usize,
+    /// How often a child came so far.
+    joined: u64,
 }
 
 impl Offers {
     /// No children yet; `count` pieces.
     pub fn new(count: u32) -> Self {
-        Self { count, children: BTreeMap::new(), spread: vec![0; count as usize], pending: BTreeMap::new() }
+        Self {
+            count,
+            children: BTreeMap::new(),
+            spread: vec![0; count as usize],
+            pending: BTreeMap::new(),
+            hungry: 0,
+            joined: 0,
+        }
     }
 
     /// The same children for a task that turned out to have `count` pieces; what they hold of it is not known yet.
     pub fn anew(&self, count: u32) -> Self {
-        let mut offers = Self::new(count);
+        let mut offers = Self { joined: self.joined, ..Self::new(count) };
         self.children.iter().for_each(|(peer, child)| offers.join(*peer, child.believed));
         offers
     }
@@ -74,17 +86,17 @@ impl Offers {
     /// A peer wants to hear of this task. `believed`: see [`Offers::disbelieve`].
     pub fn join(&mut self, peer: PeerId, believed: bool) {
         let count = self.count;
-        self.children.entry(peer).or_insert_with(|| Child {
-            told: PieceSet::empty(count),
-            holds: PieceSet::empty(count),
-            dealt: 0,
-            believed,
-        });
+        let Entry::Vacant(place) = self.children.entry(peer) else { return };
+        let none = PieceSet::empty(count);
+        let child = place.insert(Child { told: none.clone(), holds: none, dealt: 0, believed });
+        self.hungry += usize::from(child.is_hungry());
+        self.joined += 1;
     }
 
     /// A child is gone; what was on offer to it is new again.
     pub fn leave(&mut self, peer: PeerId) {
         if let Some(child) = self.children.remove(&peer) {
+            self.hungry -= usize::from(child.is_hungry());
             uncount(&mut self.spread, &child.holds);
         }
         self.pending.retain(|_, (to, _)| *to != peer);
@@ -101,6 +113,7 @@ impl Offers {
             }
         }
         self.pending.retain(|_, (to, _)| !liars.contains(to));
+        self.hungry = self.children.values().filter(|child| child.is_hungry()).count();
     }
 
     /// Who hears of this task.
@@ -113,15 +126,17 @@ impl Offers {
         self.children.is_empty()
     }
 
-    /// A child says that it holds a piece.
-    pub fn holds(&mut self, peer: PeerId, piece: PieceIndex) {
-        if let Some(child) = self.children.get_mut(&peer)
-            && child.believed
-            && child.holds.insert(piece)
-        {
-            self.spread[piece as usize] = self.spread[piece as usize].saturating_add(1);
-            self.pending.remove(&piece);
+    /// A child says that it holds these pieces.
+    pub fn holds(&mut self, peer: PeerId, pieces: impl IntoIterator<Item = PieceIndex>) {
+        let Some(child) = self.children.get_mut(&peer).filter(|child| child.believed) else { return };
+        let was_hungry = child.is_hungry();
+        for piece in pieces {
+            if child.holds.insert(piece) {
+                self.spread[piece as usize] = self.spread[piece as usize].saturating_add(1);
+                self.pending.remove(&piece);
+            }
         }
+        self.hungry -= usize::from(was_hungry && !child.is_hungry());
     }
 
     /// A child has asked for a piece on offer to it: the offer stands until it is served.
@@ -139,13 +154,18 @@ impl Offers {
     }
 
     /// Children that still lack something, and are believed.
-    pub fn hungry(&self) -> usize {
-        self.children.values().filter(|c| c.is_hungry()).count()
+    pub const fn hungry(&self) -> usize {
+        self.hungry
+    }
+
+    /// How often a child came so far: whoever came since knows nothing yet.
+    pub const fn joined(&self) -> u64 {
+        self.joined
     }
 
     /// Whether a frugal holder deals new pieces out: to a single hungry child everything is offered.
     pub fn deals(&self) -> bool {
-        self.hungry() >= 2
+        self.hungry >= 2
     }
 
     /// Adds what each child was dealt of this task.
@@ -320,7 +340,7 @@ mod tests {
         let mut offers = offers(2, 100);
         offers.next(Time::default(), &PieceSet::full(100), true, false, &BTreeMap::new());
         assert!(offers.next(Time::default(), &PieceSet::full(100), true, false, &BTreeMap::new()).is_empty());
-        offers.holds(peer(0), 0);
+        offers.holds(peer(0), [0]);
         assert_eq!(
             offers.next(Time::default(), &PieceSet::full(100), true, false, &BTreeMap::new()),
             [(peer(0), vec![4])]
@@ -350,8 +370,8 @@ mod tests {
     fn an_idle_issuer_reveals_what_has_spread() {
         let mut offers = offers(2, 2);
         offers.next(Time::default(), &PieceSet::full(2), true, false, &BTreeMap::new());
-        offers.holds(peer(0), 0);
-        offers.holds(peer(1), 1);
+        offers.holds(peer(0), [0]);
+        offers.holds(peer(1), [1]);
         assert!(offers.next(Time::default(), &PieceSet::full(2), true, false, &BTreeMap::new()).is_empty());
         let told = offers.next(Time::default(), &PieceSet::full(2), true, true, &BTreeMap::new());
         assert_eq!(told, [(peer(0), vec![1]), (peer(1), vec![0])]);
@@ -361,18 +381,18 @@ mod tests {
     fn a_liar_that_says_it_has_everything_keeps_no_piece_from_being_dealt() {
         let mut offers = offers(4, 8);
         let liars = BTreeSet::from([peer(0)]);
-        (0..8).for_each(|piece| offers.holds(peer(0), piece));
+        offers.holds(peer(0), 0..8);
         let deal = |offers: &mut Offers| {
             let told = offers.next(Time::default(), &PieceSet::full(8), true, false, &BTreeMap::new());
             told.iter().map(|(to, pieces)| (*to, pieces.len())).collect::<Vec<_>>()
         };
         assert_eq!(deal(&mut offers), [], "all has spread, by what it says");
         offers.disbelieve(&liars);
-        offers.holds(peer(0), 1);
+        offers.holds(peer(0), [1]);
         assert_eq!(offers.spread(1), 0);
         assert_eq!(deal(&mut offers), [(peer(1), QUOTA), (peer(2), QUOTA), (peer(3), QUOTA)]);
         offers.disbelieve(&BTreeSet::new());
-        offers.holds(peer(0), 1);
+        offers.holds(peer(0), [1]);
         assert_eq!(offers.spread(1), 1, "it is let back");
     }
 

@@ -1,14 +1,22 @@
 //! One simulated host: a node, its links, what it is sending.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::time::Duration;
 
 use hawker_core::Time;
+use hawker_core::message::Message;
 use hawker_core::node::Node;
 use hawker_core::piece::{PeerId, PieceIndex, PieceSet};
 use hawker_core::swarm::ReportKind;
 
 use super::content::{Blob, Keys};
 use super::link::Link;
+
+/// A daemon takes in what has come before it decides: as long as a busy machine takes to get to it.
+pub(super) const DECIDES_WITHIN: Duration = Duration::from_micros(750);
+
+/// News of pieces that a node has no room for wait until it decides anyway, and not longer than this.
+const NEWS_WAIT: Duration = Duration::from_millis(20);
 
 /// A piece on its way out.
 pub(super) struct Sending {
@@ -17,6 +25,13 @@ pub(super) struct Sending {
     pub(super) blob: usize,
     pub(super) piece: PieceIndex,
     pub(super) left_bytes: u64,
+}
+
+/// A message on its way in.
+pub(super) struct Letter {
+    pub(super) at: Time,
+    pub(super) from: u32,
+    pub(super) message: Box<Message>,
 }
 
 /// One blob at one host.
@@ -76,12 +91,12 @@ pub(super) struct Host {
     pub(super) sending: VecDeque<Sending>,
     /// When it looks at its uplink next.
     pub(super) pumps_at: Option<Time>,
-    /// Whether it is about to decide.
-    pub(super) decides: bool,
-    /// When it is woken next.
-    pub(super) wakes_at: Option<Time>,
-    /// When it decides though nothing happens.
-    pub(super) rests_until: Option<Time>,
+    /// What was said to it, by when it is there.
+    pub(super) inbox: VecDeque<Letter>,
+    /// The tick at which it takes that in and decides.
+    pub(super) decides_at: Option<u64>,
+    /// Whether it could ask for more.
+    pub(super) has_room: bool,
     /// When it last gathered news for the scheduler.
     pub(super) news_due: bool,
     pub(super) reports: BTreeMap<(PeerId, ReportKey), u64>,
@@ -123,12 +138,32 @@ impl Host {
             connected: BTreeSet::new(),
             sending: VecDeque::new(),
             pumps_at: None,
-            decides: false,
-            wakes_at: None,
-            rests_until: None,
+            inbox: VecDeque::new(),
+            decides_at: None,
+            has_room: true,
             news_due: false,
             reports: BTreeMap::new(),
         }
+    }
+
+    /// A message is on its way.
+    pub(super) fn expect(&mut self, letter: Letter) {
+        // Nearly all come in the order in which they were sent.
+        let after = self.inbox.iter().rev().take_while(|other| other.at > letter.at).count();
+        self.inbox.insert(self.inbox.len() - after, letter);
+    }
+
+    /// How soon after a message is there the node decides.
+    pub(super) const fn waits(&self, message: &Message) -> Duration {
+        match message {
+            Message::Have { .. } if !self.has_room => NEWS_WAIT,
+            _ => DECIDES_WITHIN,
+        }
+    }
+
+    /// What has come by `now`, in order.
+    pub(super) fn letter(&mut self, now: Time) -> Option<Letter> {
+        self.inbox.pop_front_if(|letter| letter.at <= now)
     }
 
     /// Pieces that it lacks.

@@ -19,13 +19,11 @@ use rand::seq::SliceRandom as _;
 use rand::{RngExt as _, SeedableRng as _};
 
 use super::content::{Blob, Keys, index_of, peer_id};
-use super::event::Queue;
-use super::host::{Host, Local, ReportKey, Sending};
+use super::event::{Calendar, Queue};
+use super::host::{DECIDES_WITHIN, Host, Letter, Local, ReportKey, Sending};
 use super::link::Link;
 use super::{Checks, DIAL_ROUND_TRIPS, Finish, Outcome, Progress, Scenario};
 
-/// A daemon takes in what has come before it decides: as long as a busy machine takes to get to it.
-const DECIDES_WITHIN: Duration = Duration::from_millis(1);
 
 /// Counts for the scheduler are gathered for so long, as the daemon's tracker does.
 const NEWS_EVERY: Duration = Duration::from_secs(1);
@@ -40,16 +38,6 @@ const WATCHED_EVERY: u64 = 1 << 18;
 const READER: u64 = 1;
 
 enum Event {
-    /// A node takes in what came and decides.
-    Decide(u32),
-    /// A node decides though nothing came, if it has not lately.
-    Wake(u32),
-    /// A message is there.
-    Arrive {
-        to: u32,
-        from: u32,
-        message: Box<Message>,
-    },
     /// A host's uplink has room.
     Pump(u32),
     /// A turn has left a host's uplink.
@@ -116,6 +104,7 @@ pub(super) struct World<'a> {
     scenario: &'a Scenario,
     now: Time,
     queue: Queue<Event>,
+    calendar: Calendar,
     rng: StdRng,
     blobs: Vec<Blob>,
     by_digest: BTreeMap<Digest, usize>,
@@ -173,6 +162,7 @@ impl<'a> World<'a> {
             scenario,
             now: Time::default(),
             queue: Queue::new(),
+            calendar: Calendar::default(),
             rng,
             blobs,
             by_digest,
@@ -208,11 +198,17 @@ impl<'a> World<'a> {
         let limit = Time(self.scenario.limit());
         let mut events: u64 = 0;
         while self.unfinished > 0
-            && let Some((at, event)) = self.queue.take()
+            && let Some(at) = [self.queue.next_at(), self.calendar.next_at()].into_iter().flatten().min()
             && at <= limit
         {
             self.now = at;
-            self.happen(event);
+            if self.queue.next_at() == Some(at) {
+                if let Some((_, event)) = self.queue.take() {
+                    self.happen(event);
+                }
+            } else if let Some((tick, nodes)) = self.calendar.take() {
+                nodes.into_iter().for_each(|index| self.decide(index, tick));
+            }
             events += 1;
             if events.is_multiple_of(WATCHED_EVERY) {
                 let pieces = self.hosts.iter().flat_map(|host| &host.blobs).map(|blob| &blob.verified);
@@ -280,9 +276,6 @@ impl<'a> World<'a> {
     fn happen(&mut self, event: Event) {
         let now = self.now;
         match event {
-            Event::Decide(index) => self.decide(index),
-            Event::Wake(index) => self.wake(index),
-            Event::Arrive { to, from, message } => self.arrive(to, from, *message),
             Event::Pump(index) => {
                 if self.host(index).pumps_at == Some(now) {
                     self.host(index).pumps_at = None;
@@ -351,59 +344,46 @@ impl<'a> World<'a> {
 
     /// The node looks at what came, soon.
     fn touch(&mut self, index: u32) {
-        let at = self.now + DECIDES_WITHIN;
-        let host = self.host(index);
-        if !host.dead && !std::mem::replace(&mut host.decides, true) {
-            self.queue.put(at, Event::Decide(index));
+        self.decide_at(index, self.now + DECIDES_WITHIN);
+    }
+
+    /// The node decides at that moment, if not before.
+    fn decide_at(&mut self, index: u32, at: Time) {
+        let tick = Calendar::tick_of(at);
+        let host = &mut self.hosts[index as usize];
+        if !host.dead && host.decides_at.is_none_or(|before| tick < before) {
+            host.decides_at = Some(tick);
+            self.calendar.put(tick, index);
         }
     }
 
-    /// Few of the moments at which a node would decide again come: something happens before. So there is one event for all of them.
-    fn wake(&mut self, index: u32) {
-        let now = self.now;
-        let host = self.host(index);
-        // Another was set for an earlier moment since.
-        if host.wakes_at != Some(now) {
-            return;
-        }
-        host.wakes_at = None;
-        match host.rests_until {
-            Some(at) if at <= now => self.decide(index),
-            Some(at) => self.wake_at(index, at),
-            None => {}
-        }
-    }
-
-    fn wake_at(&mut self, index: u32, at: Time) {
-        let host = self.host(index);
-        if host.wakes_at.is_none_or(|before| at < before) {
-            host.wakes_at = Some(at);
-            self.queue.put(at, Event::Wake(index));
-        }
-    }
-
-    fn decide(&mut self, index: u32) {
+    /// A node takes in what came and decides, if that is not over: it may have been set for an earlier tick since.
+    fn decide(&mut self, index: u32, tick: u64) {
         let now = self.now;
         let host = &mut self.hosts[index as usize];
-        host.decides = false;
-        if host.dead {
-            host.rests_until = None;
+        if host.dead || host.decides_at.take_if(|set| *set == tick).is_none() {
             return;
         }
+        while let Some(Letter { from, message, .. }) = self.host(index).letter(now) {
+            self.arrive(index, from, *message);
+        }
+        let host = &mut self.hosts[index as usize];
         host.node.decide(now, &mut self.rng);
         while let Some(output) = self.host(index).node.poll() {
             self.carry_out(index, output);
         }
-        let deadline = self.host(index).node.deadline(now).map(|at| at.max(now + DECIDES_WITHIN));
-        self.host(index).rests_until = deadline;
-        if let Some(at) = deadline {
-            self.wake_at(index, at);
+        let host = self.host(index);
+        host.has_room = host.node.has_room();
+        let next = host.inbox.front().map(|letter| letter.at + host.waits(&letter.message));
+        let deadline = host.node.deadline(now);
+        if let Some(at) = next.into_iter().chain(deadline).min() {
+            self.decide_at(index, at.max(now + DECIDES_WITHIN));
         }
     }
 
     fn arrive(&mut self, to: u32, from: u32, message: Message) {
         let now = self.now;
-        if self.dead(to) || !self.host(to).connected.contains(&from) {
+        if !self.host(to).connected.contains(&from) {
             return;
         }
         match message {
@@ -419,12 +399,9 @@ impl<'a> World<'a> {
                 self.host(to).node.message(now, peer_id(from), Message::Cancel { request });
             }
             message => {
-                if !self.host(to).node.message(now, peer_id(from), message) {
-                    return;
-                }
+                self.host(to).node.message(now, peer_id(from), message);
             }
         }
-        self.touch(to);
     }
 
     fn connect(&mut self, a: u32, b: u32) {
@@ -540,7 +517,12 @@ impl<'a> World<'a> {
     fn send(&mut self, from: u32, to: u32, message: Message) {
         self.peer_messages += 1;
         let at = self.now + self.hosts[from as usize].up.backlog(self.now) + self.scenario.delay;
-        self.queue.put(at, Event::Arrive { to, from, message: Box::new(message) });
+        let host = self.host(to);
+        if !host.dead {
+            let heeded_at = at + host.waits(&message);
+            host.expect(Letter { at, from, message: Box::new(message) });
+            self.decide_at(to, heeded_at);
+        }
     }
 
     fn pull(&mut self, index: u32) {
@@ -889,6 +871,7 @@ impl<'a> World<'a> {
         let host = self.host(index);
         host.dead = true;
         host.sending.clear();
+        host.inbox.clear();
         for other in std::mem::take(&mut host.connected) {
             self.host(other).connected.remove(&index);
             self.queue.put(noticed, Event::Lost(other, index));

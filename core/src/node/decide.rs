@@ -5,7 +5,8 @@ use super::*;
 impl<N: Notary> Node<N> {
     /// Works out what follows from all that was told. Call it after inputs, and at [`Node::deadline`].
     pub fn decide<R: Rng + ?Sized>(&mut self, now: Time, rng: &mut R) {
-        let tasks: Vec<Digest> = self.tasks.keys().copied().collect();
+        let busy = self.tasks.iter().filter(|(_, task)| task.running || !task.offers.is_empty());
+        let tasks: Vec<Digest> = busy.map(|(digest, _)| *digest).collect();
         for digest in &tasks {
             self.seek_parents(now, digest);
         }
@@ -21,8 +22,11 @@ impl<N: Notary> Node<N> {
 
     /// When to decide again though nothing happened.
     pub fn deadline(&self, now: Time) -> Option<Time> {
-        let busy = self.tasks.values().filter(|t| t.running || !t.offers.is_empty());
-        busy.map(|t| now + t.news_every()).min()
+        let tells = self.tasks.values().filter_map(|task| task.tells_at(self.config.role)).min();
+        // Whoever fetches or has somebody wait looks now and then whether anybody has taken too long.
+        let looks = self.uploads.is_waited_for() || self.tasks.values().any(|task| task.running);
+        let looks_at = looks.then_some(now + NEWS_EVERY);
+        tells.map(|at| at.max(now)).into_iter().chain(looks_at).min()
     }
 
     /// What to do next.
@@ -310,9 +314,10 @@ impl<N: Notary> Node<N> {
 
     /// Tells children of new values and pieces.
     pub(super) fn tell(&mut self, now: Time, digest: &Digest) {
-        let due = |t: &&Task| t.announce && !t.offers.is_empty() && now.since(t.news) >= t.news_every();
+        let role = self.config.role;
+        let due = |t: &&Task| t.tells_at(role).is_some_and(|at| at <= now);
         let Some(task) = self.tasks.get(digest).filter(due) else { return };
-        let issuer = task.brings(self.config.role);
+        let issuer = task.brings(role);
         let idle = self.uploads.is_idle();
         let mut elsewhere = BTreeMap::new();
         if issuer && task.offers.deals() {
@@ -336,6 +341,7 @@ impl<N: Notary> Node<N> {
         if issuer {
             task.issue(&self.notary);
         }
+        task.told = Some(task.news());
         if task.may_share() {
             let (Some(fetch), Some(size_bytes)) = (&task.fetch, task.size_bytes()) else { return };
             let count = fetch.layout().count();

@@ -16,9 +16,15 @@ impl<N: Notary> Node<N> {
         matters || !self.outputs.is_empty()
     }
 
+    /// Whether more could be asked for, if anybody offered it.
+    pub fn has_room(&self) -> bool {
+        let running = || self.tasks.values().any(|task| task.running);
+        self.in_flight_bytes() < self.config.in_flight_bytes && running()
+    }
+
     /// Whether there is room for a request, and none at this peer.
     fn may_ask(&self, peer: PeerId) -> bool {
-        self.in_flight_bytes() < self.config.in_flight_bytes
+        self.has_room()
             && self.asked.range((peer, 0)..=(peer, u32::MAX)).next().is_none()
     }
 
@@ -100,9 +106,7 @@ impl<N: Notary> Node<N> {
             Offer::Bits(bits) => PieceSet::from_bytes(count, bits).iter().collect(),
             Offer::Some(some) => some.iter().copied().filter(|piece| *piece < count).collect(),
         };
-        for piece in &pieces {
-            task.offers.holds(peer, *piece);
-        }
+        task.offers.holds(peer, pieces.iter().copied());
         if !isolated {
             if task.issuer == Some(peer) || self.connected.get(&peer) == Some(&Role::Seed) {
                 fetch.issues(peer);
