@@ -194,6 +194,11 @@ impl Fetch {
             && (self.whole || self.readers.values().any(|r| r.wants(piece)))
     }
 
+    /// Whether a piece is here or asked for.
+    pub fn is_on_its_way(&self, piece: PieceIndex) -> bool {
+        self.held.contains(piece) || self.asked_set.contains(piece)
+    }
+
     /// Whether anything is still to be got.
     pub fn is_wanting(&self) -> bool {
         self.first_wanted().is_some()

@@ -93,8 +93,12 @@ pub(super) struct Host {
     pub(super) pumps_at: Option<Time>,
     /// What was said to it, by when it is there.
     pub(super) inbox: VecDeque<Letter>,
-    /// The tick at which it takes that in and decides.
-    pub(super) decides_at: Option<u64>,
+    /// The tick at which it takes that in.
+    pub(super) looks_at: Option<u64>,
+    /// Something came from which more may follow than that others are served.
+    pub(super) is_stirred: bool,
+    /// When it decides though nothing came.
+    pub(super) deadline: Option<Time>,
     /// Whether it could ask for more.
     pub(super) has_room: bool,
     /// When it last gathered news for the scheduler.
@@ -139,7 +143,9 @@ impl Host {
             sending: VecDeque::new(),
             pumps_at: None,
             inbox: VecDeque::new(),
-            decides_at: None,
+            looks_at: None,
+            is_stirred: false,
+            deadline: None,
             has_room: true,
             news_due: false,
             reports: BTreeMap::new(),
@@ -153,7 +159,7 @@ impl Host {
         self.inbox.insert(self.inbox.len() - after, letter);
     }
 
-    /// How soon after a message is there the node decides.
+    /// How soon after a message is there the node looks at it.
     pub(super) const fn waits(&self, message: &Message) -> Duration {
         match message {
             Message::Have { .. } if !self.has_room => NEWS_WAIT,

@@ -207,7 +207,7 @@ impl<'a> World<'a> {
                     self.happen(event);
                 }
             } else if let Some((tick, nodes)) = self.calendar.take() {
-                nodes.into_iter().for_each(|index| self.decide(index, tick));
+                nodes.into_iter().for_each(|index| self.look(index, tick));
             }
             events += 1;
             if events.is_multiple_of(WATCHED_EVERY) {
@@ -344,63 +344,75 @@ impl<'a> World<'a> {
 
     /// The node looks at what came, soon.
     fn touch(&mut self, index: u32) {
-        self.decide_at(index, self.now + DECIDES_WITHIN);
+        self.host(index).is_stirred = true;
+        self.look_at(index, self.now + DECIDES_WITHIN);
     }
 
-    /// The node decides at that moment, if not before.
-    fn decide_at(&mut self, index: u32, at: Time) {
+    /// The node looks at what came at that moment, if not before.
+    fn look_at(&mut self, index: u32, at: Time) {
         let tick = Calendar::tick_of(at);
         let host = &mut self.hosts[index as usize];
-        if !host.dead && host.decides_at.is_none_or(|before| tick < before) {
-            host.decides_at = Some(tick);
+        if !host.dead && host.looks_at.is_none_or(|before| tick < before) {
+            host.looks_at = Some(tick);
             self.calendar.put(tick, index);
         }
     }
 
-    /// A node takes in what came and decides, if that is not over: it may have been set for an earlier tick since.
-    fn decide(&mut self, index: u32, tick: u64) {
+    /// A node takes in what came and decides what follows, if that is not over: it may have looked at an earlier tick since.
+    fn look(&mut self, index: u32, tick: u64) {
         let now = self.now;
         let host = &mut self.hosts[index as usize];
-        if host.dead || host.decides_at.take_if(|set| *set == tick).is_none() {
+        if host.dead || host.looks_at.take_if(|set| *set == tick).is_none() {
             return;
         }
         while let Some(Letter { from, message, .. }) = self.host(index).letter(now) {
             self.arrive(index, from, *message);
         }
         let host = &mut self.hosts[index as usize];
-        host.node.decide(now, &mut self.rng);
+        let decides = std::mem::take(&mut host.is_stirred) || host.deadline.is_some_and(|at| at <= now);
+        match decides {
+            true => host.node.decide(now, &mut self.rng),
+            false => host.node.serve(now),
+        }
         while let Some(output) = self.host(index).node.poll() {
             self.carry_out(index, output);
         }
         let host = self.host(index);
-        host.has_room = host.node.has_room();
+        if decides {
+            host.has_room = host.node.has_room();
+            host.deadline = host.node.deadline(now);
+        }
         let next = host.inbox.front().map(|letter| letter.at + host.waits(&letter.message));
-        let deadline = host.node.deadline(now);
-        if let Some(at) = next.into_iter().chain(deadline).min() {
-            self.decide_at(index, at.max(now + DECIDES_WITHIN));
+        if let Some(at) = next.into_iter().chain(host.deadline).min() {
+            self.look_at(index, at.max(now + DECIDES_WITHIN));
         }
     }
 
     fn arrive(&mut self, to: u32, from: u32, message: Message) {
         let now = self.now;
-        if !self.host(to).connected.contains(&from) {
+        let host = &mut self.hosts[to as usize];
+        if !host.connected.contains(&from) {
             return;
         }
+        let from_id = peer_id(from);
         match message {
             Message::Reject { request, reason } => {
-                self.host(to).node.piece_failed(now, peer_id(from), request, Some(reason), Fault::Failed);
+                host.node.piece_failed(now, from_id, request, Some(reason), Fault::Failed);
+                host.is_stirred = true;
             }
             Message::Cancel { request } => {
                 let sent = |sending: &Sending| (sending.to, sending.request) == (from, request);
-                if self.host(to).sending.iter().any(sent) {
-                    self.host(to).sending.retain(|sending| !sent(sending));
-                    self.host(to).node.uploaded(peer_id(from), request);
+                if host.sending.iter().any(sent) {
+                    host.sending.retain(|sending| !sent(sending));
+                    host.node.uploaded(from_id, request);
                 }
-                self.host(to).node.message(now, peer_id(from), Message::Cancel { request });
+                host.node.message(now, from_id, Message::Cancel { request });
             }
-            message => {
-                self.host(to).node.message(now, peer_id(from), message);
+            // It is served or waits.
+            message @ Message::Request { .. } => {
+                host.node.message(now, from_id, message);
             }
+            message => host.is_stirred |= host.node.message(now, from_id, message),
         }
     }
 
@@ -521,7 +533,7 @@ impl<'a> World<'a> {
         if !host.dead {
             let heeded_at = at + host.waits(&message);
             host.expect(Letter { at, from, message: Box::new(message) });
-            self.decide_at(to, heeded_at);
+            self.look_at(to, heeded_at);
         }
     }
 
@@ -632,7 +644,7 @@ impl<'a> World<'a> {
         self.queue.put(leaves, Event::Left { from: index, to, request, blob, piece, bytes, last });
         if last {
             if self.host(index).node.uploaded(peer_id(to), request) {
-                self.touch(index);
+                self.look_at(index, now + DECIDES_WITHIN);
             }
         } else {
             self.hosts[index as usize].sending.push_back(sending);

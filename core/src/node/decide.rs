@@ -235,10 +235,7 @@ impl<N: Notary> Node<N> {
                 levels.entry((prefetch, priority)).or_default().push(*digest);
             }
         }
-        let mut under_way: BTreeMap<PeerId, usize> = BTreeMap::new();
-        for (peer, _) in self.asked.keys() {
-            *under_way.entry(*peer).or_default() += 1;
-        }
+        let mut under_way = None;
         let mut room = self.config.in_flight_bytes;
         for ((prefetch, priority), open) in levels {
             self.ask_in_turn(now, open, room, prefetch, priority, &mut under_way, rng);
@@ -254,7 +251,7 @@ impl<N: Notary> Node<N> {
         room: u64,
         prefetch: bool,
         priority: Priority,
-        under_way: &mut BTreeMap<PeerId, usize>,
+        under_way: &mut Option<BTreeMap<PeerId, usize>>,
         rng: &mut R,
     ) {
         let mut in_flight = self.in_flight_bytes();
@@ -289,6 +286,8 @@ impl<N: Notary> Node<N> {
                     return false;
                 }
                 let verifiable = table.verifiable();
+                // Often there is no room for anything, or nothing to ask for: they are counted when there is.
+                let under_way = under_way.get_or_insert_with(|| count_by_peer(self.asked.keys()));
                 let chosen = fetch.choose(now, &self.parents, under_way, verifiable, taken, rng);
                 let Some((peer, piece)) = chosen else { return false };
                 let len = fetch.layout().len_bytes(piece);
@@ -366,8 +365,12 @@ impl<N: Notary> Node<N> {
         }
     }
 
-    /// Fills the upload slots, and tells those who have waited for too long to ask elsewhere.
-    pub(super) fn serve(&mut self, now: Time) {
+    /// Fills the upload slots, and tells those who have waited for too long to ask elsewhere. [`Node::decide`] does it as well;
+    /// when all that came were requests, or the ends of uploads, nothing else follows.
+    pub fn serve(&mut self, now: Time) {
+        if !self.uploads.is_waited_for() {
+            return;
+        }
         let overdue = self.uploads.overdue(now);
         self.shed(overdue);
         let mut held_back: BTreeSet<Digest> = BTreeSet::new();
@@ -382,6 +385,9 @@ impl<N: Notary> Node<N> {
             let spread =
                 |waiting: &Waiting| tasks.get(&waiting.task).map_or(0, |t| t.offers.spread(waiting.piece));
             let may = |waiting: &Waiting| {
+                if slow.is_empty() {
+                    return !held_back.contains(&waiting.task);
+                }
                 let purpose = tasks.get(&waiting.task).and_then(|t| t.links.get(&waiting.peer));
                 let is_slow = purpose
                     .is_some_and(|link| slow.iter().any(|labels| labels.are_among(&link.purpose.labels)));
@@ -403,6 +409,13 @@ impl<N: Notary> Node<N> {
             self.outputs.push_back(Output::Upload { peer, request, task, piece });
         }
     }
+}
+
+/// How many requests there are at each peer.
+fn count_by_peer<'a>(requests: impl Iterator<Item = &'a (PeerId, u32)>) -> BTreeMap<PeerId, usize> {
+    let mut counts = BTreeMap::new();
+    requests.for_each(|(peer, _)| *counts.entry(*peer).or_default() += 1);
+    counts
 }
 
 /// The shortest way to say it.

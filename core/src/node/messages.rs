@@ -7,13 +7,22 @@ impl<N: Notary> Node<N> {
     /// decision.
     pub fn message(&mut self, now: Time, peer: PeerId, message: Message) -> bool {
         let matters = match &message {
-            Message::Have { .. } => self.may_ask(peer),
+            Message::Have { task, offer, .. } => self.may_ask(peer) && self.is_new(task, offer),
             Message::Request { .. } => self.uploads.has_slot(),
             Message::Cancel { .. } | Message::Reject { .. } => false,
             _ => true,
         };
         self.take_in(now, peer, message);
         matters || !self.outputs.is_empty()
+    }
+
+    /// Whether any of the pieces on offer is neither here nor on its way.
+    fn is_new(&self, task: &Digest, offer: &Offer) -> bool {
+        let Some(task) = self.tasks.get(task) else { return false };
+        match (&task.fetch, offer) {
+            (Some(fetch), Offer::Some(pieces)) => pieces.iter().any(|piece| !fetch.is_on_its_way(*piece)),
+            _ => true,
+        }
     }
 
     /// Whether more could be asked for, if anybody offered it.
