@@ -12,6 +12,7 @@ use rand::{Rng, RngExt};
 
 use crate::Time;
 use crate::parents::Parents;
+use crate::peers::PeerMap;
 use crate::piece::{PeerId, PieceIndex, PieceLayout, PieceSet};
 
 /// Requests under way for one task that fill a link without planning too far ahead: a choice made early is a choice made on
@@ -97,7 +98,7 @@ pub struct Fetch {
     /// Only pieces in here may be asked for: what is held does not go to the disk.
     window: Option<Range<PieceIndex>>,
     readers: BTreeMap<u64, Reader>,
-    parents: BTreeMap<PeerId, Parent>,
+    parents: PeerMap<Parent>,
     /// Those who offer what is new to one child only.
     issuers: BTreeSet<PeerId>,
     /// How many parents offer each piece, which pieces any does, and which only one.
@@ -121,7 +122,7 @@ impl Fetch {
             whole: false,
             window: None,
             readers: BTreeMap::new(),
-            parents: BTreeMap::new(),
+            parents: PeerMap::default(),
             issuers: BTreeSet::new(),
             offers: vec![0; count as usize],
             available: PieceSet::empty(count),

@@ -4,11 +4,12 @@
 //! new piece to one of them only, until another peer holds it, so that its uplink carries what nobody else can give (receiver-driven
 //! choice makes a seed send everything twice). With nothing new to give and nothing to send, it reveals what has spread already.
 
-use std::collections::btree_map::Entry;
+use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use crate::Time;
+use crate::peers::PeerMap;
 use crate::piece::{PeerId, PieceIndex, PieceSet};
 
 /// New pieces that one child may have on offer and not hold yet: one on its way and the next.
@@ -39,6 +40,8 @@ struct Child {
     dealt: u32,
     /// What it says it holds counts, and what it is given it passes on.
     believed: bool,
+    /// It was not told all that others were.
+    is_new: bool,
 }
 
 impl Child {
@@ -52,11 +55,13 @@ impl Child {
 #[derive(Clone, Debug)]
 pub struct Offers {
     count: u32,
-    children: BTreeMap<PeerId, Child>,
+    children: PeerMap<Child>,
     /// How many children hold each piece.
     spread: Vec<u16>,
     /// New pieces on offer to one child.
     pending: BTreeMap<PieceIndex, (PeerId, Time)>,
+    /// What every child was told that `is_new` no more.
+    told: PieceSet,
     /// How many children are hungry: it is asked for with each piece, and a seed has thousands of children.
     hungry: usize,
     /// How often a child came so far.
@@ -68,9 +73,10 @@ impl Offers {
     pub fn new(count: u32) -> Self {
         Self {
             count,
-            children: BTreeMap::new(),
+            children: PeerMap::default(),
             spread: vec![0; count as usize],
             pending: BTreeMap::new(),
+            told: PieceSet::empty(count),
             hungry: 0,
             joined: 0,
         }
@@ -88,7 +94,7 @@ impl Offers {
         let count = self.count;
         let Entry::Vacant(place) = self.children.entry(peer) else { return };
         let none = PieceSet::empty(count);
-        let child = place.insert(Child { told: none.clone(), holds: none, dealt: 0, believed });
+        let child = place.insert(Child { told: none.clone(), holds: none, dealt: 0, believed, is_new: true });
         self.hungry += usize::from(child.is_hungry());
         self.joined += 1;
     }
@@ -192,6 +198,7 @@ impl Offers {
         if !(frugal && self.deals()) {
             return self.everything(held);
         }
+        self.keep_apart();
         let mut told: BTreeMap<PeerId, Vec<PieceIndex>> = BTreeMap::new();
         self.expire(now);
         self.deal(now, held, elsewhere, &mut told);
@@ -203,17 +210,27 @@ impl Offers {
 
     fn everything(&mut self, held: &PieceSet) -> Vec<(PeerId, Vec<PieceIndex>)> {
         self.pending.clear();
-        self.children
-            .iter_mut()
-            .filter(|(_, child)| !child.holds.is_full())
-            .filter_map(|(peer, child)| {
-                let new: Vec<PieceIndex> = held.minus(&child.told).collect();
-                new.iter().for_each(|piece| {
-                    child.told.insert(*piece);
-                });
-                (!new.is_empty()).then_some((*peer, new))
-            })
-            .collect()
+        // Mostly there are a few new pieces, the same for all: what each was told is not looked at.
+        let new: Vec<PieceIndex> = held.minus(&self.told).collect();
+        self.told.clone_from(held);
+        let children = self.children.iter_mut().filter(|(_, child)| !child.holds.is_full());
+        let told = children.map(|(peer, child)| {
+            if !std::mem::take(&mut child.is_new) {
+                return (*peer, new.clone());
+            }
+            let new = held.minus(&child.told).collect();
+            child.told.clone_from(held);
+            (*peer, new)
+        });
+        told.filter(|(_, new)| !new.is_empty()).collect()
+    }
+
+    /// From now on each is told other pieces.
+    fn keep_apart(&mut self) {
+        for child in self.children.values_mut().filter(|child| !child.is_new) {
+            child.told.unite(&self.told);
+            child.is_new = true;
+        }
     }
 
     fn expire(&mut self, now: Time) {

@@ -10,7 +10,6 @@ use hawker_core::piece::{PeerId, PieceIndex, PieceSet};
 use hawker_core::swarm::ReportKind;
 
 use super::content::{Blob, Keys};
-use super::link::Link;
 
 /// A daemon takes in what has come before it decides: as long as a busy machine takes to get to it.
 pub(super) const DECIDES_WITHIN: Duration = Duration::from_micros(750);
@@ -80,8 +79,6 @@ impl Local {
 
 pub(super) struct Host {
     pub(super) node: Node<Keys>,
-    pub(super) up: Link,
-    pub(super) down: Link,
     pub(super) zone: u32,
     pub(super) slow: bool,
     pub(super) lies: bool,
@@ -129,11 +126,9 @@ impl ReportKey {
 }
 
 impl Host {
-    pub(super) fn new(node: Node<Keys>, rate: f64, zone: u32, blobs: &[Blob]) -> Self {
+    pub(super) fn new(node: Node<Keys>, zone: u32, blobs: &[Blob]) -> Self {
         Self {
             node,
-            up: Link::new(rate),
-            down: Link::new(rate),
             zone,
             slow: false,
             lies: false,

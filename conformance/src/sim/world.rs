@@ -21,7 +21,7 @@ use rand::{RngExt as _, SeedableRng as _};
 use super::content::{Blob, Keys, index_of, peer_id};
 use super::event::{Calendar, Queue};
 use super::host::{DECIDES_WITHIN, Host, Letter, Local, ReportKey, Sending};
-use super::link::Link;
+use super::link::{Link, Links};
 use super::{Checks, DIAL_ROUND_TRIPS, Finish, Outcome, Progress, Scenario};
 
 
@@ -109,6 +109,7 @@ pub(super) struct World<'a> {
     blobs: Vec<Blob>,
     by_digest: BTreeMap<Digest, usize>,
     hosts: Vec<Host>,
+    links: Vec<Links>,
     zones: Vec<Zone>,
     origin: Link,
     streams: u64,
@@ -148,7 +149,7 @@ impl<'a> World<'a> {
                 let mut node = Node::new(config, Keys::new(index, seeds));
                 node.seeds(seed_ids.clone());
                 node.scheduler(true);
-                Host::new(node, scenario.rate, index % scenario.zones.max(1), &blobs)
+                Host::new(node, index % scenario.zones.max(1), &blobs)
             })
             .collect();
         let in_zone = |zone| hosts.iter().filter(|host| host.zone == zone).count() as f64;
@@ -158,6 +159,11 @@ impl<'a> World<'a> {
             .collect();
         let by_digest = blobs.iter().enumerate().map(|(at, blob)| (blob.digest, at)).collect();
         afflict(scenario, &mut hosts, &mut rng);
+        let links = hosts.iter().map(|host| {
+            let rate = scenario.rate * if host.slow { scenario.faults.slow_rate } else { 1.0 };
+            Links { up: Link::new(rate), down: Link::new(rate), zone: host.zone }
+        });
+        let links = links.collect();
         Self {
             scenario,
             now: Time::default(),
@@ -167,6 +173,7 @@ impl<'a> World<'a> {
             blobs,
             by_digest,
             hosts,
+            links,
             zones,
             origin: Link::new(scenario.origin_rate),
             streams: 0,
@@ -250,7 +257,7 @@ impl<'a> World<'a> {
             bound_s: scenario.bound_s(),
             finishes: self.hosts.iter().skip(seeds).map(finish).collect(),
             origin_copies: copies(self.origin.bytes()),
-            seed_copies: copies(self.hosts.iter().take(seeds).map(|host| host.up.bytes()).sum()),
+            seed_copies: copies(self.links.iter().take(seeds).map(|links| links.up.bytes()).sum()),
             zone_copies: self.zones.iter().map(entered).fold(0.0, f64::max),
             scheduler_messages_per_s: self.scheduler_messages as f64 / lasted_s,
             peer_messages_per_s: self.peer_messages as f64 / lasted_s / self.hosts.len() as f64,
@@ -528,7 +535,7 @@ impl<'a> World<'a> {
     /// A message waits behind what is committed to the uplink.
     fn send(&mut self, from: u32, to: u32, message: Message) {
         self.peer_messages += 1;
-        let at = self.now + self.hosts[from as usize].up.backlog(self.now) + self.scenario.delay;
+        let at = self.now + self.links[from as usize].up.backlog(self.now) + self.scenario.delay;
         let host = self.host(to);
         if !host.dead {
             let heeded_at = at + host.waits(&message);
@@ -613,7 +620,7 @@ impl<'a> World<'a> {
     fn pump(&mut self, index: u32) {
         let (now, buffer) = (self.now, self.scenario.buffer);
         while !self.dead(index) && !self.hosts[index as usize].sending.is_empty() {
-            let backlog = self.hosts[index as usize].up.backlog(now);
+            let backlog = self.links[index as usize].up.backlog(now);
             if backlog > buffer {
                 return self.pump_at(index, now + (backlog - buffer));
             }
@@ -638,7 +645,7 @@ impl<'a> World<'a> {
         let Some(mut sending) = host.sending.remove(at) else { return };
         let bytes = sending.left_bytes.min(self.scenario.turn_bytes);
         sending.left_bytes -= bytes;
-        let leaves = host.up.send(now, bytes);
+        let leaves = self.links[index as usize].up.send(now, bytes);
         let Sending { to, request, blob, piece, left_bytes } = sending;
         let last = left_bytes == 0;
         self.queue.put(leaves, Event::Left { from: index, to, request, blob, piece, bytes, last });
@@ -661,7 +668,7 @@ impl<'a> World<'a> {
 
     /// How far behind the links on the way are.
     fn congestion(&self, from: u32, to: u32) -> Duration {
-        let (sender, receiver) = (&self.hosts[from as usize], &self.hosts[to as usize]);
+        let (sender, receiver) = (&self.links[from as usize], &self.links[to as usize]);
         let down = receiver.down.backlog(self.now);
         if sender.zone == receiver.zone {
             return down;
@@ -674,12 +681,12 @@ impl<'a> World<'a> {
     /// When bytes that leave an uplink now are there.
     fn arrival(&mut self, from: u32, to: u32, bytes: u64) -> Time {
         let (mut at, delay) = (self.now + self.scenario.delay, self.scenario.delay);
-        let (there, here) = (self.hosts[from as usize].zone, self.hosts[to as usize].zone);
+        let (there, here) = (self.links[from as usize].zone, self.links[to as usize].zone);
         if there != here {
             at = self.zones[there as usize].up.pass(at, bytes) + delay;
             at = self.zones[here as usize].down.pass(at, bytes) + delay;
         }
-        self.host(to).down.pass(at, bytes)
+        self.links[to as usize].down.pass(at, bytes)
     }
 
     fn piece(&mut self, to: u32, from: u32, request: u32, blob: usize, piece: PieceIndex) {
@@ -729,7 +736,7 @@ impl<'a> World<'a> {
         let left = self.origin.send(self.now, bytes) + self.scenario.delay;
         let zone = self.host(to).zone as usize;
         self.zones[zone].origin_bytes += bytes;
-        let there = self.host(to).down.pass(left, bytes);
+        let there = self.links[to as usize].down.pass(left, bytes);
         self.queue.put(there, Event::Origin { to, stream, blob, piece });
     }
 
@@ -905,8 +912,7 @@ fn afflict(scenario: &Scenario, hosts: &mut [Host], rng: &mut StdRng) {
     let mut nodes: Vec<&mut Host> = hosts.iter_mut().skip(scenario.seed_peers as usize).collect();
     nodes.shuffle(rng);
     for host in nodes.iter_mut().take(many(faults.slow)) {
-        let rate = scenario.rate * faults.slow_rate;
-        (host.slow, host.up, host.down) = (true, Link::new(rate), Link::new(rate));
+        host.slow = true;
     }
     nodes.shuffle(rng);
     nodes.iter_mut().take(many(faults.lie)).for_each(|host| host.lies = true);

@@ -348,7 +348,10 @@ impl<N: Notary> Node<N> {
             let last = told.iter().map(|(peer, pieces)| (*peer, pieces.iter().max().copied()));
             task.send_tables(now, digest, &last.collect(), &mut self.outputs);
             for (peer, pieces) in told {
-                task.links.entry(peer).or_default().told = Some(now);
+                // Only those for whom it is brought are told that it is worked on.
+                if issuer {
+                    task.links.entry(peer).or_default().told = Some(now);
+                }
                 let offer = offer_of(count, pieces);
                 self.outputs
                     .push_back(Output::Send(peer, Message::Have { task: *digest, size_bytes, offer }));

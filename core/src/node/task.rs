@@ -53,7 +53,7 @@ pub(super) struct Task {
     pub(super) table: Option<PieceTable>,
     pub(super) trust: Option<Trust>,
     pub(super) offers: Offers,
-    pub(super) links: BTreeMap<PeerId, Link>,
+    pub(super) links: PeerMap<Link>,
     /// Whose statements count besides the seeds'.
     pub(super) issuer: Option<PeerId>,
     /// We are to read the origin and issue the table.
@@ -83,6 +83,8 @@ pub(super) struct Task {
     /// When children were last told anything, and of what state of things.
     pub(super) news: Time,
     pub(super) told: Option<News>,
+    /// Of which table, after how many had joined, every child has all.
+    pub(super) tables_sent: Option<(bool, u32, u64)>,
     /// The last piece's senders that failed the digest: two different ones mean that the table is wrong.
     pub(super) last_wrong: BTreeSet<PeerId>,
     pub(super) failed: bool,
@@ -178,7 +180,7 @@ impl Task {
         let Some(layout) = self.fetch.as_ref().map(Fetch::layout) else { return };
         self.set_size(digest, layout, None);
         self.trust = None;
-        self.told = None;
+        (self.told, self.tables_sent) = (None, None);
         self.complete = false;
         self.last_wrong.clear();
         for link in self.links.values_mut() {
@@ -239,12 +241,22 @@ impl Task {
         let Some(table) = &self.table else { return };
         let Some(signed) = table.signed() else { return };
         let version = (signed.sealed, signed.count);
+        let state = Some((signed.sealed, signed.count, self.offers.joined()));
+        if self.tables_sent == state {
+            return;
+        }
+        self.tables_sent = state;
         for peer in self.offers.children() {
             let link = self.links.entry(peer).or_default();
             let last = last_offered.get(&peer).copied().flatten();
             let covers = |sent: (bool, u32)| last.is_none_or(|piece| piece < sent.1) && sent.0 == version.0;
-            if link.signed_sent.is_some_and(|sent| sent >= version || covers(sent)) {
-                continue;
+            match link.signed_sent {
+                Some(sent) if sent >= version => continue,
+                Some(sent) if covers(sent) => {
+                    self.tables_sent = None;
+                    continue;
+                }
+                _ => {}
             }
             let first = link.table_sent.min(signed.count);
             link.table_sent = signed.count;
