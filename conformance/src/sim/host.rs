@@ -4,7 +4,8 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
 use hawker_core::Time;
-use hawker_core::message::Message;
+use hawker_core::digest::Digest;
+use hawker_core::message::{Message, Offer};
 use hawker_core::node::Node;
 use hawker_core::piece::{PeerId, PieceIndex, PieceSet};
 use hawker_core::swarm::ReportKind;
@@ -30,7 +31,49 @@ pub(super) struct Sending {
 pub(super) struct Letter {
     pub(super) at: Time,
     pub(super) from: u32,
-    pub(super) message: Box<Message>,
+    pub(super) content: Content,
+}
+
+/// Nearly all messages are news of a piece or two: these lie in the inbox itself.
+pub(super) enum Content {
+    News { blob: u16, count: u8, pieces: [PieceIndex; FEW] },
+    Other(Box<Message>),
+}
+
+const FEW: usize = 3;
+
+impl Content {
+    /// News of a few pieces of blob `blob`, or another message.
+    pub(super) fn new(message: Message, blob: impl Fn(&Digest) -> Option<usize>) -> Self {
+        if let Message::Have { task, offer: Offer::Some(offered), .. } = &message
+            && offered.len() <= FEW
+            && let Some(Ok(blob)) = blob(task).map(u16::try_from)
+        {
+            let mut pieces = [0; FEW];
+            pieces[..offered.len()].copy_from_slice(offered);
+            return Self::News { blob, count: offered.len() as u8, pieces };
+        }
+        Self::Other(Box::new(message))
+    }
+
+    /// The message as it was.
+    pub(super) fn message(self, blobs: &[Blob]) -> Message {
+        match self {
+            Self::News { blob, count, pieces } => {
+                let blob = &blobs[usize::from(blob)];
+                let offer = Offer::Some(pieces[..usize::from(count)].to_vec());
+                Message::Have { task: blob.digest, size_bytes: blob.layout.size_bytes(), offer }
+            }
+            Self::Other(message) => *message,
+        }
+    }
+
+    fn is_news(&self) -> bool {
+        match self {
+            Self::News { .. } => true,
+            Self::Other(message) => matches!(**message, Message::Have { .. }),
+        }
+    }
 }
 
 /// One blob at one host.
@@ -155,11 +198,8 @@ impl Host {
     }
 
     /// How soon after a message is there the node looks at it.
-    pub(super) const fn waits(&self, message: &Message) -> Duration {
-        match message {
-            Message::Have { .. } if !self.has_room => NEWS_WAIT,
-            _ => DECIDES_WITHIN,
-        }
+    pub(super) fn waits(&self, content: &Content) -> Duration {
+        if content.is_news() && !self.has_room { NEWS_WAIT } else { DECIDES_WITHIN }
     }
 
     /// What has come by `now`, in order.

@@ -20,7 +20,7 @@ use rand::{RngExt as _, SeedableRng as _};
 
 use super::content::{Blob, Keys, index_of, peer_id};
 use super::event::{Calendar, Queue};
-use super::host::{DECIDES_WITHIN, Host, Letter, Local, ReportKey, Sending};
+use super::host::{Content, DECIDES_WITHIN, Host, Letter, Local, ReportKey, Sending};
 use super::link::{Link, Links};
 use super::{Checks, DIAL_ROUND_TRIPS, Finish, Outcome, Progress, Scenario};
 
@@ -372,8 +372,9 @@ impl<'a> World<'a> {
         if host.dead || host.looks_at.take_if(|set| *set == tick).is_none() {
             return;
         }
-        while let Some(Letter { from, message, .. }) = self.host(index).letter(now) {
-            self.arrive(index, from, *message);
+        while let Some(Letter { from, content, .. }) = self.host(index).letter(now) {
+            let message = content.message(&self.blobs);
+            self.arrive(index, from, message);
         }
         let host = &mut self.hosts[index as usize];
         let decides = std::mem::take(&mut host.is_stirred) || host.deadline.is_some_and(|at| at <= now);
@@ -389,7 +390,7 @@ impl<'a> World<'a> {
             host.has_room = host.node.has_room();
             host.deadline = host.node.deadline(now);
         }
-        let next = host.inbox.front().map(|letter| letter.at + host.waits(&letter.message));
+        let next = host.inbox.front().map(|letter| letter.at + host.waits(&letter.content));
         if let Some(at) = next.into_iter().chain(host.deadline).min() {
             self.look_at(index, at.max(now + DECIDES_WITHIN));
         }
@@ -536,11 +537,12 @@ impl<'a> World<'a> {
     fn send(&mut self, from: u32, to: u32, message: Message) {
         self.peer_messages += 1;
         let at = self.now + self.links[from as usize].up.backlog(self.now) + self.scenario.delay;
+        let content = Content::new(message, |task| self.by_digest.get(task).copied());
         let host = self.host(to);
         if !host.dead {
-            let heeded_at = at + host.waits(&message);
-            host.expect(Letter { at, from, message: Box::new(message) });
-            self.look_at(to, heeded_at);
+            let looks_at = at + host.waits(&content);
+            host.expect(Letter { at, from, content });
+            self.look_at(to, looks_at);
         }
     }
 

@@ -110,17 +110,25 @@ impl<N: Notary> Node<N> {
             return;
         }
         let count = fetch.layout().count();
-        let pieces: Vec<PieceIndex> = match offer {
-            Offer::All => (0..count).collect(),
-            Offer::Bits(bits) => PieceSet::from_bytes(count, bits).iter().collect(),
-            Offer::Some(some) => some.iter().copied().filter(|piece| *piece < count).collect(),
+        let all: Vec<PieceIndex>;
+        let pieces = match offer {
+            Offer::Some(some) => some,
+            Offer::All => {
+                all = (0..count).collect();
+                &all
+            }
+            Offer::Bits(bits) => {
+                all = PieceSet::from_bytes(count, bits).iter().collect();
+                &all
+            }
         };
-        task.offers.holds(peer, pieces.iter().copied());
+        let pieces = || pieces.iter().copied().filter(|piece| *piece < count);
+        task.offers.holds(peer, pieces());
         if !isolated {
             if task.issuer == Some(peer) || self.connected.get(&peer) == Some(&Role::Seed) {
                 fetch.issues(peer);
             }
-            fetch.offered(peer, pieces);
+            fetch.offered(peer, pieces());
         }
     }
 
