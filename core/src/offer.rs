@@ -42,6 +42,8 @@ struct Child {
     believed: bool,
     /// It was not told all that others were.
     is_new: bool,
+    /// It is told of pieces that it holds as well: it brings the task to all, and has to know what has spread.
+    hears_all: bool,
 }
 
 impl Child {
@@ -94,7 +96,7 @@ impl Offers {
         let count = self.count;
         let Entry::Vacant(place) = self.children.entry(peer) else { return };
         let none = PieceSet::empty(count);
-        let child = place.insert(Child { told: none.clone(), holds: none, dealt: 0, believed, is_new: true });
+        let child = place.insert(Child { told: none.clone(), holds: none, dealt: 0, believed, is_new: true, hears_all: false });
         self.hungry += usize::from(child.is_hungry());
         self.joined += 1;
     }
@@ -151,6 +153,13 @@ impl Offers {
             && *to == peer
         {
             *at = now;
+        }
+    }
+
+    /// A child brings the task to all: it hears also of what it holds.
+    pub fn hears_all(&mut self, peer: PeerId) {
+        if let Some(child) = self.children.get_mut(&peer) {
+            child.hears_all = true;
         }
     }
 
@@ -215,10 +224,12 @@ impl Offers {
         self.told.clone_from(held);
         let children = self.children.iter_mut().filter(|(_, child)| !child.holds.is_full());
         let told = children.map(|(peer, child)| {
-            if !std::mem::take(&mut child.is_new) {
-                return (*peer, new.clone());
+            let lacks = |piece: &PieceIndex| child.hears_all || !child.holds.contains(*piece);
+            if !child.is_new {
+                return (*peer, new.iter().copied().filter(lacks).collect::<Vec<_>>());
             }
-            let new = held.minus(&child.told).collect();
+            let new = held.minus(&child.told).filter(lacks).collect();
+            child.is_new = false;
             child.told.clone_from(held);
             (*peer, new)
         });

@@ -405,6 +405,10 @@ impl<N: Notary> Node<N> {
                 if !state.pace.upload.reserve(now, len).is_zero() {
                     held_back.insert(task);
                 }
+                // It will not say so: it knows that it is known here.
+                if !state.brings(self.config.role) {
+                    state.offers.holds(peer, [piece]);
+                }
                 if let Some(link) = state.links.get(&peer) {
                     self.quotas.upload(now, &link.purpose, len);
                 }

@@ -127,6 +127,7 @@ impl<N: Notary> Node<N> {
         if !isolated {
             if task.issuer == Some(peer) || self.connected.get(&peer) == Some(&Role::Seed) {
                 fetch.issues(peer);
+                task.offers.hears_all(peer);
             }
             fetch.offered(peer, pieces());
         }
