@@ -295,8 +295,9 @@ impl Offers {
         }
     }
 
-    /// Tells each hungry child of a few pieces that others have too, the least spread first.
+    /// Tells a few hungry children of a few pieces each that others have too, the least spread first: not the same ones to all.
     fn reveal(&mut self, held: &PieceSet, told: &mut BTreeMap<PeerId, Vec<PieceIndex>>) {
+        let mut spread = self.spread.clone();
         for (peer, child) in self.children.iter_mut().filter(|(_, c)| !c.holds.is_full()) {
             let open = held.minus(&child.told).filter(|p| !child.holds.contains(*p)).count();
             let revealed = child.told.minus(&child.holds).count();
@@ -306,10 +307,11 @@ impl Offers {
             let mut rare: Vec<(u16, PieceIndex)> = held
                 .minus(&child.told)
                 .filter(|p| !child.holds.contains(*p) && !self.pending.contains_key(p))
-                .map(|p| (self.spread[p as usize], p))
+                .map(|p| (spread[p as usize], p))
                 .collect();
             rare.sort_unstable();
             for (_, piece) in rare.into_iter().take(REVEAL) {
+                spread[piece as usize] = spread[piece as usize].saturating_add(1);
                 child.told.insert(piece);
                 told.entry(*peer).or_default().push(piece);
             }
