@@ -14,6 +14,7 @@ use rand::{Rng, RngExt};
 
 use crate::Time;
 use crate::parents::Parents;
+use crate::peers::PeerMap;
 use crate::piece::{PeerId, PieceIndex, PieceLayout, PieceSet};
 use crate::share::Share;
 
@@ -101,7 +102,7 @@ pub struct Fetch {
     /// Only pieces in here may be asked for: what is held does not go to the disk.
     window: Option<Range<PieceIndex>>,
     readers: BTreeMap<u64, Reader>,
-    parents: BTreeMap<PeerId, Parent>,
+    parents: PeerMap<Parent>,
     /// Those who offer what is new to one child only.
     issuers: BTreeSet<PeerId>,
     /// Those who stand in other zones, parents or not, and what is taken from them.
@@ -128,7 +129,7 @@ impl Fetch {
             whole: false,
             window: None,
             readers: BTreeMap::new(),
-            parents: BTreeMap::new(),
+            parents: PeerMap::default(),
             issuers: BTreeSet::new(),
             far: BTreeSet::new(),
             share: Share::ALL,
@@ -214,6 +215,11 @@ impl Fetch {
         !self.held.contains(piece)
             && piece < self.layout.count()
             && (self.whole || self.readers.values().any(|r| r.wants(piece)))
+    }
+
+    /// Whether a piece is here or asked for.
+    pub fn is_on_its_way(&self, piece: PieceIndex) -> bool {
+        self.held.contains(piece) || self.asked_set.contains(piece)
     }
 
     /// Whether anything is still to be got.

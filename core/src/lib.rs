@@ -4,7 +4,8 @@
 //! - [`reference`], [`range`], [`accept`]: what a request asks for; [`right`]: with what right it is read at the origin;
 //!   [`challenge`]: what a registry wants first; [`manifest`]: what a manifest names; [`intercept`]: what becomes of a request
 //!   that is only passing
-//! - [`node`], [`fetch`], [`parents`], [`message`]: one peer's downloads and uploads; [`share`]: what of it may come from other zones
+//! - [`node`], [`fetch`], [`parents`], [`peers`], [`message`]: one peer's downloads and uploads; [`share`]: what of it may come from
+//!   other zones
 //! - [`swarm`]: the scheduler's view of all peers; [`place`]: where these stand
 //! - [`limit`], [`cache`]: how fast, and what stays on disk
 //!
@@ -23,6 +24,7 @@ pub mod message;
 pub mod node;
 pub mod offer;
 pub mod parents;
+pub mod peers;
 pub mod piece;
 pub mod place;
 pub mod range;

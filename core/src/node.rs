@@ -18,6 +18,7 @@ use crate::limit::{Rates, TokenBucket};
 use crate::message::{Message, Offer, Refusal, Role};
 use crate::offer::Offers;
 use crate::parents::{Fault, Parents};
+use crate::peers::PeerMap;
 use crate::piece::{PeerId, PieceIndex, PieceLayout, PieceSet, PieceTable, SignedPrefix};
 use crate::reference::Source;
 use crate::rendezvous;
@@ -264,7 +265,7 @@ pub struct Node<N> {
     config: Config,
     notary: N,
     tasks: BTreeMap<Digest, Task>,
-    connected: BTreeMap<PeerId, Role>,
+    connected: PeerMap<Role>,
     dialling: BTreeMap<PeerId, Time>,
     undialled: BTreeMap<PeerId, Time>,
     seeds: Vec<PeerId>,
@@ -297,7 +298,7 @@ impl<N: Notary> Node<N> {
             config,
             notary,
             tasks: BTreeMap::new(),
-            connected: BTreeMap::new(),
+            connected: PeerMap::default(),
             dialling: BTreeMap::new(),
             undialled: BTreeMap::new(),
             seeds: Vec::new(),
@@ -427,7 +428,7 @@ impl<N: Notary> Node<N> {
             table: None,
             trust: opening.own_table.then_some(Trust::Clients),
             offers: Offers::new(0),
-            links: BTreeMap::new(),
+            links: PeerMap::default(),
             issuer: None,
             elected: false,
             announce: opening.announce,
@@ -446,6 +447,8 @@ impl<N: Notary> Node<N> {
             wanted: None,
             answered: false,
             news: Time::default(),
+            told: None,
+            tables_sent: None,
             last_wrong: BTreeSet::new(),
             failed: false,
         };

@@ -7,10 +7,12 @@
 //! Children in other zones take a share only. New pieces are dealt to those of the issuer's own zone while any of these lacks any: a
 //! piece dealt into another zone would come back over the same dear link.
 
+use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use crate::Time;
+use crate::peers::PeerMap;
 use crate::piece::{PeerId, PieceIndex, PieceSet};
 use crate::share::Share;
 
@@ -22,6 +24,10 @@ const OFFER_LIFE: Duration = Duration::from_secs(3);
 
 /// Spread pieces revealed to a child at a time while the holder idles.
 const REVEAL: usize = 2;
+
+/// To how many children at a time: as many as keep it busy. Revealed to each of thousands, they all ask it for what they could
+/// have from each other, and what is new waits behind that: with 600 children a seed sent nothing else in the first two seconds.
+const REVEALED_TO: usize = 16;
 
 /// What a child was dealt.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -44,12 +50,26 @@ struct Child {
     believed: bool,
     /// It stands in another zone, and takes this share.
     far: Option<Share>,
+    /// It was not told all that others were.
+    is_new: bool,
+    /// It is told of pieces that it holds as well: it brings the task to all, and has to know what has spread.
+    hears_all: bool,
 }
 
 impl Child {
     /// It lacks something, and what it gets comes to others.
     fn is_hungry(&self) -> bool {
         self.believed && !self.holds.is_full()
+    }
+
+    /// It was told what `all` were, as far as it takes that, and from now on it is told something else.
+    fn know_told(&mut self, all: &PieceSet) {
+        if !std::mem::replace(&mut self.is_new, true) {
+            let taken: Vec<PieceIndex> = all.iter().filter(|piece| self.takes(*piece)).collect();
+            for piece in taken {
+                self.told.insert(piece);
+            }
+        }
     }
 
     fn takes(&self, piece: PieceIndex) -> bool {
@@ -66,22 +86,36 @@ impl Child {
 #[derive(Clone, Debug)]
 pub struct Offers {
     count: u32,
-    children: BTreeMap<PeerId, Child>,
+    children: PeerMap<Child>,
     /// How many children hold each piece.
     spread: Vec<u16>,
     /// New pieces on offer to one child.
     pending: BTreeMap<PieceIndex, (PeerId, Time)>,
+    /// What every child was told that `is_new` no more.
+    told: PieceSet,
+    /// How many children are hungry: it is asked for with each piece, and a seed has thousands of children.
+    hungry: usize,
+    /// How often a child came so far.
+    joined: u64,
 }
 
 impl Offers {
     /// No children yet; `count` pieces.
     pub fn new(count: u32) -> Self {
-        Self { count, children: BTreeMap::new(), spread: vec![0; count as usize], pending: BTreeMap::new() }
+        Self {
+            count,
+            children: PeerMap::default(),
+            spread: vec![0; count as usize],
+            pending: BTreeMap::new(),
+            told: PieceSet::empty(count),
+            hungry: 0,
+            joined: 0,
+        }
     }
 
     /// The same children for a task that turned out to have `count` pieces; what they hold of it is not known yet.
     pub fn anew(&self, count: u32) -> Self {
-        let mut offers = Self::new(count);
+        let mut offers = Self { joined: self.joined, ..Self::new(count) };
         self.children.iter().for_each(|(peer, child)| offers.join(*peer, child.believed, child.far));
         offers
     }
@@ -90,25 +124,34 @@ impl Offers {
     /// share, as long as it says no other.
     pub fn join(&mut self, peer: PeerId, believed: bool, far: Option<Share>) {
         let count = self.count;
-        self.children.entry(peer).or_insert_with(|| Child {
-            told: PieceSet::empty(count),
-            holds: PieceSet::empty(count),
+        let Entry::Vacant(place) = self.children.entry(peer) else { return };
+        let none = PieceSet::empty(count);
+        let told = none.clone();
+        let child = place.insert(Child {
+            told,
+            holds: none,
             dealt: 0,
             believed,
             far,
+            is_new: true,
+            hears_all: false,
         });
+        self.hungry += usize::from(child.is_hungry());
+        self.joined += 1;
     }
 
     /// A child says that it stands in another zone and takes this share, or (`None`) that it stands in this one.
     pub fn takes(&mut self, peer: PeerId, far: Option<Share>) {
-        if let Some(child) = self.children.get_mut(&peer) {
-            child.far = far;
-        }
+        let Some(child) = self.children.get_mut(&peer).filter(|child| child.far != far) else { return };
+        child.know_told(&self.told);
+        child.far = far;
+        self.joined += 1;
     }
 
     /// A child is gone; what was on offer to it is new again.
     pub fn leave(&mut self, peer: PeerId) {
         if let Some(child) = self.children.remove(&peer) {
+            self.hungry -= usize::from(child.is_hungry());
             uncount(&mut self.spread, &child.holds);
         }
         self.pending.retain(|_, (to, _)| *to != peer);
@@ -125,6 +168,7 @@ impl Offers {
             }
         }
         self.pending.retain(|_, (to, _)| !liars.contains(to));
+        self.hungry = self.children.values().filter(|child| child.is_hungry()).count();
     }
 
     /// Who hears of this task.
@@ -137,15 +181,17 @@ impl Offers {
         self.children.is_empty()
     }
 
-    /// A child says that it holds a piece.
-    pub fn holds(&mut self, peer: PeerId, piece: PieceIndex) {
-        if let Some(child) = self.children.get_mut(&peer)
-            && child.believed
-            && child.holds.insert(piece)
-        {
-            self.spread[piece as usize] = self.spread[piece as usize].saturating_add(1);
-            self.pending.remove(&piece);
+    /// A child says that it holds these pieces.
+    pub fn holds(&mut self, peer: PeerId, pieces: impl IntoIterator<Item = PieceIndex>) {
+        let Some(child) = self.children.get_mut(&peer).filter(|child| child.believed) else { return };
+        let was_hungry = child.is_hungry();
+        for piece in pieces {
+            if child.holds.insert(piece) {
+                self.spread[piece as usize] = self.spread[piece as usize].saturating_add(1);
+                self.pending.remove(&piece);
+            }
         }
+        self.hungry -= usize::from(was_hungry && !child.is_hungry());
     }
 
     /// A child has asked for a piece on offer to it: the offer stands until it is served.
@@ -157,14 +203,26 @@ impl Offers {
         }
     }
 
+    /// A child brings the task to all: it hears also of what it holds.
+    pub fn hears_all(&mut self, peer: PeerId) {
+        if let Some(child) = self.children.get_mut(&peer) {
+            child.hears_all = true;
+        }
+    }
+
     /// How many children hold `piece`.
     pub fn spread(&self, piece: PieceIndex) -> u16 {
         self.spread.get(piece as usize).copied().unwrap_or(0)
     }
 
     /// Children that still lack something, and are believed.
-    pub fn hungry(&self) -> usize {
-        self.children.values().filter(|c| c.is_hungry()).count()
+    pub const fn hungry(&self) -> usize {
+        self.hungry
+    }
+
+    /// How often a child came, or wanted others, so far: it was not told all of it yet.
+    pub const fn joined(&self) -> u64 {
+        self.joined
     }
 
     /// Whether a frugal holder deals new pieces out: to a single hungry child everything is offered.
@@ -205,6 +263,7 @@ impl Offers {
         if !(frugal && self.deals()) {
             return self.everything(held);
         }
+        self.keep_apart();
         let mut told: BTreeMap<PeerId, Vec<PieceIndex>> = BTreeMap::new();
         self.expire(now);
         self.deal(now, held, elsewhere, &mut told);
@@ -216,17 +275,28 @@ impl Offers {
 
     fn everything(&mut self, held: &PieceSet) -> Vec<(PeerId, Vec<PieceIndex>)> {
         self.pending.clear();
-        self.children
-            .iter_mut()
-            .filter(|(_, child)| !child.holds.is_full())
-            .filter_map(|(peer, child)| {
-                let new: Vec<PieceIndex> = child.untold(held).collect();
-                new.iter().for_each(|piece| {
-                    child.told.insert(*piece);
-                });
-                (!new.is_empty()).then_some((*peer, new))
-            })
-            .collect()
+        // Mostly there are a few new pieces, the same for all: what each was told is not looked at.
+        let new: Vec<PieceIndex> = held.minus(&self.told).collect();
+        self.told.clone_from(held);
+        let children = self.children.iter_mut().filter(|(_, child)| !child.holds.is_full());
+        let told = children.map(|(peer, child)| {
+            let lacks = |piece: &PieceIndex| {
+                child.takes(*piece) && (child.hears_all || !child.holds.contains(*piece))
+            };
+            if !child.is_new {
+                return (*peer, new.iter().copied().filter(lacks).collect::<Vec<_>>());
+            }
+            let new = held.minus(&child.told).filter(lacks).collect();
+            child.is_new = false;
+            child.told.clone_from(held);
+            (*peer, new)
+        });
+        told.filter(|(_, new)| !new.is_empty()).collect()
+    }
+
+    /// From now on each is told other pieces.
+    fn keep_apart(&mut self) {
+        self.children.values_mut().for_each(|child| child.know_told(&self.told));
     }
 
     fn expire(&mut self, now: Time) {
@@ -277,8 +347,9 @@ impl Offers {
         }
     }
 
-    /// Tells each hungry child of a few pieces that others have too, the least spread first.
+    /// Tells a few hungry children of a few pieces each that others have too, the least spread first: not the same ones to all.
     fn reveal(&mut self, held: &PieceSet, told: &mut BTreeMap<PeerId, Vec<PieceIndex>>) {
+        let mut spread = self.spread.clone();
         for (peer, child) in self.children.iter_mut().filter(|(_, c)| !c.holds.is_full()) {
             let open = child.untold(held).filter(|p| !child.holds.contains(*p)).count();
             let revealed = child.told.minus(&child.holds).count();
@@ -288,12 +359,16 @@ impl Offers {
             let mut rare: Vec<(u16, PieceIndex)> = child
                 .untold(held)
                 .filter(|p| !child.holds.contains(*p) && !self.pending.contains_key(p))
-                .map(|p| (self.spread[p as usize], p))
+                .map(|p| (spread[p as usize], p))
                 .collect();
             rare.sort_unstable();
             for (_, piece) in rare.into_iter().take(REVEAL) {
+                spread[piece as usize] = spread[piece as usize].saturating_add(1);
                 child.told.insert(piece);
                 told.entry(*peer).or_default().push(piece);
+            }
+            if told.len() == REVEALED_TO {
+                return;
             }
         }
     }
@@ -354,7 +429,7 @@ mod tests {
         let mut offers = offers(2, 100);
         offers.next(Time::default(), &PieceSet::full(100), true, false, &BTreeMap::new());
         assert!(offers.next(Time::default(), &PieceSet::full(100), true, false, &BTreeMap::new()).is_empty());
-        offers.holds(peer(0), 0);
+        offers.holds(peer(0), [0]);
         assert_eq!(
             offers.next(Time::default(), &PieceSet::full(100), true, false, &BTreeMap::new()),
             [(peer(0), vec![4])]
@@ -384,8 +459,8 @@ mod tests {
     fn an_idle_issuer_reveals_what_has_spread() {
         let mut offers = offers(2, 2);
         offers.next(Time::default(), &PieceSet::full(2), true, false, &BTreeMap::new());
-        offers.holds(peer(0), 0);
-        offers.holds(peer(1), 1);
+        offers.holds(peer(0), [0]);
+        offers.holds(peer(1), [1]);
         assert!(offers.next(Time::default(), &PieceSet::full(2), true, false, &BTreeMap::new()).is_empty());
         let told = offers.next(Time::default(), &PieceSet::full(2), true, true, &BTreeMap::new());
         assert_eq!(told, [(peer(0), vec![1]), (peer(1), vec![0])]);
@@ -395,18 +470,18 @@ mod tests {
     fn a_liar_that_says_it_has_everything_keeps_no_piece_from_being_dealt() {
         let mut offers = offers(4, 8);
         let liars = BTreeSet::from([peer(0)]);
-        (0..8).for_each(|piece| offers.holds(peer(0), piece));
+        offers.holds(peer(0), 0..8);
         let deal = |offers: &mut Offers| {
             let told = offers.next(Time::default(), &PieceSet::full(8), true, false, &BTreeMap::new());
             told.iter().map(|(to, pieces)| (*to, pieces.len())).collect::<Vec<_>>()
         };
         assert_eq!(deal(&mut offers), [], "all has spread, by what it says");
         offers.disbelieve(&liars);
-        offers.holds(peer(0), 1);
+        offers.holds(peer(0), [1]);
         assert_eq!(offers.spread(1), 0);
         assert_eq!(deal(&mut offers), [(peer(1), QUOTA), (peer(2), QUOTA), (peer(3), QUOTA)]);
         offers.disbelieve(&BTreeSet::new());
-        offers.holds(peer(0), 1);
+        offers.holds(peer(0), [1]);
         assert_eq!(offers.spread(1), 1, "it is let back");
     }
 
@@ -435,7 +510,7 @@ mod tests {
                 layers[other].add_dealt(&mut elsewhere);
                 let told = layers[layer].next(Time::default(), &held, true, false, &elsewhere);
                 assert_eq!(told.len(), 1);
-                told.iter().for_each(|(to, pieces)| layers[layer].holds(*to, pieces[0]));
+                told.iter().for_each(|(to, pieces)| layers[layer].holds(*to, [pieces[0]]));
             }
         }
         let mut dealt = BTreeMap::new();
@@ -455,11 +530,14 @@ mod tests {
         };
         let dealt: Vec<PeerId> = next(&mut offers, true).iter().map(|(to, _)| *to).collect();
         assert_eq!(dealt, [peer(0), peer(1)], "to those here alone");
-        (0..16).for_each(|piece| offers.holds(peer(piece as u8 % 2), piece));
-        let told: BTreeMap<PeerId, Vec<PieceIndex>> = next(&mut offers, true).into_iter().collect();
-        assert_eq!(told[&peer(2)], [1, 9], "what it is to bring to its own zone");
+        (0..16).for_each(|piece| offers.holds(peer(piece as u8 % 2), [piece]));
+        let told: BTreeMap<PeerId, BTreeSet<PieceIndex>> = next(&mut offers, true)
+            .into_iter()
+            .map(|(to, pieces)| (to, pieces.into_iter().collect()))
+            .collect();
+        assert_eq!(told[&peer(2)], BTreeSet::from([1, 9]), "what it is to bring to its own zone");
         assert_eq!(told.get(&peer(3)), None, "it has all from those there");
-        (0..16).for_each(|piece| (0..2).for_each(|n| offers.holds(peer(n), piece)));
+        (0..16).for_each(|piece| (0..2).for_each(|n| offers.holds(peer(n), [piece])));
         offers.takes(peer(3), Some(Share::ALL));
         assert_eq!(next(&mut offers, true), [(peer(3), vec![0, 1])], "until these do not suffice");
     }

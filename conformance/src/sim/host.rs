@@ -1,14 +1,22 @@
 //! One simulated host: a node, its links, what it is sending.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::time::Duration;
 
 use hawker_core::Time;
+use hawker_core::digest::Digest;
+use hawker_core::message::{Message, Offer};
 use hawker_core::node::Node;
 use hawker_core::piece::{PeerId, PieceIndex, PieceSet};
 use hawker_core::swarm::ReportKind;
 
 use super::content::{Blob, Keys};
-use super::link::Link;
+
+/// A daemon takes in what has come before it decides: as long as a busy machine takes to get to it.
+pub(super) const DECIDES_WITHIN: Duration = Duration::from_micros(750);
+
+/// News of pieces that a node has no room for wait until it decides anyway, and not longer than this.
+const NEWS_WAIT: Duration = Duration::from_millis(20);
 
 /// A piece on its way out.
 pub(super) struct Sending {
@@ -17,6 +25,55 @@ pub(super) struct Sending {
     pub(super) blob: usize,
     pub(super) piece: PieceIndex,
     pub(super) left_bytes: u64,
+}
+
+/// A message on its way in.
+pub(super) struct Letter {
+    pub(super) at: Time,
+    pub(super) from: u32,
+    pub(super) content: Content,
+}
+
+/// Nearly all messages are news of a piece or two: these lie in the inbox itself.
+pub(super) enum Content {
+    News { blob: u16, count: u8, pieces: [PieceIndex; FEW] },
+    Other(Box<Message>),
+}
+
+const FEW: usize = 3;
+
+impl Content {
+    /// News of a few pieces of blob `blob`, or another message.
+    pub(super) fn new(message: Message, blob: impl Fn(&Digest) -> Option<usize>) -> Self {
+        if let Message::Have { task, offer: Offer::Some(offered), .. } = &message
+            && offered.len() <= FEW
+            && let Some(Ok(blob)) = blob(task).map(u16::try_from)
+        {
+            let mut pieces = [0; FEW];
+            pieces[..offered.len()].copy_from_slice(offered);
+            return Self::News { blob, count: offered.len() as u8, pieces };
+        }
+        Self::Other(Box::new(message))
+    }
+
+    /// The message as it was.
+    pub(super) fn message(self, blobs: &[Blob]) -> Message {
+        match self {
+            Self::News { blob, count, pieces } => {
+                let blob = &blobs[usize::from(blob)];
+                let offer = Offer::Some(pieces[..usize::from(count)].to_vec());
+                Message::Have { task: blob.digest, size_bytes: blob.layout.size_bytes(), offer }
+            }
+            Self::Other(message) => *message,
+        }
+    }
+
+    fn is_news(&self) -> bool {
+        match self {
+            Self::News { .. } => true,
+            Self::Other(message) => matches!(**message, Message::Have { .. }),
+        }
+    }
 }
 
 /// One blob at one host.
@@ -65,8 +122,6 @@ impl Local {
 
 pub(super) struct Host {
     pub(super) node: Node<Keys>,
-    pub(super) up: Link,
-    pub(super) down: Link,
     pub(super) zone: u32,
     pub(super) slow: bool,
     pub(super) lies: bool,
@@ -76,12 +131,16 @@ pub(super) struct Host {
     pub(super) sending: VecDeque<Sending>,
     /// When it looks at its uplink next.
     pub(super) pumps_at: Option<Time>,
-    /// Whether it is about to decide.
-    pub(super) decides: bool,
-    /// When it is woken next.
-    pub(super) wakes_at: Option<Time>,
-    /// When it decides though nothing happens.
-    pub(super) rests_until: Option<Time>,
+    /// What was said to it, by when it is there.
+    pub(super) inbox: VecDeque<Letter>,
+    /// The tick at which it takes that in.
+    pub(super) looks_at: Option<u64>,
+    /// Something came from which more may follow than that others are served.
+    pub(super) is_stirred: bool,
+    /// When it decides though nothing came.
+    pub(super) deadline: Option<Time>,
+    /// Whether it could ask for more.
+    pub(super) has_room: bool,
     /// When it last gathered news for the scheduler.
     pub(super) news_due: bool,
     pub(super) reports: BTreeMap<(PeerId, ReportKey), u64>,
@@ -110,11 +169,9 @@ impl ReportKey {
 }
 
 impl Host {
-    pub(super) fn new(node: Node<Keys>, rate: f64, zone: u32, blobs: &[Blob]) -> Self {
+    pub(super) fn new(node: Node<Keys>, zone: u32, blobs: &[Blob]) -> Self {
         Self {
             node,
-            up: Link::new(rate),
-            down: Link::new(rate),
             zone,
             slow: false,
             lies: false,
@@ -123,12 +180,31 @@ impl Host {
             connected: BTreeSet::new(),
             sending: VecDeque::new(),
             pumps_at: None,
-            decides: false,
-            wakes_at: None,
-            rests_until: None,
+            inbox: VecDeque::new(),
+            looks_at: None,
+            is_stirred: false,
+            deadline: None,
+            has_room: true,
             news_due: false,
             reports: BTreeMap::new(),
         }
+    }
+
+    /// A message is on its way.
+    pub(super) fn expect(&mut self, letter: Letter) {
+        // Nearly all come in the order in which they were sent.
+        let after = self.inbox.iter().rev().take_while(|other| other.at > letter.at).count();
+        self.inbox.insert(self.inbox.len() - after, letter);
+    }
+
+    /// How soon after a message is there the node looks at it.
+    pub(super) fn waits(&self, content: &Content) -> Duration {
+        if content.is_news() && !self.has_room { NEWS_WAIT } else { DECIDES_WITHIN }
+    }
+
+    /// What has come by `now`, in order.
+    pub(super) fn letter(&mut self, now: Time) -> Option<Letter> {
+        self.inbox.pop_front_if(|letter| letter.at <= now)
     }
 
     /// Pieces that it lacks.

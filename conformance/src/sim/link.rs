@@ -12,6 +12,13 @@ pub(super) struct Link {
     bytes: u64,
 }
 
+/// Both directions of a host's link, and where it leads. They are looked at for each turn that anybody sends: they lie together.
+pub(super) struct Links {
+    pub(super) up: Link,
+    pub(super) down: Link,
+    pub(super) zone: u32,
+}
+
 impl Link {
     pub(super) fn new(rate: f64) -> Self {
         Self { rate, free_at: Time::default(), bytes: 0 }

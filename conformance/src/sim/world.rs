@@ -18,13 +18,10 @@ use rand::seq::SliceRandom as _;
 use rand::{RngExt as _, SeedableRng as _};
 
 use super::content::{Blob, Keys, index_of, peer_id};
-use super::event::Queue;
-use super::host::{Host, Local, ReportKey, Sending};
-use super::link::Link;
+use super::event::{Calendar, Queue};
+use super::host::{Content, DECIDES_WITHIN, Host, Letter, Local, ReportKey, Sending};
+use super::link::{Link, Links};
 use super::{Checks, DIAL_ROUND_TRIPS, Finish, Outcome, Progress, Scenario};
-
-/// A daemon takes in what has come before it decides: as long as a busy machine takes to get to it.
-const DECIDES_WITHIN: Duration = Duration::from_millis(1);
 
 /// Counts for the scheduler are gathered for so long, as the daemon's tracker does.
 const NEWS_EVERY: Duration = Duration::from_secs(1);
@@ -39,16 +36,6 @@ const WATCHED_EVERY: u64 = 1 << 18;
 const READER: u64 = 1;
 
 enum Event {
-    /// A node takes in what came and decides.
-    Decide(u32),
-    /// A node decides though nothing came, if it has not lately.
-    Wake(u32),
-    /// A message is there.
-    Arrive {
-        to: u32,
-        from: u32,
-        message: Box<Message>,
-    },
     /// A host's uplink has room.
     Pump(u32),
     /// A turn has left a host's uplink.
@@ -115,10 +102,12 @@ pub(super) struct World<'a> {
     scenario: &'a Scenario,
     now: Time,
     queue: Queue<Event>,
+    calendar: Calendar,
     rng: StdRng,
     blobs: Vec<Blob>,
     by_digest: BTreeMap<Digest, usize>,
     hosts: Vec<Host>,
+    links: Vec<Links>,
     zones: Vec<Zone>,
     origin: Link,
     streams: u64,
@@ -160,7 +149,7 @@ impl<'a> World<'a> {
                 let mut node = Node::new(config, Keys::new(index, seeds));
                 node.seeds(seeds_seen_from(index % zones));
                 node.scheduler(true);
-                Host::new(node, scenario.rate, index % zones, &blobs)
+                Host::new(node, index % zones, &blobs)
             })
             .collect();
         let in_zone = |zone| hosts.iter().filter(|host| host.zone == zone).count() as f64;
@@ -170,14 +159,21 @@ impl<'a> World<'a> {
             .collect();
         let by_digest = blobs.iter().enumerate().map(|(at, blob)| (blob.digest, at)).collect();
         afflict(scenario, &mut hosts, &mut rng);
+        let links = hosts.iter().map(|host| {
+            let rate = scenario.rate * if host.slow { scenario.faults.slow_rate } else { 1.0 };
+            Links { up: Link::new(rate), down: Link::new(rate), zone: host.zone }
+        });
+        let links = links.collect();
         Self {
             scenario,
             now: Time::default(),
             queue: Queue::new(),
+            calendar: Calendar::default(),
             rng,
             blobs,
             by_digest,
             hosts,
+            links,
             zones,
             origin: Link::new(scenario.origin_rate),
             streams: 0,
@@ -209,11 +205,17 @@ impl<'a> World<'a> {
         let limit = Time(self.scenario.limit());
         let mut events: u64 = 0;
         while self.unfinished > 0
-            && let Some((at, event)) = self.queue.take()
+            && let Some(at) = [self.queue.next_at(), self.calendar.next_at()].into_iter().flatten().min()
             && at <= limit
         {
             self.now = at;
-            self.happen(event);
+            if self.queue.next_at() == Some(at) {
+                if let Some((_, event)) = self.queue.take() {
+                    self.happen(event);
+                }
+            } else if let Some((tick, nodes)) = self.calendar.take() {
+                nodes.into_iter().for_each(|index| self.look(index, tick));
+            }
             events += 1;
             if events.is_multiple_of(WATCHED_EVERY) {
                 let pieces = self.hosts.iter().flat_map(|host| &host.blobs).map(|blob| &blob.verified);
@@ -255,7 +257,7 @@ impl<'a> World<'a> {
             bound_s: scenario.bound_s(),
             finishes: self.hosts.iter().skip(seeds).map(finish).collect(),
             origin_copies: copies(self.origin.bytes()),
-            seed_copies: copies(self.hosts.iter().take(seeds).map(|host| host.up.bytes()).sum()),
+            seed_copies: copies(self.links.iter().take(seeds).map(|links| links.up.bytes()).sum()),
             zone_copies: self.zones.iter().map(entered).fold(0.0, f64::max),
             scheduler_messages_per_s: self.scheduler_messages as f64 / lasted_s,
             peer_messages_per_s: self.peer_messages as f64 / lasted_s / self.hosts.len() as f64,
@@ -281,9 +283,6 @@ impl<'a> World<'a> {
     fn happen(&mut self, event: Event) {
         let now = self.now;
         match event {
-            Event::Decide(index) => self.decide(index),
-            Event::Wake(index) => self.wake(index),
-            Event::Arrive { to, from, message } => self.arrive(to, from, *message),
             Event::Pump(index) => {
                 if self.host(index).pumps_at == Some(now) {
                     self.host(index).pumps_at = None;
@@ -352,80 +351,77 @@ impl<'a> World<'a> {
 
     /// The node looks at what came, soon.
     fn touch(&mut self, index: u32) {
-        let at = self.now + DECIDES_WITHIN;
-        let host = self.host(index);
-        if !host.dead && !std::mem::replace(&mut host.decides, true) {
-            self.queue.put(at, Event::Decide(index));
+        self.host(index).is_stirred = true;
+        self.look_at(index, self.now + DECIDES_WITHIN);
+    }
+
+    /// The node looks at what came at that moment, if not before.
+    fn look_at(&mut self, index: u32, at: Time) {
+        let tick = Calendar::tick_of(at);
+        let host = &mut self.hosts[index as usize];
+        if !host.dead && host.looks_at.is_none_or(|before| tick < before) {
+            host.looks_at = Some(tick);
+            self.calendar.put(tick, index);
         }
     }
 
-    /// Few of the moments at which a node would decide again come: something happens before. So there is one event for all of them.
-    fn wake(&mut self, index: u32) {
-        let now = self.now;
-        let host = self.host(index);
-        // Another was set for an earlier moment since.
-        if host.wakes_at != Some(now) {
-            return;
-        }
-        host.wakes_at = None;
-        match host.rests_until {
-            Some(at) if at <= now => self.decide(index),
-            Some(at) => self.wake_at(index, at),
-            None => {}
-        }
-    }
-
-    fn wake_at(&mut self, index: u32, at: Time) {
-        let host = self.host(index);
-        if host.wakes_at.is_none_or(|before| at < before) {
-            host.wakes_at = Some(at);
-            self.queue.put(at, Event::Wake(index));
-        }
-    }
-
-    fn decide(&mut self, index: u32) {
+    /// A node takes in what came and decides what follows, if that is not over: it may have looked at an earlier tick since.
+    fn look(&mut self, index: u32, tick: u64) {
         let now = self.now;
         let host = &mut self.hosts[index as usize];
-        host.decides = false;
-        if host.dead {
-            host.rests_until = None;
+        if host.dead || host.looks_at.take_if(|set| *set == tick).is_none() {
             return;
         }
-        host.node.decide(now, &mut self.rng);
+        while let Some(Letter { from, content, .. }) = self.host(index).letter(now) {
+            let message = content.message(&self.blobs);
+            self.arrive(index, from, message);
+        }
+        let host = &mut self.hosts[index as usize];
+        let decides = std::mem::take(&mut host.is_stirred) || host.deadline.is_some_and(|at| at <= now);
+        match decides {
+            true => host.node.decide(now, &mut self.rng),
+            false => host.node.serve(now),
+        }
         while let Some(output) = self.host(index).node.poll() {
             self.carry_out(index, output);
         }
-        let deadline = self.host(index).node.deadline(now).map(|at| at.max(now + DECIDES_WITHIN));
-        self.host(index).rests_until = deadline;
-        if let Some(at) = deadline {
-            self.wake_at(index, at);
+        let host = self.host(index);
+        if decides {
+            host.has_room = host.node.has_room();
+            host.deadline = host.node.deadline(now);
+        }
+        let next = host.inbox.front().map(|letter| letter.at + host.waits(&letter.content));
+        if let Some(at) = next.into_iter().chain(host.deadline).min() {
+            self.look_at(index, at.max(now + DECIDES_WITHIN));
         }
     }
 
     fn arrive(&mut self, to: u32, from: u32, message: Message) {
         let now = self.now;
-        if self.dead(to) || !self.host(to).connected.contains(&from) {
+        let host = &mut self.hosts[to as usize];
+        if !host.connected.contains(&from) {
             return;
         }
+        let from_id = peer_id(from);
         match message {
             Message::Reject { request, reason } => {
-                self.host(to).node.piece_failed(now, peer_id(from), request, Some(reason), Fault::Failed);
+                host.node.piece_failed(now, from_id, request, Some(reason), Fault::Failed);
+                host.is_stirred = true;
             }
             Message::Cancel { request } => {
                 let sent = |sending: &Sending| (sending.to, sending.request) == (from, request);
-                if self.host(to).sending.iter().any(sent) {
-                    self.host(to).sending.retain(|sending| !sent(sending));
-                    self.host(to).node.uploaded(peer_id(from), request);
+                if host.sending.iter().any(sent) {
+                    host.sending.retain(|sending| !sent(sending));
+                    host.node.uploaded(from_id, request);
                 }
-                self.host(to).node.message(now, peer_id(from), Message::Cancel { request });
+                host.node.message(now, from_id, Message::Cancel { request });
             }
-            message => {
-                if !self.host(to).node.message(now, peer_id(from), message) {
-                    return;
-                }
+            // It is served or waits.
+            message @ Message::Request { .. } => {
+                host.node.message(now, from_id, message);
             }
+            message => host.is_stirred |= host.node.message(now, from_id, message),
         }
-        self.touch(to);
     }
 
     fn connect(&mut self, a: u32, b: u32) {
@@ -540,8 +536,14 @@ impl<'a> World<'a> {
     /// A message waits behind what is committed to the uplink.
     fn send(&mut self, from: u32, to: u32, message: Message) {
         self.peer_messages += 1;
-        let at = self.now + self.hosts[from as usize].up.backlog(self.now) + self.scenario.delay;
-        self.queue.put(at, Event::Arrive { to, from, message: Box::new(message) });
+        let at = self.now + self.links[from as usize].up.backlog(self.now) + self.scenario.delay;
+        let content = Content::new(message, |task| self.by_digest.get(task).copied());
+        let host = self.host(to);
+        if !host.dead {
+            let looks_at = at + host.waits(&content);
+            host.expect(Letter { at, from, content });
+            self.look_at(to, looks_at);
+        }
     }
 
     fn pull(&mut self, index: u32) {
@@ -620,7 +622,7 @@ impl<'a> World<'a> {
     fn pump(&mut self, index: u32) {
         let (now, buffer) = (self.now, self.scenario.buffer);
         while !self.dead(index) && !self.hosts[index as usize].sending.is_empty() {
-            let backlog = self.hosts[index as usize].up.backlog(now);
+            let backlog = self.links[index as usize].up.backlog(now);
             if backlog > buffer {
                 return self.pump_at(index, now + (backlog - buffer));
             }
@@ -645,13 +647,13 @@ impl<'a> World<'a> {
         let Some(mut sending) = host.sending.remove(at) else { return };
         let bytes = sending.left_bytes.min(self.scenario.turn_bytes);
         sending.left_bytes -= bytes;
-        let leaves = host.up.send(now, bytes);
+        let leaves = self.links[index as usize].up.send(now, bytes);
         let Sending { to, request, blob, piece, left_bytes } = sending;
         let last = left_bytes == 0;
         self.queue.put(leaves, Event::Left { from: index, to, request, blob, piece, bytes, last });
         if last {
             if self.host(index).node.uploaded(peer_id(to), request) {
-                self.touch(index);
+                self.look_at(index, now + DECIDES_WITHIN);
             }
         } else {
             self.hosts[index as usize].sending.push_back(sending);
@@ -668,7 +670,7 @@ impl<'a> World<'a> {
 
     /// How far behind the links on the way are.
     fn congestion(&self, from: u32, to: u32) -> Duration {
-        let (sender, receiver) = (&self.hosts[from as usize], &self.hosts[to as usize]);
+        let (sender, receiver) = (&self.links[from as usize], &self.links[to as usize]);
         let down = receiver.down.backlog(self.now);
         if sender.zone == receiver.zone {
             return down;
@@ -681,12 +683,12 @@ impl<'a> World<'a> {
     /// When bytes that leave an uplink now are there.
     fn arrival(&mut self, from: u32, to: u32, bytes: u64) -> Time {
         let (mut at, delay) = (self.now + self.scenario.delay, self.scenario.delay);
-        let (there, here) = (self.hosts[from as usize].zone, self.hosts[to as usize].zone);
+        let (there, here) = (self.links[from as usize].zone, self.links[to as usize].zone);
         if there != here {
             at = self.zones[there as usize].up.pass(at, bytes) + delay;
             at = self.zones[here as usize].down.pass(at, bytes) + delay;
         }
-        self.host(to).down.pass(at, bytes)
+        self.links[to as usize].down.pass(at, bytes)
     }
 
     fn piece(&mut self, to: u32, from: u32, request: u32, blob: usize, piece: PieceIndex) {
@@ -736,7 +738,7 @@ impl<'a> World<'a> {
         let left = self.origin.send(self.now, bytes) + self.scenario.delay;
         let zone = self.host(to).zone as usize;
         self.zones[zone].origin_bytes += bytes;
-        let there = self.host(to).down.pass(left, bytes);
+        let there = self.links[to as usize].down.pass(left, bytes);
         self.queue.put(there, Event::Origin { to, stream, blob, piece });
     }
 
@@ -898,6 +900,7 @@ impl<'a> World<'a> {
         let host = self.host(index);
         host.dead = true;
         host.sending.clear();
+        host.inbox.clear();
         for other in std::mem::take(&mut host.connected) {
             self.host(other).connected.remove(&index);
             self.queue.put(noticed, Event::Lost(other, index));
@@ -919,8 +922,7 @@ fn afflict(scenario: &Scenario, hosts: &mut [Host], rng: &mut StdRng) {
     let mut nodes: Vec<&mut Host> = hosts.iter_mut().skip(scenario.seed_peers as usize).collect();
     nodes.shuffle(rng);
     for host in nodes.iter_mut().take(many(faults.slow)) {
-        let rate = scenario.rate * faults.slow_rate;
-        (host.slow, host.up, host.down) = (true, Link::new(rate), Link::new(rate));
+        host.slow = true;
     }
     nodes.shuffle(rng);
     nodes.iter_mut().take(many(faults.lie)).for_each(|host| host.lies = true);

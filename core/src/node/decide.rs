@@ -5,7 +5,8 @@ use super::*;
 impl<N: Notary> Node<N> {
     /// Works out what follows from all that was told. Call it after inputs, and at [`Node::deadline`].
     pub fn decide<R: Rng + ?Sized>(&mut self, now: Time, rng: &mut R) {
-        let tasks: Vec<Digest> = self.tasks.keys().copied().collect();
+        let busy = self.tasks.iter().filter(|(_, task)| task.running || !task.offers.is_empty());
+        let tasks: Vec<Digest> = busy.map(|(digest, _)| *digest).collect();
         for digest in &tasks {
             self.seek_parents(now, digest);
         }
@@ -21,8 +22,11 @@ impl<N: Notary> Node<N> {
 
     /// When to decide again though nothing happened.
     pub fn deadline(&self, now: Time) -> Option<Time> {
-        let busy = self.tasks.values().filter(|t| t.running || !t.offers.is_empty());
-        busy.map(|t| now + t.news_every()).min()
+        let tells = self.tasks.values().filter_map(|task| task.tells_at(self.config.role)).min();
+        // Whoever fetches or has somebody wait looks now and then whether anybody has taken too long.
+        let looks = self.uploads.is_waited_for() || self.tasks.values().any(|task| task.running);
+        let looks_at = looks.then_some(now + NEWS_EVERY);
+        tells.map(|at| at.max(now)).into_iter().chain(looks_at).min()
     }
 
     /// What to do next.
@@ -242,10 +246,7 @@ impl<N: Notary> Node<N> {
                 levels.entry((prefetch, priority)).or_default().push(*digest);
             }
         }
-        let mut under_way: BTreeMap<PeerId, usize> = BTreeMap::new();
-        for (peer, _) in self.asked.keys() {
-            *under_way.entry(*peer).or_default() += 1;
-        }
+        let mut under_way = None;
         let mut room = self.config.in_flight_bytes;
         for ((prefetch, priority), open) in levels {
             self.ask_in_turn(now, open, room, prefetch, priority, &mut under_way, rng);
@@ -261,7 +262,7 @@ impl<N: Notary> Node<N> {
         room: u64,
         prefetch: bool,
         priority: Priority,
-        under_way: &mut BTreeMap<PeerId, usize>,
+        under_way: &mut Option<BTreeMap<PeerId, usize>>,
         rng: &mut R,
     ) {
         let mut in_flight = self.in_flight_bytes();
@@ -296,6 +297,8 @@ impl<N: Notary> Node<N> {
                     return false;
                 }
                 let verifiable = table.verifiable();
+                // Often there is no room for anything, or nothing to ask for: they are counted when there is.
+                let under_way = under_way.get_or_insert_with(|| count_by_peer(self.asked.keys()));
                 let chosen = fetch.choose(now, &self.parents, under_way, verifiable, taken, rng);
                 let Some((peer, piece)) = chosen else { return false };
                 let len = fetch.layout().len_bytes(piece);
@@ -321,9 +324,10 @@ impl<N: Notary> Node<N> {
 
     /// Tells children of new values and pieces.
     pub(super) fn tell(&mut self, now: Time, digest: &Digest) {
-        let due = |t: &&Task| t.announce && !t.offers.is_empty() && now.since(t.news) >= t.news_every();
+        let role = self.config.role;
+        let due = |t: &&Task| t.tells_at(role).is_some_and(|at| at <= now);
         let Some(task) = self.tasks.get(digest).filter(due) else { return };
-        let issuer = task.brings(self.config.role);
+        let issuer = task.brings(role);
         let idle = self.uploads.is_idle();
         let mut elsewhere = BTreeMap::new();
         if issuer && task.offers.deals() {
@@ -347,6 +351,7 @@ impl<N: Notary> Node<N> {
         if issuer {
             task.issue(&self.notary);
         }
+        task.told = Some(task.news());
         if task.may_share() {
             let (Some(fetch), Some(size_bytes)) = (&task.fetch, task.size_bytes()) else { return };
             let count = fetch.layout().count();
@@ -354,7 +359,10 @@ impl<N: Notary> Node<N> {
             let last = told.iter().map(|(peer, pieces)| (*peer, pieces.iter().max().copied()));
             task.send_tables(now, digest, &last.collect(), &mut self.outputs);
             for (peer, pieces) in told {
-                task.links.entry(peer).or_default().told = Some(now);
+                // Only those for whom it is brought are told that it is worked on.
+                if issuer {
+                    task.links.entry(peer).or_default().told = Some(now);
+                }
                 let offer = offer_of(count, pieces);
                 self.outputs
                     .push_back(Output::Send(peer, Message::Have { task: *digest, size_bytes, offer }));
@@ -371,8 +379,12 @@ impl<N: Notary> Node<N> {
         }
     }
 
-    /// Fills the upload slots, and tells those who have waited for too long to ask elsewhere.
-    pub(super) fn serve(&mut self, now: Time) {
+    /// Fills the upload slots, and tells those who have waited for too long to ask elsewhere. [`Node::decide`] does it as well;
+    /// when all that came were requests, or the ends of uploads, nothing else follows.
+    pub fn serve(&mut self, now: Time) {
+        if !self.uploads.is_waited_for() {
+            return;
+        }
         let overdue = self.uploads.overdue(now);
         self.shed(overdue);
         let mut held_back: BTreeSet<Digest> = BTreeSet::new();
@@ -387,6 +399,9 @@ impl<N: Notary> Node<N> {
             let spread =
                 |waiting: &Waiting| tasks.get(&waiting.task).map_or(0, |t| t.offers.spread(waiting.piece));
             let may = |waiting: &Waiting| {
+                if slow.is_empty() {
+                    return !held_back.contains(&waiting.task);
+                }
                 let purpose = tasks.get(&waiting.task).and_then(|t| t.links.get(&waiting.peer));
                 let is_slow = purpose
                     .is_some_and(|link| slow.iter().any(|labels| labels.are_among(&link.purpose.labels)));
@@ -401,6 +416,10 @@ impl<N: Notary> Node<N> {
                 if !state.pace.upload.reserve(now, len).is_zero() {
                     held_back.insert(task);
                 }
+                // It will not say so: it knows that it is known here.
+                if !state.brings(self.config.role) {
+                    state.offers.holds(peer, [piece]);
+                }
                 if let Some(link) = state.links.get(&peer) {
                     self.quotas.upload(now, &link.purpose, len);
                 }
@@ -408,6 +427,13 @@ impl<N: Notary> Node<N> {
             self.outputs.push_back(Output::Upload { peer, request, task, piece });
         }
     }
+}
+
+/// How many requests there are at each peer.
+fn count_by_peer<'a>(requests: impl Iterator<Item = &'a (PeerId, u32)>) -> BTreeMap<PeerId, usize> {
+    let mut counts = BTreeMap::new();
+    requests.for_each(|(peer, _)| *counts.entry(*peer).or_default() += 1);
+    counts
 }
 
 /// The shortest way to say it.

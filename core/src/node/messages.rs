@@ -7,7 +7,7 @@ impl<N: Notary> Node<N> {
     /// decision.
     pub fn message(&mut self, now: Time, peer: PeerId, message: Message) -> bool {
         let matters = match &message {
-            Message::Have { .. } => self.may_ask(peer),
+            Message::Have { task, offer, .. } => self.may_ask(peer) && self.is_new(task, offer),
             Message::Request { .. } => self.uploads.has_slot(),
             Message::Cancel { .. } | Message::Reject { .. } => false,
             _ => true,
@@ -16,10 +16,24 @@ impl<N: Notary> Node<N> {
         matters || !self.outputs.is_empty()
     }
 
+    /// Whether any of the pieces on offer is neither here nor on its way.
+    fn is_new(&self, task: &Digest, offer: &Offer) -> bool {
+        let Some(task) = self.tasks.get(task) else { return false };
+        match (&task.fetch, offer) {
+            (Some(fetch), Offer::Some(pieces)) => pieces.iter().any(|piece| !fetch.is_on_its_way(*piece)),
+            _ => true,
+        }
+    }
+
+    /// Whether more could be asked for, if anybody offered it.
+    pub fn has_room(&self) -> bool {
+        let running = || self.tasks.values().any(|task| task.running);
+        self.in_flight_bytes() < self.config.in_flight_bytes && running()
+    }
+
     /// Whether there is room for a request, and none at this peer.
     fn may_ask(&self, peer: PeerId) -> bool {
-        self.in_flight_bytes() < self.config.in_flight_bytes
-            && self.asked.range((peer, 0)..=(peer, u32::MAX)).next().is_none()
+        self.has_room() && self.asked.range((peer, 0)..=(peer, u32::MAX)).next().is_none()
     }
 
     fn take_in(&mut self, now: Time, peer: PeerId, message: Message) {
@@ -96,19 +110,26 @@ impl<N: Notary> Node<N> {
             return;
         }
         let count = fetch.layout().count();
-        let pieces: Vec<PieceIndex> = match offer {
-            Offer::All => (0..count).collect(),
-            Offer::Bits(bits) => PieceSet::from_bytes(count, bits).iter().collect(),
-            Offer::Some(some) => some.iter().copied().filter(|piece| *piece < count).collect(),
+        let all: Vec<PieceIndex>;
+        let pieces = match offer {
+            Offer::Some(some) => some,
+            Offer::All => {
+                all = (0..count).collect();
+                &all
+            }
+            Offer::Bits(bits) => {
+                all = PieceSet::from_bytes(count, bits).iter().collect();
+                &all
+            }
         };
-        for piece in &pieces {
-            task.offers.holds(peer, *piece);
-        }
+        let pieces = || pieces.iter().copied().filter(|piece| *piece < count);
+        task.offers.holds(peer, pieces());
         if !isolated {
             if task.issuer == Some(peer) || self.connected.get(&peer) == Some(&Role::Seed) {
                 fetch.issues(peer);
+                task.offers.hears_all(peer);
             }
-            fetch.offered(peer, pieces);
+            fetch.offered(peer, pieces());
         }
     }
 

@@ -35,6 +35,15 @@ pub(super) struct Link {
     pub(super) purpose: Purpose,
 }
 
+/// All that children are told of: while it stays as it is, there is nothing to tell them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct News {
+    held: u32,
+    signed: Option<(bool, u32)>,
+    joined: u64,
+    failed: bool,
+}
+
 #[derive(Clone, Debug)]
 pub(super) struct Task {
     pub(super) source: Source,
@@ -46,7 +55,7 @@ pub(super) struct Task {
     pub(super) table: Option<PieceTable>,
     pub(super) trust: Option<Trust>,
     pub(super) offers: Offers,
-    pub(super) links: BTreeMap<PeerId, Link>,
+    pub(super) links: PeerMap<Link>,
     /// Whose statements count besides the seeds'.
     pub(super) issuer: Option<PeerId>,
     /// We are to read the origin and issue the table.
@@ -75,7 +84,11 @@ pub(super) struct Task {
     /// When the scheduler was last asked; whether it has answered.
     pub(super) wanted: Option<Time>,
     pub(super) answered: bool,
+    /// When children were last told anything, and of what state of things.
     pub(super) news: Time,
+    pub(super) told: Option<News>,
+    /// Of which table, after how many had joined, every child has all.
+    pub(super) tables_sent: Option<(bool, u32, u64)>,
     /// The last piece's senders that failed the digest: two different ones mean that the table is wrong.
     pub(super) last_wrong: BTreeSet<PeerId>,
     pub(super) failed: bool,
@@ -86,6 +99,23 @@ impl Task {
     pub(super) fn news_every(&self) -> Duration {
         let few = self.running && self.fetch.as_ref().is_some_and(|f| f.held().len() <= FIRST_PIECES);
         if few { FIRST_NEWS_EVERY } else { NEWS_EVERY }
+    }
+
+    /// What there is to tell children now.
+    pub(super) fn news(&self) -> News {
+        News {
+            held: self.fetch.as_ref().map_or(0, |fetch| fetch.held().len()),
+            signed: self.table.as_ref().and_then(PieceTable::signed).map(|s| (s.sealed, s.count)),
+            joined: self.offers.joined(),
+            failed: self.failed,
+        }
+    }
+
+    /// When children are to be told something next: news are gathered for a while. Who is frugal looks again and again to whom
+    /// it may offer more.
+    pub(super) fn tells_at(&self, role: Role) -> Option<Time> {
+        let has_news = || self.brings(role) || self.told != Some(self.news());
+        (self.announce && !self.offers.is_empty() && has_news()).then(|| self.news + self.news_every())
     }
 
     /// Whether a node of this `role` is to bring it to the others: it reads the origin for all, issues the table, is frugal.
@@ -165,6 +195,7 @@ impl Task {
         let Some(layout) = self.fetch.as_ref().map(Fetch::layout) else { return };
         self.set_size(digest, layout, None);
         self.trust = None;
+        (self.told, self.tables_sent) = (None, None);
         self.complete = false;
         self.last_wrong.clear();
         for link in self.links.values_mut() {
@@ -225,12 +256,22 @@ impl Task {
         let Some(table) = &self.table else { return };
         let Some(signed) = table.signed() else { return };
         let version = (signed.sealed, signed.count);
+        let state = Some((signed.sealed, signed.count, self.offers.joined()));
+        if self.tables_sent == state {
+            return;
+        }
+        self.tables_sent = state;
         for peer in self.offers.children() {
             let link = self.links.entry(peer).or_default();
             let last = last_offered.get(&peer).copied().flatten();
             let covers = |sent: (bool, u32)| last.is_none_or(|piece| piece < sent.1) && sent.0 == version.0;
-            if link.signed_sent.is_some_and(|sent| sent >= version || covers(sent)) {
-                continue;
+            match link.signed_sent {
+                Some(sent) if sent >= version => continue,
+                Some(sent) if covers(sent) => {
+                    self.tables_sent = None;
+                    continue;
+                }
+                _ => {}
             }
             let first = link.table_sent.min(signed.count);
             link.table_sent = signed.count;
