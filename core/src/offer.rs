@@ -100,7 +100,14 @@ impl Offers {
         let count = self.count;
         let Entry::Vacant(place) = self.children.entry(peer) else { return };
         let none = PieceSet::empty(count);
-        let child = place.insert(Child { told: none.clone(), holds: none, dealt: 0, believed, is_new: true, hears_all: false });
+        let child = place.insert(Child {
+            told: none.clone(),
+            holds: none,
+            dealt: 0,
+            believed,
+            is_new: true,
+            hears_all: false,
+        });
         self.hungry += usize::from(child.is_hungry());
         self.joined += 1;
     }
@@ -458,7 +465,7 @@ mod tests {
                 layers[other].add_dealt(&mut elsewhere);
                 let told = layers[layer].next(Time::default(), &held, true, false, &elsewhere);
                 assert_eq!(told.len(), 1);
-                told.iter().for_each(|(to, pieces)| layers[layer].holds(*to, pieces[0]));
+                told.iter().for_each(|(to, pieces)| layers[layer].holds(*to, [pieces[0]]));
             }
         }
         let mut dealt = BTreeMap::new();

@@ -8,6 +8,9 @@ use crate::piece::PeerId;
 /// What there is to know of each peer. The order is no order, but the same whenever the same happened before.
 pub type PeerMap<T> = HashMap<PeerId, T, BuildHasherDefault<PeerHasher>>;
 
+/// An odd number whose bits look drawn by lot.
+const SPREADS: u64 = 0x9e37_79b9_7f4a_7c15;
+
 /// Ids are digests of keys that the cluster's authority has certified: they are spread already, and nobody picks them to collide.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct PeerHasher(u64);
@@ -22,13 +25,14 @@ impl Hasher for PeerHasher {
     }
 
     fn write_u64(&mut self, word: u64) {
-        self.0 = (self.0.rotate_left(5) ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        self.0 = (self.0.rotate_left(5) ^ word).wrapping_mul(SPREADS);
     }
 
     fn write_usize(&mut self, _length: usize) {}
 
     fn finish(&self) -> u64 {
-        self.0 ^ self.0 >> 32
+        let mixed = (self.0 ^ self.0 >> 32).wrapping_mul(SPREADS);
+        mixed ^ mixed >> 32
     }
 }
 

@@ -33,8 +33,7 @@ impl<N: Notary> Node<N> {
 
     /// Whether there is room for a request, and none at this peer.
     fn may_ask(&self, peer: PeerId) -> bool {
-        self.has_room()
-            && self.asked.range((peer, 0)..=(peer, u32::MAX)).next().is_none()
+        self.has_room() && self.asked.range((peer, 0)..=(peer, u32::MAX)).next().is_none()
     }
 
     fn take_in(&mut self, now: Time, peer: PeerId, message: Message) {
