@@ -204,17 +204,18 @@ impl<'a> World<'a> {
         self.schedule_deaths();
         let limit = Time(self.scenario.limit());
         let mut events: u64 = 0;
-        while self.unfinished > 0
-            && let Some(at) = [self.queue.next_at(), self.calendar.next_at()].into_iter().flatten().min()
-            && at <= limit
-        {
-            self.now = at;
-            if self.queue.next_at() == Some(at) {
-                if let Some((_, event)) = self.queue.take() {
-                    self.happen(event);
-                }
-            } else if let Some((tick, nodes)) = self.calendar.take() {
+        while self.unfinished > 0 {
+            let tick_at = self.calendar.next_at();
+            if let Some((at, event)) = self.queue.take(tick_at.unwrap_or(limit).min(limit)) {
+                self.now = at;
+                self.happen(event);
+            } else if let Some(at) = tick_at.filter(|at| *at <= limit)
+                && let Some((tick, nodes)) = self.calendar.take()
+            {
+                self.now = at;
                 nodes.into_iter().for_each(|index| self.look(index, tick));
+            } else {
+                break;
             }
             events += 1;
             if events.is_multiple_of(WATCHED_EVERY) {
@@ -222,7 +223,7 @@ impl<'a> World<'a> {
                 let (held, all) =
                     pieces.fold((0, 0), |(held, all), set| (held + set.len(), all + set.count()));
                 let done = f64::from(held) / f64::from(all.max(1));
-                watch(Progress { events, at_s: at.0.as_secs_f64(), done, unfinished: self.unfinished });
+                watch(Progress { events, at_s: self.now.0.as_secs_f64(), done, unfinished: self.unfinished });
             }
         }
         self.outcome()
