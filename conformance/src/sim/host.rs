@@ -204,7 +204,8 @@ impl Host {
 
     /// What has come by `now`, in order.
     pub(super) fn letter(&mut self, now: Time) -> Option<Letter> {
-        self.inbox.pop_front_if(|letter| letter.at <= now)
+        self.inbox.front().filter(|letter| letter.at <= now)?;
+        self.inbox.pop_front()
     }
 
     /// Pieces that it lacks.
