@@ -215,6 +215,11 @@ impl Offers {
         self.spread.get(piece as usize).copied().unwrap_or(0)
     }
 
+    /// Whether fewer than half of the children hold `piece`: the others will all ask for it.
+    pub fn is_rare(&self, piece: PieceIndex) -> bool {
+        2 * usize::from(self.spread(piece)) < self.children.len()
+    }
+
     /// Children that still lack something, and are believed.
     pub const fn hungry(&self) -> usize {
         self.hungry
@@ -518,6 +523,19 @@ mod tests {
         assert!(dealt.values().all(|dealt| dealt.ever == 8), "{dealt:?}");
         // By counting for each layer alone, half of them would have got nothing of a layer, and the others both.
         assert!((0..8).all(|n| dealt.contains_key(&peer(n))));
+    }
+
+    #[test]
+    fn a_piece_is_rare_until_half_of_the_children_hold_it() {
+        let mut offers = offers(4, 8);
+        let rare: Vec<bool> = (0..4)
+            .map(|n| {
+                let is_rare = offers.is_rare(3);
+                offers.holds(peer(n), [3]);
+                is_rare
+            })
+            .collect();
+        assert_eq!(rare, [true, true, false, false]);
     }
 
     #[test]

@@ -398,14 +398,17 @@ impl<N: Notary> Node<N> {
             let slow = self.quotas.without_upload(now);
             let spread =
                 |waiting: &Waiting| tasks.get(&waiting.task).map_or(0, |t| t.offers.spread(waiting.piece));
-            let may = |waiting: &Waiting| {
-                if slow.is_empty() {
-                    return !held_back.contains(&waiting.task);
-                }
-                let purpose = tasks.get(&waiting.task).and_then(|t| t.links.get(&waiting.peer));
-                let is_slow = purpose
-                    .is_some_and(|link| slow.iter().any(|labels| labels.are_among(&link.purpose.labels)));
-                !is_slow && !held_back.contains(&waiting.task)
+            let is_slow = |waiting: &Waiting| {
+                let link = tasks.get(&waiting.task).and_then(|task| task.links.get(&waiting.peer));
+                link.is_some_and(|link| slow.iter().any(|labels| labels.are_among(&link.purpose.labels)))
+            };
+            let is_rare = |waiting: &Waiting| {
+                tasks.get(&waiting.task).is_some_and(|task| task.offers.is_rare(waiting.piece))
+            };
+            let may = |waiting: &Waiting, sent_now: usize| {
+                !held_back.contains(&waiting.task)
+                    && (slow.is_empty() || !is_slow(waiting))
+                    && (sent_now < RARE_AT_ONCE || !is_rare(waiting))
             };
             let Some(Waiting { peer, request, task, piece, .. }) = self.uploads.next(now, spread, may) else {
                 break;
