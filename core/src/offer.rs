@@ -73,7 +73,7 @@ impl Child {
     }
 
     fn takes(&self, piece: PieceIndex) -> bool {
-        self.far.is_none_or(|share| share.contains(piece))
+        self.hears_all || self.far.is_none_or(|share| share.contains(piece))
     }
 
     /// Pieces of `held` that it was not told of and takes.
@@ -146,6 +146,8 @@ impl Offers {
         child.know_told(&self.told);
         child.far = far;
         self.joined += 1;
+        // What it was dealt and does not take any more is for others.
+        self.pending.retain(|piece, (to, _)| *to != peer || child.takes(*piece));
     }
 
     /// A child is gone; what was on offer to it is new again.
@@ -205,19 +207,15 @@ impl Offers {
 
     /// A child brings the task to all: it hears also of what it holds.
     pub fn hears_all(&mut self, peer: PeerId) {
-        if let Some(child) = self.children.get_mut(&peer) {
-            child.hears_all = true;
-        }
+        let Some(child) = self.children.get_mut(&peer).filter(|child| !child.hears_all) else { return };
+        child.know_told(&self.told);
+        child.hears_all = true;
+        self.joined += 1;
     }
 
     /// How many children hold `piece`.
     pub fn spread(&self, piece: PieceIndex) -> u16 {
         self.spread.get(piece as usize).copied().unwrap_or(0)
-    }
-
-    /// Whether fewer than half of the children hold `piece`: the others will all ask for it.
-    pub fn is_rare(&self, piece: PieceIndex) -> bool {
-        2 * usize::from(self.spread(piece)) < self.children.len()
     }
 
     /// Children that still lack something, and are believed.
@@ -283,7 +281,8 @@ impl Offers {
         // Mostly there are a few new pieces, the same for all: what each was told is not looked at.
         let new: Vec<PieceIndex> = held.minus(&self.told).collect();
         self.told.clone_from(held);
-        let children = self.children.iter_mut().filter(|(_, child)| !child.holds.is_full());
+        let children =
+            self.children.iter_mut().filter(|(_, child)| child.hears_all || !child.holds.is_full());
         let told = children.map(|(peer, child)| {
             let lacks = |piece: &PieceIndex| {
                 child.takes(*piece) && (child.hears_all || !child.holds.contains(*piece))
@@ -291,9 +290,16 @@ impl Offers {
             if !child.is_new {
                 return (*peer, new.iter().copied().filter(lacks).collect::<Vec<_>>());
             }
-            let new = held.minus(&child.told).filter(lacks).collect();
+            let new: Vec<PieceIndex> = held.minus(&child.told).filter(lacks).collect();
             child.is_new = false;
-            child.told.clone_from(held);
+            if child.far.is_none() {
+                child.told.clone_from(held);
+            } else {
+                // What it does not take now it may take later.
+                for piece in &new {
+                    child.told.insert(*piece);
+                }
+            }
             (*peer, new)
         });
         told.filter(|(_, new)| !new.is_empty()).collect()
@@ -355,7 +361,11 @@ impl Offers {
     /// Tells a few hungry children of a few pieces each that others have too, the least spread first: not the same ones to all.
     fn reveal(&mut self, held: &PieceSet, told: &mut BTreeMap<PeerId, Vec<PieceIndex>>) {
         let mut spread = self.spread.clone();
-        for (peer, child) in self.children.iter_mut().filter(|(_, c)| !c.holds.is_full()) {
+        let mut children: Vec<(&PeerId, &mut Child)> =
+            self.children.iter_mut().filter(|(_, child)| !child.holds.is_full()).collect();
+        // Who has least comes first: else those who come first would be told again and again, and the last ones of nothing.
+        children.sort_unstable_by_key(|(peer, child)| (child.holds.len(), **peer));
+        for (peer, child) in children {
             let open = child.untold(held).filter(|p| !child.holds.contains(*p)).count();
             let revealed = child.told.minus(&child.holds).count();
             if open == 0 || revealed >= QUOTA + REVEAL {
@@ -526,19 +536,6 @@ mod tests {
     }
 
     #[test]
-    fn a_piece_is_rare_until_half_of_the_children_hold_it() {
-        let mut offers = offers(4, 8);
-        let rare: Vec<bool> = (0..4)
-            .map(|n| {
-                let is_rare = offers.is_rare(3);
-                offers.holds(peer(n), [3]);
-                is_rare
-            })
-            .collect();
-        assert_eq!(rare, [true, true, false, false]);
-    }
-
-    #[test]
     fn children_elsewhere_take_their_share_after_those_here_have_got_it() {
         let mut offers = Offers::new(16);
         let shares = [None, None, Some(Share::of([1])), Some(Share::NONE)];
@@ -558,6 +555,44 @@ mod tests {
         (0..16).for_each(|piece| (0..2).for_each(|n| offers.holds(peer(n), [piece])));
         offers.takes(peer(3), Some(Share::ALL));
         assert_eq!(next(&mut offers, true), [(peer(3), vec![0, 1])], "until these do not suffice");
+    }
+
+    #[test]
+    fn who_takes_more_than_before_is_told_of_what_it_did_not_take() {
+        let mut offers = Offers::new(16);
+        offers.join(peer(0), true, Some(Share::NONE));
+        offers.join(peer(1), true, None);
+        let next = |offers: &mut Offers| -> BTreeMap<PeerId, Vec<PieceIndex>> {
+            offers
+                .next(Time::default(), &PieceSet::full(16), false, false, &BTreeMap::new())
+                .into_iter()
+                .collect()
+        };
+        assert_eq!(next(&mut offers).keys().copied().collect::<Vec<_>>(), [peer(1)]);
+        let joined = offers.joined();
+        offers.takes(peer(0), Some(Share::of([3])));
+        assert!(offers.joined() > joined, "there is something to tell");
+        assert_eq!(next(&mut offers), BTreeMap::from([(peer(0), vec![3, 11])]));
+        offers.takes(peer(0), Some(Share::ALL));
+        assert_eq!(next(&mut offers)[&peer(0)].len(), 14);
+        assert_eq!(next(&mut offers), BTreeMap::new());
+        // Who brings the task hears of all, whatever it takes.
+        offers.join(peer(2), true, Some(Share::NONE));
+        offers.hears_all(peer(2));
+        assert_eq!(next(&mut offers)[&peer(2)].len(), 16);
+    }
+
+    #[test]
+    fn what_was_dealt_to_a_child_that_does_not_take_it_any_more_is_dealt_to_another() {
+        let mut offers = Offers::new(16);
+        (0..3).for_each(|n| offers.join(peer(n), true, Some(Share::ALL)));
+        let next = |offers: &mut Offers| {
+            offers.next(Time::default(), &PieceSet::full(2), true, false, &BTreeMap::new())
+        };
+        let told = next(&mut offers);
+        assert_eq!(told, [(peer(0), vec![0]), (peer(1), vec![1])]);
+        offers.takes(peer(0), Some(Share::NONE));
+        assert_eq!(next(&mut offers), [(peer(2), vec![0])]);
     }
 
     #[test]

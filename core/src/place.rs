@@ -50,7 +50,14 @@ impl Network {
     /// The addresses whose first `length` bits are those of `address`; `None` when it has fewer.
     pub fn new(address: IpAddr, length: u8) -> Option<Self> {
         let bits = if address.is_ipv4() { 32 } else { 128 };
-        (length <= bits).then_some(Self { address, length })
+        let length = Some(length).filter(|length| *length <= bits)?;
+        match address.to_canonical() {
+            // Written as IPv6, an IPv4 network is 96 bits longer.
+            v4 @ IpAddr::V4(_) if address.is_ipv6() => {
+                Some(Self { address: v4, length: length.checked_sub(96)? })
+            }
+            _ => Some(Self { address, length }),
+        }
     }
 
     /// How many bits they share.
@@ -138,5 +145,6 @@ mod tests {
         }
         assert!(network("0.0.0.0/0").contains("8.8.8.8".parse().unwrap()));
         assert_eq!(Network::new("10.0.0.0".parse().unwrap(), 33), None);
+        assert_eq!(network("::ffff:10.0.0.0/104"), network("10.0.0.0/8"));
     }
 }

@@ -4,7 +4,7 @@
 //! [`Swarm::handle`] and, when [`Swarm::deadline`] has come, [`Swarm::tick`]; then carry out what [`Swarm::poll`] gives.
 //!
 //! - **Parents.** Everybody who wants a task is a future holder of it, so wanters are named to each other: up to
-//!   [`MAX_PARENTS`] of them everybody to everybody, beyond that a random mesh of [`MESH_DEGREE`] links a peer. Links run
+//!   [`MAX_PARENTS`] of them (where there are zones, three quarters of that) everybody to everybody, beyond that a random mesh of [`MESH_DEGREE`] links a peer. Links run
 //!   both ways: who is named to a newcomer is told of the newcomer. Complete holders come on top, a few each.
 //! - **Zones.** Parents are of the child's own zone. A few of each zone bring the task in: see the `gateways` module.
 //! - **Sources.** Who can read the origin is named first: the seed that rendezvous hashing picks, or a seed that has the
@@ -71,7 +71,7 @@ pub const ELECTION_STALL: Duration = Duration::from_secs(10);
 pub const POSTPONED_FOR: Duration = Duration::from_secs(1);
 /// How long a task waits for its application's turn at most. A client that heard nothing for ten seconds has its node read the
 /// origin: one who is elected before that reads it once, and not each of them.
-pub const POSTPONED_AT_MOST: Duration = Duration::from_secs(8);
+pub const POSTPONED_AT_MOST: Duration = Duration::from_secs(5);
 /// A swarm that has just come up elects nobody: peers that have the task, or are reading it, are still coming back.
 pub const WARM_UP: Duration = Duration::from_secs(2);
 /// How long the issuer whom peers name is waited for after a start. It comes back as they do; meanwhile its word counts on.
@@ -155,6 +155,8 @@ pub struct Terms {
     pub issuer: Option<PeerId>,
     /// The task is spread over several schedulers, and this one is not the first of them: it elects nobody.
     pub guest: bool,
+    /// It fetches ranges only: it brings the task to nobody.
+    pub partial: bool,
     /// For whom it fetches, and how urgent that is.
     pub purpose: Purpose,
 }
@@ -642,6 +644,11 @@ impl Swarm {
         if let Some(election) = task.election.as_mut().filter(|election| election.peer == slot && grew) {
             election.progress_at = now;
         }
+        // Its zone suffices after all.
+        let recovers = grew && task.want_mut(slot).is_some_and(|want| std::mem::take(&mut want.again));
+        if recovers && self.has_zones() {
+            self.tell_soon(now, task_slot, slot);
+        }
         if holding.complete {
             self.end_want(now, rng, task_slot, slot);
         }
@@ -677,6 +684,7 @@ impl Swarm {
             want.issuer = terms.issuer;
             want.guest = terms.guest;
             want.again |= again;
+            want.partial = terms.partial;
             want.purpose = Some(terms.purpose).filter(|p| *p != Purpose::default()).map(Box::new);
             if again {
                 tried = std::mem::take(&mut want.parents);
@@ -742,6 +750,9 @@ impl Swarm {
         }
         for parent in want.parents {
             self.release(task_slot, parent);
+        }
+        if !complete {
+            self.close_gate(now, task_slot, slot);
         }
         if empty {
             self.remove_copy(now, rng, task_slot, slot);

@@ -102,6 +102,8 @@ pub struct Want {
     pub purpose: Purpose,
     /// The seeds may not read it at its origin; this node may.
     pub reads: bool,
+    /// Ranges of it only.
+    pub partial: bool,
 }
 
 /// What a peer holds of a task.

@@ -214,7 +214,7 @@ impl Driver {
             version: Some(hawker_api::VERSION),
             cluster: self.cluster.clone(),
             members: Some(convert::member_list(&self.membership.list())),
-            zone: registration.place.zone.to_string(),
+            zone: Some(registration.place.zone.to_string()),
         };
         self.say(peer, Say::Welcome(welcome));
         self.say(peer, Say::Applications(convert::applications(&self.applications)));

@@ -176,6 +176,7 @@ fn inputs(identity: &Identity, peer: PeerId, message: v1::FromPeer) -> Result<Ve
             terms: Terms {
                 issuer: convert::from_optional_peer_id(&want.issuer)?,
                 guest: want.guest,
+                partial: want.partial,
                 purpose: convert::from_purpose(want.purpose)?,
             },
         }],

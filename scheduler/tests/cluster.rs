@@ -38,7 +38,7 @@ fn task(n: u32) -> Digest {
 
 fn want(size_bytes: Option<u64>, again: bool) -> Want {
     let source = Source { registry: "docker.io".into(), repository: "library/debian".into() };
-    Want { size_bytes, source, purpose: Purpose::default(), again, reads: false }
+    Want { size_bytes, source, purpose: Purpose::default(), again, reads: false, partial: false }
 }
 
 /// Joins with a key of its own.

@@ -473,7 +473,7 @@ impl<'a> World<'a> {
                     local.reading = None;
                 }
             }
-            Output::Want { task, again, reads } => {
+            Output::Want { task, again, reads, .. } => {
                 let size_bytes = self.host(me).node.table(&task).map(|table| table.layout().size_bytes());
                 let issuer = self.local(me, &task).and_then(|local| local.issuer);
                 let terms = Terms { issuer, ..Terms::default() };

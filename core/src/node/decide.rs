@@ -42,9 +42,14 @@ impl<N: Notary> Node<N> {
         if self.scheduler && stale {
             let again = task.wanted.is_some();
             task.wanted = Some(now);
-            self.outputs.push_back(Output::Want { task: *digest, again, reads: task.reads });
+            self.outputs.push_back(Output::Want {
+                task: *digest,
+                again,
+                reads: task.reads,
+                partial: !task.whole && !task.elected,
+            });
         }
-        if now.since(task.moved) >= TAKES_ALL_AFTER {
+        if task.takes_all(now) {
             self.take(digest, Share::ALL);
         }
         if self.tasks.get(digest).is_none_or(|task| task.elected) {
@@ -91,8 +96,13 @@ impl<N: Notary> Node<N> {
             return;
         }
         let Some(task) = self.tasks.get_mut(&digest) else { return };
-        task.links.entry(peer).or_default().named = true;
+        let link = task.links.entry(peer).or_default();
+        link.named = true;
+        let told_otherwise = link.far != far && link.asked.is_some();
         task.is_far(peer, far);
+        if told_otherwise && let Some(role) = self.connected.get(&peer) {
+            self.outputs.push_back(Output::Send(peer, task.interest(digest, self.config.role, peer, *role)));
+        }
         if self.connected.contains_key(&peer) {
             self.interest(now, digest, peer);
         } else if !self.dialling.contains_key(&peer)
@@ -110,8 +120,9 @@ impl<N: Notary> Node<N> {
         if link.asked.is_none() {
             link.asked = Some(now);
             if task.announce {
-                // What it takes from here it says itself.
-                let far = link.far.then_some(Share::NONE);
+                // What it takes from here it says itself; but who brings the task hears what has spread, and may never ask.
+                let brings = *role == Role::Seed || task.issuer == Some(peer);
+                let far = link.far.then_some(if brings { Share::ALL } else { Share::NONE });
                 task.offers.join(peer, !self.isolated.contains(&peer), far);
             }
             let interest = task.interest(digest, self.config.role, peer, *role);
@@ -402,13 +413,8 @@ impl<N: Notary> Node<N> {
                 let link = tasks.get(&waiting.task).and_then(|task| task.links.get(&waiting.peer));
                 link.is_some_and(|link| slow.iter().any(|labels| labels.are_among(&link.purpose.labels)))
             };
-            let is_rare = |waiting: &Waiting| {
-                tasks.get(&waiting.task).is_some_and(|task| task.offers.is_rare(waiting.piece))
-            };
-            let may = |waiting: &Waiting, sent_now: usize| {
-                !held_back.contains(&waiting.task)
-                    && (slow.is_empty() || !is_slow(waiting))
-                    && (sent_now < RARE_AT_ONCE || !is_rare(waiting))
+            let may = |waiting: &Waiting| {
+                !held_back.contains(&waiting.task) && (slow.is_empty() || !is_slow(waiting))
             };
             let Some(Waiting { peer, request, task, piece, .. }) = self.uploads.next(now, spread, may) else {
                 break;

@@ -155,6 +155,11 @@ impl Task {
         Message::Interest { task, source, size_bytes, token, purpose: self.purpose(me), far }
     }
 
+    /// Whether its own zone does not suffice: whoever was to bring it there does not, or nobody says who that is.
+    pub(super) fn takes_all(&self, now: Time) -> bool {
+        now.since(self.moved) >= if self.answered { TAKES_ALL_AFTER } else { ANSWER_WITHIN }
+    }
+
     /// A peer stands in another zone, or in this one.
     pub(super) fn is_far(&mut self, peer: PeerId, far: bool) {
         self.links.entry(peer).or_default().far = far;

@@ -622,7 +622,7 @@ fn where_the_seed_may_not_read_one_that_may_is_to_be_elected() {
         node.parents(now, task, &[Named::near(id(1))], None, false, Share::ALL);
         node.message(now, id(1), Message::Unavailable { task, reason });
         let said = outputs(&mut node, now, &mut rng);
-        let wants = said.contains(&Output::Want { task, again: false, reads: true });
+        let wants = said.contains(&Output::Want { task, again: false, reads: true, partial: false });
         assert_eq!(wants, expected, "{right:?} {reason:?}");
         // Until the scheduler has answered, or had the time to, nobody reads on his own.
         assert_eq!(said.contains(&Output::ReadOrigin { task, from: 0 }), !expected, "{right:?} {reason:?}");
@@ -641,7 +641,7 @@ fn waiting_for_an_election() -> (Node<Names>, Digest, StdRng) {
     node.parents(now, task, &[Named::near(id(1))], None, false, Share::ALL);
     node.message(now, id(1), Message::Unavailable { task, reason: Refusal::Origin(401) });
     let said = outputs(&mut node, now, &mut rng);
-    assert!(said.contains(&Output::Want { task, again: false, reads: true }));
+    assert!(said.contains(&Output::Want { task, again: false, reads: true, partial: false }));
     (node, task, rng)
 }
 

@@ -56,8 +56,8 @@ impl Waiting {
 pub(super) struct Uploads {
     slots: usize,
     waiting: Vec<Waiting>,
-    /// How urgent each is, and what is sent.
-    active: BTreeMap<(PeerId, u32), (Turn, Digest, PieceIndex)>,
+    /// And how urgent each is.
+    active: BTreeMap<(PeerId, u32), Turn>,
     /// How many were begun before less urgent ones since one of these was.
     overtaken: u32,
     /// When one was last begun.
@@ -101,26 +101,21 @@ impl Uploads {
         self.waiting.extract_if(.., |w| now.since(w.since) >= WAITS_AT_MOST).collect()
     }
 
-    /// The next request to serve, if a slot is free and it `may` go while its piece is sent so many times already: the most urgent,
-    /// of these what nobody else holds, then the child that is sent least, then the oldest; and now and then the oldest of the less
-    /// urgent ones (see the module). By how rare a piece is beyond that, some would wait for ever while newer ones come; the
-    /// askers choose what is rare.
+    /// The next request to serve, if a slot is free and it `may` go: the most urgent, of these what nobody else holds, then the
+    /// child that is sent least, then the oldest; and now and then the oldest of the less urgent ones (see the module).
+    /// By how rare a piece is beyond that, some would wait for ever while newer ones come; the askers choose what is rare.
     pub(super) fn next(
         &mut self,
         now: Time,
         spread: impl Fn(&Waiting) -> u16,
-        may: impl Fn(&Waiting, usize) -> bool,
+        may: impl Fn(&Waiting) -> bool,
     ) -> Option<Waiting> {
         if !self.has_slot() {
             return None;
         }
         let sent_to = |peer: PeerId| self.active.keys().filter(|(whom, _)| *whom == peer).count();
-        let sent_now = |w: &Waiting| {
-            self.active.values().filter(|(_, task, piece)| (task, piece) == (&w.task, &w.piece)).count()
-        };
-        let all = || self.waiting.iter().enumerate().filter(|(_, w)| may(w, sent_now(w)));
-        let turns = self.active.values().map(|(turn, ..)| *turn);
-        let most_urgent = all().map(|(_, w)| w.turn()).chain(turns).min()?;
+        let all = || self.waiting.iter().enumerate().filter(|(_, w)| may(w));
+        let most_urgent = all().map(|(_, w)| w.turn()).chain(self.active.values().copied()).min()?;
         let overtaken = all().filter(|(_, w)| !w.prefetch && w.turn() > most_urgent);
         let overtaken = overtaken.min_by_key(|(_, w)| w.since).map(|(at, _)| at);
         let others_turn = match all().any(|(_, w)| w.turn() == most_urgent) {
@@ -142,7 +137,7 @@ impl Uploads {
             }
         };
         let next = self.waiting.remove(at);
-        self.active.insert((next.peer, next.request), (next.turn(), next.task, next.piece));
+        self.active.insert((next.peer, next.request), next.turn());
         Some(next)
     }
 
@@ -217,7 +212,7 @@ mod tests {
     /// The numbers of all that are served, one after the other.
     fn served(uploads: &mut Uploads, may: impl Fn(&Waiting) -> bool) -> Vec<u32> {
         let mut served = Vec::new();
-        while let Some(next) = uploads.next(at(0), |_| 1, |waiting, _| may(waiting)) {
+        while let Some(next) = uploads.next(at(0), |_| 1, &may) {
             uploads.over(next.peer, next.request);
             served.push(next.request);
         }
@@ -239,11 +234,11 @@ mod tests {
         for waiting in [asks(1, 1, true), asks(2, 2, false)] {
             let _ = uploads.wait(waiting);
         }
-        assert_eq!(uploads.next(at(0), |_| 1, |_, _| true).map(|w| w.request), Some(2));
+        assert_eq!(uploads.next(at(0), |_| 1, |_| true).map(|w| w.request), Some(2));
         // The next request of the one who is served may be on its way.
-        assert!(uploads.next(at(0), |_| 1, |_, _| true).is_none());
+        assert!(uploads.next(at(0), |_| 1, |_| true).is_none());
         uploads.over(PeerId([2; 16]), 2);
-        assert_eq!(uploads.next(at(0), |_| 1, |_, _| true).map(|w| w.request), Some(1));
+        assert_eq!(uploads.next(at(0), |_| 1, |_| true).map(|w| w.request), Some(1));
     }
 
     #[test]
@@ -289,21 +284,6 @@ mod tests {
     }
 
     #[test]
-    fn a_piece_that_may_go_to_few_at_once_waits_and_others_go_beside_it() {
-        let mut uploads = Uploads::new(4);
-        for peer in 1..=3u8 {
-            let _ = uploads.wait(Waiting { piece: 7, ..asks(peer, u32::from(peer), false) });
-        }
-        let _ = uploads.wait(asks(4, 4, false));
-        let may = |waiting: &Waiting, sent_now: usize| waiting.piece != 7 || sent_now < 2;
-        let next = |uploads: &mut Uploads| uploads.next(at(0), |_| 1, may).map(|w| w.request);
-        let begun: Vec<u32> = std::iter::from_fn(|| next(&mut uploads)).collect();
-        assert_eq!(begun, [1, 2, 4]);
-        uploads.over(PeerId([1; 16]), 1);
-        assert_eq!(next(&mut uploads), Some(3));
-    }
-
-    #[test]
     fn what_is_urgent_goes_first_and_the_rest_gets_its_share() {
         let mut uploads = Uploads::new(SLOTS);
         for n in 0..16 {
@@ -326,7 +306,7 @@ mod tests {
             let _ = uploads.wait(waiting);
         }
         let next =
-            |uploads: &mut Uploads, millis| uploads.next(at(millis), |_| 1, |_, _| true).map(|w| w.request);
+            |uploads: &mut Uploads, millis| uploads.next(at(millis), |_| 1, |_| true).map(|w| w.request);
         assert_eq!(next(&mut uploads, 0), Some(2));
         assert_eq!(next(&mut uploads, 1999), None);
         assert_eq!(next(&mut uploads, 2000), Some(1));
@@ -370,7 +350,7 @@ mod tests {
             // Something more urgent always waits as well.
             for n in 0..LESS_URGENT_ONE_IN * (levels.len() as u32 + 1) {
                 let _ = uploads.wait(urgent(200, 1000 + n, steady));
-                let next = uploads.next(at(5000), |_| 1, |_, _| true).unwrap();
+                let next = uploads.next(at(5000), |_| 1, |_| true).unwrap();
                 uploads.over(next.peer, next.request);
                 if less.contains(&next.request) {
                     late.push(next.request);

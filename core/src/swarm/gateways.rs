@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::slab::Slot;
+use super::task::Copy;
 use super::{Swarm, Timer};
 use crate::Time;
 use crate::share::{SHARES, Share};
@@ -67,7 +68,7 @@ impl Swarm {
     /// Makes a child a gateway of its zone where that needs one.
     pub(super) fn open_gate(&mut self, now: Time, task_slot: Slot, child: Slot) {
         let (Some(task), Some(peer)) = (self.tasks.get(task_slot), self.peers.get(child)) else { return };
-        let wants = task.copy(child).is_some_and(|copy| copy.want.is_some());
+        let wants = task.copy(child).and_then(|copy| copy.want.as_deref()).is_some_and(|want| !want.partial);
         if !self.has_zones() || !wants || self.is_seed(child) {
             return;
         }
@@ -76,7 +77,8 @@ impl Swarm {
         let is_new = !task.gateways.contains_key(&zone);
         let mut gateways = task.gateways.get(&zone).cloned().unwrap_or_else(|| Gateways::new(now));
         for taker in &mut gateways.takers {
-            let counts = |slot: &Slot| task.copy(*slot).is_some() && self.is_namable(now, *slot);
+            let brings = |copy: &Copy| copy.complete || copy.want.is_some();
+            let counts = |slot: &Slot| task.copy(*slot).is_some_and(brings) && self.is_namable(now, *slot);
             *taker = taker.filter(|slot| counts(slot) && self.is_near(*slot, child));
         }
         let settled = now.since(gateways.since) >= SETTLES_AFTER;
@@ -91,6 +93,18 @@ impl Swarm {
         }
         if is_new && here > 1 {
             self.timers.insert((now + SETTLES_AFTER, Timer::Settle(task_slot, child)));
+        }
+    }
+
+    /// A peer gives up, or is gone: somebody of its zone is told soon, and takes its share over.
+    pub(super) fn close_gate(&mut self, now: Time, task_slot: Slot, slot: Slot) {
+        if !self.has_zones() || !self.is_gateway(task_slot, slot) {
+            return;
+        }
+        let Some(task) = self.tasks.get(task_slot) else { return };
+        let heir = task.wanters().find(|wanter| *wanter != slot && self.is_near(*wanter, slot));
+        if let Some(heir) = heir {
+            self.tell_soon(now, task_slot, heir);
         }
     }
 
@@ -109,6 +123,9 @@ impl Swarm {
         };
         let Some(own) = task.gateways.get(&peer.about.place.zone) else { return Vec::new() };
         let shares: BTreeSet<usize> = own.shares(Some(child)).collect();
+        if shares.is_empty() {
+            return Vec::new();
+        }
         let elsewhere = task.gateways.iter().filter(|(zone, _)| **zone != peer.about.place.zone);
         let mut ranked: BTreeMap<Slot, (bool, Slot)> = BTreeMap::new();
         for (share, taker) in elsewhere.flat_map(|(_, gateways)| (0..).zip(gateways.takers)) {
@@ -141,7 +158,14 @@ impl Swarm {
         let has_all = |parent: &Slot| {
             self.is_near(*parent, child) && task.copy(*parent).is_some_and(|copy| copy.complete)
         };
-        let brings = |source: Slot| self.is_near(source, child);
+        let brings = |source: Slot| {
+            let is_complete = task.copy(source).is_some_and(|copy| copy.complete);
+            let reads = match task.elected() {
+                Some(elected) => source == elected,
+                None => self.is_namable(now, source),
+            };
+            (is_complete || reads) && self.is_near(source, child)
+        };
         if want.is_some_and(|want| want.parents.iter().any(has_all))
             || self.sources(now, task_slot, child, true).into_iter().any(brings)
         {

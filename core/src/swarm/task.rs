@@ -70,8 +70,10 @@ pub(super) struct Want {
     pub(super) issuer: Option<PeerId>,
     /// It asks here because the task is spread.
     pub(super) guest: bool,
-    /// The parents that it was named before did not suffice.
+    /// The parents that it was named before did not suffice, and it has not got on since.
     pub(super) again: bool,
+    /// It fetches ranges only.
+    pub(super) partial: bool,
     /// For whom it fetches, if it says.
     pub(super) purpose: Option<Box<Purpose>>,
 }

@@ -787,6 +787,10 @@ fn in_a_zone_without_a_source_each_piece_is_taken_from_elsewhere_by_one() {
             let elsewhere = world.parents(n, 1).iter().filter(|parent| (2..10).any(|n| peer(n) == **parent));
             assert_eq!(elsewhere.count(), 8, "{n}");
         }
+        for n in (100..100 + wanters).filter(|n| world.told(*n, 1).share == Share::NONE) {
+            let near = |parent: &PeerId| *parent == peer(1) || (100..120).any(|n| peer(n) == *parent);
+            assert!(world.parents(n, 1).iter().all(near), "but for the seed it knows nobody elsewhere");
+        }
         world.audit();
     }
 }
@@ -800,8 +804,11 @@ fn the_share_of_a_gateway_that_is_gone_or_isolated_is_taken_over() {
     let (gone, liar) = (gateways[0], gateways[1]);
     world.leave(gone);
     [2, 3].into_iter().for_each(|reporter| world.accuse(reporter, liar));
+    // One gives up with a part of it.
+    world.hold(gateways[2], 1, 3, false);
+    world.input(Input::Forget { peer: peer(gateways[2]), task: task(1) });
     world.wait(GRACE + ms(2000));
-    let others = (100..120).filter(|n| ![gone, liar].contains(n));
+    let others = (100..120).filter(|n| ![gone, liar, gateways[2]].contains(n));
     assert_eq!(takers(&world, others), [1; 8]);
     world.audit();
 }
@@ -816,6 +823,9 @@ fn whom_its_zone_does_not_suffice_takes_everything_from_anywhere_and_who_is_near
     let terms = Terms::default();
     world.input(Input::Want { peer, task, size_bytes, again: true, reads: false, terms });
     assert_eq!(world.told(outsider, 1).share, Share::ALL);
+    world.hold(outsider, 1, 3, false);
+    world.wait(ms(2000));
+    assert_eq!(world.told(outsider, 1).share, Share::NONE, "it gets on again");
     world.hold(100, 1, 20, true);
     world.want(109, 1);
     assert_eq!(world.told(109, 1).share, Share::NONE);

@@ -32,13 +32,13 @@ impl Driver {
                     state.origin = None;
                 }
             }
-            Output::Want { task, again, reads } => {
+            Output::Want { task, again, reads, partial } => {
                 if let (Some(tracker), Some(state)) = (&self.config.tracker, self.tasks.get(&task))
                     && let Some(grant) = state.grants.borrow().last()
                 {
                     let size_bytes = self.node.table(&task).map(|t| t.layout().size_bytes());
                     let (source, purpose) = (grant.source.clone(), self.node.purpose_of(&task));
-                    tracker.want(&task, Want { size_bytes, source, purpose, again, reads });
+                    tracker.want(&task, Want { size_bytes, source, purpose, again, reads, partial });
                 }
             }
             Output::Report(peer, task, fault) => {

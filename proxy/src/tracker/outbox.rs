@@ -247,6 +247,7 @@ impl Outboxes {
                 // Said once: to a scheduler that starts afresh it is a first question.
                 again: std::mem::take(&mut want.again),
                 reads: want.reads,
+                partial: want.partial,
                 purpose: Some(convert::purpose(&want.purpose)),
                 issuer: issuer.map(|peer| peer.0.to_vec()).unwrap_or_default(),
                 guest: asked.is_some_and(|asked| asked.guest),
@@ -419,7 +420,7 @@ mod tests {
 
     fn want(again: bool) -> Want {
         let source = Source { registry: "docker.io".into(), repository: "library/debian".into() };
-        Want { size_bytes: None, source, again, reads: false, purpose: Purpose::default() }
+        Want { size_bytes: None, source, again, reads: false, partial: false, purpose: Purpose::default() }
     }
 
     fn holding(n: u32, pieces: u32) -> Holding {

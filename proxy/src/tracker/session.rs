@@ -231,9 +231,9 @@ impl Session<'_> {
             Some(Said::Welcome(welcome)) => {
                 convert::check_version(welcome.version).map_err(|error| error.to_string())?;
                 self.heard_isolated(Vec::new()).await;
-                let zone = convert::from_label(welcome.zone, "zone").map_err(|error| error.to_string())?;
-                // One of an earlier version says nothing.
-                if !zone.is_empty() {
+                // A scheduler of an earlier version says nothing.
+                if let Some(zone) = welcome.zone {
+                    let zone = convert::from_label(zone, "zone").map_err(|error| error.to_string())?;
                     tell(self.shared, TrackerEvent::Zone(zone)).await;
                 }
                 self.heard_members(welcome.members.unwrap_or_default()).await
