@@ -175,7 +175,7 @@ pub(crate) struct NodeArgs {
     #[arg(long, value_name = "SIZE", help_heading = "Limits")]
     pub(crate) task_prefetch_rate: Option<String>,
     #[command(flatten)]
-    pub(crate) application: ApplicationArgs,
+    pub(crate) applications: ApplicationArgs,
     /// Evict from when the disk is this full [default: 90]
     #[arg(long, value_name = "PERCENT", help_heading = "Limits")]
     pub(crate) cache_high: Option<String>,
@@ -270,7 +270,7 @@ pub(crate) struct SchedulerArgs {
     #[arg(long, value_name = "FILE")]
     pub(crate) token_file: Option<String>,
     #[command(flatten)]
-    pub(crate) application: ApplicationArgs,
+    pub(crate) applications: ApplicationArgs,
     #[command(flatten)]
     pub(crate) networks: NetworkArgs,
     #[command(flatten)]

@@ -317,14 +317,13 @@ pub(crate) fn place(text: &str) -> Result<(Network, Place), Wrong> {
     const EXAMPLE: &str = "write cidr=10.1.0.0/16 zone=eu-1, and rack=r7 where there are racks";
     let (mut cidr, mut zone, mut rack) = (None, None, None);
     for word in text.split_whitespace() {
-        let place = match word.split_once('=') {
-            Some(("cidr", _)) => &mut cidr,
-            Some(("zone", _)) => &mut zone,
-            Some(("rack", _)) => &mut rack,
+        let (said, value) = match word.split_once('=') {
+            Some(("cidr", value)) => (&mut cidr, value),
+            Some(("zone", value)) => (&mut zone, value),
+            Some(("rack", value)) => (&mut rack, value),
             _ => return wrong(format!("`{word}` is nothing that is said of a network"), EXAMPLE),
         };
-        let value = word.split_once('=').map(|(_, value)| value);
-        if std::mem::replace(place, value).is_some() {
+        if said.replace(value).is_some() {
             return wrong(format!("`{text}` says something twice"), "say it once");
         }
     }

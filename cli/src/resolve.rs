@@ -135,7 +135,7 @@ pub(crate) fn scheduler(
         cluster: reader.cluster_name(args.cluster.as_deref()),
         schedulers: reader.many("scheduler", &args.scheduler, quantity::host_port),
         join: join.map(|address| Join { address, token_file }),
-        applications: Arc::new(reader.applications(&args.application.application)),
+        applications: Arc::new(reader.applications(&args.applications.application)),
         networks: reader.networks(&args.networks),
         log: reader.log(&args.log),
     };
@@ -311,7 +311,7 @@ impl<'a> Reader<'a> {
                     &args.task_prefetch_rate,
                 ],
             ),
-            applications: Arc::new(self.applications(&args.application.application)),
+            applications: Arc::new(self.applications(&args.applications.application)),
             intercept: self.intercept(args, &mut registries),
             registries,
             credentials: self.many("credentials", &args.credentials, quantity::credentials),

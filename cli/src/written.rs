@@ -525,8 +525,8 @@ mod tests {
         assert_eq!(written.problems, []);
         let expected =
             ["match=quay.io/shop/* match=reg:5000 name=shop priority=1 upload=10MB", "requests=2 tag=night"];
-        assert_eq!(written.args.node.application.application, expected);
-        assert_eq!(read_with::<SchedulerArgs>(text, &[]).args.application.application, expected);
+        assert_eq!(written.args.node.applications.application, expected);
+        assert_eq!(read_with::<SchedulerArgs>(text, &[]).args.applications.application, expected);
         let text = "[[application]]\nnmae = 'a'\n[[application]]\nname = 'a b'\nmatch = [1, true]";
         let problems = read_with::<ProxyArgs>(text, &[]).problems;
         for (start, cure) in [

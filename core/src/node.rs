@@ -270,9 +270,7 @@ pub struct Node<N> {
     connected: PeerMap<Role>,
     dialling: BTreeMap<PeerId, Time>,
     undialled: BTreeMap<PeerId, Time>,
-    seeds: Vec<PeerId>,
-    /// Those of the seeds that stand in other zones.
-    far_seeds: BTreeSet<PeerId>,
+    seeds: Vec<Named>,
     /// In which order to try them for a task, as far as it was needed since they or the isolated changed.
     orders: BTreeMap<Digest, Vec<PeerId>>,
     isolated: BTreeSet<PeerId>,
@@ -304,7 +302,6 @@ impl<N: Notary> Node<N> {
             dialling: BTreeMap::new(),
             undialled: BTreeMap::new(),
             seeds: Vec::new(),
-            far_seeds: BTreeSet::new(),
             orders: BTreeMap::new(),
             isolated: BTreeSet::new(),
             poisoners: BTreeSet::new(),
@@ -324,9 +321,8 @@ impl<N: Notary> Node<N> {
 
     /// The live seeds, as the member list has them.
     pub fn seeds(&mut self, seeds: Vec<Named>) {
-        self.far_seeds = seeds.iter().filter(|seed| seed.far).map(|seed| seed.peer).collect();
-        self.seeds = seeds.into_iter().map(|seed| seed.peer).collect();
-        self.seeds.retain(|seed| *seed != self.config.me);
+        self.seeds = seeds;
+        self.seeds.retain(|seed| seed.peer != self.config.me);
         self.orders.clear();
     }
 
@@ -619,11 +615,17 @@ impl<N: Notary> Node<N> {
         let Some(task) = self.tasks.get_mut(digest) else { return };
         let before = task.purpose(role);
         task.purpose = purpose;
-        if task.purpose(role) == before || !task.running || task.complete {
+        if task.purpose(role) == before {
             return;
         }
-        let asked = task.links.iter().filter(|(_, link)| link.asked.is_some()).map(|(peer, _)| *peer);
-        for (peer, role) in asked.filter_map(|peer| Some((peer, *self.connected.get(&peer)?))) {
+        self.ask_again(digest, |_, _| true);
+    }
+
+    /// Says again to those who were asked, and are meant, what is asked for and how: that has changed.
+    fn ask_again(&mut self, digest: &Digest, meant: impl Fn(&PeerId, &task::Link) -> bool) {
+        let Some(task) = self.tasks.get(digest).filter(|task| task.running && !task.complete) else { return };
+        let asked = task.links.iter().filter(|(peer, link)| link.asked.is_some() && meant(peer, link));
+        for (peer, role) in asked.filter_map(|(peer, _)| Some((*peer, *self.connected.get(peer)?))) {
             let interest = task.interest(*digest, self.config.role, peer, role);
             self.outputs.push_back(Output::Send(peer, interest));
         }
@@ -706,28 +708,23 @@ impl<N: Notary> Node<N> {
         self.take(&digest, share);
         if self.tasks.get(&digest).is_some_and(|t| t.running) {
             let me = self.config.me;
-            for Named { peer, far } in parents.iter().copied().filter(|named| named.peer != me) {
-                if let Some(link) = self.tasks.get_mut(&digest).and_then(|t| t.links.get_mut(&peer)) {
+            for named in parents.iter().copied().filter(|named| named.peer != me) {
+                if let Some(link) = self.tasks.get_mut(&digest).and_then(|t| t.links.get_mut(&named.peer)) {
                     link.unavailable = false;
                 }
-                self.approach(now, digest, Named { peer, far });
+                self.approach(now, digest, named);
             }
         }
     }
 
     /// What is taken of a task from other zones is this from now on; those who were asked there are told.
     pub(super) fn take(&mut self, digest: &Digest, share: Share) {
-        let me = self.config.role;
         let Some(task) = self.tasks.get_mut(digest).filter(|task| task.share != share) else { return };
         task.share = share;
         if let Some(fetch) = &mut task.fetch {
             fetch.share(share);
         }
-        let asked = task.links.iter().filter(|(_, link)| link.far && link.asked.is_some());
-        let roles = asked.filter_map(|(peer, _)| Some((*peer, *self.connected.get(peer)?)));
-        for (peer, role) in roles.filter(|_| task.running && !task.complete) {
-            self.outputs.push_back(Output::Send(peer, task.interest(*digest, me, peer, role)));
-        }
+        self.ask_again(digest, |_, link| link.far);
     }
 
     /// The scheduler elects somebody for a task later: that is waited for as its answer was.

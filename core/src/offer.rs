@@ -40,7 +40,7 @@ pub struct Dealt {
 
 #[derive(Clone, Debug)]
 struct Child {
-    /// What it was told.
+    /// What it was told. As long as it `is_new` no more it stands in what all were told: see [`Child::know_told`].
     told: PieceSet,
     /// What it said it holds.
     holds: PieceSet,
@@ -253,8 +253,7 @@ impl Offers {
     }
 
     /// What to tell whom now, of the pieces `held`. `frugal`: as the issuer does. `idle`: nothing is being sent or waits to be.
-    /// `elsewhere`: what each child was dealt of other tasks: its link is one
-    /// for all.
+    /// `elsewhere`: what each child was dealt of other tasks: its link is one for all.
     pub fn next(
         &mut self,
         now: Time,
@@ -292,14 +291,6 @@ impl Offers {
             }
             let new: Vec<PieceIndex> = held.minus(&child.told).filter(lacks).collect();
             child.is_new = false;
-            if child.far.is_none() {
-                child.told.clone_from(held);
-            } else {
-                // What it does not take now it may take later.
-                for piece in &new {
-                    child.told.insert(*piece);
-                }
-            }
             (*peer, new)
         });
         told.filter(|(_, new)| !new.is_empty()).collect()

@@ -42,6 +42,7 @@ impl Place {
 /// Addresses that begin alike (CIDR, RFC 4632).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Network {
+    /// An IPv4 address as such, never written as IPv6.
     address: IpAddr,
     length: u8,
 }
@@ -71,7 +72,7 @@ impl Network {
             let ignored = width.saturating_sub(u32::from(length));
             a.checked_shr(ignored).unwrap_or(0) == b.checked_shr(ignored).unwrap_or(0)
         }
-        match (self.address.to_canonical(), ip.to_canonical()) {
+        match (self.address, ip.to_canonical()) {
             (IpAddr::V4(n), IpAddr::V4(i)) => {
                 same_prefix(n.to_bits().into(), i.to_bits().into(), 32, self.length)
             }

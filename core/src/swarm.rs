@@ -4,8 +4,9 @@
 //! [`Swarm::handle`] and, when [`Swarm::deadline`] has come, [`Swarm::tick`]; then carry out what [`Swarm::poll`] gives.
 //!
 //! - **Parents.** Everybody who wants a task is a future holder of it, so wanters are named to each other: up to
-//!   [`MAX_PARENTS`] of them (where there are zones, three quarters of that) everybody to everybody, beyond that a random mesh of [`MESH_DEGREE`] links a peer. Links run
-//!   both ways: who is named to a newcomer is told of the newcomer. Complete holders come on top, a few each.
+//!   [`MAX_PARENTS`] of them (where there are zones, three quarters of that) everybody to everybody, beyond that a random mesh
+//!   of [`MESH_DEGREE`] links a peer. Links run both ways: who is named to a newcomer is told of the newcomer. Complete
+//!   holders come on top, a few each.
 //! - **Zones.** Parents are of the child's own zone. A few of each zone bring the task in: see the `gateways` module.
 //! - **Sources.** Who can read the origin is named first: the seed that rendezvous hashing picks, or a seed that has the
 //!   task already; without any seed one peer is elected and its table counts. Only so many children get a source directly.

@@ -122,7 +122,6 @@ impl Local {
 
 pub(super) struct Host {
     pub(super) node: Node<Keys>,
-    pub(super) zone: u32,
     pub(super) slow: bool,
     pub(super) lies: bool,
     pub(super) dead: bool,
@@ -169,10 +168,9 @@ impl ReportKey {
 }
 
 impl Host {
-    pub(super) fn new(node: Node<Keys>, zone: u32, blobs: &[Blob]) -> Self {
+    pub(super) fn new(node: Node<Keys>, blobs: &[Blob]) -> Self {
         Self {
             node,
-            zone,
             slow: false,
             lies: false,
             dead: false,

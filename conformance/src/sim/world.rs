@@ -149,19 +149,19 @@ impl<'a> World<'a> {
                 let mut node = Node::new(config, Keys::new(index, seeds));
                 node.seeds(seeds_seen_from(index % zones));
                 node.scheduler(true);
-                Host::new(node, index % zones, &blobs)
+                Host::new(node, &blobs)
             })
             .collect();
-        let in_zone = |zone| hosts.iter().filter(|host| host.zone == zone).count() as f64;
-        let zones = (0..zones)
+        let in_zone = |zone| (0..all).filter(|index| index % zones == zone).count() as f64;
+        let zone_links = (0..zones)
             .map(|zone| scenario.rate * in_zone(zone) * ZONE_LINK)
             .map(|rate| Zone { up: Link::new(rate), down: Link::new(rate), origin_bytes: 0 })
             .collect();
         let by_digest = blobs.iter().enumerate().map(|(at, blob)| (blob.digest, at)).collect();
         afflict(scenario, &mut hosts, &mut rng);
-        let links = hosts.iter().map(|host| {
+        let links = (0..).zip(&hosts).map(|(index, host): (u32, &Host)| {
             let rate = scenario.rate * if host.slow { scenario.faults.slow_rate } else { 1.0 };
-            Links { up: Link::new(rate), down: Link::new(rate), zone: host.zone }
+            Links { up: Link::new(rate), down: Link::new(rate), zone: index % zones }
         });
         let links = links.collect();
         Self {
@@ -174,7 +174,7 @@ impl<'a> World<'a> {
             by_digest,
             hosts,
             links,
-            zones,
+            zones: zone_links,
             origin: Link::new(scenario.origin_rate),
             streams: 0,
             swarm: Some(Swarm::new(Time::default())),
@@ -275,6 +275,10 @@ impl<'a> World<'a> {
 
     fn host(&mut self, index: u32) -> &mut Host {
         &mut self.hosts[index as usize]
+    }
+
+    fn zone(&self, index: u32) -> u32 {
+        self.links[index as usize].zone
     }
 
     fn dead(&self, index: u32) -> bool {
@@ -684,7 +688,7 @@ impl<'a> World<'a> {
     /// When bytes that leave an uplink now are there.
     fn arrival(&mut self, from: u32, to: u32, bytes: u64) -> Time {
         let (mut at, delay) = (self.now + self.scenario.delay, self.scenario.delay);
-        let (there, here) = (self.links[from as usize].zone, self.links[to as usize].zone);
+        let (there, here) = (self.zone(from), self.zone(to));
         if there != here {
             at = self.zones[there as usize].up.pass(at, bytes) + delay;
             at = self.zones[here as usize].down.pass(at, bytes) + delay;
@@ -737,7 +741,7 @@ impl<'a> World<'a> {
     fn stream(&mut self, to: u32, stream: u64, blob: usize, piece: PieceIndex) {
         let bytes = self.blobs[blob].layout.len_bytes(piece);
         let left = self.origin.send(self.now, bytes) + self.scenario.delay;
-        let zone = self.host(to).zone as usize;
+        let zone = self.zone(to) as usize;
         self.zones[zone].origin_bytes += bytes;
         let there = self.links[to as usize].down.pass(left, bytes);
         self.queue.put(there, Event::Origin { to, stream, blob, piece });
@@ -775,10 +779,7 @@ impl<'a> World<'a> {
         self.say(Input::Joined(Registration {
             peer: peer_id(index),
             role: if seed { Role::Seed } else { Role::Peer },
-            place: Place {
-                zone: format!("zone-{}", self.hosts[index as usize].zone).into(),
-                ..Place::default()
-            },
+            place: Place { zone: format!("zone-{}", self.zone(index)).into(), ..Place::default() },
             upload_slots: self.scenario.upload_slots as u32,
             upload_rate_bytes: 0,
             reads_origins: true,
@@ -875,10 +876,9 @@ impl<'a> World<'a> {
         let now = self.now;
         match output {
             swarm::Output::Parents { task, parents, issuer, fetch_from_origin, share, .. } => {
-                let zone = self.hosts[to as usize].zone;
-                let named = parents
-                    .into_iter()
-                    .map(|peer| Named { peer, far: self.hosts[index_of(peer) as usize].zone != zone });
+                let zone = self.zone(to);
+                let named =
+                    parents.into_iter().map(|peer| Named { peer, far: self.zone(index_of(peer)) != zone });
                 let named: Vec<Named> = named.collect();
                 if let Some(local) = self.local(to, &task) {
                     local.issuer = issuer;

@@ -74,13 +74,14 @@ impl<N: Notary> Node<N> {
     }
 
     pub(super) fn approach_seed(&mut self, now: Time, digest: Digest, peer: PeerId) {
-        self.approach(now, digest, Named { peer, far: self.far_seeds.contains(&peer) });
+        let far = self.seeds.iter().any(|seed| seed.peer == peer && seed.far);
+        self.approach(now, digest, Named { peer, far });
     }
 
     /// The seeds that could own a task: those known, and this node if it is one.
     pub(super) fn candidates(&self) -> impl Iterator<Item = PeerId> + '_ {
         let me = (self.config.role == Role::Seed).then_some(self.config.me);
-        self.seeds.iter().copied().filter(|seed| !self.isolated.contains(seed)).chain(me)
+        self.seeds.iter().map(|seed| seed.peer).filter(|seed| !self.isolated.contains(seed)).chain(me)
     }
 
     pub(super) fn gave_up_on(&self, now: Time, digest: &Digest, peer: PeerId) -> bool {
@@ -100,8 +101,8 @@ impl<N: Notary> Node<N> {
         link.named = true;
         let told_otherwise = link.far != far && link.asked.is_some();
         task.is_far(peer, far);
-        if told_otherwise && let Some(role) = self.connected.get(&peer) {
-            self.outputs.push_back(Output::Send(peer, task.interest(digest, self.config.role, peer, *role)));
+        if told_otherwise {
+            self.ask_again(&digest, |other, _| *other == peer);
         }
         if self.connected.contains_key(&peer) {
             self.interest(now, digest, peer);
@@ -121,8 +122,9 @@ impl<N: Notary> Node<N> {
             link.asked = Some(now);
             if task.announce {
                 // What it takes from here it says itself; but who brings the task hears what has spread, and may never ask.
-                let brings = *role == Role::Seed || task.issuer == Some(peer);
-                let far = link.far.then_some(if brings { Share::ALL } else { Share::NONE });
+                let far = link.far;
+                let far =
+                    far.then_some(if task.is_brought_by(peer, *role) { Share::ALL } else { Share::NONE });
                 task.offers.join(peer, !self.isolated.contains(&peer), far);
             }
             let interest = task.interest(digest, self.config.role, peer, *role);

@@ -1,5 +1,7 @@
 //! What peers say, and what their piece tables are worth.
 
+use std::borrow::Cow;
+
 use super::*;
 
 impl<N: Notary> Node<N> {
@@ -100,6 +102,7 @@ impl<N: Notary> Node<N> {
     pub(super) fn have(&mut self, now: Time, peer: PeerId, digest: Digest, size_bytes: u64, offer: &Offer) {
         let isolated = self.isolated.contains(&peer);
         let Some(task) = self.tasks.get_mut(&digest) else { return };
+        let brings = self.connected.get(&peer).is_some_and(|role| task.is_brought_by(peer, *role));
         task.links.entry(peer).or_default().working = Some(now);
         let Some(fetch) = &mut task.fetch else {
             task.links.entry(peer).or_default().unproven.early(size_bytes, offer);
@@ -110,22 +113,15 @@ impl<N: Notary> Node<N> {
             return;
         }
         let count = fetch.layout().count();
-        let all: Vec<PieceIndex>;
-        let pieces = match offer {
-            Offer::Some(some) => some,
-            Offer::All => {
-                all = (0..count).collect();
-                &all
-            }
-            Offer::Bits(bits) => {
-                all = PieceSet::from_bytes(count, bits).iter().collect();
-                &all
-            }
+        let pieces: Cow<'_, [PieceIndex]> = match offer {
+            Offer::Some(some) => some.into(),
+            Offer::All => (0..count).collect(),
+            Offer::Bits(bits) => PieceSet::from_bytes(count, bits).iter().collect(),
         };
         let pieces = || pieces.iter().copied().filter(|piece| *piece < count);
         task.offers.holds(peer, pieces());
         if !isolated {
-            if task.issuer == Some(peer) || self.connected.get(&peer) == Some(&Role::Seed) {
+            if brings {
                 fetch.issues(peer);
                 task.offers.hears_all(peer);
             }

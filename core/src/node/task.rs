@@ -123,6 +123,11 @@ impl Task {
         self.elected || role == Role::Seed
     }
 
+    /// Whether that peer is to bring it here: a seed, or whose statements count besides.
+    pub(super) fn is_brought_by(&self, peer: PeerId, role: Role) -> bool {
+        role == Role::Seed || self.issuer == Some(peer)
+    }
+
     /// Whether it goes on though nobody waits for it: no client here, and no child of whoever is to bring it to the others.
     pub(super) fn is_prefetch(&self, role: Role) -> bool {
         self.running && !self.is_read && !(self.brings(role) && self.offers.hungry() > 0)

@@ -108,12 +108,14 @@ impl Swarm {
         }
     }
 
+    /// The gateways of a peer's zone.
+    fn gateways(&self, task_slot: Slot, slot: Slot) -> Option<&Gateways> {
+        self.tasks.get(task_slot)?.gateways.get(&self.peers.get(slot)?.about.place.zone)
+    }
+
     /// Whether a peer is a gateway of its zone.
     pub(super) fn is_gateway(&self, task_slot: Slot, slot: Slot) -> bool {
-        let (Some(task), Some(peer)) = (self.tasks.get(task_slot), self.peers.get(slot)) else {
-            return false;
-        };
-        task.gateways.get(&peer.about.place.zone).is_some_and(|gateways| gateways.has(slot))
+        self.gateways(task_slot, slot).is_some_and(|gateways| gateways.has(slot))
     }
 
     /// Parents in other zones for a gateway: gateways there.
@@ -121,8 +123,8 @@ impl Swarm {
         let (Some(task), Some(peer)) = (self.tasks.get(task_slot), self.peers.get(child)) else {
             return Vec::new();
         };
-        let Some(own) = task.gateways.get(&peer.about.place.zone) else { return Vec::new() };
-        let shares: BTreeSet<usize> = own.shares(Some(child)).collect();
+        let own = self.gateways(task_slot, child).into_iter();
+        let shares: BTreeSet<usize> = own.flat_map(|own| own.shares(Some(child))).collect();
         if shares.is_empty() {
             return Vec::new();
         }
@@ -147,9 +149,7 @@ impl Swarm {
 
     /// What a child is to take from other zones.
     pub(super) fn share(&self, now: Time, task_slot: Slot, child: Slot) -> Share {
-        let (Some(task), Some(peer)) = (self.tasks.get(task_slot), self.peers.get(child)) else {
-            return Share::ALL;
-        };
+        let Some(task) = self.tasks.get(task_slot) else { return Share::ALL };
         let want = task.copy(child).and_then(|copy| copy.want.as_deref());
         // Whom its own zone did not suffice takes all from anywhere.
         if !self.has_zones() || self.is_seed(child) || want.is_none_or(|want| want.again) {
@@ -171,7 +171,7 @@ impl Swarm {
         {
             return Share::NONE;
         }
-        let gateways = task.gateways.get(&peer.about.place.zone);
+        let gateways = self.gateways(task_slot, child);
         gateways.map_or(Share::NONE, |gateways| Share::of(gateways.shares(Some(child))))
     }
 }

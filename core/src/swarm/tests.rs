@@ -758,13 +758,21 @@ fn asking_again_names_the_seed_and_prefers_others() {
     world.audit();
 }
 
-/// Peers of zone "b", numbers from 100 on, beside a seed in zone "a" with number 1.
-fn zoned(peers: std::ops::Range<u32>) -> World {
+/// Two zones, some time after a task was wanted: "a" with the seed, number 1, and eight who want it, and "b" with these many peers,
+/// numbers from 100 on, of whom the first `wanters` want it.
+fn zoned(peers: u32, wanters: u32) -> World {
     let mut world = World::new();
     world.input(Input::Joined(registration(1, Role::Seed, "a")));
     (2..10).for_each(|n| world.input(Input::Joined(registration(n, Role::Peer, "a"))));
-    peers.for_each(|n| world.input(Input::Joined(registration(n, Role::Peer, "b"))));
+    (100..100 + peers).for_each(|n| world.input(Input::Joined(registration(n, Role::Peer, "b"))));
+    (2..10).chain(100..100 + wanters).for_each(|n| world.want(n, 1));
+    world.wait(ms(2000));
     world
+}
+
+/// Who of zone "b" takes anything from elsewhere, and who nothing.
+fn gateways(world: &World, wanters: u32) -> (Vec<u32>, Vec<u32>) {
+    (100..100 + wanters).partition(|n| world.told(*n, 1).share != Share::NONE)
 }
 
 /// By how many each piece is taken from other zones.
@@ -776,18 +784,15 @@ fn takers(world: &World, peers: impl Iterator<Item = u32>) -> Vec<usize> {
 #[test]
 fn in_a_zone_without_a_source_each_piece_is_taken_from_elsewhere_by_one() {
     for wanters in [1, 3, 20] {
-        let mut world = zoned(100..120);
-        (2..10).chain(100..100 + wanters).for_each(|n| world.want(n, 1));
-        world.wait(ms(2000));
+        let world = zoned(20, wanters);
         assert_eq!(takers(&world, 100..100 + wanters), [1; 8], "{wanters}");
         assert_eq!(takers(&world, 2..10), [0; 8], "the seed is here");
-        let gateways: Vec<u32> =
-            (100..100 + wanters).filter(|n| world.told(*n, 1).share != Share::NONE).collect();
+        let (gateways, others) = gateways(&world, wanters);
         for n in gateways {
             let elsewhere = world.parents(n, 1).iter().filter(|parent| (2..10).any(|n| peer(n) == **parent));
             assert_eq!(elsewhere.count(), 8, "{n}");
         }
-        for n in (100..100 + wanters).filter(|n| world.told(*n, 1).share == Share::NONE) {
+        for n in others {
             let near = |parent: &PeerId| *parent == peer(1) || (100..120).any(|n| peer(n) == *parent);
             assert!(world.parents(n, 1).iter().all(near), "but for the seed it knows nobody elsewhere");
         }
@@ -797,28 +802,25 @@ fn in_a_zone_without_a_source_each_piece_is_taken_from_elsewhere_by_one() {
 
 #[test]
 fn the_share_of_a_gateway_that_is_gone_or_isolated_is_taken_over() {
-    let mut world = zoned(100..120);
-    (2..10).chain(100..120).for_each(|n| world.want(n, 1));
-    world.wait(ms(2000));
-    let gateways: Vec<u32> = (100..120).filter(|n| world.told(*n, 1).share != Share::NONE).collect();
-    let (gone, liar) = (gateways[0], gateways[1]);
+    let mut world = zoned(20, 20);
+    let (gateways, _) = gateways(&world, 20);
+    let (gone, liar, weary) = (gateways[0], gateways[1], gateways[2]);
     world.leave(gone);
     [2, 3].into_iter().for_each(|reporter| world.accuse(reporter, liar));
     // One gives up with a part of it.
-    world.hold(gateways[2], 1, 3, false);
-    world.input(Input::Forget { peer: peer(gateways[2]), task: task(1) });
+    world.hold(weary, 1, 3, false);
+    world.input(Input::Forget { peer: peer(weary), task: task(1) });
     world.wait(GRACE + ms(2000));
-    let others = (100..120).filter(|n| ![gone, liar, gateways[2]].contains(n));
+    let others = (100..120).filter(|n| ![gone, liar, weary].contains(n));
     assert_eq!(takers(&world, others), [1; 8]);
     world.audit();
 }
 
 #[test]
 fn whom_its_zone_does_not_suffice_takes_everything_from_anywhere_and_who_is_near_a_holder_of_all_nothing() {
-    let mut world = zoned(100..110);
-    (2..10).chain(100..109).for_each(|n| world.want(n, 1));
-    world.wait(ms(2000));
-    let outsider = (100..109).find(|n| world.told(*n, 1).share == Share::NONE).unwrap();
+    let mut world = zoned(10, 9);
+    let (_, others) = gateways(&world, 9);
+    let outsider = others[0];
     let (peer, task, size_bytes) = (peer(outsider), task(1), Some(20 * MIB));
     let terms = Terms::default();
     world.input(Input::Want { peer, task, size_bytes, again: true, reads: false, terms });
