@@ -42,6 +42,9 @@ const HEDGE_AFTER_FACTOR: f64 = 2.0;
 const ENDGAME_PIECES: u32 = 6;
 const STALLED_AFTER: Duration = Duration::from_secs(4);
 
+/// What a parent counts for that has brought nothing yet, in bytes a second: it is asked soon, and then known.
+const UNKNOWN_RATE: f64 = 1e9;
+
 /// Candidates looked at for the rarest: enough to see all of a common layer, and a bound for huge ones.
 const CANDIDATES: usize = 256;
 
@@ -87,7 +90,7 @@ struct Ready<'a> {
     /// Of what it offers, what may be asked of it.
     offered: Cow<'a, PieceSet>,
     /// Shunned, no issuer with news, far, requests at it, a lot: the lowest is asked first.
-    rank: (bool, bool, bool, usize, u32),
+    rank: (bool, bool, bool, usize, u64),
     /// There are fewer requests at it than it needs to be busy.
     has_room: bool,
 }
@@ -401,14 +404,16 @@ impl Fetch {
             .filter(|(_, offered, asked)| offered.meets(if *asked < a_parent { &useful } else { &lone }))
             .map(|(peer, offered, asked)| Ready {
                 peer: *peer,
-                // Least busy first, and by lot among equals, so that children do not all start at the same parent. But an issuer
-                // that has something new for this node waits for it alone: what is not fetched from it spreads nowhere.
+                // Least busy first, and by lot among equals, so that children do not all start at the same parent: who brings twice
+                // as much is first twice as often. What is measured counts from the request on: who is asked by many gives each
+                // little. But an issuer that has something new for this node waits for it alone: what is not fetched from it
+                // spreads nowhere.
                 rank: (
                     parents.shunned(now, *peer),
                     !(self.issuers.contains(peer) && offered.meets(&lone)),
                     self.far.contains(peer),
                     asked,
-                    rng.random(),
+                    lot(parents.rate_bytes(*peer), rng),
                 ),
                 offered,
                 has_room: asked < a_parent,
@@ -542,6 +547,14 @@ impl Fetch {
     }
 }
 
+/// A lot that is the lowest of several as often as its parent's rate is a part of the sum of theirs: until the next of events that come
+/// at that rate by chance.
+fn lot<R: Rng + ?Sized>(rate_bytes: Option<f64>, rng: &mut R) -> u64 {
+    let chance: f64 = 1.0 - rng.random::<f64>();
+    // In picoseconds a byte: that tells rates of gigabytes a second apart.
+    (-chance.ln() / rate_bytes.unwrap_or(UNKNOWN_RATE).max(1.0) * 1e12) as u64
+}
+
 /// Keeps the set of pieces that exactly one parent offers.
 fn note_lone(lone: &mut PieceSet, piece: PieceIndex, offers: u16) {
     if offers == 1 {
@@ -591,6 +604,27 @@ mod tests {
             assert!(asked != peer(3) && [5, 7].contains(&piece), "{asked} {piece}: the third is busy");
         }
         assert_eq!(all, BTreeSet::from([(peer(1), 5), (peer(1), 7), (peer(2), 5), (peer(3), 8)]));
+    }
+
+    #[test]
+    fn a_parent_that_brings_thrice_as_much_is_asked_first_thrice_as_often() {
+        let fetch = fetch(&[(1, &[5, 6]), (2, &[5, 6])]);
+        let mut parents = Parents::default();
+        parents.served(peer(1), 30 * MIB, Duration::from_secs(1));
+        parents.served(peer(2), 10 * MIB, Duration::from_secs(1));
+        let mut rng = StdRng::seed_from_u64(1);
+        let first = |parents: &Parents, rng: &mut StdRng| {
+            let free = BTreeMap::new();
+            let asked =
+                (0..2000).filter_map(|_| fetch.choose(Time::default(), parents, &free, 20, None, rng));
+            asked.filter(|(asked, _)| *asked == peer(1)).count()
+        };
+        let often = first(&parents, &mut rng);
+        assert!((1420..1580).contains(&often), "{often}");
+        let mut parents = Parents::default();
+        parents.served(peer(1), 30 * MIB, Duration::from_secs(1));
+        let often = first(&parents, &mut rng);
+        assert!(often < 200, "{often}: who is not known yet is asked, to be known");
     }
 
     #[test]

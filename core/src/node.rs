@@ -42,8 +42,9 @@ pub use table::{Notary, Trust};
 use task::{Reading, Task};
 use uploads::{Uploads, Waiting};
 
-/// News for peers is gathered for this long: a piece takes longer, and a message a piece to everybody would not scale.
-const NEWS_EVERY: Duration = Duration::from_millis(50);
+/// News for peers is gathered for this long: each time a piece is passed on waits for it, and at a high rate several pieces go into one
+/// message. With 50 ms a thousand nodes took 5 % longer, for a tenth fewer messages.
+const NEWS_EVERY: Duration = Duration::from_millis(20);
 
 /// The first pieces are told of sooner: a client waits for the first byte, and they are few and small.
 const FIRST_NEWS_EVERY: Duration = Duration::from_millis(5);

@@ -22,6 +22,11 @@ const QUOTA: usize = 2;
 /// An offer that led to nothing for this long is made to another child.
 const OFFER_LIFE: Duration = Duration::from_secs(3);
 
+/// Whoever holds less than this part of what the others do on the average, and that by more than a few pieces, does not keep up: what
+/// is new is dealt to it last, since it would spread late from there.
+const KEEPS_UP: f64 = 0.8;
+const FEW_PIECES: f64 = 4.0;
+
 /// Spread pieces revealed to a child at a time while the holder idles.
 const REVEAL: usize = 2;
 
@@ -317,6 +322,9 @@ impl Offers {
         self.add_dealt(&mut dealt);
         let mut load: BTreeMap<PeerId, Dealt> =
             self.dealt_to().map(|(peer, _)| (*peer, dealt.get(peer).copied().unwrap_or_default())).collect();
+        let holds = |peer: &PeerId| f64::from(self.children[peer].holds.len());
+        let usual = load.keys().map(holds).sum::<f64>() / load.len().max(1) as f64;
+        let keeps_up = |child: &Child| f64::from(child.holds.len()) + FEW_PIECES >= usual * KEEPS_UP;
         for piece in held.iter().filter(|p| self.spread[*p as usize] == 0) {
             if load.values().all(|dealt| dealt.pending >= QUOTA) {
                 break;
@@ -324,15 +332,15 @@ impl Offers {
             if self.pending.contains_key(&piece) {
                 continue;
             }
-            // Fewest on offer first, then fewest ever, since each passes on what it got and all uplinks are to be busy: over all
-            // tasks, else layers that come in step would all start at the same children. One that let this very offer lapse
-            // comes after all others.
+            // Who keeps up first; of these fewest on offer, then fewest ever, since each passes on what it got and all uplinks are to
+            // be busy: over all tasks, else layers that come in step would all start at the same children. One that let this
+            // very offer lapse comes after all others.
             let takes =
                 |peer: &PeerId, dealt: &Dealt| dealt.pending < QUOTA && self.children[peer].takes(piece);
             let Some((to, dealt)) =
                 load.iter_mut().filter(|(peer, dealt)| takes(peer, dealt)).min_by_key(|(peer, dealt)| {
-                    let lapsed = self.children[*peer].told.contains(piece);
-                    (lapsed, dealt.pending, dealt.ever, **peer)
+                    let child = &self.children[*peer];
+                    (child.told.contains(piece), !keeps_up(child), dealt.pending, dealt.ever, **peer)
                 })
             else {
                 continue;
@@ -503,6 +511,23 @@ mod tests {
         let mut dealt = BTreeMap::new();
         offers.add_dealt(&mut dealt);
         assert_eq!(dealt, BTreeMap::from([(peer(1), Dealt { pending: QUOTA, ever: QUOTA as u32 })]));
+    }
+
+    #[test]
+    fn who_does_not_keep_up_is_dealt_what_is_new_last() {
+        let mut offers = offers(4, 32);
+        (0..3).for_each(|n| offers.holds(peer(n), 0..12));
+        offers.holds(peer(3), 0..2);
+        let mut held = PieceSet::empty(32);
+        held.insert_range(0..18);
+        let next = |offers: &mut Offers| {
+            let told = offers.next(Time::default(), &held, true, false, &BTreeMap::new());
+            told.iter().map(|(to, pieces)| (*to, pieces.len())).collect::<Vec<_>>()
+        };
+        assert_eq!(next(&mut offers), [(peer(0), QUOTA), (peer(1), QUOTA), (peer(2), QUOTA)]);
+        let held = PieceSet::full(32);
+        let told = offers.next(Time::default(), &held, true, false, &BTreeMap::new());
+        assert_eq!(told, [(peer(3), vec![18, 19])], "better late than not at all");
     }
 
     #[test]

@@ -740,6 +740,7 @@ impl Swarm {
     /// A peer no longer fetches: because it is done, or because it gave up.
     fn end_want<R: Rng + ?Sized>(&mut self, now: Time, rng: &mut R, task_slot: Slot, slot: Slot) {
         let Some(task) = self.tasks.get_mut(task_slot) else { return };
+        let was_private = task.is_private();
         let Some(want) = task.take_want(slot) else { return };
         let Some(copy) = task.copy(slot) else { return };
         let (complete, empty) = (copy.complete, copy.is_empty());
@@ -759,6 +760,10 @@ impl Swarm {
             self.remove_copy(now, rng, task_slot, slot);
         } else if !complete {
             self.dismiss(now, rng, task_slot, slot);
+        }
+        if was_private {
+            // Nobody need be waited for any more who alone may read it: others may.
+            self.ensure_source(now, rng, task_slot);
         }
     }
 
@@ -787,6 +792,7 @@ impl Swarm {
 
     fn remove_copy<R: Rng + ?Sized>(&mut self, now: Time, rng: &mut R, task_slot: Slot, slot: Slot) {
         let Some(task) = self.tasks.get_mut(task_slot) else { return };
+        let was_private = task.is_private();
         let Some(copy) = task.take_copy(slot) else { return };
         if task.wanting == 0 {
             self.wanted.remove(&task_slot);
@@ -803,6 +809,9 @@ impl Swarm {
         self.dismiss(now, rng, task_slot, slot);
         if self.tasks.get(task_slot).is_some_and(|task| task.copies.is_empty()) {
             self.remove_task(task_slot);
+        } else if was_private {
+            // As where it ends its want.
+            self.ensure_source(now, rng, task_slot);
         }
     }
 

@@ -28,6 +28,10 @@ const LESS_URGENT_ONE_IN: u32 = 8;
 /// When nothing as urgent was begun for so long, what is sent has left room: less urgent requests are begun beside it.
 const LESS_URGENT_AFTER: Duration = Duration::from_secs(2);
 
+/// What fewer children than this hold, or are sent, goes first; and while it is sent, others begin in half of the slots only. Each
+/// copy of it soon becomes many: beside seven other pieces it would take eight times as long to do so.
+const FEW: u16 = 3;
+
 /// A request that waits for a slot.
 #[derive(Clone, Debug)]
 pub(super) struct Waiting {
@@ -44,6 +48,14 @@ pub(super) struct Waiting {
 /// What is served first is least.
 type Turn = (bool, Priority);
 
+/// A piece that is being sent.
+#[derive(Clone, Copy, Debug)]
+struct Active {
+    turn: Turn,
+    /// Few held it when it was begun.
+    is_rare: bool,
+}
+
 impl Waiting {
     /// What is prefetched is all the same.
     fn turn(&self) -> Turn {
@@ -56,8 +68,7 @@ impl Waiting {
 pub(super) struct Uploads {
     slots: usize,
     waiting: Vec<Waiting>,
-    /// And how urgent each is.
-    active: BTreeMap<(PeerId, u32), Turn>,
+    active: BTreeMap<(PeerId, u32), Active>,
     /// How many were begun before less urgent ones since one of these was.
     overtaken: u32,
     /// When one was last begun.
@@ -101,8 +112,8 @@ impl Uploads {
         self.waiting.extract_if(.., |w| now.since(w.since) >= WAITS_AT_MOST).collect()
     }
 
-    /// The next request to serve, if a slot is free and it `may` go: the most urgent, of these what nobody else holds, then the
-    /// child that is sent least, then the oldest; and now and then the oldest of the less urgent ones (see the module).
+    /// The next request to serve, if a slot is free and it `may` go: the most urgent, of these what [`FEW`] hold, the rarest first,
+    /// then the child that is sent least, then the oldest; and now and then the oldest of the less urgent ones (see the module).
     /// By how rare a piece is beyond that, some would wait for ever while newer ones come; the askers choose what is rare.
     pub(super) fn next(
         &mut self,
@@ -114,8 +125,14 @@ impl Uploads {
             return None;
         }
         let sent_to = |peer: PeerId| self.active.keys().filter(|(whom, _)| *whom == peer).count();
-        let all = || self.waiting.iter().enumerate().filter(|(_, w)| may(w));
-        let most_urgent = all().map(|(_, w)| w.turn()).chain(self.active.values().copied()).min()?;
+        let may_begin = |w: &Waiting| {
+            let beside_rare = || self.active.values().any(|active| active.is_rare && active.turn <= w.turn());
+            let has_room = self.active.len() < self.slots.div_ceil(2) || spread(w) < FEW || !beside_rare();
+            has_room && may(w)
+        };
+        let all = || self.waiting.iter().enumerate().filter(|(_, w)| may_begin(w));
+        let active = self.active.values().map(|active| active.turn);
+        let most_urgent = all().map(|(_, w)| w.turn()).chain(active).min()?;
         let overtaken = all().filter(|(_, w)| !w.prefetch && w.turn() > most_urgent);
         let overtaken = overtaken.min_by_key(|(_, w)| w.since).map(|(at, _)| at);
         let others_turn = match all().any(|(_, w)| w.turn() == most_urgent) {
@@ -129,7 +146,7 @@ impl Uploads {
             }
             _ => {
                 let equals = all().filter(|(_, w)| w.turn() == most_urgent);
-                let first = equals.min_by_key(|(_, w)| (spread(w).min(1), sent_to(w.peer), w.since));
+                let first = equals.min_by_key(|(_, w)| (spread(w).min(FEW), sent_to(w.peer), w.since));
                 let (at, _) = first?;
                 self.overtaken = if overtaken.is_some() { self.overtaken + 1 } else { 0 };
                 self.begun = now;
@@ -137,7 +154,8 @@ impl Uploads {
             }
         };
         let next = self.waiting.remove(at);
-        self.active.insert((next.peer, next.request), next.turn());
+        let active = Active { turn: next.turn(), is_rare: spread(&next) < FEW };
+        self.active.insert((next.peer, next.request), active);
         Some(next)
     }
 
@@ -226,6 +244,38 @@ mod tests {
             assert!(uploads.wait(waiting).is_none());
         }
         assert_eq!(served(&mut uploads, |_| true), [2, 4, 1, 3]);
+    }
+
+    #[test]
+    fn beside_what_few_hold_others_get_half_of_the_slots() {
+        let mut uploads = Uploads::new(4);
+        for waiting in (1..=8).map(|n| asks(n, u32::from(n), false)) {
+            assert!(uploads.wait(waiting).is_none());
+        }
+        let rare = |waiting: &Waiting| if waiting.request == 8 { 2 } else { FEW };
+        let mut begun = Vec::new();
+        begun.extend(std::iter::from_fn(|| uploads.next(at(0), rare, |_| true)).map(|w| w.request));
+        assert_eq!(begun, [8, 1], "what few hold comes first, whenever it was asked for");
+        // One more that few hold finds a slot; when both are sent, all slots are everybody's.
+        assert!(uploads.wait(asks(9, 9, false)).is_none());
+        assert_eq!(uploads.next(at(0), |_| 0, |_| true).map(|w| w.request), Some(2), "by age among equals");
+        uploads.over(PeerId([8; 16]), 8);
+        assert!(uploads.next(at(0), |_| FEW, |_| true).is_none());
+        uploads.over(PeerId([2; 16]), 2);
+        let rest = std::iter::from_fn(|| uploads.next(at(0), |_| FEW, |_| true)).map(|w| w.request);
+        assert_eq!(rest.collect::<Vec<_>>(), [3, 4, 5]);
+    }
+
+    #[test]
+    fn what_is_less_urgent_and_rare_does_not_hold_up_what_is_urgent() {
+        let mut uploads = Uploads::new(4);
+        assert!(uploads.wait(urgent(1, 1, 6)).is_none());
+        assert_eq!(uploads.next(at(0), |_| 0, |_| true).map(|w| w.request), Some(1));
+        for waiting in (2..=4).map(|n| urgent(n, u32::from(n), 0)) {
+            assert!(uploads.wait(waiting).is_none());
+        }
+        let begun = std::iter::from_fn(|| uploads.next(at(0), |_| FEW, |_| true)).map(|w| w.request);
+        assert_eq!(begun.collect::<Vec<_>>(), [2, 3, 4]);
     }
 
     #[test]

@@ -834,6 +834,23 @@ fn whom_its_zone_does_not_suffice_takes_everything_from_anywhere_and_who_is_near
     world.audit();
 }
 
+#[test]
+fn where_whoever_alone_could_read_it_is_gone_another_is_elected() {
+    let mut world = World::new();
+    world.join(0..2);
+    let want = |world: &mut World, n, reads| {
+        let (peer, task, size_bytes, terms) = (peer(n), task(1), Some(20 * MIB), Terms::default());
+        world.input(Input::Want { peer, task, size_bytes, again: false, reads, terms });
+    };
+    // Its stream is over: it may not be elected, and what it said counts as long as it may come back.
+    world.leave(0);
+    want(&mut world, 0, true);
+    want(&mut world, 1, false);
+    assert!(world.readers(1).is_empty());
+    world.wait(GRACE + ms(100));
+    assert_eq!(world.readers(1), [peer(1)]);
+}
+
 #[derive(Clone, Debug)]
 enum Step {
     Join(u32),
