@@ -359,6 +359,8 @@ impl Offers {
 
     /// Tells a few hungry children of a few pieces each that others have too, the least spread first: not the same ones to all.
     fn reveal(&mut self, held: &PieceSet, told: &mut BTreeMap<PeerId, Vec<PieceIndex>>) {
+        // What is new will come, and is not to wait behind many of these.
+        let at_once = if held.is_full() { REVEALED_TO } else { 1 };
         let mut spread = self.spread.clone();
         let mut children: Vec<(&PeerId, &mut Child)> =
             self.children.iter_mut().filter(|(_, child)| !child.holds.is_full()).collect();
@@ -381,7 +383,7 @@ impl Offers {
                 child.told.insert(piece);
                 told.entry(*peer).or_default().push(piece);
             }
-            if told.len() == REVEALED_TO {
+            if told.len() == at_once {
                 return;
             }
         }

@@ -6,11 +6,13 @@ use std::time::Duration;
 use hawker_core::Time;
 use hawker_core::digest::Digest;
 use hawker_core::message::{Message, Offer};
-use hawker_core::node::Node;
+use hawker_core::node::{Node, Output};
+use hawker_core::parents::Fault;
 use hawker_core::piece::{PeerId, PieceIndex, PieceSet};
 use hawker_core::swarm::ReportKind;
+use rand::rngs::StdRng;
 
-use super::content::{Blob, Keys};
+use super::content::{Blob, Keys, peer_id};
 
 /// A daemon takes in what has come before it decides: as long as a busy machine takes to get to it.
 pub(super) const DECIDES_WITHIN: Duration = Duration::from_micros(750);
@@ -122,6 +124,8 @@ impl Local {
 
 pub(super) struct Host {
     pub(super) node: Node<Keys>,
+    /// Of its own: what it draws does not depend on who decides before it.
+    rng: StdRng,
     pub(super) slow: bool,
     pub(super) lies: bool,
     pub(super) dead: bool,
@@ -168,9 +172,10 @@ impl ReportKey {
 }
 
 impl Host {
-    pub(super) fn new(node: Node<Keys>, blobs: &[Blob]) -> Self {
+    pub(super) fn new(node: Node<Keys>, blobs: &[Blob], rng: StdRng) -> Self {
         Self {
             node,
+            rng,
             slow: false,
             lies: false,
             dead: false,
@@ -200,10 +205,50 @@ impl Host {
         if content.is_news() && !self.has_room { NEWS_WAIT } else { DECIDES_WITHIN }
     }
 
-    /// What has come by `now`, in order.
-    pub(super) fn letter(&mut self, now: Time) -> Option<Letter> {
+    /// Takes in what has come by `now`: what follows from it.
+    pub(super) fn decide(&mut self, now: Time, blobs: &[Blob]) -> Vec<Output> {
+        while let Some(Letter { from, content, .. }) = self.letter(now) {
+            self.arrive(now, from, content.message(blobs));
+        }
+        if std::mem::take(&mut self.is_stirred) || self.deadline.is_some_and(|at| at <= now) {
+            self.node.decide(now, &mut self.rng);
+            self.has_room = self.node.has_room();
+            self.deadline = self.node.deadline(now);
+        } else {
+            self.node.serve(now);
+        }
+        std::iter::from_fn(|| self.node.poll()).collect()
+    }
+
+    fn letter(&mut self, now: Time) -> Option<Letter> {
         self.inbox.front().filter(|letter| letter.at <= now)?;
         self.inbox.pop_front()
+    }
+
+    fn arrive(&mut self, now: Time, from: u32, message: Message) {
+        if !self.connected.contains(&from) {
+            return;
+        }
+        let from_id = peer_id(from);
+        match message {
+            Message::Reject { request, reason } => {
+                self.node.piece_failed(now, from_id, request, Some(reason), Fault::Failed);
+                self.is_stirred = true;
+            }
+            Message::Cancel { request } => {
+                let sent = |sending: &Sending| (sending.to, sending.request) == (from, request);
+                if self.sending.iter().any(sent) {
+                    self.sending.retain(|sending| !sent(sending));
+                    self.node.uploaded(from_id, request);
+                }
+                self.node.message(now, from_id, Message::Cancel { request });
+            }
+            // It is served or waits.
+            message @ Message::Request { .. } => {
+                self.node.message(now, from_id, message);
+            }
+            message => self.is_stirred |= self.node.message(now, from_id, message),
+        }
     }
 
     /// Pieces that it lacks.

@@ -4,7 +4,8 @@
 //! # The model
 //!
 //! - **Nodes** are [`hawker_core::node::Node`]s and the scheduler is a [`hawker_core::swarm::Swarm`], driven as the daemons' drivers do:
-//!   what happens is told, a little later the node decides once about all of it, and what it wants done is done. What a node
+//!   what happens is told, a little later the node decides once about all of it, and what it wants done is done. Those who decide
+//!   at the same moment know nothing of each other's decisions, and each draws from chance of its own: threads share them. What a node
 //!   gathers (news for children, counts for the scheduler) is gathered here as it is there.
 //! - **Links.** Each host has an uplink and a downlink, each zone a pair to the outside, the origin one uplink: serial queues with a
 //!   rate. What leaves one arrives at the next after the delay. Pieces that a host sends at the same time take turns of
@@ -56,6 +57,7 @@ pub fn run(scenario: &Scenario) -> Outcome {
 }
 
 /// Runs a scenario to its end, and says again and again how far it is.
-pub fn run_watched(scenario: &Scenario, watch: &mut dyn FnMut(Progress)) -> Outcome {
-    world::World::new(scenario).run(watch)
+pub fn run_watched(scenario: &Scenario, watch: &mut (dyn FnMut(Progress) + Send)) -> Outcome {
+    // On a thread of the pool: what it shares out, others of the pool take from it at once.
+    rayon::scope(|_| world::World::new(scenario).run(watch))
 }

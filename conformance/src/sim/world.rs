@@ -16,6 +16,7 @@ use hawker_core::swarm::{self, Holding, Input, Registration, Swarm, Terms};
 use rand::rngs::StdRng;
 use rand::seq::SliceRandom as _;
 use rand::{RngExt as _, SeedableRng as _};
+use rayon::prelude::*;
 
 use super::content::{Blob, Keys, index_of, peer_id};
 use super::event::{Calendar, Queue};
@@ -31,6 +32,9 @@ const ZONE_LINK: f64 = 0.1;
 
 /// Events between two looks at how far a run is.
 const WATCHED_EVERY: u64 = 1 << 18;
+
+/// Nodes that one thread takes at a time: the decisions of fewer are worked out sooner than another thread has begun.
+const DECIDE_AT_LEAST: usize = 8;
 
 /// Pieces on offer per reader: each node has one client a blob.
 const READER: u64 = 1;
@@ -149,7 +153,7 @@ impl<'a> World<'a> {
                 let mut node = Node::new(config, Keys::new(index, seeds));
                 node.seeds(seeds_seen_from(index % zones));
                 node.scheduler(true);
-                Host::new(node, &blobs)
+                Host::new(node, &blobs, StdRng::seed_from_u64(rng.random()))
             })
             .collect();
         let in_zone = |zone| (0..all).filter(|index| index % zones == zone).count() as f64;
@@ -189,7 +193,7 @@ impl<'a> World<'a> {
         }
     }
 
-    pub(super) fn run(mut self, watch: &mut dyn FnMut(Progress)) -> Outcome {
+    pub(super) fn run(mut self, watch: &mut (dyn FnMut(Progress) + Send)) -> Outcome {
         for index in 0..self.hosts.len() as u32 {
             self.register(index);
         }
@@ -213,7 +217,7 @@ impl<'a> World<'a> {
                 && let Some((tick, nodes)) = self.calendar.take()
             {
                 self.now = at;
-                nodes.into_iter().for_each(|index| self.look(index, tick));
+                self.look(tick, nodes);
             } else {
                 break;
             }
@@ -370,63 +374,45 @@ impl<'a> World<'a> {
         }
     }
 
-    /// A node takes in what came and decides what follows, if that is not over: it may have looked at an earlier tick since.
-    fn look(&mut self, index: u32, tick: u64) {
+    /// Nodes take in what came and decide what follows; then that is done, of one after the other.
+    fn look(&mut self, tick: u64, nodes: Vec<u32>) {
         let now = self.now;
-        let host = &mut self.hosts[index as usize];
-        if host.dead || host.looks_at.take_if(|set| *set == tick).is_none() {
-            return;
-        }
-        while let Some(Letter { from, content, .. }) = self.host(index).letter(now) {
-            let message = content.message(&self.blobs);
-            self.arrive(index, from, message);
-        }
-        let host = &mut self.hosts[index as usize];
-        let decides = std::mem::take(&mut host.is_stirred) || host.deadline.is_some_and(|at| at <= now);
-        match decides {
-            true => host.node.decide(now, &mut self.rng),
-            false => host.node.serve(now),
-        }
-        while let Some(output) = self.host(index).node.poll() {
-            self.carry_out(index, output);
-        }
-        let host = self.host(index);
-        if decides {
-            host.has_room = host.node.has_room();
-            host.deadline = host.node.deadline(now);
-        }
-        let next = host.inbox.front().map(|letter| letter.at + host.waits(&letter.content));
-        if let Some(at) = next.into_iter().chain(host.deadline).min() {
-            self.look_at(index, at.max(now + DECIDES_WITHIN));
+        // Whoever looked at an earlier tick since is not here for this one.
+        let is_due = |index: &u32| {
+            let host = &mut self.hosts[*index as usize];
+            !host.dead && host.looks_at.take_if(|set| *set == tick).is_some()
+        };
+        let mut due: Vec<u32> = nodes.into_iter().filter(is_due).collect();
+        due.sort_unstable();
+        let decided = self.decide(&due);
+        for (index, outputs) in due.into_iter().zip(decided) {
+            for output in outputs {
+                self.carry_out(index, output);
+            }
+            let host = self.host(index);
+            let next = host.inbox.front().map(|letter| letter.at + host.waits(&letter.content));
+            if let Some(at) = next.into_iter().chain(host.deadline).min() {
+                self.look_at(index, at.max(now + DECIDES_WITHIN));
+            }
         }
     }
 
-    fn arrive(&mut self, to: u32, from: u32, message: Message) {
-        let now = self.now;
-        let host = &mut self.hosts[to as usize];
-        if !host.connected.contains(&from) {
-            return;
+    /// What these nodes, in ascending order, want done. None of them knows yet what others decide at the same moment: so it is worked
+    /// out by as many threads as there are cores, and comes out the same as by one.
+    fn decide(&mut self, due: &[u32]) -> Vec<Vec<Output>> {
+        let (now, blobs) = (self.now, &self.blobs);
+        let mut hosts = Vec::with_capacity(due.len());
+        let (mut rest, mut first) = (&mut self.hosts[..], 0);
+        for index in due {
+            let Some((host, others)) = rest[(index - first) as usize..].split_first_mut() else { break };
+            hosts.push(host);
+            (rest, first) = (others, index + 1);
         }
-        let from_id = peer_id(from);
-        match message {
-            Message::Reject { request, reason } => {
-                host.node.piece_failed(now, from_id, request, Some(reason), Fault::Failed);
-                host.is_stirred = true;
-            }
-            Message::Cancel { request } => {
-                let sent = |sending: &Sending| (sending.to, sending.request) == (from, request);
-                if host.sending.iter().any(sent) {
-                    host.sending.retain(|sending| !sent(sending));
-                    host.node.uploaded(from_id, request);
-                }
-                host.node.message(now, from_id, Message::Cancel { request });
-            }
-            // It is served or waits.
-            message @ Message::Request { .. } => {
-                host.node.message(now, from_id, message);
-            }
-            message => host.is_stirred |= host.node.message(now, from_id, message),
+        if hosts.len() < 2 * DECIDE_AT_LEAST {
+            return hosts.into_iter().map(|host| host.decide(now, blobs)).collect();
         }
+        let hosts = hosts.into_par_iter().with_min_len(DECIDE_AT_LEAST);
+        hosts.map(|host| host.decide(now, blobs)).collect()
     }
 
     fn connect(&mut self, a: u32, b: u32) {

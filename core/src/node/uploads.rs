@@ -171,7 +171,7 @@ impl Uploads {
 
     /// Whether nothing is sent and nothing waits.
     pub(super) fn is_idle(&self) -> bool {
-        !self.is_waited_for() && self.has_slot()
+        !self.is_waited_for() && self.active.is_empty()
     }
 
     pub(super) fn over(&mut self, peer: PeerId, request: u32) {
