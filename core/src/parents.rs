@@ -40,13 +40,19 @@ const SHUNNED: f64 = 4.0;
 /// How long wrong bytes keep a parent out on this node. The scheduler decides for everybody else.
 const BAN: Duration = Duration::from_secs(600);
 
-/// How much of the old rate stays when a piece was measured: four pieces or so make the estimate.
+/// What was waited for less than this and did not come says nothing about its parent's rate.
+const WAITED: Duration = Duration::from_secs(1);
+
+/// How much of what was measured before stays when a piece comes: four pieces or so make the estimate.
 const RATE_MEMORY: f64 = 0.75;
 
 /// What is known of one peer, over all tasks.
 #[derive(Clone, Debug, Default)]
 struct Record {
-    rate_bytes: f64,
+    /// What came, and in how many seconds, both forgotten piece by piece: short pieces, that take as long as it takes to answer, count
+    /// for little.
+    bytes: f64,
+    seconds: f64,
     faults: f64,
     faults_at: Time,
     banned_until: Option<Time>,
@@ -76,12 +82,16 @@ impl Parents {
     /// A piece of `bytes` came in `took`, from the request to its last byte.
     pub fn served(&mut self, peer: PeerId, bytes: u64, took: Duration) {
         let record = self.record(peer);
-        let rate = bytes as f64 / took.as_secs_f64().max(1e-4);
-        record.rate_bytes = if record.rate_bytes == 0.0 {
-            rate
-        } else {
-            RATE_MEMORY * record.rate_bytes + (1.0 - RATE_MEMORY) * rate
-        };
+        record.bytes = RATE_MEMORY * record.bytes + bytes as f64;
+        record.seconds = RATE_MEMORY * record.seconds + took.as_secs_f64().max(1e-4);
+    }
+
+    /// A piece of `bytes` had not come after so long, and is not waited for any more: it is no faster than that.
+    pub fn did_not_serve(&mut self, peer: PeerId, bytes: u64, waited: Duration) {
+        let at_most = bytes as f64 / waited.as_secs_f64().max(1e-4);
+        if waited >= WAITED && self.rate_bytes(peer).is_none_or(|rate| rate > at_most) {
+            self.served(peer, bytes, waited);
+        }
     }
 
     /// It did something wrong.
@@ -111,7 +121,7 @@ impl Parents {
 
     /// Measured bytes a second; `None` before the first piece.
     pub fn rate_bytes(&self, peer: PeerId) -> Option<f64> {
-        self.records.get(&peer).map(|r| r.rate_bytes).filter(|rate| *rate > 0.0)
+        self.records.get(&peer).filter(|r| r.seconds > 0.0).map(|r| r.bytes / r.seconds)
     }
 
     fn record(&mut self, peer: PeerId) -> &mut Record {
@@ -164,6 +174,19 @@ mod tests {
         }
         let rate = parents.rate_bytes(PEER).unwrap();
         assert!((rate / (10 << 20) as f64 - 1.0).abs() < 0.05, "{rate}");
+    }
+
+    #[test]
+    fn short_pieces_and_what_never_came_count_for_what_they_are() {
+        let mut parents = Parents::default();
+        parents.served(PEER, 10 << 20, Duration::from_millis(100));
+        parents.served(PEER, 2000, Duration::from_millis(3));
+        let rate = parents.rate_bytes(PEER).unwrap();
+        assert!(rate > 0.9 * (100 << 20) as f64, "{rate}");
+        parents.did_not_serve(PEER, 10 << 20, Duration::from_millis(900));
+        assert_eq!(parents.rate_bytes(PEER), Some(rate), "it was not waited for long");
+        parents.did_not_serve(PEER, 10 << 20, Duration::from_secs(4));
+        assert!(parents.rate_bytes(PEER).unwrap() < rate / 10.0);
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::time::Duration;
 use hawker_core::Time;
 use hawker_core::digest::Digest;
 use hawker_core::message::{Message, Offer};
-use hawker_core::node::{Node, Output};
+use hawker_core::node::Node;
 use hawker_core::parents::Fault;
 use hawker_core::piece::{PeerId, PieceIndex, PieceSet};
 use hawker_core::swarm::ReportKind;
@@ -206,7 +206,7 @@ impl Host {
     }
 
     /// Takes in what has come by `now`: what follows from it.
-    pub(super) fn decide(&mut self, now: Time, blobs: &[Blob]) -> Vec<Output> {
+    pub(super) fn decide(&mut self, now: Time, blobs: &[Blob]) {
         while let Some(Letter { from, content, .. }) = self.letter(now) {
             self.arrive(now, from, content.message(blobs));
         }
@@ -217,7 +217,6 @@ impl Host {
         } else {
             self.node.serve(now);
         }
-        std::iter::from_fn(|| self.node.poll()).collect()
     }
 
     fn letter(&mut self, now: Time) -> Option<Letter> {

@@ -79,7 +79,7 @@ impl Default for Scenario {
             turn_bytes: 1 << 20,
             // As the daemon's defaults.
             upload_slots: 8,
-            in_flight_bytes: (64 << 20) / 3 * 2,
+            in_flight_bytes: (48 << 20) / 3 * 2,
             faults: Faults::default(),
             origin_copies_max: 1.5,
             ends_after: None,

@@ -384,9 +384,9 @@ impl<'a> World<'a> {
         };
         let mut due: Vec<u32> = nodes.into_iter().filter(is_due).collect();
         due.sort_unstable();
-        let decided = self.decide(&due);
-        for (index, outputs) in due.into_iter().zip(decided) {
-            for output in outputs {
+        self.decide(&due);
+        for index in due {
+            while let Some(output) = self.host(index).node.poll() {
                 self.carry_out(index, output);
             }
             let host = self.host(index);
@@ -397,9 +397,9 @@ impl<'a> World<'a> {
         }
     }
 
-    /// What these nodes, in ascending order, want done. None of them knows yet what others decide at the same moment: so it is worked
-    /// out by as many threads as there are cores, and comes out the same as by one.
-    fn decide(&mut self, due: &[u32]) -> Vec<Vec<Output>> {
+    /// These nodes, in ascending order, decide. None of them knows yet what others decide at the same moment: so it is worked out by as
+    /// many threads as there are cores, and comes out the same as by one.
+    fn decide(&mut self, due: &[u32]) {
         let (now, blobs) = (self.now, &self.blobs);
         let mut hosts = Vec::with_capacity(due.len());
         let (mut rest, mut first) = (&mut self.hosts[..], 0);
@@ -408,11 +408,7 @@ impl<'a> World<'a> {
             hosts.push(host);
             (rest, first) = (others, index + 1);
         }
-        if hosts.len() < 2 * DECIDE_AT_LEAST {
-            return hosts.into_iter().map(|host| host.decide(now, blobs)).collect();
-        }
-        let hosts = hosts.into_par_iter().with_min_len(DECIDE_AT_LEAST);
-        hosts.map(|host| host.decide(now, blobs)).collect()
+        hosts.into_par_iter().with_min_len(DECIDE_AT_LEAST).for_each(|host| host.decide(now, blobs));
     }
 
     fn connect(&mut self, a: u32, b: u32) {

@@ -341,7 +341,9 @@ impl<N: Notary> Node<N> {
         let due = |t: &&Task| t.tells_at(role).is_some_and(|at| at <= now);
         let Some(task) = self.tasks.get(digest).filter(due) else { return };
         let issuer = task.brings(role);
-        let idle = self.uploads.is_idle();
+        // While there is more to come, what is new is not to wait behind what has spread.
+        let holds_all = task.fetch.as_ref().is_some_and(|fetch| fetch.held().is_full());
+        let idle = self.uploads.is_idle(!holds_all);
         let mut elsewhere = BTreeMap::new();
         if issuer && task.offers.deals() {
             let others = self.tasks.iter().filter(|(other, _)| *other != digest);

@@ -29,8 +29,13 @@ impl<N: Notary> Node<N> {
 
     /// Whether more could be asked for, if anybody offered it.
     pub fn has_room(&self) -> bool {
-        let running = || self.tasks.values().any(|task| task.running);
-        self.in_flight_bytes() < self.config.in_flight_bytes && running()
+        let in_flight = self.in_flight_bytes();
+        let fits = |task: &Task| {
+            let piece_bytes = task.fetch.as_ref().map_or(0, |fetch| fetch.layout().piece_bytes());
+            // As in `ask_in_turn`: one request is always allowed.
+            task.asked_bytes() == 0 || in_flight + piece_bytes <= self.config.in_flight_bytes
+        };
+        self.tasks.values().any(|task| task.running && fits(task))
     }
 
     /// Whether there is room for a request, and none at this peer.

@@ -59,10 +59,11 @@ impl<N: Notary> Node<N> {
         refused: Option<Refusal>,
         fault: Fault,
     ) {
-        let Some((digest, piece, _)) = self.asked.remove(&(peer, request)) else { return };
+        let Some((digest, piece, at)) = self.asked.remove(&(peer, request)) else { return };
         self.refund(&digest, piece);
         if let Some(fetch) = self.tasks.get_mut(&digest).and_then(|t| t.fetch.as_mut()) {
             fetch.failed(piece, peer, request);
+            self.parents.did_not_serve(peer, fetch.layout().len_bytes(piece), now.since(at));
             match refused {
                 // A busy peer still has it; one that lost it has not.
                 Some(Refusal::NotHeld) => fetch.withdrawn(peer, piece),
@@ -200,8 +201,10 @@ impl<N: Notary> Node<N> {
         let Some(task) = self.tasks.get_mut(digest) else { return };
         let Some(fetch) = &mut task.fetch else { return };
         task.moved = now;
+        let len_bytes = fetch.layout().len_bytes(piece);
         for rest in fetch.got(piece) {
             self.asked.remove(&(rest.peer, rest.request));
+            self.parents.did_not_serve(rest.peer, len_bytes, now.since(rest.at));
             self.outputs.push_back(Output::Cancel { peer: rest.peer, request: rest.request });
         }
         if fetch.held().is_full() {

@@ -114,7 +114,8 @@ impl Task {
     /// When children are to be told something next: news are gathered for a while. Who is frugal looks again and again to whom
     /// it may offer more.
     pub(super) fn tells_at(&self, role: Role) -> Option<Time> {
-        let has_news = || self.brings(role) || self.told != Some(self.news());
+        let brings = self.brings(role) && (self.running || self.offers.hungry() > 0);
+        let has_news = || brings || self.told != Some(self.news());
         (self.announce && !self.offers.is_empty() && has_news()).then(|| self.news + self.news_every())
     }
 

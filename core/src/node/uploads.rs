@@ -28,9 +28,12 @@ const LESS_URGENT_ONE_IN: u32 = 8;
 /// When nothing as urgent was begun for so long, what is sent has left room: less urgent requests are begun beside it.
 const LESS_URGENT_AFTER: Duration = Duration::from_secs(2);
 
-/// What fewer children than this hold, or are sent, goes first; and while it is sent, others begin in half of the slots only. Each
-/// copy of it soon becomes many: beside seven other pieces it would take eight times as long to do so.
+/// What fewer children than this hold (or, where they are not told of it by an issuer, are sent) goes first; and while it is sent,
+/// others get half of the slots. Each copy of it soon becomes many: beside seven other pieces it would take eight times as long.
 const FEW: u16 = 3;
+
+/// What has waited for so long counts as rare: what few hold may come without end.
+const RARE_AFTER: Duration = Duration::from_secs(2);
 
 /// A request that waits for a slot.
 #[derive(Clone, Debug)]
@@ -52,7 +55,7 @@ type Turn = (bool, Priority);
 #[derive(Clone, Copy, Debug)]
 struct Active {
     turn: Turn,
-    /// Few held it when it was begun.
+    /// It was begun as what few hold.
     is_rare: bool,
 }
 
@@ -124,13 +127,9 @@ impl Uploads {
         if !self.has_slot() {
             return None;
         }
+        let rarity = |w: &Waiting| if now.since(w.since) >= RARE_AFTER { 0 } else { spread(w).min(FEW) };
         let sent_to = |peer: PeerId| self.active.keys().filter(|(whom, _)| *whom == peer).count();
-        let may_begin = |w: &Waiting| {
-            let beside_rare = || self.active.values().any(|active| active.is_rare && active.turn <= w.turn());
-            let has_room = self.active.len() < self.slots.div_ceil(2) || spread(w) < FEW || !beside_rare();
-            has_room && may(w)
-        };
-        let all = || self.waiting.iter().enumerate().filter(|(_, w)| may_begin(w));
+        let all = || self.waiting.iter().enumerate().filter(|(_, w)| may(w));
         let active = self.active.values().map(|active| active.turn);
         let most_urgent = all().map(|(_, w)| w.turn()).chain(active).min()?;
         let overtaken = all().filter(|(_, w)| !w.prefetch && w.turn() > most_urgent);
@@ -145,16 +144,19 @@ impl Uploads {
                 at
             }
             _ => {
-                let equals = all().filter(|(_, w)| w.turn() == most_urgent);
-                let first = equals.min_by_key(|(_, w)| (spread(w).min(FEW), sent_to(w.peer), w.since));
-                let (at, _) = first?;
+                let ordinary = self.active.values().filter(|active| !active.is_rare).count();
+                let rare_only = ordinary >= self.slots.div_ceil(2)
+                    && self.active.values().any(|active| active.is_rare && active.turn <= most_urgent);
+                let equals = all().filter(|(_, w)| w.turn() == most_urgent).map(|(at, w)| (at, w, rarity(w)));
+                let first = equals.filter(|(.., rarity)| !rare_only || *rarity < FEW);
+                let (at, ..) = first.min_by_key(|(_, w, rarity)| (*rarity, sent_to(w.peer), w.since))?;
                 self.overtaken = if overtaken.is_some() { self.overtaken + 1 } else { 0 };
                 self.begun = now;
                 at
             }
         };
         let next = self.waiting.remove(at);
-        let active = Active { turn: next.turn(), is_rare: spread(&next) < FEW };
+        let active = Active { turn: next.turn(), is_rare: rarity(&next) < FEW };
         self.active.insert((next.peer, next.request), active);
         Some(next)
     }
@@ -169,9 +171,9 @@ impl Uploads {
         !self.waiting.is_empty()
     }
 
-    /// Whether nothing is sent and nothing waits.
-    pub(super) fn is_idle(&self) -> bool {
-        !self.is_waited_for() && self.active.is_empty()
+    /// Whether nothing waits, and nothing is sent either or, as far as that matters, a slot is free.
+    pub(super) fn is_idle(&self, entirely: bool) -> bool {
+        !self.is_waited_for() && if entirely { self.active.is_empty() } else { self.has_slot() }
     }
 
     pub(super) fn over(&mut self, peer: PeerId, request: u32) {
@@ -255,15 +257,34 @@ mod tests {
         let rare = |waiting: &Waiting| if waiting.request == 8 { 2 } else { FEW };
         let mut begun = Vec::new();
         begun.extend(std::iter::from_fn(|| uploads.next(at(0), rare, |_| true)).map(|w| w.request));
-        assert_eq!(begun, [8, 1], "what few hold comes first, whenever it was asked for");
-        // One more that few hold finds a slot; when both are sent, all slots are everybody's.
+        assert_eq!(begun, [8, 1, 2], "what few hold comes first, whenever it was asked for");
+        // One more that few hold finds a slot; when none is sent, all slots are everybody's.
         assert!(uploads.wait(asks(9, 9, false)).is_none());
-        assert_eq!(uploads.next(at(0), |_| 0, |_| true).map(|w| w.request), Some(2), "by age among equals");
+        let rare = |waiting: &Waiting| if waiting.request == 9 { 2 } else { FEW };
+        assert_eq!(uploads.next(at(0), rare, |_| true).map(|w| w.request), Some(9));
         uploads.over(PeerId([8; 16]), 8);
-        assert!(uploads.next(at(0), |_| FEW, |_| true).is_none());
-        uploads.over(PeerId([2; 16]), 2);
+        assert!(uploads.next(at(0), rare, |_| true).is_none());
+        uploads.over(PeerId([9; 16]), 9);
         let rest = std::iter::from_fn(|| uploads.next(at(0), |_| FEW, |_| true)).map(|w| w.request);
-        assert_eq!(rest.collect::<Vec<_>>(), [3, 4, 5]);
+        assert_eq!(rest.collect::<Vec<_>>(), [3, 4]);
+    }
+
+    #[test]
+    fn what_few_hold_holds_nobody_up_for_ever_nor_the_less_urgent() {
+        let mut uploads = Uploads::new(4);
+        assert!(uploads.wait(urgent(1, 1, 0)).is_none());
+        assert!(uploads.wait(urgent(2, 2, 6)).is_none());
+        let rare = |waiting: &Waiting| if waiting.request > 2 { 0 } else { FEW };
+        let mut begun = Vec::new();
+        for n in 3..200 {
+            assert!(uploads.wait(urgent(3, n, 0)).is_none());
+            let next = uploads.next(at(u64::from(n) * 100), rare, |_| true).unwrap();
+            uploads.over(next.peer, next.request);
+            begun.push(next.request);
+        }
+        let turn = |n| begun.iter().position(|request| *request == n).unwrap();
+        assert!(turn(2) < LESS_URGENT_ONE_IN as usize, "one in so many is less urgent");
+        assert!(turn(1) * 100 < 2 * RARE_AFTER.as_millis() as usize);
     }
 
     #[test]
@@ -330,7 +351,7 @@ mod tests {
             let _ = uploads.wait(waiting);
         }
         assert_eq!(served(&mut uploads, |waiting| waiting.task == task(2)), [7]);
-        assert!(!uploads.is_idle());
+        assert!(!uploads.is_idle(false));
     }
 
     #[test]
