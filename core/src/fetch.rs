@@ -381,7 +381,7 @@ impl Fetch {
         lone.intersect(&self.lone);
         // Most parents have a request already: no more is worked out about them. What one parent alone offers is asked for beyond
         // the limit: nobody else can begin to spread it.
-        let free: Vec<(&PeerId, &Parent, usize)> = self
+        let free: Vec<(&PeerId, &Parent, usize, Option<f64>)> = self
             .parents
             .iter()
             .map(|(peer, parent)| (peer, parent, under_way.get(peer).copied().unwrap_or(0)))
@@ -389,6 +389,7 @@ impl Fetch {
                 *asked < a_parent || *asked < 2 * a_parent && parent.offered.meets(&lone)
             })
             .filter(|(peer, parent, _)| parent.rests_until <= now && !parents.banned(now, **peer))
+            .map(|(peer, parent, asked)| (peer, parent, asked, parents.rate_bytes(*peer)))
             .collect();
         if free.is_empty() {
             return None;
@@ -397,14 +398,13 @@ impl Fetch {
         overdue.iter().for_each(|(piece, _)| {
             useful.insert(*piece);
         });
-        let rates = free.iter().filter_map(|(peer, ..)| parents.rate_bytes(**peer));
-        let fastest = rates.fold(1.0, f64::max);
+        let fastest = free.iter().filter_map(|(.., rate)| *rate).fold(1.0, f64::max);
         let near = self.near();
         let mut ready: Vec<Ready<'_>> = free
             .into_iter()
-            .map(|(peer, parent, asked)| (peer, self.from(peer, parent, near.as_ref()), asked))
-            .filter(|(_, offered, asked)| offered.meets(if *asked < a_parent { &useful } else { &lone }))
-            .map(|(peer, offered, asked)| Ready {
+            .map(|(peer, parent, asked, rate)| (peer, self.from(peer, parent, near.as_ref()), asked, rate))
+            .filter(|(_, offered, asked, _)| offered.meets(if *asked < a_parent { &useful } else { &lone }))
+            .map(|(peer, offered, asked, rate)| Ready {
                 peer: *peer,
                 // Least busy first, and by lot among equals, so that children do not all start at the same parent: who brings twice
                 // as much is first four times as often. What is measured counts from the request on: who is asked by many gives each
@@ -415,7 +415,7 @@ impl Fetch {
                     !(self.issuers.contains(peer) && offered.meets(&lone)),
                     self.far.contains(peer),
                     asked,
-                    lot(parents.rate_bytes(*peer), fastest, rng),
+                    lot(rate, fastest, rng),
                 ),
                 offered,
                 has_room: asked < a_parent,

@@ -257,7 +257,7 @@ impl Offers {
         }
     }
 
-    /// What to tell whom now, of the pieces `held`. `frugal`: as the issuer does. `idle`: nothing is being sent or waits to be.
+    /// What to tell whom now, of the pieces `held`. `frugal`: as the issuer does. `idle`: there is nothing else to send.
     /// `elsewhere`: what each child was dealt of other tasks: its link is one for all.
     pub fn next(
         &mut self,

@@ -88,7 +88,7 @@ impl Parents {
 
     /// A piece of `bytes` had not come after so long, and is not waited for any more: it is no faster than that.
     pub fn did_not_serve(&mut self, peer: PeerId, bytes: u64, waited: Duration) {
-        let at_most = bytes as f64 / waited.as_secs_f64().max(1e-4);
+        let at_most = bytes as f64 / waited.as_secs_f64();
         if waited >= WAITED && self.rate_bytes(peer).is_none_or(|rate| rate > at_most) {
             self.served(peer, bytes, waited);
         }

@@ -1,4 +1,4 @@
-//! One simulated host: a node, its links, what it is sending.
+//! One simulated host: a node, what was said to it, what it is sending.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
