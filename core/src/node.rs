@@ -46,6 +46,9 @@ use uploads::{Uploads, Waiting};
 /// message. With 50 ms a thousand nodes took 5 % longer, for a tenth fewer messages.
 const NEWS_EVERY: Duration = Duration::from_millis(20);
 
+/// How often a node looks whether anybody has taken too long: all that it looks for is counted in hundreds of milliseconds.
+const LOOK_EVERY: Duration = Duration::from_millis(50);
+
 /// The first pieces are told of sooner: a client waits for the first byte, and they are few and small.
 const FIRST_NEWS_EVERY: Duration = Duration::from_millis(5);
 const FIRST_PIECES: u32 = 8;

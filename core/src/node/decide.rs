@@ -25,7 +25,7 @@ impl<N: Notary> Node<N> {
         let tells = self.tasks.values().filter_map(|task| task.tells_at(self.config.role)).min();
         // Whoever fetches or has somebody wait looks now and then whether anybody has taken too long.
         let looks = self.uploads.is_waited_for() || self.tasks.values().any(|task| task.running);
-        let looks_at = looks.then_some(now + NEWS_EVERY);
+        let looks_at = looks.then_some(now + LOOK_EVERY);
         tells.map(|at| at.max(now)).into_iter().chain(looks_at).min()
     }
 
