@@ -321,10 +321,15 @@ impl Fetch {
         self.offers.get(piece as usize).copied().unwrap_or(0)
     }
 
-    /// Whether a parent that is not banned offers something that is wanted.
-    pub fn has_useful_parent(&self, now: Time, parents: &Parents) -> bool {
+    /// Whether a parent, of those that will do, offers something that is wanted.
+    pub fn has_useful_parent(&self, will_do: impl Fn(PeerId) -> bool) -> bool {
         let wanted = self.open(self.layout.count(), None);
-        self.parents.iter().any(|(peer, p)| p.offered.meets(&wanted) && !parents.banned(now, *peer))
+        self.parents.iter().any(|(peer, p)| p.offered.meets(&wanted) && will_do(*peer))
+    }
+
+    /// Whether a piece is under way from a parent that has brought what it was asked for, lately.
+    pub fn is_moving(&self, now: Time, parents: &Parents) -> bool {
+        self.asked.values().flatten().any(|asked| parents.trusted(now, asked.peer))
     }
 
     /// A request was sent.

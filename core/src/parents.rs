@@ -34,8 +34,8 @@ impl Fault {
 /// Faults are half forgotten after this long: a deploy later a node that was restarted is trusted again.
 const HALF_LIFE: Duration = Duration::from_secs(60);
 
-/// Faults that make a parent the last choice: two stalls, or four failures, within about a half-life.
-const SHUNNED: f64 = 4.0;
+/// Faults that make a parent the last choice: two stalls within a half-life, or three failures at once.
+const SHUNNED: f64 = 3.0;
 
 /// How long wrong bytes keep a parent out on this node. The scheduler decides for everybody else.
 const BAN: Duration = Duration::from_secs(600);
@@ -119,6 +119,11 @@ impl Parents {
         self.faulty && self.records.get(&peer).is_some_and(|r| r.faults(now) >= SHUNNED)
     }
 
+    /// Whether it may be counted on: what is asked of it most likely comes.
+    pub fn trusted(&self, now: Time, peer: PeerId) -> bool {
+        !self.shunned(now, peer) && !self.banned(now, peer)
+    }
+
     /// Measured bytes a second; `None` before the first piece.
     pub fn rate_bytes(&self, peer: PeerId) -> Option<f64> {
         self.records.get(&peer).filter(|r| r.seconds > 0.0).map(|r| r.bytes / r.seconds)
@@ -159,10 +164,11 @@ mod tests {
         let mut parents = Parents::default();
         parents.punish(at(0), PEER, Fault::Stalled);
         assert!(!parents.shunned(at(0), PEER));
-        parents.punish(at(0), PEER, Fault::Stalled);
-        assert!(parents.shunned(at(0), PEER));
-        assert!(!parents.banned(at(0), PEER));
-        assert!(!parents.shunned(at(60), PEER));
+        // One request after the other: the second is given up after the first.
+        parents.punish(at(5), PEER, Fault::Stalled);
+        assert!(parents.shunned(at(5), PEER) && !parents.trusted(at(5), PEER));
+        assert!(!parents.banned(at(5), PEER));
+        assert!(!parents.shunned(at(65), PEER) && parents.trusted(at(65), PEER));
     }
 
     #[test]

@@ -148,16 +148,18 @@ impl<N: Notary> Node<N> {
             }
             None => 0,
         };
-        let moving = task.asked_bytes() > 0;
+        // What was asked of those that stall is not waited for any longer than nothing at all.
+        let moving = task.fetch.as_ref().is_some_and(|fetch| fetch.is_moving(now, &self.parents));
         let waited = now.since(task.moved) >= if moving { PATIENCE_IN_FLIGHT } else { PATIENCE };
         let reading = task.reading;
         // Most of the time it moves, and whoever was asked may bring it: no more is worked out.
-        let hope = moving || !(task.elected && reading == Reading::No) && self.hope(now, digest);
+        let will_do = |peer| !self.parents.banned(now, peer);
+        let hope = moving || !(task.elected && reading == Reading::No) && self.hope(now, digest, will_do);
         let Some(task) = self.tasks.get_mut(digest) else { return };
         match reading {
             Reading::At(_) => return,
             Reading::FailedAt(at, failure) => {
-                let useless = task.fetch.as_ref().is_none_or(|f| !f.has_useful_parent(now, &self.parents));
+                let useless = task.fetch.as_ref().is_none_or(|f| !f.has_useful_parent(will_do));
                 if !task.failed && useless && (!hope || waited) {
                     task.failed = true;
                     task.running = false;
@@ -217,15 +219,15 @@ impl<N: Notary> Node<N> {
         self.tasks.get(digest).map(|task| task.purpose(self.config.role).priority).unwrap_or_default()
     }
 
-    /// Whether anybody else may still bring what is missing.
-    pub(super) fn hope(&self, now: Time, digest: &Digest) -> bool {
+    /// Whether anybody else, of those that will do, may still bring what is missing.
+    pub(super) fn hope(&self, now: Time, digest: &Digest, will_do: impl Fn(PeerId) -> bool) -> bool {
         let Some(task) = self.tasks.get(digest) else { return false };
         let (open, patience) = match task.reads {
             true => (task.issuer.is_none(), ELECTED_WITHIN),
             false => (!task.answered, ANSWER_WITHIN),
         };
         let scheduler = self.scheduler && open && task.wanted.is_none_or(|at| now.since(at) < patience);
-        let offers = || task.fetch.as_ref().is_some_and(|f| f.has_useful_parent(now, &self.parents));
+        let offers = || task.fetch.as_ref().is_some_and(|f| f.has_useful_parent(&will_do));
         let may_help = |(peer, link): (&PeerId, &task::Link)| {
             let dialling = self.dialling.get(peer).is_some_and(|at| now.since(*at) < SEED_ANSWERS_WITHIN);
             let reads = self.connected.get(peer) == Some(&Role::Seed) || task.issuer == Some(*peer);
@@ -233,7 +235,7 @@ impl<N: Notary> Node<N> {
             let patience = if reads { SEED_ANSWERS_WITHIN } else { ANSWER_WITHIN };
             let asked = link.asked.is_some_and(|at| now.since(at) < patience) && (reads || link.named);
             let working = link.working.is_some_and(|at| now.since(at) < WORKING_FOR) && reads;
-            !link.unavailable && (dialling || asked || working)
+            !link.unavailable && (dialling || asked || working) && will_do(*peer)
         };
         // What costs least to find out comes first.
         let peers = || task.links.iter().any(may_help);
@@ -304,7 +306,7 @@ impl<N: Notary> Node<N> {
                 if has_one && in_flight + fetch.layout().piece_bytes() > room {
                     // Held back as well, if it could go on.
                     let held_back = prefetch || room < self.config.in_flight_bytes;
-                    if held_back && fetch.has_useful_parent(now, &self.parents) {
+                    if held_back && fetch.has_useful_parent(|peer| !self.parents.banned(now, peer)) {
                         task.moved = now;
                     }
                     return false;

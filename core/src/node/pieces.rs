@@ -38,10 +38,12 @@ impl<N: Notary> Node<N> {
         }
     }
 
-    /// Peers bring pieces after all: whoever is not to read the origin for others stops reading it.
+    /// Peers bring pieces after all: whoever is not to read the origin for others stops reading it. For the sake of one that stalls
+    /// now and then it does not.
     fn leave_origin_to_others(&mut self, now: Time, digest: &Digest) {
         let reads = |t: &Task| !t.elected && matches!(t.reading, Reading::At(_));
-        if !self.tasks.get(digest).is_some_and(reads) || !self.hope(now, digest) {
+        let will_do = |peer| self.parents.trusted(now, peer);
+        if !self.tasks.get(digest).is_some_and(reads) || !self.hope(now, digest, will_do) {
             return;
         }
         if let Some(task) = self.tasks.get_mut(digest) {

@@ -724,6 +724,39 @@ fn offered(tasks: u8, in_flight_bytes: u64) -> (Node<Names>, Vec<Digest>, StdRng
     (node, digests, StdRng::seed_from_u64(1))
 }
 
+#[test]
+fn a_peer_that_stalls_delays_the_origin_once_and_stops_it_no_more() {
+    let (mut node, tasks, mut rng) = offered(1, 32 << 20);
+    let (task, data) = (tasks[0], vec![0; 16 * MIB]);
+    let layout = PieceLayout::new(data.len() as u64);
+    let at = |ms| Time(Duration::from_millis(ms));
+    let (mut open, mut reads_at) = (BTreeMap::new(), None);
+    for ms in (0..60_000).step_by(50) {
+        // The transport gives up on each request when nothing has come for 5 s.
+        for (request, _) in open.extract_if(.., |_, (_, asked)| *asked + 5_000 <= ms) {
+            node.piece_failed(at(ms), id(1), request, None, Fault::Stalled);
+        }
+        for output in outputs(&mut node, at(ms), &mut rng) {
+            match output {
+                Output::Download { request, piece, .. } => drop(open.insert(request, (piece, ms))),
+                Output::ReadOrigin { .. } => drop(reads_at.get_or_insert(ms)),
+                Output::StopOrigin(_) => panic!("it stops at {ms}"),
+                _ => {}
+            }
+        }
+        // One piece comes now and then: that is no reason to count on the rest.
+        if reads_at.is_some_and(|reads| ms == reads + 1_000)
+            && let Some((request, (piece, _))) = open.pop_first()
+        {
+            let range = layout.range(piece);
+            let mut chain = node.table(&task).unwrap().chain_at(piece).unwrap();
+            chain.update(&data[range.start as usize..range.end as usize]);
+            assert_eq!(node.piece(at(ms), id(1), request, &chain), Verdict::Keep);
+        }
+    }
+    assert!(reads_at.is_some_and(|ms| ms <= 15_000), "{reads_at:?}");
+}
+
 /// The pieces that are asked for of each task, and whether they say that nobody waits for them.
 fn asked(node: &mut Node<Names>, now: Time, rng: &mut StdRng) -> Vec<(Digest, u32, u32, bool)> {
     let asked = outputs(node, now, rng).into_iter().filter_map(|output| match output {
