@@ -19,8 +19,9 @@ use crate::piece::{PeerId, PieceIndex, PieceLayout, PieceSet};
 use crate::share::Share;
 
 /// Requests under way for one task that fill a link without planning too far ahead: a choice made early is a choice made on
-/// stale news about which pieces are rare.
+/// stale news about which pieces are rare. More where pieces are so short that these would not fill a long way to one parent alone.
 const REQUESTS_AIM: usize = 8;
+const REQUESTS_AIM_BYTES: u64 = 4 << 20;
 
 /// Requests under way at one parent at least. With as many parents as a swarm names, one at each keeps both links busy; what
 /// waits longer was chosen on staler news: 16 nodes with four layers were a tenth slower with two.
@@ -372,7 +373,7 @@ impl Fetch {
         taken: Option<PieceIndex>,
         rng: &mut R,
     ) -> Option<(PeerId, PieceIndex)> {
-        let a_parent = (REQUESTS_AIM / self.parents.len().max(1)).max(REQUESTS_A_PARENT_MIN);
+        let a_parent = (self.requests_aim() / self.parents.len().max(1)).max(REQUESTS_A_PARENT_MIN);
         let open = self.open(verifiable, taken);
         let mut unasked = open.clone();
         unasked.subtract(&self.asked_set);
@@ -453,6 +454,11 @@ impl Fetch {
                 busy.find_map(|parent| rarest_of(parent, &lone, rng))
             })
             .or_else(|| overdue.iter().find_map(|(piece, slow)| with_room(*piece, Some(*slow))))
+    }
+
+    /// Requests to have under way at all parents together.
+    fn requests_aim(&self) -> usize {
+        REQUESTS_AIM.max((REQUESTS_AIM_BYTES / self.layout.piece_bytes()) as usize)
     }
 
     /// What is not taken from other zones, where that is not all the same: what this node is not to bring here, and what is here.
@@ -588,7 +594,7 @@ mod tests {
 
     /// A download of 20 pieces, all wanted, and what each parent offers.
     fn fetch(offers: &[(u8, &[PieceIndex])]) -> Fetch {
-        let layout = PieceLayout::new(9 * MIB);
+        let layout = PieceLayout::new(5 * MIB);
         let mut fetch = Fetch::new(layout, PieceSet::empty(layout.count()));
         fetch.want_whole(true);
         for (parent, pieces) in offers {
@@ -652,7 +658,7 @@ mod tests {
     #[test]
     fn what_one_parent_alone_has_is_asked_for_beyond_its_limit_but_not_without_end() {
         let fetch = fetch(&[(1, &[5, 6]), (2, &[5])]);
-        let limit = REQUESTS_AIM / 2;
+        let limit = fetch.requests_aim() / 2;
         let busy = |n| [(1, n), (2, 2 * limit)];
         assert_eq!(chosen(&fetch, &busy(limit), 0), Some((peer(1), 6)));
         assert_eq!(chosen(&fetch, &busy(2 * limit), 0), None);
@@ -726,7 +732,7 @@ mod tests {
         let all = |fetch: &Fetch, busy| {
             (0..50).filter_map(|seed| chosen(fetch, busy, seed)).collect::<BTreeSet<_>>()
         };
-        let busy = [(1, REQUESTS_AIM)];
+        let busy = [(1, fetch.requests_aim())];
         assert_eq!(all(&fetch, &busy), BTreeSet::from([(peer(2), 17)]));
         assert!(all(&fetch, &[]).iter().all(|(parent, _)| *parent == peer(1)), "near ones go first");
         fetch.share(Share::NONE);

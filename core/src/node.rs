@@ -105,6 +105,8 @@ pub struct Config {
     pub upload_slots: usize,
     /// Bytes asked for at once, over all tasks.
     pub in_flight_bytes: u64,
+    /// How a blob of so many bytes is cut: alike by all of a swarm.
+    pub layout: fn(u64) -> PieceLayout,
 }
 
 /// A peer that asks for a task, and on what terms.
@@ -662,7 +664,7 @@ impl<N: Notary> Node<N> {
     pub fn sized(&mut self, now: Time, digest: Digest, size_bytes: u64) {
         let Some(task) = self.tasks.get_mut(&digest) else { return };
         if task.fetch.is_none() {
-            task.set_size(&digest, PieceLayout::new(size_bytes), None);
+            task.set_size(&digest, (self.config.layout)(size_bytes), None);
             if task.brings(self.config.role) {
                 task.issue(&self.notary);
             }

@@ -19,6 +19,11 @@ use crate::share::Share;
 /// New pieces that one child may have on offer and not hold yet: one on its way and the next.
 const QUOTA: usize = 2;
 
+/// New pieces on offer to all children together, at least, where that is more: a child hears of one when news has been gathered and
+/// what is in the sockets has gone, and all that time the holder sends what was on offer before. Short of that it idles, and
+/// reveals what has spread already: beside two or three children it sent 1.4 copies.
+const QUOTA_OF_ALL: usize = 32;
+
 /// An offer that led to nothing for this long is made to another child.
 const OFFER_LIFE: Duration = Duration::from_secs(3);
 
@@ -325,8 +330,9 @@ impl Offers {
         let holds = |peer: &PeerId| f64::from(self.children[peer].holds.len());
         let usual = load.keys().map(holds).sum::<f64>() / load.len().max(1) as f64;
         let keeps_up = |child: &Child| f64::from(child.holds.len()) + FEW_PIECES >= usual * KEEPS_UP;
+        let quota = QUOTA.max(QUOTA_OF_ALL / load.len().max(1));
         for piece in held.iter().filter(|p| self.spread[*p as usize] == 0) {
-            if load.values().all(|dealt| dealt.pending >= QUOTA) {
+            if load.values().all(|dealt| dealt.pending >= quota) {
                 break;
             }
             if self.pending.contains_key(&piece) {
@@ -336,7 +342,7 @@ impl Offers {
             // be busy: over all tasks, else layers that come in step would all start at the same children. One that let this
             // very offer lapse comes after all others.
             let takes =
-                |peer: &PeerId, dealt: &Dealt| dealt.pending < QUOTA && self.children[peer].takes(piece);
+                |peer: &PeerId, dealt: &Dealt| dealt.pending < quota && self.children[peer].takes(piece);
             let Some((to, dealt)) =
                 load.iter_mut().filter(|(peer, dealt)| takes(peer, dealt)).min_by_key(|(peer, dealt)| {
                     let child = &self.children[*peer];
@@ -428,7 +434,17 @@ mod tests {
         let mut all: Vec<PieceIndex> = told.iter().flat_map(|(_, p)| p.clone()).collect();
         all.sort_unstable();
         assert_eq!(all, (0..8).collect::<Vec<_>>());
-        assert!(told.iter().all(|(_, pieces)| pieces.len() == QUOTA));
+        assert!(told.iter().all(|(_, pieces)| pieces.len() == 2));
+    }
+
+    #[test]
+    fn few_children_have_enough_on_offer_to_keep_the_holder_busy_and_many_two_each() {
+        for (children, each) in [(2, 16), (5, 6), (16, QUOTA), (40, QUOTA)] {
+            let mut offers = offers(children, 200);
+            let told = offers.next(Time::default(), &PieceSet::full(200), true, false, &BTreeMap::new());
+            assert_eq!(told.len(), usize::from(children));
+            assert!(told.iter().all(|(_, pieces)| pieces.len() == each), "{children} children");
+        }
     }
 
     #[test]
@@ -448,7 +464,7 @@ mod tests {
         offers.holds(peer(0), [0]);
         assert_eq!(
             offers.next(Time::default(), &PieceSet::full(100), true, false, &BTreeMap::new()),
-            [(peer(0), vec![4])]
+            [(peer(0), vec![QUOTA_OF_ALL as u32])]
         );
     }
 
@@ -495,7 +511,7 @@ mod tests {
         offers.disbelieve(&liars);
         offers.holds(peer(0), [1]);
         assert_eq!(offers.spread(1), 0);
-        assert_eq!(deal(&mut offers), [(peer(1), QUOTA), (peer(2), QUOTA), (peer(3), QUOTA)]);
+        assert_eq!(deal(&mut offers), [(peer(1), 3), (peer(2), 3), (peer(3), 2)]);
         offers.disbelieve(&BTreeSet::new());
         offers.holds(peer(0), [1]);
         assert_eq!(offers.spread(1), 1, "it is let back");
@@ -504,32 +520,30 @@ mod tests {
     #[test]
     fn what_a_child_has_on_offer_of_other_tasks_counts_as_well() {
         let mut offers = offers(2, 8);
-        let elsewhere = BTreeMap::from([(peer(0), Dealt { pending: QUOTA, ever: 0 })]);
+        let elsewhere = BTreeMap::from([(peer(0), Dealt { pending: QUOTA_OF_ALL / 2, ever: 0 })]);
         let told = offers.next(Time::default(), &PieceSet::full(8), true, false, &elsewhere);
-        assert_eq!(
-            told.iter().map(|(to, pieces)| (*to, pieces.len())).collect::<Vec<_>>(),
-            [(peer(1), QUOTA)]
-        );
+        assert_eq!(told.iter().map(|(to, pieces)| (*to, pieces.len())).collect::<Vec<_>>(), [(peer(1), 8)]);
         let mut dealt = BTreeMap::new();
         offers.add_dealt(&mut dealt);
-        assert_eq!(dealt, BTreeMap::from([(peer(1), Dealt { pending: QUOTA, ever: QUOTA as u32 })]));
+        assert_eq!(dealt, BTreeMap::from([(peer(1), Dealt { pending: 8, ever: 8 })]));
     }
 
     #[test]
     fn who_does_not_keep_up_is_dealt_what_is_new_last() {
-        let mut offers = offers(4, 32);
+        let mut offers = offers(4, 64);
+        let quota = QUOTA_OF_ALL / 4;
         (0..3).for_each(|n| offers.holds(peer(n), 0..12));
         offers.holds(peer(3), 0..2);
-        let mut held = PieceSet::empty(32);
-        held.insert_range(0..18);
+        let mut held = PieceSet::empty(64);
+        held.insert_range(0..12 + 3 * quota as u32);
         let next = |offers: &mut Offers| {
             let told = offers.next(Time::default(), &held, true, false, &BTreeMap::new());
             told.iter().map(|(to, pieces)| (*to, pieces.len())).collect::<Vec<_>>()
         };
-        assert_eq!(next(&mut offers), [(peer(0), QUOTA), (peer(1), QUOTA), (peer(2), QUOTA)]);
-        let held = PieceSet::full(32);
+        assert_eq!(next(&mut offers), [(peer(0), quota), (peer(1), quota), (peer(2), quota)]);
+        let held = PieceSet::full(64);
         let told = offers.next(Time::default(), &held, true, false, &BTreeMap::new());
-        assert_eq!(told, [(peer(3), vec![18, 19])], "better late than not at all");
+        assert_eq!(told, [(peer(3), (36..44).collect())], "better late than not at all");
     }
 
     #[test]

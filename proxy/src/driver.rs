@@ -17,7 +17,7 @@ use hawker_core::digest::{Chain, Digest};
 use hawker_core::message::{Message, Refusal, Role};
 use hawker_core::node::{Child, Config, Failure, Named, Node, Notary, Opening, Output, Verdict};
 use hawker_core::parents::Fault;
-use hawker_core::piece::{PeerId, PieceIndex, PieceSet, PieceTable, SignedPrefix};
+use hawker_core::piece::{PeerId, PieceIndex, PieceLayout, PieceSet, PieceTable, SignedPrefix};
 use hawker_core::reference::Source;
 use hawker_core::right::Bearer;
 use hawker_core::share::Share;
@@ -220,6 +220,7 @@ impl Driver {
             upload_slots: config.upload_slots as usize,
             // The rest of the memory is for pieces that are being written or read from the origin.
             in_flight_bytes: config.memory_bytes / 3 * 2,
+            layout: PieceLayout::new,
         };
         Self {
             node: Node::new(core, Keys(config.identity.clone())),
@@ -443,7 +444,7 @@ impl Driver {
                 opening.announce = false;
                 state.degrade();
                 if let Some(size) = size {
-                    let layout = hawker_core::piece::PieceLayout::new(size);
+                    let layout = PieceLayout::new(size);
                     let table = PieceTable::new(task, layout);
                     state.adopt_memory(layout);
                     opening.own_table = true;

@@ -48,7 +48,7 @@ pub(crate) struct SimOptions {
     /// Into how many blobs that is cut
     #[arg(long)]
     layers: Option<u32>,
-    /// Pieces of 4 MiB also for blobs of just 1 GiB, whose pieces would be of 1 MiB: a quarter of the transfers
+    /// Pieces of 4 MiB at least, where those of a blob of up to 2 GiB would be of 1 MiB: fewer transfers to work out
     #[arg(long)]
     long_pieces: bool,
     /// Each host's link, each way: 300MB/s

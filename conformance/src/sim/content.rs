@@ -21,9 +21,9 @@ pub struct Blob {
 }
 
 impl Blob {
-    /// Blob number `number`, of `size_bytes` rounded up to whole blocks.
-    pub fn new(number: u32, size_bytes: u64) -> Self {
-        let layout = PieceLayout::new(size_bytes.max(1).next_multiple_of(BLOCK_BYTES));
+    /// Blob number `number`, of `size_bytes` rounded up to whole blocks, and so cut.
+    pub fn new(number: u32, size_bytes: u64, layout: fn(u64) -> PieceLayout) -> Self {
+        let layout = layout(size_bytes.max(1).next_multiple_of(BLOCK_BYTES));
         let mut chain = Chain::new(Algorithm::Sha256);
         let values: Vec<ChainValue> = (0..layout.count())
             .filter_map(|piece| {
@@ -109,7 +109,7 @@ mod tests {
     #[test]
     fn right_pieces_verify_and_wrong_ones_do_not() {
         for size in [1, 300 << 10, 5 << 20] {
-            let blob = Blob::new(3, size);
+            let blob = Blob::new(3, size, PieceLayout::new);
             let mut table = PieceTable::new(blob.digest, blob.layout);
             for piece in 0..blob.layout.count() {
                 if let Some(value) = blob.chain_after(piece, true).value() {
@@ -129,7 +129,7 @@ mod tests {
 
     #[test]
     fn a_signature_is_good_for_its_own_statement_only() {
-        let blob = Blob::new(1, 4 << 20);
+        let blob = Blob::new(1, 4 << 20, PieceLayout::new);
         let mut table = PieceTable::new(blob.digest, blob.layout);
         Keys::new(0, 1).sign(&mut table, false);
         let signed = table.signed().unwrap().clone();

@@ -33,7 +33,7 @@ mod world;
 pub use check::Checks;
 pub use outcome::{Finish, Outcome};
 pub use picture::completion;
-pub use scenario::{Faults, LAST_SHORT_BYTES, Scenario};
+pub use scenario::{Faults, Scenario};
 
 /// TCP and TLS 1.3 before the first message.
 pub const DIAL_ROUND_TRIPS: u32 = 2;

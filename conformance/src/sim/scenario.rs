@@ -2,8 +2,7 @@
 
 use std::time::Duration;
 
-/// The longest blob with pieces of 1 MiB.
-pub const LAST_SHORT_BYTES: u64 = 1 << 30;
+use hawker_core::piece::PieceLayout;
 
 /// A swarm and what becomes of it. Rates in bytes a second, each way.
 #[derive(Clone, Debug)]
@@ -16,7 +15,7 @@ pub struct Scenario {
     pub size_bytes: u64,
     /// Into how many blobs that is cut.
     pub layers: u32,
-    /// Blobs of 1 GiB are a block longer, so that their pieces are of 4 MiB and not of 1: a quarter of the transfers.
+    /// Pieces are of 4 MiB at least: of a blob of 1 GiB a quarter of the transfers.
     pub long_pieces: bool,
     /// Of each host's link.
     pub rate: f64,
@@ -104,8 +103,12 @@ impl Scenario {
 
     /// How long each blob is.
     pub fn blob_bytes(&self) -> u64 {
-        let bytes = self.size_bytes / u64::from(self.layers.max(1));
-        if self.long_pieces && bytes == LAST_SHORT_BYTES { bytes + 1 } else { bytes }
+        self.size_bytes / u64::from(self.layers.max(1))
+    }
+
+    /// How each blob is cut.
+    pub fn layout(&self) -> fn(u64) -> PieceLayout {
+        if self.long_pieces { PieceLayout::long } else { PieceLayout::new }
     }
 
     /// When the run is given up: what has not ended by then never will.

@@ -136,7 +136,8 @@ impl<'a> World<'a> {
     pub(super) fn new(scenario: &'a Scenario) -> Self {
         let mut rng = StdRng::seed_from_u64(scenario.rng);
         let layers = scenario.layers.max(1);
-        let blobs: Vec<Blob> = (0..layers).map(|n| Blob::new(n, scenario.blob_bytes())).collect();
+        let blobs: Vec<Blob> =
+            (0..layers).map(|n| Blob::new(n, scenario.blob_bytes(), scenario.layout())).collect();
         let (seeds, all) = (scenario.seed_peers, scenario.seed_peers + scenario.hosts);
         let zones = scenario.zones.max(1);
         let seeds_seen_from =
@@ -149,6 +150,7 @@ impl<'a> World<'a> {
                     role,
                     upload_slots: scenario.upload_slots,
                     in_flight_bytes: scenario.in_flight_bytes,
+                    layout: scenario.layout(),
                 };
                 let mut node = Node::new(config, Keys::new(index, seeds));
                 node.seeds(seeds_seen_from(index % zones));

@@ -195,12 +195,12 @@ impl<N: Notary> Node<N> {
         link.unproven.settle();
         let early = link.unproven.take_early();
         if task.fetch.is_none() {
-            task.set_size(digest, PieceLayout::new(size_bytes), None);
+            task.set_size(digest, (self.config.layout)(size_bytes), None);
             self.outputs.push_back(Output::Sized(*digest, size_bytes));
         }
         let Some(known) = &mut task.table else { return };
         if signed.sealed && known.is_sealed() {
-            let mut other = PieceTable::new(*digest, PieceLayout::new(size_bytes));
+            let mut other = PieceTable::new(*digest, (self.config.layout)(size_bytes));
             values[..signed.count as usize].iter().for_each(|value| other.push(*value));
             other.sign(signed.clone());
             if known.contradiction(&other).is_some() {

@@ -91,7 +91,13 @@ impl World {
             roles.insert(id(SEED), Role::Seed);
         }
         let hosts = roles.iter().map(|(me, role)| {
-            let config = Config { me: *me, role: *role, upload_slots: 4, in_flight_bytes: 32 << 20 };
+            let config = Config {
+                me: *me,
+                role: *role,
+                upload_slots: 4,
+                in_flight_bytes: 32 << 20,
+                layout: PieceLayout::new,
+            };
             let mut node = Node::new(config, Names { me: *me, roles: roles.clone() });
             node.seeds(if seed { vec![Named::near(id(SEED))] } else { Vec::new() });
             let host = Host {
@@ -496,7 +502,13 @@ fn the_same_seed_gives_the_same_trace() {
 
 /// A node with a scheduler, and a task of 1 MiB that somebody here reads.
 fn wanting(data: &[u8]) -> (Node<Names>, Digest, StdRng) {
-    let config = Config { me: id(0), role: Role::Peer, upload_slots: 4, in_flight_bytes: 32 << 20 };
+    let config = Config {
+        me: id(0),
+        role: Role::Peer,
+        upload_slots: 4,
+        in_flight_bytes: 32 << 20,
+        layout: PieceLayout::new,
+    };
     let roles = (0..3).map(|n| (id(n), Role::Peer)).collect();
     let mut node = Node::new(config, Names { me: id(0), roles });
     let (task, start) = (Digest::of(Algorithm::Sha256, data), Time::default());
@@ -698,7 +710,8 @@ fn who_holds_all_without_a_seal_keeps_the_child_that_hears_of_its_election_first
 
 /// A node to whom one peer offers all of several tasks of 16 MiB, each with its table.
 fn offered(tasks: u8, in_flight_bytes: u64) -> (Node<Names>, Vec<Digest>, StdRng) {
-    let config = Config { me: id(0), role: Role::Peer, upload_slots: 4, in_flight_bytes };
+    let config =
+        Config { me: id(0), role: Role::Peer, upload_slots: 4, in_flight_bytes, layout: PieceLayout::new };
     let roles = (0..2).map(|n| (id(n), Role::Peer)).collect();
     let (mut node, now) = (Node::new(config, Names { me: id(0), roles }), Time::default());
     node.peer_up(now, id(1), Role::Peer);
@@ -884,7 +897,7 @@ fn the_origin_is_read_on_when_the_rates_allow() {
 #[test]
 fn what_is_urgent_is_asked_for_first_and_each_priority_has_a_request_under_way() {
     // Room for a few pieces.
-    let (mut node, tasks, mut rng) = offered(3, 4 << 20);
+    let (mut node, tasks, mut rng) = offered(3, 2 << 20);
     let now = Time::default();
     for (task, level) in tasks.iter().zip([6, 1, 4]) {
         node.purpose(task, purpose("", level));

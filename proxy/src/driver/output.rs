@@ -201,7 +201,7 @@ impl Driver {
 
     pub(super) fn sized(&mut self, task: Digest, size_bytes: u64) {
         let Some(state) = self.tasks.get_mut(&task) else { return };
-        let layout = hawker_core::piece::PieceLayout::new(size_bytes);
+        let layout = PieceLayout::new(size_bytes);
         if state.shared.lock().layout.is_some() {
             return;
         }
