@@ -28,7 +28,7 @@ use crate::lab::{Hawker, Host};
 use crate::origin::{Blob, Content};
 
 /// What peers agree on in TLS.
-const ALPN: &[u8] = b"hawker-peer/2";
+const ALPN: &[u8] = b"hawker-peer/3";
 const PORT: u16 = 6501;
 /// How long joining and being known may take.
 const JOIN: Duration = Duration::from_secs(20);

@@ -9,7 +9,7 @@ use hawker_conformance::scene::{
     Plan, REPOSITORY, Scene, blob_path, committed_path, right, until_committed, withheld,
 };
 
-/// Some pieces of every size class, and a tail.
+/// Some pieces, and a tail.
 const SIZE_BYTES: u64 = (4 << 20) + 12_345;
 /// containerd waits for headers for ever in old versions; others give up after 30 s.
 const HEADERS: Duration = Duration::from_secs(30);

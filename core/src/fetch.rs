@@ -46,7 +46,7 @@ const STALLED_AFTER: Duration = Duration::from_secs(4);
 /// No parent counts for less than this part of the fastest: what was measured once may be otherwise now.
 const SLOWEST: f64 = 0.1;
 
-/// Candidates looked at for the rarest: enough to see all of a common layer, and a bound for huge ones.
+/// Candidates looked at for the rarest: enough to see all of a common layer or find something rare in it, and a bound for huge ones.
 const CANDIDATES: usize = 256;
 
 /// A piece asked of a parent and not yet there.
@@ -328,7 +328,7 @@ impl Fetch {
         self.parents.iter().any(|(peer, p)| p.offered.meets(&wanted) && will_do(*peer))
     }
 
-    /// Whether a piece is under way from a parent that has brought what it was asked for, lately.
+    /// Whether a piece is under way from a parent that can be counted on.
     pub fn is_moving(&self, now: Time, parents: &Parents) -> bool {
         self.asked.values().flatten().any(|asked| parents.trusted(now, asked.peer))
     }

@@ -431,7 +431,7 @@ impl<N: Notary> Node<N> {
             fetch: None,
             table: None,
             trust: opening.own_table.then_some(Trust::Clients),
-            offers: Offers::new(0),
+            offers: Offers::empty(),
             links: PeerMap::default(),
             issuer: None,
             elected: false,
@@ -447,6 +447,7 @@ impl<N: Notary> Node<N> {
             complete: false,
             reading: Reading::No,
             shown: PieceSet::empty(0),
+            in_vain: false,
             moved: now,
             wanted: None,
             answered: false,
@@ -523,6 +524,7 @@ impl<N: Notary> Node<N> {
         task.running = true;
         task.failed = false;
         task.moved = now;
+        task.in_vain = false;
         task.wanted = None;
         task.answered = false;
         if let Reading::FailedAt(..) = task.reading {

@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use crate::Time;
 use crate::peers::PeerMap;
-use crate::piece::{PeerId, PieceIndex, PieceSet};
+use crate::piece::{PeerId, PieceIndex, PieceLayout, PieceSet};
 use crate::share::Share;
 
 /// New pieces that one child may have on offer and not hold yet: one on its way and the next.
@@ -21,8 +21,9 @@ const QUOTA: usize = 2;
 
 /// New pieces on offer to all children together, at least, where that is more: a child hears of one when news has been gathered and
 /// what is in the sockets has gone, and all that time the holder sends what was on offer before. Short of that it idles, and
-/// reveals what has spread already: beside two or three children it sent 1.4 copies.
-const QUOTA_OF_ALL: usize = 32;
+/// reveals what has spread already: beside two or three children it sent 1.4 copies. No more bytes than go within an offer's life.
+const QUOTA_OF_ALL: u64 = 32;
+const QUOTA_OF_ALL_BYTES: u64 = 16 << 20;
 
 /// An offer that led to nothing for this long is made to another child.
 const OFFER_LIFE: Duration = Duration::from_secs(3);
@@ -46,6 +47,20 @@ pub struct Dealt {
     pub pending: usize,
     /// New pieces it was offered so far.
     pub ever: u32,
+}
+
+/// A child to whom new pieces are dealt.
+struct Load {
+    dealt: Dealt,
+    keeps_up: bool,
+    /// New pieces that it may have on offer.
+    quota: usize,
+}
+
+impl Load {
+    const fn is_full(&self) -> bool {
+        self.dealt.pending >= self.quota
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -96,6 +111,8 @@ impl Child {
 #[derive(Clone, Debug)]
 pub struct Offers {
     count: u32,
+    /// New pieces on offer to all children together, at least.
+    quota_of_all: usize,
     children: PeerMap<Child>,
     /// How many children hold each piece.
     spread: Vec<u16>,
@@ -110,10 +127,15 @@ pub struct Offers {
 }
 
 impl Offers {
-    /// No children yet; `count` pieces.
-    pub fn new(count: u32) -> Self {
+    /// No children yet, and nothing known of the task.
+    pub fn empty() -> Self {
+        Self::of(0, 0)
+    }
+
+    fn of(count: u32, quota_of_all: usize) -> Self {
         Self {
             count,
+            quota_of_all,
             children: PeerMap::default(),
             spread: vec![0; count as usize],
             pending: BTreeMap::new(),
@@ -123,9 +145,10 @@ impl Offers {
         }
     }
 
-    /// The same children for a task that turned out to have `count` pieces; what they hold of it is not known yet.
-    pub fn anew(&self, count: u32) -> Self {
-        let mut offers = Self { joined: self.joined, ..Self::new(count) };
+    /// The same children for a task that turned out to be cut so; what they hold of it is not known yet.
+    pub fn anew(&self, layout: PieceLayout) -> Self {
+        let quota_of_all = QUOTA_OF_ALL.min(QUOTA_OF_ALL_BYTES / layout.piece_bytes());
+        let mut offers = Self { joined: self.joined, ..Self::of(layout.count(), quota_of_all as usize) };
         self.children.iter().for_each(|(peer, child)| offers.join(*peer, child.believed, child.far));
         offers
     }
@@ -325,14 +348,18 @@ impl Offers {
     ) {
         let mut dealt = elsewhere.clone();
         self.add_dealt(&mut dealt);
-        let mut load: BTreeMap<PeerId, Dealt> =
-            self.dealt_to().map(|(peer, _)| (*peer, dealt.get(peer).copied().unwrap_or_default())).collect();
-        let holds = |peer: &PeerId| f64::from(self.children[peer].holds.len());
-        let usual = load.keys().map(holds).sum::<f64>() / load.len().max(1) as f64;
-        let keeps_up = |child: &Child| f64::from(child.holds.len()) + FEW_PIECES >= usual * KEEPS_UP;
-        let quota = QUOTA.max(QUOTA_OF_ALL / load.len().max(1));
+        let children = || self.dealt_to().map(|(peer, child)| (*peer, f64::from(child.holds.len())));
+        let count = children().count().max(1);
+        let usual = children().map(|(_, holds)| holds).sum::<f64>() / count as f64;
+        let mut loads: BTreeMap<PeerId, Load> = children()
+            .map(|(peer, holds)| {
+                let keeps_up = holds + FEW_PIECES >= usual * KEEPS_UP;
+                let quota = if keeps_up { QUOTA.max(self.quota_of_all / count) } else { QUOTA };
+                (peer, Load { dealt: dealt.remove(&peer).unwrap_or_default(), keeps_up, quota })
+            })
+            .collect();
         for piece in held.iter().filter(|p| self.spread[*p as usize] == 0) {
-            if load.values().all(|dealt| dealt.pending >= quota) {
+            if loads.values().all(Load::is_full) {
                 break;
             }
             if self.pending.contains_key(&piece) {
@@ -341,18 +368,16 @@ impl Offers {
             // Who keeps up first; of these fewest on offer, then fewest ever, since each passes on what it got and all uplinks are to
             // be busy: over all tasks, else layers that come in step would all start at the same children. One that let this
             // very offer lapse comes after all others.
-            let takes =
-                |peer: &PeerId, dealt: &Dealt| dealt.pending < quota && self.children[peer].takes(piece);
-            let Some((to, dealt)) =
-                load.iter_mut().filter(|(peer, dealt)| takes(peer, dealt)).min_by_key(|(peer, dealt)| {
-                    let child = &self.children[*peer];
-                    (child.told.contains(piece), !keeps_up(child), dealt.pending, dealt.ever, **peer)
-                })
-            else {
+            let open =
+                loads.iter_mut().filter(|(peer, load)| !load.is_full() && self.children[*peer].takes(piece));
+            let Some((to, load)) = open.min_by_key(|(peer, load)| {
+                let lapsed = self.children[*peer].told.contains(piece);
+                (lapsed, !load.keeps_up, load.dealt.pending, load.dealt.ever, **peer)
+            }) else {
                 continue;
             };
-            dealt.pending += 1;
-            dealt.ever += 1;
+            load.dealt.pending += 1;
+            load.dealt.ever += 1;
             self.pending.insert(piece, (*to, now));
             if let Some(child) = self.children.get_mut(to) {
                 child.dealt += 1;
@@ -407,12 +432,14 @@ fn uncount(spread: &mut [u16], held: &PieceSet) {
 mod tests {
     use super::*;
 
+    const OF_ALL: usize = QUOTA_OF_ALL as usize;
+
     fn peer(n: u8) -> PeerId {
         PeerId([n; 16])
     }
 
     fn offers(children: u8, count: u32) -> Offers {
-        let mut offers = Offers::new(count);
+        let mut offers = Offers::of(count, OF_ALL);
         (0..children).for_each(|n| offers.join(peer(n), true, None));
         offers
     }
@@ -445,6 +472,10 @@ mod tests {
             assert_eq!(told.len(), usize::from(children));
             assert!(told.iter().all(|(_, pieces)| pieces.len() == each), "{children} children");
         }
+        let gib = PieceLayout::new(3 << 30);
+        let mut long = offers(2, 9).anew(gib);
+        let told = long.next(Time::default(), &PieceSet::full(gib.count()), true, false, &BTreeMap::new());
+        assert!(told.iter().all(|(_, pieces)| pieces.len() == 2), "no more bytes than go in an offer's life");
     }
 
     #[test]
@@ -464,7 +495,7 @@ mod tests {
         offers.holds(peer(0), [0]);
         assert_eq!(
             offers.next(Time::default(), &PieceSet::full(100), true, false, &BTreeMap::new()),
-            [(peer(0), vec![QUOTA_OF_ALL as u32])]
+            [(peer(0), vec![OF_ALL as u32])]
         );
     }
 
@@ -520,7 +551,7 @@ mod tests {
     #[test]
     fn what_a_child_has_on_offer_of_other_tasks_counts_as_well() {
         let mut offers = offers(2, 8);
-        let elsewhere = BTreeMap::from([(peer(0), Dealt { pending: QUOTA_OF_ALL / 2, ever: 0 })]);
+        let elsewhere = BTreeMap::from([(peer(0), Dealt { pending: OF_ALL / 2, ever: 0 })]);
         let told = offers.next(Time::default(), &PieceSet::full(8), true, false, &elsewhere);
         assert_eq!(told.iter().map(|(to, pieces)| (*to, pieces.len())).collect::<Vec<_>>(), [(peer(1), 8)]);
         let mut dealt = BTreeMap::new();
@@ -531,7 +562,7 @@ mod tests {
     #[test]
     fn who_does_not_keep_up_is_dealt_what_is_new_last() {
         let mut offers = offers(4, 64);
-        let quota = QUOTA_OF_ALL / 4;
+        let quota = OF_ALL / 4;
         (0..3).for_each(|n| offers.holds(peer(n), 0..12));
         offers.holds(peer(3), 0..2);
         let mut held = PieceSet::empty(64);
@@ -543,7 +574,7 @@ mod tests {
         assert_eq!(next(&mut offers), [(peer(0), quota), (peer(1), quota), (peer(2), quota)]);
         let held = PieceSet::full(64);
         let told = offers.next(Time::default(), &held, true, false, &BTreeMap::new());
-        assert_eq!(told, [(peer(3), (36..44).collect())], "better late than not at all");
+        assert_eq!(told, [(peer(3), vec![36, 37])], "better late than not at all");
     }
 
     #[test]
@@ -569,7 +600,7 @@ mod tests {
 
     #[test]
     fn children_elsewhere_take_their_share_after_those_here_have_got_it() {
-        let mut offers = Offers::new(16);
+        let mut offers = Offers::of(16, OF_ALL);
         let shares = [None, None, Some(Share::of([1])), Some(Share::NONE)];
         (0..).zip(shares).for_each(|(n, far)| offers.join(peer(n), true, far));
         let next = |offers: &mut Offers, idle| {
@@ -591,7 +622,7 @@ mod tests {
 
     #[test]
     fn who_takes_more_than_before_is_told_of_what_it_did_not_take() {
-        let mut offers = Offers::new(16);
+        let mut offers = Offers::of(16, OF_ALL);
         offers.join(peer(0), true, Some(Share::NONE));
         offers.join(peer(1), true, None);
         let next = |offers: &mut Offers| -> BTreeMap<PeerId, Vec<PieceIndex>> {
@@ -616,7 +647,7 @@ mod tests {
 
     #[test]
     fn what_was_dealt_to_a_child_that_does_not_take_it_any_more_is_dealt_to_another() {
-        let mut offers = Offers::new(16);
+        let mut offers = Offers::of(16, OF_ALL);
         (0..3).for_each(|n| offers.join(peer(n), true, Some(Share::ALL)));
         let next = |offers: &mut Offers| {
             offers.next(Time::default(), &PieceSet::full(2), true, false, &BTreeMap::new())
@@ -629,7 +660,7 @@ mod tests {
 
     #[test]
     fn where_all_children_are_elsewhere_new_pieces_are_dealt_by_their_shares() {
-        let mut offers = Offers::new(16);
+        let mut offers = Offers::of(16, OF_ALL);
         (0..8).for_each(|n| offers.join(peer(n), true, Some(Share::of([usize::from(n)]))));
         let told = offers.next(Time::default(), &PieceSet::full(16), true, false, &BTreeMap::new());
         let expected: Vec<_> = (0..8).map(|n| (peer(n as u8), vec![n, n + 8])).collect();

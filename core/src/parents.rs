@@ -34,8 +34,12 @@ impl Fault {
 /// Faults are half forgotten after this long: a deploy later a node that was restarted is trusted again.
 const HALF_LIFE: Duration = Duration::from_secs(60);
 
-/// Faults that make a parent the last choice: two stalls within a half-life, or three failures at once.
-const SHUNNED: f64 = 3.0;
+/// Faults that make a parent the last choice: two stalls within two minutes, or three failures within half of one.
+const SHUNNED: f64 = 2.5;
+
+/// All that is under way at a peer stalls or breaks off together: what comes of one cause counts once, else a restart of the only seed
+/// would make all its children shun it for minutes.
+const AT_ONCE: Duration = Duration::from_secs(1);
 
 /// How long wrong bytes keep a parent out on this node. The scheduler decides for everybody else.
 const BAN: Duration = Duration::from_secs(600);
@@ -55,6 +59,8 @@ struct Record {
     seconds: f64,
     faults: f64,
     faults_at: Time,
+    /// What the last one weighs.
+    last: f64,
     banned_until: Option<Time>,
 }
 
@@ -101,8 +107,16 @@ impl Parents {
             self.banned_until = now + BAN;
         }
         let record = self.record(peer);
-        record.faults = record.faults(now) + fault.weight();
-        record.faults_at = now;
+        let same_cause = record.last > 0.0 && now.since(record.faults_at) < AT_ONCE;
+        let counted = match fault {
+            Fault::Stalled | Fault::Failed if same_cause => record.last,
+            _ => 0.0,
+        };
+        if fault.weight() <= counted {
+            return;
+        }
+        record.faults = record.faults(now) + fault.weight() - counted;
+        (record.faults_at, record.last) = (now, fault.weight());
         if fault == Fault::WrongBytes {
             record.banned_until = Some(now + BAN);
         }
@@ -169,6 +183,21 @@ mod tests {
         assert!(parents.shunned(at(5), PEER) && !parents.trusted(at(5), PEER));
         assert!(!parents.banned(at(5), PEER));
         assert!(!parents.shunned(at(65), PEER) && parents.trusted(at(65), PEER));
+    }
+
+    #[test]
+    fn what_fails_at_once_counts_once() {
+        let mut parents = Parents::default();
+        for _ in 0..16 {
+            parents.punish(at(0), PEER, Fault::Failed);
+        }
+        assert!(parents.trusted(at(0), PEER));
+        (0..2).for_each(|_| parents.punish(at(0), PEER, Fault::Stalled));
+        assert!(parents.trusted(at(0), PEER), "what breaks off and what stalls");
+        for _ in 0..16 {
+            parents.punish(at(1), PEER, Fault::NotHeld);
+        }
+        assert!(parents.shunned(at(1), PEER), "each refusal of what was offered is one of its own");
     }
 
     #[test]

@@ -419,7 +419,7 @@ impl SignedPrefix {
             value.write_to(&mut raw);
             folded.update(&raw);
         }
-        let mut statement = b"hawker piece table 1\n".to_vec();
+        let mut statement = b"hawker piece table 2\n".to_vec();
         statement.extend_from_slice(task.to_string().as_bytes());
         statement.extend_from_slice(&size_bytes.to_be_bytes());
         statement.extend_from_slice(&(values.len() as u64).to_be_bytes());

@@ -8,7 +8,7 @@ use hawker_core::digest::Digest;
 use hawker_core::message::{Message, Refusal, Role};
 use hawker_core::node::{Child, Config, Failure, Named, Node, Opening, Output, Verdict};
 use hawker_core::parents::Fault;
-use hawker_core::piece::{PeerId, PieceIndex};
+use hawker_core::piece::{PeerId, PieceIndex, PieceLayout};
 use hawker_core::place::Place;
 use hawker_core::reference::Source;
 use hawker_core::right::Right;
@@ -808,10 +808,14 @@ impl<'a> World<'a> {
         let holdings: Vec<Holding> = changed
             .map(|(local, blob)| {
                 local.changed = false;
+                let size_bytes = blob.layout.size_bytes();
+                // The scheduler knows of no other cut than the usual one.
+                let usual = u64::from(PieceLayout::new(size_bytes).count());
+                let held = u64::from(local.verified.len());
                 Holding {
                     task: blob.digest,
-                    size_bytes: blob.layout.size_bytes(),
-                    pieces: local.verified.len(),
+                    size_bytes,
+                    pieces: (held * usual / u64::from(blob.layout.count().max(1))) as u32,
                     complete: local.done_at.is_some(),
                 }
             })

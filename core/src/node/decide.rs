@@ -150,7 +150,8 @@ impl<N: Notary> Node<N> {
         };
         // What was asked of those that stall is not waited for any longer than nothing at all.
         let moving = task.fetch.as_ref().is_some_and(|fetch| fetch.is_moving(now, &self.parents));
-        let waited = now.since(task.moved) >= if moving { PATIENCE_IN_FLIGHT } else { PATIENCE };
+        let overdue = now.since(task.moved) >= if moving { PATIENCE_IN_FLIGHT } else { PATIENCE };
+        let waited = overdue || task.in_vain;
         let reading = task.reading;
         // Most of the time it moves, and whoever was asked may bring it: no more is worked out.
         let will_do = |peer| !self.parents.banned(now, peer);
@@ -160,7 +161,7 @@ impl<N: Notary> Node<N> {
             Reading::At(_) => return,
             Reading::FailedAt(at, failure) => {
                 let useless = task.fetch.as_ref().is_none_or(|f| !f.has_useful_parent(will_do));
-                if !task.failed && useless && (!hope || waited) {
+                if !task.failed && useless && (!hope || overdue) {
                     task.failed = true;
                     task.running = false;
                     self.outputs.push_back(Output::Failed(*digest, failure));
@@ -181,6 +182,7 @@ impl<N: Notary> Node<N> {
         }
         let Some(task) = self.tasks.get_mut(digest) else { return };
         task.held_back = None;
+        task.in_vain = waited;
         task.reading = Reading::At(from);
         self.outputs.push_back(Output::ReadOrigin { task: *digest, from });
     }
@@ -306,7 +308,7 @@ impl<N: Notary> Node<N> {
                 if has_one && in_flight + fetch.layout().piece_bytes() > room {
                     // Held back as well, if it could go on.
                     let held_back = prefetch || room < self.config.in_flight_bytes;
-                    if held_back && fetch.has_useful_parent(|peer| !self.parents.banned(now, peer)) {
+                    if held_back && fetch.has_useful_parent(|peer| self.parents.trusted(now, peer)) {
                         task.moved = now;
                     }
                     return false;

@@ -18,7 +18,7 @@ impl<N: Notary> Node<N> {
             Some(true) => {
                 self.parents.served(peer, fetch.layout().len_bytes(piece), now.since(at));
                 self.kept(now, &digest, piece);
-                self.leave_origin_to_others(now, &digest);
+                self.leave_origin_to_others(now, &digest, peer);
                 Verdict::Keep
             }
             Some(false) => {
@@ -38,9 +38,15 @@ impl<N: Notary> Node<N> {
         }
     }
 
-    /// Peers bring pieces after all: whoever is not to read the origin for others stops reading it. For the sake of one that stalls
-    /// now and then it does not.
-    fn leave_origin_to_others(&mut self, now: Time, digest: &Digest) {
+    /// A peer brings pieces after all: whoever is not to read the origin for others stops reading it. For the sake of one that
+    /// brings something now and then it does not.
+    fn leave_origin_to_others(&mut self, now: Time, digest: &Digest, peer: PeerId) {
+        if !self.parents.trusted(now, peer) {
+            return;
+        }
+        if let Some(task) = self.tasks.get_mut(digest) {
+            task.in_vain = false;
+        }
         let reads = |t: &Task| !t.elected && matches!(t.reading, Reading::At(_));
         let will_do = |peer| self.parents.trusted(now, peer);
         if !self.tasks.get(digest).is_some_and(reads) || !self.hope(now, digest, will_do) {
@@ -75,8 +81,8 @@ impl<N: Notary> Node<N> {
             }
         }
         match refused {
-            // To shed load is no fault.
-            Some(Refusal::Busy) => {}
+            // To shed load is no fault, nor to end in order.
+            Some(Refusal::Busy | Refusal::Draining) => {}
             Some(Refusal::NotHeld) => self.punish(now, peer, &digest, Fault::NotHeld),
             _ => self.punish(now, peer, &digest, fault),
         }

@@ -81,6 +81,9 @@ pub(super) struct Task {
     pub(super) shown: PieceSet,
     /// When a piece last came, or the download began.
     pub(super) moved: Time,
+    /// It has waited for others in vain: until one that can be counted on brings something, it reads on from the origin wherever
+    /// something is missing.
+    pub(super) in_vain: bool,
     /// When the scheduler was last asked; whether it has answered.
     pub(super) wanted: Option<Time>,
     pub(super) answered: bool,
@@ -191,7 +194,7 @@ impl Task {
     ) {
         let (table, held) =
             known.unwrap_or_else(|| (PieceTable::new(*digest, layout), PieceSet::empty(layout.count())));
-        self.offers = self.offers.anew(layout.count());
+        self.offers = self.offers.anew(layout);
         self.shown = PieceSet::empty(layout.count());
         self.table = Some(table);
         let mut fetch = Fetch::new(layout, held);
@@ -208,6 +211,7 @@ impl Task {
         self.trust = None;
         (self.told, self.tables_sent) = (None, None);
         self.complete = false;
+        self.in_vain = false;
         self.last_wrong.clear();
         for link in self.links.values_mut() {
             link.table_sent = 0;

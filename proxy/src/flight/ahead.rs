@@ -79,7 +79,7 @@ mod tests {
         let mut ahead = Ahead::new(vec![0..1, 5 << 20..6 << 20, 10..20], layout);
         let pieces = |ahead: &Ahead| ahead.pieces().map(|set| set.iter().collect::<Vec<_>>());
         let both = pieces(&ahead).unwrap();
-        assert_eq!((both[0], both.len()), (0, 3), "the first, and the two of the sixth MiB");
+        assert_eq!((both[0], both.len()), (0, 5), "the first, and the four of the sixth MiB");
         ahead.next();
         ahead.next();
         assert_eq!(pieces(&ahead), Some(vec![0]));

@@ -23,7 +23,7 @@ use super::transmit::Transmitter;
 use super::{Dial, ManifestSource, PeerError, PeerEvent, PeersConfig};
 use crate::limits::Limits;
 
-const ALPN: &[u8] = b"hawker-peer/2";
+const ALPN: &[u8] = b"hawker-peer/3";
 /// A connection without traffic besides pings is closed after this.
 const IDLE_AT_MOST: Duration = Duration::from_secs(120);
 const PING_EVERY: Duration = Duration::from_secs(15);

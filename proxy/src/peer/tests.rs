@@ -20,7 +20,7 @@ use crate::settings::LiveSettings;
 
 const MIB: usize = 1 << 20;
 const SOON: Duration = Duration::from_secs(15);
-const ALPN: &[u8] = b"hawker-peer/2";
+const ALPN: &[u8] = b"hawker-peer/3";
 
 struct Cluster(AuthorityKey);
 

@@ -15,8 +15,9 @@ use hawker_core::piece::{
 };
 
 const MAGIC: &[u8; 6] = b"hawker";
-/// Readers refuse another major version. 2: blobs up to 256 MiB are cut into more pieces than in 1.
-const MAJOR: u8 = 2;
+/// Readers refuse another major version. 2: blobs up to 256 MiB are cut into more pieces than in 1; 3: those up to 128 MiB once more,
+/// and those of 1 to 2 GiB.
+const MAJOR: u8 = 3;
 /// Grows with additions that older readers can ignore.
 const MINOR: u8 = 0;
 

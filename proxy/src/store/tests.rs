@@ -589,7 +589,7 @@ fn a_discarded_task_begins_anew() {
 fn nothing_incomplete_or_contradictory_is_committed() {
     let (_temporary, dir) = folder();
     let store = open(&dir);
-    let content = Content::sha256(3 * MIB / 2, 13);
+    let content = Content::sha256(5 * MIB / 4, 13);
     let partial = content.begin(&store);
     content.write(&partial, [0, 1, 2, 3]).unwrap();
     assert!(partial.commit(&content.table).is_err(), "a piece is missing");
@@ -600,7 +600,7 @@ fn nothing_incomplete_or_contradictory_is_committed() {
     assert!(partial.commit(&empty).is_err(), "values are missing");
     partial.keep_table(&content.table).unwrap();
     let mut other = empty;
-    other.extend(0, Content::sha256(3 * MIB / 2, 14).table.values(), None).unwrap();
+    other.extend(0, Content::sha256(5 * MIB / 4, 14).table.values(), None).unwrap();
     assert!(matches!(partial.commit(&other), Err(StoreError::Rotten(_))));
     assert!(matches!(partial.keep_table(&other), Err(StoreError::Rotten(_))));
     assert!(!store.usage().degraded, "that was not the disk's fault");
