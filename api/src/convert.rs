@@ -655,7 +655,7 @@ mod tests {
     fn honest_table() -> v1::Table {
         v1::Table {
             task: Digest::of(Algorithm::Sha256, b"").to_string(),
-            size_bytes: 4 * MIB,
+            size_bytes: 10 * MIB / 4,
             first: 0,
             values: vec![1; 32 * 9],
             signed: Some(v1::SignedPrefix {
