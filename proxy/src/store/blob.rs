@@ -75,7 +75,7 @@ pub(super) fn write_table(store: &Inner, table: &PieceTable) -> Result<(), Store
     let about = record::Header {
         digest: *table.task(),
         size_bytes: table.layout().size_bytes(),
-        boot_id: String::new(),
+        run_id: String::new(),
     };
     let content = record::index(&about, table, &PieceSet::empty(0));
     let path = store.layout.table(table.task());

@@ -64,18 +64,18 @@ pub struct Store {
 impl Store {
     /// Opens or makes the store in `dir` (`DATA_DIR/store`): finds what is there and removes what a crash left behind.
     ///
-    /// Pieces of partial tasks that were noted during another boot count again once [`Store::begin`] has hashed them.
+    /// Pieces of partial tasks that were noted by another run of the daemon count again once [`Store::begin`] has hashed them.
     /// An error when the folder can't be made or read, or when another daemon uses it.
     pub fn open(dir: &Path, settings: CacheSettings) -> Result<Self, StoreError> {
-        Ok(Self { inner: Arc::new(Self::open_in_boot(dir, settings, state::boot_id())?) })
+        Ok(Self { inner: Arc::new(Self::open_in_run(dir, settings, state::run_id())?) })
     }
 
-    fn open_in_boot(dir: &Path, settings: CacheSettings, boot_id: String) -> Result<Inner, StoreError> {
+    fn open_in_run(dir: &Path, settings: CacheSettings, run_id: String) -> Result<Inner, StoreError> {
         let layout = Layout::new(dir);
         recovery::make_folders(&layout)?;
         let lock = recovery::lock(&layout)?;
-        let state = recovery::scan(&layout, &boot_id);
-        Ok(Inner::new(layout, boot_id, settings, state, lock))
+        let state = recovery::scan(&layout, &run_id);
+        Ok(Inner::new(layout, run_id, settings, state, lock))
     }
 
     /// A committed blob, leased: it is not evicted while the lease lives. Blocking.

@@ -1,7 +1,7 @@
 //! Partial tasks: a sparse file as long as the blob will be, and an index that says which of its pieces count.
 //!
 //! A piece is noted after it is written, so what the index says after kill -9 is there. What it says after a power failure
-//! may not be: the boot id in it tells, and then each noted piece is hashed again.
+//! may not be, and while no daemon ran the disk may have rotted: the run id in it tells, and then each noted piece is hashed again.
 
 use std::fs::File;
 use std::io::{self, ErrorKind};
@@ -318,7 +318,7 @@ fn enter(store: &Arc<Inner>, task: &Digest, layout: PieceLayout, file: File, ind
 }
 
 fn about(store: &Inner, task: &Digest, size_bytes: u64) -> Header {
-    Header { digest: *task, size_bytes, boot_id: store.boot_id.clone() }
+    Header { digest: *task, size_bytes, run_id: store.run_id.clone() }
 }
 
 fn create(store: &Inner, task: &Digest, size_bytes: u64) -> Result<(File, Index), StoreError> {
@@ -389,11 +389,11 @@ fn try_resume(store: &Inner, task: &Digest, size_bytes: u64) -> io::Result<Resul
         Err(why) => return Ok(Err(why)),
     };
     let mut end = contents.whole_bytes as u64;
-    let same_boot = contents.header.boot_id == store.boot_id;
-    if !same_boot {
+    let same_run = contents.header.run_id == store.run_id;
+    if !same_run {
         keep_what_is_right(&file, &mut contents);
     }
-    if contents.drop_unverifiable() || !same_boot {
+    if contents.drop_unverifiable() || !same_run {
         let verified = record::index(&about(store, task, size_bytes), &contents.table, &contents.held);
         disk::replace(&path, &verified)?;
         end = verified.len() as u64;
@@ -414,6 +414,6 @@ fn keep_what_is_right(file: &File, contents: &mut Contents) {
     }
     tracing::info!(
         task = %contents.header.digest, noted = noted.len(), right = contents.held.len(),
-        "verified a partial task again after a reboot"
+        "verified a partial task again after a restart"
     );
 }

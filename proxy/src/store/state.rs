@@ -4,7 +4,7 @@
 //! a [`Claim`] on the task: one at a time does so, and eviction passes claimed tasks by.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
-use std::fs::{self, File};
+use std::fs::File;
 use std::io;
 use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
@@ -47,7 +47,7 @@ pub(super) enum Entry {
     },
     Partial {
         size_bytes: u64,
-        /// Pieces that count: none while those of an earlier boot are not verified again.
+        /// Pieces that count: none while those of an earlier run are not verified again.
         pieces: u32,
         /// Bytes of those pieces; of all that are written, while they are to be verified again.
         held_bytes: u64,
@@ -79,7 +79,7 @@ pub(super) struct State {
 
 pub(super) struct Inner {
     pub(super) layout: Layout,
-    pub(super) boot_id: String,
+    pub(super) run_id: String,
     settings: CacheSettings,
     retry_after: Duration,
     state: Mutex<State>,
@@ -94,14 +94,14 @@ pub(super) struct Inner {
 impl Inner {
     pub(super) fn new(
         layout: Layout,
-        boot_id: String,
+        run_id: String,
         settings: CacheSettings,
         state: State,
         lock: Option<File>,
     ) -> Self {
         Self {
             layout,
-            boot_id,
+            run_id,
             settings,
             retry_after: RETRY_AFTER,
             state: Mutex::new(state),
@@ -394,13 +394,7 @@ pub(super) fn since_1970(at: SystemTime) -> Duration {
     at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default()
 }
 
-/// The id that the kernel gave this boot. One of its own for a store that can't tell: then everything is verified again.
-pub(super) fn boot_id() -> String {
-    fs::read_to_string("/proc/sys/kernel/random/boot_id").map_or_else(
-        |error| {
-            tracing::warn!(%error, "the kernel tells no boot id: partial downloads are verified again at each start");
-            format!("unknown {:?}", SystemTime::now())
-        },
-        |id| id.trim().to_owned(),
-    )
+/// An id for this run of the daemon: what was noted in another one is hashed again.
+pub(super) fn run_id() -> String {
+    format!("{:032x}", rand::random::<u128>())
 }

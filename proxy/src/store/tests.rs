@@ -119,17 +119,17 @@ fn unlimited() -> CacheSettings {
     CacheSettings { high_percent: 100, low_percent: 100, max_bytes: None }
 }
 
-fn open_in_boot(dir: &Path, boot: &str) -> Store {
-    Store { inner: Arc::new(Store::open_in_boot(dir, unlimited(), boot.to_owned()).unwrap()) }
+fn open_in_run(dir: &Path, run: &str) -> Store {
+    Store { inner: Arc::new(Store::open_in_run(dir, unlimited(), run.to_owned()).unwrap()) }
 }
 
 fn open(dir: &Path) -> Store {
-    open_in_boot(dir, "boot one")
+    open_in_run(dir, "run one")
 }
 
 /// A store that tries again at once after writing failed.
 fn open_eager(dir: &Path, settings: CacheSettings) -> Store {
-    let mut inner = Store::open_in_boot(dir, settings, "boot one".to_owned()).unwrap();
+    let mut inner = Store::open_in_run(dir, settings, "run one".to_owned()).unwrap();
     inner.set_retry_after(Duration::ZERO);
     Store { inner: Arc::new(inner) }
 }
@@ -370,11 +370,11 @@ fn a_task_that_can_not_be_made_durable_is_thrown_away() {
 }
 
 #[test]
-fn after_a_reboot_only_pieces_that_match_count() {
+fn after_a_restart_only_pieces_that_match_count() {
     let (_temporary, dir) = folder();
     let content = Content::sha256(3 * MIB, 4);
     {
-        let store = open_in_boot(&dir, "boot one");
+        let store = open_in_run(&dir, "run one");
         let partial = content.begin(&store);
         let mut known = PieceTable::new(content.task, content.table.layout());
         known.extend(0, &content.table.values()[..3], None).unwrap();
@@ -382,7 +382,7 @@ fn after_a_reboot_only_pieces_that_match_count() {
         content.write(&partial, [0, 1, 2, 4]).unwrap();
         partial.file().write_all_at(b"lost in the crash", content.table.layout().start(1) + 9).unwrap();
     }
-    let store = open_in_boot(&dir, "boot two");
+    let store = open_in_run(&dir, "run two");
     assert_eq!(
         store.holdings(),
         [(content.task, content.size(), 0, false)],
@@ -393,8 +393,8 @@ fn after_a_reboot_only_pieces_that_match_count() {
     assert_eq!(store.holdings()[0].2, 2);
     drop((partial, store));
 
-    // Verified in this boot, they count at the next start without being hashed.
-    let store = open_in_boot(&dir, "boot two");
+    // Verified in this run, they count at the next beginning without being hashed.
+    let store = open_in_run(&dir, "run two");
     assert_eq!(store.holdings()[0].2, 2);
     let blob = content.put(&store);
     assert!(content.is_in(&blob.file));
@@ -421,9 +421,9 @@ fn killed_at_any_moment_everything_verified_is_there_again() {
     snapshots.push((content.count(), snapshot(&dir)));
 
     for (held, (_temporary, copy)) in snapshots {
-        for boot in ["boot one", "boot two"] {
+        for run in ["run one", "run two"] {
             let (_temporary, copy) = snapshot(&copy);
-            let store = open_in_boot(&copy, boot);
+            let store = open_in_run(&copy, run);
             if let Some(blob) = store.committed(&content.task) {
                 assert!(held == content.count() && content.is_in(&blob.file));
                 assert_eq!(files_below(&copy).len(), 3, "lock, blob, table");
@@ -739,7 +739,7 @@ fn a_disk_that_fails_is_left_alone_for_a_while_and_then_tried_again() {
     let (_temporary, dir) = folder();
     let content = Content::sha256(MIB, 40);
     for fault in [ErrorKind::QuotaExceeded, ErrorKind::Other] {
-        let mut inner = Store::open_in_boot(&dir, unlimited(), "boot one".to_owned()).unwrap();
+        let mut inner = Store::open_in_run(&dir, unlimited(), "run one".to_owned()).unwrap();
         inner.set_retry_after(Duration::from_millis(200));
         let store = Store { inner: Arc::new(inner) };
         let other = Content::sha256(MIB, 41);
