@@ -107,11 +107,9 @@ impl Parents {
             self.banned_until = now + BAN;
         }
         let record = self.record(peer);
-        let same_cause = record.last > 0.0 && now.since(record.faults_at) < AT_ONCE;
-        let counted = match fault {
-            Fault::Stalled | Fault::Failed if same_cause => record.last,
-            _ => 0.0,
-        };
+        let same_cause =
+            matches!(fault, Fault::Stalled | Fault::Failed) && now.since(record.faults_at) < AT_ONCE;
+        let counted = if same_cause { record.last } else { 0.0 };
         if fault.weight() <= counted {
             return;
         }

@@ -44,12 +44,10 @@ impl<N: Notary> Node<N> {
         if !self.parents.trusted(now, peer) {
             return;
         }
-        if let Some(task) = self.tasks.get_mut(digest) {
-            task.in_vain = false;
-        }
-        let reads = |t: &Task| !t.elected && matches!(t.reading, Reading::At(_));
-        let will_do = |peer| self.parents.trusted(now, peer);
-        if !self.tasks.get(digest).is_some_and(reads) || !self.hope(now, digest, will_do) {
+        let Some(task) = self.tasks.get_mut(digest) else { return };
+        task.in_vain = false;
+        let reads = !task.elected && matches!(task.reading, Reading::At(_));
+        if !reads || !self.hope(now, digest, |peer| self.parents.trusted(now, peer)) {
             return;
         }
         if let Some(task) = self.tasks.get_mut(digest) {

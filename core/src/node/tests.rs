@@ -82,6 +82,17 @@ fn id(n: u8) -> PeerId {
 
 const SEED: u8 = 200;
 
+/// Over the bytes of a piece, from its start.
+fn chain_over(node: &Node<Names>, task: &Digest, piece: PieceIndex, bytes: &[u8]) -> Option<Chain> {
+    let mut chain = node.table(task)?.chain_at(piece)?;
+    chain.update(bytes);
+    Some(chain)
+}
+
+fn config(me: PeerId, role: Role, in_flight_bytes: u64) -> Config {
+    Config { me, role, upload_slots: 4, in_flight_bytes, layout: PieceLayout::new }
+}
+
 impl World {
     fn new(nodes: u8, seed: bool, size: usize, rng: u64) -> Self {
         let data: Vec<u8> = (0..size).map(|i| (i.wrapping_mul(2_654_435_761) >> 7) as u8).collect();
@@ -91,14 +102,7 @@ impl World {
             roles.insert(id(SEED), Role::Seed);
         }
         let hosts = roles.iter().map(|(me, role)| {
-            let config = Config {
-                me: *me,
-                role: *role,
-                upload_slots: 4,
-                in_flight_bytes: 32 << 20,
-                layout: PieceLayout::new,
-            };
-            let mut node = Node::new(config, Names { me: *me, roles: roles.clone() });
+            let mut node = Node::new(config(*me, *role, 32 << 20), Names { me: *me, roles: roles.clone() });
             node.seeds(if seed { vec![Named::near(id(SEED))] } else { Vec::new() });
             let host = Host {
                 node,
@@ -281,14 +285,12 @@ impl World {
     }
 
     fn chain(&self, piece: PieceIndex, node: &Node<Names>, corrupt: bool) -> Option<Chain> {
-        let mut chain = node.table(&self.task)?.chain_at(piece)?;
         let range = self.layout.range(piece);
         let mut bytes = self.data[range.start as usize..range.end as usize].to_vec();
         if corrupt {
             bytes[0] ^= 1;
         }
-        chain.update(&bytes);
-        Some(chain)
+        chain_over(node, &self.task, piece, &bytes)
     }
 
     fn step(&mut self) -> bool {
@@ -502,15 +504,8 @@ fn the_same_seed_gives_the_same_trace() {
 
 /// A node with a scheduler, and a task of 1 MiB that somebody here reads.
 fn wanting(data: &[u8]) -> (Node<Names>, Digest, StdRng) {
-    let config = Config {
-        me: id(0),
-        role: Role::Peer,
-        upload_slots: 4,
-        in_flight_bytes: 32 << 20,
-        layout: PieceLayout::new,
-    };
     let roles = (0..3).map(|n| (id(n), Role::Peer)).collect();
-    let mut node = Node::new(config, Names { me: id(0), roles });
+    let mut node = Node::new(config(id(0), Role::Peer, 32 << 20), Names { me: id(0), roles });
     let (task, start) = (Digest::of(Algorithm::Sha256, data), Time::default());
     let opening =
         Opening { source: World::source(), right: Right::Own, known: None, own_table: false, announce: true };
@@ -719,10 +714,9 @@ fn offered_the_rest(
     in_flight_bytes: u64,
     is_held: impl Fn(PieceIndex) -> bool,
 ) -> (Node<Names>, Vec<Digest>, StdRng) {
-    let config =
-        Config { me: id(0), role: Role::Peer, upload_slots: 4, in_flight_bytes, layout: PieceLayout::new };
     let roles = (0..2).map(|n| (id(n), Role::Peer)).collect();
-    let (mut node, now) = (Node::new(config, Names { me: id(0), roles }), Time::default());
+    let (mut node, now) =
+        (Node::new(config(id(0), Role::Peer, in_flight_bytes), Names { me: id(0), roles }), Time::default());
     node.peer_up(now, id(1), Role::Peer);
     let mut digests = Vec::new();
     for n in 0..tasks {
@@ -774,9 +768,7 @@ fn a_peer_that_stalls_delays_the_origin_once_and_stops_it_no_more() {
         if reads_at.is_some_and(|reads| ms == reads + 1_000)
             && let Some((request, (piece, _))) = open.pop_first()
         {
-            let range = layout.range(piece);
-            let mut chain = node.table(&task).unwrap().chain_at(piece).unwrap();
-            chain.update(&data[range.start as usize..range.end as usize]);
+            let chain = chain_over(&node, &task, piece, &data[..layout.len_bytes(piece) as usize]).unwrap();
             assert_eq!(node.piece(at(ms), id(1), request, &chain), Verdict::Keep);
         }
     }
@@ -795,9 +787,7 @@ fn a_node_that_has_waited_in_vain_reads_whatever_is_missing_from_the_origin() {
             node.piece_failed(at(ms), id(1), request, None, Fault::Stalled);
         }
         if let Some(piece) = reads {
-            let range = layout.range(piece);
-            let mut chain = node.table(&task).unwrap().chain_at(piece).unwrap();
-            chain.update(&data[range.start as usize..range.end as usize]);
+            let chain = chain_over(&node, &task, piece, &data[..layout.len_bytes(piece) as usize]).unwrap();
             if node.origin_piece(at(ms), &task, piece, &chain) == Verdict::Keep {
                 reads = Some(piece + 1);
             }

@@ -359,7 +359,7 @@ mod tests {
     use super::*;
 
     fn about(algorithm: Algorithm, size_bytes: u64) -> Header {
-        Header { digest: Digest::of(algorithm, b"x"), size_bytes, run_id: "boot".to_owned() }
+        Header { digest: Digest::of(algorithm, b"x"), size_bytes, run_id: "run".to_owned() }
     }
 
     fn signed(count: u32) -> SignedPrefix {
