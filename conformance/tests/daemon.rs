@@ -1,5 +1,6 @@
 //! What is expected of a daemon: its clients, its process, its disk, its people's commands.
 
+use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -7,9 +8,10 @@ use anyhow::{Result, ensure};
 use hawker_conformance::lab::{
     Answer, Containerd, DockerRegistry, End, HawkerPlan, Host, Image, Lab, Mbit, Process, Request, run,
 };
-use hawker_conformance::origin::Content;
+use hawker_conformance::origin::{Blob, Content};
 use hawker_conformance::scene::{
-    Plan, REPOSITORY, blob_path, committed_path, join, right, rot, start_origin, until, until_committed,
+    Plan, REPOSITORY, Scene, blob_path, committed_path, join, partial_path, right, rot, start_origin, until,
+    until_committed,
 };
 use rustix::process::Signal;
 
@@ -279,14 +281,45 @@ fn the_cache_stays_below_its_limit_and_drops_the_oldest() -> Result<()> {
 #[test]
 fn a_rotten_blob_is_found_out_when_the_same_client_asks_again() -> Result<()> {
     Plan::nodes(1).play(|scene| {
+        let [whole, in_part] = [scene.blob(SIZE_BYTES)?, scene.blob(SIZE_BYTES)?];
+        for blob in [&whole, &in_part] {
+            scene.pull(scene.node(), blob)?;
+            until_committed(scene.node(), blob)?;
+        }
+        let right = middle(scene, &in_part)?;
+        for blob in [&whole, &in_part] {
+            rot(&committed_path(scene.node(), blob))?;
+        }
+        // The client got wrong bytes or will; asking again makes the node look.
+        drop(scene.get(scene.node(), &whole)?);
+        scene.pull(scene.node(), &whole)?;
+        ensure!(middle(scene, &in_part)? == right, "the range has wrong bytes still");
+        Ok(())
+    })
+}
+
+#[test]
+fn a_rotten_piece_of_a_partial_blob_is_found_out_when_the_same_range_is_asked_for_again() -> Result<()> {
+    Plan::nodes(1).play(|scene| {
         let blob = scene.blob(SIZE_BYTES)?;
-        scene.pull(scene.node(), &blob)?;
-        until_committed(scene.node(), &blob)?;
-        rot(&committed_path(scene.node(), &blob))?;
-        // The client got wrong bytes or will; asking whole again makes the node look.
-        drop(scene.get(scene.node(), &blob)?);
+        let right = middle(scene, &blob)?;
+        let file = partial_path(scene.node(), &blob);
+        until(Duration::from_secs(10), "the piece on disk", || Ok(file.metadata()?.blocks() > 0))?;
+        rot(&file)?;
+        ensure!(middle(scene, &blob)? == right, "the range has wrong bytes still");
+        ensure!(!committed_path(scene.node(), &blob).exists(), "only a part was wanted");
         scene.pull(scene.node(), &blob).map(drop)
     })
+}
+
+/// The bytes of a blob around the one that [`rot`] turns, by way of the node.
+fn middle(scene: &Scene, blob: &Blob) -> Result<Vec<u8>> {
+    let node = scene.node();
+    let (first, last) = (blob.size_bytes / 2 - 99, blob.size_bytes / 2 + 100);
+    let request = node.request(scene.registry(), &blob_path(blob));
+    let answer = request.header("range", format!("bytes={first}-{last}")).send(node.host())?;
+    ensure!(answer.status == 206 && answer.body.len() == 200, "{} {}", answer.status, answer.text());
+    Ok(answer.body)
 }
 
 #[test]

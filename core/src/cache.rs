@@ -12,10 +12,10 @@ use lru::LruCache;
 
 use crate::Time;
 
-/// A client that asks for the same blob whole again this soon probably found it wrong.
+/// A client that asks for the same bytes of a blob again this soon probably found them wrong.
 pub const RECHECK_WITHIN: Duration = Duration::from_secs(10 * 60);
 
-/// How long a blob that was just hashed and found right is taken for right.
+/// How long bytes that were just hashed and found right are taken for right.
 pub const SOUND_FOR: Duration = Duration::from_secs(30);
 
 /// The committed entries of a store in the order of their last use, and the leases on them.
@@ -209,10 +209,10 @@ fn percent_of(whole: u64, percent: u8) -> u64 {
     u64::try_from(part).unwrap_or(whole)
 }
 
-/// Remembers who asked for which committed blob as a whole, to notice those who ask again.
+/// Remembers which client `C` asked for what (`K`: a blob, whole or a range of it), to notice those who ask again.
 ///
-/// A runtime keeps what it pulled. One that asks for the same layer again within [`RECHECK_WITHIN`] may have got bytes
-/// that did not match: the file is hashed again before it is served, and evicted if it is rotten.
+/// A runtime keeps what it pulled. One that asks for the same again within [`RECHECK_WITHIN`] may have got bytes that did not
+/// match: they are hashed again before they are served, and thrown away if the disk let them rot.
 /// Memory is bounded: beyond the capacity the oldest questions are forgotten.
 #[derive(Debug)]
 pub struct Recheck<C: Hash + Eq, K: Hash + Eq> {
@@ -226,22 +226,17 @@ impl<C: Hash + Eq, K: Hash + Eq + Clone> Recheck<C, K> {
         Self { asked: LruCache::new(capacity), sound: LruCache::new(capacity) }
     }
 
-    /// Notes that `client` asks for the whole of `task`. `true`: hash the file first.
-    pub fn asked_whole(&mut self, client: C, task: K, now: Time) -> bool {
-        let sound = self.sound.peek(&task).is_some_and(|at| now.since(*at) < SOUND_FOR);
-        let before = self.asked.put((client, task), now);
+    /// Notes that `client` asks for `what`. `true`: hash it first.
+    pub fn asked(&mut self, client: C, what: K, now: Time) -> bool {
+        let sound = self.sound.peek(&what).is_some_and(|at| now.since(*at) < SOUND_FOR);
+        let before = self.asked.put((client, what), now);
         before.is_some_and(|at| now.since(at) < RECHECK_WITHIN) && !sound
     }
 
-    /// Notes that the file was hashed and found right: for [`SOUND_FOR`] it need not be hashed again, so that a client that
-    /// asks over and over does not keep a core busy.
-    pub fn found_sound(&mut self, task: K, now: Time) {
-        self.sound.put(task, now);
-    }
-
-    /// Forgets what was found about a blob: it was evicted, or a peer reports it wrong.
-    pub fn doubt(&mut self, task: &K) {
-        self.sound.pop(task);
+    /// Notes that it was hashed and found right: for [`SOUND_FOR`] it need not be hashed again, so that a client that asks
+    /// over and over does not keep a core busy.
+    pub fn found_sound(&mut self, what: K, now: Time) {
+        self.sound.put(what, now);
     }
 }
 
@@ -358,36 +353,33 @@ mod tests {
     fn the_same_client_asking_again_soon_is_noticed() {
         let mut recheck = Recheck::new(NonZeroUsize::new(8).unwrap());
         let window = RECHECK_WITHIN.as_secs();
-        assert!(!recheck.asked_whole("a", 1, at(0)));
-        assert!(!recheck.asked_whole("b", 1, at(1)), "another client");
-        assert!(!recheck.asked_whole("a", 2, at(2)), "another blob");
-        assert!(recheck.asked_whole("a", 1, at(window - 1)));
-        assert!(recheck.asked_whole("a", 1, at(2 * window - 2)), "the window starts anew with each question");
-        assert!(!recheck.asked_whole("a", 1, at(3 * window - 2)), "too long ago");
+        assert!(!recheck.asked("a", 1, at(0)));
+        assert!(!recheck.asked("b", 1, at(1)), "another client");
+        assert!(!recheck.asked("a", 2, at(2)), "other bytes");
+        assert!(recheck.asked("a", 1, at(window - 1)));
+        assert!(recheck.asked("a", 1, at(2 * window - 2)), "the window starts anew with each question");
+        assert!(!recheck.asked("a", 1, at(3 * window - 2)), "too long ago");
     }
 
     #[test]
-    fn a_blob_just_found_sound_is_not_hashed_again() {
+    fn what_was_just_found_sound_is_not_hashed_again() {
         let mut recheck = Recheck::new(NonZeroUsize::new(8).unwrap());
-        recheck.asked_whole("a", 1, at(0));
+        recheck.asked("a", 1, at(0));
         recheck.found_sound(1, at(10));
-        assert!(!recheck.asked_whole("a", 1, at(10 + SOUND_FOR.as_secs() - 1)));
-        assert!(recheck.asked_whole("a", 1, at(10 + SOUND_FOR.as_secs())));
-        recheck.found_sound(1, at(50));
-        recheck.doubt(&1);
-        assert!(recheck.asked_whole("a", 1, at(51)));
+        assert!(!recheck.asked("a", 1, at(10 + SOUND_FOR.as_secs() - 1)));
+        assert!(recheck.asked("a", 1, at(10 + SOUND_FOR.as_secs())));
     }
 
     #[test]
     fn the_memory_of_questions_is_bounded() {
         let mut recheck = Recheck::new(NonZeroUsize::new(8).unwrap());
         for task in 0..1000 {
-            recheck.asked_whole("a", task, at(0));
+            recheck.asked("a", task, at(0));
             recheck.found_sound(task, at(0));
         }
         assert_eq!((recheck.asked.len(), recheck.sound.len()), (8, 8));
-        assert!(!recheck.asked_whole("a", 0, at(SOUND_FOR.as_secs())), "forgotten");
-        assert!(recheck.asked_whole("a", 999, at(SOUND_FOR.as_secs())), "remembered");
+        assert!(!recheck.asked("a", 0, at(SOUND_FOR.as_secs())), "forgotten");
+        assert!(recheck.asked("a", 999, at(SOUND_FOR.as_secs())), "remembered");
     }
 
     #[derive(Clone, Debug)]

@@ -98,6 +98,19 @@ impl Ranges {
         }
     }
 
+    /// From the first byte asked for to the end of the last; `size_bytes` of all there is, where that is known.
+    pub fn span(&self, size_bytes: Option<u64>) -> Range<u64> {
+        let first = |spec: &Spec| match spec {
+            Spec::From(first) | Spec::Between(first, _) => *first,
+            Spec::Suffix(len) => size_bytes.map_or(0, |size| size.saturating_sub(*len)),
+        };
+        let end = |spec: &Spec| match spec {
+            Spec::Between(_, last) => last.saturating_add(1),
+            Spec::From(_) | Spec::Suffix(_) => u64::MAX,
+        };
+        self.0.iter().map(first).min().unwrap_or(0)..self.0.iter().map(end).max().unwrap_or(u64::MAX)
+    }
+
     /// The one range `FIRST-` that a resuming client asks for; such a client may stop reading anywhere.
     pub fn open_from(&self) -> Option<u64> {
         match self.0[..] {

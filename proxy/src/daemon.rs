@@ -184,7 +184,7 @@ pub async fn run(
     let driving = tokio::spawn(driver.run(heard, stop_driver.clone()));
     let seeking =
         peers.clone().map(|peers| tokio::spawn(static_seeds(settings.seeds.clone(), peers, events.clone())));
-    let evicting = tokio::spawn(evict(store.clone(), mirror.clone(), events.clone(), Arc::clone(&metrics)));
+    let evicting = tokio::spawn(evict(store.clone(), events.clone(), Arc::clone(&metrics)));
 
     let status = Arc::new(Overview {
         settings: settings.clone(),
@@ -321,7 +321,7 @@ async fn static_seeds(seeds: Vec<String>, peers: Peers, events: mpsc::Sender<Eve
     }
 }
 
-async fn evict(store: Store, mirror: Mirror, events: mpsc::Sender<Event>, metrics: Arc<Metrics>) {
+async fn evict(store: Store, events: mpsc::Sender<Event>, metrics: Arc<Metrics>) {
     loop {
         tokio::time::sleep(EVICT_EVERY).await;
         let evicting = store.clone();
@@ -339,7 +339,6 @@ async fn evict(store: Store, mirror: Mirror, events: mpsc::Sender<Event>, metric
         }
         tracing::info!(tasks = gone.len(), "evicted");
         metrics.evicted_bytes.inc_by(before.saturating_sub(usage.bytes));
-        gone.iter().for_each(|task| mirror.doubt(task));
         let _ = events.send(Event::Gone(gone)).await;
     }
 }

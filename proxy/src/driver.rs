@@ -35,7 +35,7 @@ use crate::metrics::{Metrics, Moved, Refused};
 use crate::origin::Origin;
 use crate::peer::{Download, PeerError, PeerEvent, Peers, PieceSource, Received};
 use crate::settings::LiveSettings;
-use crate::store::{Blob, Partial, Store, StoreError};
+use crate::store::{Blob, Partial, Store, StoreError, pieces_are_right};
 use crate::tracker::{Holding, Member, ReportKind, Tracker, TrackerEvent, Want};
 
 mod disk;
@@ -69,7 +69,7 @@ const MEMORY_TASKS: usize = 2;
 /// Tasks in play at most: past it, peers that ask for further ones are told to ask elsewhere.
 const TASKS: usize = 4096;
 
-/// A blob that a peer complained about is hashed again at most this often.
+/// A task that a peer complained about is hashed again at most this often.
 const RECHECK_EVERY: Duration = Duration::from_secs(600);
 
 /// A task that nobody reads and no peer asks for is let go after this long.
@@ -119,8 +119,10 @@ pub(crate) enum Event {
     Written { task: Digest, generation: u64, piece: PieceIndex, outcome: Result<(), StoreError> },
     /// A task is committed, or not.
     Committed { task: Digest, generation: u64, outcome: Result<Blob, StoreError> },
-    /// A committed blob was hashed again.
-    Rechecked { task: Digest, right: bool },
+    /// A client doubts these bytes of a task.
+    Recheck { task: Digest, bytes: Range<u64>, reply: oneshot::Sender<bool> },
+    /// What the disk has of a task was hashed again.
+    Rechecked { task: Digest, right: bool, reply: Option<oneshot::Sender<bool>> },
     /// The store let these tasks go.
     Gone(Vec<Digest>),
     /// The disk needs room: what nobody reads should not be kept from being evicted.
@@ -206,7 +208,7 @@ pub(crate) struct Driver {
     swept: Instant,
     /// Tasks whose size the origin told wrong once: what anybody remembers of it does not count.
     sizes_doubted: HashSet<Digest>,
-    /// Blobs that peers complained about, and when they were hashed again.
+    /// Tasks that peers complained about, and when they were hashed again.
     rechecked: HashMap<Digest, Instant>,
 }
 
@@ -349,17 +351,12 @@ impl Driver {
                 self.written(task, generation, piece, outcome)
             }
             Event::Committed { task, generation, outcome } => self.committed(task, generation, outcome),
-            Event::Rechecked { task, right } => {
+            Event::Recheck { task, bytes, reply } => self.recheck(task, bytes, Some(reply)),
+            Event::Rechecked { task, right, reply } => {
                 if !right {
-                    warn!(%task, "a blob on disk was rotten and is gone");
-                    if let Some(state) = self.tasks.get(&task) {
-                        state.shared.update(|s| {
-                            s.epoch += 1;
-                            s.failed = Some(FlightError::WrongDigest(task));
-                        });
-                    }
-                    self.gone(&task);
+                    self.rotten(task);
                 }
+                reply.map(|reply| reply.send(right));
             }
             Event::Gone(tasks) => tasks.iter().for_each(|task| self.gone(task)),
             Event::Crowded => self.let_idle_go(),

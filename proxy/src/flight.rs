@@ -121,6 +121,12 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// The file, and which pieces are in it.
+    pub(crate) fn on_disk(&self) -> Option<(Arc<File>, PieceSet)> {
+        let state = self.lock();
+        state.file.clone().zip(state.written.clone())
+    }
+
     /// Changes the state and wakes all readers.
     pub(crate) fn update<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
         let out = change(&mut self.lock());
@@ -171,11 +177,13 @@ impl Flights {
         Self { events, origin, next_reader: Arc::default() }
     }
 
-    /// What the store had of `task` was rotten and is gone: who reads it ends short, and a download that begins after this
-    /// begins anew.
-    pub async fn rotten(&self, task: Digest) {
+    /// Hashes again what the disk has of these bytes, and whether it was right; `None`: nothing is there. If not, it is gone:
+    /// who reads it ends short, and a download that begins after this begins anew.
+    pub async fn recheck(&self, task: Digest, bytes: Range<u64>) -> Option<bool> {
+        let (reply, right) = oneshot::channel();
         // Without a driver nothing is downloaded any more.
-        let _ = self.events.send(Event::Rechecked { task, right: false }).await;
+        self.events.send(Event::Recheck { task, bytes, reply }).await.ok()?;
+        right.await.ok()
     }
 
     /// Joins the download of `task`, or starts it; waits until the size is known (from the hint, peers or the origin).

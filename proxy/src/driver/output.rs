@@ -58,7 +58,7 @@ impl Driver {
                 }
             }
             Output::Load { task, source, token, child } => self.load(task, source, token.as_ref(), child),
-            Output::Recheck(task) => self.recheck(task),
+            Output::Recheck(task) => self.complained(task),
             Output::Sized(task, size_bytes) => self.sized(task, size_bytes),
             Output::Show(task, piece) => {
                 if let Some(state) = self.tasks.get(&task) {
@@ -184,19 +184,48 @@ impl Driver {
     }
 
     /// A peer says that it got wrong bytes: the disk may be rotten, or the peer a nuisance.
-    pub(super) fn recheck(&mut self, task: Digest) {
+    pub(super) fn complained(&mut self, task: Digest) {
         self.rechecked.retain(|_, at| at.elapsed() < RECHECK_EVERY);
         if self.rechecked.len() >= TASKS || self.rechecked.contains_key(&task) {
             return;
         }
         self.rechecked.insert(task, Instant::now());
+        self.recheck(task, 0..u64::MAX, None);
+    }
+
+    /// Hashes again what the disk has of these bytes. `reply` is told whether it was right, or dropped where there is nothing.
+    pub(super) fn recheck(&self, task: Digest, bytes: Range<u64>, reply: Option<oneshot::Sender<bool>>) {
+        let shared = self.tasks.get(&task).map(|state| Arc::clone(&state.shared));
+        let partial = shared.and_then(|shared| shared.on_disk()).zip(self.node.table(&task).cloned());
         let (store, events) = (self.config.store.clone(), self.config.events.clone());
         tokio::task::spawn_blocking(move || {
-            if store.has(&task) {
-                let right = store.recheck(&task).unwrap_or(true);
-                let _ = events.blocking_send(Event::Rechecked { task, right });
-            }
+            let right = if store.has(&task) {
+                store.recheck(&task, bytes).unwrap_or_else(|error| {
+                    warn!(%task, %error, "a rotten blob can't be deleted");
+                    false
+                })
+            } else if let Some(((file, written), table)) = partial {
+                let verifiable = |piece: &PieceIndex| written.contains(*piece) && *piece < table.verifiable();
+                pieces_are_right(&file, &table, table.layout().covering(bytes).filter(verifiable))
+            } else {
+                return;
+            };
+            let _ = events.blocking_send(Event::Rechecked { task, right, reply });
         });
+    }
+
+    /// The disk let what it had of a task rot. Whoever reads it ends short, and all of it is fetched again.
+    pub(super) fn rotten(&mut self, task: Digest) {
+        warn!(%task, "what the disk had of a blob was rotten: it is fetched again");
+        let Some(state) = self.tasks.get(&task) else { return };
+        state.shared.update(|s| {
+            s.epoch += 1;
+            s.failed = Some(FlightError::WrongDigest(task));
+        });
+        match self.node.table(&task).filter(|_| state.partial.is_some()) {
+            Some(table) => self.start_over(task, Some(table.layout().size_bytes())),
+            None => self.gone(&task),
+        }
     }
 
     pub(super) fn sized(&mut self, task: Digest, size_bytes: u64) {
@@ -280,20 +309,25 @@ impl Driver {
     /// The origin's bytes don't make up the blob, or it says another length by now: the length may be what is wrong. Whoever reads
     /// has got its error; the next one begins with what the origin says then.
     pub(super) fn doubt_size(&mut self, task: Digest) {
-        let Some(state) = self.tasks.remove(&task) else { return };
-        self.node.close(&task);
-        self.holding(&task, 0, 0, false);
         if self.sizes_doubted.len() >= SIZES_DOUBTED {
             self.sizes_doubted.clear();
         }
         self.sizes_doubted.insert(task);
+        self.start_over(task, None);
+    }
+
+    /// Throws away all that is held of a task, and what is known of it beside `size_hint`.
+    fn start_over(&mut self, task: Digest, size_hint: Option<u64>) {
+        let Some(state) = self.tasks.remove(&task) else { return };
+        self.node.close(&task);
+        self.holding(&task, 0, 0, false);
         self.generation += 1;
         let mut fresh = TaskState::new(Arc::new(Shared::new(task)));
         fresh.shared.update(|s| s.alone = state.shared.lock().alone);
         fresh.grants = state.grants;
         fresh.generation = self.generation;
         self.tasks.insert(task, fresh);
-        self.look(task, self.generation, None, state.partial);
+        self.look(task, self.generation, size_hint, state.partial);
     }
 
     /// Finds out what the disk has of a task, after throwing `away` what it has.

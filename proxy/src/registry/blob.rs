@@ -1,5 +1,6 @@
 //! Blobs: from the store, else from the download that all who ask share, else, where that can't be, straight from the origin.
 
+use std::net::IpAddr;
 use std::ops::Range;
 use std::time::Duration;
 
@@ -47,7 +48,10 @@ async fn given(mirror: &Inner, ask: &Ask, digest: &Digest) -> Result<Answer, Pro
         Confirmed::Elsewhere(size) => return elsewhere(mirror, ask, digest, size).await,
     };
     let range = asked_range(&ask.headers, digest);
-    if let Some(blob) = committed(mirror, ask, digest, range.is_none()).await {
+    if ask.method == Method::GET {
+        recheck(mirror, ask.client, digest, span(range, size)).await;
+    }
+    if let Some(blob) = committed(mirror, digest).await {
         let wanted = resolve(range, blob.size_bytes())?;
         let size = blob.size_bytes();
         return Ok(content(digest, size, wanted, Held::Store(blob)));
@@ -117,52 +121,33 @@ async fn download(
     Ok(content(digest, size, wanted, Held::Flight(reader)))
 }
 
-/// A committed blob under lease. One that the same client asks for whole again soon may be rotten: it is hashed first.
-pub(super) async fn committed(mirror: &Inner, ask: &Ask, digest: &Digest, whole: bool) -> Option<Blob> {
+/// A committed blob under lease.
+async fn committed(mirror: &Inner, digest: &Digest) -> Option<Blob> {
     if !mirror.store.has(digest) {
         return None;
     }
     let (store, task) = (mirror.store.clone(), *digest);
-    let blob = tokio::task::spawn_blocking(move || store.committed(&task)).await.ok()??;
-    if whole && ask.method == Method::GET && !is_sound(mirror, ask, digest).await {
-        mirror.flights.rotten(*digest).await;
-        return None;
-    }
-    Some(blob)
+    tokio::task::spawn_blocking(move || store.committed(&task)).await.ok()?
 }
 
-/// `false`: it is rotten, and evicted.
-async fn is_sound(mirror: &Inner, ask: &Ask, digest: &Digest) -> bool {
-    let suspicious = |mirror: &Inner| {
-        let now = Time(mirror.started.elapsed());
-        mirror.recheck().asked_whole(ask.client, *digest, now)
-    };
-    if !suspicious(mirror) {
-        return true;
+/// What the same client asks for again soon may have rotted on the disk: what is held of it is hashed first, and if it is wrong
+/// the blob is gone after this.
+pub(super) async fn recheck(mirror: &Inner, client: IpAddr, digest: &Digest, bytes: Range<u64>) {
+    let what = (*digest, bytes.clone());
+    let suspicious = || mirror.recheck().asked(client, what.clone(), Time(mirror.started.elapsed()));
+    if !suspicious() {
+        return;
     }
     // One at a time; whoever waited finds out that it was hashed meanwhile.
     let check = async {
         let _one = mirror.rechecking.lock().await;
-        if !suspicious(mirror) {
-            return true;
+        if suspicious() && mirror.flights.recheck(*digest, bytes).await == Some(true) {
+            mirror.recheck().found_sound(what.clone(), Time(mirror.started.elapsed()));
         }
-        let (store, task) = (mirror.store.clone(), *digest);
-        let sound = match tokio::task::spawn_blocking(move || store.recheck(&task)).await {
-            Ok(Ok(sound)) => sound,
-            Ok(Err(reason)) => {
-                tracing::warn!(%digest, %reason, "the blob can't be hashed again");
-                false
-            }
-            Err(_) => false,
-        };
-        if sound {
-            mirror.recheck().found_sound(*digest, Time(mirror.started.elapsed()));
-        } else {
-            tracing::warn!(%digest, "a committed blob was rotten: it is fetched again");
-        }
-        sound
     };
-    timeout(RECHECK, check).await.unwrap_or(true)
+    if timeout(RECHECK, check).await.is_err() {
+        tracing::warn!(%digest, "takes too long to be hashed again: it is served as it is");
+    }
 }
 
 /// Passes on what the blob's own URLs give, all of it, compared with its digest on the way. What is held here already shows
@@ -273,6 +258,11 @@ fn asked_range<'a>(headers: &'a HeaderMap, digest: &Digest) -> Option<&'a str> {
         Some(condition) if *condition != etag(digest) => None,
         _ => Some(range.to_str().unwrap_or_default()),
     }
+}
+
+/// The bytes that are asked for, with those between them.
+fn span(range: Option<&str>, size: Option<u64>) -> Range<u64> {
+    range.and_then(|range| Ranges::parse(range).ok()).map_or(0..u64::MAX, |ranges| ranges.span(size))
 }
 
 fn resolve(range: Option<&str>, size: u64) -> Result<Wanted, Problem> {

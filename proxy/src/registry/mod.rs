@@ -25,6 +25,7 @@ mod wire;
 use std::future::Future;
 use std::net::IpAddr;
 use std::num::NonZeroUsize;
+use std::ops::Range;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -57,7 +58,7 @@ use crate::peer::ManifestSource;
 use crate::settings::LiveSettings;
 use crate::store::Store;
 
-/// Questions for whole blobs that are remembered.
+/// Questions for blobs, and ranges of them, that are remembered.
 const RECHECKS: NonZeroUsize = NonZeroUsize::new(4096).expect("not zero");
 
 pub(crate) type Answer = Response<Payload>;
@@ -110,8 +111,9 @@ struct Inner {
     fetching: manifest::Fetching,
     room: room::Room,
     tags: tags::Tags,
-    recheck: Mutex<Recheck<IpAddr, Digest>>,
-    /// Held while a blob is hashed again: one at a time.
+    /// Who asked for which bytes of which blob.
+    recheck: Mutex<Recheck<IpAddr, (Digest, Range<u64>)>>,
+    /// Held while one is hashed again: one at a time.
     rechecking: tokio::sync::Mutex<()>,
     started: Instant,
 }
@@ -177,11 +179,6 @@ impl Mirror {
         auth::Underway::begin(&self.inner, &mut answer);
         answer
     }
-
-    /// A blob that the store has was reported wrong by a peer, or evicted: what was found out about it counts no more.
-    pub fn doubt(&self, task: &Digest) {
-        self.inner.recheck().doubt(task);
-    }
 }
 
 impl Service for Mirror {
@@ -213,7 +210,7 @@ impl ManifestSource for Mirror {
 }
 
 impl Inner {
-    fn recheck(&self) -> MutexGuard<'_, Recheck<IpAddr, Digest>> {
+    fn recheck(&self) -> MutexGuard<'_, Recheck<IpAddr, (Digest, Range<u64>)>> {
         self.recheck.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -707,24 +707,6 @@ async fn a_file_that_shrinks_under_a_response_ends_it_short_without_a_reset() {
 }
 
 #[tokio::test]
-async fn a_rotten_blob_that_is_asked_for_again_is_evicted() {
-    let (image, _registry, node) = image_node(500_000).await;
-    node.commit(&image.blob);
-    let target = format!("/v2/a/b/blobs/{}", image.blob_digest());
-    assert_eq!(node.get(&target).await.body, image.blob);
-    assert_eq!(node.get(&target).await.body, image.blob, "a sound one is served again");
-    node.mirror.doubt(&image.blob_digest());
-    let file = blob_file(node.folder.path(), &image.blob_digest());
-    let mut rotten = image.blob.clone();
-    rotten[250_000] ^= 1;
-    std::fs::write(file, rotten).unwrap();
-    let nowhere = Source { registry: String::new(), repository: String::new() };
-    let ask = Ask { client: "127.0.0.1".parse().unwrap(), ..Ask::of_peer(Grant::own(nowhere)) };
-    assert!(blob::committed(&node.mirror.inner, &ask, &image.blob_digest(), true).await.is_none());
-    assert!(!node.mirror.inner.store.has(&image.blob_digest()));
-}
-
-#[tokio::test]
 async fn a_request_that_has_been_here_is_a_loop() {
     let (_image, registry, node) = image_node(10).await;
     let via = format!("1.1 fred, 1.1 {}", node.mirror.inner.origin.pseudonym());

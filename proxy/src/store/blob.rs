@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, ErrorKind};
+use std::ops::Range;
 use std::sync::{Arc, Weak};
 use std::time::SystemTime;
 
@@ -197,10 +198,10 @@ pub(super) fn note_use(file: &File) {
     }
 }
 
-/// Hashes a committed blob again; `false` when it was rotten, and gone now, or not there.
-pub(super) fn recheck(store: &Arc<Inner>, task: &Digest) -> Result<bool, StoreError> {
+/// Hashes the pieces of a committed blob that a range touches again; `false` when the blob was rotten, and gone now, or not there.
+pub(super) fn recheck(store: &Arc<Inner>, task: &Digest, bytes: Range<u64>) -> Result<bool, StoreError> {
     let Some(blob) = open(store, task) else { return Ok(false) };
-    let right = disk::blob_is_right(&blob.file, &blob.table);
+    let right = disk::blob_is_right(&blob.file, &blob.table, bytes);
     if !right {
         store.drop_rotten(task, "its bytes do not match the digest")?;
     }

@@ -2,6 +2,7 @@
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, ErrorKind, Read, Write as _};
+use std::ops::Range;
 use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -125,11 +126,20 @@ pub(super) fn piece_is_right(file: &File, table: &PieceTable, piece: PieceIndex)
     Ok(table.verify(piece, &chain) == Some(true))
 }
 
-/// Whether a whole file is what its table and its digest say. A file that can't be read is not.
-pub(super) fn blob_is_right(file: &File, table: &PieceTable) -> bool {
+/// Whether these pieces of a file are what its table says. One that can't be read is not. Blocking.
+pub fn pieces_are_right(
+    file: &File,
+    table: &PieceTable,
+    mut pieces: impl Iterator<Item = PieceIndex>,
+) -> bool {
+    pieces.all(|piece| piece_is_right(file, table, piece).unwrap_or(false))
+}
+
+/// Whether a committed file has, in this range, what its table and its digest say.
+pub(super) fn blob_is_right(file: &File, table: &PieceTable, bytes: Range<u64>) -> bool {
     let layout = table.layout();
     if layout.count() == 0 {
         return Chain::new(table.task().algorithm()).finish() == *table.task();
     }
-    (0..layout.count()).all(|piece| piece_is_right(file, table, piece).unwrap_or(false))
+    pieces_are_right(file, table, layout.covering(bytes))
 }

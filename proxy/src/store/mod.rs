@@ -19,6 +19,7 @@ mod state;
 #[cfg(test)]
 mod tests;
 
+use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -27,7 +28,7 @@ use hawker_core::digest::Digest;
 use hawker_core::piece::PieceLayout;
 
 pub use self::blob::Blob;
-pub use self::disk::disk_refuses;
+pub use self::disk::{disk_refuses, pieces_are_right};
 use self::layout::Layout;
 pub use self::manifests::{Place, StoredManifest};
 pub use self::partial::Partial;
@@ -126,9 +127,10 @@ impl Store {
         }
     }
 
-    /// Hashes a committed blob again and evicts it if rotten; `true` when it was right. Blocking.
-    pub fn recheck(&self, task: &Digest) -> Result<bool, StoreError> {
-        blob::recheck(&self.inner, task)
+    /// Hashes the pieces of a committed blob that a range touches again, and evicts the blob if one is rotten; `true` when all
+    /// were right. Blocking.
+    pub fn recheck(&self, task: &Digest, bytes: Range<u64>) -> Result<bool, StoreError> {
+        blob::recheck(&self.inner, task, bytes)
     }
 
     /// Puts a manifest in the cache, under its digest; where its body is then, unless it is too long to be kept. Blocking.
