@@ -73,11 +73,7 @@ impl Drop for Lease {
 
 /// Writes the table file of a blob, whole.
 pub(super) fn write_table(store: &Inner, table: &PieceTable) -> Result<(), StoreError> {
-    let about = record::Header {
-        digest: *table.task(),
-        size_bytes: table.layout().size_bytes(),
-        run_id: String::new(),
-    };
+    let about = record::Header { digest: *table.task(), size_bytes: table.layout().size_bytes() };
     let content = record::index(&about, table, &PieceSet::empty(0));
     let path = store.layout.table(table.task());
     store.write(

@@ -68,15 +68,15 @@ impl Store {
     /// Pieces of partial tasks that were noted by another run of the daemon count again once [`Store::begin`] has hashed them.
     /// An error when the folder can't be made or read, or when another daemon uses it.
     pub fn open(dir: &Path, settings: CacheSettings) -> Result<Self, StoreError> {
-        Ok(Self { inner: Arc::new(Self::open_in_run(dir, settings, state::run_id())?) })
+        Ok(Self { inner: Arc::new(Self::opened(dir, settings)?) })
     }
 
-    fn open_in_run(dir: &Path, settings: CacheSettings, run_id: String) -> Result<Inner, StoreError> {
+    fn opened(dir: &Path, settings: CacheSettings) -> Result<Inner, StoreError> {
         let layout = Layout::new(dir);
         recovery::make_folders(&layout)?;
         let lock = recovery::lock(&layout)?;
-        let state = recovery::scan(&layout, &run_id);
-        Ok(Inner::new(layout, run_id, settings, state, lock))
+        let state = recovery::scan(&layout);
+        Ok(Inner::new(layout, settings, state, lock))
     }
 
     /// A committed blob, leased: it is not evicted while the lease lives. Blocking.
@@ -106,7 +106,7 @@ impl Store {
             Entry::Blob { size_bytes, .. } => {
                 (*task, *size_bytes, PieceLayout::new(*size_bytes).count(), true)
             }
-            Entry::Partial { size_bytes, pieces, .. } => (*task, *size_bytes, *pieces, false),
+            Entry::Partial { size_bytes, pieces, .. } => (*task, *size_bytes, pieces.unwrap_or(0), false),
         };
         state.tasks.iter().map(holding).collect()
     }

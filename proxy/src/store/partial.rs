@@ -1,7 +1,7 @@
 //! Partial tasks: a sparse file as long as the blob will be, and an index that says which of its pieces count.
 //!
 //! A piece is noted after it is written, so what the index says after kill -9 is there. What it says after a power failure
-//! may not be, and while no daemon ran the disk may have rotted: the run id in it tells, and then each noted piece is hashed again.
+//! may not be, and while no daemon ran the disk may have rotted: each piece that an earlier run noted is hashed again.
 
 use std::fs::File;
 use std::io::{self, ErrorKind};
@@ -196,7 +196,7 @@ impl Shared {
         let now = self.store.now();
         let mut state = self.store.state();
         if let Some(Entry::Partial { pieces, held_bytes, .. }) = state.tasks.get_mut(&self.task) {
-            *pieces = held.len();
+            *pieces = Some(held.len());
             *held_bytes = bytes_of(self.layout, held);
             let bytes = *held_bytes;
             state.cache.insert(Key::Task(self.task), bytes, now);
@@ -265,12 +265,12 @@ pub(super) fn begin(store: &Arc<Inner>, task: &Digest, size_bytes: u64) -> Resul
     known_partial(store, task)?;
     let claim = store.claim(task)?;
     let known = known_partial(store, task)?;
-    let left_bytes = size_bytes.saturating_sub(known.map_or(0, |(_, held_bytes)| held_bytes));
+    let left_bytes = size_bytes.saturating_sub(known.as_ref().map_or(0, |known| known.held_bytes));
     store.refuse_what_never_fits(task, left_bytes)?;
     let resumed = match known {
-        Some((size, _)) if size == size_bytes => resume(store, task, size_bytes)?,
-        Some((size, _)) => {
-            tracing::warn!(%task, size, size_bytes, "a partial task had another size and is begun anew");
+        Some(known) if known.size_bytes == size_bytes => resume(store, task, &known)?,
+        Some(known) => {
+            tracing::warn!(%task, was_bytes = known.size_bytes, size_bytes, "a partial task had another size and is begun anew");
             None
         }
         None => None,
@@ -284,12 +284,20 @@ pub(super) fn begin(store: &Arc<Inner>, task: &Digest, size_bytes: u64) -> Resul
     Ok(partial)
 }
 
-/// Size and bytes of a partial task that nobody has open.
-fn known_partial(store: &Inner, task: &Digest) -> Result<Option<(u64, u64)>, StoreError> {
+/// What is on disk of a task.
+struct Known {
+    size_bytes: u64,
+    held_bytes: u64,
+    /// Its pieces were verified in this run of the daemon.
+    verified: bool,
+}
+
+/// A partial task that nobody has open.
+fn known_partial(store: &Inner, task: &Digest) -> Result<Option<Known>, StoreError> {
     match store.state().tasks.get(task) {
         None => Ok(None),
-        Some(Entry::Partial { size_bytes, held_bytes, open: false, .. }) => {
-            Ok(Some((*size_bytes, *held_bytes)))
+        Some(Entry::Partial { size_bytes, held_bytes, pieces, open: false }) => {
+            Ok(Some(Known { size_bytes: *size_bytes, held_bytes: *held_bytes, verified: pieces.is_some() }))
         }
         Some(_) => Err(StoreError::Busy),
     }
@@ -297,8 +305,12 @@ fn known_partial(store: &Inner, task: &Digest) -> Result<Option<(u64, u64)>, Sto
 
 fn enter(store: &Arc<Inner>, task: &Digest, layout: PieceLayout, file: File, index: Index) -> Partial {
     let held_bytes = bytes_of(layout, &index.held);
-    let entry =
-        Entry::Partial { size_bytes: layout.size_bytes(), pieces: index.held.len(), held_bytes, open: true };
+    let entry = Entry::Partial {
+        size_bytes: layout.size_bytes(),
+        pieces: Some(index.held.len()),
+        held_bytes,
+        open: true,
+    };
     let now = store.now();
     let mut state = store.state();
     state.tasks.insert(*task, entry);
@@ -317,13 +329,13 @@ fn enter(store: &Arc<Inner>, task: &Digest, layout: PieceLayout, file: File, ind
     Partial { inner: Arc::new(shared) }
 }
 
-fn about(store: &Inner, task: &Digest, size_bytes: u64) -> Header {
-    Header { digest: *task, size_bytes, run_id: store.run_id.clone() }
+fn about(task: &Digest, size_bytes: u64) -> Header {
+    Header { digest: *task, size_bytes }
 }
 
 fn create(store: &Inner, task: &Digest, size_bytes: u64) -> Result<(File, Index), StoreError> {
     let (path, index_path) = (store.layout.partial(task), store.layout.index(task));
-    let head = record::header(&about(store, task, size_bytes));
+    let head = record::header(&about(task, size_bytes));
     let made = store.write(
         || format!("beginning {}", path.display()),
         0,
@@ -365,8 +377,8 @@ pub(super) fn read_index(data: &File, raw: &[u8], task: &Digest) -> Result<Conte
 }
 
 /// Opens what is on disk; `None` when it is of no use.
-fn resume(store: &Inner, task: &Digest, size_bytes: u64) -> Result<Option<(File, Index)>, StoreError> {
-    match try_resume(store, task, size_bytes) {
+fn resume(store: &Inner, task: &Digest, known: &Known) -> Result<Option<(File, Index)>, StoreError> {
+    match try_resume(store, task, known) {
         Ok(Ok(both)) => Ok(Some(both)),
         Ok(Err(why)) => {
             tracing::warn!(%task, "a partial task is begun anew: {why}");
@@ -379,22 +391,21 @@ fn resume(store: &Inner, task: &Digest, size_bytes: u64) -> Result<Option<(File,
     }
 }
 
-fn try_resume(store: &Inner, task: &Digest, size_bytes: u64) -> io::Result<Result<(File, Index), String>> {
+fn try_resume(store: &Inner, task: &Digest, known: &Known) -> io::Result<Result<(File, Index), String>> {
     let path = store.layout.index(task);
     let file = disk::open(&store.layout.partial(task))?;
     let raw = disk::read_whole(&File::open(&path)?, MAX_INDEX_BYTES)?;
     let mut contents = match read_index(&file, &raw, task) {
-        Ok(contents) if contents.header.size_bytes == size_bytes => contents,
+        Ok(contents) if contents.header.size_bytes == known.size_bytes => contents,
         Ok(_) => return Ok(Err("it has another size".to_owned())),
         Err(why) => return Ok(Err(why)),
     };
     let mut end = contents.whole_bytes as u64;
-    let same_run = contents.header.run_id == store.run_id;
-    if !same_run {
+    if !known.verified {
         keep_what_is_right(&file, &mut contents);
     }
-    if contents.drop_unverifiable() || !same_run {
-        let verified = record::index(&about(store, task, size_bytes), &contents.table, &contents.held);
+    if contents.drop_unverifiable() || !known.verified {
+        let verified = record::index(&about(task, known.size_bytes), &contents.table, &contents.held);
         disk::replace(&path, &verified)?;
         end = verified.len() as u64;
     }

@@ -16,8 +16,8 @@ use hawker_core::piece::{
 
 const MAGIC: &[u8; 6] = b"hawker";
 /// Readers refuse another major version. 2: blobs up to 256 MiB are cut into more pieces than in 1; 3: those up to 128 MiB once more,
-/// and those of 1 to 2 GiB.
-const MAJOR: u8 = 3;
+/// and those of 1 to 2 GiB; 4: without an id of the run that noted the pieces.
+const MAJOR: u8 = 4;
 /// Grows with additions that older readers can ignore.
 const MINOR: u8 = 0;
 
@@ -43,9 +43,6 @@ pub(super) struct Header {
     pub(super) digest: Digest,
     /// Size of the blob or manifest.
     pub(super) size_bytes: u64,
-    /// In which run of the daemon the pieces were noted. What they noted may not have reached the disk when that one ended, or not
-    /// be there as it was.
-    pub(super) run_id: String,
 }
 
 /// Why a file can't be read at all.
@@ -155,8 +152,7 @@ fn read_subject(fields: &mut Fields<'_>) -> Option<Header> {
     };
     let digest = Digest::from_bytes(algorithm, fields.take(algorithm.len_bytes())?)?;
     let size_bytes = fields.u64()?;
-    let run_id = String::from_utf8(fields.counted()?.to_vec()).ok()?;
-    Some(Header { digest, size_bytes, run_id })
+    Some(Header { digest, size_bytes })
 }
 
 fn read_signed(fields: &mut Fields<'_>) -> Option<SignedPrefix> {
@@ -180,7 +176,6 @@ pub(super) fn header(header: &Header) -> Vec<u8> {
     });
     payload.extend_from_slice(header.digest.as_bytes());
     payload.extend_from_slice(&header.size_bytes.to_be_bytes());
-    put_counted(&mut payload, header.run_id.as_bytes());
     record(HEADER, &payload)
 }
 
@@ -223,7 +218,7 @@ pub(super) fn index(about: &Header, known: &PieceTable, held: &PieceSet) -> Vec<
 
 /// What a manifest file has before the body and behind it: a body may be long, and is not copied.
 pub(super) fn manifest(digest: &Digest, media_type: &str, body: &[u8]) -> (Vec<u8>, [u8; SUM_BYTES]) {
-    let about = Header { digest: *digest, size_bytes: body.len() as u64, run_id: String::new() };
+    let about = Header { digest: *digest, size_bytes: body.len() as u64 };
     let mut before = header(&about);
     before.extend(record(MEDIA_TYPE, media_type.as_bytes()));
     let start = before.len();
@@ -359,7 +354,7 @@ mod tests {
     use super::*;
 
     fn about(algorithm: Algorithm, size_bytes: u64) -> Header {
-        Header { digest: Digest::of(algorithm, b"x"), size_bytes, run_id: "run".to_owned() }
+        Header { digest: Digest::of(algorithm, b"x"), size_bytes }
     }
 
     fn signed(count: u32) -> SignedPrefix {

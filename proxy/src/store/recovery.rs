@@ -81,7 +81,7 @@ struct Found {
 }
 
 /// Finds what the store holds.
-pub(super) fn scan(layout: &Layout, run_id: &str) -> State {
+pub(super) fn scan(layout: &Layout) -> State {
     let mut found = Vec::new();
     for algorithm in ALGORITHMS {
         for (shard, folder) in list(&layout.blobs(algorithm)) {
@@ -91,7 +91,7 @@ pub(super) fn scan(layout: &Layout, run_id: &str) -> State {
     scan_manifests(&layout.manifests(), &mut found);
     let committed =
         found.iter().filter_map(|f| if let Key::Task(task) = f.key { Some(task) } else { None }).collect();
-    scan_partials(layout, &committed, run_id, &mut found);
+    scan_partials(layout, &committed, &mut found);
     enter(found)
 }
 
@@ -172,7 +172,7 @@ fn scan_manifests(folder: &Path, found: &mut Vec<Found>) {
 }
 
 /// Partial tasks whose index speaks for their file, and that are not committed.
-fn scan_partials(layout: &Layout, committed: &HashSet<Digest>, run_id: &str, found: &mut Vec<Found>) {
+fn scan_partials(layout: &Layout, committed: &HashSet<Digest>, found: &mut Vec<Found>) {
     let tasks: HashSet<Digest> = list_whole(&layout.partials())
         .iter()
         .filter_map(|(name, _)| parse_flat_name(name.strip_suffix(INDEX).unwrap_or(name)))
@@ -181,7 +181,7 @@ fn scan_partials(layout: &Layout, committed: &HashSet<Digest>, run_id: &str, fou
         let partial = if committed.contains(&task) {
             Err(Unfit::Leftover("the task is committed".to_owned()))
         } else {
-            read_partial(layout, &task, run_id)
+            read_partial(layout, &task)
         };
         match partial {
             Ok(partial) => found.push(partial),
@@ -213,19 +213,14 @@ impl From<io::Error> for Unfit {
     }
 }
 
-fn read_partial(layout: &Layout, task: &Digest, run_id: &str) -> Result<Found, Unfit> {
+fn read_partial(layout: &Layout, task: &Digest) -> Result<Found, Unfit> {
     let file = File::open(layout.partial(task))?;
     let index = layout.index(task);
     let raw = disk::read_whole(&File::open(&index)?, MAX_INDEX_BYTES)?;
     let contents = read_index(&file, &raw, task).map_err(Unfit::Leftover)?;
     let held_bytes = bytes_of(PieceLayout::new(contents.header.size_bytes), &contents.held);
-    let counts = contents.header.run_id == run_id;
-    let entry = Entry::Partial {
-        size_bytes: contents.header.size_bytes,
-        pieces: if counts { contents.held.len() } else { 0 },
-        held_bytes,
-        open: false,
-    };
+    let entry =
+        Entry::Partial { size_bytes: contents.header.size_bytes, pieces: None, held_bytes, open: false };
     let used = used(&fs::metadata(&index)?);
     Ok(Found { key: Key::Task(*task), entry: Some(entry), bytes: held_bytes, used })
 }

@@ -47,8 +47,8 @@ pub(super) enum Entry {
     },
     Partial {
         size_bytes: u64,
-        /// Pieces that count: none while those of an earlier run are not verified again.
-        pieces: u32,
+        /// Pieces that count; `None` while those that an earlier run noted are not verified again.
+        pieces: Option<u32>,
         /// Bytes of those pieces; of all that are written, while they are to be verified again.
         held_bytes: u64,
         /// Whether a [`super::Partial`] of it lives.
@@ -79,7 +79,6 @@ pub(super) struct State {
 
 pub(super) struct Inner {
     pub(super) layout: Layout,
-    pub(super) run_id: String,
     settings: CacheSettings,
     retry_after: Duration,
     state: Mutex<State>,
@@ -92,16 +91,9 @@ pub(super) struct Inner {
 }
 
 impl Inner {
-    pub(super) fn new(
-        layout: Layout,
-        run_id: String,
-        settings: CacheSettings,
-        state: State,
-        lock: Option<File>,
-    ) -> Self {
+    pub(super) fn new(layout: Layout, settings: CacheSettings, state: State, lock: Option<File>) -> Self {
         Self {
             layout,
-            run_id,
             settings,
             retry_after: RETRY_AFTER,
             state: Mutex::new(state),
@@ -392,9 +384,4 @@ impl Drop for Claim {
 /// Time since 1970; zero for what is before.
 pub(super) fn since_1970(at: SystemTime) -> Duration {
     at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default()
-}
-
-/// An id for this run of the daemon: what was noted in another one is hashed again.
-pub(super) fn run_id() -> String {
-    format!("{:032x}", rand::random::<u128>())
 }

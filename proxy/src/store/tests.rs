@@ -121,17 +121,13 @@ fn unlimited() -> CacheSettings {
     CacheSettings { high_percent: 100, low_percent: 100, max_bytes: None }
 }
 
-fn open_in_run(dir: &Path, run: &str) -> Store {
-    Store { inner: Arc::new(Store::open_in_run(dir, unlimited(), run.to_owned()).unwrap()) }
-}
-
 fn open(dir: &Path) -> Store {
-    open_in_run(dir, "run one")
+    Store::open(dir, unlimited()).unwrap()
 }
 
 /// A store that tries again at once after writing failed.
 fn open_eager(dir: &Path, settings: CacheSettings) -> Store {
-    let mut inner = Store::open_in_run(dir, settings, "run one".to_owned()).unwrap();
+    let mut inner = Store::opened(dir, settings).unwrap();
     inner.set_retry_after(Duration::ZERO);
     Store { inner: Arc::new(inner) }
 }
@@ -185,9 +181,9 @@ fn a_partial_task_goes_on_after_a_restart() {
         }
         let store = open(&dir);
         assert_eq!(store.partial_size(&content.task), Some(content.size()));
-        assert_eq!(store.holdings(), [(content.task, content.size(), 3, false)]);
         let partial = content.begin(&store);
         assert_eq!(partial.held().iter().collect::<Vec<_>>(), [0, 2, 5]);
+        assert_eq!(store.holdings(), [(content.task, content.size(), 3, false)]);
         assert_eq!(partial.table().values(), content.table.values());
         let blob = content.finish(&partial).unwrap();
         assert!(content.is_in(&blob.file));
@@ -376,7 +372,7 @@ fn after_a_restart_only_pieces_that_match_count() {
     let (_temporary, dir) = folder();
     let content = Content::sha256(3 * MIB, 4);
     {
-        let store = open_in_run(&dir, "run one");
+        let store = open(&dir);
         let partial = content.begin(&store);
         let mut known = PieceTable::new(content.task, content.table.layout());
         known.extend(0, &content.table.values()[..3], None).unwrap();
@@ -384,7 +380,7 @@ fn after_a_restart_only_pieces_that_match_count() {
         content.write(&partial, [0, 1, 2, 4]).unwrap();
         partial.file().write_all_at(b"lost in the crash", content.table.layout().start(1) + 9).unwrap();
     }
-    let store = open_in_run(&dir, "run two");
+    let store = open(&dir);
     assert_eq!(
         store.holdings(),
         [(content.task, content.size(), 0, false)],
@@ -393,11 +389,15 @@ fn after_a_restart_only_pieces_that_match_count() {
     let partial = content.begin(&store);
     assert_eq!(partial.held().iter().collect::<Vec<_>>(), [0, 2], "1 is rotten, 4 can't be verified");
     assert_eq!(store.holdings()[0].2, 2);
-    drop((partial, store));
 
     // Verified in this run, they count at the next beginning without being hashed.
-    let store = open_in_run(&dir, "run two");
+    partial.file().write_all_at(b"rotten since", content.table.layout().start(2)).unwrap();
+    drop(partial);
+    assert_eq!(content.begin(&store).held().len(), 2);
     assert_eq!(store.holdings()[0].2, 2);
+    drop(store);
+
+    let store = open(&dir);
     let blob = content.put(&store);
     assert!(content.is_in(&blob.file));
 }
@@ -423,19 +423,16 @@ fn killed_at_any_moment_everything_verified_is_there_again() {
     snapshots.push((content.count(), snapshot(&dir)));
 
     for (held, (_temporary, copy)) in snapshots {
-        for run in ["run one", "run two"] {
-            let (_temporary, copy) = snapshot(&copy);
-            let store = open_in_run(&copy, run);
-            if let Some(blob) = store.committed(&content.task) {
-                assert!(held == content.count() && content.is_in(&blob.file));
-                assert_eq!(files_below(&copy).len(), 3, "lock, blob, table");
-                continue;
-            }
-            let partial = content.begin(&store);
-            assert_eq!(partial.held().len(), held);
-            content.assert_held_is_right(&partial);
-            assert!(content.is_in(&content.finish(&partial).unwrap().file));
+        let store = open(&copy);
+        if let Some(blob) = store.committed(&content.task) {
+            assert!(held == content.count() && content.is_in(&blob.file));
+            assert_eq!(files_below(&copy).len(), 3, "lock, blob, table");
+            continue;
         }
+        let partial = content.begin(&store);
+        assert_eq!(partial.held().len(), held);
+        content.assert_held_is_right(&partial);
+        assert!(content.is_in(&content.finish(&partial).unwrap().file));
     }
 }
 
@@ -745,7 +742,7 @@ fn a_disk_that_fails_is_left_alone_for_a_while_and_then_tried_again() {
     let (_temporary, dir) = folder();
     let content = Content::sha256(MIB, 40);
     for fault in [ErrorKind::QuotaExceeded, ErrorKind::Other] {
-        let mut inner = Store::open_in_run(&dir, unlimited(), "run one".to_owned()).unwrap();
+        let mut inner = Store::opened(&dir, unlimited()).unwrap();
         inner.set_retry_after(Duration::from_millis(200));
         let store = Store { inner: Arc::new(inner) };
         let other = Content::sha256(MIB, 41);
