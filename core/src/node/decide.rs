@@ -87,7 +87,7 @@ impl<N: Notary> Node<N> {
     pub(super) fn gave_up_on(&self, now: Time, digest: &Digest, peer: PeerId) -> bool {
         let unreachable = self.undialled.get(&peer).is_some_and(|at| now.since(*at) < PATIENCE);
         let link = self.tasks.get(digest).and_then(|t| t.links.get(&peer));
-        unreachable || self.parents.banned(now, peer) || link.is_some_and(|l| l.unavailable)
+        unreachable || !self.parents.trusted(now, peer) || link.is_some_and(|l| l.unavailable)
     }
 
     /// Makes a peer a parent: dials it if need be, tells it of our interest.

@@ -596,6 +596,22 @@ fn a_clients_token_is_lent_to_seeds_and_to_nobody_else() {
 }
 
 #[test]
+fn the_next_seed_is_asked_when_the_owner_cannot_be_counted_on() {
+    let data = [7; 1000];
+    let (mut node, task, mut rng) = wanting(&data);
+    let at = |s| Time(Duration::from_secs(s));
+    node.seeds(vec![Named::near(id(1)), Named::near(id(2))]);
+    node.peer_up(at(0), id(1), Role::Seed);
+    node.peer_up(at(0), id(2), Role::Seed);
+    let order = rendezvous::order(&task, [id(1), id(2)]);
+    assert_eq!(interests(&outputs(&mut node, at(0), &mut rng)), [(order[0], None)]);
+    node.punish(at(1), order[0], &task, Fault::Stalled);
+    assert_eq!(interests(&outputs(&mut node, at(1), &mut rng)), [], "once is no reason");
+    node.punish(at(9), order[0], &task, Fault::Stalled);
+    assert_eq!(interests(&outputs(&mut node, at(9), &mut rng)), [(order[1], None)]);
+}
+
+#[test]
 fn a_paused_download_lets_its_parents_go_and_finds_them_again() {
     let (mut node, task, mut rng) = wanting(&[7; 1000]);
     let now = Time::default();
