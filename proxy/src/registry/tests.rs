@@ -707,6 +707,20 @@ async fn a_file_that_shrinks_under_a_response_ends_it_short_without_a_reset() {
 }
 
 #[tokio::test]
+async fn the_last_bytes_of_a_file_are_sent_at_once() {
+    let (image, _registry, node) = image_node((3 << 20) + 7).await;
+    node.commit(&image.blob);
+    let mut client = Client::to(node.address).await;
+    let start = Instant::now();
+    for _ in 0..20 {
+        client.send("GET", &format!("/v2/a/b/blobs/{}", image.blob_digest()), &[("Range", "bytes=1-")]).await;
+        assert!(client.receive("GET").await.body == image.blob[1..]);
+    }
+    // The kernel holds short segments back for 200 ms where it is told to.
+    assert!(start.elapsed() < Duration::from_secs(2), "{:?}", start.elapsed());
+}
+
+#[tokio::test]
 async fn a_request_that_has_been_here_is_a_loop() {
     let (_image, registry, node) = image_node(10).await;
     let via = format!("1.1 fred, 1.1 {}", node.mirror.inner.origin.pseudonym());

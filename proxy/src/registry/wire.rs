@@ -20,6 +20,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use hyper::rt::{Read, ReadBufCursor, Write};
 use rustix::fs::{Advice, fadvise, sendfile};
+use rustix::net::sockopt::set_tcp_cork;
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::time::Instant;
@@ -61,10 +62,13 @@ struct State {
     moved_bytes: usize,
 }
 
+#[derive(Clone)]
 struct Span {
     file: Arc<File>,
     offset: u64,
     len: usize,
+    /// The next one goes on where it ends.
+    more: bool,
 }
 
 /// Where a connection stands with its requests.
@@ -103,7 +107,8 @@ impl Line {
             let _ = ahead.map(|ahead| fadvise(file, offset + len, Some(ahead), Advice::WillNeed));
         }
         let phantom = Bytes::from_static(&PHANTOM[..len as usize]);
-        self.state().spans.push_back(Span { file: Arc::clone(file), offset, len: phantom.len() });
+        let more = len < limit_bytes && offset + len < range.end;
+        self.state().spans.push_back(Span { file: Arc::clone(file), offset, len: phantom.len(), more });
         Some(phantom)
     }
 
@@ -176,6 +181,8 @@ pub(super) enum Channel {
 pub(super) struct Plain {
     pub(super) socket: Arc<TcpStream>,
     pub(super) early: Bytes,
+    /// The kernel holds back what does not fill a segment (`TCP_CORK`).
+    pub(super) corked: bool,
 }
 
 /// What comes first of some slices.
@@ -205,12 +212,11 @@ fn next<'a, 'b>(slices: &'a [IoSlice<'b>]) -> Next<'a, 'b> {
 }
 
 impl Line {
-    /// The file that the next phantom, `len` bytes long, stands for, and from where.
-    fn stood_for(&self, len: usize) -> io::Result<(Arc<File>, u64)> {
+    /// What the next phantom, `len` bytes long, stands for.
+    fn stood_for(&self, len: usize) -> io::Result<Span> {
         let state = self.state();
-        let span = state.spans.front().filter(|span| span.len == len);
-        let span = span.ok_or_else(|| io::Error::other("a body's bytes are out of step with their files"))?;
-        Ok((Arc::clone(&span.file), span.offset))
+        let span = state.spans.front().filter(|span| span.len == len).cloned();
+        span.ok_or_else(|| io::Error::other("a body's bytes are out of step with their files"))
     }
 
     /// So much of the next phantom is sent.
@@ -232,7 +238,7 @@ fn shrunk() -> io::Error {
 
 impl Plain {
     pub(super) const fn new(socket: Arc<TcpStream>) -> Self {
-        Self { socket, early: Bytes::new() }
+        Self { socket, early: Bytes::new(), corked: false }
     }
 
     fn poll_send(
@@ -249,19 +255,30 @@ impl Plain {
         }
     }
 
-    fn poll_send_file(
-        &self,
-        cx: &mut Context<'_>,
-        file: &File,
-        offset: u64,
-        len: usize,
-    ) -> Poll<io::Result<usize>> {
-        self.poll_send(cx, |socket| {
-            let mut offset = offset;
-            let sent =
-                socket.try_io(Interest::WRITABLE, || Ok(sendfile(socket, file, Some(&mut offset), len)?))?;
+    fn poll_send_file(&mut self, cx: &mut Context<'_>, span: &Span) -> Poll<io::Result<usize>> {
+        if span.more {
+            self.cork(true);
+        }
+        let sent = ready!(self.poll_send(cx, |socket| {
+            let mut offset = span.offset;
+            let send = || Ok(sendfile(socket, &span.file, Some(&mut offset), span.len)?);
+            let sent = socket.try_io(Interest::WRITABLE, send)?;
             if sent == 0 { Err(shrunk()) } else { Ok(sent) }
-        })
+        }))?;
+        if !span.more && sent == span.len {
+            self.cork(false);
+        }
+        Poll::Ready(Ok(sent))
+    }
+
+    /// Between two spans of a file no short segment is sent: each would wake the client for a few bytes. On loopback that was a
+    /// third of what serving a cached blob costs.
+    fn cork(&mut self, corked: bool) {
+        if self.corked != corked {
+            self.corked = corked;
+            // Only how it is cut into segments depends on it: what is corked is sent after 200 ms at the latest.
+            let _ = set_tcp_cork(&*self.socket, corked);
+        }
     }
 }
 
@@ -317,18 +334,12 @@ impl AsyncWrite for Plain {
 }
 
 impl Channel {
-    fn poll_send_file(
-        &mut self,
-        cx: &mut Context<'_>,
-        file: &File,
-        offset: u64,
-        len: usize,
-    ) -> Poll<io::Result<usize>> {
+    fn poll_send_file(&mut self, cx: &mut Context<'_>, span: &Span) -> Poll<io::Result<usize>> {
         match self {
-            Channel::Plain(plain) => plain.poll_send_file(cx, file, offset, len),
+            Channel::Plain(plain) => plain.poll_send_file(cx, span),
             Channel::Tls(tls) => {
                 let mut block = [0; BLOCK_BYTES];
-                let read = file.read_at(&mut block[..len.min(BLOCK_BYTES)], offset)?;
+                let read = span.file.read_at(&mut block[..span.len.min(BLOCK_BYTES)], span.offset)?;
                 if read == 0 {
                     return Poll::Ready(Err(shrunk()));
                 }
@@ -360,8 +371,8 @@ impl Write for Wire {
             Next::Nothing => 0,
             Next::Memory(memory) => ready!(self.channel.poll_send(cx, memory))?,
             Next::Phantom(len) => {
-                let (file, offset) = self.line.stood_for(len)?;
-                let sent = ready!(self.channel.poll_send_file(cx, &file, offset, len))?;
+                let span = self.line.stood_for(len)?;
+                let sent = ready!(self.channel.poll_send_file(cx, &span))?;
                 self.line.sent(sent);
                 sent
             }
