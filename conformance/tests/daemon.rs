@@ -1,10 +1,9 @@
 //! What is expected of a daemon: its clients, its process, its disk, its people's commands.
 
-use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use hawker_conformance::lab::{
     Answer, Containerd, DockerRegistry, End, HawkerPlan, Host, Image, Lab, Mbit, Process, Request, run,
 };
@@ -300,16 +299,22 @@ fn a_rotten_blob_is_found_out_when_the_same_client_asks_again() -> Result<()> {
 
 #[test]
 fn a_rotten_piece_of_a_partial_blob_is_found_out_when_the_same_range_is_asked_for_again() -> Result<()> {
-    Plan::nodes(1).play(|scene| {
-        let blob = scene.blob(SIZE_BYTES)?;
-        let right = middle(scene, &blob)?;
-        let file = partial_path(scene.node(), &blob);
-        until(Duration::from_secs(10), "the piece on disk", || Ok(file.metadata()?.blocks() > 0))?;
-        rot(&file)?;
-        ensure!(middle(scene, &blob)? == right, "the range has wrong bytes still");
-        ensure!(!committed_path(scene.node(), &blob).exists(), "only a part was wanted");
-        scene.pull(scene.node(), &blob).map(drop)
-    })
+    let found_out = |after: Duration| {
+        Plan::nodes(1).flag("--linger", "1s").play(|scene| {
+            let blob = scene.blob(SIZE_BYTES)?;
+            let right = middle(scene, &blob)?;
+            until(Duration::from_secs(10), "the piece on disk", || {
+                Ok(scene.node().status()?.store.bytes > 0)
+            })?;
+            std::thread::sleep(after);
+            rot(&partial_path(scene.node(), &blob))?;
+            ensure!(middle(scene, &blob)? == right, "the range has wrong bytes still");
+            ensure!(!committed_path(scene.node(), &blob).exists(), "only a part was wanted");
+            scene.pull(scene.node(), &blob).map(drop)
+        })
+    };
+    found_out(Duration::from_millis(200)).context("in play")?;
+    found_out(Duration::from_secs(5)).context("let go")
 }
 
 /// The bytes of a blob around the one that [`rot`] turns, by way of the node.

@@ -1,4 +1,4 @@
-//! What stays on disk: which blobs are read right now, which of the others go first, and when a blob that was committed
+//! What stays on disk: which blobs are read right now, which of the others go first, and when what was verified
 //! long ago should be hashed again before it is served.
 //!
 //! This is policy only. The store tells it what happens and deletes what [`Cache::victims`] names.
@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::hash::Hash;
 use std::num::NonZeroUsize;
+use std::ops::Range;
 use std::time::Duration;
 
 use lru::LruCache;
@@ -209,34 +210,36 @@ fn percent_of(whole: u64, percent: u8) -> u64 {
     u64::try_from(part).unwrap_or(whole)
 }
 
-/// Remembers which client `C` asked for what (`K`: a blob, whole or a range of it), to notice those who ask again.
+/// Remembers which client `C` asked for which bytes of which blob `K`, to notice those who ask again.
 ///
 /// A runtime keeps what it pulled. One that asks for the same again within [`RECHECK_WITHIN`] may have got bytes that did not
 /// match: they are hashed again before they are served, and thrown away if the disk let them rot.
 /// Memory is bounded: beyond the capacity the oldest questions are forgotten.
 #[derive(Debug)]
 pub struct Recheck<C: Hash + Eq, K: Hash + Eq> {
-    asked: LruCache<(C, K), Time>,
-    sound: LruCache<K, Time>,
+    asked: LruCache<(C, K, Range<u64>), Time>,
+    sound: LruCache<K, (Range<u64>, Time)>,
 }
 
-impl<C: Hash + Eq, K: Hash + Eq + Clone> Recheck<C, K> {
+impl<C: Hash + Eq, K: Hash + Eq> Recheck<C, K> {
     /// A memory of at most `capacity` questions.
     pub fn new(capacity: NonZeroUsize) -> Self {
         Self { asked: LruCache::new(capacity), sound: LruCache::new(capacity) }
     }
 
-    /// Notes that `client` asks for `what`. `true`: hash it first.
-    pub fn asked(&mut self, client: C, what: K, now: Time) -> bool {
-        let sound = self.sound.peek(&what).is_some_and(|at| now.since(*at) < SOUND_FOR);
-        let before = self.asked.put((client, what), now);
+    /// Notes that `client` asks for these bytes of `task`. `true`: hash them first.
+    pub fn asked(&mut self, client: C, task: K, bytes: &Range<u64>, now: Time) -> bool {
+        let sound = self.sound.peek(&task).is_some_and(|(sound, at)| {
+            sound.start <= bytes.start && bytes.end <= sound.end && now.since(*at) < SOUND_FOR
+        });
+        let before = self.asked.put((client, task, bytes.clone()), now);
         before.is_some_and(|at| now.since(at) < RECHECK_WITHIN) && !sound
     }
 
-    /// Notes that it was hashed and found right: for [`SOUND_FOR`] it need not be hashed again, so that a client that asks
-    /// over and over does not keep a core busy.
-    pub fn found_sound(&mut self, what: K, now: Time) {
-        self.sound.put(what, now);
+    /// Notes that these bytes were hashed and found right: for [`SOUND_FOR`] none of them need be hashed again, so that a client
+    /// that asks over and over does not keep a core busy.
+    pub fn found_sound(&mut self, task: K, bytes: Range<u64>, now: Time) {
+        self.sound.put(task, (bytes, now));
     }
 }
 
@@ -353,33 +356,42 @@ mod tests {
     fn the_same_client_asking_again_soon_is_noticed() {
         let mut recheck = Recheck::new(NonZeroUsize::new(8).unwrap());
         let window = RECHECK_WITHIN.as_secs();
-        assert!(!recheck.asked("a", 1, at(0)));
-        assert!(!recheck.asked("b", 1, at(1)), "another client");
-        assert!(!recheck.asked("a", 2, at(2)), "other bytes");
-        assert!(recheck.asked("a", 1, at(window - 1)));
-        assert!(recheck.asked("a", 1, at(2 * window - 2)), "the window starts anew with each question");
-        assert!(!recheck.asked("a", 1, at(3 * window - 2)), "too long ago");
+        assert!(!recheck.asked("a", 1, &(0..9), at(0)));
+        assert!(!recheck.asked("b", 1, &(0..9), at(1)), "another client");
+        assert!(!recheck.asked("a", 2, &(0..9), at(2)), "another blob");
+        assert!(!recheck.asked("a", 1, &(1..9), at(2)), "other bytes");
+        assert!(recheck.asked("a", 1, &(0..9), at(window - 1)));
+        assert!(
+            recheck.asked("a", 1, &(0..9), at(2 * window - 2)),
+            "the window starts anew with each question"
+        );
+        assert!(!recheck.asked("a", 1, &(0..9), at(3 * window - 2)), "too long ago");
     }
 
     #[test]
     fn what_was_just_found_sound_is_not_hashed_again() {
         let mut recheck = Recheck::new(NonZeroUsize::new(8).unwrap());
-        recheck.asked("a", 1, at(0));
-        recheck.found_sound(1, at(10));
-        assert!(!recheck.asked("a", 1, at(10 + SOUND_FOR.as_secs() - 1)));
-        assert!(recheck.asked("a", 1, at(10 + SOUND_FOR.as_secs())));
+        for range in [2..8, 3..7, 2..9] {
+            recheck.asked("a", 1, &range, at(0));
+        }
+        recheck.found_sound(1, 2..8, at(10));
+        let later = 10 + SOUND_FOR.as_secs();
+        assert!(!recheck.asked("a", 1, &(2..8), at(later - 1)));
+        assert!(!recheck.asked("a", 1, &(3..7), at(later - 1)), "a part of it");
+        assert!(recheck.asked("a", 1, &(2..9), at(later - 1)), "more than that");
+        assert!(recheck.asked("a", 1, &(2..8), at(later)));
     }
 
     #[test]
     fn the_memory_of_questions_is_bounded() {
         let mut recheck = Recheck::new(NonZeroUsize::new(8).unwrap());
         for task in 0..1000 {
-            recheck.asked("a", task, at(0));
-            recheck.found_sound(task, at(0));
+            recheck.asked("a", task, &(0..9), at(0));
+            recheck.found_sound(task, 0..9, at(0));
         }
         assert_eq!((recheck.asked.len(), recheck.sound.len()), (8, 8));
-        assert!(!recheck.asked("a", 0, at(SOUND_FOR.as_secs())), "forgotten");
-        assert!(recheck.asked("a", 999, at(SOUND_FOR.as_secs())), "remembered");
+        assert!(!recheck.asked("a", 0, &(0..9), at(SOUND_FOR.as_secs())), "forgotten");
+        assert!(recheck.asked("a", 999, &(0..9), at(SOUND_FOR.as_secs())), "remembered");
     }
 
     #[derive(Clone, Debug)]

@@ -208,6 +208,21 @@ mod tests {
     use super::*;
 
     #[test]
+    fn the_span_is_from_the_first_byte_asked_for_to_the_last() {
+        for (header, size, span) in [
+            ("bytes=5-9", None, 5..10),
+            ("bytes=5-", None, 5..u64::MAX),
+            ("bytes=-5", None, 0..u64::MAX),
+            ("bytes=-5", Some(100), 95..u64::MAX),
+            ("bytes=-500", Some(100), 0..u64::MAX),
+            ("bytes=50-59,5-9", Some(100), 5..60),
+            ("bytes=0-18446744073709551615", None, 0..u64::MAX),
+        ] {
+            assert_eq!(Ranges::parse(header).unwrap().span(size), span, "{header}");
+        }
+    }
+
+    #[test]
     fn headers_and_what_they_mean_of_a_hundred_bytes() {
         use Resolved::{Many, One, TooMuch, Unsatisfiable};
         let table = [

@@ -121,8 +121,8 @@ pub(crate) enum Event {
     Committed { task: Digest, generation: u64, outcome: Result<Blob, StoreError> },
     /// A client doubts these bytes of a task.
     Recheck { task: Digest, bytes: Range<u64>, reply: oneshot::Sender<bool> },
-    /// What the disk has of a task was hashed again.
-    Rechecked { task: Digest, right: bool, reply: Option<oneshot::Sender<bool>> },
+    /// What the disk has of a task was hashed again: of the task as it was `seen` in play then, if it was.
+    Rechecked { task: Digest, seen: Option<Arc<Shared>>, right: bool, reply: Option<oneshot::Sender<bool>> },
     /// The store let these tasks go.
     Gone(Vec<Digest>),
     /// The disk needs room: what nobody reads should not be kept from being evicted.
@@ -352,9 +352,9 @@ impl Driver {
             }
             Event::Committed { task, generation, outcome } => self.committed(task, generation, outcome),
             Event::Recheck { task, bytes, reply } => self.recheck(task, bytes, Some(reply)),
-            Event::Rechecked { task, right, reply } => {
+            Event::Rechecked { task, seen, right, reply } => {
                 if !right {
-                    self.rotten(task);
+                    self.rotten(task, seen);
                 }
                 reply.map(|reply| reply.send(right));
             }

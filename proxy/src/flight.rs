@@ -57,6 +57,9 @@ pub enum FlightError {
     /// The origin's bytes do not hash to the digest.
     #[error("the origin's bytes do not match {0}")]
     WrongDigest(Digest),
+    /// The disk let what it had of it rot. Asked again, it is fetched anew.
+    #[error("what was on disk of {0} was rotten and is gone: ask again")]
+    Rotten(Digest),
     /// The origin does not say how long the blob is: stream it without pieces.
     #[error("the origin does not say how long the blob is")]
     UnknownLength,
@@ -177,8 +180,8 @@ impl Flights {
         Self { events, origin, next_reader: Arc::default() }
     }
 
-    /// Hashes again what the disk has of these bytes, and whether it was right; `None`: nothing is there. If not, it is gone:
-    /// who reads it ends short, and a download that begins after this begins anew.
+    /// Hashes again what the disk has of these bytes, and whether all were right; `None`: not all are there. If not, what is there
+    /// of the blob is gone: who reads it ends short, and a download that begins after this begins anew.
     pub async fn recheck(&self, task: Digest, bytes: Range<u64>) -> Option<bool> {
         let (reply, right) = oneshot::channel();
         // Without a driver nothing is downloaded any more.
@@ -372,7 +375,7 @@ impl Reader {
                 let state = shared.lock();
                 if self.epoch != state.epoch {
                     if self.begun {
-                        return Err(FlightError::WrongDigest(shared.task));
+                        return Err(state.failed.clone().unwrap_or(FlightError::WrongDigest(shared.task)));
                     }
                     self.epoch = state.epoch;
                 }

@@ -55,15 +55,16 @@ impl<N: Notary> Node<N> {
         if self.tasks.get(digest).is_none_or(|task| task.elected) {
             return;
         }
-        // The owner first; the next seed only when those before it can't help.
+        // The owner first; the next seed only when those before it can't help, or not be counted on.
         if !self.orders.contains_key(digest) {
             self.orders.insert(*digest, rendezvous::order(digest, self.candidates()));
         }
-        let next = self.orders[digest]
-            .iter()
-            .copied()
-            .take_while(|seed| *seed != self.config.me)
-            .find(|seed| !self.gave_up_on(now, digest, *seed));
+        let before = || self.orders[digest].iter().copied().take_while(|seed| *seed != self.config.me);
+        let can_help = |seed: &PeerId| !self.gave_up_on(now, digest, *seed);
+        // A seed that is asked by one that owns nothing takes itself for the owner: seeds don't do so as long as the owner lives.
+        let counted_on = |seed: &PeerId| self.config.role == Role::Seed || self.parents.trusted(now, *seed);
+        let trusted = before().find(|seed| can_help(seed) && counted_on(seed));
+        let next = trusted.or_else(|| before().find(can_help));
         let asked = |seed: &PeerId| {
             let link = self.tasks.get(digest).and_then(|t| t.links.get(seed));
             link.is_some_and(|link| link.named && link.asked.is_some())
@@ -87,7 +88,7 @@ impl<N: Notary> Node<N> {
     pub(super) fn gave_up_on(&self, now: Time, digest: &Digest, peer: PeerId) -> bool {
         let unreachable = self.undialled.get(&peer).is_some_and(|at| now.since(*at) < PATIENCE);
         let link = self.tasks.get(digest).and_then(|t| t.links.get(&peer));
-        unreachable || !self.parents.trusted(now, peer) || link.is_some_and(|l| l.unavailable)
+        unreachable || self.parents.banned(now, peer) || link.is_some_and(|l| l.unavailable)
     }
 
     /// Makes a peer a parent: dials it if need be, tells it of our interest.

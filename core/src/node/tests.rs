@@ -612,6 +612,39 @@ fn the_next_seed_is_asked_when_the_owner_cannot_be_counted_on() {
 }
 
 #[test]
+fn the_only_seed_is_dialled_again_however_it_behaved() {
+    let (mut node, task, mut rng) = wanting(&[7; 1000]);
+    let at = |s| Time(Duration::from_secs(s));
+    node.seeds(vec![Named::near(id(1))]);
+    node.peer_up(at(0), id(1), Role::Seed);
+    outputs(&mut node, at(0), &mut rng);
+    for second in [1, 9] {
+        node.punish(at(second), id(1), &task, Fault::Stalled);
+    }
+    node.peer_down(at(9), id(1));
+    assert!(outputs(&mut node, at(9), &mut rng).contains(&Output::Dial(id(1))));
+}
+
+#[test]
+fn what_is_closed_is_told_to_those_who_hear_of_it_and_they_ask_it_no_more() {
+    let (mut node, tasks, mut rng) = offered(1, 32 << 20);
+    let (task, now) = (tasks[0], Time::default());
+    node.adopt(now, &task, &Child { peer: id(2), purpose: Purpose::default(), far: None });
+    assert!(node.children(&task).iter().any(|child| child.peer == id(2)));
+    let asks = |outputs: Vec<Output>| outputs.iter().filter(|o| matches!(o, Output::Download { .. })).count();
+    assert!(asks(outputs(&mut node, now, &mut rng)) > 0);
+    let requests: Vec<u32> = node.asked.keys().map(|(_, request)| *request).collect();
+    node.message(now, id(1), Message::Unavailable { task, reason: Refusal::NotHeld });
+    for request in requests {
+        node.piece_failed(now, id(1), request, Some(Refusal::NotHeld), Fault::NotHeld);
+    }
+    assert_eq!(asks(outputs(&mut node, now, &mut rng)), 0, "what it offered it offers no more");
+    node.close(&task);
+    let told = Output::Send(id(2), Message::Unavailable { task, reason: Refusal::NotHeld });
+    assert!(outputs(&mut node, now, &mut rng).contains(&told));
+}
+
+#[test]
 fn a_paused_download_lets_its_parents_go_and_finds_them_again() {
     let (mut node, task, mut rng) = wanting(&[7; 1000]);
     let now = Time::default();

@@ -1,5 +1,7 @@
 //! What the core asks for, carried out.
 
+use std::fs::File;
+
 use super::*;
 
 impl Driver {
@@ -193,37 +195,49 @@ impl Driver {
         self.recheck(task, 0..u64::MAX, None);
     }
 
-    /// Hashes again what the disk has of these bytes. `reply` is told whether it was right, or dropped where there is nothing.
+    /// Hashes again what the disk has of these bytes. `reply` is told whether they are right, or dropped where not all are there.
     pub(super) fn recheck(&self, task: Digest, bytes: Range<u64>, reply: Option<oneshot::Sender<bool>>) {
-        let shared = self.tasks.get(&task).map(|state| Arc::clone(&state.shared));
-        let partial = shared.and_then(|shared| shared.on_disk()).zip(self.node.table(&task).cloned());
+        let seen = self.tasks.get(&task).map(|state| Arc::clone(&state.shared));
+        let table = self.node.table(&task).cloned();
         let (store, events) = (self.config.store.clone(), self.config.events.clone());
         tokio::task::spawn_blocking(move || {
             let right = if store.has(&task) {
                 store.recheck(&task, bytes).unwrap_or_else(|error| {
                     warn!(%task, %error, "a rotten blob can't be deleted");
-                    false
+                    Some(false)
                 })
-            } else if let Some(((file, written), table)) = partial {
-                let verifiable = |piece: &PieceIndex| written.contains(*piece) && *piece < table.verifiable();
-                pieces_are_right(&file, &table, table.layout().covering(bytes).filter(verifiable))
+            } else if let (Some(seen), Some(table)) = (&seen, table) {
+                seen.on_disk().and_then(|(file, written)| is_right(&file, &table, &written, bytes))
             } else {
-                return;
+                store.doubt(&task);
+                None
             };
-            let _ = events.blocking_send(Event::Rechecked { task, right, reply });
+            if let Some(right) = right {
+                let _ = events.blocking_send(Event::Rechecked { task, seen, right, reply });
+            }
         });
     }
 
-    /// The disk let what it had of a task rot. Whoever reads it ends short, and all of it is fetched again.
-    pub(super) fn rotten(&mut self, task: Digest) {
-        warn!(%task, "what the disk had of a blob was rotten: it is fetched again");
-        let Some(state) = self.tasks.get(&task) else { return };
+    /// The disk let what it had of a task rot. Whoever reads it ends short; for whoever waits for it, it is fetched again.
+    pub(super) fn rotten(&mut self, task: Digest, seen: Option<Arc<Shared>>) {
+        warn!(%task, "what the disk had of a blob was rotten and is gone");
+        let Some(state) = self.tasks.get(&task) else { return self.gone(&task) };
+        let same = match seen {
+            Some(seen) => Arc::ptr_eq(&seen, &state.shared),
+            None => state.blob.is_some(),
+        };
+        // It has begun anew since.
+        if !same {
+            return;
+        }
         state.shared.update(|s| {
             s.epoch += 1;
-            s.failed = Some(FlightError::WrongDigest(task));
+            s.hot.clear();
+            s.shown = s.shown.take().map(|shown| PieceSet::empty(shown.count()));
+            s.failed = Some(FlightError::Rotten(task));
         });
-        match self.node.table(&task).filter(|_| state.partial.is_some()) {
-            Some(table) => self.start_over(task, Some(table.layout().size_bytes())),
+        match self.node.table(&task).map(|table| table.layout().size_bytes()) {
+            Some(size_bytes) => self.start_over(task, Some(size_bytes)),
             None => self.gone(&task),
         }
     }
@@ -319,6 +333,7 @@ impl Driver {
     /// Throws away all that is held of a task, and what is known of it beside `size_hint`.
     fn start_over(&mut self, task: Digest, size_hint: Option<u64>) {
         let Some(state) = self.tasks.remove(&task) else { return };
+        let children = self.node.children(&task);
         self.node.close(&task);
         self.holding(&task, 0, 0, false);
         self.generation += 1;
@@ -326,6 +341,8 @@ impl Driver {
         fresh.shared.update(|s| s.alone = state.shared.lock().alone);
         fresh.grants = state.grants;
         fresh.generation = self.generation;
+        // A seed brings it to them all the same.
+        fresh.asking = if self.config.seed { children } else { Vec::new() };
         self.tasks.insert(task, fresh);
         self.look(task, self.generation, size_hint, state.partial);
     }
@@ -333,15 +350,29 @@ impl Driver {
     /// Finds out what the disk has of a task, after throwing `away` what it has.
     pub(super) fn look(&self, task: Digest, generation: u64, size_hint: Option<u64>, away: Option<Partial>) {
         let (store, events) = (self.config.store.clone(), self.config.events.clone());
-        let doubted = self.sizes_doubted.contains(&task);
+        let (doubted, thrown_away) = (self.sizes_doubted.contains(&task), away.is_some());
         tokio::task::spawn_blocking(move || {
             if let Some(partial) = away
                 && let Err(error) = partial.discard()
             {
                 warn!(%task, %error, "could not discard");
+            } else if thrown_away && store.has(&task) {
+                // It was committed just before it could be thrown away.
+                let _ = store.recheck(&task, 0..u64::MAX);
             }
             let found = look(&store, &task, size_hint, doubted);
             let _ = events.blocking_send(Event::Found { task, generation, found });
         });
+    }
+}
+
+/// Whether a file that is not whole has these bytes, and right; `None` where some are not there.
+fn is_right(file: &File, table: &PieceTable, written: &PieceSet, bytes: Range<u64>) -> Option<bool> {
+    let pieces = table.layout().covering(bytes);
+    let (held, missing): (Vec<_>, Vec<_>) =
+        pieces.partition(|piece| written.contains(*piece) && *piece < table.verifiable());
+    match pieces_are_right(file, table, held.iter().copied()) {
+        true if held.is_empty() || !missing.is_empty() => None,
+        right => Some(right),
     }
 }

@@ -1,16 +1,13 @@
 //! Blobs: from the store, else from the download that all who ask share, else, where that can't be, straight from the origin.
 
-use std::net::IpAddr;
 use std::ops::Range;
-use std::time::Duration;
 
-use hawker_core::Time;
 use hawker_core::digest::Digest;
 use hawker_core::range::{RangeError, Ranges, Resolved, content_range};
 use hawker_core::reference::Source;
 use http::header::{ACCEPT_RANGES, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, IF_RANGE, RANGE};
 use http::{HeaderMap, HeaderValue, Method, Response, StatusCode};
-use tokio::time::{Instant, timeout};
+use tokio::time::Instant;
 
 use super::auth::{self, Confirmed, Given, confirm, note_refusal};
 use super::body::Payload;
@@ -22,9 +19,6 @@ use super::{Answer, Ask, Inner, etag, not_modified};
 use crate::flight::{FlightError, Reader};
 use crate::origin::{Content, OriginBody, Target, content_length};
 use crate::store::Blob;
-
-/// For a blob to be hashed again before it is served all the same.
-const RECHECK: Duration = Duration::from_secs(20);
 
 const OCTETS: HeaderValue = HeaderValue::from_static("application/octet-stream");
 
@@ -49,7 +43,7 @@ async fn given(mirror: &Inner, ask: &Ask, digest: &Digest) -> Result<Answer, Pro
     };
     let range = asked_range(&ask.headers, digest);
     if ask.method == Method::GET {
-        recheck(mirror, ask.client, digest, span(range, size)).await;
+        doubt(mirror, ask, digest, range, size).await;
     }
     if let Some(blob) = committed(mirror, digest).await {
         let wanted = resolve(range, blob.size_bytes())?;
@@ -130,24 +124,14 @@ async fn committed(mirror: &Inner, digest: &Digest) -> Option<Blob> {
     tokio::task::spawn_blocking(move || store.committed(&task)).await.ok()?
 }
 
-/// What the same client asks for again soon may have rotted on the disk: what is held of it is hashed first, and if it is wrong
-/// the blob is gone after this.
-pub(super) async fn recheck(mirror: &Inner, client: IpAddr, digest: &Digest, bytes: Range<u64>) {
-    let what = (*digest, bytes.clone());
-    let suspicious = || mirror.recheck().asked(client, what.clone(), Time(mirror.started.elapsed()));
-    if !suspicious() {
-        return;
-    }
-    // One at a time; whoever waited finds out that it was hashed meanwhile.
-    let check = async {
-        let _one = mirror.rechecking.lock().await;
-        if suspicious() && mirror.flights.recheck(*digest, bytes).await == Some(true) {
-            mirror.recheck().found_sound(what.clone(), Time(mirror.started.elapsed()));
-        }
+/// Has what this client asks for again hashed first. What is to be the whole and is not yet is hashed once it is.
+async fn doubt(mirror: &Inner, ask: &Ask, digest: &Digest, range: Option<&str>, size: Option<u64>) {
+    let bytes = match range.map(Ranges::parse) {
+        None if mirror.store.has(digest) => 0..u64::MAX,
+        Some(Ok(ranges)) => ranges.span(size),
+        _ => return,
     };
-    if timeout(RECHECK, check).await.is_err() {
-        tracing::warn!(%digest, "takes too long to be hashed again: it is served as it is");
-    }
+    mirror.rechecks.asked(ask.client, *digest, bytes).await;
 }
 
 /// Passes on what the blob's own URLs give, all of it, compared with its digest on the way. What is held here already shows
@@ -258,11 +242,6 @@ fn asked_range<'a>(headers: &'a HeaderMap, digest: &Digest) -> Option<&'a str> {
         Some(condition) if *condition != etag(digest) => None,
         _ => Some(range.to_str().unwrap_or_default()),
     }
-}
-
-/// The bytes that are asked for, with those between them.
-fn span(range: Option<&str>, size: Option<u64>) -> Range<u64> {
-    range.and_then(|range| Ranges::parse(range).ok()).map_or(0..u64::MAX, |ranges| ranges.span(size))
 }
 
 fn resolve(range: Option<&str>, size: u64) -> Result<Wanted, Problem> {

@@ -2,7 +2,7 @@
 //!
 //! A request goes [`head`] → [`route`] → [`tags`], [`manifest`] or [`blob`] → back through [`error`] if it failed → [`body`] onto
 //! the [`wire`]. [`auth`] makes sure that the caller may have it, [`access`] remembers that; [`token`] is the realm of token
-//! mode; [`multipart`] makes one body of several ranges; [`connection`] is the life of a connection, [`tunnel`] what some become.
+//! mode; [`recheck`] notices who asks again; [`multipart`] makes one body of several ranges; [`connection`] is the life of a connection, [`tunnel`] what some become.
 
 mod access;
 mod auth;
@@ -14,6 +14,7 @@ mod forward;
 pub(crate) mod head;
 mod manifest;
 mod multipart;
+mod recheck;
 mod room;
 mod route;
 mod tags;
@@ -24,15 +25,12 @@ mod wire;
 
 use std::future::Future;
 use std::net::IpAddr;
-use std::num::NonZeroUsize;
-use std::ops::Range;
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use bytes::Bytes;
-use hawker_core::cache::Recheck;
 use hawker_core::digest::Digest;
 use hawker_core::reference::Source;
 use hawker_core::right::Bearer;
@@ -42,7 +40,6 @@ use http::{HeaderMap, HeaderValue, Request, Response};
 use hyper::body::Incoming;
 use rustls::ServerConfig;
 use tokio::net::TcpListener;
-use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 pub(crate) use self::body::Payload;
@@ -57,9 +54,6 @@ use crate::origin::Origin;
 use crate::peer::ManifestSource;
 use crate::settings::LiveSettings;
 use crate::store::Store;
-
-/// Questions for blobs, and ranges of them, that are remembered.
-const RECHECKS: NonZeroUsize = NonZeroUsize::new(4096).expect("not zero");
 
 pub(crate) type Answer = Response<Payload>;
 
@@ -111,17 +105,14 @@ struct Inner {
     fetching: manifest::Fetching,
     room: room::Room,
     tags: tags::Tags,
-    /// Who asked for which bytes of which blob.
-    recheck: Mutex<Recheck<IpAddr, (Digest, Range<u64>)>>,
-    /// Held while one is hashed again: one at a time.
-    rechecking: tokio::sync::Mutex<()>,
-    started: Instant,
+    rechecks: Arc<recheck::Rechecks>,
 }
 
 impl Mirror {
     /// A mirror that knows nothing yet.
     pub fn new(config: MirrorConfig) -> Self {
         let MirrorConfig { store, flights, origin, seeds, live, metrics, desk, pull_grace } = config;
+        let rechecks = Arc::new(recheck::Rechecks::new(flights.clone()));
         Self {
             inner: Arc::new(Inner {
                 store,
@@ -136,9 +127,7 @@ impl Mirror {
                 fetching: manifest::Fetching::default(),
                 room: room::Room::new(),
                 tags: tags::Tags::new(),
-                recheck: Mutex::new(Recheck::new(RECHECKS)),
-                rechecking: tokio::sync::Mutex::new(()),
-                started: Instant::now(),
+                rechecks,
             }),
         }
     }
@@ -206,12 +195,6 @@ impl ManifestSource for Mirror {
     ) -> Pin<Box<dyn Future<Output = (u16, String, Bytes)> + Send + '_>> {
         let grant = Grant { source, authorization: token.as_ref().and_then(Authorization::bearer) };
         Box::pin(async move { manifest::for_peer(&self.inner, grant, &digest).await })
-    }
-}
-
-impl Inner {
-    fn recheck(&self) -> MutexGuard<'_, Recheck<IpAddr, (Digest, Range<u64>)>> {
-        self.recheck.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

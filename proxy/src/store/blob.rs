@@ -194,14 +194,18 @@ pub(super) fn note_use(file: &File) {
     }
 }
 
-/// Hashes the pieces of a committed blob that a range touches again; `false` when the blob was rotten, and gone now, or not there.
-pub(super) fn recheck(store: &Arc<Inner>, task: &Digest, bytes: Range<u64>) -> Result<bool, StoreError> {
-    let Some(blob) = open(store, task) else { return Ok(false) };
+/// Hashes the pieces of a committed blob that a range touches again; `None`: it is not there.
+pub(super) fn recheck(
+    store: &Arc<Inner>,
+    task: &Digest,
+    bytes: Range<u64>,
+) -> Result<Option<bool>, StoreError> {
+    let Some(blob) = open(store, task) else { return Ok(None) };
     let right = disk::blob_is_right(&blob.file, &blob.table, bytes);
     if !right {
         store.drop_rotten(task, "its bytes do not match the digest")?;
     }
-    Ok(right)
+    Ok(Some(right))
 }
 
 /// Moves a partial task's file to where committed blobs are. The caller holds a claim.

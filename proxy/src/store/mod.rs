@@ -127,10 +127,17 @@ impl Store {
         }
     }
 
-    /// Hashes the pieces of a committed blob that a range touches again, and evicts the blob if one is rotten; `true` when all
-    /// were right. Blocking.
-    pub fn recheck(&self, task: &Digest, bytes: Range<u64>) -> Result<bool, StoreError> {
+    /// Hashes the pieces of a committed blob that a range touches again, and evicts the blob if one is rotten. Whether all were
+    /// right; `None` when it is not there. Blocking.
+    pub fn recheck(&self, task: &Digest, bytes: Range<u64>) -> Result<Option<bool>, StoreError> {
         blob::recheck(&self.inner, task, bytes)
+    }
+
+    /// What is on disk of a partial task that nobody has open may have rotted: it is hashed again before it counts.
+    pub fn doubt(&self, task: &Digest) {
+        if let Some(Entry::Partial { pieces, open: false, .. }) = self.inner.state().tasks.get_mut(task) {
+            *pieces = None;
+        }
     }
 
     /// Puts a manifest in the cache, under its digest; where its body is then, unless it is too long to be kept. Blocking.

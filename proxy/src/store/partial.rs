@@ -170,7 +170,7 @@ impl Partial {
         Ok(blob::enter(store, Arc::clone(file), table))
     }
 
-    /// Throws everything away: the table was poisoned.
+    /// Throws everything away: the table was poisoned, or the disk let it rot.
     pub fn discard(&self) -> Result<(), StoreError> {
         let _claim = self.inner.store.claim(&self.inner.task)?;
         self.inner.throw_away()

@@ -196,7 +196,7 @@ fn a_partial_task_goes_on_after_a_restart() {
         let blob = store.committed(&content.task).unwrap();
         assert!(content.is_in(&blob.file));
         assert_eq!(blob.table.values(), content.table.values());
-        assert!(store.recheck(&content.task, ALL).unwrap());
+        assert_eq!(store.recheck(&content.task, ALL).unwrap(), Some(true));
     }
 }
 
@@ -272,7 +272,7 @@ fn a_blob_without_bytes_is_a_blob() {
         content.put(&open(&dir));
         let store = open(&dir);
         assert_eq!(store.committed(&content.task).unwrap().size_bytes(), 0);
-        assert!(store.recheck(&content.task, ALL).unwrap());
+        assert_eq!(store.recheck(&content.task, ALL).unwrap(), Some(true));
         let not_empty = Content::new(algorithm, 5, 0).task;
         let partial = store.begin(&not_empty, 0).unwrap();
         let table = partial.table();
@@ -321,7 +321,7 @@ fn an_index_torn_at_any_byte_loses_its_tail_and_nothing_else() {
         assert_eq!(partial.held().len(), held.len() + 1);
         if cut % 50 == 0 {
             content.finish(&partial).unwrap();
-            assert!(store.recheck(&content.task, ALL).unwrap());
+            assert_eq!(store.recheck(&content.task, ALL).unwrap(), Some(true));
             drop(partial);
             store.inner.drop_rotten(&content.task, "the test begins again").unwrap();
         }
@@ -395,6 +395,8 @@ fn after_a_restart_only_pieces_that_match_count() {
     drop(partial);
     assert_eq!(content.begin(&store).held().len(), 2);
     assert_eq!(store.holdings()[0].2, 2);
+    store.doubt(&content.task);
+    assert_eq!(content.begin(&store).held().iter().collect::<Vec<_>>(), [0], "doubted, they are");
     drop(store);
 
     let store = open(&dir);
@@ -522,22 +524,19 @@ fn rechecking_finds_a_flipped_byte_and_evicts_the_blob() {
     let store = open(&dir);
     let content = Content::sha256(5 * MIB, 9);
     let blob = content.put(&store);
-    assert!(store.recheck(&content.task, ALL).unwrap());
+    assert_eq!(store.recheck(&content.task, ALL).unwrap(), Some(true));
     blob.file.write_all_at(&[content.bytes[4 * MIB] ^ 1], 4 * MIB as u64).unwrap();
-    assert!(
-        store.recheck(&content.task, 0..MIB as u64).unwrap(),
-        "another range is right, and the blob stays"
-    );
-    assert!(!store.recheck(&content.task, ALL).unwrap());
+    assert_eq!(store.recheck(&content.task, 0..MIB as u64).unwrap(), Some(true), "another range is right");
+    assert_eq!(store.recheck(&content.task, ALL).unwrap(), Some(false));
     assert!(store.committed(&content.task).is_none());
     assert_eq!(store.evict(), [content.task], "the tracker is told");
     assert_eq!(store.evict(), []);
-    assert!(!store.recheck(&content.task, ALL).unwrap(), "what is not there is not right");
+    assert_eq!(store.recheck(&content.task, ALL).unwrap(), None, "it is not there");
     // The old lease does not hinder the blob's return.
     let again = content.put(&store);
     drop(blob);
     assert!(content.is_in(&again.file));
-    assert!(store.recheck(&content.task, ALL).unwrap());
+    assert_eq!(store.recheck(&content.task, ALL).unwrap(), Some(true));
 }
 
 #[test]
@@ -852,7 +851,7 @@ fn a_disk_without_inodes_makes_room_among_what_is_not_used() {
     let store = open(&disk.store());
     let usage = store.usage();
     assert!(usage.partials == 0 && usage.blobs > 0, "{usage:?}");
-    assert!(store.holdings().iter().all(|(task, ..)| store.recheck(task, ALL).unwrap()));
+    assert!(store.holdings().iter().all(|(task, ..)| store.recheck(task, ALL).unwrap() == Some(true)));
 }
 
 #[test]
@@ -907,7 +906,7 @@ fn readers_get_whole_blobs_while_others_are_evicted_and_come_back() {
     store.evict();
     assert!(store.usage().bytes <= 500 * KIB as u64);
     for (task, ..) in store.holdings() {
-        assert!(store.recheck(&task, ALL).unwrap());
+        assert_eq!(store.recheck(&task, ALL).unwrap(), Some(true));
     }
     assert_eq!(files_below(&dir).len() as u64, 1 + 2 * store.usage().blobs);
 }

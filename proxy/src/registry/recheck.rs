@@ -1,0 +1,70 @@
+//! A client that asks for the same bytes again may have got wrong ones: what the disk has of them is hashed before it is served
+//! once more.
+
+use std::net::IpAddr;
+use std::num::NonZeroUsize;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use hawker_core::Time;
+use hawker_core::cache::Recheck;
+use hawker_core::digest::Digest;
+use tokio::time::{Instant, timeout};
+
+use crate::flight::Flights;
+
+/// Questions that are remembered.
+const QUESTIONS: NonZeroUsize = NonZeroUsize::new(16 << 10).expect("not zero");
+/// For the hashing that is under way to end. Who waits in vain gets what there is, and another chance when it asks again.
+const TURN: Duration = Duration::from_secs(1);
+/// For bytes to be hashed before they are served all the same.
+const HASHED_WITHIN: Duration = Duration::from_secs(20);
+
+pub(super) struct Rechecks {
+    flights: Flights,
+    memory: Mutex<Recheck<IpAddr, Digest>>,
+    /// Held while anything is hashed: one at a time.
+    turn: Arc<tokio::sync::Mutex<()>>,
+    started: Instant,
+}
+
+impl Rechecks {
+    pub(super) fn new(flights: Flights) -> Self {
+        Self {
+            flights,
+            memory: Mutex::new(Recheck::new(QUESTIONS)),
+            turn: Arc::default(),
+            started: Instant::now(),
+        }
+    }
+
+    /// Notes that a client asks for these bytes. If it did before, they are right after this, or gone.
+    pub(super) async fn asked(self: &Arc<Self>, client: IpAddr, task: Digest, bytes: Range<u64>) {
+        let is_suspicious = || self.with(|memory, now| memory.asked(client, task, &bytes, now));
+        if !is_suspicious() {
+            return;
+        }
+        let Ok(turn) = timeout(TURN, Arc::clone(&self.turn).lock_owned()).await else { return };
+        // Whoever waited may find out that they were hashed meanwhile.
+        if !is_suspicious() {
+            return;
+        }
+        let (this, bytes) = (Arc::clone(self), bytes.clone());
+        // It goes on to its end, whoever waits for it.
+        let hashing = tokio::spawn(async move {
+            if this.flights.recheck(task, bytes.clone()).await == Some(true) {
+                this.with(|memory, now| memory.found_sound(task, bytes, now));
+            }
+            drop(turn);
+        });
+        if timeout(HASHED_WITHIN, hashing).await.is_err() {
+            tracing::warn!(%task, "takes too long to be hashed again: it is served as it is");
+        }
+    }
+
+    fn with<T>(&self, what: impl FnOnce(&mut Recheck<IpAddr, Digest>, Time) -> T) -> T {
+        let mut memory = self.memory.lock().unwrap_or_else(PoisonError::into_inner);
+        what(&mut memory, Time(self.started.elapsed()))
+    }
+}
