@@ -229,9 +229,8 @@ impl<C: Hash + Eq, K: Hash + Eq> Recheck<C, K> {
 
     /// Notes that `client` asks for these bytes of `task`. `true`: hash them first.
     pub fn asked(&mut self, client: C, task: K, bytes: &Range<u64>, now: Time) -> bool {
-        let sound = self.sound.peek(&task).is_some_and(|(sound, at)| {
-            sound.start <= bytes.start && bytes.end <= sound.end && now.since(*at) < SOUND_FOR
-        });
+        let sound = self.found(&task, now);
+        let sound = sound.is_some_and(|(sound, _)| sound.start <= bytes.start && bytes.end <= sound.end);
         let before = self.asked.put((client, task, bytes.clone()), now);
         before.is_some_and(|at| now.since(at) < RECHECK_WITHIN) && !sound
     }
@@ -239,7 +238,18 @@ impl<C: Hash + Eq, K: Hash + Eq> Recheck<C, K> {
     /// Notes that these bytes were hashed and found right: for [`SOUND_FOR`] none of them need be hashed again, so that a client
     /// that asks over and over does not keep a core busy.
     pub fn found_sound(&mut self, task: K, bytes: Range<u64>, now: Time) {
-        self.sound.put(task, (bytes, now));
+        let found = match self.found(&task, now) {
+            Some((known, at)) if known.start <= bytes.end && bytes.start <= known.end => {
+                (known.start.min(bytes.start)..known.end.max(bytes.end), at)
+            }
+            _ => (bytes, now),
+        };
+        self.sound.put(task, found);
+    }
+
+    /// What was found right lately, and when.
+    fn found(&self, task: &K, now: Time) -> Option<(Range<u64>, Time)> {
+        self.sound.peek(task).filter(|(_, at)| now.since(*at) < SOUND_FOR).cloned()
     }
 }
 
@@ -379,6 +389,8 @@ mod tests {
         assert!(!recheck.asked("a", 1, &(2..8), at(later - 1)));
         assert!(!recheck.asked("a", 1, &(3..7), at(later - 1)), "a part of it");
         assert!(recheck.asked("a", 1, &(2..9), at(later - 1)), "more than that");
+        recheck.found_sound(1, 7..9, at(later - 1));
+        assert!(!recheck.asked("a", 1, &(2..9), at(later - 1)), "both together");
         assert!(recheck.asked("a", 1, &(2..8), at(later)));
     }
 

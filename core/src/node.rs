@@ -479,26 +479,11 @@ impl<N: Notary> Node<N> {
         self.stop(digest);
         self.orders.remove(digest);
         if let Some(task) = self.tasks.remove(digest) {
-            // Who hears of it from here is not to ask for it in vain.
-            for peer in task.offers.children() {
-                let reason = Refusal::NotHeld;
-                self.outputs.push_back(Output::Send(peer, Message::Unavailable { task: *digest, reason }));
-            }
             for peer in task.links.keys().filter(|peer| self.connected.contains_key(*peer)) {
                 self.outputs.push_back(Output::Send(*peer, Message::Leave { task: *digest }));
             }
         }
         self.uploads.task_gone(digest);
-    }
-
-    /// Those who hear of this task from us, and on what terms.
-    pub fn children(&self, digest: &Digest) -> Vec<Child> {
-        let Some(task) = self.tasks.get(digest) else { return Vec::new() };
-        let child = |peer| {
-            let purpose = task.links.get(&peer).map(|link| link.purpose.clone()).unwrap_or_default();
-            Child { peer, purpose, far: task.offers.far(peer) }
-        };
-        task.offers.children().map(child).collect()
     }
 
     /// Whether any peer still hears of this task from us.

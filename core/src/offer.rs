@@ -211,11 +211,6 @@ impl Offers {
         self.children.keys().copied()
     }
 
-    /// What a child takes that stands in another zone.
-    pub fn far(&self, peer: PeerId) -> Option<Share> {
-        self.children.get(&peer).and_then(|child| child.far)
-    }
-
     /// Whether nobody does.
     pub fn is_empty(&self) -> bool {
         self.children.is_empty()

@@ -35,7 +35,7 @@ use crate::metrics::{Metrics, Moved, Refused};
 use crate::origin::Origin;
 use crate::peer::{Download, PeerError, PeerEvent, Peers, PieceSource, Received};
 use crate::settings::LiveSettings;
-use crate::store::{Blob, Partial, Store, StoreError, pieces_are_right};
+use crate::store::{Blob, Partial, Store, StoreError, held_is_right};
 use crate::tracker::{Holding, Member, ReportKind, Tracker, TrackerEvent, Want};
 
 mod disk;
@@ -393,7 +393,7 @@ impl Driver {
     /// The task's state here; a new one has its disk looked at first.
     fn enter(&mut self, task: Digest, grant: Grant, size_hint: Option<u64>) -> &mut TaskState {
         if !self.tasks.contains_key(&task) {
-            self.look(task, 0, size_hint, None);
+            self.look(task, 0, size_hint, |_| {});
         }
         self.node.authorize(&task, grant.source.clone(), grant.right(self.config.lends_tokens));
         let alone = self.config.peers.is_none();

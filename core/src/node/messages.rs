@@ -96,10 +96,6 @@ impl<N: Notary> Node<N> {
         link.working = None;
         // Should somebody name it again, it is asked again.
         link.asked = None;
-        // What it offered before it offers no more.
-        if let (Refusal::NotHeld, Some(fetch)) = (reason, &mut task.fetch) {
-            fetch.parent_lost(peer);
-        }
         // A registry says 404 as well to those who may not know that something is there.
         let may_not_read = is_seed && matches!(reason, Refusal::Origin(401 | 403 | 404));
         if may_not_read && task.right != Right::Own && !task.reads {

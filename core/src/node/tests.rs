@@ -626,25 +626,6 @@ fn the_only_seed_is_dialled_again_however_it_behaved() {
 }
 
 #[test]
-fn what_is_closed_is_told_to_those_who_hear_of_it_and_they_ask_it_no_more() {
-    let (mut node, tasks, mut rng) = offered(1, 32 << 20);
-    let (task, now) = (tasks[0], Time::default());
-    node.adopt(now, &task, &Child { peer: id(2), purpose: Purpose::default(), far: None });
-    assert!(node.children(&task).iter().any(|child| child.peer == id(2)));
-    let asks = |outputs: Vec<Output>| outputs.iter().filter(|o| matches!(o, Output::Download { .. })).count();
-    assert!(asks(outputs(&mut node, now, &mut rng)) > 0);
-    let requests: Vec<u32> = node.asked.keys().map(|(_, request)| *request).collect();
-    node.message(now, id(1), Message::Unavailable { task, reason: Refusal::NotHeld });
-    for request in requests {
-        node.piece_failed(now, id(1), request, Some(Refusal::NotHeld), Fault::NotHeld);
-    }
-    assert_eq!(asks(outputs(&mut node, now, &mut rng)), 0, "what it offered it offers no more");
-    node.close(&task);
-    let told = Output::Send(id(2), Message::Unavailable { task, reason: Refusal::NotHeld });
-    assert!(outputs(&mut node, now, &mut rng).contains(&told));
-}
-
-#[test]
 fn a_paused_download_lets_its_parents_go_and_finds_them_again() {
     let (mut node, task, mut rng) = wanting(&[7; 1000]);
     let now = Time::default();

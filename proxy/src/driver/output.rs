@@ -1,7 +1,5 @@
 //! What the core asks for, carried out.
 
-use std::fs::File;
-
 use super::*;
 
 impl Driver {
@@ -201,16 +199,14 @@ impl Driver {
         let table = self.node.table(&task).cloned();
         let (store, events) = (self.config.store.clone(), self.config.events.clone());
         tokio::task::spawn_blocking(move || {
-            let right = if store.has(&task) {
-                store.recheck(&task, bytes).unwrap_or_else(|error| {
+            let right = match (&seen, table) {
+                (Some(seen), Some(table)) if !store.has(&task) => {
+                    seen.on_disk().and_then(|(file, written)| held_is_right(&file, &table, &written, bytes))
+                }
+                _ => store.recheck(&task, bytes).unwrap_or_else(|error| {
                     warn!(%task, %error, "a rotten blob can't be deleted");
                     Some(false)
-                })
-            } else if let (Some(seen), Some(table)) = (&seen, table) {
-                seen.on_disk().and_then(|(file, written)| is_right(&file, &table, &written, bytes))
-            } else {
-                store.doubt(&task);
-                None
+                }),
             };
             if let Some(right) = right {
                 let _ = events.blocking_send(Event::Rechecked { task, seen, right, reply });
@@ -221,7 +217,11 @@ impl Driver {
     /// The disk let what it had of a task rot. Whoever reads it ends short; for whoever waits for it, it is fetched again.
     pub(super) fn rotten(&mut self, task: Digest, seen: Option<Arc<Shared>>) {
         warn!(%task, "what the disk had of a blob was rotten and is gone");
-        let Some(state) = self.tasks.get(&task) else { return self.gone(&task) };
+        let Some(state) = self.tasks.get(&task) else {
+            // It may have been let go meanwhile.
+            self.config.store.doubt(&task);
+            return self.gone(&task);
+        };
         let same = match seen {
             Some(seen) => Arc::ptr_eq(&seen, &state.shared),
             None => state.blob.is_some(),
@@ -333,7 +333,6 @@ impl Driver {
     /// Throws away all that is held of a task, and what is known of it beside `size_hint`.
     fn start_over(&mut self, task: Digest, size_hint: Option<u64>) {
         let Some(state) = self.tasks.remove(&task) else { return };
-        let children = self.node.children(&task);
         self.node.close(&task);
         self.holding(&task, 0, 0, false);
         self.generation += 1;
@@ -341,38 +340,30 @@ impl Driver {
         fresh.shared.update(|s| s.alone = state.shared.lock().alone);
         fresh.grants = state.grants;
         fresh.generation = self.generation;
-        // A seed brings it to them all the same.
-        fresh.asking = if self.config.seed { children } else { Vec::new() };
         self.tasks.insert(task, fresh);
-        self.look(task, self.generation, size_hint, state.partial);
+        self.look(task, self.generation, size_hint, move |store| {
+            if let Some(error) = state.partial.and_then(|partial| partial.discard().err()) {
+                warn!(%task, %error, "could not discard");
+            }
+            // It may have been committed just before.
+            let _ = store.recheck(&task, 0..u64::MAX);
+        });
     }
 
-    /// Finds out what the disk has of a task, after throwing `away` what it has.
-    pub(super) fn look(&self, task: Digest, generation: u64, size_hint: Option<u64>, away: Option<Partial>) {
+    /// Finds out what the disk has of a task, after doing something to it `first`.
+    pub(super) fn look(
+        &self,
+        task: Digest,
+        generation: u64,
+        size_hint: Option<u64>,
+        first: impl FnOnce(&Store) + Send + 'static,
+    ) {
         let (store, events) = (self.config.store.clone(), self.config.events.clone());
-        let (doubted, thrown_away) = (self.sizes_doubted.contains(&task), away.is_some());
+        let doubted = self.sizes_doubted.contains(&task);
         tokio::task::spawn_blocking(move || {
-            if let Some(partial) = away
-                && let Err(error) = partial.discard()
-            {
-                warn!(%task, %error, "could not discard");
-            } else if thrown_away && store.has(&task) {
-                // It was committed just before it could be thrown away.
-                let _ = store.recheck(&task, 0..u64::MAX);
-            }
+            first(&store);
             let found = look(&store, &task, size_hint, doubted);
             let _ = events.blocking_send(Event::Found { task, generation, found });
         });
-    }
-}
-
-/// Whether a file that is not whole has these bytes, and right; `None` where some are not there.
-fn is_right(file: &File, table: &PieceTable, written: &PieceSet, bytes: Range<u64>) -> Option<bool> {
-    let pieces = table.layout().covering(bytes);
-    let (held, missing): (Vec<_>, Vec<_>) =
-        pieces.partition(|piece| written.contains(*piece) && *piece < table.verifiable());
-    match pieces_are_right(file, table, held.iter().copied()) {
-        true if held.is_empty() || !missing.is_empty() => None,
-        right => Some(right),
     }
 }

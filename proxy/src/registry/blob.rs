@@ -126,12 +126,12 @@ async fn committed(mirror: &Inner, digest: &Digest) -> Option<Blob> {
 
 /// Has what this client asks for again hashed first. What is to be the whole and is not yet is hashed once it is.
 async fn doubt(mirror: &Inner, ask: &Ask, digest: &Digest, range: Option<&str>, size: Option<u64>) {
-    let bytes = match range.map(Ranges::parse) {
-        None if mirror.store.has(digest) => 0..u64::MAX,
-        Some(Ok(ranges)) => ranges.span(size),
-        _ => return,
+    let (bytes, held) = match range.map(Ranges::parse) {
+        None => (0..u64::MAX, mirror.store.has(digest)),
+        Some(Ok(ranges)) => (ranges.span(size), true),
+        Some(Err(_)) => return,
     };
-    mirror.rechecks.asked(ask.client, *digest, bytes).await;
+    mirror.rechecks.asked(ask.client, *digest, bytes, held).await;
 }
 
 /// Passes on what the blob's own URLs give, all of it, compared with its digest on the way. What is held here already shows

@@ -19,7 +19,7 @@ const QUESTIONS: NonZeroUsize = NonZeroUsize::new(16 << 10).expect("not zero");
 /// For the hashing that is under way to end. Who waits in vain gets what there is, and another chance when it asks again.
 const TURN: Duration = Duration::from_secs(1);
 /// For bytes to be hashed before they are served all the same.
-const HASHED_WITHIN: Duration = Duration::from_secs(20);
+const HASHED_WITHIN: Duration = Duration::from_secs(10);
 
 pub(super) struct Rechecks {
     flights: Flights,
@@ -39,10 +39,10 @@ impl Rechecks {
         }
     }
 
-    /// Notes that a client asks for these bytes. If it did before, they are right after this, or gone.
-    pub(super) async fn asked(self: &Arc<Self>, client: IpAddr, task: Digest, bytes: Range<u64>) {
+    /// Notes that a client asks for these bytes. If it did before, and they are `held`, they are right after this, or gone.
+    pub(super) async fn asked(self: &Arc<Self>, client: IpAddr, task: Digest, bytes: Range<u64>, held: bool) {
         let is_suspicious = || self.with(|memory, now| memory.asked(client, task, &bytes, now));
-        if !is_suspicious() {
+        if !is_suspicious() || !held {
             return;
         }
         let Ok(turn) = timeout(TURN, Arc::clone(&self.turn).lock_owned()).await else { return };

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use hawker_core::digest::Chain;
-use hawker_core::piece::{PieceIndex, PieceTable};
+use hawker_core::piece::{PieceIndex, PieceSet, PieceTable};
 
 use super::layout::TEMPORARY;
 
@@ -126,12 +126,19 @@ pub(super) fn piece_is_right(file: &File, table: &PieceTable, piece: PieceIndex)
     Ok(table.verify(piece, &chain) == Some(true))
 }
 
-/// Whether these pieces of a file are what its table says. One that can't be read is not. Blocking.
-pub fn pieces_are_right(
-    file: &File,
-    table: &PieceTable,
-    mut pieces: impl Iterator<Item = PieceIndex>,
-) -> bool {
+/// Whether a file that is not whole has these bytes, and right; `None` where not all are there. Blocking.
+pub fn held_is_right(file: &File, table: &PieceTable, held: &PieceSet, bytes: Range<u64>) -> Option<bool> {
+    let pieces = table.layout().covering(bytes);
+    let (held, missing): (Vec<_>, Vec<_>) =
+        pieces.partition(|piece| held.contains(*piece) && *piece < table.verifiable());
+    match pieces_are_right(file, table, held.iter().copied()) {
+        true if held.is_empty() || !missing.is_empty() => None,
+        right => Some(right),
+    }
+}
+
+/// Whether these pieces of a file are what its table says. One that can't be read is not.
+fn pieces_are_right(file: &File, table: &PieceTable, mut pieces: impl Iterator<Item = PieceIndex>) -> bool {
     pieces.all(|piece| piece_is_right(file, table, piece).unwrap_or(false))
 }
 

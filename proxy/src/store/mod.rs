@@ -28,7 +28,7 @@ use hawker_core::digest::Digest;
 use hawker_core::piece::PieceLayout;
 
 pub use self::blob::Blob;
-pub use self::disk::{disk_refuses, pieces_are_right};
+pub use self::disk::{disk_refuses, held_is_right};
 use self::layout::Layout;
 pub use self::manifests::{Place, StoredManifest};
 pub use self::partial::Partial;
@@ -127,17 +127,19 @@ impl Store {
         }
     }
 
-    /// Hashes the pieces of a committed blob that a range touches again, and evicts the blob if one is rotten. Whether all were
-    /// right; `None` when it is not there. Blocking.
+    /// Hashes the pieces that a range touches again: of a committed blob, which is evicted if one is rotten, or of a partial task
+    /// that nobody has open, of which all is hashed before it counts if one is. Whether all were right; `None` when not all are
+    /// there. Blocking.
     pub fn recheck(&self, task: &Digest, bytes: Range<u64>) -> Result<Option<bool>, StoreError> {
-        blob::recheck(&self.inner, task, bytes)
+        match self.has(task) {
+            true => blob::recheck(&self.inner, task, bytes),
+            false => Ok(partial::recheck(&self.inner, task, bytes)),
+        }
     }
 
     /// What is on disk of a partial task that nobody has open may have rotted: it is hashed again before it counts.
     pub fn doubt(&self, task: &Digest) {
-        if let Some(Entry::Partial { pieces, open: false, .. }) = self.inner.state().tasks.get_mut(task) {
-            *pieces = None;
-        }
+        self.inner.doubt(task);
     }
 
     /// Puts a manifest in the cache, under its digest; where its body is then, unless it is too long to be kept. Blocking.

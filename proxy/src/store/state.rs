@@ -291,6 +291,13 @@ impl Inner {
             .map_err(|source| self.failed(format!("deleting {}", self.layout.blob(task).display()), source))
     }
 
+    /// What is on disk of a partial task that nobody has open counts only once it is hashed again.
+    pub(super) fn doubt(&self, task: &Digest) {
+        if let Some(Entry::Partial { pieces, open: false, .. }) = self.state().tasks.get_mut(task) {
+            *pieces = None;
+        }
+    }
+
     /// Tasks that went since this was asked last and did not come back.
     pub(super) fn take_gone(&self) -> Vec<Digest> {
         let mut state = self.state();

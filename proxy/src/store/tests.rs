@@ -395,7 +395,9 @@ fn after_a_restart_only_pieces_that_match_count() {
     drop(partial);
     assert_eq!(content.begin(&store).held().len(), 2);
     assert_eq!(store.holdings()[0].2, 2);
-    store.doubt(&content.task);
+    assert_eq!(store.recheck(&content.task, 0..1).unwrap(), Some(true));
+    assert_eq!(content.begin(&store).held().len(), 2);
+    assert_eq!(store.recheck(&content.task, ALL).unwrap(), Some(false));
     assert_eq!(content.begin(&store).held().iter().collect::<Vec<_>>(), [0], "doubted, they are");
     drop(store);
 
