@@ -4,6 +4,9 @@ use std::time::Duration;
 
 use hawker_core::piece::PieceLayout;
 
+/// As many are simulated with long pieces only: it would take ten minutes otherwise.
+pub const MANY_HOSTS: u32 = 10_000;
+
 /// A swarm and what becomes of it. Rates in bytes a second, each way.
 #[derive(Clone, Debug)]
 pub struct Scenario {
@@ -15,7 +18,7 @@ pub struct Scenario {
     pub size_bytes: u64,
     /// Into how many blobs that is cut.
     pub layers: u32,
-    /// Pieces are of 4 MiB at least: of a blob of 1 GiB a quarter of the transfers.
+    /// Pieces are of 4 MiB at least: of a blob of 1 GiB a quarter of the transfers. So are those of [`MANY_HOSTS`].
     pub long_pieces: bool,
     /// Of each host's link.
     pub rate: f64,
@@ -108,7 +111,7 @@ impl Scenario {
 
     /// How each blob is cut.
     pub fn layout(&self) -> fn(u64) -> PieceLayout {
-        if self.long_pieces { PieceLayout::long } else { PieceLayout::new }
+        if self.long_pieces || self.hosts >= MANY_HOSTS { PieceLayout::long } else { PieceLayout::new }
     }
 
     /// When the run is given up: what has not ended by then never will.
