@@ -5,7 +5,7 @@ use std::time::Duration;
 use hawker_core::piece::PieceLayout;
 
 /// As many are simulated with long pieces only: it would take ten minutes otherwise.
-pub const MANY_HOSTS: u32 = 10_000;
+const MANY_HOSTS: u32 = 10_000;
 
 /// A swarm and what becomes of it. Rates in bytes a second, each way.
 #[derive(Clone, Debug)]
@@ -18,7 +18,7 @@ pub struct Scenario {
     pub size_bytes: u64,
     /// Into how many blobs that is cut.
     pub layers: u32,
-    /// Pieces are of 4 MiB at least: of a blob of 1 GiB a quarter of the transfers. So are those of [`MANY_HOSTS`].
+    /// Pieces are of 4 MiB at least: of a blob of 1 GiB a quarter of the transfers. So are those of 10,000 hosts and more.
     pub long_pieces: bool,
     /// Of each host's link.
     pub rate: f64,
