@@ -29,7 +29,7 @@ use tracing::{debug, info, warn};
 
 use crate::applications::Desk;
 use crate::buffer::{BufferPool, PieceBuffer};
-use crate::flight::{FlightError, Shared};
+use crate::flight::{FlightError, Shared, State};
 use crate::grant::{Authorization, Grant};
 use crate::metrics::{Metrics, Moved, Refused};
 use crate::origin::Origin;
@@ -370,8 +370,7 @@ impl Driver {
     fn gone(&mut self, task: &Digest) {
         self.node.close(task);
         if let Some(state) = self.tasks.remove(task) {
-            let reason = "the blob on disk went bad and is gone: ask again".to_owned();
-            state.shared.update(|s| s.failed = Some(FlightError::Unreachable(reason)));
+            state.shared.update(|s| s.failed = Some(FlightError::Rotten(*task)));
         }
         self.holding(task, 0, 0, false);
     }

@@ -139,6 +139,15 @@ impl Shared {
 }
 
 impl State {
+    /// All that was shown turns out to be wrong.
+    pub(crate) fn take_back(&mut self) {
+        self.epoch += 1;
+        self.hot.clear();
+        for set in [&mut self.shown, &mut self.written].into_iter().flatten() {
+            *set = PieceSet::empty(set.count());
+        }
+    }
+
     /// The bytes at `at`, if clients may see them now.
     fn bytes_at(&self, at: u64, end: u64) -> Option<Segment> {
         let (layout, shown) = (self.layout?, self.shown.as_ref()?);

@@ -231,9 +231,7 @@ impl Driver {
             return;
         }
         state.shared.update(|s| {
-            s.epoch += 1;
-            s.hot.clear();
-            s.shown = s.shown.take().map(|shown| PieceSet::empty(shown.count()));
+            s.take_back();
             s.failed = Some(FlightError::Rotten(task));
         });
         match self.node.table(&task).map(|table| table.layout().size_bytes()) {
@@ -281,13 +279,7 @@ impl Driver {
         state.writing = 0;
         state.completing = false;
         state.unwritten.clear();
-        state.shared.update(|s| {
-            s.epoch += 1;
-            s.hot.clear();
-            for set in [&mut s.shown, &mut s.written].into_iter().flatten() {
-                *set = PieceSet::empty(set.count());
-            }
-        });
+        state.shared.update(State::take_back);
         if let Some(partial) = state.partial.take() {
             state.shared.update(|s| s.file = None);
             let (store, events) = (self.config.store.clone(), self.config.events.clone());

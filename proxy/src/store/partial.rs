@@ -7,6 +7,7 @@ use std::fs::File;
 use std::io::{self, ErrorKind};
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use hawker_core::digest::{Chain, Digest};
@@ -330,13 +331,9 @@ fn enter(store: &Arc<Inner>, task: &Digest, layout: PieceLayout, file: File, ind
     Partial { inner: Arc::new(shared) }
 }
 
-fn about(task: &Digest, size_bytes: u64) -> Header {
-    Header { digest: *task, size_bytes }
-}
-
 fn create(store: &Inner, task: &Digest, size_bytes: u64) -> Result<(File, Index), StoreError> {
     let (path, index_path) = (store.layout.partial(task), store.layout.index(task));
-    let head = record::header(&about(task, size_bytes));
+    let head = record::header(&Header { digest: *task, size_bytes });
     let made = store.write(
         || format!("beginning {}", path.display()),
         0,
@@ -367,14 +364,19 @@ fn create(store: &Inner, task: &Digest, size_bytes: u64) -> Result<(File, Index)
     Ok((file, index))
 }
 
-/// What an index says, if it and its data file are those of `task`; else why not.
-pub(super) fn read_index(data: &File, raw: &[u8], task: &Digest) -> Result<Contents, String> {
-    let contents = record::read(raw).map_err(|why| format!("its index can't be read: {why}"))?;
-    let actual_bytes = data.metadata().map_err(|e| e.to_string())?.len();
-    if contents.header.digest != *task || contents.header.size_bytes != actual_bytes {
-        return Err("its index is about something else".to_owned());
-    }
-    Ok(contents)
+/// What the index at this path says, if it and its data file are those of `task`; else why not.
+pub(super) fn read_index(data: &File, index: &Path, task: &Digest) -> io::Result<Result<Contents, String>> {
+    let raw = disk::read_whole(&File::open(index)?, MAX_INDEX_BYTES)?;
+    let contents = match record::read(&raw) {
+        Ok(contents) => contents,
+        Err(why) => return Ok(Err(format!("its index can't be read: {why}"))),
+    };
+    let Header { digest, size_bytes } = contents.header;
+    Ok(match data.metadata() {
+        Ok(actual) if digest == *task && size_bytes == actual.len() => Ok(contents),
+        Ok(_) => Err("its index is about something else".to_owned()),
+        Err(error) => Err(error.to_string()),
+    })
 }
 
 /// Opens what is on disk; `None` when it is of no use.
@@ -395,8 +397,7 @@ fn resume(store: &Inner, task: &Digest, known: &Known) -> Result<Option<(File, I
 fn try_resume(store: &Inner, task: &Digest, known: &Known) -> io::Result<Result<(File, Index), String>> {
     let path = store.layout.index(task);
     let file = disk::open(&store.layout.partial(task))?;
-    let raw = disk::read_whole(&File::open(&path)?, MAX_INDEX_BYTES)?;
-    let mut contents = match read_index(&file, &raw, task) {
+    let mut contents = match read_index(&file, &path, task)? {
         Ok(contents) if contents.header.size_bytes == known.size_bytes => contents,
         Ok(_) => return Ok(Err("it has another size".to_owned())),
         Err(why) => return Ok(Err(why)),
@@ -406,7 +407,7 @@ fn try_resume(store: &Inner, task: &Digest, known: &Known) -> io::Result<Result<
         keep_what_is_right(&file, &mut contents);
     }
     if contents.drop_unverifiable() || !known.verified {
-        let verified = record::index(&about(task, known.size_bytes), &contents.table, &contents.held);
+        let verified = record::index(&contents.header, &contents.table, &contents.held);
         disk::replace(&path, &verified)?;
         end = verified.len() as u64;
     }
@@ -422,8 +423,7 @@ pub(super) fn recheck(store: &Inner, task: &Digest, bytes: Range<u64>) -> Option
         return None;
     }
     let file = File::open(store.layout.partial(task)).ok()?;
-    let raw = disk::read_whole(&File::open(store.layout.index(task)).ok()?, MAX_INDEX_BYTES).ok()?;
-    let Contents { held, table, .. } = read_index(&file, &raw, task).ok()?;
+    let Contents { held, table, .. } = read_index(&file, &store.layout.index(task), task).ok()?.ok()?;
     let right = disk::held_is_right(&file, &table, &held, bytes);
     if right == Some(false) {
         store.doubt(task);

@@ -13,7 +13,6 @@ use hawker_core::Time;
 use hawker_core::digest::{Algorithm, Digest};
 use hawker_core::piece::PieceLayout;
 
-use super::blob::MAX_INDEX_BYTES;
 use super::layout::{ALGORITHMS, INDEX, Layout, TABLE, TEMPORARY, parse_blob_name, parse_flat_name};
 use super::partial::{bytes_of, read_index};
 use super::state::{Entry, Key, State, leave, since_1970};
@@ -216,8 +215,7 @@ impl From<io::Error> for Unfit {
 fn read_partial(layout: &Layout, task: &Digest) -> Result<Found, Unfit> {
     let file = File::open(layout.partial(task))?;
     let index = layout.index(task);
-    let raw = disk::read_whole(&File::open(&index)?, MAX_INDEX_BYTES)?;
-    let contents = read_index(&file, &raw, task).map_err(Unfit::Leftover)?;
+    let contents = read_index(&file, &index, task)?.map_err(Unfit::Leftover)?;
     let held_bytes = bytes_of(PieceLayout::new(contents.header.size_bytes), &contents.held);
     let entry =
         Entry::Partial { size_bytes: contents.header.size_bytes, pieces: None, held_bytes, open: false };
