@@ -2,9 +2,11 @@
 # Runs every check of Hawker: format, lints, and all tests from unit to end to end, with real daemons in network
 # namespaces. Needs root on a Debian machine with a Rust toolchain; installs the Debian packages that are missing.
 #
-#   sudo -E bash conformance/run.sh [--deny]
+#   sudo -E bash conformance/run.sh [--fuzz SECONDS] [--deny]
 #
-#   --deny   also licences, advisories and duplicates by cargo-deny (built by cargo first, if it is not there)
+#   --fuzz N   fuzz each target for N seconds with a new random seed (by default 10 s with a fixed one, so that two runs of
+#              the same tree agree)
+#   --deny     also licences, advisories and duplicates by cargo-deny (built by cargo first, if it is not there)
 #
 # The last line is "N passed, N failed"; a format, lint or build error counts as one failure. The exit code is 0 only when
 # nothing failed.
@@ -12,12 +14,19 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . deploy/common.sh
 
-deny=
-case ${1-} in
-'') ;;
---deny) deny=1 ;;
-*) die "unknown option $1" "usage: bash conformance/run.sh [--deny]" ;;
-esac
+deny= fuzz_limits=(-seed=1 -max_total_time=10)
+while (($# > 0)); do
+    case $1 in
+    --deny) deny=1 ;;
+    --fuzz)
+        [[ ${2-} =~ ^[1-9][0-9]*$ ]] || die "--fuzz needs a number of seconds" "example: bash conformance/run.sh --fuzz 600"
+        fuzz_limits=(-max_total_time="$2")
+        shift
+        ;;
+    *) die "unknown option $1" "usage: bash conformance/run.sh [--fuzz SECONDS] [--deny]" ;;
+    esac
+    shift
+done
 
 need_root
 need_debian
@@ -58,12 +67,11 @@ run_tests() {
     passed=$((passed + ok)) failed=$((failed + bad))
 }
 
-# A few seconds of each fuzz target. What it finds on the way is thrown away, but for inputs that break something: those stay in
-# fuzz/artifacts.
+# Fuzz one target. Inputs that break an assertion stay in fuzz/artifacts; all others are thrown away.
 fuzz() {
     local target=$1 found status=0
     found=$(mktemp -d)
-    cargo fuzz run --sanitizer none "$target" "$found" "fuzz/corpus/$target" -- -max_total_time=10 -max_len=4096 \
+    cargo fuzz run --sanitizer none "$target" "$found" "fuzz/corpus/$target" -- "${fuzz_limits[@]}" -max_len=4096 \
         -verbosity=0 || status=$?
     rm -rf "$found"
     return "$status"

@@ -6,11 +6,8 @@
 use std::net::Ipv6Addr;
 use std::sync::Arc;
 
-use hawker_core::application::{
-    Applications, Label, Labels, Limits, MAX_PATTERNS, MAX_RULES, Pattern, Priority, Purpose, Rule,
-};
+use hawker_core::application::{Label, Labels, Priority, Purpose};
 use hawker_core::digest::{Algorithm, ChainValue, Digest};
-use hawker_core::limit::Rates;
 use hawker_core::message::{Message, Offer, Refusal, Role};
 use hawker_core::piece::{MAX_BLOB_BYTES, PeerId, PieceIndex, PieceLayout, PieceTable, SignedPrefix};
 use hawker_core::reference::{MAX_NAME_BYTES, Source, canonical_host, is_repository};
@@ -22,6 +19,9 @@ use crate::v1::peer_message::Message as Wire;
 
 /// Longest certificate of an issuer. Ours are a few hundred bytes.
 pub const MAX_CERTIFICATE_BYTES: usize = 8 << 10;
+/// Registries that a statement about a table may name.
+pub const MAX_REGISTRIES: usize = 8;
+const MAX_REGISTRY_BYTES: usize = 260;
 
 /// Length of an Ed25519 signature (RFC 8032, 5.1.6).
 const SIGNATURE_BYTES: usize = 64;
@@ -68,14 +68,18 @@ pub fn check_version(theirs: Option<v1::Version>) -> Result<()> {
 /// To the wire.
 pub fn peer_message(message: &Message) -> v1::PeerMessage {
     let wire = match message {
-        Message::Interest { task, source, size_bytes, token, purpose, far } => Wire::Interest(v1::Interest {
-            task: task.to_string(),
-            source: Some(self::source(source)),
-            size_bytes: *size_bytes,
-            token: self::token(token.as_ref()),
-            purpose: Some(self::purpose(purpose)),
-            far_share: far.map(Share::bits),
-        }),
+        Message::Interest { task, source, size_bytes, token, purpose, far, passive, partial } => {
+            Wire::Interest(v1::Interest {
+                task: task.to_string(),
+                source: Some(self::source(source)),
+                size_bytes: *size_bytes,
+                token: self::token(token.as_ref()),
+                purpose: Some(self::purpose(purpose)),
+                far_share: far.map(Share::bits),
+                passive: *passive,
+                partial: *partial,
+            })
+        }
         Message::Have { task, size_bytes, offer } => Wire::Have(have(task, *size_bytes, offer)),
         Message::Table { task, size_bytes, first, values, signed } => Wire::Table(v1::Table {
             task: task.to_string(),
@@ -109,7 +113,9 @@ pub fn peer_message(message: &Message) -> v1::PeerMessage {
 pub fn from_peer_message(message: v1::PeerMessage) -> Result<Option<Message>> {
     let Some(message) = message.message else { return Ok(None) };
     Ok(Some(match message {
-        Wire::Interest(v1::Interest { task, source, size_bytes, token, purpose, far_share }) => {
+        Wire::Interest(interest) => {
+            let v1::Interest { task, source, size_bytes, token, purpose, far_share, passive, partial } =
+                interest;
             Message::Interest {
                 task: from_task(&task)?,
                 source: from_source(source)?,
@@ -117,6 +123,8 @@ pub fn from_peer_message(message: v1::PeerMessage) -> Result<Option<Message>> {
                 token: from_token(&token)?,
                 purpose: from_purpose(purpose)?,
                 far: far_share.map(Share::from_bits),
+                passive,
+                partial,
             }
         }
         Wire::Have(have) => from_have(have)?,
@@ -161,56 +169,22 @@ pub fn from_purpose(purpose: Option<v1::Purpose>) -> Result<Purpose> {
     Ok(Purpose { labels: Labels { application, tag }, priority: from_priority(priority) })
 }
 
-/// What counts in the whole cluster. How many seeds are named is the scheduler's own business.
-pub fn applications(applications: &Applications) -> v1::Applications {
-    let one = |rule: &Rule| {
-        let Rule { labels, patterns, priority, limits } = rule;
-        let rate = |rate: Option<u64>| rate.unwrap_or(0);
-        v1::Application {
-            name: label(labels.application.as_ref()),
-            tag: label(labels.tag.as_ref()),
-            r#match: patterns.iter().map(|pattern| pattern.as_str().to_owned()).collect(),
-            priority: priority.map(|priority| u32::from(priority.level())),
-            upload_rate_bytes: rate(limits.rates.upload),
-            download_rate_bytes: rate(limits.rates.download),
-            origin_rate_bytes: rate(limits.rates.origin),
-            prefetch_rate_bytes: rate(limits.rates.prefetch),
-            requests: limits.requests.unwrap_or(0),
-            origins: limits.origins.unwrap_or(0),
-        }
-    };
-    v1::Applications { applications: applications.rules().iter().map(one).collect() }
-}
+/// The form of a pushed document: TOML with the keys of a node's file.
+pub const DOCUMENT_FORMAT: u32 = 1;
 
-/// The same from the wire.
-pub fn from_applications(said: v1::Applications) -> Result<Applications> {
-    ensure(said.applications.len() <= MAX_RULES, "applications")?;
-    let one = |one: v1::Application| {
-        ensure(one.r#match.len() <= MAX_PATTERNS, "match")?;
-        let labels =
-            Labels { application: from_optional_label(&one.name)?, tag: from_optional_label(&one.tag)? };
-        ensure(labels != Labels::default(), "application")?;
-        let pattern = |text: &String| Pattern::new(text).map_err(|_| ConvertError::Bad("match"));
-        let limit = |limit: u32| Some(limit).filter(|limit| *limit > 0);
-        let rate = |rate: u64| Some(rate).filter(|rate| *rate > 0);
-        Ok(Rule {
-            labels,
-            patterns: one.r#match.iter().map(pattern).collect::<Result<_>>()?,
-            priority: one.priority.map(|level| from_priority(Some(level))),
-            limits: Limits {
-                rates: Rates {
-                    upload: rate(one.upload_rate_bytes),
-                    download: rate(one.download_rate_bytes),
-                    origin: rate(one.origin_rate_bytes),
-                    prefetch: rate(one.prefetch_rate_bytes),
-                },
-                requests: limit(one.requests),
-                origins: limit(one.origins),
-                seeds: None,
-            },
+/// Longest reason for a refused document; the rest of a longer one is cut off.
+pub const MAX_REASON_BYTES: usize = 2 << 10;
+
+/// A reason from the wire, without what could spoil a log or a terminal.
+pub fn from_reason(reason: &str) -> String {
+    let plain = reason.chars().map(|c| if c.is_control() { ' ' } else { c });
+    let mut bytes = 0;
+    plain
+        .take_while(|c| {
+            bytes += c.len_utf8();
+            bytes <= MAX_REASON_BYTES
         })
-    };
-    Ok(Applications::new(said.applications.into_iter().map(one).collect::<Result<Vec<_>>>()?))
+        .collect()
 }
 
 fn label(label: Option<&Label>) -> String {
@@ -334,6 +308,7 @@ pub fn signed_prefix(signed: &SignedPrefix) -> v1::SignedPrefix {
         sealed: signed.sealed,
         signed_at_s: signed.signed_at_s,
         issuer: signed.issuer.0.to_vec(),
+        registries: signed.registries.clone(),
         certificate: signed.certificate.to_vec(),
         signature: signed.signature.clone(),
     }
@@ -341,12 +316,14 @@ pub fn signed_prefix(signed: &SignedPrefix) -> v1::SignedPrefix {
 
 /// An issuer's statement about a table that is full with `full_count` values. Its form is checked, not its signature.
 pub fn from_signed_prefix(signed: v1::SignedPrefix, full_count: u32) -> Result<SignedPrefix> {
-    let v1::SignedPrefix { count, sealed, signed_at_s, issuer, certificate, signature } = signed;
+    let v1::SignedPrefix { count, sealed, signed_at_s, issuer, certificate, signature, registries } = signed;
     ensure(count <= full_count && (!sealed || count == full_count), "signed count")?;
     ensure((1..=MAX_CERTIFICATE_BYTES).contains(&certificate.len()), "issuer's certificate")?;
     ensure(signature.len() == SIGNATURE_BYTES, "signature")?;
-    let certificate = Arc::from(certificate);
-    Ok(SignedPrefix { count, sealed, signed_at_s, issuer: from_peer_id(&issuer)?, certificate, signature })
+    let few = registries.len() <= MAX_REGISTRIES;
+    ensure(few && registries.iter().all(|name| name.len() <= MAX_REGISTRY_BYTES), "registries")?;
+    let (issuer, certificate) = (from_peer_id(&issuer)?, Arc::from(certificate));
+    Ok(SignedPrefix { count, sealed, signed_at_s, issuer, registries, certificate, signature })
 }
 
 /// A reason on the wire, and the origin's status that belongs to it (0 with the others).
@@ -503,6 +480,20 @@ pub fn from_addresses(addresses: Vec<String>) -> Result<Vec<String>> {
     Ok(addresses)
 }
 
+/// Ids of removed members as they go over the wire.
+pub fn removed(ids: &[PeerId]) -> v1::Removed {
+    v1::Removed { peer_ids: ids.iter().map(|id| id.0.to_vec()).collect() }
+}
+
+/// Ids that are kept at most. Members are removed by hand, so a cluster stays far below.
+pub const MAX_REMOVED: usize = 16_384;
+
+/// Ids of removed members, [`MAX_REMOVED`] at most.
+pub fn from_removed(removed: &v1::Removed) -> Result<Vec<PeerId>> {
+    ensure(removed.peer_ids.len() <= MAX_REMOVED, "number of removed members")?;
+    removed.peer_ids.iter().map(|id| from_peer_id(id)).collect()
+}
+
 /// Whether this is `host:port`; an IPv6 address stands in brackets. Names may be such as only a local resolver knows.
 fn is_address(address: &str) -> bool {
     let Some((host, port)) = address.rsplit_once(':') else { return false };
@@ -572,6 +563,7 @@ mod tests {
                 sealed,
                 signed_at_s,
                 issuer: PeerId(issuer),
+                registries: vec!["r.example:5000".to_owned()],
                 certificate: certificate.into(),
                 signature: vec![7; SIGNATURE_BYTES],
             },
@@ -624,13 +616,16 @@ mod tests {
                 size,
                 prop::option::of("[A-Za-z0-9._~+/-]{1,40}={0,2}"),
                 purpose_strategy(),
-                prop::option::of(0..256u32)
+                prop::option::of(0..256u32),
+                any::<(bool, bool)>()
             )
-                .prop_map(|(task, source, size_bytes, token, purpose, far)| {
-                    let token = token.and_then(|token| Bearer::new(&token));
-                    let far = far.map(Share::from_bits);
-                    Message::Interest { task, source, size_bytes, token, purpose, far }
-                }),
+                .prop_map(
+                    |(task, source, size_bytes, token, purpose, far, (passive, partial))| {
+                        let token = token.and_then(|token| Bearer::new(&token));
+                        let far = far.map(Share::from_bits);
+                        Message::Interest { task, source, size_bytes, token, purpose, far, passive, partial }
+                    }
+                ),
             have,
             table(),
             task().prop_map(|task| Message::Working { task }),
@@ -665,6 +660,7 @@ mod tests {
                 issuer: vec![1; 16],
                 certificate: vec![1; 500],
                 signature: vec![1; 64],
+                registries: vec!["r.example".to_owned()],
             }),
         }
     }
@@ -700,6 +696,10 @@ mod tests {
             spoilt_table(|_, signed| signed.certificate = vec![1; MAX_CERTIFICATE_BYTES + 1]),
             bad("issuer's certificate")
         );
+        let many = vec![String::new(); MAX_REGISTRIES + 1];
+        for registries in [many, vec!["a".repeat(MAX_REGISTRY_BYTES + 1)]] {
+            assert_eq!(spoilt_table(|_, signed| signed.registries = registries), bad("registries"));
+        }
     }
 
     #[test]
@@ -749,35 +749,6 @@ mod tests {
     }
 
     #[test]
-    fn what_is_said_of_applications_arrives_and_nonsense_is_refused() {
-        let rule = Rule {
-            labels: Labels { application: Label::new("shop"), tag: Label::new("night") },
-            patterns: vec![Pattern::new("quay.io/shop/*").unwrap()],
-            priority: Priority::new(0),
-            limits: Limits {
-                rates: Rates { upload: Some(1), download: Some(2), origin: Some(3), prefetch: Some(4) },
-                requests: Some(5),
-                origins: Some(6),
-                seeds: None,
-            },
-        };
-        let plain = Rule { labels: Labels { application: Label::new("data"), tag: None }, ..Rule::default() };
-        let all = Applications::new([rule, plain]);
-        assert_eq!(from_applications(applications(&all)), Ok(all.clone()));
-        let spoilt = |spoil: fn(&mut v1::Application)| {
-            let mut said = applications(&all);
-            spoil(&mut said.applications[0]);
-            from_applications(said).is_err()
-        };
-        assert!(spoilt(|one| one.name = "two words".into()));
-        assert!(spoilt(|one| (one.name, one.tag) = Default::default()));
-        assert!(spoilt(|one| one.r#match = vec![String::new()]));
-        assert!(spoilt(|one| one.r#match = vec!["a/b".into(); MAX_PATTERNS + 1]));
-        let many = v1::Applications { applications: vec![v1::Application::default(); MAX_RULES + 1] };
-        assert!(from_applications(many).is_err());
-    }
-
-    #[test]
     fn messages_that_are_not_about_pieces_are_left_to_others() {
         let ping = v1::PeerMessage { message: Some(Wire::Ping(v1::Ping { nonce: 1 })) };
         assert_eq!(from_peer_message(ping), Ok(None));
@@ -796,6 +767,12 @@ mod tests {
             error.to_string(),
             "the other side speaks protocol version 2, this side 1: upgrade the older one"
         );
+    }
+
+    #[test]
+    fn a_reason_is_bounded_and_has_no_control_characters() {
+        assert_eq!(from_reason("a: b\n\x1b[31m"), "a: b  [31m");
+        assert_eq!(from_reason(&"é".repeat(MAX_REASON_BYTES)).len(), MAX_REASON_BYTES);
     }
 
     #[test]

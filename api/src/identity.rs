@@ -6,6 +6,7 @@
 
 mod authority;
 pub mod files;
+mod removed;
 
 use std::collections::HashMap;
 use std::fmt;
@@ -17,7 +18,7 @@ use arc_swap::ArcSwap;
 use hawker_core::message::Role;
 use hawker_core::piece::{PeerId, PieceTable, SignedPrefix};
 use ring::signature::Ed25519KeyPair;
-use rustls::client::{ResolvesClientCert, Resumption};
+use rustls::client::{ResolvesClientCert, Resumption, WebPkiServerVerifier};
 use rustls::crypto::{CryptoProvider, ring as provider};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivatePkcs8KeyDer, ServerName, UnixTime};
@@ -27,12 +28,17 @@ use rustls::{RootCertStore, SignatureScheme};
 use webpki::{EndEntityCert, KeyUsage};
 
 pub use authority::{AuthorityKey, authority_params, serial};
+pub use removed::RemovedMembers;
+
+pub use crate::convert::MAX_REMOVED;
 
 /// All members' names end in this.
 const DOMAIN: &str = "hawker.internal";
 const KEY_FILE: &str = "key.pem";
 const CERTIFICATE_FILE: &str = "certificate.pem";
 const AUTHORITY_FILE: &str = "authority.pem";
+/// Ids of removed members, a JSON list.
+const REMOVED_FILE: &str = "removed.json";
 /// How many issuers' certificates are remembered as checked: far more than a cluster has issuers.
 const CHECKED_AT_MOST: usize = 1024;
 
@@ -69,6 +75,7 @@ struct Inner {
     authority: CertificateDer<'static>,
     roots: Arc<RootCertStore>,
     current: Arc<ArcSwap<Current>>,
+    removed: RemovedMembers,
     /// Certificates of issuers that were found to come from our authority, by their SHA-256.
     checked: Mutex<HashMap<[u8; 32], Checked>>,
 }
@@ -99,7 +106,30 @@ impl Identity {
         let authority = files::read(&dir.join(AUTHORITY_FILE))?;
         let key =
             PrivatePkcs8KeyDer::from_pem_slice(&key).map_err(|_| unusable("no PKCS #8 key in key.pem"))?;
-        Self::assemble(key, files::certificate(&certificate)?, files::certificate(&authority)?).map(Some)
+        let identity =
+            Self::assemble(key, files::certificate(&certificate)?, files::certificate(&authority)?)?;
+        identity.load_removed(dir);
+        Ok(Some(identity))
+    }
+
+    /// A damaged list is no reason to stay away: the next scheduler sends the whole list again.
+    fn load_removed(&self, dir: &Path) {
+        let Ok(Some(text)) = files::read_if_there(&dir.join(REMOVED_FILE)) else { return };
+        match serde_json::from_slice::<Vec<String>>(&text) {
+            Ok(ids) => drop(self.inner.removed.add(ids.iter().filter_map(|id| id.parse().ok()))),
+            Err(error) => tracing::warn!(dir = %dir.display(), %error, "removed.json cannot be read"),
+        }
+    }
+
+    /// Writes the list of removed members into `dir`, where [`Identity::load`] finds it.
+    pub fn save_removed(&self, dir: &Path) -> Result<(), IdentityError> {
+        let ids: Vec<String> = self.inner.removed.all().iter().map(ToString::to_string).collect();
+        files::write(&dir.join(REMOVED_FILE), &serde_json::to_vec(&ids).map_err(unusable)?)
+    }
+
+    /// The members that the authority removed. Handshakes and statements of these are refused by all that this identity checks.
+    pub fn removed(&self) -> &RemovedMembers {
+        &self.inner.removed
     }
 
     /// A new Ed25519 key and a certificate request (PKCS #10, DER) for it.
@@ -177,7 +207,13 @@ impl Identity {
         let mut config = rustls::ClientConfig::builder_with_provider(crypto())
             .with_protocol_versions(&[&rustls::version::TLS13])
             .expect("the ring provider has TLS 1.3")
-            .with_root_certificates(Arc::clone(&self.inner.roots))
+            .dangerous()
+            .with_custom_certificate_verifier(Arc::new(removed::Servers {
+                usual: WebPkiServerVerifier::builder_with_provider(Arc::clone(&self.inner.roots), crypto())
+                    .build()
+                    .expect("there is one root and no revocation list"),
+                removed: self.inner.removed.clone(),
+            }))
             .with_client_cert_resolver(self.shown());
         config.alpn_protocols = vec![alpn.to_vec()];
         // A resumed session would carry the certificates of an earlier handshake past their renewal and their end.
@@ -193,7 +229,10 @@ impl Identity {
         let mut config = rustls::ServerConfig::builder_with_provider(crypto())
             .with_protocol_versions(&[&rustls::version::TLS13])
             .expect("the ring provider has TLS 1.3")
-            .with_client_cert_verifier(verifier.build().expect("there is one root and no revocation list"))
+            .with_client_cert_verifier(Arc::new(removed::Clients {
+                usual: verifier.build().expect("there is one root and no revocation list"),
+                removed: self.inner.removed.clone(),
+            }))
             .with_cert_resolver(self.shown());
         config.alpn_protocols = vec![alpn.to_vec()];
         config.session_storage = Arc::new(NoServerSessionStorage {});
@@ -201,27 +240,29 @@ impl Identity {
         Arc::new(config)
     }
 
-    /// Signs all values that `table` knows, as their issuer, and attaches the statement.
-    pub fn sign(&self, table: &mut PieceTable, sealed: bool, now: SystemTime) {
+    /// Signs all values that `table` knows, as their issuer, and attaches the statement. `registries`: those that gave this node
+    /// the bytes, or proved that they have them.
+    pub fn sign(&self, table: &mut PieceTable, sealed: bool, registries: Vec<String>, now: SystemTime) {
         let current = self.inner.current.load();
         let signed_at_s = unix_seconds(now);
-        let signature = self.inner.signer.sign(&table.statement(sealed, signed_at_s));
+        let signature = self.inner.signer.sign(&table.statement(sealed, signed_at_s, &registries));
         table.sign(SignedPrefix {
             count: table.values().len() as u32,
             sealed,
             signed_at_s,
             issuer: current.member.peer,
+            registries,
             certificate: Arc::from(&current.certificate[..]),
             signature: signature.as_ref().to_vec(),
         });
     }
 
-    /// Whether a statement was signed by a member of this cluster; its role. The certificate must have been valid when it
+    /// Whether a statement was signed by a member of this cluster that was not removed; its role. The certificate must have been valid when it
     /// was signed, by the issuer's clock: tables outlive certificates.
     pub fn check(&self, signed: &SignedPrefix, statement: &[u8]) -> Option<Role> {
         let certificate = CertificateDer::from(&signed.certificate[..]);
         let issuer = self.checked(&certificate, signed.signed_at_s)?;
-        if issuer.peer != signed.issuer {
+        if issuer.peer != signed.issuer || self.inner.removed.contains(issuer.peer) {
             return None;
         }
         let end_entity = EndEntityCert::try_from(&certificate).ok()?;
@@ -268,6 +309,7 @@ impl Identity {
                 authority,
                 roots: Arc::new(roots),
                 current: Arc::new(ArcSwap::from_pointee(current)),
+                removed: RemovedMembers::default(),
                 checked: Mutex::default(),
             }),
         })
@@ -379,7 +421,7 @@ fn verify(
 }
 
 /// From when until when a certificate holds, in seconds since 1970.
-fn validity_s(certificate: &CertificateDer<'_>) -> Result<(u64, u64), IdentityError> {
+pub fn validity_s(certificate: &CertificateDer<'_>) -> Result<(u64, u64), IdentityError> {
     let (_, parsed) = x509_parser::parse_x509_certificate(certificate).map_err(unusable)?;
     let seconds = |time: x509_parser::time::ASN1Time| u64::try_from(time.timestamp()).unwrap_or(0);
     Ok((seconds(parsed.validity().not_before), seconds(parsed.validity().not_after)))

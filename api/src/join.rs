@@ -24,6 +24,7 @@ use tonic::{Code, Status};
 
 use crate::convert::{self, ConvertError, Member};
 use crate::identity::{Identity, IdentityError, PendingIdentity, fingerprint, member_of, role_name};
+use crate::names::{self, NamedBy};
 use crate::v1;
 use crate::v1::authority_client::AuthorityClient;
 
@@ -181,6 +182,8 @@ pub struct Connection {
     pub channel: Channel,
     /// Which scheduler this is.
     pub peer: PeerId,
+    /// This host's end of the connection.
+    pub local: std::net::SocketAddr,
 }
 
 /// Joins the cluster whose scheduler is at `address`: with a new key ([`Identity::request`]), for the certificate that the token
@@ -235,7 +238,10 @@ pub async fn connect(address: &str, identity: &Identity) -> Result<Connection, C
     let Some(Ok((peer, Role::Scheduler))) = scheduler else {
         return Err(ConnectError::Stranger { address: address.into(), why: "it is another member".into() });
     };
-    Ok(Connection { channel: channel(address, stream).await?, peer })
+    let local = stream.get_ref().0.local_addr();
+    let local = local
+        .map_err(|error| ConnectError::Unreachable { address: address.into(), why: error.to_string() })?;
+    Ok(Connection { channel: channel(address, stream).await?, peer, local })
 }
 
 async fn call<T>(call: impl Future<Output = Result<tonic::Response<T>, Status>>) -> Result<T, JoinError> {
@@ -257,10 +263,8 @@ type Stream = TlsStream<TcpStream>;
 async fn dial(address: &str, config: Arc<ClientConfig>) -> Result<Stream, Dial> {
     let unreachable =
         |why: String| Dial::Failed(ConnectError::Unreachable { address: address.to_owned(), why });
-    let resolved = timeout(DIAL_TIMEOUT, tokio::net::lookup_host(address)).await;
-    let resolved = resolved
-        .map_err(|_| unreachable("the name is not resolved in time".into()))?
-        .map_err(|error| unreachable(error.to_string()))?;
+    let resolved = names::resolve_address(address, NamedBy::Configuration).await;
+    let resolved = resolved.map_err(|error| unreachable(error.to_string()))?;
     let mut last = unreachable("the name has no address".into());
     for socket_address in resolved {
         match timeout(DIAL_TIMEOUT, handshake(socket_address, Arc::clone(&config))).await {
@@ -302,6 +306,12 @@ async fn channel(address: &str, stream: Stream) -> Result<Channel, ConnectError>
 
 fn stranger(address: &str, error: &rustls::Error) -> ConnectError {
     match error {
+        rustls::Error::AlertReceived(rustls::AlertDescription::CertificateRevoked) => {
+            ConnectError::Ours(format!(
+                "{address} says that this node was removed from the cluster; to come back, remove its identity folder and join with \
+             a new token"
+            ))
+        }
         // What the other side says of our certificate.
         rustls::Error::AlertReceived(alert) => {
             ConnectError::Ours(format!("{address} answered {alert:?}; join again with a new token"))

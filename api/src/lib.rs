@@ -6,6 +6,7 @@ pub mod convert;
 pub mod identity;
 pub mod join;
 pub mod member_file;
+pub mod names;
 mod redact;
 
 /// The generated messages and services of `proto/`.

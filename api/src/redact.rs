@@ -6,13 +6,15 @@ use crate::v1::{Interest, JoinRequest, ManifestRequest};
 
 impl fmt::Debug for Interest {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { task, source, size_bytes, token: _, purpose, far_share } = self;
+        let Self { task, source, size_bytes, token: _, purpose, far_share, passive, partial } = self;
         f.debug_struct("Interest")
             .field("task", task)
             .field("source", source)
             .field("size_bytes", size_bytes)
             .field("purpose", purpose)
             .field("far_share", far_share)
+            .field("passive", passive)
+            .field("partial", partial)
             .finish_non_exhaustive()
     }
 }

@@ -22,23 +22,44 @@ pub(crate) struct Answer {
 
 /// `GET path` at `address` (`host:port`), within five seconds.
 pub(crate) async fn get(address: &str, path: &str) -> anyhow::Result<Answer> {
-    match tokio::time::timeout(TIMEOUT, get_untimed(address, path)).await {
+    let (status, body) = get_bytes(address, path, None, TIMEOUT, BODY_MAX_BYTES).await?;
+    Ok(Answer { status, body: String::from_utf8(body.into()).context("the answer is no text")? })
+}
+
+/// `GET path` at `address` within `timeout`: the status, and a body of at most `max_bytes`.
+pub(crate) async fn get_bytes(
+    address: &str,
+    path: &str,
+    accept: Option<&'static str>,
+    timeout: Duration,
+    max_bytes: usize,
+) -> anyhow::Result<(u16, Bytes)> {
+    match tokio::time::timeout(timeout, get_untimed(address, path, accept, max_bytes)).await {
         Ok(answer) => answer,
-        Err(_) => bail!("no answer within {} s", TIMEOUT.as_secs()),
+        Err(_) => bail!("no answer within {} s", timeout.as_secs()),
     }
 }
 
-async fn get_untimed(address: &str, path: &str) -> anyhow::Result<Answer> {
+async fn get_untimed(
+    address: &str,
+    path: &str,
+    accept: Option<&'static str>,
+    max_bytes: usize,
+) -> anyhow::Result<(u16, Bytes)> {
     let stream = TcpStream::connect(address).await?;
     let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
-    let request = Request::get(path).header(header::HOST, address).body(Empty::<Bytes>::new())?;
+    let mut request = Request::get(path).header(header::HOST, address);
+    if let Some(accept) = accept {
+        request = request.header(header::ACCEPT, accept);
+    }
+    let request = request.body(Empty::<Bytes>::new())?;
     // The connection ends with the request; whichever is first to fail says why.
     let exchange = async move {
         let response = sender.send_request(request).await?;
         let status = response.status().as_u16();
-        let body = Limited::new(response.into_body(), BODY_MAX_BYTES).collect().await;
+        let body = Limited::new(response.into_body(), max_bytes).collect().await;
         let body = body.map_err(|error| anyhow::anyhow!("the answer broke off: {error}"))?.to_bytes();
-        Ok(Answer { status, body: String::from_utf8(body.into()).context("the answer is no text")? })
+        Ok((status, body))
     };
     tokio::pin!(connection);
     tokio::pin!(exchange);

@@ -7,14 +7,10 @@ use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, Layer, Registry, fmt, reload};
 
-use crate::quantity::{Wrong, wrong};
+use hawker_config::problem::{Wrong, wrong};
+use hawker_config::schema::LogFormat as Format;
 
-/// What lines look like.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Format {
-    Text,
-    Json,
-}
+use crate::log_limit::LogLimit;
 
 /// What is logged, and how.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -44,6 +40,13 @@ pub(crate) fn level(text: &str) -> Result<String, Wrong> {
 pub(crate) struct LogHandle(reload::Handle<EnvFilter, Registry>);
 
 impl LogHandle {
+    /// The handle of no log.
+    #[cfg(test)]
+    pub(crate) fn unused() -> Self {
+        let (_, handle) = reload::Layer::new(EnvFilter::default());
+        Self(handle)
+    }
+
     /// Logs what `level` says from now on.
     pub(crate) fn set(&self, level: &str) -> anyhow::Result<()> {
         let filter = EnvFilter::try_new(level)?;
@@ -59,7 +62,9 @@ pub(crate) fn start(settings: &LogSettings) -> anyhow::Result<LogHandle> {
         Format::Text => layer.with_ansi(std::io::stderr().is_terminal()).boxed(),
         Format::Json => layer.json().flatten_event(true).with_span_list(false).boxed(),
     };
-    tracing_subscriber::registry().with(filter).with(layer).try_init()?;
+    let limit = LogLimit::default();
+    tracing_subscriber::registry().with(filter).with(limit.clone()).with(layer).try_init()?;
+    limit.tell().context("the thread that counts left-out lines could not be started")?;
     Ok(LogHandle(handle))
 }
 

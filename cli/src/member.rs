@@ -19,15 +19,20 @@ pub(crate) const TOKEN_VARIABLE: &str = "HAWKER_TOKEN";
 const TOKEN_MAX_BYTES: u64 = 4096;
 /// How long a scheduler may take to come up when all nodes start at once.
 const JOIN_PATIENCE: Duration = Duration::from_secs(60);
+/// Between two tries of a node that serves alone meanwhile.
+const REJOIN_PAUSE: Duration = Duration::from_secs(15);
 
 /// Where a node's identity is.
 pub(crate) fn identity_dir(data_dir: &Path) -> PathBuf {
     data_dir.join("identity")
 }
 
-/// Whether there is an identity, damaged or not: who has one does not join.
+/// Whether there is an identity, damaged or not: such a node was a member before.
 pub(crate) fn has_identity(identity_dir: &Path) -> bool {
-    std::fs::read_dir(identity_dir).is_ok_and(|mut entries| entries.next().is_some())
+    match std::fs::read_dir(identity_dir) {
+        Ok(mut entries) => entries.next().is_some(),
+        Err(error) => error.kind() != std::io::ErrorKind::NotFound,
+    }
 }
 
 /// How a node begins.
@@ -39,59 +44,119 @@ pub(crate) enum Beginning {
     Member(Identity),
     /// By joining at this address.
     Joining(String, Token),
+    /// It was a member, and its identity is of no use any more: it serves alone.
+    Impaired(Impaired),
+}
+
+/// A node whose identity is damaged, incomplete or expired.
+#[derive(Debug)]
+pub(crate) struct Impaired {
+    /// The expired identity. There is none where it is damaged.
+    pub(crate) identity: Option<Identity>,
+    /// What is wrong and what helps, for people.
+    pub(crate) problem: String,
+    /// Where to join again, with which token.
+    pub(crate) rejoin: Option<(String, Token)>,
 }
 
 /// How the node with this `data_dir` begins. Reads the token, where one is needed: call it while signals still end the program,
 /// for that may be from a terminal.
 ///
-/// An identity that has run out is of no use: with a token the node joins again.
+/// A node that was a member serves whatever became of its identity: runtimes depend on it. With a token it joins again meanwhile.
 pub(crate) fn beginning(data_dir: &Path, join: Option<&Join>) -> anyhow::Result<Beginning> {
     let dir = identity_dir(data_dir);
-    let damaged =
-        || format!("{} holds a damaged identity: remove it and join again with a new token", dir.display());
-    let identity = Identity::load(&dir).with_context(damaged)?;
-    let expired = identity.as_ref().is_some_and(|identity| identity.has_expired(SystemTime::now()));
-    match (identity, join) {
-        (Some(identity), _) if !expired => Ok(Beginning::Member(identity)),
-        (None, None) => Ok(Beginning::Alone),
-        (None, Some(how)) => joining(how),
-        (Some(identity), how) => match how.map(joining) {
-            Some(Ok(joining)) => Ok(joining),
-            _ => {
-                tracing::error!(
-                    dir = %dir.display(),
-                    "this node's certificate has expired, as after a week without a scheduler: it goes on alone. Make a token \
-                     where the authority is (hawker token create) and start this again with --join and --token-file"
-                );
-                Ok(Beginning::Member(identity))
-            }
-        },
-    }
+    let (identity, fault) = match Identity::load(&dir) {
+        Ok(Some(identity)) if !identity.has_expired(SystemTime::now()) => {
+            return Ok(Beginning::Member(identity));
+        }
+        Ok(Some(identity)) => (
+            Some(identity),
+            "this node's certificate has expired, as after a week without a scheduler".to_owned(),
+        ),
+        Ok(None) if has_identity(&dir) => {
+            (None, format!("the identity in {} is incomplete: certificate.pem is missing", dir.display()))
+        }
+        Ok(None) => return join.map_or(Ok(Beginning::Alone), joining),
+        Err(error) => (None, format!("the identity in {} is damaged ({error})", dir.display())),
+    };
+    let rejoin = match join.map(joining) {
+        Some(Ok(Beginning::Joining(address, token))) => Some((address, token)),
+        Some(Err(error)) => {
+            tracing::warn!("this node cannot join again: {error:#}");
+            None
+        }
+        _ => None,
+    };
+    let cure = match &rejoin {
+        Some((address, _)) => format!("It joins again at {address} with the token it was given."),
+        None => "To take part again, make a token where the authority is (hawker token create) and start this again with \
+                 --join and --token-file."
+            .to_owned(),
+    };
+    let problem = format!("{fault}: this node goes on alone, as a cache for its own runtimes. {cure}");
+    tracing::error!("{problem}");
+    Ok(Beginning::Impaired(Impaired { identity, problem, rejoin }))
 }
 
 fn joining(how: &Join) -> anyhow::Result<Beginning> {
     Ok(Beginning::Joining(how.address.clone(), read_token(how.token_file.as_deref())?))
 }
 
-/// The identity to begin with, from the authority where need be; none: this node runs alone.
+/// The new identity of a node that joins, for the first time or again.
 pub(crate) async fn enter(
-    beginning: Beginning,
+    address: &str,
+    token: &Token,
     data_dir: &Path,
     name: &str,
-) -> anyhow::Result<Option<Identity>> {
-    let (address, token) = match beginning {
-        Beginning::Alone => return Ok(None),
-        Beginning::Member(identity) => return Ok(Some(identity)),
-        Beginning::Joining(address, token) => (address, token),
-    };
-    let dir = identity_dir(data_dir);
-    let (identity, members, cluster) = join_patiently(&address, &token, name).await?;
+) -> anyhow::Result<Identity> {
+    let joined = join_patiently(address, token, name).await?;
+    save(data_dir, joined)
+}
+
+/// Saves what a join gave.
+fn save(
+    data_dir: &Path,
+    (identity, members, cluster): (Identity, Vec<hawker_api::convert::Member>, String),
+) -> anyhow::Result<Identity> {
     // The members first: once the identity is there, nobody joins again to get them.
     member_file::save(&data_dir.join("members.json"), &members)
         .context("members.json could not be written")?;
-    identity.save(&dir)?;
+    identity.save(&identity_dir(data_dir))?;
     tracing::info!(cluster, peer = %identity.peer_id(), role = %identity.role(), "joined");
-    Ok(Some(identity))
+    Ok(identity)
+}
+
+/// Joins again for as long as it takes. Never returns where the authority refuses: another try would be refused as well.
+pub(crate) async fn rejoin(
+    address: &str,
+    token: &Token,
+    seed: bool,
+    data_dir: &Path,
+    name: &str,
+) -> Identity {
+    let joined = async {
+        // One key for all tries: the authority answers it again, should its first answer have been lost.
+        let pending = Identity::request()?;
+        loop {
+            match join(address, token, name, &pending).await {
+                Ok(joined) => return save(data_dir, joined),
+                Err(error) if error.is_transient() => {
+                    tracing::warn!(%error, "not joined again yet; trying again in {} s", REJOIN_PAUSE.as_secs());
+                    tokio::time::sleep(REJOIN_PAUSE).await;
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+    };
+    let refused = match joined.await {
+        Ok(identity) => match check_role(Some(&identity), seed, data_dir) {
+            Ok(()) => return identity,
+            Err(error) => error,
+        },
+        Err(error) => error,
+    };
+    tracing::error!("this node cannot join again at {address}, and stays alone: {refused:#}");
+    std::future::pending().await
 }
 
 async fn join_patiently(
@@ -163,11 +228,10 @@ mod tests {
 
     use super::*;
 
-    #[tokio::test]
-    async fn a_node_without_identity_and_join_runs_alone() {
+    #[test]
+    fn a_node_without_identity_and_join_runs_alone() {
         let dir = tempfile::tempdir().unwrap();
-        let beginning = beginning(dir.path(), None).unwrap();
-        assert!(enter(beginning, dir.path(), "n").await.unwrap().is_none());
+        assert!(matches!(beginning(dir.path(), None).unwrap(), Beginning::Alone));
         assert!(!has_identity(&identity_dir(dir.path())));
     }
 
@@ -186,11 +250,65 @@ mod tests {
         };
         let (young, old) = (Duration::ZERO, Duration::from_secs(7200));
         assert!(matches!(begin(young), Beginning::Member(_)));
-        assert!(matches!(begin(old), Beginning::Member(_)), "without a token it goes on as it can");
+        let rejoins = |beginning: Beginning| match beginning {
+            Beginning::Impaired(impaired) => (impaired.identity.is_some(), impaired.rejoin.is_some()),
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(rejoins(begin(old)), (true, false), "without a token it goes on as it can");
         std::fs::write(file.path(), format!("{}\nmore", Token::generate(authority.certificate()).unwrap()))
             .unwrap();
         assert!(matches!(begin(young), Beginning::Member(_)), "a token is not spent without need");
-        assert!(matches!(begin(old), Beginning::Joining(..)));
+        assert_eq!(rejoins(begin(old)), (true, true));
+    }
+
+    #[test]
+    fn a_node_with_a_damaged_identity_begins_alone_and_says_what_is_wrong() {
+        let authority = AuthorityKey::generate("test").unwrap();
+        let other_key = Identity::request().unwrap();
+        let life = Duration::from_secs(3600);
+        let issued = |request: &[u8]| authority.issue(request, Role::Peer, life, SystemTime::now()).unwrap();
+        type Damage<'a> = (&'a str, &'a dyn Fn(&Path));
+        let cut = |file: &'static str| {
+            move |dir: &Path| {
+                let text = std::fs::read(dir.join(file)).unwrap();
+                std::fs::write(dir.join(file), &text[..text.len() / 2]).unwrap();
+            }
+        };
+        let gone = |file: &'static str| move |dir: &Path| std::fs::remove_file(dir.join(file)).unwrap();
+        let cases: &[Damage<'_>] = &[
+            ("the key is cut", &cut("key.pem")),
+            ("the certificate is cut", &cut("certificate.pem")),
+            ("the authority is cut", &cut("authority.pem")),
+            ("no key", &gone("key.pem")),
+            ("no certificate", &gone("certificate.pem")),
+            ("no authority", &gone("authority.pem")),
+            ("a folder in place of a file", &|dir| {
+                std::fs::remove_file(dir.join("key.pem")).unwrap();
+                std::fs::create_dir(dir.join("key.pem")).unwrap();
+            }),
+            ("a certificate for another key", &|dir| {
+                let certificate = issued(&other_key.certificate_request);
+                let pem = hawker_api::identity::files::certificate_pem(&certificate);
+                std::fs::write(dir.join("certificate.pem"), pem).unwrap();
+            }),
+        ];
+        for (name, damage) in cases {
+            let dir = tempfile::tempdir().unwrap();
+            let pending = Identity::request().unwrap();
+            let certificate = issued(&pending.certificate_request);
+            let identity = pending.complete(certificate, authority.certificate().clone()).unwrap();
+            identity.save(&identity_dir(dir.path())).unwrap();
+            damage(&identity_dir(dir.path()));
+            match beginning(dir.path(), None).unwrap() {
+                Beginning::Impaired(Impaired { identity: None, problem, rejoin: None }) => {
+                    assert!(
+                        problem.contains("alone") && problem.contains("token create"),
+                        "{name}: {problem}"
+                    );
+                }
+                other => panic!("{name}: {other:?}"),
+            }
+        }
     }
 
     #[test]

@@ -1,46 +1,38 @@
-//! The configuration as resolved: what was written becomes what the daemons run with, or a list of all that is wrong with it.
+//! The effective configuration becomes the settings that the daemons run with, or a list of all its problems.
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
 
+use hawker_config::problem::wrong;
+use hawker_config::pushed::MAX_DOCUMENT_BYTES;
+use hawker_config::quantity::NetworkOrHost;
+use hawker_config::{Config, Document, Effective, Problems, Wrong};
 use hawker_core::application::{Applications, MAX_RULES, Rule};
 use hawker_core::intercept::{Action, Rules};
-use hawker_core::place::{Networks, Place};
+use hawker_core::place::{Network, Networks, Place};
+use hawker_proxy::origin::check_identity;
 use hawker_proxy::registry::tls;
 use hawker_proxy::settings::{
-    AuthorizationMode, CacheSettings, LiveSettings, Rates, Registries, RegistrySettings, Settings, Staleness,
+    AuthorizationMode, CacheSettings, ClientIdentity, LiveSettings, Rates, Registries, RegistrySettings,
+    Settings, Staleness,
 };
+use hawker_scheduler::advertise::AllowedAddresses;
 use url::Url;
 
-use crate::args::{LogArgs, NetworkArgs, NodeArgs, ProxyArgs, SchedulerArgs, UpArgs};
-use crate::log::{Format, LogSettings};
-use crate::problem::{Problem, Problems};
-use crate::quantity::{self, Wrong, wrong};
-use crate::written::{Places, Written};
+use crate::log::LogSettings;
 
-/// Where data is unless told otherwise.
+/// The data directory unless told otherwise, as in the schema.
 pub(crate) const DATA_DIR: &str = "/var/lib/hawker";
-/// The mirror unless told otherwise.
+/// The mirror unless told otherwise, as in the schema.
 pub(crate) const MIRROR: &str = "127.0.0.1:6500";
-/// Peers unless told otherwise.
-pub(crate) const PEERS: &str = "[::]:6501";
-/// The scheduler unless told otherwise.
-pub(crate) const SCHEDULER: &str = "[::]:6502";
 /// A proxy's admin address unless told otherwise.
 pub(crate) const ADMIN: &str = "127.0.0.1:6503";
 /// A scheduler's admin address unless told otherwise.
 const SCHEDULER_ADMIN: &str = "127.0.0.1:6504";
 
 const HOW_TO_JOIN: &str = "add --join HOST:PORT with a token, or start a cluster with `hawker up`";
-
-const UPLOAD_SLOTS: u32 = 8;
-const MEMORY_BYTES: u64 = 48 << 20;
-const LINGER: Duration = Duration::from_secs(60);
-const PULL_GRACE: Duration = Duration::from_secs(60);
-const DRAIN: Duration = Duration::from_secs(30);
 
 /// What the configuration can't know by itself.
 #[derive(Clone, Copy, Debug, Default)]
@@ -51,7 +43,7 @@ pub(crate) struct Surroundings {
     pub(crate) has_token: bool,
 }
 
-/// Where to join and where the token is.
+/// The scheduler to join, and the place of the token.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Join {
     pub(crate) address: String,
@@ -75,16 +67,16 @@ pub(crate) struct Scheduler {
     pub(crate) name: String,
     pub(crate) data_dir: PathBuf,
     pub(crate) listen: Vec<SocketAddr>,
-    pub(crate) advertise: Option<String>,
+    pub(crate) advertise: Vec<String>,
     pub(crate) admin: SocketAddr,
     pub(crate) cluster: String,
     /// Others of the same cluster.
     pub(crate) schedulers: Vec<String>,
     /// For a second scheduler.
     pub(crate) join: Option<Join>,
-    pub(crate) applications: Arc<Applications>,
-    /// Where members stand who do not say it.
-    pub(crate) networks: Networks,
+    pub(crate) live: hawker_scheduler::LiveSettings,
+    /// The addresses that members may advertise besides the one that they connect from.
+    pub(crate) allowed_addresses: AllowedAddresses,
     pub(crate) log: LogSettings,
 }
 
@@ -97,82 +89,88 @@ pub(crate) struct Up {
 }
 
 /// Resolves `hawker proxy`.
-pub(crate) fn proxy(written: &Written<ProxyArgs>, around: Surroundings) -> Result<Proxy, Problems> {
-    let args = &written.args;
-    let mut reader = Reader::new(&written.places, &written.problems);
-    let mut settings = reader.node(&args.node);
-    settings.seed = args.seed;
-    let join = reader.optional("join", args.join.as_deref(), quantity::host_port);
-    let token_file = args.token_file.as_ref().map(PathBuf::from);
-    reader.cluster(args, around);
-    if let Some(address) = &join
-        && !settings.schedulers.contains(address)
+pub(crate) fn proxy(effective: &Effective, around: Surroundings) -> Result<Proxy, Problems> {
+    let mut reader = Reader::new(effective);
+    let config = reader.config;
+    let mut settings = reader.node();
+    settings.seed = *config.seed;
+    let join = reader.join();
+    reader.cluster(around);
+    if let Some(join) = &join
+        && !settings.schedulers.contains(&join.address)
     {
-        settings.schedulers.push(address.clone());
+        settings.schedulers.push(join.address.clone());
     }
-    let log = reader.log(&args.node.log);
+    let log = reader.log();
     let warnings = warnings(&settings);
-    let join = join.map(|address| Join { address, token_file });
     reader.finish(Proxy { settings, join, log, warnings })
 }
 
 /// Resolves `hawker scheduler`.
-pub(crate) fn scheduler(
-    written: &Written<SchedulerArgs>,
-    around: Surroundings,
-) -> Result<Scheduler, Problems> {
-    let args = &written.args;
-    let mut reader = Reader::new(&written.places, &written.problems);
-    reader.token(args.join.as_deref(), args.token_file.as_deref(), around);
-    let join = reader.optional("join", args.join.as_deref(), quantity::host_port);
-    let token_file = args.token_file.as_ref().map(PathBuf::from);
+pub(crate) fn scheduler(effective: &Effective, around: Surroundings) -> Result<Scheduler, Problems> {
+    let mut reader = Reader::new(effective);
+    let config = reader.config;
+    reader.token(around);
     let scheduler = Scheduler {
-        name: reader.name(args.name.as_deref()),
-        data_dir: reader.data_dir(args.data_dir.as_deref()),
-        listen: reader.listeners("listen", &args.listen, SCHEDULER),
-        advertise: reader.optional("advertise", args.advertise.as_deref(), quantity::host_port),
-        admin: reader.one("admin", args.admin.as_deref(), fixed(SCHEDULER_ADMIN), quantity::listen),
-        cluster: reader.cluster_name(args.cluster.as_deref()),
-        schedulers: reader.many("scheduler", &args.scheduler, quantity::host_port),
-        join: join.map(|address| Join { address, token_file }),
-        applications: Arc::new(reader.applications(&args.applications.application)),
-        networks: reader.networks(&args.networks),
-        log: reader.log(&args.log),
+        name: reader.name(),
+        data_dir: config.data_dir.0.clone(),
+        listen: unwrapped(&config.listen),
+        advertise: unwrapped(&config.advertise),
+        admin: config.admin.as_ref().map_or_else(|| fixed(SCHEDULER_ADMIN), |admin| admin.0),
+        cluster: config.cluster.0.clone(),
+        schedulers: unwrapped(&config.scheduler),
+        join: reader.join(),
+        live: reader.cluster_settings(),
+        allowed_addresses: allowed_addresses(config),
+        log: reader.log(),
     };
     let listeners = scheduler.listen.iter().map(|a| ("listen", *a)).chain([("admin", scheduler.admin)]);
     reader.no_address_twice(listeners.collect());
     reader.finish(scheduler)
 }
 
-/// Resolves `hawker up`.
-pub(crate) fn up(written: &Written<UpArgs>) -> Result<Up, Problems> {
-    let args = &written.args;
-    let mut reader = Reader::new(&written.places, &written.problems);
-    let mut settings = reader.node(&args.node);
+/// Resolves `hawker up`. `own` is the configuration without what was pushed to the node: the scheduler runs by it.
+pub(crate) fn up(effective: &Effective, own: &Effective) -> Result<Up, Problems> {
+    let mut reader = Reader::new(effective);
+    let config = reader.config;
+    let mut settings = reader.node();
     let data_dir = settings.data_dir.clone();
     settings.seed = true;
     settings.data_dir = data_dir.join("proxy");
-    let log = reader.log(&args.node.log);
-    let listen = reader.listeners("scheduler-listen", &args.scheduler_listen, SCHEDULER);
-    let advertise =
-        reader.optional("scheduler-advertise", args.scheduler_advertise.as_deref(), quantity::host_port);
+    let log = reader.log();
+    reader.networks();
+    let mut allowed_addresses = allowed_addresses(config);
+    // The node of this process advertises what its own configuration says.
+    for address in &settings.advertise {
+        let host = address.rsplit_once(':').map_or(address.as_str(), |(host, _)| host);
+        let ip = host.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>();
+        match ip.ok().and_then(|ip| Network::new(ip, if ip.is_ipv4() { 32 } else { 128 })) {
+            Some(network) => allowed_addresses.networks.push(network),
+            None => allowed_addresses.hosts.push(host.to_ascii_lowercase()),
+        }
+    }
     let scheduler = Scheduler {
+        allowed_addresses,
         name: settings.name.clone(),
         data_dir: data_dir.clone(),
         admin: settings.admin,
-        cluster: reader.cluster_name(args.cluster.as_deref()),
+        cluster: config.cluster.0.clone(),
         schedulers: Vec::new(),
         join: None,
-        applications: Arc::clone(&settings.live.load().applications),
-        networks: reader.networks(&args.networks),
+        live: Reader::new(own).cluster_settings(),
         log: log.clone(),
-        listen,
-        advertise,
+        listen: unwrapped(&config.scheduler_listen),
+        advertise: config.scheduler_advertise.iter().map(|address| address.0.clone()).collect(),
     };
     let all = node_listeners(&settings).into_iter();
-    reader.no_address_twice(all.chain(scheduler.listen.iter().map(|a| ("scheduler-listen", *a))).collect());
+    reader.no_address_twice(all.chain(scheduler.listen.iter().map(|a| ("scheduler_listen", *a))).collect());
     let warnings = warnings(&settings);
     reader.finish(Up { proxy: Proxy { settings, join: None, log, warnings }, scheduler, data_dir })
+}
+
+/// The plain values of a list.
+fn unwrapped<T: Clone>(list: &[impl std::ops::Deref<Target = T>]) -> Vec<T> {
+    list.iter().map(|item| (**item).clone()).collect()
 }
 
 fn fixed(address: &str) -> SocketAddr {
@@ -181,8 +179,8 @@ fn fixed(address: &str) -> SocketAddr {
 
 pub(crate) fn node_listeners(settings: &Settings) -> Vec<(&'static str, SocketAddr)> {
     let mirrors = settings.mirror.iter().map(|address| ("mirror", *address));
-    let forward = settings.forward_proxy.iter().map(|address| ("forward-proxy", *address));
-    let peers = settings.peer_listen.iter().map(|address| ("peer-listen", *address));
+    let forward = settings.forward_proxy.iter().map(|address| ("forward_proxy", *address));
+    let peers = settings.peer_listen.iter().map(|address| ("peer_listen", *address));
     mirrors.chain(forward).chain(peers).chain([("admin", settings.admin)]).collect()
 }
 
@@ -231,163 +229,122 @@ fn is_used(settings: &Settings, mode: AuthorizationMode) -> bool {
         || registries.known.values().any(|known| known.authorization == Some(mode))
 }
 
-/// Reads settings one by one; what is wrong is noted, and a default stands in so that the rest is read too.
+/// Checks values that must fit each other, and notes all faults.
 struct Reader<'a> {
-    places: &'a Places,
-    problems: Vec<Problem>,
+    config: &'a Config,
+    effective: Effective,
 }
 
 impl<'a> Reader<'a> {
-    fn new(places: &'a Places, problems: &[Problem]) -> Self {
-        Self { places, problems: problems.to_vec() }
+    fn new(effective: &'a Effective) -> Self {
+        Self { config: &effective.config, effective: effective.clone() }
     }
 
     fn finish<T>(self, value: T) -> Result<T, Problems> {
-        if self.problems.is_empty() { Ok(value) } else { Err(Problems(self.problems)) }
+        let problems = self.effective.problems;
+        if problems.is_empty() { Ok(value) } else { Err(Problems(problems)) }
     }
 
-    fn problem(&mut self, flag: &str, what: impl Into<String>, cure: impl Into<String>) {
-        self.problems.push(Problem::new(self.places.name(flag), what, cure));
+    fn problem(&mut self, path: &str, what: impl Into<String>, cure: impl Into<String>) {
+        self.effective.problem(path, Wrong { what: what.into(), cure: cure.into() });
     }
 
-    fn check<T>(&mut self, flag: &str, result: Result<T, Wrong>) -> Option<T> {
-        result.map_err(|wrong| self.problems.push(Problem::of(self.places.name(flag), wrong))).ok()
+    fn check<T>(&mut self, path: &str, result: Result<T, Wrong>) -> Option<T> {
+        result.map_err(|wrong| self.effective.problem(path, wrong)).ok()
     }
 
-    fn optional<T>(
-        &mut self,
-        flag: &str,
-        text: Option<&str>,
-        parse: impl Fn(&str) -> Result<T, Wrong>,
-    ) -> Option<T> {
-        text.and_then(|text| self.check(flag, parse(text)))
-    }
-
-    fn one<T>(
-        &mut self,
-        flag: &str,
-        text: Option<&str>,
-        default: T,
-        parse: impl Fn(&str) -> Result<T, Wrong>,
-    ) -> T {
-        self.optional(flag, text, parse).unwrap_or(default)
-    }
-
-    fn many<T>(&mut self, flag: &str, texts: &[String], parse: impl Fn(&str) -> Result<T, Wrong>) -> Vec<T> {
-        texts.iter().filter_map(|text| self.check(flag, parse(text))).collect()
-    }
-
-    fn listeners(&mut self, flag: &str, texts: &[String], default: &str) -> Vec<SocketAddr> {
-        if texts.is_empty() { vec![fixed(default)] } else { self.many(flag, texts, quantity::listen) }
-    }
-
-    fn name(&mut self, text: Option<&str>) -> String {
+    fn name(&self) -> String {
         let host = || rustix::system::uname().nodename().to_string_lossy().into_owned();
-        text.and_then(|text| self.check("name", quantity::printable(text))).unwrap_or_else(host)
+        self.config.name.as_ref().map_or_else(host, |name| name.0.clone())
     }
 
-    fn cluster_name(&mut self, text: Option<&str>) -> String {
-        self.one("cluster", text, "hawker".to_owned(), quantity::printable)
+    fn join(&self) -> Option<Join> {
+        let token_file = self.config.token_file.as_ref().map(|file| file.0.clone());
+        self.config.join.as_ref().map(|address| Join { address: address.0.clone(), token_file })
     }
 
-    fn data_dir(&mut self, text: Option<&str>) -> PathBuf {
-        self.one("data-dir", text, PathBuf::from(DATA_DIR), |text| match text {
-            "" => wrong("is empty", "name a directory"),
-            _ => Ok(PathBuf::from(text)),
-        })
-    }
-
-    fn node(&mut self, args: &NodeArgs) -> Settings {
-        let mut registries = self.registries(args);
+    fn node(&mut self) -> Settings {
+        let config = self.config;
+        let mut registries = self.registries();
         let live = LiveSettings {
-            rates: self
-                .rates("", [&args.upload_rate, &args.download_rate, &args.origin_rate, &args.prefetch_rate]),
-            task_rates: self.rates(
-                "task-",
-                [
-                    &args.task_upload_rate,
-                    &args.task_download_rate,
-                    &args.task_origin_rate,
-                    &args.task_prefetch_rate,
-                ],
-            ),
-            applications: Arc::new(self.applications(&args.applications.application)),
-            intercept: self.intercept(args, &mut registries),
-            registries,
-            credentials: self.many("credentials", &args.credentials, quantity::credentials),
-            staleness: self.staleness(args),
-            tls: self.certificate(args),
-        };
-        self.nodes_own_right(args, &live);
-        let settings = Settings {
-            name: self.name(args.name.as_deref()),
-            place: Place {
-                zone: self
-                    .optional("zone", args.zone.as_deref(), quantity::printable)
-                    .unwrap_or_default()
-                    .into(),
-                rack: self
-                    .optional("rack", args.rack.as_deref(), quantity::printable)
-                    .unwrap_or_default()
-                    .into(),
+            config: config.clone(),
+            cache: self.cache(),
+            rates: Rates {
+                upload: config.upload_rate.as_deref().copied(),
+                download: config.download_rate.as_deref().copied(),
+                origin: config.origin_rate.as_deref().copied(),
+                prefetch: config.prefetch_rate.as_deref().copied(),
             },
-            data_dir: self.data_dir(args.data_dir.as_deref()),
-            mirror: self.listeners("mirror", &args.mirror, MIRROR),
-            forward_proxy: self.many("forward-proxy", &args.forward_proxy, quantity::listen),
-            admin: self.one("admin", args.admin.as_deref(), fixed(ADMIN), quantity::listen),
-            peer_listen: self.listeners("peer-listen", &args.peer_listen, PEERS),
-            advertise: self.many("advertise", &args.advertise, quantity::host_port),
+            task_rates: Rates {
+                upload: config.task_upload_rate.as_deref().copied(),
+                download: config.task_download_rate.as_deref().copied(),
+                origin: config.task_origin_rate.as_deref().copied(),
+                prefetch: config.task_prefetch_rate.as_deref().copied(),
+            },
+            applications: Arc::new(self.applications()),
+            intercept: self.intercept(&mut registries),
+            registries,
+            credentials: unwrapped(&config.credentials),
+            staleness: Staleness {
+                tags: config.stale_tags.as_deref().copied(),
+                public_grace: *config.public_grace,
+            },
+            tls: self.certificate(),
+        };
+        self.nodes_own_right(&live);
+        let text = |text: &Option<hawker_config::value::Text>| {
+            text.as_ref().map_or("", |text| text.0.as_str()).into()
+        };
+        let settings = Settings {
+            problem: None,
+            name: self.name(),
+            place: Place { zone: text(&config.zone), rack: text(&config.rack) },
+            data_dir: config.data_dir.0.clone(),
+            mirror: unwrapped(&config.mirror),
+            forward_proxy: unwrapped(&config.forward_proxy),
+            admin: config.admin.as_ref().map_or_else(|| fixed(ADMIN), |admin| admin.0),
+            peer_listen: unwrapped(&config.peer_listen),
+            advertise: unwrapped(&config.advertise),
             seed: false,
-            seeds: self.many("seed-address", &args.seed_address, quantity::host_port),
-            schedulers: self.many("scheduler", &args.scheduler, quantity::host_port),
+            seeds: unwrapped(&config.seed_address),
+            schedulers: unwrapped(&config.scheduler),
             live: Arc::new(Arc::new(live).into()),
-            cache: self.cache(args),
-            upload_slots: self.one("upload-slots", args.upload_slots.as_deref(), UPLOAD_SLOTS, |text| {
-                quantity::count(text, 1, 1024)
-            }),
-            memory_bytes: self.one("memory", args.memory.as_deref(), MEMORY_BYTES, |text| {
-                at_least(
-                    quantity::size(text)?,
-                    16 << 20,
-                    "16MiB holds one of the longest pieces; give that or more",
-                )
-            }),
-            linger: self.one("linger", args.linger.as_deref(), LINGER, |text| {
-                at_most(quantity::duration(text)?, Duration::from_secs(86_400), "give a day at most")
-            }),
-            seed_uses_client_token: self.one(
-                "seed-uses-client-token",
-                args.seed_uses_client_token.as_deref(),
-                true,
-                quantity::yes_or_no,
-            ),
-            pull_grace: self.one("pull-grace", args.pull_grace.as_deref(), PULL_GRACE, |text| {
-                at_most(quantity::duration(text)?, Duration::from_secs(3_600), "give an hour at most")
-            }),
-            drain: self.one("drain", args.drain.as_deref(), DRAIN, |text| {
-                at_most(quantity::duration(text)?, Duration::from_secs(3_600), "give an hour at most")
-            }),
+            push: None,
+            memory_bytes: *config.memory,
+            seed_uses_client_token: *config.seed_uses_client_token,
+            pull_grace: *config.pull_grace,
+            drain: *config.drain,
         };
         self.no_address_twice(node_listeners(&settings));
         settings
     }
 
-    /// `of`: what the flags' names begin with.
-    fn rates(&mut self, of: &str, [upload, download, origin, prefetch]: [&Option<String>; 4]) -> Rates {
-        let mut rate = |kind: &str, text: &Option<String>| {
-            self.optional(&format!("{of}{kind}-rate"), text.as_deref(), quantity::rate)
-        };
-        Rates {
-            upload: rate("upload", upload),
-            download: rate("download", download),
-            origin: rate("origin", origin),
-            prefetch: rate("prefetch", prefetch),
+    /// The settings of a scheduler that may change.
+    fn cluster_settings(&mut self) -> hawker_scheduler::LiveSettings {
+        let mut table = self.config.nodes.0.clone();
+        if let Some(entries) = self.effective.value("application") {
+            table.insert("application".to_owned(), entries.clone());
+        }
+        let document = Document::new(table);
+        if let Err((key, wrong)) = cache_marks(&document.config()) {
+            self.effective.problem(&format!("nodes.{key}"), wrong);
+        }
+        let document = document.text();
+        if document.len() > MAX_DOCUMENT_BYTES {
+            let what = format!("has {} bytes with the applications", document.len());
+            self.problem("nodes", what, format!("push {MAX_DOCUMENT_BYTES} bytes at most"));
+        }
+        hawker_scheduler::LiveSettings {
+            applications: Arc::new(self.applications()),
+            networks: Arc::new(self.networks()),
+            document: document.into(),
         }
     }
 
-    /// Where the members of each network stand: of each once.
-    fn networks(&mut self, args: &NetworkArgs) -> Networks {
-        let networks = self.many("network", &args.network, quantity::place);
+    /// The places of the members of each network: one entry for each.
+    fn networks(&mut self) -> Networks {
+        // The schema has reported entries that say no place.
+        let networks: Vec<_> = self.config.network.iter().filter_map(|entry| entry.place().ok()).collect();
         let twice = |at: usize| networks[..at].iter().any(|(network, _)| *network == networks[at].0);
         if (1..networks.len()).any(twice) {
             self.problem("network", "there are two entries for one network", "make them one");
@@ -395,9 +352,10 @@ impl<'a> Reader<'a> {
         Networks::new(networks)
     }
 
-    /// What is said of applications: of each once.
-    fn applications(&mut self, texts: &[String]) -> Applications {
-        let rules = self.many("application", texts, quantity::application);
+    /// The rules of applications: one for each pair of labels.
+    fn applications(&mut self) -> Applications {
+        // The schema has reported entries that are no rules.
+        let rules: Vec<Rule> = self.config.application.iter().filter_map(|entry| entry.rule().ok()).collect();
         if rules.len() > MAX_RULES {
             let cure = format!("write {MAX_RULES} at most; patterns may have * for any text");
             self.problem("application", format!("there are {} entries", rules.len()), cure);
@@ -410,61 +368,32 @@ impl<'a> Reader<'a> {
         Applications::new(rules)
     }
 
-    fn staleness(&mut self, args: &NodeArgs) -> Staleness {
-        let month = Duration::from_secs(30 * 86_400);
-        let bounded = |text: &str| at_most(quantity::duration(text)?, month, "give 30 days at most");
-        let default = Staleness::default().public_grace;
-        Staleness {
-            tags: self.optional("stale-tags", args.stale_tags.as_deref(), bounded),
-            public_grace: self.one("public-grace", args.public_grace.as_deref(), default, bounded),
-        }
+    fn cache(&mut self) -> CacheSettings {
+        cache_marks(self.config).unwrap_or_else(|(key, wrong)| {
+            self.effective.problem(key, wrong);
+            CacheSettings::default()
+        })
     }
 
-    fn cache(&mut self, args: &NodeArgs) -> CacheSettings {
-        let default = CacheSettings::default();
-        let high = self.optional("cache-high", args.cache_high.as_deref(), quantity::percent);
-        let low = self.optional("cache-low", args.cache_low.as_deref(), quantity::percent);
-        let high_percent = high.unwrap_or(default.high_percent);
-        // Who lowers the high mark alone gets a low mark below it.
-        let low_percent =
-            low.unwrap_or_else(|| default.low_percent.min(high_percent.saturating_sub(10).max(1)));
-        if low_percent >= high_percent {
-            let flag = if low.is_some() { "cache-low" } else { "cache-high" };
-            self.problem(
-                flag,
-                format!("the low mark ({low_percent} %) is not below the high mark ({high_percent} %)"),
-                "eviction runs from the high mark down to the low one: make cache-low smaller than cache-high",
-            );
-        }
-        let max_bytes = self.optional("cache-max", args.cache_max.as_deref(), |text| {
-            at_least(quantity::size(text)?, 64 << 20, "give 64MiB or more")
-        });
-        CacheSettings { high_percent, low_percent, max_bytes }
-    }
-
-    fn registries(&mut self, args: &NodeArgs) -> Registries {
-        let default =
-            self.optional("default-registry", args.default_registry.as_deref(), quantity::registry_host);
-        let allow = self.many("allow-registry", &args.allow_registry, quantity::registry_pattern);
-        let allow_networks = self.many("allow-network", &args.allow_network, quantity::network);
-        let known = self.known(args);
+    fn registries(&mut self) -> Registries {
+        let default = self.config.default_registry.as_deref().cloned();
+        let allow: Vec<String> = unwrapped(&self.config.allow_registry);
+        let known = self.known();
         if let Some(host) = &default
             && !allow.is_empty()
             && !known.contains_key(host)
             && !allow.iter().any(|pattern| matches(pattern, host))
         {
             let cure = format!("add {host} to the allowed registries, or choose another default");
-            self.problem("default-registry", format!("{host} is not among the allowed registries"), cure);
+            self.problem("default_registry", format!("{host} is not among the allowed registries"), cure);
         }
-        let authorization =
-            self.optional("authorization", args.authorization.as_deref(), quantity::authorization);
-        let authorization = authorization.unwrap_or_default();
-        Registries { default, allow, known, allow_networks, authorization }
+        let allow_networks = unwrapped(&self.config.allow_network);
+        Registries { default, allow, known, allow_networks, authorization: *self.config.authorization }
     }
 
     /// Node mode needs credentials; without any it would be a slow way to be anonymous.
-    fn nodes_own_right(&mut self, args: &NodeArgs, live: &LiveSettings) {
-        if !args.credentials.is_empty() {
+    fn nodes_own_right(&mut self, live: &LiveSettings) {
+        if self.effective.is_set("credentials") {
             return;
         }
         let cure = "say where they are, e.g. --credentials docker:/root/.docker/config.json, or choose relay";
@@ -472,148 +401,156 @@ impl<'a> Reader<'a> {
         if live.registries.authorization == AuthorizationMode::Node {
             self.problem("authorization", what, cure);
         }
-        let of_one = |known: &RegistrySettings| known.authorization == Some(AuthorizationMode::Node);
-        if live.registries.known.values().any(of_one) {
-            self.problem("registry-authorization", what, cure);
+        let of_one = |known: &&RegistrySettings| known.authorization == Some(AuthorizationMode::Node);
+        if let Some((host, _)) = live.registries.known.iter().find(|(_, known)| of_one(known)) {
+            self.problem(&of_registry(host, "authorization"), what, cure);
         }
     }
 
-    /// The forward proxy's rules, or those that follow from the registries. What peers may answer, registries may be asked for.
-    fn intercept(&mut self, args: &NodeArgs, registries: &mut Registries) -> Rules {
-        let rules = self.many("intercept", &args.intercept, quantity::rule);
-        if args.forward_proxy.is_empty() {
-            if !args.intercept.is_empty() {
+    /// The forward proxy's rules, and unless the configuration says otherwise those that follow from the registries. Registries
+    /// that peers may answer for may be asked.
+    fn intercept(&mut self, registries: &mut Registries) -> Rules {
+        let rules: Vec<_> = self.config.intercept.iter().filter_map(|entry| entry.rule().ok()).collect();
+        if !self.effective.is_set("forward_proxy") {
+            if self.effective.is_set("intercept") && !self.config.intercept.is_empty() {
                 let cure = "add --forward-proxy 127.0.0.1:6505, or take the rules out";
                 self.problem("intercept", "there are rules for a forward proxy, and there is none", cure);
             }
             return Rules::default();
         }
-        if rules.is_empty() {
-            let known = registries.known.keys().chain(&registries.default).chain(&registries.allow);
-            return Rules::for_registries(known.cloned());
-        }
+        let listed = registries.known.keys().chain(&registries.default).chain(&registries.allow);
+        let listed: Vec<String> = listed.filter(|_| *self.config.intercept_defaults).cloned().collect();
         if !registries.allow.is_empty() {
             let shared = rules.iter().filter(|rule| rule.action == Action::P2p);
             registries.allow.extend(shared.map(|rule| rule.host.clone()));
         }
-        Rules::new(rules)
+        Rules::new(rules).with_registries(listed)
     }
 
-    /// What the mirror shows to clients that want TLS.
-    fn certificate(&mut self, args: &NodeArgs) -> Option<Arc<rustls::ServerConfig>> {
-        match (&args.tls_cert, &args.tls_key) {
+    /// The certificate that the mirror shows to clients that want TLS.
+    fn certificate(&mut self) -> Option<Arc<rustls::ServerConfig>> {
+        match (&self.config.tls_cert, &self.config.tls_key) {
             (None, None) => None,
             (Some(certificate), Some(key)) => {
-                let config = tls::from_files(Path::new(certificate), Path::new(key));
+                let config = tls::from_files(certificate, key);
                 self.check(
-                    "tls-cert",
+                    "tls_cert",
                     config.or_else(|what| wrong(what, "give a PEM file each of certificate and key")),
                 )
             }
             (Some(_), None) => {
-                self.problem("tls-cert", "there is a certificate, but no key", "add --tls-key FILE");
+                self.problem("tls_cert", "there is a certificate, but no key", "add --tls-key FILE");
                 None
             }
             (None, Some(_)) => {
-                self.problem("tls-key", "there is a key, but no certificate", "add --tls-cert FILE");
+                self.problem("tls_key", "there is a key, but no certificate", "add --tls-cert FILE");
                 None
             }
         }
     }
 
-    fn known(&mut self, args: &NodeArgs) -> BTreeMap<String, RegistrySettings> {
-        let mut known: BTreeMap<String, RegistrySettings> = BTreeMap::new();
-        for (host, url) in
-            self.many("registry", &args.registry, |text| pair(text, "HOST=URL", quantity::endpoint))
-        {
-            known.entry(host).or_default().endpoints.push(url);
-        }
-        for (host, file) in
-            self.many("registry-ca", &args.registry_ca, |text| pair(text, "HOST=FILE", readable))
-        {
-            known.entry(host).or_default().ca = Some(file);
-        }
-        for host in self.many("registry-insecure", &args.registry_insecure, quantity::registry_host) {
-            known.entry(host).or_default().insecure = true;
-        }
-        for (host, url) in self
-            .many("registry-realm", &args.registry_realm, |text| pair(text, "HOST=URL", quantity::endpoint))
-        {
-            known.entry(host).or_default().realms.push(url);
-        }
-        for (host, mode) in self.many("registry-authorization", &args.registry_authorization, |text| {
-            pair(text, "HOST=MODE", quantity::authorization)
-        }) {
-            known.entry(host).or_default().authorization = Some(mode);
-        }
-        for (host, registry) in &mut known {
-            if registry.endpoints.is_empty() {
-                registry.endpoints.extend(own_endpoint(host));
+    fn known(&mut self) -> BTreeMap<String, RegistrySettings> {
+        let mut all = BTreeMap::new();
+        for (host, registry) in &self.config.registries {
+            let host = &host.0;
+            let mut known = RegistrySettings {
+                endpoints: unwrapped(&registry.endpoints),
+                ca: registry.ca.as_deref().cloned(),
+                insecure: *registry.insecure,
+                identity: None,
+                realms: unwrapped(&registry.realms),
+                authorization: registry.authorization.as_deref().copied(),
+                must_prove: *registry.must_prove,
+            };
+            match (&registry.client_cert, &registry.client_key) {
+                (Some(certificate), Some(key)) => {
+                    let identity = ClientIdentity { certificate: certificate.0.clone(), key: key.0.clone() };
+                    let usable =
+                        check_identity(&identity).or_else(|what| wrong(what, "give a PEM file each"));
+                    self.check(&of_registry(host, "client_cert"), usable);
+                    known.identity = Some(identity);
+                }
+                (Some(_), None) => {
+                    let what = format!("{host} has a client's certificate, but no key");
+                    let cure = "add client_key (--registry-client-key HOST=FILE)";
+                    self.problem(&of_registry(host, "client_cert"), what, cure);
+                }
+                (None, Some(_)) => {
+                    let what = format!("{host} has a client's key, but no certificate");
+                    let cure = "add client_cert (--registry-client-cert HOST=FILE)";
+                    self.problem(&of_registry(host, "client_key"), what, cure);
+                }
+                (None, None) => {}
             }
-            self.tls(host, registry);
+            if known.endpoints.is_empty() {
+                known.endpoints.extend(own_endpoint(host));
+            }
+            self.tls(host, &known);
+            all.insert(host.clone(), known);
         }
-        known
+        all
     }
 
     fn tls(&mut self, host: &str, registry: &RegistrySettings) {
         let plain = registry.endpoints.iter().all(|url| url.scheme() == "http");
         let cure = "write its endpoints with https://, or take that out";
         if plain && registry.ca.is_some() {
-            self.problem(
-                "registry-ca",
-                format!("{host} is reached by http, where there is no certificate"),
-                cure,
-            );
+            let what = format!("{host} is reached by http, where there is no certificate");
+            self.problem(&of_registry(host, "ca"), what, cure);
+        }
+        if plain && registry.identity.is_some() {
+            let what = format!("{host} is reached by http, where no certificate is asked for");
+            self.problem(&of_registry(host, "client_cert"), what, cure);
         }
         if plain && registry.insecure {
             let what = format!("{host} is reached by http, where there is no certificate");
-            self.problem("registry-insecure", what, cure);
+            self.problem(&of_registry(host, "insecure"), what, cure);
         }
         if registry.insecure && registry.ca.is_some() {
             self.problem(
-                "registry-insecure",
+                &of_registry(host, "insecure"),
                 format!("{host} has authorities of its own, and would accept any certificate all the same"),
                 "keep one of registry-ca and registry-insecure; the first is the safe one",
             );
         }
     }
 
-    /// Joining, seeds and schedulers: what makes sense together.
-    fn cluster(&mut self, args: &ProxyArgs, around: Surroundings) {
-        self.token(args.join.as_deref(), args.token_file.as_deref(), around);
-        if around.has_identity || args.join.is_some() {
+    /// Joining, seeds and schedulers: combinations that make sense.
+    fn cluster(&mut self, around: Surroundings) {
+        self.token(around);
+        if around.has_identity || self.config.join.is_some() {
             return;
         }
-        if args.seed {
+        if *self.config.seed {
             self.problem("seed", "a seed serves a cluster, and this node is in none", HOW_TO_JOIN);
         }
         let not_member = "only members may talk to it, and this node is in no cluster";
-        for (flag, given) in [("scheduler", &args.node.scheduler), ("seed-address", &args.node.seed_address)]
-        {
-            if !given.is_empty() {
-                self.problem(flag, not_member, HOW_TO_JOIN);
+        for key in ["scheduler", "seed_address"] {
+            if self.effective.is_set(key) {
+                self.problem(key, not_member, HOW_TO_JOIN);
             }
         }
     }
 
-    /// Who is to join needs a token, and a token needs somewhere to join. Members need neither any more.
-    fn token(&mut self, join: Option<&str>, token_file: Option<&str>, around: Surroundings) {
+    /// Joining needs a token, and a token needs somewhere to join. Members need neither any more.
+    fn token(&mut self, around: Surroundings) {
         if around.has_identity {
             return;
         }
-        if join.is_some() && token_file.is_none() && !around.has_token {
+        let (join, token_file) = (self.effective.is_set("join"), self.effective.is_set("token_file"));
+        if join && !token_file && !around.has_token {
             let cure = "make a token with `hawker token create` where the authority is, and give it by --token-file FILE, \
                         by --token-file - on standard input, or in the environment's HAWKER_TOKEN";
             self.problem("join", "there is no token, and this node is no member yet", cure);
         }
-        if join.is_none() && token_file.is_some() {
-            self.problem("token-file", "there is a token, but nowhere to join with it", HOW_TO_JOIN);
+        if !join && token_file {
+            self.problem("token_file", "there is a token, but nowhere to join with it", HOW_TO_JOIN);
         }
     }
 
     /// Two listeners on one port would fail at start with less to say.
     fn no_address_twice(&mut self, listeners: Vec<(&'static str, SocketAddr)>) {
-        for (i, (flag, address)) in listeners.iter().enumerate() {
+        for (i, (key, address)) in listeners.iter().enumerate() {
             let clash = |other: &SocketAddr| {
                 address.port() != 0
                     && other.port() == address.port()
@@ -624,30 +561,57 @@ impl<'a> Reader<'a> {
             // An IPv4 and an IPv6 wildcard on one port are a common pair of one listener.
             let pair = |other: &SocketAddr| other.is_ipv4() != address.is_ipv4();
             if let Some((first, other)) =
-                listeners[..i].iter().find(|(first, other)| clash(other) && !(first == flag && pair(other)))
+                listeners[..i].iter().find(|(first, other)| clash(other) && !(first == key && pair(other)))
             {
-                let what = format!("{address} is taken already by {} ({other})", self.places.name(first));
-                let known = self.problems.iter().any(|p| p.what == what);
+                let what = format!("{address} is taken already by {} ({other})", self.effective.name(first));
+                let known = self.effective.problems.iter().any(|p| p.what == what);
                 if !known {
-                    self.problem(flag, what, "give each its own port");
+                    self.problem(key, what, "give each its own port");
                 }
             }
         }
     }
 
-    fn log(&mut self, args: &LogArgs) -> LogSettings {
-        LogSettings {
-            level: self.one("log-level", args.log_level.as_deref(), "info".to_owned(), crate::log::level),
-            format: self.one("log-format", args.log_format.as_deref(), Format::Text, |text| match text {
-                "text" => Ok(Format::Text),
-                "json" => Ok(Format::Json),
-                _ => wrong(format!("`{text}` is no format"), "write text or json"),
-            }),
-        }
+    fn log(&mut self) -> LogSettings {
+        let level = self.check("log.level", crate::log::level(&self.config.log_level));
+        LogSettings { level: level.unwrap_or_else(|| "info".to_owned()), format: *self.config.log_format }
     }
 }
 
-/// Where a registry answers that only has its name. Docker Hub's name is not its address.
+/// The marks of the cache, or the key with the fault.
+fn cache_marks(config: &Config) -> Result<CacheSettings, (&'static str, Wrong)> {
+    let (high_percent, low) = (*config.cache_high, config.cache_low.as_deref().copied());
+    // A lower high mark alone lowers the low mark too.
+    let usual = CacheSettings::default().low_percent;
+    let low_percent = low.unwrap_or_else(|| usual.min(high_percent.saturating_sub(10).max(1)));
+    if low_percent < high_percent {
+        let max_bytes = config.cache_max.as_deref().copied();
+        return Ok(CacheSettings { high_percent, low_percent, max_bytes });
+    }
+    let what = format!("the low mark ({low_percent} %) is not below the high mark ({high_percent} %)");
+    let cure = "eviction runs from the high mark down to the low one: make cache-low smaller than cache-high";
+    let key = if low.is_some() { "cache.low" } else { "cache.high" };
+    Err((key, Wrong { what, cure: cure.to_owned() }))
+}
+
+/// Networks and hosts that members may advertise.
+fn allowed_addresses(config: &Config) -> AllowedAddresses {
+    let mut allowed = AllowedAddresses::default();
+    for one in config.allow_advertise.iter() {
+        match &one.0 {
+            NetworkOrHost::Network(network) => allowed.networks.push(*network),
+            NetworkOrHost::Host(host) => allowed.hosts.push(host.clone()),
+        }
+    }
+    allowed
+}
+
+/// The path of a registry's key.
+fn of_registry(host: &str, field: &str) -> String {
+    format!("registries.\"{host}\".{field}")
+}
+
+/// The endpoint of a registry of which only the name is known. Docker Hub's name is not its address.
 fn own_endpoint(host: &str) -> Option<Url> {
     let host = if host == "docker.io" { "registry-1.docker.io" } else { host };
     Url::parse(&format!("https://{host}")).ok()
@@ -660,41 +624,20 @@ fn matches(pattern: &str, host: &str) -> bool {
     }
 }
 
-fn at_least(bytes: u64, least: u64, cure: &str) -> Result<u64, Wrong> {
-    if bytes < least {
-        wrong(format!("{} is too little", quantity::human_size(bytes)), cure)
-    } else {
-        Ok(bytes)
-    }
-}
-
-fn at_most(duration: Duration, most: Duration, cure: &str) -> Result<Duration, Wrong> {
-    if duration > most { wrong("is too long", cure) } else { Ok(duration) }
-}
-
-fn pair<T>(text: &str, shape: &str, parse: impl Fn(&str) -> Result<T, Wrong>) -> Result<(String, T), Wrong> {
-    let Some((host, value)) = text.split_once('=') else {
-        return wrong(format!("has no `=`, so no {shape}"), format!("write {shape}"));
-    };
-    Ok((quantity::registry_host(host)?, parse(value)?))
-}
-
-fn readable(text: &str) -> Result<PathBuf, Wrong> {
-    match std::fs::File::open(text) {
-        Ok(_) => Ok(Path::new(text).to_owned()),
-        Err(error) => wrong(format!("{text}: {error}"), "name a PEM file that this user may read"),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::ffi::OsString;
     use std::io::Write;
+    use std::path::Path;
+    use std::time::Duration;
 
+    use hawker_config::Daemon;
+    use hawker_config::schema::LogFormat as Format;
     use hawker_core::intercept::Way;
     use hawker_proxy::settings::CredentialSource;
 
     use super::*;
+    use crate::flags;
 
     const MEMBER: Surroundings = Surroundings { has_identity: true, has_token: false };
 
@@ -702,8 +645,12 @@ mod tests {
         line.split_whitespace().map(|word| word.replace('~', " ").into()).collect()
     }
 
-    fn typed(line: &str) -> Written<ProxyArgs> {
-        crate::written::read("hawker proxy", &words(line))
+    fn read(daemon: Daemon, argv: &[OsString]) -> Effective {
+        Effective::new(daemon, flags::layers(daemon, argv))
+    }
+
+    fn typed(line: &str) -> Effective {
+        read(Daemon::Proxy, &words(line))
     }
 
     fn errors(line: &str, around: Surroundings) -> Vec<String> {
@@ -718,9 +665,12 @@ mod tests {
         let proxy = proxy(&typed(""), Surroundings::default()).unwrap();
         let s = &proxy.settings;
         assert_eq!(s.mirror, [MIRROR.parse().unwrap()]);
-        assert_eq!((s.admin, s.peer_listen[0]), (ADMIN.parse().unwrap(), PEERS.parse().unwrap()));
+        assert_eq!((s.admin, s.peer_listen[0]), (ADMIN.parse().unwrap(), "[::]:6501".parse().unwrap()));
         assert_eq!(s.data_dir, Path::new(DATA_DIR));
-        assert_eq!((s.linger, s.drain), (LINGER, DRAIN));
+        assert_eq!(
+            (*s.live.load().config.linger, s.drain),
+            (Duration::from_secs(60), Duration::from_secs(30))
+        );
         assert!(!s.seed && s.schedulers.is_empty() && proxy.join.is_none() && proxy.warnings.is_empty());
         assert!(!s.name.is_empty());
         assert_eq!(s.live.load().rates, Rates::default());
@@ -728,11 +678,10 @@ mod tests {
 
     #[test]
     fn networks_say_where_members_stand() {
-        let resolved = |line: &str| {
-            scheduler(&crate::written::read("hawker scheduler", &words(line)), Surroundings::default())
-        };
+        let resolved =
+            |line: &str| scheduler(&read(Daemon::Scheduler, &words(line)), Surroundings::default());
         let two = "--network cidr=10.0.0.0/8~zone=a --network cidr=10.1.0.0/16~zone=b~rack=7";
-        let networks = resolved(two).unwrap().networks;
+        let networks = resolved(two).unwrap().live.networks;
         let of = |ip: &str| networks.of(ip.parse().unwrap()).map(|place| (&*place.zone, &*place.rack));
         assert_eq!(of("10.2.0.1"), Some(("a", "")));
         assert_eq!(of("10.1.0.1"), Some(("b", "7")));
@@ -769,7 +718,7 @@ mod tests {
                     --peer-listen 0.0.0.0:4 --advertise n.example:5 --seed --join s.example:6 --token-file - \
                     --scheduler t.example:7 --seed-address u.example:8 --default-registry docker.io \
                     --allow-registry *.example.com --allow-registry docker.io --allow-network 10.0.0.0/8 \
-                    --registry 10.0.0.1:5000=http://10.0.0.1:5000 --registry-insecure a.example \
+                    --registry 10.0.0.1:5000=http://10.0.0.1:5000 --registry-insecure a.example --registry-must-prove a.example \
                     --upload-rate 100MB --download-rate 12MiB --origin-rate 1MB/s --prefetch-rate 9MB --task-upload-rate 8MB \
                     --application name=shop~priority=1~download=2MB --application tag=night --cache-high 70 --cache-low 60% \
                     --cache-max 10GB --upload-slots 8 --memory 64MiB --linger 5m --drain 10s \
@@ -787,9 +736,12 @@ mod tests {
         assert_eq!((s.seeds, s.advertise), (vec!["u.example:8".to_owned()], vec!["n.example:5".to_owned()]));
         assert_eq!(join, Some(Join { address: "s.example:6".into(), token_file: Some("-".into()) }));
         let cache = CacheSettings { high_percent: 70, low_percent: 60, max_bytes: Some(10_000_000_000) };
-        assert_eq!(s.cache, cache);
-        assert_eq!((s.upload_slots, s.memory_bytes), (8, 64 << 20));
-        assert_eq!((s.linger, s.drain), (Duration::from_secs(300), Duration::from_secs(10)));
+        assert_eq!(s.live.load().cache, cache);
+        assert_eq!((*s.live.load().config.upload_slots, s.memory_bytes), (8, 64 << 20));
+        assert_eq!(
+            (*s.live.load().config.linger, s.drain),
+            (Duration::from_secs(300), Duration::from_secs(10))
+        );
         assert_eq!((s.seed_uses_client_token, s.pull_grace), (false, Duration::from_secs(5)));
         assert_eq!(log, LogSettings { level: "debug".into(), format: Format::Json });
         let live = s.live.load();
@@ -808,11 +760,9 @@ mod tests {
         assert_eq!(live.staleness, Staleness { tags: Some(hour), public_grace: two_days });
         assert_eq!(live.registries.known["10.0.0.1:5000"].endpoints[0].as_str(), "http://10.0.0.1:5000/");
         assert!(live.registries.known["a.example"].insecure);
+        assert!(live.registries.known["a.example"].must_prove && !live.registries.is_believed("a.example"));
         assert_eq!(live.registries.known["a.example"].endpoints[0].as_str(), "https://a.example/");
-        assert_eq!(
-            live.registries.allow_networks,
-            [hawker_core::place::Network::new("10.0.0.0".parse().unwrap(), 8).unwrap()]
-        );
+        assert_eq!(live.registries.allow_networks, [Network::new("10.0.0.0".parse().unwrap(), 8).unwrap()]);
         let modes = ["a.example", "b.example"].map(|host| live.registries.authorization(host));
         assert_eq!(modes, [AuthorizationMode::Token, AuthorizationMode::Node]);
         assert_eq!(live.registries.known["b.example"].realms[0].as_str(), "https://sso.example:8443/");
@@ -830,15 +780,22 @@ mod tests {
     }
 
     #[test]
-    fn without_rules_the_registries_named_are_shared() {
+    fn the_registries_named_are_shared_with_and_without_rules_until_that_is_turned_off() {
         let line =
             "--forward-proxy 127.0.0.1:9 --allow-registry *.example.com --registry reg:5000=http://reg:5000";
-        let proxy = proxy(&typed(line), Surroundings::default()).unwrap();
-        let live = proxy.settings.live.load();
-        for host in ["a.example.com", "reg:5000"] {
-            assert_eq!(live.intercept.way(host, true), Way::Open, "{host}");
+        for (more, way) in [
+            ("", Way::Open),
+            (" --intercept p2p~quay.io~^/v2/", Way::Open),
+            (" --intercept direct~auth.example --intercept-defaults true", Way::Open),
+            (" --intercept p2p~quay.io~^/v2/ --intercept-defaults false", Way::Tunnel),
+        ] {
+            let proxy = proxy(&typed(&format!("{line}{more}")), Surroundings::default()).unwrap();
+            let live = proxy.settings.live.load();
+            for host in ["a.example.com", "reg:5000"] {
+                assert_eq!(live.intercept.way(host, true), way, "{host} {more}");
+            }
+            assert!(proxy.warnings.is_empty(), "{:?}", proxy.warnings);
         }
-        assert!(proxy.warnings.is_empty(), "{:?}", proxy.warnings);
     }
 
     #[test]
@@ -919,6 +876,11 @@ mod tests {
             ("--upload-slots 0", alone, "--upload-slots: `0` is out of range"),
             ("--memory 1MiB", alone, "--memory: 1.0 MiB is too little"),
             ("--linger 60", alone, "--linger: `60` is no duration"),
+            (
+                "--forward-proxy 127.0.0.1:7 --intercept-defaults no",
+                alone,
+                "--intercept-defaults: `no` is neither",
+            ),
             ("--seed-uses-client-token maybe", alone, "--seed-uses-client-token: `maybe` is neither"),
             ("--authorization me", alone, "--authorization: `me` is no way to authorize"),
             ("--authorization node", alone, "--authorization: node mode pulls with this node's credentials"),
@@ -999,21 +961,35 @@ mod tests {
 
     #[test]
     fn up_is_a_seed_and_a_scheduler_below_one_directory() {
+        let resolved = |argv: &[OsString]| {
+            let effective = read(Daemon::Up, argv);
+            up(&effective, &effective)
+        };
         let argv = ["--data-dir", "/d", "--scheduler-listen", "[::]:7"].map(OsString::from);
-        let up = up(&crate::written::read("hawker up", &argv)).unwrap();
+        let up = resolved(&argv).unwrap();
         assert!(up.proxy.settings.seed);
         assert_eq!(up.proxy.settings.data_dir, Path::new("/d/proxy"));
         assert_eq!(up.scheduler.data_dir, Path::new("/d"));
         assert_eq!(up.scheduler.listen, ["[::]:7".parse().unwrap()]);
         let argv = ["--scheduler-listen", "[::]:6501"].map(OsString::from);
-        assert!(super::up(&crate::written::read("hawker up", &argv)).is_err());
+        assert!(resolved(&argv).is_err());
+    }
+
+    #[test]
+    fn pushed_marks_that_do_not_fit_each_other_are_told_at_the_scheduler() {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all(b"[nodes.cache]\nlow = 70\nhigh = 60\n").unwrap();
+        let argv = [format!("--config={}", file.path().display()).into()];
+        let problems = scheduler(&read(Daemon::Scheduler, &argv), MEMBER).unwrap_err().0;
+        assert_eq!(problems.len(), 1, "{problems:?}");
+        assert!(problems[0].key.starts_with("nodes.cache.low (") && problems[0].key.ends_with(":2)"));
     }
 
     #[test]
     fn a_scheduler_has_its_own_ports() {
         let argv = ["--cluster", "lab"].map(OsString::from);
-        let scheduler = scheduler(&crate::written::read("hawker scheduler", &argv), MEMBER).unwrap();
-        assert_eq!((scheduler.listen[0], scheduler.admin), (fixed(SCHEDULER), fixed(SCHEDULER_ADMIN)));
+        let scheduler = scheduler(&read(Daemon::Scheduler, &argv), MEMBER).unwrap();
+        assert_eq!((scheduler.listen[0], scheduler.admin), (fixed("[::]:6502"), fixed(SCHEDULER_ADMIN)));
         assert_eq!(scheduler.cluster, "lab");
     }
 }

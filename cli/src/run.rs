@@ -7,58 +7,77 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use anyhow::Context;
-use hawker_api::identity::Identity;
+use arc_swap::ArcSwap;
+use hawker_api::identity::{Identity, IdentityError};
+use hawker_config::{Daemon, Effective, Problem};
 use hawker_core::message::Role;
 use hawker_proxy::admin::Admin;
 use hawker_proxy::daemon;
+use hawker_proxy::settings::{Push, Settings};
 use hawker_scheduler::SchedulerConfig;
-use hawker_scheduler::authority::{Authority, CERTIFICATE_LIFE};
+use hawker_scheduler::authority::{AUTHORITY_DIR, Authority, AuthorityError, CERTIFICATE_LIFE};
 use sd_notify::NotifyState;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
-use crate::args::{ProxyArgs, SchedulerArgs, UpArgs};
-use crate::problem::{Problem, Problems};
-use crate::reload::{Fresh, Reloader};
+use crate::member::Beginning;
+use crate::reload::{self, Reloader, Resolved, Start};
 use crate::resolve::{self, Surroundings};
 use crate::scheduler_page::SchedulerPage;
 use crate::signals::Signals;
-use crate::written::{self, Written};
 use crate::{join_help, log, member, system};
 
 /// `hawker proxy`.
 pub(crate) async fn proxy(argv: Vec<OsString>) -> anyhow::Result<()> {
-    let written = written::read::<ProxyArgs>("hawker proxy", &argv);
-    let resolved = resolve::proxy(&written, surroundings(&written))?;
-    let log = start(&resolved.log, &resolved.warnings)?;
-    let settings = resolved.settings;
+    let Start { resolved, mut warnings, layers } = reload::start(Daemon::Proxy, argv)?;
+    let Resolved::Proxy(resolved) = resolved else { unreachable!("a proxy's configuration") };
+    warnings.extend(resolved.warnings);
+    let log = start(&resolved.log, &warnings)?;
+    let mut settings = resolved.settings;
     check_host(&settings.data_dir, &resolve::node_listeners(&settings))?;
     let beginning = member::beginning(&settings.data_dir, resolved.join.as_ref())?;
 
     let signals = Signals::new()?;
     let shutdown = CancellationToken::new();
-    let reloader = Reloader {
-        log,
-        live: Some(Arc::clone(&settings.live)),
-        applications: None,
-        values: written.values,
-        read: move || {
-            let written = written::read::<ProxyArgs>("hawker proxy", &argv);
-            let fresh = resolve::proxy(&written, surroundings(&written))?;
-            let live = fresh.settings.live.load_full();
-            let (applications, live) = (Arc::clone(&live.applications), Some(live));
-            Ok(Fresh { live, applications, log_level: fresh.log.level, values: written.values })
-        },
-    };
+    let reloader = layers.reloader(log, Some(Arc::clone(&settings.live)), None);
+    settings.push = Some(Arc::clone(&reloader) as Arc<dyn Push>);
     let body = async {
-        let joining = member::enter(beginning, &settings.data_dir, &settings.name);
-        let identity = tokio::select! {
-            identity = joining => identity?,
-            () = shutdown.cancelled() => return Ok(()),
-        };
+        let (mut identity, mut rejoin) = (None, None);
+        match beginning {
+            Beginning::Alone => {
+                tracing::info!("no identity and no --join: running alone, as a verified cache");
+            }
+            Beginning::Member(member) => identity = Some(member),
+            Beginning::Joining(address, token) => {
+                let joining = member::enter(&address, &token, &settings.data_dir, &settings.name);
+                identity = tokio::select! {
+                    identity = joining => Some(identity?),
+                    () = shutdown.cancelled() => return Ok(()),
+                };
+            }
+            Beginning::Impaired(impaired) => {
+                (identity, rejoin) = (impaired.identity, impaired.rejoin);
+                settings.problem = Some(impaired.problem);
+            }
+        }
         member::check_role(identity.as_ref(), settings.seed, &settings.data_dir)?;
-        if identity.is_none() {
-            tracing::info!("no identity and no --join: running alone, as a verified cache");
+        if let Some((address, token)) = rejoin {
+            let alone = shutdown.child_token();
+            let running =
+                daemon::run(settings.clone(), identity.take(), alone.clone(), Box::new(tell_ready), None);
+            tokio::pin!(running);
+            tokio::select! {
+                ended = &mut running => return Ok(ended?),
+                joined = member::rejoin(&address, &token, settings.seed, &settings.data_dir, &settings.name) => {
+                    identity = Some(joined);
+                }
+            }
+            tracing::info!(
+                "this node is a member again: it serves what is under way, then begins anew as such"
+            );
+            alone.cancel();
+            running.await?;
+            settings.problem = None;
         }
         daemon::run(settings, identity, shutdown.clone(), Box::new(tell_ready), None).await?;
         Ok(())
@@ -68,9 +87,9 @@ pub(crate) async fn proxy(argv: Vec<OsString>) -> anyhow::Result<()> {
 
 /// `hawker scheduler`.
 pub(crate) async fn scheduler(argv: Vec<OsString>) -> anyhow::Result<()> {
-    let written = written::read::<SchedulerArgs>("hawker scheduler", &argv);
-    let resolved = resolve::scheduler(&written, scheduler_surroundings(&written))?;
-    let log = start(&resolved.log, &[])?;
+    let Start { resolved, warnings, layers } = reload::start(Daemon::Scheduler, argv)?;
+    let Resolved::Scheduler(resolved) = resolved else { unreachable!("a scheduler's configuration") };
+    let log = start(&resolved.log, &warnings)?;
     let admin = ("admin", resolved.admin);
     let listeners: Vec<_> = resolved.listen.iter().map(|a| ("listen", *a)).chain([admin]).collect();
     check_host(&resolved.data_dir, &listeners)?;
@@ -78,18 +97,7 @@ pub(crate) async fn scheduler(argv: Vec<OsString>) -> anyhow::Result<()> {
 
     let signals = Signals::new()?;
     let shutdown = CancellationToken::new();
-    let reloader = Reloader {
-        log,
-        live: None,
-        applications: Some(Arc::clone(&config.applications)),
-        values: written.values,
-        read: move || {
-            let written = written::read::<SchedulerArgs>("hawker scheduler", &argv);
-            let fresh = resolve::scheduler(&written, scheduler_surroundings(&written))?;
-            let applications = fresh.applications;
-            Ok(Fresh { live: None, applications, log_level: fresh.log.level, values: written.values })
-        },
-    };
+    let reloader = layers.reloader(log, None, Some(Arc::clone(&config.live)));
     let body = async {
         let page = SchedulerPage::new(&config);
         let admin = Admin { status: page.clone(), metrics: Box::new(move || page.metrics() + "# EOF\n") };
@@ -107,16 +115,27 @@ pub(crate) async fn scheduler(argv: Vec<OsString>) -> anyhow::Result<()> {
 
 /// `hawker up`.
 pub(crate) async fn up(argv: Vec<OsString>) -> anyhow::Result<()> {
-    let written = written::read::<UpArgs>("hawker up", &argv);
-    let resolved = resolve::up(&written)?;
-    let log = start(&resolved.proxy.log, &resolved.proxy.warnings)?;
+    let Start { resolved, mut warnings, layers } = reload::start(Daemon::Up, argv)?;
+    let Resolved::Up(resolved) = resolved else { unreachable!("the configuration of `hawker up`") };
+    let resolved = *resolved;
+    warnings.extend(resolved.proxy.warnings);
+    let log = start(&resolved.proxy.log, &warnings)?;
     let scheduler = resolved.scheduler;
     let mut settings = resolved.proxy.settings;
     let mut listeners = resolve::node_listeners(&settings);
-    listeners.extend(scheduler.listen.iter().map(|address| ("scheduler-listen", *address)));
+    listeners.extend(scheduler.listen.iter().map(|address| ("scheduler_listen", *address)));
     check_host(&resolved.data_dir, &listeners)?;
 
-    let authority = Authority::open_or_create(&scheduler.data_dir, &scheduler.cluster, CERTIFICATE_LIFE)?;
+    let authority = match Authority::open_or_create(&scheduler.data_dir, &scheduler.cluster, CERTIFICATE_LIFE)
+    {
+        Ok(authority) => authority,
+        Err(AuthorityError::Identity(error)) => {
+            let path = scheduler.data_dir.join(AUTHORITY_DIR);
+            let reloader = layers.reloader(log, Some(Arc::clone(&settings.live)), None);
+            return without_authority(settings, &path, &error, reloader).await;
+        }
+        Err(error) => return Err(error.into()),
+    };
     let identity = seed_identity(&authority, &settings.data_dir)?;
     settings.schedulers.push(local(scheduler.listen[0]).to_string());
     let config = scheduler_config(&scheduler).await?;
@@ -128,30 +147,23 @@ pub(crate) async fn up(argv: Vec<OsString>) -> anyhow::Result<()> {
 
     let signals = Signals::new()?;
     let shutdown = CancellationToken::new();
-    let reloader = Reloader {
-        log,
-        live: Some(Arc::clone(&settings.live)),
-        applications: Some(Arc::clone(&config.applications)),
-        values: written.values,
-        read: move || {
-            let written = written::read::<UpArgs>("hawker up", &argv);
-            let fresh = resolve::up(&written)?.proxy;
-            let live = fresh.settings.live.load_full();
-            let (applications, live) = (Arc::clone(&live.applications), Some(live));
-            Ok(Fresh { live, applications, log_level: fresh.log.level, values: written.values })
-        },
-    };
+    let reloader = layers.reloader(log, Some(Arc::clone(&settings.live)), Some(Arc::clone(&config.live)));
+    settings.push = Some(Arc::clone(&reloader) as Arc<dyn Push>);
     let ready = Box::new(move || {
         tell_ready();
         help.print();
     });
     let page = SchedulerPage::new(&config);
-    let more: daemon::MoreMetrics = Arc::new(move || page.metrics());
+    let of_problem = Arc::clone(&page);
+    let beside = daemon::Beside {
+        metrics: Arc::new(move || page.metrics()),
+        problem: Arc::new(move || of_problem.problem()),
+    };
     let both = async {
         let scheduler =
             async { hawker_scheduler::run(config, shutdown.clone()).await.context("the scheduler ended") };
         let proxy = async {
-            daemon::run(settings, Some(identity), shutdown.clone(), ready, Some(more))
+            daemon::run(settings, Some(identity), shutdown.clone(), ready, Some(beside))
                 .await
                 .context("the proxy ended")
         };
@@ -162,16 +174,39 @@ pub(crate) async fn up(argv: Vec<OsString>) -> anyhow::Result<()> {
     attend(signals, &shutdown, reloader, Box::pin(both)).await
 }
 
+/// `hawker up` whose authority is damaged. Runtimes depend on its mirror, so that goes on: as the seed that it was, if its own
+/// identity is sound, and without a scheduler.
+async fn without_authority(
+    mut settings: Settings,
+    authority: &Path,
+    error: &IdentityError,
+    reloader: Arc<Reloader>,
+) -> anyhow::Result<()> {
+    let problem = format!(
+        "the authority in {} is damaged ({error}): this process goes on without scheduler and authority, and no node can join. \
+         Restore the folder from a backup and restart; or delete it together with every node's identity and let all join anew.",
+        authority.display()
+    );
+    tracing::error!("{problem}");
+    settings.problem = Some(problem);
+    let identity = Identity::load(&member::identity_dir(&settings.data_dir)).unwrap_or_default();
+    let identity = identity.filter(|identity| !identity.has_expired(SystemTime::now()));
+    let (signals, shutdown) = (Signals::new()?, CancellationToken::new());
+    let body =
+        async { Ok(daemon::run(settings, identity, shutdown.clone(), Box::new(tell_ready), None).await?) };
+    attend(signals, &shutdown, reloader, Box::pin(body)).await
+}
+
 async fn ending<T>(shutdown: &CancellationToken, part: impl Future<Output = T>) -> T {
     let _end = shutdown.clone().drop_guard();
     part.await
 }
 
 /// Runs `body` to its end while signals and systemd's watchdog are attended to.
-async fn attend<F: FnMut() -> Result<Fresh, Problems>>(
+async fn attend(
     signals: Signals,
     shutdown: &CancellationToken,
-    mut reloader: Reloader<F>,
+    reloader: Arc<Reloader>,
     body: impl Future<Output = anyhow::Result<()>>,
 ) -> anyhow::Result<()> {
     let result = tokio::select! {
@@ -216,14 +251,12 @@ impl std::fmt::Display for Unable {
 
 impl std::error::Error for Unable {}
 
-fn surroundings(written: &Written<ProxyArgs>) -> Surroundings {
-    let data_dir = written.args.node.data_dir.as_deref().unwrap_or(resolve::DATA_DIR);
-    surroundings_of(&member::identity_dir(Path::new(data_dir)))
+pub(crate) fn surroundings(effective: &Effective) -> Surroundings {
+    surroundings_of(&member::identity_dir(&effective.config.data_dir))
 }
 
-fn scheduler_surroundings(written: &Written<SchedulerArgs>) -> Surroundings {
-    let data_dir = written.args.data_dir.as_deref().unwrap_or(resolve::DATA_DIR);
-    surroundings_of(&scheduler_identity_dir(Path::new(data_dir)))
+pub(crate) fn scheduler_surroundings(effective: &Effective) -> Surroundings {
+    surroundings_of(&scheduler_identity_dir(&effective.config.data_dir))
 }
 
 fn surroundings_of(identity_dir: &Path) -> Surroundings {
@@ -258,13 +291,14 @@ async fn scheduler_config(resolved: &resolve::Scheduler) -> anyhow::Result<Sched
         cluster: resolved.cluster.clone(),
         data_dir: resolved.data_dir.clone(),
         listeners: hawker_scheduler::bind(&resolved.listen).await?,
-        advertise: vec![
-            resolved.advertise.clone().unwrap_or_else(|| hawker_api::address::advertised(resolved.listen[0])),
-        ],
+        advertise: match resolved.advertise.is_empty() {
+            true => vec![hawker_api::address::advertised(resolved.listen[0])],
+            false => resolved.advertise.clone(),
+        },
         schedulers: others.cloned().collect(),
         join,
-        applications: Arc::new(Arc::clone(&resolved.applications).into()),
-        networks: resolved.networks.clone(),
+        live: Arc::new(ArcSwap::from_pointee(resolved.live.clone())),
+        allowed_addresses: resolved.allowed_addresses.clone(),
         certificate_life: CERTIFICATE_LIFE,
         numbers: Arc::default(),
     })
@@ -273,7 +307,12 @@ async fn scheduler_config(resolved: &resolve::Scheduler) -> anyhow::Result<Sched
 /// The seed's identity in `hawker up`: the authority is at hand, so no token is needed.
 fn seed_identity(authority: &Authority, data_dir: &Path) -> anyhow::Result<Identity> {
     let dir = member::identity_dir(data_dir);
-    let identity = match Identity::load(&dir)? {
+    // With the authority at hand a damaged identity is replaced.
+    let loaded = Identity::load(&dir).unwrap_or_else(|error| {
+        tracing::warn!(dir = %dir.display(), %error, "the seed's identity is damaged: the authority makes a new one");
+        None
+    });
+    let identity = match loaded.filter(|identity| identity.authority() == authority.certificate()) {
         Some(identity) if SystemTime::now() < identity.renew_at() => return Ok(identity),
         // However long this process was away: nobody else could renew it.
         Some(identity) => {

@@ -57,6 +57,11 @@ impl SchedulerPage {
             let value = number.load(Ordering::Relaxed);
             let _ = writeln!(out, "{name}_total{{reason=\"{reason}\"}} {value}");
         }
+        let refused = n.refusals.lock().unwrap_or_else(PoisonError::into_inner).len();
+        let name = "hawker_scheduler_configuration_refused";
+        let _ =
+            writeln!(out, "# HELP {name} Members that refuse the pushed configuration.\n# TYPE {name} gauge");
+        let _ = writeln!(out, "{name} {refused}");
         let applications = n.applications.lock().unwrap_or_else(PoisonError::into_inner);
         for (name, help, kind, end, value) in [
             ("elections", "Peers elected now", "gauge", "", (|one| one.1 as u64) as fn(&ElectionsOf) -> u64),
@@ -84,6 +89,19 @@ impl SchedulerPage {
             ..ApplicationStatus::default()
         };
         applications.iter().map(one).collect()
+    }
+
+    /// The members that refuse the pushed configuration, the first of them with its reason; empty if none does.
+    pub(crate) fn problem(&self) -> String {
+        let refusals = self.numbers.refusals.lock().unwrap_or_else(PoisonError::into_inner);
+        match refusals.first() {
+            Some((name, reason)) => format!(
+                "{} member(s) refuse the configuration that this scheduler pushes ([nodes], [[application]]), for example {name}: \
+                 {reason}",
+                refusals.len()
+            ),
+            None => String::new(),
+        }
     }
 
     /// Who is isolated, and why; the others are listed by the nodes.
@@ -117,6 +135,7 @@ impl StatusSource for SchedulerPage {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             uptime_s: self.started.elapsed().as_secs(),
             ready: true,
+            problem: self.problem(),
             members: self.isolated(),
             applications: self.applications(),
             ..Status::default()

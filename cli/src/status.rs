@@ -6,8 +6,8 @@ use anyhow::{Context, bail};
 use hawker_proxy::admin::{ApplicationStatus, BytesStatus, Status, TaskStatus};
 
 use crate::args::StatusArgs;
-use crate::quantity::{human_duration, human_size};
 use crate::{client, print};
+use hawker_config::quantity::{human_duration, human_size};
 
 /// Asks the daemon and prints.
 pub(crate) async fn run(args: &StatusArgs) -> anyhow::Result<()> {
@@ -50,12 +50,18 @@ fn head(out: &mut String, status: &Status) {
     let state = if status.ready { "ready" } else { "NOT READY" };
     let up = human_duration(status.uptime_s);
     line(out, &format!("{}  {}  {state}  up {up}  version {}", status.name, status.role, status.version));
+    if !status.problem.is_empty() {
+        line(out, &format!("PROBLEM    {}", status.problem));
+    }
     if !status.cluster.is_empty() {
         line(out, &format!("cluster    {}", status.cluster));
     }
     for scheduler in &status.schedulers {
         let state = if scheduler.connected { "connected" } else { "NOT CONNECTED (pulls go on without it)" };
         line(out, &format!("scheduler  {}  {state}", scheduler.address));
+        if !scheduler.problem.is_empty() {
+            line(out, &format!("           {}", scheduler.problem));
+        }
     }
     if !status.mirror.is_empty() {
         line(out, &format!("mirror     {}", status.mirror.join(", ")));
@@ -212,7 +218,11 @@ mod tests {
             ready: true,
             mirror: vec!["127.0.0.1:6500".into()],
             forward_proxy: vec!["127.0.0.1:6505".into()],
-            schedulers: vec![SchedulerStatus { address: "s1:6502".into(), connected: false }],
+            schedulers: vec![SchedulerStatus {
+                address: "s1:6502".into(),
+                connected: false,
+                problem: "it refused the certificate".into(),
+            }],
             members: vec![
                 member("n1", "peer", false, false),
                 member("seed", "seed", true, false),
@@ -251,6 +261,7 @@ mod tests {
 n1  peer  ready  up 1 h 1 min  version 0.1.0
 cluster    lab
 scheduler  s1:6502  NOT CONNECTED (pulls go on without it)
+           it refused the certificate
 mirror     127.0.0.1:6500
 forward    127.0.0.1:6505
 store      7 blobs, 1 begun, 700 MiB

@@ -8,7 +8,8 @@ use std::time::Duration;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use sd_notify::NotifyState;
 
-use crate::problem::Problem;
+use hawker_config::Problem;
+use hawker_config::schema::flag_of;
 
 /// Fewer open files than these are soon used up by connections.
 pub(crate) const OPEN_FILES_LEAST: u64 = 4096;
@@ -40,12 +41,12 @@ fn warn_of_few_files(limit: Option<u64>) {
     }
 }
 
-/// Addresses that can't be listened on, each with the flag and the cure. `flags` pairs a flag with its address.
-pub(crate) fn check_listeners(flags: &[(&str, SocketAddr)]) -> Vec<Problem> {
-    flags.iter().filter_map(|(flag, address)| check_listener(flag, *address)).collect()
+/// Addresses that can't be listened on, each with the flag and the cure. `keys` pairs a key with its address.
+pub(crate) fn check_listeners(keys: &[(&str, SocketAddr)]) -> Vec<Problem> {
+    keys.iter().filter_map(|(key, address)| check_listener(key, *address)).collect()
 }
 
-fn check_listener(flag: &str, address: SocketAddr) -> Option<Problem> {
+fn check_listener(key: &str, address: SocketAddr) -> Option<Problem> {
     let error = TcpListener::bind(address).err()?;
     let (what, cure) = match error.kind() {
         ErrorKind::AddrInUse => (
@@ -64,7 +65,7 @@ fn check_listener(flag: &str, address: SocketAddr) -> Option<Problem> {
         }
         _ => (format!("{address} can't be listened on: {error}"), "choose another address".to_owned()),
     };
-    Some(Problem::new(format!("--{flag}"), what, cure))
+    Some(Problem::new(format!("--{}", flag_of(key)), what, cure))
 }
 
 /// Why this directory can't hold a daemon's data; makes it when it is missing.

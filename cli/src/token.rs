@@ -8,8 +8,7 @@ use hawker_core::message::Role;
 use hawker_scheduler::authority::create_token;
 
 use crate::args::{TokenArgs, TokenRole};
-use crate::problem::{Problem, Problems};
-use crate::quantity;
+use hawker_config::problem::{Problem, Problems};
 
 /// Longer-lived tokens would be passwords.
 const TTL_MOST: Duration = Duration::from_secs(24 * 3600);
@@ -22,7 +21,9 @@ pub(crate) fn create(args: &TokenArgs) -> anyhow::Result<()> {
         TokenRole::Scheduler => Role::Scheduler,
     };
     let token = create_token(&args.data_dir, role, ttl(&args.ttl)?)?;
-    if let Err(error) = hand_over(&args.data_dir.join("authority"), &token.id) {
+    let authority = args.data_dir.join("authority");
+    let tokens = authority.join("tokens");
+    if let Err(error) = hand_over(&authority, &[&tokens.join(&token.id), &tokens]) {
         anyhow::bail!(
             "the authority can't read the new token: {error}; run this as the user that it runs as"
         );
@@ -30,14 +31,13 @@ pub(crate) fn create(args: &TokenArgs) -> anyhow::Result<()> {
     Ok(crate::print::line(token)?)
 }
 
-/// Root makes tokens for an authority that runs as another user, who has to read and remove them.
-fn hand_over(authority: &Path, id: &str) -> std::io::Result<()> {
+/// Root writes files for an authority that runs as another user, which has to read and remove them.
+pub(crate) fn hand_over(authority: &Path, paths: &[&Path]) -> std::io::Result<()> {
     let owner = std::fs::metadata(authority)?;
-    let tokens = authority.join("tokens");
-    for path in [tokens.join(id), tokens] {
-        let now = std::fs::metadata(&path)?;
+    for path in paths {
+        let now = std::fs::metadata(path)?;
         if now.uid() != owner.uid() {
-            chown(&path, Some(owner.uid()), Some(owner.gid()))?;
+            chown(path, Some(owner.uid()), Some(owner.gid()))?;
         }
     }
     Ok(())
@@ -45,7 +45,8 @@ fn hand_over(authority: &Path, id: &str) -> std::io::Result<()> {
 
 fn ttl(text: &str) -> Result<Duration, Problems> {
     let problem = |problem| Problems(vec![problem]);
-    let ttl = quantity::duration(text).map_err(|wrong| problem(Problem::of("--ttl", wrong)))?;
+    let ttl =
+        hawker_config::quantity::duration(text).map_err(|wrong| problem(Problem::of("--ttl", wrong)))?;
     if ttl.is_zero() || ttl > TTL_MOST {
         let what = format!("`{text}` is no life for a token");
         return Err(problem(Problem::new("--ttl", what, "give more than nothing and at most 24h")));

@@ -1,6 +1,7 @@
 //! Hawker checked from outside: real daemons, real clients, real sockets, several hosts on one machine.
 //!
 //! - [`lab`]: hosts in network namespaces with shaped links, and the daemons that run on them.
+//! - [`attacker`]: a member of a cluster that floods others.
 //! - [`faults`]: daemons broken by a seeded plan while clients pull through them.
 //! - [`origin`]: a registry that notes what it sends and misbehaves on demand.
 //! - [`rogue`]: a member of a cluster that lies.
@@ -10,6 +11,7 @@
 //! The end-to-end tests are in `tests/`, the benches in `src/bench/` (binary `hawker-bench`). All of it needs root and the
 //! Debian packages that `conformance/run.sh` installs.
 
+pub mod attacker;
 pub mod faults;
 pub mod lab;
 pub mod origin;

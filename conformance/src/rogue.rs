@@ -135,10 +135,22 @@ impl Rogue {
             task: self.shared.blob.digest.to_string(),
             kind: v1::report::Kind::WrongBytes.into(),
             bytes: 0,
+            reporter: Vec::new(),
         };
         let reports = v1::Reports { reports: others.iter().map(report).collect() };
         let say = self.shared.say.get().context("it has not announced itself")?;
         Ok(say.try_send(v1::FromPeer { event: Some(Say::Reports(reports)) })?)
+    }
+
+    /// Asks the scheduler who else has its blob: from then on it has been told of those.
+    ///
+    /// # Errors
+    /// When its stream is over.
+    pub fn want(&self) -> Result<()> {
+        let Blob { digest, size_bytes } = self.shared.blob;
+        let want = v1::Want { task: digest.to_string(), size_bytes, ..v1::Want::default() };
+        let say = self.shared.say.get().context("it has not announced itself")?;
+        Ok(say.try_send(v1::FromPeer { event: Some(Say::Want(want)) })?)
     }
 
     /// Pieces that it was asked for.
@@ -156,7 +168,7 @@ fn lies(identity: &Identity, blob: &Blob, layout: PieceLayout, content: &Content
         chain.update(&bytes_of(layout, content, piece)?);
         table.push(chain.value().context("a piece ends at a block's end")?);
     }
-    identity.sign(&mut table, true, SystemTime::now());
+    identity.sign(&mut table, true, Vec::new(), SystemTime::now());
     Ok(table)
 }
 

@@ -24,6 +24,7 @@ pub struct Plan {
     link: Option<Mbit>,
     scheduler_apart: bool,
     args: Vec<String>,
+    disk_mib: Option<u64>,
 }
 
 /// An origin, `hawker up`, and nodes. The daemons end before the lab does.
@@ -59,6 +60,13 @@ impl Plan {
         self
     }
 
+    /// With a small disk of its own for each member, to be filled: see [`Hawker::disk`].
+    #[must_use]
+    pub const fn disks(mut self, size_mib: u64) -> Self {
+        self.disk_mib = Some(size_mib);
+        self
+    }
+
     /// With a flag and its value for all members.
     #[must_use]
     pub fn flag(mut self, name: &str, value: &str) -> Self {
@@ -81,6 +89,8 @@ impl Plan {
             link: self.link,
             plain_registries: vec![origin.address().to_string()],
             args: self.args,
+            disk_mib: self.disk_mib,
+            name_server: None,
         };
         let cluster = lab.explain(Cluster::start(&lab, &plan))?;
         let mut scene = Scene { cluster, origin, origin_host, lab };

@@ -86,7 +86,8 @@ fn clients_that_go_away_leave_the_cache_right_and_cost_no_second_copy() -> Resul
 fn an_open_range_that_is_closed_early_stops_reading_upstream() -> Result<()> {
     Plan::nodes(1).flag("--linger", "1s").play(|scene| {
         let (node, blob) = (scene.node(), scene.blob(48 << 20)?);
-        let slow = Fault::SlowBody { bytes_per_s: 4 << 20 };
+        // Several connections read at this rate each.
+        let slow = Fault::SlowBody { bytes_per_s: 1 << 20 };
         scene.origin.add_fault(Rule::always(slow).on(blob.digest).method("GET"));
         let left = scene.request(node, &blob).header("range", "bytes=1000000-").leave_after(500_000);
         ensure!(left.send(node.host())?.status == 206);

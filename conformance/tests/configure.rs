@@ -7,8 +7,11 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use hawker_conformance::lab::{DockerRegistry, Hawker, HawkerPlan, Host, Image, Lab, Process, run};
 use hawker_conformance::scene::until;
+use hawker_core::digest::{Algorithm, Digest};
 use rustix::process::Signal;
 
 /// The registry's name where it is a part of a path: references allow no port there.
@@ -194,6 +197,90 @@ fn podman_buildah_and_skopeo_go_through_hawker_until_that_is_undone() -> Result<
         let through = asked(&node)?;
         pull("podman", "removed")?;
         ensure!(asked(&node)? == through, "podman asked Hawker all the same");
+        Ok(())
+    })())
+}
+
+/// An OCI layout of a manifest that holds a signature as cosign attaches it. Debian's tools copy such signatures without a look at
+/// the key, so any bytes do.
+fn sign(layout: &Path, repository: &str, digest: &str) -> Result<()> {
+    let payload = serde_json::json!({
+        "critical": {
+            "identity": { "docker-reference": repository },
+            "image": { "docker-manifest-digest": digest },
+            "type": "cosign container image signature",
+        },
+        "optional": {},
+    })
+    .to_string();
+    let signature = STANDARD.encode("signature");
+    let blobs = layout.join("blobs/sha256");
+    fs::create_dir_all(&blobs)?;
+    let write = |text: &str, media_type: &str| -> Result<serde_json::Value> {
+        let digest = Digest::of(Algorithm::Sha256, text.as_bytes());
+        fs::write(blobs.join(digest.hex()), text)?;
+        Ok(serde_json::json!({ "mediaType": media_type, "digest": digest.to_string(), "size": text.len() }))
+    };
+    let mut layer = write(&payload, "application/vnd.dev.cosign.simplesigning.v1+json")?;
+    let config = serde_json::json!({
+        "architecture": "", "os": "", "config": {}, "rootfs": { "type": "layers", "diff_ids": [layer["digest"]] },
+    });
+    layer["annotations"] = serde_json::json!({ "dev.cosignproject.cosign/signature": signature });
+    let config = write(&config.to_string(), "application/vnd.oci.image.config.v1+json")?;
+    let kind = "application/vnd.oci.image.manifest.v1+json";
+    let manifest =
+        serde_json::json!({ "schemaVersion": 2, "mediaType": kind, "config": config, "layers": [layer] });
+    let mut root = write(&manifest.to_string(), kind)?;
+    root["annotations"] = serde_json::json!({ "org.opencontainers.image.ref.name": "latest" });
+    let index = serde_json::json!({ "schemaVersion": 2, "manifests": [root] });
+    fs::write(layout.join("index.json"), index.to_string())?;
+    Ok(fs::write(layout.join("oci-layout"), r#"{"imageLayoutVersion":"1.0.0"}"#)?)
+}
+
+#[test]
+fn attached_signatures_are_found_at_the_mirror() -> Result<()> {
+    let lab = Lab::new()?;
+    lab.explain((|| {
+        let (registry, node, system) = start(&lab, |plan, _| plan)?;
+        let authority = registry.authority();
+        let reference = registry.push(&Image::noise(85, &[100_000]), "team/app", "v1")?;
+        let mut inspect = system.host.command("skopeo");
+        inspect.args(["inspect", "--tls-verify=false", "--format", "{{.Digest}}"]);
+        let digest = run(inspect.arg(format!("docker://{reference}")))?.trim().to_owned();
+        let layout = node.host().dir().join("signature");
+        sign(&layout, &format!("{authority}/team/app"), &digest)?;
+        let layout = format!("oci:{}:latest", layout.display());
+        registry.push_layout(&layout, "team/app", &format!("{}.sig", digest.replace(':', "-")))?;
+        let policy = "{\"default\": [{\"type\": \"insecureAcceptAnything\"}]}\n";
+        system.write("etc/containers/policy.json", policy)?;
+        let attached = format!("docker:\n  {authority}:\n    use-sigstore-attachments: true\n");
+        system.write("etc/containers/registries.d/origin.yaml", &attached)?;
+        let before = system.files()?;
+        // Whether the signature came with the image.
+        let pull = |round: &str| -> Result<bool> {
+            let mut command = system.command("containers", "skopeo");
+            command.args(["copy", "--quiet", "--src-tls-verify=false", &format!("docker://{reference}")]);
+            let copy = node.host().dir().join(format!("copy-{round}"));
+            run(command.arg(format!("dir:{}", copy.display())))?;
+            Ok(copy.join("signature-1").exists())
+        };
+        ensure!(pull("direct")?, "skopeo takes no attached signatures");
+        let line = format!("podman --registry {authority}={ALIAS}");
+        let said = system.configure(&node, &format!("{line} --dry-run"))?;
+        ensure!(said.contains(&format!("+  \"{}/{ALIAS}\":", node.mirror())), "{said}");
+        ensure!(system.files()? == before, "a dry run wrote something");
+        system.configure(&node, &line)?;
+        ensure!(pull("configured")?, "the signature was not found at the mirror");
+        ensure!(asked(&node)? > 0.0, "skopeo went past Hawker");
+        // The file is what does it.
+        let ours = system.root.join("etc/containers/registries.d/50-hawker.yaml");
+        let text = fs::read(&ours)?;
+        fs::remove_file(&ours)?;
+        ensure!(!pull("without")?, "the signature was found without the file");
+        fs::write(&ours, text)?;
+        system.configure(&node, "podman --remove")?;
+        ensure!(system.files()? == before, "it is not what it was: {:?}", system.files()?.keys());
+        ensure!(pull("removed")?, "the signature is gone");
         Ok(())
     })())
 }

@@ -5,7 +5,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use hawker_conformance::lab::{
-    Answer, Containerd, DockerRegistry, End, HawkerPlan, Host, Image, Lab, Mbit, Process, Request, run,
+    Answer, Containerd, DockerRegistry, End, Hawker, HawkerPlan, Host, Image, Lab, Mbit, Process, Request,
+    run,
 };
 use hawker_conformance::origin::{Blob, Content};
 use hawker_conformance::scene::{
@@ -92,7 +93,7 @@ fn after_the_drain_a_body_ends_short_with_fin_never_reset() -> Result<()> {
     })
 }
 
-fn until_reading(node: &hawker_conformance::lab::Hawker) -> Result<()> {
+fn until_reading(node: &Hawker) -> Result<()> {
     until(Duration::from_secs(10), "the pull to begin", || Ok(node.status()?.bytes.served > 0))
 }
 
@@ -194,7 +195,7 @@ fn a_disk_that_can_only_be_read_does_not_fail_a_pull() -> Result<()> {
             origin.add_blob(REPOSITORY, Content::generated(1, 300_000))?,
             origin.add_blob(REPOSITORY, Content::generated(2, SIZE_BYTES))?,
         );
-        let pull = |node: &hawker_conformance::lab::Hawker, blob| -> Result<Answer> {
+        let pull = |node: &Hawker, blob| -> Result<Answer> {
             right(node.request(origin.address(), &blob_path(blob)).discard().send(&host)?, blob)
         };
         // From the start, and where there is a store already.
@@ -393,6 +394,62 @@ fn doctor_tells_a_runtime_that_uses_the_mirror_from_one_that_goes_past_it() -> R
         containerd.mirrors("_default", &[format!("http://{}", node.mirror())], None)?;
         let (code, said) = doctor()?;
         ensure!(code == Some(0) && said.contains("pulls through Hawker"), "exit {code:?}: {said}");
+        Ok(())
+    })())
+}
+
+#[test]
+fn doctor_passes_only_where_the_mirror_gave_blobs_and_shows_its_words_otherwise() -> Result<()> {
+    let lab = Lab::new()?;
+    lab.explain((|| {
+        let registry = DockerRegistry::start(&lab.host("origin")?)?;
+        let authority = registry.authority();
+        let reference = registry.push(&Image::noise(78, &[100_000]), "team/app", "v1")?;
+        let host = lab.host("node")?;
+        let containerd = Containerd::start(&host, "containerd")?;
+        let through = |node: &Hawker| {
+            // The second host lets the pull succeed where the mirror refuses.
+            let hosts = [format!("http://{}", node.mirror()), format!("http://{authority}")];
+            containerd.mirrors("_default", &hosts, None)
+        };
+        let doctor = |node: &Hawker, image: &str| -> Result<(Option<i32>, String)> {
+            let mut command = node.cli()?;
+            command.args(["doctor", "--image", image]).args(containerd.doctor_flags()?);
+            let output = command.output()?;
+            let said = [output.stdout, output.stderr].concat();
+            Ok((output.status.code(), String::from_utf8_lossy(&said).into_owned()))
+        };
+        let dead = format!("{authority}=http://127.0.0.1:1");
+        for (plan, words) in [
+            (HawkerPlan::proxy(&host), ["403 to HEAD manifest v1", "[registries."]),
+            (
+                HawkerPlan::proxy(&host).flag("--registry", dead),
+                ["502 to HEAD manifest v1", "reachable from this host"],
+            ),
+        ] {
+            let node = plan.start()?;
+            through(&node)?;
+            let (code, said) = doctor(&node, &reference)?;
+            ensure!(
+                code == Some(1) && said.contains("past Hawker") && !said.contains("All is well"),
+                "{said}"
+            );
+            ensure!(words.iter().all(|word| said.contains(word)), "exit {code:?}, without {words:?}: {said}");
+        }
+        let node = HawkerPlan::proxy(&host).plain_registry(&authority).start()?;
+        through(&node)?;
+        let (code, said) = doctor(&node, &format!("{authority}/team/none:v1"))?;
+        ensure!(code == Some(1) && said.contains("404 to HEAD manifest v1"), "exit {code:?}: {said}");
+        let (code, said) = doctor(&node, &reference)?;
+        ensure!(
+            code == Some(0) && said.contains("the mirror gave manifest and 2 blobs"),
+            "exit {code:?}: {said}"
+        );
+        // The runtime needs nothing but the manifest.
+        containerd.fetch(&reference)?;
+        let (code, said) = doctor(&node, &reference)?;
+        ensure!(code == Some(0) && said.contains("held the layers already"), "exit {code:?}: {said}");
+        ensure!(said.contains("All is well."), "{said}");
         Ok(())
     })())
 }

@@ -78,9 +78,17 @@ fn hosts_of_different_labs_do_not_see_each_other_and_nothing_is_left_behind() ->
     drop(listener);
 
     let (dir, namespace) = (other.dir().to_owned(), c.namespace().to_owned());
-    let mut sleep = c.command("sleep").arg("1000").spawn()?;
+    // One that runs inside for long, and some that may not have entered the namespace yet.
+    let sleep = || c.command("sleep").arg("20").spawn();
+    let mut sleeps = vec![sleep()?];
+    std::thread::sleep(Duration::from_millis(100));
+    for _ in 0..8 {
+        sleeps.push(sleep()?);
+    }
     drop(other);
-    ensure!(!sleep.wait()?.success(), "it was killed");
+    for mut sleep in sleeps {
+        ensure!(!sleep.wait()?.success(), "a process outlived its lab");
+    }
     ensure!(!dir.exists() && !std::path::Path::new("/run/netns").join(namespace).exists());
     Ok(())
 }

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use hawker_conformance::lab::{Answer, End, Hawker};
 use hawker_conformance::origin::{Blob, Fault, Rule};
 use hawker_conformance::scene::{
@@ -193,20 +193,53 @@ fn a_truncation_at_an_origin_that_ignores_ranges_is_overcome() -> Result<()> {
 }
 
 #[test]
-fn a_range_at_an_origin_that_ignores_ranges_is_the_right_range() -> Result<()> {
-    with_fault(
-        |blob| Rule::always(Fault::IgnoreRange).on(blob.digest),
-        |scene, blob| {
-            let request = scene.request(scene.node(), blob).header("range", "bytes=100-199");
-            let answer = request.send(scene.node().host())?;
-            let content_range = format!("bytes 100-199/{SIZE_BYTES}");
-            ensure!(answer.status == 206, "{}: {}", answer.status, answer.text());
-            ensure!(answer.header("content-range") == Some(content_range.as_str()), "{:?}", answer.headers);
-            let whole = scene.node().request(scene.registry(), &blob_path(blob)).send(scene.node().host())?;
-            ensure!(answer.body == whole.body[100..200]);
-            Ok(())
-        },
-    )
+fn a_transfer_that_breaks_off_is_completed_whatever_the_origin_makes_of_ranges() -> Result<()> {
+    for fault in [
+        Fault::ClosedRangeOnly,
+        Fault::RefuseRange,
+        Fault::EarlierRange { bytes: 1000 },
+        Fault::ShortRange { bytes: 1000 },
+    ] {
+        with_fault(
+            |blob| Rule::always(fault.clone()).on(blob.digest),
+            |scene, blob| {
+                let broken = Fault::TruncateAfter { bytes: SIZE_BYTES / 2 };
+                scene.origin.add_fault(Rule::always(broken).on(blob.digest).method("GET").times(1));
+                scene.pull(scene.node(), blob).with_context(|| format!("{fault:?}"))?;
+                until_committed(scene.node(), blob)
+            },
+        )?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_range_is_the_right_range_whatever_the_origin_makes_of_ranges() -> Result<()> {
+    for fault in [
+        Fault::IgnoreRange,
+        Fault::RefuseRange,
+        Fault::EarlierRange { bytes: 70 },
+        Fault::ShortRange { bytes: 30 },
+    ] {
+        with_fault(
+            |blob| Rule::always(fault.clone()).on(blob.digest),
+            |scene, blob| {
+                let request = || scene.node().request(scene.registry(), &blob_path(blob));
+                let answer = request().header("range", "bytes=100-199").send(scene.node().host())?;
+                let content_range = format!("bytes 100-199/{SIZE_BYTES}");
+                ensure!(answer.status == 206, "{fault:?}: {}: {}", answer.status, answer.text());
+                ensure!(
+                    answer.header("content-range") == Some(content_range.as_str()),
+                    "{:?}",
+                    answer.headers
+                );
+                let whole = request().send(scene.node().host())?;
+                ensure!(answer.body == whole.body[100..200], "{fault:?}");
+                Ok(())
+            },
+        )?;
+    }
+    Ok(())
 }
 
 #[test]

@@ -15,7 +15,7 @@ use rand::{Rng, RngExt};
 use crate::Time;
 use crate::parents::Parents;
 use crate::peers::PeerMap;
-use crate::piece::{PeerId, PieceIndex, PieceLayout, PieceSet};
+use crate::piece::{PeerId, PieceCounts, PieceIndex, PieceLayout, PieceSet};
 use crate::share::Share;
 
 /// Requests under way for one task that fill a link without planning too far ahead: a choice made early is a choice made on
@@ -33,6 +33,10 @@ const IN_ORDER_WINDOW: u32 = 2;
 /// A sequential reader that has not moved for this long comes before rarity. It keeps clients far from their own deadlines
 /// (the shortest known is 20 s without a byte) while leaving most choices to rarity.
 const READER_PATIENCE: Duration = Duration::from_secs(1);
+
+/// A reader that has not moved on from a piece in memory for this long holds no memory any more: it reads the origin by itself when
+/// it comes back.
+const READER_STANDS_STILL_AFTER: Duration = Duration::from_secs(5);
 
 /// How long a request is left alone before the endgame doubles it, at least; and as a multiple of what the piece should take.
 const HEDGE_AFTER_MIN: Duration = Duration::from_millis(300);
@@ -72,6 +76,12 @@ struct Reader {
 }
 
 impl Reader {
+    /// It has left a piece lying that is there for it.
+    fn stands_still(&self, now: Time, since: &impl Fn(PieceIndex) -> Option<Time>) -> bool {
+        let there_since = since(self.pieces.start);
+        there_since.is_some_and(|at| now.since(at.max(self.moved)) >= READER_STANDS_STILL_AFTER)
+    }
+
     fn wants(&self, piece: PieceIndex) -> bool {
         self.pieces.contains(&piece) || self.ahead.as_ref().is_some_and(|ahead| ahead.contains(piece))
     }
@@ -113,7 +123,7 @@ pub struct Fetch {
     far: BTreeSet<PeerId>,
     share: Share,
     /// How many parents offer each piece, which pieces any does, and which only one.
-    offers: Vec<u16>,
+    offers: PieceCounts,
     available: PieceSet,
     lone: PieceSet,
     asked: BTreeMap<PieceIndex, Vec<Asked>>,
@@ -137,7 +147,7 @@ impl Fetch {
             issuers: BTreeSet::new(),
             far: BTreeSet::new(),
             share: Share::ALL,
-            offers: vec![0; count as usize],
+            offers: PieceCounts::new(count),
             available: PieceSet::empty(count),
             lone: PieceSet::empty(count),
             asked: BTreeMap::new(),
@@ -252,6 +262,45 @@ impl Fetch {
         rest
     }
 
+    /// A piece that was held is not any more.
+    pub fn lost(&mut self, piece: PieceIndex) {
+        self.held.remove(piece);
+    }
+
+    /// Whether a reader that moves still reads `piece`. A reader stands still when it leaves a piece lying that is there for it:
+    /// `since` says since when a piece has been.
+    pub fn is_read(&self, now: Time, piece: PieceIndex, since: impl Fn(PieceIndex) -> Option<Time>) -> bool {
+        self.readers.values().any(|reader| reader.wants(piece) && !reader.stands_still(now, &since))
+    }
+
+    /// The first piece that a reader which moves still reads.
+    pub fn read_first(&self, now: Time, since: impl Fn(PieceIndex) -> Option<Time>) -> Option<PieceIndex> {
+        let moving = self.readers.values().filter(|reader| !reader.stands_still(now, &since));
+        moving.map(|reader| reader.pieces.start).min()
+    }
+
+    /// Whether a reader lacks one of the next pieces. A reader that stands still has had them.
+    pub fn has_readers_in_want(&self) -> bool {
+        let lacks = |piece| piece < self.layout.count() && !self.held.contains(piece);
+        self.readers
+            .values()
+            .any(|reader| (reader.pieces.start..reader.pieces.start + IN_ORDER_WINDOW).any(lacks))
+    }
+
+    /// The first piece that is missing and that no parent which will do offers; `None` when parents can bring all that is missing.
+    pub fn first_offered_by_nobody(
+        &self,
+        verifiable: u32,
+        will_do: impl Fn(PeerId) -> bool,
+    ) -> Option<PieceIndex> {
+        let mut offered = PieceSet::empty(self.layout.count());
+        self.parents
+            .iter()
+            .filter(|(peer, _)| will_do(**peer))
+            .for_each(|(_, parent)| offered.unite(&parent.offered));
+        self.held.missing().find(|piece| *piece >= verifiable || !offered.contains(*piece))
+    }
+
     /// `peer` offers these pieces, in addition to what it offered before.
     pub fn offered(&mut self, peer: PeerId, pieces: impl IntoIterator<Item = PieceIndex>) {
         let count = self.layout.count();
@@ -261,10 +310,9 @@ impl Fetch {
             .or_insert_with(|| Parent { offered: PieceSet::empty(count), rests_until: Time::default() });
         for piece in pieces {
             if parent.offered.insert(piece) {
-                let offers = &mut self.offers[piece as usize];
-                *offers = offers.saturating_add(1);
+                let offers = self.offers.add(piece);
                 self.available.insert(piece);
-                note_lone(&mut self.lone, piece, *offers);
+                note_lone(&mut self.lone, piece, offers);
             }
         }
     }
@@ -282,12 +330,11 @@ impl Fetch {
     }
 
     fn one_fewer(&mut self, piece: PieceIndex) {
-        let offers = &mut self.offers[piece as usize];
-        *offers = offers.saturating_sub(1);
-        if *offers == 0 {
+        let offers = self.offers.subtract(piece);
+        if offers == 0 {
             self.available.remove(piece);
         }
-        note_lone(&mut self.lone, piece, *offers);
+        note_lone(&mut self.lone, piece, offers);
     }
 
     /// Leaves a parent alone for a while.
@@ -319,7 +366,7 @@ impl Fetch {
 
     /// How many parents offer `piece`.
     pub fn rarity(&self, piece: PieceIndex) -> u16 {
-        self.offers.get(piece as usize).copied().unwrap_or(0)
+        self.offers.get(piece)
     }
 
     /// Whether a parent, of those that will do, offers something that is wanted.
@@ -534,7 +581,7 @@ impl Fetch {
         offered
             .iter_from(from)
             .take(if alone { 1 } else { CANDIDATES })
-            .min_by_key(|piece| self.offers[*piece as usize])
+            .min_by_key(|piece| self.offers.get(*piece))
     }
 
     /// Pieces that the parent who was asked takes too long over, the slowest first. Each is doubled once at most.

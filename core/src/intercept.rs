@@ -53,11 +53,13 @@ impl Rules {
         Self(rules)
     }
 
-    /// The rules where none are written: the pull API of these hosts.
-    pub fn for_registries(hosts: impl IntoIterator<Item = String>) -> Self {
+    /// The same rules, and after them those that share the pull API of these registries.
+    #[must_use]
+    pub fn with_registries(mut self, hosts: impl IntoIterator<Item = String>) -> Self {
         let path = path_pattern("^/v2/").ok();
         let rule = |host| Rule { host, path: path.clone(), action: Action::P2p };
-        Self(hosts.into_iter().map(rule).collect())
+        self.0.extend(hosts.into_iter().map(rule));
+        self
     }
 
     /// What becomes of a connection to `host`, given as [`crate::reference::canonical_host`] writes it. `allowed`: it may be
@@ -149,12 +151,21 @@ mod tests {
     }
 
     #[test]
-    fn registries_have_their_pull_api_shared_where_no_rule_is_written() {
-        let rules = Rules::for_registries(["quay.io".to_owned(), "*.example.com".to_owned()]);
+    fn registries_have_their_pull_api_shared() {
+        let hosts = ["quay.io".to_owned(), "*.example.com".to_owned()];
+        let rules = Rules::default().with_registries(hosts.clone());
         assert_eq!((rules.way("quay.io", true), rules.way("a.example.com", true)), (Way::Open, Way::Open));
         assert_eq!(rules.action("quay.io", "/v2/a/manifests/v1"), Action::P2p);
         assert_eq!(rules.action("quay.io", "/token"), Action::Direct);
         assert_eq!(rules.way("example.com", false), Way::Refuse);
+        // Written rules come first, and leave the sharing of all others as it is.
+        let written =
+            vec![rule(Action::Direct, "git.example.com", ""), rule(Action::Direct, "quay.io", "/private/")];
+        let rules = Rules::new(written).with_registries(hosts);
+        assert_eq!((rules.way("quay.io", true), rules.way("a.example.com", true)), (Way::Open, Way::Open));
+        assert_eq!(rules.way("git.example.com", true), Way::Tunnel);
+        assert_eq!(rules.action("quay.io", "/v2/private/a/manifests/v1"), Action::Direct);
+        assert_eq!(rules.action("quay.io", "/v2/a/manifests/v1"), Action::P2p);
     }
 
     #[test]

@@ -6,31 +6,42 @@
 //!   that is only passing
 //! - [`node`], [`fetch`], [`parents`], [`peers`], [`message`]: one peer's downloads and uploads; [`share`]: what of it may come from
 //!   other zones
+//! - [`origin_reads`]: which spans of a blob are read at its origin, and over how many connections; [`byte_set`]: sets of bytes
 //! - [`swarm`]: the scheduler's view of all peers; [`place`]: where these stand
-//! - [`limit`], [`cache`]: how fast, and what stays on disk
+//! - [`limit`], [`cache`]: how fast, and what stays on disk; [`admission`]: who gets a place at the peer port; [`connections`]: which
+//!   client connections have a place
 //!
 //! Time comes in as [`Time`], randomness as `rng: &mut R`. The proxy, the scheduler and the simulator run this same code.
 
 pub mod accept;
+pub mod admission;
 pub mod application;
+pub mod byte_set;
 pub mod cache;
 pub mod challenge;
+pub mod connections;
 pub mod digest;
 pub mod fetch;
 pub mod intercept;
 pub mod limit;
 pub mod manifest;
+pub mod media_type;
+pub mod memory;
 pub mod message;
 pub mod node;
 pub mod offer;
+pub mod origin_reads;
 pub mod parents;
 pub mod peers;
 pub mod piece;
 pub mod place;
+pub mod proof;
 pub mod range;
+pub mod reader;
 pub mod reference;
 pub mod rendezvous;
 pub mod right;
+pub mod schema_1;
 pub mod share;
 pub mod swarm;
 

@@ -92,7 +92,7 @@ impl Descriptor {
 }
 
 /// Whether another reader could take a key that is not one of `known` for one of them: some fold case, and not of ASCII alone.
-fn is_ambiguous(key: &str, known: &[&str]) -> bool {
+pub(crate) fn is_ambiguous(key: &str, known: &[&str]) -> bool {
     !key.is_ascii() || known.iter().any(|known| known.eq_ignore_ascii_case(key))
 }
 

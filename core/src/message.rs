@@ -43,6 +43,17 @@ pub enum Offer {
     Some(Vec<PieceIndex>),
 }
 
+impl Offer {
+    /// Memory that it takes beside its own size.
+    pub fn bytes(&self) -> usize {
+        match self {
+            Self::All => 0,
+            Self::Bits(bits) => bits.len(),
+            Self::Some(pieces) => size_of_val(pieces.as_slice()),
+        }
+    }
+}
+
 /// Why a peer can't help with a task, or with a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Refusal {
@@ -78,6 +89,12 @@ pub enum Message {
         /// The two stand in different zones, and the asker takes this share of the pieces; `None`: in the same zone, and all of
         /// them. Said again when that changes.
         far: Option<Share>,
+        /// Nobody waits for the task at the asker: it only wants to hear what the other side holds. The other side does not get the
+        /// task for its sake. Said again when that changes.
+        passive: bool,
+        /// Clients at the asker read ranges only. The asker passes on little, and needs to know all that the other side holds.
+        /// Said again when that changes.
+        partial: bool,
     },
     /// "I offer you these pieces."
     Have {

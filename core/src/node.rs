@@ -1,46 +1,56 @@
 //! All tasks of one peer: what to ask of whom, whom to serve next, what to offer, when to go to the origin.
 //!
-//! The shell tells what happens (`peer_up`, `message`, `piece`, …); [`Node::decide`] then works out what follows, and
-//! [`Node::poll`] hands it out. Bytes never come here: the shell moves and hashes them, this module says what they count for.
+//! A node has no I/O and no clock. The shell feeds in events with [`Node::handle`], carries out what [`Node::poll`] gives, and
+//! sends [`Input::Decide`] after events and at [`Node::deadline`]. Bytes never come here: the shell moves and hashes them, this
+//! module says what they count for.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
-use rand::Rng;
+use rand::rngs::StdRng;
 
 use crate::Time;
 use crate::application::{Applications, Labels, Priority, Purpose};
-use crate::digest::{Chain, Digest};
-use crate::fetch::{Asked, Fetch};
+use crate::digest::Digest;
+use crate::fetch::Fetch;
 use crate::limit::{Rates, TokenBucket};
-use crate::message::{Message, Offer, Refusal, Role};
+use crate::message::{Message, Refusal, Role};
 use crate::offer::Offers;
 use crate::parents::{Fault, Parents};
 use crate::peers::PeerMap;
-use crate::piece::{PeerId, PieceIndex, PieceLayout, PieceSet, PieceTable, SignedPrefix};
+use crate::piece::{PeerId, PieceIndex, PieceLayout, PieceSet, PieceTable};
 use crate::reference::Source;
 use crate::rendezvous;
 use crate::right::{Bearer, Right};
 use crate::share::Share;
 
 mod decide;
+mod fair;
+mod input;
+mod memory;
 mod messages;
 mod pace;
+mod phase;
 mod pieces;
 mod table;
 mod task;
 mod uploads;
 
 #[cfg(test)]
+mod fair_tests;
+#[cfg(test)]
 mod tests;
 
-use pace::{Kind, Pace, Quotas};
-use table::Unproven;
+use fair::{Admission, Failures, Waits};
+pub use input::Input;
+use pace::{Pace, Quotas};
+use phase::Change;
+pub use phase::Phase;
 pub use table::{Notary, Trust};
-use task::{Reading, Task};
-use uploads::{Uploads, Waiting};
+use task::{Advice, Reading, Task};
+use uploads::Uploads;
 
 /// News for peers is gathered for this long: each time a piece is passed on waits for it, and at a high rate several pieces go into one
 /// message. With 50 ms a thousand nodes took 5 % longer, for a tenth fewer messages.
@@ -76,6 +86,9 @@ const PATIENCE: Duration = Duration::from_secs(10);
 
 /// After the origin failed it is tried again after this long, as long as somebody waits.
 const ORIGIN_RETRY: Duration = Duration::from_secs(2);
+
+/// Readers of ranges wait this long for peers that bring nothing yet.
+const RANGE_PATIENCE: Duration = Duration::from_millis(250);
 
 /// The scheduler is asked for other parents when a download has not moved for this long.
 const ASK_AGAIN: Duration = Duration::from_secs(3);
@@ -118,6 +131,10 @@ pub struct Child {
     pub purpose: Purpose,
     /// It stands in another zone, and takes this share.
     pub far: Option<Share>,
+    /// It only wants to hear what is held here.
+    pub passive: bool,
+    /// Its clients read ranges only.
+    pub partial: bool,
 }
 
 /// A peer that may be asked.
@@ -208,23 +225,66 @@ pub enum Output {
         source: Source,
         /// With what it may be read there.
         token: Option<Bearer>,
+        /// Its size as the asker tells it, who need not be right.
+        size_bytes: Option<u64>,
         /// Who asks.
         child: Child,
     },
     /// A peer got wrong bytes of this task from us: hash what is on disk again.
     Recheck(Digest),
+    /// A task without disk keeps this piece in memory no longer.
+    Drop(Digest, PieceIndex),
+    /// A task without disk may read the origin up to this piece.
+    ReadUntil(Digest, PieceIndex),
+    /// The rates of tasks or applications have changed: the waits before the next bytes of the origin are to be looked up again.
+    RatesChanged,
     /// The size has become known.
     Sized(Digest, u64),
     /// Clients may see this piece.
     Show(Digest, PieceIndex),
+    /// Whether readers of ranges need not wait for peers: nobody but the origin is about to bring their pieces.
+    Alone(Digest, bool),
     /// The table has grown or was signed anew: keep it.
     TableGrew(Digest),
+    /// No member waits for this task any more, and nothing of it should be kept in play unless clients here read it.
+    LetGo(Digest),
     /// Every piece is held and verified: commit.
     Complete(Digest),
     /// The table was poisoned: throw away every piece of this task.
     Poisoned(Digest),
     /// Nobody can give this task, and the origin said this.
     Failed(Digest, Failure),
+}
+
+impl Output {
+    /// The task whose state at this node it is about. Other outputs are about peers, and about requests under way.
+    const fn task_here(&self) -> Option<&Digest> {
+        match self {
+            Output::ReadOrigin { task, .. }
+            | Output::Want { task, .. }
+            | Output::Drop(task, _)
+            | Output::ReadUntil(task, _)
+            | Output::Sized(task, _)
+            | Output::Show(task, _)
+            | Output::Alone(task, _)
+            | Output::TableGrew(task)
+            | Output::LetGo(task)
+            | Output::Complete(task)
+            | Output::Poisoned(task)
+            | Output::Failed(task, _) => Some(task),
+            Output::Dial(_)
+            | Output::Send(..)
+            | Output::Download { .. }
+            | Output::Cancel { .. }
+            | Output::StopOrigin(_)
+            | Output::Upload { .. }
+            | Output::Report(..)
+            | Output::Contradiction(_)
+            | Output::Load { .. }
+            | Output::Recheck(_)
+            | Output::RatesChanged => None,
+        }
+    }
 }
 
 /// Why the origin gave nothing.
@@ -262,8 +322,8 @@ pub struct Opening {
     pub right: Right,
     /// What is known of it: size and table come with each other.
     pub known: Option<(PieceTable, PieceSet)>,
-    /// Whether the table counts for clients although nobody signed it: this node read it from the origin itself.
-    pub own_table: bool,
+    /// All of it is held, and the blob is committed.
+    pub is_committed: bool,
     /// Whether pieces may be offered (not when the disk refuses them).
     pub announce: bool,
 }
@@ -272,6 +332,7 @@ pub struct Opening {
 pub struct Node<N> {
     config: Config,
     notary: N,
+    rng: StdRng,
     tasks: BTreeMap<Digest, Task>,
     connected: PeerMap<Role>,
     dialling: BTreeMap<PeerId, Time>,
@@ -293,16 +354,21 @@ pub struct Node<N> {
     quotas: Quotas,
     asked: BTreeMap<(PeerId, u32), (Digest, PieceIndex, Time)>,
     next_request: u32,
+    /// The tasks that each member asked for here and has not left.
+    waits: Waits,
+    /// Downloads for each member that came to nothing.
+    failures: Failures,
     outputs: VecDeque<Output>,
 }
 
 impl<N: Notary> Node<N> {
-    /// A node that knows nobody yet.
-    pub fn new(config: Config, notary: N) -> Self {
+    /// A node that knows nobody yet. `rng`: its own, so that the same events lead to the same outputs.
+    pub fn new(config: Config, notary: N, rng: StdRng) -> Self {
         let uploads = Uploads::new(config.upload_slots);
         Self {
             config,
             notary,
+            rng,
             tasks: BTreeMap::new(),
             connected: PeerMap::default(),
             dialling: BTreeMap::new(),
@@ -319,6 +385,8 @@ impl<N: Notary> Node<N> {
             quotas: Quotas::default(),
             asked: BTreeMap::new(),
             next_request: 0,
+            waits: Waits::default(),
+            failures: Failures::default(),
             outputs: VecDeque::new(),
         }
     }
@@ -326,36 +394,41 @@ impl<N: Notary> Node<N> {
     // ---- who there is -------------------------------------------------------------------------------------------
 
     /// The live seeds, as the member list has them.
-    pub fn seeds(&mut self, seeds: Vec<Named>) {
+    fn seeds(&mut self, seeds: Vec<Named>) {
         self.seeds = seeds;
         self.seeds.retain(|seed| seed.peer != self.config.me);
         self.orders.clear();
     }
 
     /// Whether a scheduler listens.
-    pub const fn scheduler(&mut self, listens: bool) {
+    const fn scheduler(&mut self, listens: bool) {
         self.scheduler = listens;
     }
 
-    /// How fast each task may go, and all that is prefetched together. `true`: that is new.
-    pub fn rates(&mut self, now: Time, each_task: Rates, prefetch: Option<u64>) -> bool {
+    fn rates(&mut self, now: Time, each_task: Rates, prefetch: Option<u64>) {
         let prefetch = prefetch.filter(|rate| *rate > 0);
         if (self.task_rates, self.prefetch.rate_bytes()) == (each_task, prefetch) {
-            return false;
+            return;
         }
         self.task_rates = each_task;
         self.prefetch.set_rate(prefetch, now);
         self.tasks.values_mut().for_each(|task| task.pace.set(&each_task, now));
-        true
+        self.outputs.push_back(Output::RatesChanged);
     }
 
-    /// What each application and each tag may do, all its tasks together. `true`: that is new.
-    pub fn applications(&mut self, now: Time, applications: &Arc<Applications>) -> bool {
-        self.quotas.set(now, applications)
+    /// Sends this many pieces at once from now on; pieces under way are finished.
+    fn upload_slots(&mut self, slots: usize) {
+        self.uploads.set_slots(slots);
+    }
+
+    fn applications(&mut self, now: Time, applications: &Arc<Applications>) {
+        if self.quotas.set(now, applications) {
+            self.outputs.push_back(Output::RatesChanged);
+        }
     }
 
     /// Peers that nobody fetches from.
-    pub fn isolated(&mut self, now: Time, peers: impl IntoIterator<Item = PeerId>) {
+    fn isolated(&mut self, now: Time, peers: impl IntoIterator<Item = PeerId>) {
         self.isolated = peers.into_iter().collect();
         self.orders.clear();
         for peer in self.isolated.clone() {
@@ -365,14 +438,14 @@ impl<N: Notary> Node<N> {
     }
 
     /// A connection stands.
-    pub fn peer_up(&mut self, now: Time, peer: PeerId, role: Role) {
+    fn peer_up(&mut self, now: Time, peer: PeerId, role: Role) {
         self.connected.insert(peer, role);
         self.dialling.remove(&peer);
         self.undialled.remove(&peer);
         let interested: Vec<Digest> = self
             .tasks
             .iter()
-            .filter(|(_, t)| t.running && t.links.contains_key(&peer))
+            .filter(|(_, t)| t.is_running() && t.links.contains_key(&peer))
             .map(|(d, _)| *d)
             .collect();
         for task in interested {
@@ -381,10 +454,10 @@ impl<N: Notary> Node<N> {
     }
 
     /// No connection led to that peer.
-    pub fn dial_failed(&mut self, now: Time, peer: PeerId) {
+    fn dial_failed(&mut self, now: Time, peer: PeerId) {
         self.dialling.remove(&peer);
         self.undialled.insert(peer, now);
-        for (digest, task) in self.tasks.iter_mut().filter(|(_, t)| t.running) {
+        for (digest, task) in self.tasks.iter_mut().filter(|(_, t)| t.is_running()) {
             if let Some(link) = task.links.get_mut(&peer) {
                 link.unavailable = true;
                 self.outputs.push_back(Output::Report(peer, *digest, Fault::Failed));
@@ -393,13 +466,34 @@ impl<N: Notary> Node<N> {
     }
 
     /// The last connection with a peer is gone; its transfers fail by themselves.
-    pub fn peer_down(&mut self, now: Time, peer: PeerId) {
+    fn peer_down(&mut self, now: Time, peer: PeerId) {
         self.connected.remove(&peer);
         self.uploads.peer_gone(peer);
         self.forget_parent(now, peer);
-        for task in self.tasks.values_mut() {
-            task.leave(peer);
-            task.links.remove(&peer);
+        self.waits.peer_gone(peer);
+        let with_it = self.tasks.iter().filter(|(_, task)| task.links.contains_key(&peer));
+        for digest in with_it.map(|(digest, _)| *digest).collect::<Vec<_>>() {
+            self.leaves(&digest, peer);
+            if let Some(task) = self.tasks.get_mut(&digest) {
+                task.links.remove(&peer);
+            }
+        }
+    }
+
+    /// A child hears no more of a task from here. Its parents are told if nobody else waits.
+    pub(super) fn leaves(&mut self, digest: &Digest, peer: PeerId) {
+        self.waits.leave(peer, digest);
+        self.change(digest, |task| task.leave(peer));
+    }
+
+    /// Changes something about a task, and tells those who were asked for it if that changes whether anybody waits for it here.
+    fn change(&mut self, digest: &Digest, change: impl FnOnce(&mut Task)) {
+        let role = self.config.role;
+        let Some(task) = self.tasks.get_mut(digest) else { return };
+        let before = task.is_passive(role);
+        change(task);
+        if task.is_passive(role) != before {
+            self.ask_again(digest, |_, _| true);
         }
     }
 
@@ -420,23 +514,26 @@ impl<N: Notary> Node<N> {
     // ---- tasks --------------------------------------------------------------------------------------------------
 
     /// A task comes into play: somebody here reads it, or a peer asked for it.
-    pub fn open(&mut self, now: Time, digest: Digest, opening: Opening) {
+    fn open(&mut self, now: Time, digest: Digest, opening: Opening) {
         if self.tasks.contains_key(&digest) {
             return;
         }
         let mut task = Task {
             source: opening.source,
             right: opening.right,
-            reads: false,
+            is_closed_to_seeds: false,
             fetch: None,
             table: None,
-            trust: opening.own_table.then_some(Trust::Clients),
+            trust: None,
             offers: Offers::empty(),
             links: PeerMap::default(),
             issuer: None,
             elected: false,
             announce: opening.announce,
-            running: false,
+            admission: Admission::Own,
+            memory: None,
+            refills: false,
+            phase: Phase::Idle,
             is_read: true,
             purpose: Purpose::default(),
             childrens_purpose: None,
@@ -444,46 +541,69 @@ impl<N: Notary> Node<N> {
             pace: Pace::new(&self.task_rates, now),
             share: Share::ALL,
             whole: false,
-            complete: false,
             reading: Reading::No,
             shown: PieceSet::empty(0),
             in_vain: false,
             moved: now,
-            wanted: None,
-            answered: false,
+            advice: Advice::NotAsked,
             news: Time::default(),
             told: None,
             tables_sent: None,
             last_wrong: BTreeSet::new(),
-            failed: false,
+            is_alone: false,
         };
         if let Some((table, held)) = opening.known {
-            let trust = table.signed().and_then(|signed| {
-                let statement = table.statement_of(signed);
-                table::weigh(&self.notary, signed, &statement, None)
-            });
-            task.trust = task.trust.max(trust);
-            task.complete = held.is_full();
+            task.trust = match table.signed() {
+                Some(signed) => {
+                    let statement = table.statement_of(signed);
+                    table::weigh(&self.notary, signed, &statement, None).trust()
+                }
+                // This node read it from the origin itself.
+                None => Some(Trust::Clients),
+            };
+            let is_full = held.is_full();
             task.set_size(&digest, table.layout(), Some((table, held)));
+            if is_full {
+                task.enter(Change::Filled);
+            }
             if self.config.role == Role::Seed {
                 task.issue(&self.notary);
             }
             self.outputs.push_back(Output::Sized(digest, task.size_bytes().unwrap_or(0)));
             task.show(&digest, &mut self.outputs);
+            if opening.is_committed {
+                task.enter(Change::Committed);
+            } else if is_full {
+                self.outputs.push_back(Output::Complete(digest));
+            }
         }
         self.tasks.insert(digest, task);
     }
 
     /// Forgets a task: nobody reads it here, nobody asks for it.
-    pub fn close(&mut self, digest: &Digest) {
+    ///
+    /// Outputs about it that wait are dropped: the shell may open the task anew before it carries them out.
+    fn close(&mut self, digest: &Digest) {
         self.stop(digest);
+        self.outputs.retain(|output| output.task_here() != Some(digest));
         self.orders.remove(digest);
+        self.waits.task_gone(digest);
         if let Some(task) = self.tasks.remove(digest) {
             for peer in task.links.keys().filter(|peer| self.connected.contains_key(*peer)) {
                 self.outputs.push_back(Output::Send(*peer, Message::Leave { task: *digest }));
             }
         }
         self.uploads.task_gone(digest);
+    }
+
+    /// Whether a peer is connected.
+    pub fn is_connected(&self, peer: PeerId) -> bool {
+        self.connected.contains_key(&peer)
+    }
+
+    /// Whether a member waits for this task here. A passive interest does not count as waiting.
+    pub fn is_waited_for(&self, digest: &Digest) -> bool {
+        self.tasks.get(digest).is_some_and(|t| t.waiting().next().is_some())
     }
 
     /// Whether any peer still hears of this task from us.
@@ -497,7 +617,7 @@ impl<N: Notary> Node<N> {
     }
 
     /// Where a task can be had, and with what right: the newest counts, and seeds that did without are asked again with it.
-    pub fn authorize(&mut self, digest: &Digest, source: Source, right: Right) {
+    fn authorize(&mut self, digest: &Digest, source: Source, right: Right) {
         let Some(task) = self.tasks.get_mut(digest) else { return };
         if (&task.source, &task.right) == (&source, &right) {
             return;
@@ -512,21 +632,21 @@ impl<N: Notary> Node<N> {
 
     /// Starts or resumes downloading. `whole`: everything, not only what readers read. `as_owner`: another seed asks for it,
     /// so the origin is read here, whoever owns the task by rendezvous (else two seeds with different lists wait for each other).
-    pub fn run(&mut self, now: Time, digest: Digest, whole: bool, as_owner: bool) {
+    fn run(&mut self, now: Time, digest: Digest, whole: bool, as_owner: bool) {
         let Some(task) = self.tasks.get_mut(&digest) else { return };
-        task.whole |= whole;
-        if let Some(fetch) = &mut task.fetch {
-            fetch.want_whole(task.whole);
+        if whole && !task.whole {
+            self.want_whole(&digest);
         }
-        if task.complete || (task.running && !task.failed) {
+        let Some(task) = self.tasks.get_mut(&digest) else { return };
+        if task.is_complete() || task.is_running() {
             return;
         }
-        task.running = true;
-        task.failed = false;
+        task.enter(Change::Started { is_sized: task.fetch.is_some() });
+        let is_own = task.is_read || self.config.role != Role::Seed;
+        task.admission = if is_own { Admission::Own } else { Admission::Held(now) };
         task.moved = now;
         task.in_vain = false;
-        task.wanted = None;
-        task.answered = false;
+        task.advice = Advice::NotAsked;
         if let Reading::FailedAt(..) = task.reading {
             task.reading = Reading::No;
         }
@@ -549,10 +669,10 @@ impl<N: Notary> Node<N> {
     }
 
     /// Stops downloading; what is held stays on offer. Parents are told, so that a seed does not go on for nobody.
-    pub fn pause(&mut self, digest: &Digest) {
+    fn pause(&mut self, digest: &Digest) {
         self.stop(digest);
         let Some(task) = self.tasks.get_mut(digest) else { return };
-        task.running = false;
+        task.enter(Change::Paused);
         task.whole = false;
         if let Some(fetch) = &mut task.fetch {
             fetch.want_whole(false);
@@ -583,7 +703,7 @@ impl<N: Notary> Node<N> {
     }
 
     /// A client's reader has come or moved, or (`None`) gone: the pieces it still needs.
-    pub fn reader(
+    fn reader(
         &mut self,
         now: Time,
         digest: &Digest,
@@ -597,28 +717,37 @@ impl<N: Notary> Node<N> {
             // What it newly wants has not been waited for yet.
             task.moved = now;
         }
-        // The last piece is shown when the whole is known to match: without a seal that takes the whole.
+        // Who reads to the end is shown the last piece when the whole is known to match: without a seal that takes the whole.
         if let (Some(pieces), Some(last)) = (&pieces, fetch.layout().last())
             && pieces.contains(&last)
-            && (!partial || pieces.start == last)
+            && !partial
             && !table.is_sealed()
         {
-            task.whole = true;
+            self.want_whole(digest);
+        }
+        if let Some(fetch) = self.tasks.get_mut(digest).and_then(|task| task.fetch.as_mut()) {
+            fetch.reader(now, id, pieces, partial);
+        }
+    }
+
+    /// All of a task is wanted from now on, not only what readers read. The peers that were asked are told so.
+    fn want_whole(&mut self, digest: &Digest) {
+        let Some(task) = self.tasks.get_mut(digest).filter(|task| !task.whole) else { return };
+        task.whole = true;
+        if let Some(fetch) = &mut task.fetch {
             fetch.want_whole(true);
         }
-        fetch.reader(now, id, pieces, partial);
+        self.ask_again(digest, |_, _| true);
     }
 
     /// Whether clients here wait for it. What is fetched though nobody does, here or at children that depend on this node, is
     /// prefetched: it comes after everything else.
-    pub fn read(&mut self, digest: &Digest, is_read: bool) {
-        if let Some(task) = self.tasks.get_mut(digest) {
-            task.is_read = is_read;
-        }
+    fn read(&mut self, digest: &Digest, is_read: bool) {
+        self.change(digest, |task| task.is_read = is_read);
     }
 
     /// What the clients here want it for, all of them together. Whoever was asked already is told.
-    pub fn purpose(&mut self, digest: &Digest, purpose: Purpose) {
+    fn purpose(&mut self, digest: &Digest, purpose: Purpose) {
         let role = self.config.role;
         let Some(task) = self.tasks.get_mut(digest) else { return };
         let before = task.purpose(role);
@@ -631,7 +760,7 @@ impl<N: Notary> Node<N> {
 
     /// Says again to those who were asked, and are meant, what is asked for and how: that has changed.
     fn ask_again(&mut self, digest: &Digest, meant: impl Fn(&PeerId, &task::Link) -> bool) {
-        let Some(task) = self.tasks.get(digest).filter(|task| task.running && !task.complete) else { return };
+        let Some(task) = self.tasks.get(digest).filter(|task| task.is_running()) else { return };
         let asked = task.links.iter().filter(|(peer, link)| link.asked.is_some() && meant(peer, link));
         for (peer, role) in asked.filter_map(|(peer, _)| Some((*peer, *self.connected.get(peer)?))) {
             let interest = task.interest(*digest, self.config.role, peer, role);
@@ -656,14 +785,14 @@ impl<N: Notary> Node<N> {
     }
 
     /// What a reader, who has just been told of, reads after that.
-    pub fn reads_ahead(&mut self, digest: &Digest, id: u64, pieces: PieceSet) {
+    fn reads_ahead(&mut self, digest: &Digest, id: u64, pieces: PieceSet) {
         if let Some(fetch) = self.tasks.get_mut(digest).and_then(|t| t.fetch.as_mut()) {
             fetch.reads_ahead(id, pieces);
         }
     }
 
     /// The shell has learned the size (from the origin's headers or a manifest).
-    pub fn sized(&mut self, now: Time, digest: Digest, size_bytes: u64) {
+    fn sized(&mut self, now: Time, digest: Digest, size_bytes: u64) {
         let Some(task) = self.tasks.get_mut(&digest) else { return };
         if task.fetch.is_none() {
             task.set_size(&digest, (self.config.layout)(size_bytes), None);
@@ -675,25 +804,8 @@ impl<N: Notary> Node<N> {
         }
     }
 
-    /// The disk refuses this task: what is held stays in memory, so only pieces in `window` are asked for, and no peer is offered
-    /// anything of it.
-    pub fn in_memory(&mut self, digest: &Digest, window: Range<PieceIndex>) {
-        let Some(task) = self.tasks.get_mut(digest) else { return };
-        if let Some(fetch) = &mut task.fetch {
-            fetch.keep_within(window);
-        }
-        if task.announce {
-            task.announce = false;
-            for peer in task.offers.children().collect::<Vec<_>>() {
-                task.leave(peer);
-                let reason = Refusal::Unable;
-                self.outputs.push_back(Output::Send(peer, Message::Unavailable { task: *digest, reason }));
-            }
-        }
-    }
-
     /// The scheduler's answer. `share`: what is to be taken from parents in other zones.
-    pub fn parents(
+    fn parents(
         &mut self,
         now: Time,
         digest: Digest,
@@ -703,7 +815,7 @@ impl<N: Notary> Node<N> {
         share: Share,
     ) {
         let Some(task) = self.tasks.get_mut(&digest) else { return };
-        task.answered = true;
+        task.advice.give();
         task.issuer = issuer;
         // Who reads ranges brings nothing into its zone, and its zone may never have them all.
         let share = if !task.whole || task.takes_all(now) { Share::ALL } else { share };
@@ -714,7 +826,7 @@ impl<N: Notary> Node<N> {
         }
         self.prove(now, &digest);
         self.take(&digest, share);
-        if self.tasks.get(&digest).is_some_and(|t| t.running) {
+        if self.tasks.get(&digest).is_some_and(Task::is_running) {
             let me = self.config.me;
             for named in parents.iter().copied().filter(|named| named.peer != me) {
                 if let Some(link) = self.tasks.get_mut(&digest).and_then(|t| t.links.get_mut(&named.peer)) {
@@ -736,63 +848,102 @@ impl<N: Notary> Node<N> {
     }
 
     /// The scheduler elects somebody for a task later: that is waited for as its answer was.
-    pub fn postponed(&mut self, now: Time, digest: &Digest) {
-        if let Some(task) = self.tasks.get_mut(digest).filter(|task| task.running) {
-            (task.wanted, task.answered) = (Some(now), false);
+    fn postponed(&mut self, now: Time, digest: &Digest) {
+        if let Some(task) = self.tasks.get_mut(digest).filter(|task| task.is_running()) {
+            task.advice = Advice::Asked(now);
         }
     }
 
     /// This node is to read the origin and issue the table.
     fn elect(&mut self, digest: &Digest) {
-        if let Some(task) = self.tasks.get_mut(digest) {
-            task.elected = true;
-            if task.fetch.is_some() {
-                task.issue(&self.notary);
-            }
+        self.change(digest, |task| task.elected = true);
+        if let Some(task) = self.tasks.get_mut(digest).filter(|task| task.fetch.is_some()) {
+            task.issue(&self.notary);
+        }
+    }
+
+    /// All children of a task are told not to wait.
+    fn turn_away(&mut self, digest: &Digest, reason: Refusal) {
+        let children: Vec<PeerId> =
+            self.tasks.get(digest).map(|task| task.offers.children().collect()).unwrap_or_default();
+        for peer in children {
+            self.leaves(digest, peer);
+            self.outputs.push_back(Output::Send(peer, Message::Unavailable { task: *digest, reason }));
         }
     }
 
     /// A peer that asked could not be helped: the shell has nothing and may get nothing.
-    pub fn refuse(&mut self, peer: PeerId, task: Digest, reason: Refusal) {
+    fn refuse(&mut self, peer: PeerId, task: Digest, reason: Refusal) {
+        self.leaves(&task, peer);
         self.outputs.push_back(Output::Send(peer, Message::Unavailable { task, reason }));
     }
 
     /// A peer that asked, for whatever purpose, is now a child.
-    pub fn adopt(&mut self, now: Time, digest: &Digest, child: &Child) {
-        let Child { peer, far, .. } = *child;
-        let Some(task) = self.tasks.get_mut(digest) else { return };
-        // Who has all of it and no seal yet gets one with the election; a child may hear of that before this node does.
-        let will_share = task.running || task.complete || task.may_share();
-        let reason = match (task.announce, will_share) {
+    fn adopt(&mut self, now: Time, digest: &Digest, child: &Child) {
+        let Child { peer, far, passive, partial, .. } = *child;
+        // It may have gone while the disk was looked at.
+        let Some(role) = self.connected.get(&peer).copied() else { return };
+        let me = self.config.role;
+        let Some(task) = self.tasks.get_mut(digest) else {
+            return self.refuse(peer, *digest, Refusal::NotHeld);
+        };
+        let will_share = task.will_share();
+        let reason = match (task.may_announce(self.config.role), will_share) {
             (false, _) => Some(Refusal::Unable),
             (true, false) => Some(Refusal::NotHeld),
             (true, true) => None,
         };
         if let Some(reason) = reason {
-            self.outputs.push_back(Output::Send(peer, Message::Unavailable { task: *digest, reason }));
+            self.refuse(peer, *digest, reason);
             return;
         }
+        let was_passive = task.is_passive(me);
         task.offers.join(peer, !self.isolated.contains(&peer), far);
         task.offers.takes(peer, far);
+        task.offers.reads_parts(peer, partial);
         if far.is_some() {
             task.is_far(peer, true);
         }
         let link = task.links.entry(peer).or_default();
         link.told = None;
+        link.waits = (!passive).then_some(role);
+        self.waits.enter(peer, digest);
         link.purpose.clone_from(&child.purpose);
         // Who leaves is not taken out of it again, before all have left: a task does not live for long.
         task.childrens_purpose = Purpose::common(task.childrens_purpose.iter().chain([&child.purpose]));
+        if task.is_passive(me) != was_passive {
+            self.ask_again(digest, |_, _| true);
+        }
         // It wants the task, so it will hold pieces of it: hear of them.
         self.interest(now, *digest, peer);
     }
 
-    /// An upload is over. Whether another waits.
-    pub fn uploaded(&mut self, peer: PeerId, request: u32) -> bool {
-        self.uploads.over(peer, request);
-        self.uploads.is_waited_for()
+    /// The shell has committed a blob.
+    fn committed(&mut self, digest: &Digest) {
+        if let Some(task) = self.tasks.get_mut(digest) {
+            task.enter(Change::Committed);
+        }
+    }
+
+    /// A piece was sent to the last byte: a child of a task without disk has it.
+    fn delivered(&mut self, now: Time, peer: PeerId, request: u32) {
+        let Some((task, piece)) = self.uploads.what(peer, request) else { return };
+        if let Some(task) = self.tasks.get_mut(&task).filter(|task| task.memory.is_some()) {
+            task.offers.sent(now, peer, piece);
+        }
     }
 
     // ---- for the shell and for people ---------------------------------------------------------------------------
+
+    /// Whether a child waits for an upload slot.
+    pub const fn has_waiting_uploads(&self) -> bool {
+        self.uploads.is_waited_for()
+    }
+
+    /// Whether outputs wait to be polled.
+    pub fn has_outputs(&self) -> bool {
+        !self.outputs.is_empty()
+    }
 
     /// Which piece was asked of a peer under this number, while that stands.
     pub fn asked_for(&self, peer: PeerId, request: u32) -> Option<PieceIndex> {
@@ -816,16 +967,21 @@ impl<N: Notary> Node<N> {
 
     /// Whether a task is being downloaded.
     pub fn is_running(&self, digest: &Digest) -> bool {
-        self.tasks.get(digest).is_some_and(|t| t.running)
+        self.tasks.get(digest).is_some_and(Task::is_running)
     }
 
     /// Whether all of a task is held.
     pub fn is_complete(&self, digest: &Digest) -> bool {
-        self.tasks.get(digest).is_some_and(|t| t.complete)
+        self.tasks.get(digest).is_some_and(Task::is_complete)
+    }
+
+    /// How far the download of a task is.
+    pub fn phase(&self, digest: &Digest) -> Phase {
+        self.tasks.get(digest).map_or(Phase::Idle, |task| task.phase)
     }
 
     /// Whether a task's pieces may go to peers.
     pub fn is_shared(&self, digest: &Digest) -> bool {
-        self.tasks.get(digest).is_some_and(|t| t.announce && t.may_share())
+        self.tasks.get(digest).is_some_and(|t| t.may_announce(self.config.role) && t.may_share())
     }
 }

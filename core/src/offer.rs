@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use crate::Time;
 use crate::peers::PeerMap;
-use crate::piece::{PeerId, PieceIndex, PieceLayout, PieceSet};
+use crate::piece::{PeerId, PieceCounts, PieceIndex, PieceLayout, PieceSet};
 use crate::share::Share;
 
 /// New pieces that one child may have on offer and not hold yet: one on its way and the next.
@@ -79,6 +79,13 @@ struct Child {
     is_new: bool,
     /// It is told of pieces that it holds as well: it brings the task to all, and has to know what has spread.
     hears_all: bool,
+    /// Its clients read ranges: new pieces are not dealt to it, and it is told of all of them.
+    reads_parts: bool,
+    /// Its disk takes nothing: it passes nothing on, and does not say what it holds.
+    has_no_disk: bool,
+    /// Pieces that were sent to it while this node keeps pieces in memory only.
+    sent: Option<PieceSet>,
+    sent_at: Option<Time>,
 }
 
 impl Child {
@@ -95,6 +102,11 @@ impl Child {
                 self.told.insert(piece);
             }
         }
+    }
+
+    fn needs(&self, piece: PieceIndex) -> bool {
+        let is_sent = || self.sent.as_ref().is_some_and(|sent| sent.contains(piece));
+        self.believed && !self.holds.contains(piece) && self.takes(piece) && !is_sent()
     }
 
     fn takes(&self, piece: PieceIndex) -> bool {
@@ -115,7 +127,7 @@ pub struct Offers {
     quota_of_all: usize,
     children: PeerMap<Child>,
     /// How many children hold each piece.
-    spread: Vec<u16>,
+    spread: PieceCounts,
     /// New pieces on offer to one child.
     pending: BTreeMap<PieceIndex, (PeerId, Time)>,
     /// What every child was told that `is_new` no more.
@@ -137,7 +149,7 @@ impl Offers {
             count,
             quota_of_all,
             children: PeerMap::default(),
-            spread: vec![0; count as usize],
+            spread: PieceCounts::new(count),
             pending: BTreeMap::new(),
             told: PieceSet::empty(count),
             hungry: 0,
@@ -149,7 +161,10 @@ impl Offers {
     pub fn anew(&self, layout: PieceLayout) -> Self {
         let quota_of_all = QUOTA_OF_ALL.min(QUOTA_OF_ALL_BYTES / layout.piece_bytes());
         let mut offers = Self { joined: self.joined, ..Self::of(layout.count(), quota_of_all as usize) };
-        self.children.iter().for_each(|(peer, child)| offers.join(*peer, child.believed, child.far));
+        for (peer, child) in &self.children {
+            offers.join(*peer, child.believed, child.far);
+            offers.reads_parts(*peer, child.reads_parts);
+        }
         offers
     }
 
@@ -168,6 +183,10 @@ impl Offers {
             far,
             is_new: true,
             hears_all: false,
+            reads_parts: false,
+            has_no_disk: false,
+            sent: None,
+            sent_at: None,
         });
         self.hungry += usize::from(child.is_hungry());
         self.joined += 1;
@@ -220,9 +239,10 @@ impl Offers {
     pub fn holds(&mut self, peer: PeerId, pieces: impl IntoIterator<Item = PieceIndex>) {
         let Some(child) = self.children.get_mut(&peer).filter(|child| child.believed) else { return };
         let was_hungry = child.is_hungry();
+        child.has_no_disk = false;
         for piece in pieces {
             if child.holds.insert(piece) {
-                self.spread[piece as usize] = self.spread[piece as usize].saturating_add(1);
+                self.spread.add(piece);
                 self.pending.remove(&piece);
             }
         }
@@ -246,9 +266,73 @@ impl Offers {
         self.joined += 1;
     }
 
+    /// A child's clients read ranges only, or (`false`) the child wants all pieces. A reader of ranges takes few pieces and passes
+    /// on none of the others: a piece that is dealt to it alone would reach nobody.
+    pub fn reads_parts(&mut self, peer: PeerId, reads_parts: bool) {
+        let Some(child) = self.children.get_mut(&peer).filter(|child| child.reads_parts != reads_parts)
+        else {
+            return;
+        };
+        child.know_told(&self.told);
+        child.reads_parts = reads_parts;
+        self.joined += 1;
+        self.pending.retain(|_, (to, _)| *to != peer);
+    }
+
+    /// A child without disk passes nothing on: new pieces are dealt to others.
+    pub fn has_no_disk(&mut self, peer: PeerId) {
+        let Some(child) = self.children.get_mut(&peer).filter(|child| !child.has_no_disk) else { return };
+        child.has_no_disk = true;
+        self.pending.retain(|_, (to, _)| *to != peer);
+    }
+
+    /// A piece was sent to a child by a node that keeps it in memory only.
+    pub fn sent(&mut self, now: Time, peer: PeerId, piece: PieceIndex) {
+        if let Some(child) = self.children.get_mut(&peer).filter(|_| piece < self.count) {
+            child.sent_at = Some(now);
+            child.sent.get_or_insert_with(|| PieceSet::empty(self.count)).insert(piece);
+        }
+    }
+
+    /// Children that take `piece`, do not say that they hold it, and were not sent it.
+    pub fn needing(&self, piece: PieceIndex) -> usize {
+        self.children.values().filter(|child| child.needs(piece)).count()
+    }
+
+    /// Whether any child has `piece`.
+    pub fn is_given(&self, piece: PieceIndex) -> bool {
+        let is_sent = |child: &Child| child.sent.as_ref().is_some_and(|sent| sent.contains(piece));
+        self.spread(piece) > 0 || self.children.values().any(is_sent)
+    }
+
+    /// Children without disk that need `piece`.
+    pub fn without_disk_needing(&self, piece: PieceIndex) -> impl Iterator<Item = PeerId> + '_ {
+        let needing = self.children.iter().filter(move |(_, child)| child.has_no_disk && child.needs(piece));
+        needing.map(|(peer, _)| *peer)
+    }
+
+    /// Children that were told of `kept` pieces which they need, and have taken nothing for `patience`.
+    pub fn stragglers(&self, now: Time, patience: Duration, kept: &PieceSet) -> Vec<PeerId> {
+        let stands_still = |child: &Child| child.sent_at.is_none_or(|at| now.since(at) >= patience);
+        let told = |child: &Child, piece: PieceIndex| {
+            let all_were_told = !child.is_new && self.told.contains(piece);
+            (child.told.contains(piece) || all_were_told) && child.needs(piece)
+        };
+        let straggles = |(_, child): &(&PeerId, &Child)| {
+            stands_still(child) && kept.iter().any(|piece| told(child, piece))
+        };
+        self.children.iter().filter(straggles).map(|(peer, _)| *peer).collect()
+    }
+
+    /// Whether a child that says what it holds needs `piece`, and no other child could give it.
+    pub fn is_lost(&self, piece: PieceIndex) -> bool {
+        self.spread(piece) == 0
+            && self.children.values().any(|child| !child.has_no_disk && child.needs(piece))
+    }
+
     /// How many children hold `piece`.
     pub fn spread(&self, piece: PieceIndex) -> u16 {
-        self.spread.get(piece as usize).copied().unwrap_or(0)
+        self.spread.get(piece)
     }
 
     /// Children that still lack something, and are believed.
@@ -263,12 +347,22 @@ impl Offers {
 
     /// Whether a frugal holder deals new pieces out: to a single hungry child everything is offered.
     pub fn deals(&self) -> bool {
-        self.dealt_to().nth(1).is_some()
+        let mut dealt_to = self.dealt_to();
+        // One child that passes pieces on suffices, if there is another one for it to pass them to.
+        dealt_to.next().is_some() && (dealt_to.next().is_some() || self.hungry_without_disk())
+    }
+
+    fn hungry_without_disk(&self) -> bool {
+        self.children.values().any(|child| child.has_no_disk && child.is_hungry())
     }
 
     /// To whom new pieces are dealt: to hungry children here, and where there are none, to those elsewhere.
     fn dealt_to(&self) -> impl Iterator<Item = (&PeerId, &Child)> {
-        let hungry = || self.children.iter().filter(|(_, child)| child.is_hungry());
+        let hungry = || {
+            self.children
+                .iter()
+                .filter(|(_, child)| child.is_hungry() && !child.has_no_disk && !child.reads_parts)
+        };
         let elsewhere = hungry().all(|(_, child)| child.far.is_some());
         hungry().filter(move |(_, child)| {
             child.far.is_none() || elsewhere && child.far.is_some_and(|share| share != Share::NONE)
@@ -305,7 +399,22 @@ impl Offers {
         if idle && told.is_empty() {
             self.reveal(held, &mut told);
         }
+        self.tell_readers_of_parts(held, &mut told);
         told.into_iter().collect()
+    }
+
+    /// Each reader of ranges is told of everything: nobody knows what its clients read next.
+    fn tell_readers_of_parts(&mut self, held: &PieceSet, told: &mut BTreeMap<PeerId, Vec<PieceIndex>>) {
+        for (peer, child) in self.children.iter_mut().filter(|(_, child)| child.reads_parts) {
+            let new: Vec<PieceIndex> =
+                child.untold(held).filter(|piece| !child.holds.contains(*piece)).collect();
+            for piece in &new {
+                child.told.insert(*piece);
+            }
+            if !new.is_empty() {
+                told.entry(*peer).or_default().extend(new);
+            }
+        }
     }
 
     fn everything(&mut self, held: &PieceSet) -> Vec<(PeerId, Vec<PieceIndex>)> {
@@ -358,7 +467,7 @@ impl Offers {
                 (peer, Load { dealt: dealt.remove(&peer).unwrap_or_default(), keeps_up, quota })
             })
             .collect();
-        for piece in held.iter().filter(|p| self.spread[*p as usize] == 0) {
+        for piece in held.iter().filter(|p| self.spread.get(*p) == 0) {
             if loads.values().all(Load::is_full) {
                 break;
             }
@@ -406,11 +515,11 @@ impl Offers {
             let mut rare: Vec<(u16, PieceIndex)> = child
                 .untold(held)
                 .filter(|p| !child.holds.contains(*p) && !self.pending.contains_key(p))
-                .map(|p| (spread[p as usize], p))
+                .map(|p| (spread.get(p), p))
                 .collect();
             rare.sort_unstable();
             for (_, piece) in rare.into_iter().take(REVEAL) {
-                spread[piece as usize] = spread[piece as usize].saturating_add(1);
+                spread.add(piece);
                 child.told.insert(piece);
                 told.entry(*peer).or_default().push(piece);
             }
@@ -422,9 +531,9 @@ impl Offers {
 }
 
 /// What one child held does not count any more.
-fn uncount(spread: &mut [u16], held: &PieceSet) {
+fn uncount(spread: &mut PieceCounts, held: &PieceSet) {
     for piece in held.iter() {
-        spread[piece as usize] = spread[piece as usize].saturating_sub(1);
+        spread.subtract(piece);
     }
 }
 

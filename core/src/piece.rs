@@ -125,17 +125,37 @@ impl PieceLayout {
 }
 
 /// A set of pieces of one task.
-#[derive(Clone, PartialEq, Eq, Hash)]
+///
+/// A set without pieces holds no memory: a node knows many sets of blobs that it never reads, and a blob of 2 TB has 131,076 pieces.
+#[derive(Clone)]
 pub struct PieceSet {
+    /// One bit a piece; nothing until the first piece comes in.
     words: Vec<u64>,
     count: u32,
     held: u32,
 }
 
+impl PartialEq for PieceSet {
+    fn eq(&self, other: &Self) -> bool {
+        (self.count, self.held) == (other.count, other.held) && (self.held == 0 || self.words == other.words)
+    }
+}
+
+impl Eq for PieceSet {}
+
 impl PieceSet {
     /// No pieces out of `count`.
     pub fn empty(count: u32) -> Self {
-        Self { words: vec![0; count.div_ceil(64) as usize], count, held: 0 }
+        Self { words: Vec::new(), count, held: 0 }
+    }
+
+    /// The bits, to be written.
+    #[inline]
+    fn words_mut(&mut self) -> &mut [u64] {
+        if self.words.is_empty() {
+            self.words.resize(self.count.div_ceil(64) as usize, 0);
+        }
+        &mut self.words
     }
 
     /// All of `count` pieces.
@@ -159,7 +179,7 @@ impl PieceSet {
     /// One bit a piece, lowest bit first.
     pub fn to_bytes(&self) -> Vec<u8> {
         let mut bytes: Vec<u8> = self.words.iter().flat_map(|w| w.to_le_bytes()).collect();
-        bytes.truncate(self.count.div_ceil(8) as usize);
+        bytes.resize(self.count.div_ceil(8) as usize, 0);
         bytes
     }
 
@@ -195,7 +215,7 @@ impl PieceSet {
     pub fn insert(&mut self, index: PieceIndex) -> bool {
         let new = index < self.count && !self.contains(index);
         if new {
-            self.words[index as usize / 64] |= 1 << (index % 64);
+            self.words_mut()[index as usize / 64] |= 1 << (index % 64);
             self.held += 1;
         }
         new
@@ -220,9 +240,10 @@ impl PieceSet {
             // As many bits of one word as the range has.
             let bits = (64 - index % 64).min(end - index);
             let mask = (u64::MAX >> (64 - bits)) << (index % 64);
-            let word = &mut self.words[index as usize / 64];
-            self.held += (mask & !*word).count_ones();
+            let word = &mut self.words_mut()[index as usize / 64];
+            let new = (mask & !*word).count_ones();
             *word |= mask;
+            self.held += new;
             index += bits;
         }
     }
@@ -250,8 +271,11 @@ impl PieceSet {
 
     /// What `other` has past this set's count does not count.
     fn combine(&mut self, other: &PieceSet, word: impl Fn(u64, u64) -> u64) {
+        if other.held == 0 && self.held == 0 {
+            return;
+        }
         let mut held = 0;
-        for (at, own) in self.words.iter_mut().enumerate() {
+        for (at, own) in self.words_mut().iter_mut().enumerate() {
             *own = word(*own, other.words.get(at).copied().unwrap_or(0));
             held += own.count_ones();
         }
@@ -308,7 +332,7 @@ impl PieceSet {
     pub fn first_missing(&self, from: PieceIndex) -> PieceIndex {
         let mut index = from.min(self.count);
         while index < self.count {
-            let rest = !self.words[index as usize / 64] >> (index % 64);
+            let rest = !self.words.get(index as usize / 64).copied().unwrap_or(0) >> (index % 64);
             if rest != 0 {
                 return (index + rest.trailing_zeros()).min(self.count);
             }
@@ -396,6 +420,8 @@ pub struct SignedPrefix {
     pub signed_at_s: u64,
     /// Who signed.
     pub issuer: PeerId,
+    /// The registries that gave the issuer every byte this covers (the whole blob, if sealed), or proved that they have them.
+    pub registries: Vec<String>,
     /// The issuer's certificate (DER), which the cluster's authority signed.
     pub certificate: std::sync::Arc<[u8]>,
     /// Ed25519 signature over the statement.
@@ -403,13 +429,14 @@ pub struct SignedPrefix {
 }
 
 impl SignedPrefix {
-    /// The bytes that are signed: version, task, size, the first `count` values, the seal, the time.
+    /// The bytes that are signed: version, task, size, the first `count` values, the seal, the time, the registries.
     pub fn statement(
         task: &Digest,
         size_bytes: u64,
         values: &[ChainValue],
         sealed: bool,
         signed_at_s: u64,
+        registries: &[String],
     ) -> Vec<u8> {
         // The values are folded into one digest, so that a statement stays short however long the table is.
         let mut folded = Chain::new(Algorithm::Sha256);
@@ -426,6 +453,10 @@ impl SignedPrefix {
         statement.extend_from_slice(folded.finish().as_bytes());
         statement.push(u8::from(sealed));
         statement.extend_from_slice(&signed_at_s.to_be_bytes());
+        for registry in registries {
+            statement.extend_from_slice(&(registry.len() as u64).to_be_bytes());
+            statement.extend_from_slice(registry.as_bytes());
+        }
         statement
     }
 }
@@ -439,6 +470,45 @@ pub struct PieceTable {
     /// `values[i]` is the value after piece `i`. The last piece has none: the digest takes its place.
     values: Vec<ChainValue>,
     signed: Option<SignedPrefix>,
+}
+
+/// A number for each piece of one task, such as how many peers have it. Counts hold no memory until the first one.
+#[derive(Clone, Debug, Default)]
+pub struct PieceCounts {
+    counts: Vec<u16>,
+    of: u32,
+}
+
+impl PieceCounts {
+    /// Zero for each of `count` pieces.
+    pub fn new(count: u32) -> Self {
+        Self { counts: Vec::new(), of: count }
+    }
+
+    /// The number of a piece; zero past the count.
+    #[inline]
+    pub fn get(&self, piece: PieceIndex) -> u16 {
+        self.counts.get(piece as usize).copied().unwrap_or(0)
+    }
+
+    /// One more; the new number.
+    pub fn add(&mut self, piece: PieceIndex) -> u16 {
+        if self.counts.is_empty() {
+            self.counts.resize(self.of as usize, 0);
+        }
+        self.change(piece, |number| number.saturating_add(1))
+    }
+
+    /// One less, but never less than zero; the new number.
+    pub fn subtract(&mut self, piece: PieceIndex) -> u16 {
+        self.change(piece, |number| number.saturating_sub(1))
+    }
+
+    fn change(&mut self, piece: PieceIndex, change: impl FnOnce(u16) -> u16) -> u16 {
+        let Some(number) = self.counts.get_mut(piece as usize) else { return 0 };
+        *number = change(*number);
+        *number
+    }
 }
 
 /// A table that contradicts what is known already. Somebody lied or the origin changed its mind.
@@ -546,8 +616,9 @@ impl PieceTable {
     }
 
     /// The statement an issuer would sign now over all values known.
-    pub fn statement(&self, sealed: bool, signed_at_s: u64) -> Vec<u8> {
-        SignedPrefix::statement(&self.task, self.layout.size_bytes(), &self.values, sealed, signed_at_s)
+    pub fn statement(&self, sealed: bool, signed_at_s: u64, registries: &[String]) -> Vec<u8> {
+        let size_bytes = self.layout.size_bytes();
+        SignedPrefix::statement(&self.task, size_bytes, &self.values, sealed, signed_at_s, registries)
     }
 
     /// The statement that `signed`, which came with this table, must have been made over.
@@ -559,6 +630,7 @@ impl PieceTable {
             covered,
             signed.sealed,
             signed.signed_at_s,
+            &signed.registries,
         )
     }
 
@@ -663,8 +735,12 @@ mod tests {
     fn a_statement_covers_every_word_in_it() {
         let task = Digest::of(Algorithm::Sha256, b"a");
         let value = |n: u8| ChainValue::from_bytes(Algorithm::Sha256, &[n; 32]).unwrap();
+        let names = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>();
+        let from = |registries: &[&str]| {
+            SignedPrefix::statement(&task, 9, &[value(1), value(2)], false, 5, &names(registries))
+        };
         let statement = |task, size, values: &[ChainValue], sealed, at| {
-            SignedPrefix::statement(task, size, values, sealed, at)
+            SignedPrefix::statement(task, size, values, sealed, at, &[])
         };
         let all = [
             statement(&task, 9, &[value(1), value(2)], false, 5),
@@ -674,6 +750,10 @@ mod tests {
             statement(&task, 9, &[value(1)], false, 5),
             statement(&task, 9, &[value(1), value(2)], true, 5),
             statement(&task, 9, &[value(1), value(2)], false, 6),
+            from(&["a"]),
+            from(&["ab"]),
+            from(&["a", "b"]),
+            from(&["b", "a"]),
         ];
         assert_eq!(all.iter().collect::<BTreeSet<_>>().len(), all.len());
     }
@@ -690,6 +770,7 @@ mod tests {
                 sealed,
                 signed_at_s: u64::from(n),
                 issuer: PeerId([issuer; 16]),
+                registries: vec!["r.example".to_owned()],
                 certificate: [][..].into(),
                 signature: Vec::new(),
             });
@@ -852,7 +933,8 @@ mod tests {
 
     fn signed(count: u32, sealed: bool) -> Option<SignedPrefix> {
         let (certificate, signature) = (Vec::new().into(), Vec::new());
-        Some(SignedPrefix { count, sealed, signed_at_s: 0, issuer: PeerId([0; 16]), certificate, signature })
+        let (issuer, registries) = (PeerId([0; 16]), Vec::new());
+        Some(SignedPrefix { count, sealed, signed_at_s: 0, issuer, registries, certificate, signature })
     }
 
     #[test]
@@ -934,7 +1016,7 @@ mod tests {
         assert!(table.is_sealed());
         assert_eq!(table.extend(0, &[], signed(table.full_count(), false)), Ok(false));
         assert!(table.is_sealed());
-        assert_eq!(table.statement(true, 3), full.statement(true, 3));
+        assert_eq!(table.statement(true, 3, &[]), full.statement(true, 3, &[]));
     }
 
     #[test]

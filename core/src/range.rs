@@ -190,7 +190,8 @@ pub fn unsatisfied(size_bytes: u64) -> String {
 /// Understands the Content-Range of an answer from upstream: the range, and the size where it is told.
 /// `None` for anything that is not a non-empty range inside that size.
 pub fn parse_content_range(header: &str) -> Option<(Range<u64>, Option<u64>)> {
-    let (unit, rest) = header.trim().split_once(' ')?;
+    // Some servers write the unit as it stands in a request: `bytes=`.
+    let (unit, rest) = header.trim().split_once([' ', '='])?;
     let (range, size) = rest.trim_start().split_once('/')?;
     let (first, last) = range.split_once('-')?;
     let strict =
@@ -343,6 +344,7 @@ mod tests {
             ("bytes 0-0/10", Some((0..1, Some(10)))),
             ("Bytes 5-9/10", Some((5..10, Some(10)))),
             ("bytes 5-9/*", Some((5..10, None))),
+            ("bytes=5-9/10", Some((5..10, Some(10)))),
             ("bytes 5-10/10", None),
             ("bytes 5-4/10", None),
             ("bytes */10", None),

@@ -7,6 +7,7 @@ mod host;
 
 use crate::digest::{Digest, DigestError};
 
+use host::is_hub;
 pub use host::{HostError, api_host, canonical_host, host_matches, host_name, is_public};
 
 /// Longest path and query looked at, each, in bytes. The longest legal one (a name, a digest, escapes) is far below.
@@ -59,17 +60,15 @@ pub enum Content {
     Blob(Digest),
     /// `tags/list`
     Tags {
-        /// `n`: at most so many.
-        limit: Option<u32>,
-        /// `last`: only those after it.
-        last: Option<String>,
+        /// The query for the registry: the client's without `ns`. Registries name the next page by parameters of their own.
+        query: String,
     },
     /// `referrers/<digest>`
     Referrers {
         /// The subject.
         digest: Digest,
-        /// `artifactType`: only those of this type.
-        artifact_type: Option<String>,
+        /// The query for the registry, as for tags.
+        query: String,
     },
 }
 
@@ -105,12 +104,12 @@ pub enum Refused {
     /// A digest that is none.
     #[error("{0}")]
     Digest(#[from] DigestError),
-    /// A tag that no manifest can have.
-    #[error("no manifest can have such a tag: letters, digits, _ . and -, at most 128 characters")]
-    Tag,
     /// A parameter that makes no sense.
     #[error("bad query parameter")]
     Query,
+    /// A tag that no manifest can have.
+    #[error("no manifest can have such a tag: letters, digits, _ . and -, at most 128 characters")]
+    Tag,
 }
 
 impl Refused {
@@ -193,12 +192,15 @@ fn looked_at<'a>(
 }
 
 impl Request {
-    /// Where this is to be had, `default_registry` being the upstream of requests that name none.
+    /// Where this is to be had, `default_registry` being the upstream of requests that name none. A name of one part is Docker
+    /// Hub's `library/` of that name: clients that put a mirror's host before `docker.io/nginx` leave `library/` out.
     pub fn source(&self, default_registry: &str) -> Source {
-        Source {
-            registry: self.registry.clone().unwrap_or_else(|| default_registry.to_owned()),
-            repository: self.repository.clone(),
-        }
+        let registry = self.registry.clone().unwrap_or_else(|| default_registry.to_owned());
+        let repository = match is_hub(&registry) && !self.repository.contains('/') {
+            true => format!("library/{}", self.repository),
+            false => self.repository.clone(),
+        };
+        Source { registry, repository }
     }
 
     /// Path and query of the same request to the registry itself.
@@ -208,27 +210,22 @@ impl Request {
             Content::Manifest(ManifestRef::Tag(tag)) => format!("/v2/{name}/manifests/{tag}"),
             Content::Manifest(ManifestRef::Digest(digest)) => format!("/v2/{name}/manifests/{digest}"),
             Content::Blob(digest) => format!("/v2/{name}/blobs/{digest}"),
-            Content::Tags { limit, last } => {
-                let limit = limit.map(|limit| limit.to_string());
-                format!(
-                    "/v2/{name}/tags/list{}",
-                    query_of(&[("n", limit.as_deref()), ("last", last.as_deref())])
-                )
-            }
-            Content::Referrers { digest, artifact_type } => {
-                format!(
-                    "/v2/{name}/referrers/{digest}{}",
-                    query_of(&[("artifactType", artifact_type.as_deref())])
-                )
+            Content::Tags { query } => with_query(format!("/v2/{name}/tags/list"), query),
+            Content::Referrers { digest, query } => {
+                with_query(format!("/v2/{name}/referrers/{digest}"), query)
             }
         }
     }
 }
 
-/// The registry that `ns` names.
+/// The registry that `ns` names. It must not come twice.
 fn namespace(query: &str) -> Result<Option<String>, Refused> {
-    let host = parameter(query, "ns").map_err(|_| HostError::Form)?;
-    Ok(host.map(|host| canonical_host(&host)).transpose()?)
+    let mut values = query.split('&').filter_map(|pair| pair.strip_prefix("ns="));
+    match (values.next(), values.next()) {
+        (None, _) => Ok(None),
+        (Some(value), None) => Ok(Some(canonical_host(&decode(value).ok_or(HostError::Form)?)?)),
+        (Some(_), Some(_)) => Err(HostError::Form.into()),
+    }
 }
 
 fn content(kind: &str, what: &str, query: &str) -> Result<Content, Refused> {
@@ -236,10 +233,8 @@ fn content(kind: &str, what: &str, query: &str) -> Result<Content, Refused> {
     Ok(match (kind, what) {
         ("manifests", what) => Content::Manifest(manifest_ref(what)?),
         ("blobs", what) => Content::Blob(digest(what)?),
-        ("referrers", what) => {
-            Content::Referrers { digest: digest(what)?, artifact_type: parameter(query, "artifactType")? }
-        }
-        ("tags", "list") => Content::Tags { limit: limit(query)?, last: parameter(query, "last")? },
+        ("referrers", what) => Content::Referrers { digest: digest(what)?, query: for_registry(query) },
+        ("tags", "list") => Content::Tags { query: for_registry(query) },
         _ => return Err(Refused::Endpoint),
     })
 }
@@ -301,31 +296,54 @@ fn digest(text: &str) -> Result<Digest, Refused> {
     Ok(decode_path(text).ok_or(DigestError::Form)?.parse()?)
 }
 
-fn limit(query: &str) -> Result<Option<u32>, Refused> {
-    parameter(query, "n")?.map(|n| n.parse().map_err(|_| Refused::Query)).transpose()
+/// Whether a parameter (`key=value`, not decoded) is the namespace, however its name is escaped.
+fn is_namespace(pair: &str) -> bool {
+    let key = pair.split_once('=').map_or(pair, |(key, _)| key);
+    decode(key).is_some_and(|key| key == "ns")
 }
 
-/// The decoded value of a parameter, which must not come twice.
-fn parameter(query: &str, key: &str) -> Result<Option<String>, Refused> {
-    let mut values = query
-        .split('&')
-        .filter_map(|pair| pair.split_once('=').filter(|(k, _)| *k == key))
-        .map(|(_, value)| value);
-    match (values.next(), values.next()) {
-        (None, _) => Ok(None),
-        (Some(value), None) => decode(value).map(Some).ok_or(Refused::Query),
-        (Some(_), Some(_)) => Err(Refused::Query),
+/// What a registry gets of a query: every parameter as the client wrote it, except `ns`. The result is printable ASCII.
+fn for_registry(query: &str) -> String {
+    let pairs = query.split('&').filter(|pair| !pair.is_empty() && !is_namespace(pair));
+    let mut kept = String::with_capacity(query.len());
+    for pair in pairs {
+        if !kept.is_empty() {
+            kept.push('&');
+        }
+        for byte in pair.bytes() {
+            match byte {
+                b'#' => kept.push_str("%23"),
+                byte if byte.is_ascii_graphic() => kept.push(byte.into()),
+                byte => kept.push_str(&format!("%{byte:02X}")),
+            }
+        }
     }
+    kept
 }
 
-/// `?key=value&…` of the values that are there; nothing when none is.
-fn query_of(pairs: &[(&str, Option<&str>)]) -> String {
-    let mut query = String::new();
-    for (key, value) in pairs.iter().filter_map(|(key, value)| value.map(|value| (key, value))) {
-        query.push(if query.is_empty() { '?' } else { '&' });
-        query.push_str(&format!("{key}={}", encode(value)));
+fn with_query(mut path: String, query: &str) -> String {
+    if !query.is_empty() {
+        path.push('?');
+        path.push_str(query);
     }
-    query
+    path
+}
+
+/// The target of the next page: this request's own, with the query of the registry's link, which says where the page begins.
+///
+/// `target` is the client's request as it came, so that the next page leads the same way: through the same mirror, by the same
+/// name of the registry. `None` if the registry's link has no query of its own.
+pub fn next_page(target_path: &str, target_query: Option<&str>, link: &str) -> Option<String> {
+    let (_, query) = link.split('#').next()?.split_once('?')?;
+    let mut next = for_registry(query);
+    if next.is_empty() {
+        return None;
+    }
+    for namespace in target_query.unwrap_or_default().split('&').filter(|pair| is_namespace(pair)) {
+        next.push('&');
+        next.push_str(namespace);
+    }
+    Some(with_query(target_path.to_owned(), &next))
 }
 
 fn decode_host(text: &str) -> Result<String, Refused> {
@@ -360,18 +378,6 @@ fn decode(text: &str) -> Option<String> {
 
 fn hex_digit(c: u8) -> Option<u8> {
     char::from(c).to_digit(16).and_then(|digit| u8::try_from(digit).ok())
-}
-
-/// Escapes all but the unreserved characters (RFC 3986, 2.3).
-fn encode(text: &str) -> String {
-    let mut encoded = String::with_capacity(text.len());
-    for byte in text.bytes() {
-        match byte {
-            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' => encoded.push(byte.into()),
-            byte => encoded.push_str(&format!("%{byte:02X}")),
-        }
-    }
-    encoded
 }
 
 #[cfg(test)]
@@ -476,14 +482,52 @@ mod tests {
             ("/v2/foo/tags/list", "- foo tags/list"),
             ("/v2/foo/tags/list?n=10&last=v1&ns=quay.io", "quay.io foo tags/list?n=10&last=v1"),
             ("/v2/foo/tags/list?last=a%26b", "- foo tags/list?last=a%26b"),
-            ("/v2/foo/tags/list?n=ten", "400 UNSUPPORTED"),
-            ("/v2/foo/tags/list?n=1&n=2", "400 UNSUPPORTED"),
+            // What is wrong with a query is for the registry to say.
+            ("/v2/foo/tags/list?n=ten", "- foo tags/list?n=ten"),
+            ("/v2/foo/tags/list?n=1&n=2", "- foo tags/list?n=1&n=2"),
+            (
+                "/v2/foo/tags/list?next_page=gAAA%2F%3D%3D&n=50",
+                "- foo tags/list?next_page=gAAA%2F%3D%3D&n=50",
+            ),
+            ("/v2/foo/tags/list?ns=quay.io&token", "quay.io foo tags/list?token"),
+            ("/v2/foo/tags/list?&&ns=quay.io&", "quay.io foo tags/list"),
+            ("/v2/foo/tags/list?n%73=evil.example&a=%zz&b=é", "- foo tags/list?a=%zz&b=%C3%A9"),
+            ("/v2/foo/tags/list?ns", "- foo tags/list"),
             ("/v2/foo/referrers/sha256:HEX", "- foo referrers/sha256:HEX"),
             (
                 "/v2/foo/referrers/sha256:HEX?artifactType=application/a+json",
-                "- foo referrers/sha256:HEX?artifactType=application%2Fa%2Bjson",
+                "- foo referrers/sha256:HEX?artifactType=application/a+json",
+            ),
+            (
+                "/v2/foo/referrers/sha256:HEX?cursor=x%3D&ns=quay.io",
+                "quay.io foo referrers/sha256:HEX?cursor=x%3D",
             ),
         ]);
+    }
+
+    #[test]
+    fn the_next_page_leads_the_same_way_as_this_one() {
+        for (target, link, next) in [
+            ("/v2/q.io/a/tags/list", "/v2/a/tags/list?page=2%3D", Some("/v2/q.io/a/tags/list?page=2%3D")),
+            ("/v2/q.io/a/tags/list?page=1", "?page=2", Some("/v2/q.io/a/tags/list?page=2")),
+            (
+                "/v2/a/tags/list?n=1&ns=q.io%3A5000",
+                "https://q.io:5000/v2/a/tags/list?last=x&n=1#top",
+                Some("/v2/a/tags/list?last=x&n=1&ns=q.io%3A5000"),
+            ),
+            // A registry behind another path, and one that names a namespace of its own.
+            (
+                "/q.io/v2/a/tags/list",
+                "http://in/proj/v2/p/a/tags/list?t=1&ns=x",
+                Some("/q.io/v2/a/tags/list?t=1"),
+            ),
+            ("/v2/a/tags/list", "/v2/a/tags/list", None),
+            ("/v2/a/tags/list", "/v2/a/tags/list?", None),
+            ("/v2/a/tags/list", "", None),
+        ] {
+            let (path, query) = target.split_once('?').map_or((target, None), |(path, q)| (path, Some(q)));
+            assert_eq!(next_page(path, query, link).as_deref(), next, "{target} {link}");
+        }
     }
 
     #[test]
@@ -567,6 +611,25 @@ mod tests {
         assert_eq!(request.source("docker.io"), source);
     }
 
+    #[test]
+    fn names_of_one_part_are_in_docker_hubs_library() {
+        for (target, registry, repository) in [
+            ("/v2/docker.io/nginx/manifests/1", "docker.io", "library/nginx"),
+            ("/v2/index.docker.io/nginx/manifests/1", "docker.io", "library/nginx"),
+            ("/v2/nginx/manifests/1?ns=registry-1.docker.io", "docker.io", "library/nginx"),
+            ("/v2/nginx/manifests/1", "docker.io", "library/nginx"),
+            ("/docker.io/v2/nginx/tags/list", "docker.io", "library/nginx"),
+            ("/v2/docker.io/library/nginx/manifests/1", "docker.io", "library/nginx"),
+            ("/v2/docker.io/bitnami/nginx/manifests/1", "docker.io", "bitnami/nginx"),
+            ("/v2/quay.io/nginx/manifests/1", "quay.io", "nginx"),
+            ("/v2/nginx/manifests/1?ns=docker.io:5000", "docker.io:5000", "nginx"),
+        ] {
+            let Ok(Asked::Content(request)) = get(target) else { panic!("{target}") };
+            let source = Source { registry: registry.to_owned(), repository: repository.to_owned() };
+            assert_eq!(request.source("docker.io"), source, "{target}");
+        }
+    }
+
     /// The spec's grammar of a name component, as a machine that reads one character after the other.
     fn naive_component(text: &str) -> bool {
         let mut separator = String::new();
@@ -627,8 +690,10 @@ mod tests {
         }
 
         #[test]
-        fn decoding_undoes_encoding(text in "\\PC{0,20}") {
-            prop_assert_eq!(decode(&encode(&text)), Some(text));
+        fn a_query_for_the_registry_is_printable_and_stays_the_same(query in "(ns=|n|s|=|&|%|#|[a-z]{0,2}|\\PC{0,3}){0,8}") {
+            let once = for_registry(&query);
+            prop_assert!(once.bytes().all(|byte| byte.is_ascii_graphic()) && !once.contains('#'));
+            prop_assert_eq!(for_registry(&once), once);
         }
     }
 }

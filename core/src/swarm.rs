@@ -41,10 +41,10 @@ use crate::piece::PeerId;
 use crate::place::{Nearness, Place};
 use crate::share::Share;
 
-use conduct::Conduct;
+use conduct::{Conduct, Standing};
 pub use conduct::{
-    EVIDENCE_WINDOW, Guilt, ISOLATION, LONE_ACCUSATIONS, REPORTERS_TO_ISOLATE, STALL_ISOLATION, STALL_WINDOW,
-    SUSPICION_HALF_LIFE, VERDICTS_PER_REPORTER,
+    EVIDENCE_WINDOW, Guilt, ISOLATION, LONE_ACCUSATIONS, REPORTERS_TO_ISOLATE, REPORTERS_TO_ISOLATE_SEED,
+    STALL_ISOLATION, STALL_WINDOW, SUSPICION_HALF_LIFE, VERDICTS_PER_REPORTER,
 };
 use slab::{Slab, Slot};
 use task::Task;
@@ -101,6 +101,9 @@ pub const MAX_WANTS_PER_PEER: u32 = 4096;
 /// Reports taken from one peer a second, and at once.
 const REPORTS_PER_SECOND: f32 = 32.0;
 const REPORTS_BURST: f32 = 256.0;
+/// Parents of a peer that are remembered after the peer is done with them: reports come a second later. That is an image of
+/// twenty layers with a dozen parents each.
+const NAMED_KEPT: usize = 256;
 /// A peer with limited upload counts as one slot for each of these many bytes a second.
 const SLOT_RATE_BYTES: f32 = 4_194_304.0;
 
@@ -208,9 +211,15 @@ pub enum Input {
         reporter: PeerId,
         /// Of whom.
         peer: PeerId,
+        /// The task that they met in.
+        task: Digest,
         /// What.
         kind: ReportKind,
+        /// Another scheduler knows that the two met, and passes this on.
+        is_vouched_for: bool,
     },
+    /// A member was removed from the cluster: it is gone at once.
+    Removed(PeerId),
     /// Two sealed statements of an issuer contradict each other; both signatures have been checked.
     Contradicted(PeerId),
 }
@@ -237,6 +246,17 @@ pub enum Output {
         share: Share,
         /// Nobody is elected yet, for the application's sake: this comes again in a second.
         later: bool,
+    },
+    /// An accusation between two peers that met by this scheduler's word: the other schedulers are to know.
+    Vouched {
+        /// Who tells.
+        reporter: PeerId,
+        /// Of whom.
+        peer: PeerId,
+        /// The task that they met in.
+        task: Digest,
+        /// What.
+        kind: ReportKind,
     },
     /// Everybody who is isolated, for all: it has changed.
     Isolated(Vec<PeerId>),
@@ -269,6 +289,8 @@ struct Peer {
     /// Reports it may still make, as of `allowance_at`.
     allowance: f32,
     allowance_at: Time,
+    /// The last [`NAMED_KEPT`] parents that it was named, each with its task, as hashes.
+    named: VecDeque<u32>,
 }
 
 impl Peer {
@@ -283,7 +305,20 @@ impl Peer {
             served_bytes: 0,
             allowance: REPORTS_BURST,
             allowance_at: now,
+            named: VecDeque::new(),
         }
+    }
+
+    /// Notes that it was named this parent for a task.
+    fn name(&mut self, parent: PeerId, task: &Digest) {
+        if self.named.len() >= NAMED_KEPT {
+            self.named.pop_front();
+        }
+        self.named.push_back(meeting(parent, task));
+    }
+
+    fn was_named(&self, parent: PeerId, task: &Digest) -> bool {
+        self.named.contains(&meeting(parent, task))
     }
 
     /// Children over how many it can serve at a time.
@@ -304,6 +339,13 @@ impl Peer {
         self.allowance -= f32::from(u8::from(may));
         may
     }
+}
+
+/// A peer and a task in four bytes. Two that are confused make one accusation count that should not, once in four billion.
+fn meeting(peer: PeerId, task: &Digest) -> u32 {
+    let bytes = peer.0.iter().chain(task.as_bytes());
+    // FNV-1a. Ids and digests are hashes already.
+    bytes.fold(0x811c_9dc5, |hash, byte| (hash ^ u32::from(*byte)).wrapping_mul(0x0100_0193))
 }
 
 /// Something to look at when its time has come. What it was set for may be over by then: whoever handles it checks.
@@ -410,7 +452,14 @@ impl Swarm {
                 self.want(now, rng, peer, task, size_bytes, again, reads, terms)
             }
             Input::Forget { peer, task } => self.forget(now, rng, peer, &task),
-            Input::Report { reporter, peer, kind } => self.report(now, rng, reporter, peer, kind),
+            Input::Report { reporter, peer, task, kind, is_vouched_for } => {
+                self.report(now, rng, reporter, peer, &task, kind, is_vouched_for);
+            }
+            Input::Removed(peer) => {
+                if let Some(slot) = self.by_id.get(&peer) {
+                    self.expire_peer(*slot, now);
+                }
+            }
             Input::Contradicted(issuer) => self.contradicted(now, rng, issuer),
         }
         self.tick(now, rng);

@@ -1,12 +1,17 @@
-//! A manifest: each digest that it is found to name stands in it.
+//! A manifest: each digest that it is found to name stands in it, and its media type can stand in a header.
 
 #![no_main]
 
-use hawker_core::digest::Digest;
+use hawker_core::digest::{Algorithm, Digest};
 use hawker_core::manifest::parts;
+use hawker_core::{media_type, schema_1};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|body: &[u8]| {
+    let told = std::str::from_utf8(body).ok();
+    let found = media_type::media_type(body, told);
+    assert_eq!(media_type::normal(&found).as_ref(), Some(&found));
+    assert!(schema_1::digest(body, Algorithm::Sha256).is_none() || media_type::is_whole(body));
     let named = parts(body);
     // A part takes more bytes to say than its digest has.
     assert!(named.len() <= body.len() / "sha256:".len());

@@ -33,7 +33,7 @@ pub fn messages(mut stream: &[u8]) -> Vec<v1::PeerMessage> {
         while let Ok(Some(next)) = reader.next().await {
             let read = match next {
                 frame::Frame::Control(len) => {
-                    reader.control(len, || ()).await.map(|message| messages.push(message))
+                    reader.control(len, || (), |_| true).await.map(|message| messages.push(message))
                 }
                 frame::Frame::Unknown(len) => reader.skip(len).await,
                 frame::Frame::Data { len, .. } => {

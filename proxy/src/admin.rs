@@ -1,4 +1,4 @@
-//! What people and Prometheus look at: `/healthy`, `/readyz`, `/metrics` and `/status`, on loopback.
+//! What people, Prometheus and `hawker doctor` look at: `/healthy`, `/readyz`, `/metrics`, `/status` and `/requests`, on loopback.
 //!
 //! It is read-only and tells no secrets, but it is for this machine: bind it to loopback.
 
@@ -18,6 +18,8 @@ use serde::{Deserialize, Serialize};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
+
+use crate::recent::RecentPage;
 
 /// Connections at once; the next ones wait in the listener's queue.
 const MAX_CONNECTIONS: usize = 32;
@@ -46,6 +48,9 @@ pub struct Status {
     pub uptime_s: u64,
     /// Whether the mirror serves.
     pub ready: bool,
+    /// Why this node serves alone though it was a member, if so.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub problem: String,
     /// Where runtimes reach the mirror.
     pub mirror: Vec<String>,
     /// Where the forward proxy listens; empty where it does not.
@@ -77,6 +82,9 @@ pub struct SchedulerStatus {
     pub address: String,
     /// Whether its stream is up.
     pub connected: bool,
+    /// Why it is not, as far as this is known; empty otherwise.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub problem: String,
 }
 
 /// One member of the cluster.
@@ -228,6 +236,12 @@ pub fn disk_used_percent(path: &Path) -> Option<u8> {
 pub trait StatusSource: Send + Sync {
     /// As of now. Cheap: called for each `/status`.
     fn status(&self) -> Status;
+
+    /// The requests at the mirror with numbers from `after` on, for `/requests`; `None` where there is no mirror.
+    fn requests(&self, after: u64) -> Option<RecentPage> {
+        let _ = after;
+        None
+    }
 }
 
 /// What the admin server shows.
@@ -300,16 +314,30 @@ impl Admin {
             "/readyz" if self.status.status().ready => text(StatusCode::OK, "ready\n"),
             "/readyz" => text(StatusCode::SERVICE_UNAVAILABLE, "not ready\n"),
             "/metrics" => typed(OPENMETRICS, (self.metrics)()),
-            "/status" => match serde_json::to_string(&self.full_status()) {
-                Ok(json) => typed("application/json", json),
-                Err(error) => text(StatusCode::INTERNAL_SERVER_ERROR, &format!("{error}\n")),
+            "/status" => json(&self.full_status()),
+            "/requests" => match self.status.requests(number_after(request.uri().query())) {
+                Some(page) => json(&page),
+                None => text(StatusCode::NOT_FOUND, "this daemon has no mirror\n"),
             },
-            _ => text(StatusCode::NOT_FOUND, "here are /healthy, /readyz, /metrics and /status\n"),
+            _ => text(StatusCode::NOT_FOUND, "here are /healthy, /readyz, /metrics, /status and /requests\n"),
         }
     }
 }
 
 const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+/// The number in `after=N`; 0 without it.
+fn number_after(query: Option<&str>) -> u64 {
+    let mut pairs = query.unwrap_or_default().split('&');
+    pairs.find_map(|pair| pair.strip_prefix("after=")?.parse().ok()).unwrap_or(0)
+}
+
+fn json(page: &impl Serialize) -> Response<Full<Bytes>> {
+    match serde_json::to_string(page) {
+        Ok(json) => typed("application/json", json),
+        Err(error) => text(StatusCode::INTERNAL_SERVER_ERROR, &format!("{error}\n")),
+    }
+}
 
 fn text(status: StatusCode, body: &str) -> Response<Full<Bytes>> {
     let mut response = typed("text/plain; charset=utf-8", body.to_owned());

@@ -51,38 +51,20 @@ pub(crate) fn told(headers: &HeaderMap) -> Result<Told, &'static str> {
 /// The rules that count, and what is counted by them. One a process, shared by `Arc`.
 pub struct Desk {
     live: Arc<ArcSwap<LiveSettings>>,
-    /// What the schedulers say.
-    cluster: ArcSwap<Applications>,
-    /// Both together, as of these two.
-    both: ArcSwap<[Arc<Applications>; 3]>,
     metrics: Arc<Metrics>,
     /// Requests under way, by the labels of the rules that limit them.
     open: Mutex<BTreeMap<Labels, u32>>,
 }
 
 impl Desk {
-    /// With the rules of the configuration alone.
+    /// With the rules of the live settings.
     pub fn new(live: Arc<ArcSwap<LiveSettings>>, metrics: Arc<Metrics>) -> Arc<Self> {
-        let none: Arc<Applications> = Arc::default();
-        let both = ArcSwap::from_pointee([Arc::clone(&none), Arc::clone(&none), Arc::clone(&none)]);
-        Arc::new(Self { live, cluster: ArcSwap::new(none), both, metrics, open: Mutex::default() })
-    }
-
-    /// The schedulers say this now.
-    pub(crate) fn told(&self, cluster: Applications) {
-        self.cluster.store(Arc::new(cluster));
+        Arc::new(Self { live, metrics, open: Mutex::default() })
     }
 
     /// The rules that count now.
     pub(crate) fn rules(&self) -> Arc<Applications> {
-        let (own, cluster) = (Arc::clone(&self.live.load().applications), self.cluster.load_full());
-        let both = self.both.load();
-        if Arc::ptr_eq(&both[0], &own) && Arc::ptr_eq(&both[1], &cluster) {
-            return Arc::clone(&both[2]);
-        }
-        let all = Arc::new(own.before(&cluster));
-        self.both.store(Arc::new([own, cluster, Arc::clone(&all)]));
-        all
+        Arc::clone(&self.live.load().applications)
     }
 
     /// What a request for something of `source` is for.
@@ -256,23 +238,5 @@ mod tests {
         let shown: Vec<_> = desk.status().into_iter().map(|s| (s.name, s.served, s.received)).collect();
         assert_eq!(shown, [("other".to_owned(), 100, 0), ("shop".to_owned(), 0, 5)]);
         assert_eq!(desk.metrics.encode().matches("hawker_application_bytes_total{").count(), 2);
-    }
-
-    #[test]
-    fn what_the_cluster_says_counts_where_the_node_says_nothing() {
-        let desk =
-            desk(vec![Rule { labels: labels("shop", ""), priority: Priority::new(1), ..Rule::default() }]);
-        desk.told(Applications::new([
-            Rule { labels: labels("shop", ""), priority: Priority::new(6), ..Rule::default() },
-            Rule { labels: labels("data", ""), priority: Priority::new(5), ..Rule::default() },
-        ]));
-        let level = |application| {
-            let source = Source { registry: "r".into(), repository: "a".into() };
-            desk.purpose(&source, &Told { labels: labels(application, ""), priority: None }).priority.level()
-        };
-        assert_eq!([level("shop"), level("data"), level("else")], [1, 5, 3]);
-        assert!(Arc::ptr_eq(&desk.rules(), &desk.rules()), "made once");
-        desk.told(Applications::default());
-        assert_eq!(level("data"), 3);
     }
 }

@@ -5,11 +5,15 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{AcquireError, OwnedSemaphorePermit, Semaphore};
 use tokio::time::{sleep, timeout};
 
 /// Accounting unit, in bytes; also the longest data frame between peers.
 pub const BLOCK_BYTES: usize = 64 << 10;
+
+/// Pieces longer than this part of the memory have half of it together: however many are on their way and however slowly, the other
+/// half is left to shorter ones.
+const LONG_PART: usize = 8;
 
 /// A wait for memory that is longer than this is a nuisance to a client.
 const LONG: Duration = Duration::from_secs(2);
@@ -24,6 +28,8 @@ const LOOK_EVERY: Duration = Duration::from_millis(500);
 pub struct BufferPool {
     budget: Arc<Semaphore>,
     total_blocks: usize,
+    /// What long pieces have of the budget.
+    long: Arc<Semaphore>,
     spare: Arc<Mutex<Spare>>,
     /// How many have waited for long.
     wanting: Arc<AtomicUsize>,
@@ -52,7 +58,8 @@ impl BufferPool {
         let most = Semaphore::MAX_PERMITS.min(u32::MAX as usize);
         let total_blocks = (bytes as usize / BLOCK_BYTES).clamp(1, most);
         let budget = Arc::new(Semaphore::new(total_blocks));
-        Self { budget, total_blocks, spare: Arc::default(), wanting: Arc::default() }
+        let long = Arc::new(Semaphore::new((total_blocks / 2).max(1)));
+        Self { budget, total_blocks, long, spare: Arc::default(), wanting: Arc::default() }
     }
 
     /// A buffer for a piece of `len` bytes; waits until there is room. A piece longer than the whole pool gets all of it.
@@ -60,7 +67,7 @@ impl BufferPool {
     /// That can take as long as others hold theirs: whoever fills a buffer slowly gives it back when [`BufferPool::is_wanted`].
     pub async fn get(&self, len: usize) -> PieceBuffer {
         let blocks = len.div_ceil(BLOCK_BYTES).clamp(1, self.total_blocks);
-        let mut acquiring = Box::pin(Arc::clone(&self.budget).acquire_many_owned(blocks as u32));
+        let mut acquiring = Box::pin(self.acquire(blocks));
         let permit = match timeout(LONG, &mut acquiring).await {
             Ok(permit) => permit,
             Err(_) => {
@@ -68,7 +75,7 @@ impl BufferPool {
                 acquiring.await
             }
         };
-        let permit = permit.expect("the semaphore is never closed");
+        let (permit, long) = permit.expect("the semaphores are never closed");
         let capacity = len.max(blocks * BLOCK_BYTES);
         let reused = {
             let mut spare = self.spare.lock().unwrap_or_else(PoisonError::into_inner);
@@ -78,8 +85,23 @@ impl BufferPool {
         };
         let mut bytes = reused.unwrap_or_else(|| Vec::with_capacity(capacity));
         bytes.clear();
-        let home = Home { spare: Arc::clone(&self.spare), budget: Arc::clone(&self.budget), permit };
+        let home =
+            Home { spare: Arc::clone(&self.spare), budget: Arc::clone(&self.budget), permit, _long: long };
         PieceBuffer { bytes, len, home: Some(home) }
+    }
+
+    /// Permits for a buffer. A long one takes its turn among the long ones first, so that it does not stand in the way of others.
+    async fn acquire(
+        &self,
+        blocks: usize,
+    ) -> Result<(OwnedSemaphorePermit, Option<OwnedSemaphorePermit>), AcquireError> {
+        let is_long = blocks > self.total_blocks / LONG_PART;
+        let long_blocks = blocks.min((self.total_blocks / 2).max(1));
+        let long = match is_long {
+            true => Some(Arc::clone(&self.long).acquire_many_owned(long_blocks as u32).await?),
+            false => None,
+        };
+        Ok((Arc::clone(&self.budget).acquire_many_owned(blocks as u32).await?, long))
     }
 
     /// Waits until somebody has waited for memory for long, and for `patience` at least.
@@ -88,6 +110,11 @@ impl BufferPool {
         while self.wanting.load(Ordering::Relaxed) == 0 {
             sleep(LOOK_EVERY).await;
         }
+    }
+
+    /// Whether somebody has waited for memory for long.
+    pub fn has_long_waits(&self) -> bool {
+        self.wanting.load(Ordering::Relaxed) > 0
     }
 
     /// Bytes that could be had now without waiting.
@@ -134,6 +161,8 @@ struct Home {
     spare: Arc<Mutex<Spare>>,
     budget: Arc<Semaphore>,
     permit: OwnedSemaphorePermit,
+    /// A long piece's part of what long pieces have.
+    _long: Option<OwnedSemaphorePermit>,
 }
 
 impl Home {
@@ -264,6 +293,27 @@ mod tests {
     }
 
     #[test]
+    fn long_pieces_leave_half_of_the_memory_to_short_ones() {
+        runtime().block_on(async {
+            let pool = BufferPool::new(48 * BLOCK);
+            let long = pool.get(16 * BLOCK_BYTES).await;
+            // The second long one waits, and nobody waits behind it.
+            let waiting = tokio::spawn({
+                let pool = pool.clone();
+                async move { pool.get(16 * BLOCK_BYTES).await.missing() }
+            });
+            tokio::task::yield_now().await;
+            let mut short = Vec::new();
+            for _ in 0..8 {
+                short.push(timeout(Duration::from_secs(1), pool.get(4 * BLOCK_BYTES)).await.unwrap());
+            }
+            assert_eq!(pool.free_bytes(), 0);
+            drop((long, short));
+            assert_eq!(waiting.await.unwrap(), 16 * BLOCK_BYTES);
+        });
+    }
+
+    #[test]
     fn a_piece_longer_than_the_pool_gets_all_of_it_and_is_not_kept() {
         runtime().block_on(async {
             let pool = BufferPool::new(2 * BLOCK);
@@ -326,7 +376,11 @@ mod tests {
                 for (get, number) in steps {
                     let blocks = number.div_ceil(BLOCK_BYTES).max(1) as u64;
                     if get && blocks * BLOCK <= pool.free_bytes() {
-                        used.push(pool.get(number).await);
+                        // Only a long piece may have to wait although there is room: for its turn among the long ones.
+                        match timeout(Duration::ZERO, pool.get(number)).await {
+                            Ok(buffer) => used.push(buffer),
+                            Err(_) => assert!(blocks > total / LONG_PART as u64),
+                        }
                     } else if !used.is_empty() {
                         used.swap_remove(number % used.len());
                     }

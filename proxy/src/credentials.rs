@@ -26,6 +26,7 @@ use tokio::sync::Mutex;
 use tokio::time::Instant;
 
 use self::pattern::Pattern;
+use crate::lanes::{self, Lane};
 use crate::settings::CredentialSource;
 
 /// Longest file read.
@@ -158,14 +159,15 @@ struct Loaded {
 
 /// What changes when a file does.
 #[derive(Debug, PartialEq, Eq)]
-struct Stamp {
+pub(crate) struct Stamp {
     modified: Option<SystemTime>,
     inode: u64,
     len_bytes: u64,
 }
 
 impl Stamp {
-    fn of(file: &Path) -> Option<Self> {
+    /// That of a file; `None` where there is none that may be looked at.
+    pub(crate) fn of(file: &Path) -> Option<Self> {
         let about = std::fs::metadata(file).ok()?;
         Some(Self { modified: about.modified().ok(), inode: about.ino(), len_bytes: about.len() })
     }
@@ -247,7 +249,7 @@ impl Keychain {
             now
         };
         // It does not fail: what can't be read is logged and empty. If it did, all is read anew next time.
-        *loaded = tokio::task::spawn_blocking(read).await.unwrap_or_default();
+        *loaded = lanes::run(Lane::Upkeep, read).await.unwrap_or_default();
         loaded.iter().flatten().map(|loaded| Arc::clone(&loaded.entries)).collect()
     }
 }

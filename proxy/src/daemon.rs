@@ -1,11 +1,10 @@
 //! The node's daemon, put together.
 
 use std::net::SocketAddr;
-use std::pin::Pin;
 use std::sync::{Arc, OnceLock};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
-use bytes::Bytes;
+use arc_swap::ArcSwap;
 use hawker_api::identity::{Identity, IdentityError};
 use hawker_core::digest::Digest;
 use hawker_core::message::Role;
@@ -26,11 +25,14 @@ use crate::intercept::{self, ForwardProxy};
 use crate::limits::Limits;
 use crate::metrics::Metrics;
 use crate::origin::Origin;
-use crate::peer::{Dial, Peers, PeersConfig};
-use crate::registry::{Mirror, MirrorConfig, SeedManifests};
-use crate::settings::Settings;
+use crate::peer::{Dial, Peers, PeersConfig, TlsPeers};
+use crate::proof::Proofs;
+use crate::recent::RecentPage;
+use crate::registry::{Mirror, MirrorConfig, SeedAnswer, SeedManifests};
+use crate::settings::{LiveSettings, Settings};
+use crate::source::RegistryBlob;
 use crate::store::{Store, StoreError};
-use crate::tracker::{Holding, Tracker, TrackerConfig};
+use crate::tracker::{Capacity, Holding, Tracker, TrackerConfig};
 
 /// Connections that wait to be accepted.
 const BACKLOG: u32 = 1024;
@@ -40,6 +42,9 @@ const PEER_CONNECTIONS: usize = 1024;
 
 /// How often the store's watermarks are looked at.
 const EVICT_EVERY: Duration = Duration::from_secs(5);
+
+/// How often answers of origins are looked at whose clients do not read.
+const SWEEP_EVERY: Duration = Duration::from_secs(1);
 
 /// How often a seed that the configuration names is tried while it does not answer.
 const STATIC_SEED_EVERY: Duration = Duration::from_secs(3);
@@ -75,8 +80,14 @@ pub enum DaemonError {
     Ended(&'static str),
 }
 
-/// Metrics of what else runs in this process: samples in the same format, without its end.
-pub type MoreMetrics = Arc<dyn Fn() -> String + Send + Sync>;
+/// The scheduler that runs in the same process.
+#[derive(Clone)]
+pub struct Beside {
+    /// Its metrics: samples in the same format, without its end.
+    pub metrics: Arc<dyn Fn() -> String + Send + Sync>,
+    /// Its problem, for people; empty if it has none.
+    pub problem: Arc<dyn Fn() -> String + Send + Sync>,
+}
 
 /// Runs the daemon until `shutdown`, then drains. `ready` is called once runtimes can pull. Without an identity the node has no
 /// peers: a verified pull-through cache.
@@ -85,7 +96,7 @@ pub async fn run(
     identity: Option<Identity>,
     shutdown: CancellationToken,
     ready: Box<dyn FnOnce() + Send>,
-    more_metrics: Option<MoreMetrics>,
+    beside: Option<Beside>,
 ) -> Result<(), DaemonError> {
     let mirrors = listen(&settings.mirror, "the mirror", "--mirror")?;
     let forward_listeners = listen(&settings.forward_proxy, "the forward proxy", "--forward-proxy")?;
@@ -95,7 +106,7 @@ pub async fn run(
         None => Vec::new(),
     };
     let addresses = advertised(&settings, &peer_listeners);
-    let (folder, cache) = (settings.data_dir.join("store"), settings.cache);
+    let (folder, cache) = (settings.data_dir.join("store"), settings.live.load().cache);
     let store = blocking(move || Store::open(&folder, cache)).await?;
     let limits = Limits::new(Arc::clone(&settings.live));
     let (mirror_addresses, forward_addresses) = (bound(&mirrors), bound(&forward_listeners));
@@ -107,6 +118,7 @@ pub async fn run(
     let members = Arc::new(Members::of(settings.place.zone.to_string()));
     let (events, heard) = mpsc::channel(EVENTS);
     let flights = Flights::new(events.clone(), origin.clone());
+    let proofs = Proofs::new(Arc::new(store.clone()), origin.clone());
 
     let seeds = Arc::new(Seeds {
         members: Arc::clone(&members),
@@ -117,6 +129,7 @@ pub async fn run(
         store: store.clone(),
         flights,
         origin: origin.clone(),
+        proofs: Arc::clone(&proofs),
         seeds: (identity.is_some() && !settings.seed).then(|| Arc::clone(&seeds) as Arc<dyn SeedManifests>),
         live: Arc::clone(&settings.live),
         metrics: Arc::clone(&metrics),
@@ -141,20 +154,26 @@ pub async fn run(
             manifests: Arc::new(mirror.clone()),
             events: forward(&events, Event::Peer),
         };
-        Peers::start(config, peer_listeners)
+        TlsPeers::start(config, peer_listeners)
     });
     if let Some(peers) = &peers {
         let _ = seeds.peers.set(peers.clone());
     }
     let tracker = identity.clone().map(|identity| {
-        let held = store.clone();
+        let (held, live) = (store.clone(), Arc::clone(&settings.live));
         Tracker::start(TrackerConfig {
             identity,
             name: settings.name.clone(),
             place: settings.place.clone(),
             addresses,
-            upload_slots: settings.upload_slots,
-            upload_rate_bytes: settings.live.load().rates.upload.unwrap_or(0),
+            capacity: Arc::new(move || {
+                let live = live.load();
+                Capacity {
+                    upload_slots: *live.config.upload_slots,
+                    upload_rate_bytes: live.rates.upload.unwrap_or(0),
+                }
+            }),
+            push: settings.push.clone(),
             schedulers: settings.schedulers.clone(),
             members_file: settings.data_dir.join("members.json"),
             holdings: Arc::new(move || holdings(&held)),
@@ -167,15 +186,18 @@ pub async fn run(
     let driver = Driver::new(DriverConfig {
         identity: identity.clone(),
         seed: settings.seed,
-        upload_slots: settings.upload_slots,
         memory_bytes: settings.memory_bytes,
-        linger: settings.linger,
         lends_tokens: settings.seed_uses_client_token,
         live: Arc::clone(&settings.live),
         desk: Arc::clone(&desk),
-        store: store.clone(),
-        origin,
-        peers: peers.clone(),
+        store: Arc::new(store.clone()),
+        sources: {
+            let origin = origin.clone();
+            Arc::new(move |task, grants| Arc::new(RegistryBlob { origin: origin.clone(), task, grants }))
+        },
+        origin: origin.clone(),
+        proofs,
+        peers: peers.clone().map(|peers| Arc::new(peers) as Arc<dyn Peers>),
         tracker: tracker.clone(),
         metrics: Arc::clone(&metrics),
         members: Arc::clone(&members),
@@ -184,10 +206,12 @@ pub async fn run(
     let driving = tokio::spawn(driver.run(heard, stop_driver.clone()));
     let seeking =
         peers.clone().map(|peers| tokio::spawn(static_seeds(settings.seeds.clone(), peers, events.clone())));
-    let evicting = tokio::spawn(evict(store.clone(), events.clone(), Arc::clone(&metrics)));
+    let evicting =
+        tokio::spawn(evict(store.clone(), Arc::clone(&settings.live), events.clone(), Arc::clone(&metrics)));
 
     let status = Arc::new(Overview {
         settings: settings.clone(),
+        beside: beside.clone(),
         mirror: mirror_addresses.iter().map(ToString::to_string).collect(),
         forward_proxy: forward_addresses.iter().map(ToString::to_string).collect(),
         identity,
@@ -200,16 +224,17 @@ pub async fn run(
         started: Instant::now(),
         stopping: shutdown.clone(),
     });
+    let sweeping = tokio::spawn(sweep_parked(origin));
     let watching = tokio::spawn(watch(Arc::clone(&status), events));
     let stop_admin = CancellationToken::new();
     let admins: Vec<_> = admin
         .into_iter()
         .map(|listener| {
-            let (metrics, more) = (Arc::clone(&metrics), more_metrics.clone());
+            let (metrics, more) = (Arc::clone(&metrics), beside.clone());
             let admin = Admin {
                 status: Arc::clone(&status) as Arc<dyn StatusSource>,
                 metrics: Box::new(move || {
-                    more.as_ref().map_or_else(String::new, |more| more()) + &metrics.encode()
+                    more.as_ref().map_or_else(String::new, |more| (more.metrics)()) + &metrics.encode()
                 }),
             };
             tokio::spawn(admin.serve(listener, stop_admin.clone()))
@@ -235,6 +260,7 @@ pub async fn run(
     stop_driver.cancel();
     stop_admin.cancel();
     evicting.abort();
+    sweeping.abort();
     watching.abort();
     if let Some(seeking) = seeking {
         seeking.abort();
@@ -287,7 +313,10 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) 
 }
 
 /// A sender of some kind of events that all end up with the driver, in order.
-fn forward<T: Send + 'static>(events: &mpsc::Sender<Event>, kind: fn(T) -> Event) -> mpsc::Sender<T> {
+pub(crate) fn forward<T: Send + 'static>(
+    events: &mpsc::Sender<Event>,
+    kind: fn(T) -> Event,
+) -> mpsc::Sender<T> {
     let (sender, mut receiver) = mpsc::channel(EVENTS);
     let events = events.clone();
     tokio::spawn(async move {
@@ -306,7 +335,7 @@ fn holdings(store: &Store) -> Vec<Holding> {
 }
 
 /// Keeps dialling the seeds that the configuration names, each name resolved again every time.
-async fn static_seeds(seeds: Vec<String>, peers: Peers, events: mpsc::Sender<Event>) {
+async fn static_seeds(seeds: Vec<String>, peers: TlsPeers, events: mpsc::Sender<Event>) {
     loop {
         for address in &seeds {
             let dial = Dial { peer: None, addresses: vec![address.clone()] };
@@ -321,10 +350,24 @@ async fn static_seeds(seeds: Vec<String>, peers: Peers, events: mpsc::Sender<Eve
     }
 }
 
-async fn evict(store: Store, events: mpsc::Sender<Event>, metrics: Arc<Metrics>) {
+/// Ends answers of origins whose clients have stopped reading, where there are many.
+async fn sweep_parked(origin: Origin) {
+    loop {
+        tokio::time::sleep(SWEEP_EVERY).await;
+        origin.sweep_parked();
+    }
+}
+
+async fn evict(
+    store: Store,
+    live: Arc<ArcSwap<LiveSettings>>,
+    events: mpsc::Sender<Event>,
+    metrics: Arc<Metrics>,
+) {
     loop {
         tokio::time::sleep(EVICT_EVERY).await;
         let evicting = store.clone();
+        store.set_limits(live.load().cache);
         let before = store.usage().bytes;
         let (gone, crowded) = blocking(move || (evicting.evict(), evicting.is_crowded())).await;
         if crowded {
@@ -346,16 +389,12 @@ async fn evict(store: Store, events: mpsc::Sender<Event>, metrics: Arc<Metrics>)
 /// Asks a manifest's seed for it.
 struct Seeds {
     members: Arc<Members>,
-    peers: OnceLock<Peers>,
+    peers: OnceLock<TlsPeers>,
     lends_tokens: bool,
 }
 
 impl SeedManifests for Seeds {
-    fn manifest<'a>(
-        &'a self,
-        grant: &'a Grant,
-        digest: &'a Digest,
-    ) -> Pin<Box<dyn Future<Output = Option<(u16, String, Bytes)>> + Send + 'a>> {
+    fn manifest<'a>(&'a self, grant: &'a Grant, digest: &'a Digest) -> SeedAnswer<'a> {
         Box::pin(async move {
             let peers = self.peers.get()?;
             let right = grant.right(self.lends_tokens);
@@ -376,6 +415,7 @@ impl SeedManifests for Seeds {
 /// What people see.
 struct Overview {
     settings: Settings,
+    beside: Option<Beside>,
     mirror: Vec<String>,
     forward_proxy: Vec<String>,
     identity: Option<Identity>,
@@ -405,16 +445,42 @@ async fn watch(overview: Arc<Overview>, events: mpsc::Sender<Event>) {
     }
 }
 
+impl Overview {
+    /// The reason why this node serves alone though it was a member, else the problem of the scheduler beside it; empty if there
+    /// is none.
+    fn problem(&self) -> String {
+        let expired = self.identity.as_ref().is_some_and(|identity| identity.has_expired(SystemTime::now()));
+        match &self.settings.problem {
+            Some(problem) => problem.clone(),
+            None if expired => "this node's certificate has expired: other members refuse it, and pulls go on without them. \
+                                Make a token where the authority is (hawker token create) and start this node again with \
+                                --join and --token-file"
+                .to_owned(),
+            None => self.beside.as_ref().map_or_else(String::new, |beside| (beside.problem)()),
+        }
+    }
+}
+
 impl StatusSource for Overview {
+    fn requests(&self, after: u64) -> Option<RecentPage> {
+        Some(self.metrics.recent.after(after))
+    }
+
     fn status(&self) -> Status {
         let usage = self.store.usage();
         let connected = self.tracker.as_ref().map(Tracker::connected).unwrap_or_default();
         let mut schedulers: Vec<SchedulerStatus> = connected
             .iter()
-            .map(|address| SchedulerStatus { address: address.clone(), connected: true })
+            .map(|address| SchedulerStatus {
+                address: address.clone(),
+                connected: true,
+                problem: String::new(),
+            })
             .collect();
         for address in self.settings.schedulers.iter().filter(|a| !connected.contains(a)) {
-            schedulers.push(SchedulerStatus { address: address.clone(), connected: false });
+            let problem = self.tracker.as_ref().and_then(|tracker| tracker.problem(address));
+            let problem = problem.unwrap_or_default();
+            schedulers.push(SchedulerStatus { address: address.clone(), connected: false, problem });
         }
         let running = self.running.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone();
         let role = match (&self.identity, self.settings.seed) {
@@ -430,6 +496,7 @@ impl StatusSource for Overview {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             uptime_s: self.started.elapsed().as_secs(),
             ready: !self.stopping.is_cancelled(),
+            problem: self.problem(),
             mirror: self.mirror.clone(),
             forward_proxy: self.forward_proxy.clone(),
             schedulers,
@@ -457,7 +524,7 @@ impl StatusSource for Overview {
                 bytes: usage.bytes,
                 degraded: usage.degraded,
                 disk_used_percent: disk_used_percent(&self.settings.data_dir),
-                high_percent: self.settings.cache.high_percent,
+                high_percent: self.settings.live.load().cache.high_percent,
             },
             tasks: running
                 .into_iter()

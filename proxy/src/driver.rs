@@ -15,7 +15,9 @@ use hawker_core::Time;
 use hawker_core::application::{Priority, Purpose};
 use hawker_core::digest::{Chain, Digest};
 use hawker_core::message::{Message, Refusal, Role};
-use hawker_core::node::{Child, Config, Failure, Named, Node, Notary, Opening, Output, Verdict};
+use hawker_core::node::{
+    Child, Config, Failure, Input, Named, Node, Notary, Opening, Output, Phase, Verdict,
+};
 use hawker_core::parents::Fault;
 use hawker_core::piece::{PeerId, PieceIndex, PieceLayout, PieceSet, PieceTable, SignedPrefix};
 use hawker_core::reference::Source;
@@ -23,7 +25,7 @@ use hawker_core::right::Bearer;
 use hawker_core::share::Share;
 use rand::SeedableRng;
 use rand::rngs::StdRng;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
@@ -31,22 +33,29 @@ use crate::applications::Desk;
 use crate::buffer::{BufferPool, PieceBuffer};
 use crate::flight::{FlightError, Shared, State};
 use crate::grant::{Authorization, Grant};
+use crate::lanes::{self, Lane};
 use crate::metrics::{Metrics, Moved, Refused};
 use crate::origin::Origin;
 use crate::peer::{Download, PeerError, PeerEvent, Peers, PieceSource, Received};
+use crate::proof::Proofs;
 use crate::settings::LiveSettings;
-use crate::store::{Blob, Partial, Store, StoreError, held_is_right};
+use crate::store::{Blob, Partial, StoreError, TaskStore, held_is_right};
 use crate::tracker::{Holding, Member, ReportKind, Tracker, TrackerEvent, Want};
 
 mod disk;
 mod members;
-mod origin_read;
+mod memory;
+mod origin;
+mod origin_reader;
 mod output;
 mod task;
+#[cfg(test)]
+mod tests;
 
 pub(crate) use members::Members;
 
-use task::{Reading, TaskState};
+use origin_reader::{LooseFile, Slots};
+use task::{MemoryClaim, OnDisk, Reading, TaskState};
 
 /// Events that wait for the driver at most; senders wait in turn.
 pub(crate) const EVENTS: usize = 4096;
@@ -57,14 +66,8 @@ const BATCH: usize = 256;
 /// How often idle tasks are looked at.
 const SWEEP_EVERY: Duration = Duration::from_secs(1);
 
-/// Pieces held in memory for one task whose disk refuses.
-const MEMORY_WINDOW_BYTES: u64 = 12 << 20;
-
 /// Tasks remembered whose size was told wrong.
 const SIZES_DOUBTED: usize = 4096;
-
-/// Tasks that may hold such a stretch at once: together half of the default memory.
-const MEMORY_TASKS: usize = 2;
 
 /// Tasks in play at most: past it, peers that ask for further ones are told to ask elsewhere.
 const TASKS: usize = 4096;
@@ -74,6 +77,9 @@ const RECHECK_EVERY: Duration = Duration::from_secs(600);
 
 /// A task that nobody reads and no peer asks for is let go after this long.
 const LET_GO_AFTER: Duration = Duration::from_secs(30);
+
+/// A download for peers, of which none waits any more, rests after this long: a child may come back.
+const REST_AFTER: Duration = Duration::from_secs(3);
 
 /// What happens to the driver.
 pub(crate) enum Event {
@@ -108,21 +114,47 @@ pub(crate) enum Event {
     /// A request to a peer is over.
     Piece { task: Digest, peer: PeerId, request: u32, outcome: Result<Received, PeerError> },
     /// The origin told the size.
-    OriginSized { task: Digest, generation: u64, size_bytes: u64 },
+    OriginSized { task: Digest, generation: u64, size_bytes: u64, registry: String },
     /// The origin gave a piece.
-    OriginPiece { task: Digest, generation: u64, piece: PieceIndex, buffer: PieceBuffer, chain: Chain },
-    /// The origin's stream is over.
-    OriginOver { task: Digest, generation: u64, failure: Option<(Failure, String)> },
+    OriginPiece {
+        task: Digest,
+        generation: u64,
+        /// The registry that gave it; empty where several gave parts of it.
+        registry: Arc<str>,
+        piece: PieceIndex,
+        buffer: PieceBuffer,
+        chain: Chain,
+        /// Its bytes are in the file already.
+        is_on_disk: bool,
+    },
+    /// The in-order read of the origin is over.
+    OriginOver { task: Digest, generation: u64 },
+    /// The origin gives no more, in order (then with a generation) or at all.
+    OriginFailed { task: Digest, generation: Option<u64>, failure: Failure, reason: String },
+    /// The origin knows no ranges: it sends all of the blob to whoever asks for any of it.
+    OriginWholeOnly { task: Digest },
+    /// The disk takes no loose bytes.
+    DiskRefused { task: Digest, error: StoreError },
+    /// A reader waits for these bytes, and only the origin can give them.
+    ReadAtOrigin { task: Digest, reader: u64, ranges: Vec<Range<u64>> },
     /// The origin is so slow that its stream took memory from others: it is over.
     OriginHogging { task: Digest, generation: u64 },
     /// A piece is on disk, or not.
     Written { task: Digest, generation: u64, piece: PieceIndex, outcome: Result<(), StoreError> },
+    /// The disk was tried after it had refused.
+    DiskTried { takes_writes: bool },
     /// A task is committed, or not.
     Committed { task: Digest, generation: u64, outcome: Result<Blob, StoreError> },
     /// A client doubts these bytes of a task.
     Recheck { task: Digest, bytes: Range<u64>, reply: oneshot::Sender<bool> },
+    /// A blob was streamed from an origin, without pieces, and matched its digest.
+    SizeProven { task: Digest, size_bytes: u64 },
     /// What the disk has of a task was hashed again: of the task as it was `seen` in play then, if it was.
     Rechecked { task: Digest, seen: Option<Arc<Shared>>, right: bool, reply: Option<oneshot::Sender<bool>> },
+    /// A committed blob has wrong bytes, and the store has let it go.
+    Rotten { blob: Blob, reply: oneshot::Sender<()> },
+    /// A piece of a committed blob was hashed before it is uploaded for the first time.
+    Checked { task: Digest, peer: PeerId, request: u32, piece: PieceIndex, blob: Blob, right: bool },
     /// The store let these tasks go.
     Gone(Vec<Digest>),
     /// The disk needs room: what nobody reads should not be kept from being evicted.
@@ -163,34 +195,43 @@ pub struct Running {
 }
 
 /// Signs and checks with this node's identity; alone, nothing is signed.
-struct Keys(Option<Identity>);
+struct Keys {
+    identity: Option<Identity>,
+    proofs: Arc<Proofs>,
+}
 
 impl Notary for Keys {
     fn check(&self, signed: &SignedPrefix, statement: &[u8]) -> Option<Role> {
-        self.0.as_ref()?.check(signed, statement)
+        self.identity.as_ref()?.check(signed, statement)
     }
 
     fn sign(&self, table: &mut PieceTable, sealed: bool) {
-        if let Some(identity) = &self.0 {
-            identity.sign(table, sealed, SystemTime::now());
+        if let Some(identity) = &self.identity {
+            let pieces = if sealed { table.layout().count() } else { table.values().len() as u32 };
+            let registries = self.proofs.givers(table.task(), pieces);
+            identity.sign(table, sealed, registries, SystemTime::now());
         }
     }
 }
+
+/// The place that a task can be had from, with the rights of the clients who want it.
+pub(crate) type Sources =
+    Arc<dyn Fn(Digest, watch::Receiver<Vec<Grant>>) -> Arc<dyn crate::source::Source> + Send + Sync>;
 
 /// How to run the driver.
 pub(crate) struct DriverConfig {
     pub(crate) identity: Option<Identity>,
     pub(crate) seed: bool,
-    pub(crate) upload_slots: u32,
     pub(crate) memory_bytes: u64,
-    pub(crate) linger: Duration,
     /// Clients' tokens may be lent to seeds.
     pub(crate) lends_tokens: bool,
     pub(crate) live: Arc<ArcSwap<LiveSettings>>,
     pub(crate) desk: Arc<Desk>,
-    pub(crate) store: Store,
+    pub(crate) store: Arc<dyn TaskStore>,
     pub(crate) origin: Origin,
-    pub(crate) peers: Option<Peers>,
+    pub(crate) sources: Sources,
+    pub(crate) proofs: Arc<Proofs>,
+    pub(crate) peers: Option<Arc<dyn Peers>>,
     pub(crate) tracker: Option<Tracker>,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) members: Arc<Members>,
@@ -200,14 +241,20 @@ pub(crate) struct DriverConfig {
 pub(crate) struct Driver {
     config: DriverConfig,
     node: Node<Keys>,
-    rng: StdRng,
     started: Instant,
     pool: BufferPool,
+    slots: Slots,
     tasks: HashMap<Digest, TaskState>,
     generation: u64,
     swept: Instant,
+    /// The memory is to be divided anew among the tasks without disk.
+    memory_changed: bool,
+    /// It is being looked whether the disk takes writes again.
+    trying_disk: bool,
     /// Tasks whose size the origin told wrong once: what anybody remembers of it does not count.
     sizes_doubted: HashSet<Digest>,
+    /// Sizes of blobs that matched their digest, where registries disagree.
+    sizes_proven: HashMap<Digest, u64>,
     /// Tasks that peers complained about, and when they were hashed again.
     rechecked: HashMap<Digest, Instant>,
 }
@@ -219,20 +266,27 @@ impl Driver {
         let core = Config {
             me,
             role,
-            upload_slots: config.upload_slots as usize,
+            upload_slots: *config.live.load().config.upload_slots as usize,
             // The rest of the memory is for pieces that are being written or read from the origin.
             in_flight_bytes: config.memory_bytes / 3 * 2,
             layout: PieceLayout::new,
         };
         Self {
-            node: Node::new(core, Keys(config.identity.clone())),
-            rng: StdRng::from_rng(&mut rand::rng()),
+            node: Node::new(
+                core,
+                Keys { identity: config.identity.clone(), proofs: Arc::clone(&config.proofs) },
+                StdRng::from_rng(&mut rand::rng()),
+            ),
             started: Instant::now(),
             pool: BufferPool::new(config.memory_bytes),
+            slots: Slots::default(),
             tasks: HashMap::new(),
             generation: 0,
             swept: Instant::now(),
+            memory_changed: false,
+            trying_disk: false,
             sizes_doubted: HashSet::new(),
+            sizes_proven: HashMap::new(),
             rechecked: HashMap::new(),
             config,
         }
@@ -259,10 +313,11 @@ impl Driver {
                 self.apply(event);
             }
             self.sweep();
-            self.node.scheduler(self.config.tracker.as_ref().is_some_and(|t| !t.connected().is_empty()));
+            let listens = self.config.tracker.as_ref().is_some_and(|t| !t.connected().is_empty());
+            self.tell(Input::Scheduler(listens));
             self.set_rates();
-            let now = self.now();
-            self.node.decide(now, &mut self.rng);
+            self.share_memory();
+            self.tell(Input::Decide);
             while let Some(output) = self.node.poll() {
                 self.carry_out(output);
             }
@@ -272,16 +327,18 @@ impl Driver {
         }
     }
 
-    /// Follows the settings; who waits for the origin's rate looks again at how long.
+    /// Follows the settings.
     fn set_rates(&mut self) {
-        let (now, live) = (self.now(), self.config.live.load());
-        let rates = self.node.rates(now, live.task_rates, live.rates.prefetch);
-        if self.node.applications(now, &self.config.desk.rules()) || rates {
-            let reading = self.tasks.values().filter(|state| state.origin.is_some());
-            for state in reading {
-                state.resumes.send_replace(tokio::time::Instant::now());
-            }
-        }
+        let live = self.config.live.load_full();
+        self.tell(Input::UploadSlots(*live.config.upload_slots as usize));
+        self.tell(Input::Rates { each_task: live.task_rates, prefetch: live.rates.prefetch });
+        self.tell(Input::Applications(self.config.desk.rules()));
+    }
+
+    /// Tells the core what happened.
+    fn tell(&mut self, input: Input) {
+        let now = self.now();
+        self.node.handle(now, input);
     }
 
     // ---- what happens -------------------------------------------------------------------------------------------
@@ -290,58 +347,87 @@ impl Driver {
         let now = self.now();
         match event {
             Event::Open { task, grant, purpose, size_hint, partial, reader, reply } => {
+                // A registry that says another size has no part in this download, until one of them is proved right.
+                if let Some(state) = self.tasks.get(&task)
+                    && state.shared.lock().is_other_size(size_hint, &grant.source.registry)
+                {
+                    let _ = reply.send(Arc::clone(&state.shared));
+                    return;
+                }
                 let state = self.enter(task, grant, size_hint);
-                state.readers.insert(reader, Reading { pieces: None, purpose });
+                state.readers.insert(reader, Reading { pieces: None, at_origin: Vec::new(), purpose });
                 state.whole |= !partial;
+                state.was_read = true;
                 let _ = reply.send(Arc::clone(&state.shared));
                 self.opened(task);
             }
             Event::Position { task, reader, pieces, ahead, partial } => {
-                self.position(task, reader, pieces, partial);
-                if let Some(ahead) = ahead {
-                    self.node.reads_ahead(&task, reader, ahead);
-                }
+                self.position(task, reader, pieces, ahead, partial);
             }
             Event::Found { task, generation, found } => self.found(task, generation, found),
             Event::Peer(event) => self.peer(event),
             Event::Tracker(event) => self.tracker(event),
             Event::StaticSeed { peer } => {
                 self.config.members.with(|state| state.static_seeds.insert(peer));
-                self.node.seeds(self.config.members.named_seeds());
+                self.tell(Input::Seeds(self.config.members.named_seeds()));
             }
             Event::Dialled { peer, reached } => {
                 if !reached {
-                    self.node.dial_failed(now, peer);
+                    self.node.handle(now, Input::DialFailed(peer));
                 }
             }
             Event::Piece { task, peer, request, outcome } => self.piece(task, peer, request, outcome),
-            Event::OriginSized { task, generation, size_bytes } => {
+            Event::OriginSized { task, generation, size_bytes, registry } => {
                 if self.reading(&task, generation) {
-                    self.node.sized(now, task, size_bytes);
+                    if let Some(state) = self.tasks.get(&task) {
+                        let mut shared = state.shared.lock();
+                        if shared.layout.is_none() {
+                            shared.sized_by = Some(registry);
+                        }
+                    }
+                    self.node.handle(now, Input::Sized { task, size_bytes });
                 }
             }
-            Event::OriginPiece { task, generation, piece, buffer, chain } => {
+            Event::OriginPiece { task, generation, registry, piece, buffer, chain, is_on_disk } => {
                 if self.reading(&task, generation) {
+                    // Before the piece counts: an issuer signs at once, and readers see it at once.
+                    let count = self.node.table(&task).map_or(0, |table| table.layout().count());
+                    self.config.proofs.gave(&task, &registry, piece..piece + 1, count);
                     self.moved(&task, Moved::Origin, buffer.filled().len() as u64);
-                    let verdict = self.node.origin_piece(now, &task, piece, &chain);
+                    let verdict = self.node.handle(now, Input::OriginPiece { task, piece, chain });
+                    let verdict = verdict.unwrap_or(Verdict::Drop);
+                    if verdict == Verdict::Wrong {
+                        self.config.proofs.forget(&task);
+                    }
                     let resumes = tokio::time::Instant::now() + self.node.origin_waits(now, &task);
                     if let Some(state) = self.tasks.get(&task) {
                         state.resumes.send_replace(resumes);
                     }
-                    self.take(task, piece, buffer, verdict);
-                }
-            }
-            Event::OriginOver { task, generation, failure } => {
-                if self.reading(&task, generation) {
-                    if let Some((failure, reason)) = &failure {
-                        info!(%task, ?failure, reason, "the origin gave no more");
-                        if let Some(state) = self.tasks.get_mut(&task) {
-                            state.last_failure.clone_from(reason);
-                        }
+                    match (verdict, is_on_disk) {
+                        (Verdict::Keep, true) => self.note_on_disk(task, piece, buffer),
+                        _ => self.take(task, piece, buffer, verdict),
                     }
-                    self.node.origin_over(now, &task, failure.map(|(failure, _)| failure));
                 }
             }
+            Event::OriginOver { task, generation } => {
+                if self.reading(&task, generation) {
+                    if let Some(state) = self.tasks.get_mut(&task) {
+                        state.reading = None;
+                    }
+                    self.node.handle(now, Input::OriginOver { task, failure: None });
+                }
+            }
+            Event::OriginFailed { task, generation, failure, reason } => {
+                self.origin_failed(task, generation, failure, reason);
+            }
+            Event::OriginWholeOnly { task } => {
+                if let Some(state) = self.tasks.get_mut(&task) {
+                    state.whole = true;
+                    self.run_task(task, false);
+                }
+            }
+            Event::DiskRefused { task, error } => self.disk_refused(task, &error),
+            Event::ReadAtOrigin { task, reader, ranges } => self.read_at_origin(task, reader, ranges),
             Event::OriginHogging { task, generation } => {
                 if self.reading(&task, generation) {
                     self.starve(now, &task);
@@ -350,7 +436,9 @@ impl Driver {
             Event::Written { task, generation, piece, outcome } => {
                 self.written(task, generation, piece, outcome)
             }
+            Event::DiskTried { takes_writes } => self.disk_tried(takes_writes),
             Event::Committed { task, generation, outcome } => self.committed(task, generation, outcome),
+            Event::SizeProven { task, size_bytes } => self.size_proven(task, size_bytes),
             Event::Recheck { task, bytes, reply } => self.recheck(task, bytes, Some(reply)),
             Event::Rechecked { task, seen, right, reply } => {
                 if !right {
@@ -358,17 +446,36 @@ impl Driver {
                 }
                 reply.map(|reply| reply.send(right));
             }
-            Event::Gone(tasks) => tasks.iter().for_each(|task| self.gone(task)),
-            Event::Crowded => self.let_idle_go(),
+            Event::Rotten { blob, reply } => {
+                self.rotten_blob(&blob);
+                let _ = reply.send(());
+            }
+            Event::Checked { task, peer, request, piece, blob, right } => {
+                if !right {
+                    self.rotten_blob(&blob);
+                }
+                self.upload(peer, request, task, piece, !right);
+            }
+            Event::Gone(tasks) => tasks.iter().for_each(|task| self.evicted(task)),
+            Event::Crowded => drop(self.let_idle_go(None)),
             Event::List(reply) => {
                 let _ = reply.send(self.list());
             }
         }
     }
 
+    /// The store let a task go. A download of it that has begun anew since goes on.
+    fn evicted(&mut self, task: &Digest) {
+        if self.tasks.get(task).is_some_and(|state| state.generation > 0 && state.disk.blob().is_none()) {
+            return;
+        }
+        self.gone(task);
+    }
+
     /// What the store had of a task is no more.
     fn gone(&mut self, task: &Digest) {
-        self.node.close(task);
+        self.tell(Input::Close(*task));
+        self.config.proofs.forget(task);
         if let Some(state) = self.tasks.remove(task) {
             state.shared.update(|s| s.failed = Some(FlightError::Rotten(*task)));
         }
@@ -376,7 +483,7 @@ impl Driver {
     }
 
     fn reading(&self, task: &Digest, generation: u64) -> bool {
-        self.tasks.get(task).and_then(|t| t.origin.as_ref()).is_some_and(|o| o.generation == generation)
+        self.tasks.get(task).is_some_and(|t| t.reading == Some(generation))
     }
 
     /// A client has come to read a task.
@@ -384,99 +491,159 @@ impl Driver {
         let Some(state) = self.tasks.get_mut(&task) else { return };
         state.idle_since = None;
         state.shared.update(|s| s.failed = None);
-        if state.ready {
+        self.claim_memory(task);
+        let Some(state) = self.tasks.get(&task) else { return };
+        if state.is_ready() {
             self.run_task(task, false);
         }
     }
 
     /// The task's state here; a new one has its disk looked at first.
     fn enter(&mut self, task: Digest, grant: Grant, size_hint: Option<u64>) -> &mut TaskState {
-        if !self.tasks.contains_key(&task) {
-            self.look(task, 0, size_hint, |_| {});
-        }
-        self.node.authorize(&task, grant.source.clone(), grant.right(self.config.lends_tokens));
-        let alone = self.config.peers.is_none();
-        let state = self.tasks.entry(task).or_insert_with(|| {
-            let shared = Arc::new(Shared::new(task));
-            shared.update(|s| s.alone = alone);
-            TaskState::new(shared)
+        self.tell(Input::Authorize {
+            task,
+            source: grant.source.clone(),
+            right: grant.right(self.config.lends_tokens),
         });
+        let size_hint = size_hint.map(|size_bytes| (size_bytes, grant.source.registry.clone()));
+        let state = self.state_of(task, size_hint);
         state.add_grant(grant);
         state
+    }
+
+    /// The same where a peer asks for it.
+    fn enter_for_peer(&mut self, task: Digest, grant: Grant) -> &mut TaskState {
+        let lends_tokens = self.config.lends_tokens;
+        self.state_of(task, None).add_peers_grant(grant);
+        let best = self.tasks.get(&task).and_then(|state| state.grants.borrow().last().cloned());
+        if let Some(best) = best {
+            self.tell(Input::Authorize {
+                task,
+                source: best.source.clone(),
+                right: best.right(lends_tokens),
+            });
+        }
+        self.state_of(task, None)
+    }
+
+    fn state_of(&mut self, task: Digest, size_hint: Option<(u64, String)>) -> &mut TaskState {
+        if !self.tasks.contains_key(&task) {
+            self.look(task, 0, size_hint.as_ref().map(|(size_bytes, _)| *size_bytes), |_| {});
+        }
+        let alone = self.config.peers.is_none();
+        self.tasks.entry(task).or_insert_with(|| {
+            let shared = Arc::new(Shared::new(task));
+            shared.update(|s| s.is_alone = alone);
+            TaskState { size_hint, ..TaskState::new(shared) }
+        })
     }
 
     fn found(&mut self, task: Digest, generation: u64, found: Found) {
         let now = self.now();
         let Some(state) = self.tasks.get_mut(&task).filter(|t| t.generation == generation) else { return };
         let Some(grant) = state.grants.borrow().last().cloned() else { return };
-        let first = !state.ready;
-        state.ready = true;
+        if let Found::Refused(error, size) = &found
+            && error.is_for_want_of_room()
+        {
+            // Blobs that nobody reads any more may still be held here, and are not evicted as long as they are.
+            let has_let_go = self.let_idle_go(Some(&task));
+            let Some(state) = self.tasks.get_mut(&task) else { return };
+            if !std::mem::replace(&mut state.has_made_room, true) && has_let_go {
+                let size_bytes = *size;
+                self.look(task, generation, size_bytes, |_| {});
+                return;
+            }
+        }
+        let Some(state) = self.tasks.get_mut(&task) else { return };
+        let early = state.disk.take_early();
+        let is_first = early.is_some();
         let mut opening = Opening {
             right: grant.right(self.config.lends_tokens),
             source: grant.source,
             known: None,
-            own_table: false,
+            is_committed: false,
             announce: self.config.peers.is_some(),
         };
+        let mut refused = false;
         match found {
             Found::Blob(blob) => {
                 let table = (*blob.table).clone();
                 let all = PieceSet::full(table.layout().count());
                 state.adopt_file(table.layout(), Arc::clone(&blob.file), all.clone());
-                opening.own_table = table.signed().is_none();
+                state.shared.update(|s| s.blob = Some(blob.clone()));
+                opening.is_committed = true;
                 opening.known = Some((table, all));
-                state.blob = Some(blob);
+                state.disk = OnDisk::Blob(blob);
             }
             Found::Partial(partial) => {
                 let (table, held) = (partial.table(), partial.held());
+                self.config.proofs.claims(&table);
                 state.adopt_file(table.layout(), partial.file(), held.clone());
-                opening.own_table = table.signed().is_none();
                 opening.known = Some((table, held));
-                state.partial = Some(partial);
+                state.disk = OnDisk::Partial(partial);
             }
             Found::Nothing => {}
             Found::Refused(error, size) => {
+                if state.in_memory() {
+                    return;
+                }
                 warn!(%task, %error, "the disk refuses: this task goes through memory");
-                opening.announce = false;
-                state.degrade();
+                refused = true;
                 if let Some(size) = size {
                     let layout = PieceLayout::new(size);
-                    let table = PieceTable::new(task, layout);
                     state.adopt_memory(layout);
-                    opening.own_table = true;
-                    opening.known = Some((table, PieceSet::empty(layout.count())));
+                    opening.known = Some((PieceTable::new(task, layout), PieceSet::empty(layout.count())));
                 }
             }
         }
-        if !first {
+        let sized_by = state.size_hint.clone();
+        state.shared.update(|s| {
+            let size_bytes = s.layout.map(|layout| layout.size_bytes());
+            let is_theirs = |(hint, _): &(u64, String)| Some(*hint) == size_bytes;
+            if is_first {
+                s.sized_by = sized_by.filter(is_theirs).map(|(_, registry)| registry);
+            }
+            s.is_size_proven |= state.disk.blob().is_some();
+        });
+        if let (Some(origin), Some(partial)) = (&state.origin, state.disk.partial()) {
+            origin.wish(|wishes| wishes.file = Some(LooseFile(partial.clone())));
+        }
+        let Some(early) = early else {
             // The size came after the start: the disk catches up with what is held in memory.
-            self.keep_table(task);
-            self.flush(task);
+            match state.in_memory() {
+                _ if refused => self.enter_memory(task),
+                true => self.leave_memory(task),
+                false => {
+                    self.keep_table(task);
+                    self.flush(task);
+                }
+            }
             return;
+        };
+        self.node.handle(now, Input::Open { task, opening: Box::new(opening) });
+        if refused {
+            self.enter_memory(task);
         }
-        let known_complete = opening.known.as_ref().is_some_and(|(_, held)| held.is_full());
-        self.node.open(now, task, opening);
-        self.set_window(&task);
-        if self.tasks.get(&task).is_some_and(|t| t.elected) {
+        if early.is_elected {
             let me = self.config.identity.as_ref().map(Identity::peer_id);
-            self.node.parents(now, task, &[], me, true, Share::ALL);
+            self.node.handle(
+                now,
+                Input::Parents { task, parents: Vec::new(), issuer: me, elected: true, share: Share::ALL },
+            );
         }
-        // An empty blob, or one whose last piece was written before the commit: nothing is left to fetch.
-        if known_complete && self.tasks.get(&task).is_some_and(|t| t.blob.is_none()) {
-            self.complete(task);
-        }
-        let state = self.tasks.get_mut(&task);
-        let (readers, children) =
-            state.map_or((false, Vec::new()), |s| (!s.readers.is_empty(), std::mem::take(&mut s.asking)));
-        if readers {
+        if self.tasks.get(&task).is_some_and(|state| !state.readers.is_empty()) {
             self.run_task(task, false);
         }
-        children.iter().for_each(|child| self.adopt(task, child));
+        early.asking.iter().for_each(|child| self.adopt(task, child));
     }
 
     /// A peer asks for a task that is ready here.
     fn adopt(&mut self, task: Digest, child: &Child) {
         let (now, peer) = (self.now(), child.peer);
+        // It may have gone while the disk was looked at.
+        if !self.node.is_connected(peer) {
+            return;
+        }
         let held = self.node.held(&task).is_some_and(|held| !held.is_empty());
         if self.config.seed {
             let as_owner =
@@ -487,26 +654,37 @@ impl Driver {
             }
             self.run_task(task, as_owner);
         } else if !held && !self.node.is_running(&task) {
-            self.node.refuse(peer, task, Refusal::NotHeld);
+            self.tell(Input::Refuse { peer, task, reason: Refusal::NotHeld });
             return;
         }
-        self.node.adopt(now, &task, child);
+        self.claim_memory(task);
+        self.node.handle(now, Input::Adopt { task, child: child.clone() });
     }
 
     fn run_task(&mut self, task: Digest, as_owner: bool) {
         let now = self.now();
         if let Some(state) = self.tasks.get_mut(&task) {
             state.idle_since = None;
-            self.node.read(&task, !state.readers.is_empty());
-            state.purpose().into_iter().for_each(|purpose| self.node.purpose(&task, purpose));
+            self.node.handle(now, Input::Read { task, is_read: !state.readers.is_empty() });
+            if let Some(purpose) = state.purpose() {
+                self.node.handle(now, Input::Purpose { task, purpose });
+            }
             state.resumes.send_replace(tokio::time::Instant::now() + self.node.origin_waits(now, &task));
-            self.node.run(now, task, state.whole, as_owner);
+            self.node.handle(now, Input::Run { task, whole: state.whole, as_owner });
         }
     }
 
-    fn position(&mut self, task: Digest, reader: u64, pieces: Option<Range<PieceIndex>>, partial: bool) {
+    fn position(
+        &mut self,
+        task: Digest,
+        reader: u64,
+        pieces: Option<Range<PieceIndex>>,
+        ahead: Option<PieceSet>,
+        partial: bool,
+    ) {
         let now = self.now();
         let Some(state) = self.tasks.get_mut(&task) else { return };
+        let state_in_memory = state.in_memory();
         match &pieces {
             Some(pieces) => {
                 if let Some(reading) = state.readers.get_mut(&reader) {
@@ -516,43 +694,19 @@ impl Driver {
             None => {
                 state.readers.remove(&reader);
                 match state.purpose() {
-                    Some(purpose) => self.node.purpose(&task, purpose),
+                    Some(purpose) => {
+                        self.node.handle(now, Input::Purpose { task, purpose });
+                    }
                     None => {
                         state.idle_since = Some(Instant::now());
-                        self.node.read(&task, false);
+                        self.node.handle(now, Input::Read { task, is_read: false });
                     }
                 }
             }
         }
-        self.node.reader(now, &task, reader, pieces, partial);
-        self.set_window(&task);
-    }
-
-    /// Without a disk: a bounded stretch ahead of the slowest reader is held, and nothing before it.
-    ///
-    /// Few tasks may hold memory so: a slow reader keeps its stretch for as long as it likes, and pieces of all other tasks need
-    /// memory on their way. The readers of the rest go to the origin by themselves.
-    fn set_window(&mut self, task: &Digest) {
-        let others = self.tasks.iter().filter(|(other, t)| *other != task && t.holds_memory).count();
-        let Some(state) = self.tasks.get_mut(task).filter(|t| t.in_memory()) else { return };
-        let may = !state.starved && (state.holds_memory || others < MEMORY_TASKS);
-        state.holds_memory = may && !state.readers.is_empty();
-        let bytes = if state.holds_memory { MEMORY_WINDOW_BYTES } else { 0 };
-        let window = state.memory_window(bytes);
-        self.node.in_memory(task, window);
-    }
-
-    /// A task gets no memory any more: its readers go to the origin, each by itself and as slowly as that is.
-    fn starve(&mut self, now: Time, task: &Digest) {
-        warn!(%task, "the origin is too slow for the memory it takes: this task is only passed through");
-        if let Some(state) = self.tasks.get_mut(task) {
-            state.origin = None;
-            state.starved = true;
-            state.degrade();
-        }
-        self.set_window(task);
-        self.holding(task, 0, 0, false);
-        self.node.origin_over(now, task, None);
+        self.memory_changed |= pieces.is_none() && state_in_memory;
+        self.node.handle(now, Input::Reader { task, reader, pieces, ahead, partial });
+        self.wish_ranges(&task);
     }
 
     fn peer(&mut self, event: PeerEvent) {
@@ -561,21 +715,24 @@ impl Driver {
             PeerEvent::Up { peer, role, name, addresses } => {
                 self.config.members.with(|state| state.connected.insert(peer));
                 self.config.members.learn(Member { peer, name, addresses, role, zone: String::new() });
-                self.node.peer_up(now, peer, role);
+                self.node.handle(now, Input::PeerUp { peer, role });
             }
             PeerEvent::Down { peer } => {
                 self.config.members.with(|state| state.connected.remove(&peer));
-                self.node.peer_down(now, peer);
+                self.node.handle(now, Input::PeerDown(peer));
             }
-            PeerEvent::Message { peer, message } => {
+            PeerEvent::Message { peer, message, places: _places } => {
                 if let Message::Unavailable { reason, .. } = &message {
                     self.config.metrics.refused(Refused::Us, *reason);
                 }
-                self.node.message(now, peer, message);
+                self.node.handle(now, Input::Message { peer, message });
             }
-            PeerEvent::Uploaded { peer, request, bytes, complete: _ } => {
+            PeerEvent::Uploaded { peer, request, bytes, complete } => {
                 self.config.metrics.uploaded.inc_by(bytes);
-                self.node.uploaded(peer, request);
+                if complete {
+                    self.node.handle(now, Input::Delivered { peer, request });
+                }
+                self.tell(Input::Uploaded { peer, request });
             }
         }
         let connected = self.config.members.with(|state| state.connected.len());
@@ -587,26 +744,37 @@ impl Driver {
         match event {
             TrackerEvent::Members(members) => {
                 self.config.members.with(|state| state.listed = members);
-                self.node.seeds(self.config.members.named_seeds());
+                self.tell(Input::Seeds(self.config.members.named_seeds()));
             }
             TrackerEvent::Parents { task, parents, issuer, fetch_from_origin, share } => {
                 let named: Vec<Named> = parents.iter().map(|m| self.config.members.named(m)).collect();
                 parents.into_iter().for_each(|member| self.config.members.learn(member));
-                self.node.parents(now, task, &named, issuer, fetch_from_origin, share);
+                self.node.handle(
+                    now,
+                    Input::Parents { task, parents: named, issuer, elected: fetch_from_origin, share },
+                );
                 // Elected for what it holds, though nobody here reads it: it is to issue the table for others.
                 if fetch_from_origin && !self.tasks.contains_key(&task) && self.config.store.has(&task) {
                     let source = Source { registry: String::new(), repository: String::new() };
-                    self.enter(task, Grant::own(source), None).elected = true;
+                    if let Some(early) = self.enter(task, Grant::own(source), None).disk.early() {
+                        early.is_elected = true;
+                    }
                 }
             }
             TrackerEvent::Zone(zone) => {
                 self.config.members.with(|state| state.zone = zone);
-                self.node.seeds(self.config.members.named_seeds());
+                self.tell(Input::Seeds(self.config.members.named_seeds()));
             }
-            TrackerEvent::Postponed(task) => self.node.postponed(now, &task),
-            TrackerEvent::Applications(applications) => self.config.desk.told(applications),
+            TrackerEvent::Postponed(task) => self.tell(Input::Postponed(task)),
+            TrackerEvent::Removed(removed) => {
+                self.config.members.forget(&removed);
+                for peer in removed {
+                    self.config.peers.iter().for_each(|peers| peers.drop_peer(peer));
+                }
+                self.tell(Input::Seeds(self.config.members.named_seeds()));
+            }
             TrackerEvent::Isolated(peers) => {
-                self.node.isolated(now, peers.iter().map(|isolation| isolation.peer));
+                self.tell(Input::Isolated(peers.iter().map(|isolation| isolation.peer).collect()));
                 self.config.metrics.peers_isolated.set(peers.len() as u64);
                 let isolated = peers.into_iter().map(|isolation| (isolation.peer, isolation)).collect();
                 self.config.members.with(|state| state.isolated = isolated);
@@ -619,7 +787,9 @@ impl Driver {
         match outcome {
             Ok(received) => {
                 let Some(piece) = self.node.asked_for(peer, request) else { return };
-                let verdict = self.node.piece(now, peer, request, &received.chain);
+                let chain = received.chain;
+                let verdict = self.node.handle(now, Input::Piece { peer, request, chain });
+                let verdict = verdict.unwrap_or(Verdict::Drop);
                 if verdict == Verdict::Keep {
                     let seed = self.config.members.seeds().contains(&peer);
                     let bytes = received.buffer.filled().len() as u64;
@@ -644,7 +814,7 @@ impl Driver {
                     self.config.metrics.refused(Refused::Us, reason);
                 }
                 let fault = if error == PeerError::Stalled { Fault::Stalled } else { Fault::Failed };
-                self.node.piece_failed(now, peer, request, refused, fault);
+                self.node.handle(now, Input::PieceFailed { peer, request, refused, fault });
             }
         }
     }
@@ -661,28 +831,33 @@ impl Driver {
         if self.swept.elapsed() < SWEEP_EVERY {
             return;
         }
+        let now = self.now();
         self.swept = Instant::now();
-        let linger = self.config.linger;
+        self.memory_changed = true;
+        self.try_disk();
+        let linger = *self.config.live.load().config.linger;
         let mut gone = Vec::new();
         let mut active = 0;
         for (task, state) in &mut self.tasks {
             let running = self.node.is_running(task);
             active += u64::from(running);
-            let children = self.node.has_children(task);
-            if !state.readers.is_empty() || !state.ready {
+            let is_waited_for = self.node.is_waited_for(task);
+            if !state.readers.is_empty() || !state.is_ready() {
                 state.idle_since = None;
                 continue;
             }
             // A seed goes on for its children's sake.
-            if running && state.for_peers && children {
+            if running && state.for_peers && is_waited_for {
                 state.idle_since = None;
                 continue;
             }
             let idle = state.idle_since.get_or_insert_with(Instant::now).elapsed();
             let memory = state.in_memory();
-            if running && (idle >= linger || memory) {
+            let rests_after = if state.was_read { linger } else { linger.min(REST_AFTER) };
+            if running && (idle >= rests_after || memory) {
                 debug!(%task, "nobody reads it: paused");
-                self.node.pause(task);
+                state.was_read = false;
+                self.node.handle(now, Input::Pause(*task));
                 if let Some(tracker) = &self.config.tracker {
                     tracker.forget(task);
                 }
@@ -690,7 +865,7 @@ impl Driver {
                 // That a piece is being written keeps the task, but not the download: one that never rests would never end.
                 && state.writing == 0
                 && idle >= LET_GO_AFTER.min(linger)
-                && (!children || idle >= 4 * LET_GO_AFTER)
+                && (!is_waited_for || idle >= 4 * LET_GO_AFTER)
             {
                 gone.push(*task);
             }
@@ -702,11 +877,16 @@ impl Driver {
     /// Forgets a task that nobody needs. A file without a piece is not worth keeping.
     fn let_go(&mut self, task: &Digest) {
         let held = self.node.held(task).is_some_and(|held| !held.is_empty());
-        self.node.close(task);
-        let partial = self.tasks.remove(task).and_then(|state| state.partial);
+        self.tell(Input::Close(*task));
+        self.config.proofs.forget(task);
+        let state = self.tasks.remove(task);
+        if state.as_ref().is_some_and(TaskState::in_memory) {
+            self.holding(task, 0, 0, false);
+        }
+        let partial = state.and_then(|mut state| state.disk.take_partial());
         if let Some(partial) = partial.filter(|_| !held) {
             let task = *task;
-            tokio::task::spawn_blocking(move || {
+            lanes::start(Lane::Downloads, move || {
                 if let Err(error) = partial.discard() {
                     debug!(%task, %error, "could not discard");
                 }
@@ -714,15 +894,15 @@ impl Driver {
         }
     }
 
-    /// Lets go of all that nobody here reads and no peer is waiting for.
-    fn let_idle_go(&mut self) {
+    /// Lets go of all that nobody here reads and no peer is waiting for, `but` one; whether there was anything.
+    fn let_idle_go(&mut self, but: Option<&Digest>) -> bool {
         let idle = |(task, state): (&Digest, &TaskState)| {
-            let busy = !state.ready || !state.readers.is_empty() || state.writing > 0;
+            let busy = !state.is_ready() || !state.readers.is_empty() || state.writing > 0;
             (!busy && !self.node.is_running(task) && !self.node.has_hungry_children(task)).then_some(*task)
         };
-        for task in self.tasks.iter().filter_map(idle).collect::<Vec<_>>() {
-            self.let_go(&task);
-        }
+        let idle: Vec<Digest> = self.tasks.iter().filter_map(idle).filter(|task| but != Some(task)).collect();
+        idle.iter().for_each(|task| self.let_go(task));
+        !idle.is_empty()
     }
 
     fn list(&self) -> Vec<Running> {
@@ -735,13 +915,12 @@ impl Driver {
                     size_bytes: self.node.table(task).map_or(0, |t| t.layout().size_bytes()),
                     pieces: held.map_or(0, PieceSet::len),
                     of: held.map_or(0, PieceSet::count),
-                    state: match (self.node.is_complete(task), self.node.is_running(task), state.in_memory())
-                    {
-                        (_, true, false) if self.node.is_prefetch(task) => "prefetching",
-                        (true, ..) => "complete",
-                        (_, true, true) => "through memory",
-                        (_, true, false) => "downloading",
-                        (_, false, _) => "paused",
+                    state: match self.node.phase(task) {
+                        Phase::Locating | Phase::Fetching if state.in_memory() => "through memory",
+                        Phase::Locating | Phase::Fetching if self.node.is_prefetch(task) => "prefetching",
+                        Phase::Locating | Phase::Fetching => "downloading",
+                        Phase::Committing | Phase::Done => "complete",
+                        Phase::Idle | Phase::Failed(_) => "paused",
                     },
                     readers: state.readers.len(),
                     shared: self.node.has_children(task),
@@ -751,19 +930,25 @@ impl Driver {
     }
 }
 
-/// What the disk has of a task. Where the size is in doubt only a committed blob counts. Blocking.
-fn look(store: &Store, task: &Digest, size_hint: Option<u64>, doubted: bool) -> Found {
+/// What the disk has of a task. Where the size is in doubt only a committed blob counts, and a size that was proved. Blocking.
+fn look(
+    store: &dyn TaskStore,
+    task: &Digest,
+    size_hint: Option<u64>,
+    proven: Option<u64>,
+    doubted: bool,
+) -> Found {
     if let Some(blob) = store.committed(task) {
         return Found::Blob(blob);
     }
-    match store.partial_size(task).or(size_hint).filter(|_| !doubted) {
+    match proven.or_else(|| store.partial_size(task).or(size_hint).filter(|_| !doubted)) {
         Some(size) => begin(store, task, size),
         None => Found::Nothing,
     }
 }
 
 /// A partial task of known size, or the disk's refusal. Blocking.
-fn begin(store: &Store, task: &Digest, size_bytes: u64) -> Found {
+fn begin(store: &dyn TaskStore, task: &Digest, size_bytes: u64) -> Found {
     match store.begin(task, size_bytes) {
         Ok(partial) => Found::Partial(partial),
         Err(error) => Found::Refused(error, Some(size_bytes)),

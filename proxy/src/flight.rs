@@ -2,19 +2,22 @@
 //!
 //! The driver downloads; a [`Reader`] takes bytes in order as they are shown: from memory while they are being written, from the
 //! file afterwards, so that a slow client holds no memory. What the flight can't give in time the reader gets from the origin
-//! by itself ([`direct`]).
+//! by itself ([`direct`]). When it waits, asks or gives up is decided by [`hawker_core::reader`].
 
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
 
 use bytes::Bytes;
+use hawker_core::Time;
 use hawker_core::application::Purpose;
+use hawker_core::byte_set::ByteSet;
 use hawker_core::digest::Digest;
+use hawker_core::node::Failure;
 use hawker_core::piece::{MAX_BLOB_BYTES, PieceIndex, PieceLayout, PieceSet};
+use hawker_core::reader::{self, Facts, Here, Reason, SIZE_WITHIN, Step, Storage, Stretch};
 use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::time::Instant;
 
@@ -22,25 +25,15 @@ use crate::buffer::BLOCK_BYTES;
 use crate::driver::Event;
 use crate::grant::Grant;
 use crate::origin::Origin;
+use crate::store::Blob;
 
-mod ahead;
-pub(crate) mod direct;
+mod direct;
+mod gate;
+mod loose;
 
-use ahead::Ahead;
-use direct::{Direct, Stopped, Stretch};
-
-/// How long a client waits for the size of a blob.
-const SIZE_WITHIN: Duration = Duration::from_secs(30);
-
-/// A range whose pieces are not there after this long is read from the origin.
-const RANGE_PATIENCE: Duration = Duration::from_millis(1500);
-
-/// A whole blob that stands still for this long is read from the origin: the download itself went there two seconds sooner, if it
-/// could, and what comes that way is shown at once.
-const WHOLE_PATIENCE: Duration = Duration::from_secs(12);
-
-/// No byte for this long, from nowhere: the body ends short, and the client falls through.
-const STALLED: Duration = Duration::from_secs(45);
+use direct::{Direct, Stopped};
+pub(crate) use gate::Gate;
+use loose::Loose;
 
 /// Longest stretch of the file handed out at once.
 const FILE_SEGMENT_BYTES: u64 = 8 << 20;
@@ -66,9 +59,33 @@ pub enum FlightError {
     /// The origin says another length than was known; what is known of it has been thrown away.
     #[error("the origin says another length of {0} than before")]
     WrongSize(Digest),
+    /// Another registry says another size than this client's, and none is proved right: stream it without pieces.
+    #[error(
+        "registries disagree on the size of {0}: it is streamed from the client's own until one size is proved"
+    )]
+    OtherSize(Digest),
+    /// What is here of the blob came from elsewhere, and this registry has not proved that it has it.
+    #[error("the registry has not proved that it has the blob: {0}")]
+    Unproved(String),
+    /// The same, and nothing speaks against the registry: the blob can come from it, past what is here.
+    #[error("the registry can't prove that it has {0}")]
+    Unprovable(Digest),
     /// The daemon is stopping.
     #[error("the daemon is stopping")]
     Stopping,
+}
+
+impl FlightError {
+    /// What a failure of the origin means for a reader.
+    pub(crate) fn of(task: Digest, failure: Failure, reason: &str) -> Self {
+        match failure {
+            Failure::Status(status) => FlightError::Origin(status),
+            Failure::Unreachable => FlightError::Unreachable(reason.to_owned()),
+            Failure::WrongDigest => FlightError::WrongDigest(task),
+            Failure::UnknownLength => FlightError::UnknownLength,
+            Failure::WrongSize => FlightError::WrongSize(task),
+        }
+    }
 }
 
 /// Verified bytes of a blob, for a client.
@@ -76,6 +93,8 @@ pub enum FlightError {
 pub enum Segment {
     /// From memory, at most 64 KiB.
     Memory(Bytes),
+    /// The same, in a buffer of a connection to the origin: it is to be sent before more is taken.
+    Passed(Bytes),
     /// In a file: this range of it.
     File {
         /// The file.
@@ -106,13 +125,22 @@ pub(crate) struct State {
     /// Pieces in the file.
     pub(crate) written: Option<PieceSet>,
     pub(crate) file: Option<Arc<File>>,
+    /// The file is that of this blob: its pieces are checked before they are shown.
+    pub(crate) blob: Option<Blob>,
+    /// Bytes in the file that this node read from the origin and that nothing has verified yet.
+    pub(crate) loose: Loose,
+    /// How often the origin failed to give loose bytes, and why it did last.
+    pub(crate) loose_failures: u32,
+    pub(crate) loose_failed: Option<FlightError>,
     pub(crate) failed: Option<FlightError>,
-    /// The disk refuses: pieces before the slowest reader are gone.
-    pub(crate) in_memory: bool,
-    /// Nor is there memory for it: readers go to the origin at once.
-    pub(crate) no_memory: bool,
-    /// Waiting makes no sense: there is no peer and no scheduler, so ranges are read from the origin at once.
-    pub(crate) alone: bool,
+    /// The registry that told the size; `None` where it came from the disk or from peers.
+    pub(crate) sized_by: Option<String>,
+    /// All bytes were compared with the digest, here or by whoever sealed the table: so the size is right.
+    pub(crate) is_size_proven: bool,
+    /// The place of verified pieces.
+    pub(crate) storage: Storage,
+    /// Nobody but the origin is about to bring pieces, so ranges are read from the origin at once.
+    pub(crate) is_alone: bool,
 }
 
 impl Shared {
@@ -142,10 +170,61 @@ impl State {
     /// All that was shown turns out to be wrong.
     pub(crate) fn take_back(&mut self) {
         self.epoch += 1;
+        self.is_size_proven = false;
         self.hot.clear();
+        self.blob = None;
+        self.loose = Loose::default();
         for set in [&mut self.shown, &mut self.written].into_iter().flatten() {
             *set = PieceSet::empty(set.count());
         }
+    }
+
+    /// Whether the disk refuses: pieces before the slowest reader are gone.
+    pub(crate) fn in_memory(&self) -> bool {
+        self.storage != Storage::Disk
+    }
+
+    /// Whether the piece at `at` is in memory or has not come yet. Without a disk, pieces that all readers had passed are gone.
+    fn is_to_come(&self, layout: PieceLayout, at: u64) -> bool {
+        let piece = layout.containing(at);
+        self.shown.as_ref().is_none_or(|shown| !shown.contains(piece)) || self.hot.contains_key(&piece)
+    }
+
+    /// Whether the size is another registry's word, and not what a client's own `registry` says.
+    pub(crate) fn is_other_size(&self, size_hint: Option<u64>, registry: &str) -> bool {
+        let Some(layout) = self.layout else { return false };
+        let is_own = self.sized_by.as_deref() == Some(registry);
+        !self.is_size_proven
+            && !is_own
+            && size_hint.map_or(self.sized_by.is_some(), |hint| hint != layout.size_bytes())
+    }
+
+    /// All bytes that are here, verified or not.
+    pub(crate) fn present(&self) -> ByteSet {
+        let mut present = ByteSet::default();
+        self.loose.add_to(&mut present);
+        let Some(layout) = self.layout else { return present };
+        let written = self.written.iter().flat_map(PieceSet::iter);
+        written.chain(self.hot.keys().copied()).for_each(|piece| present.insert(layout.range(piece)));
+        present
+    }
+
+    /// The end of bytes from `at` on that nobody needs to read: they are here.
+    pub(crate) fn present_until(&self, at: u64) -> u64 {
+        if let Some((end, _)) = self.loose.run_at(at) {
+            return end;
+        }
+        let Some(layout) = self.layout.filter(|layout| at < layout.size_bytes()) else { return at };
+        let piece = layout.containing(at);
+        let is_written = self.written.as_ref().is_some_and(|written| written.contains(piece));
+        if is_written || self.hot.contains_key(&piece) { layout.range(piece).end } else { at }
+    }
+
+    /// Loose bytes from `at` on that this registry gave.
+    fn loose_at(&self, registry: &str, at: u64, end: u64) -> Option<Segment> {
+        let limit = end.min(at + FILE_SEGMENT_BYTES).min(self.loose.end_of(registry, at));
+        let file = self.file.as_ref().filter(|_| limit > at)?;
+        Some(Segment::File { file: Arc::clone(file), range: at..limit })
     }
 
     /// The bytes at `at`, if clients may see them now.
@@ -198,6 +277,17 @@ impl Flights {
         right.await.ok()
     }
 
+    /// Says that a committed blob has wrong bytes: a download that begins after this begins anew.
+    pub(crate) async fn rotten(&self, blob: &Blob) {
+        tell_rotten(&self.events, blob.clone()).await;
+    }
+
+    /// A blob of this size was streamed past the pieces and matched its digest.
+    pub fn size_proven(&self, task: Digest, size_bytes: u64) {
+        // If this gets lost, the next client that streams the blob says it again.
+        let _ = self.events.try_send(Event::SizeProven { task, size_bytes });
+    }
+
     /// Joins the download of `task`, or starts it; waits until the size is known (from the hint, peers or the origin).
     /// `partial`: only a range will be read, so the rest is not downloaded for it. `purpose`: for whom, and how urgent.
     pub async fn open(
@@ -226,11 +316,22 @@ impl Flights {
         let (events, origin) = (self.events.clone(), self.origin.clone());
         let flight = Flight { shared, grant, purpose, partial, id, events, origin };
         flight.sized().await?;
+        if flight.shared.lock().is_other_size(size_hint, &flight.grant.source.registry) {
+            return Err(FlightError::OtherSize(task));
+        }
         // A blob of no bytes has no piece that could be verified.
         if flight.size_bytes() == 0 && Digest::of(task.algorithm(), &[]) != task {
             return Err(FlightError::WrongDigest(task));
         }
         Ok(flight)
+    }
+}
+
+async fn tell_rotten(events: &mpsc::Sender<Event>, blob: Blob) {
+    let (reply, done) = oneshot::channel();
+    // Without a driver nothing is downloaded any more.
+    if events.send(Event::Rotten { blob, reply }).await.is_ok() {
+        let _ = done.await;
     }
 }
 
@@ -265,6 +366,11 @@ impl Flight {
         }
     }
 
+    /// Whether all bytes were compared with the digest by somebody: then the size is right.
+    pub fn is_size_proven(&self) -> bool {
+        self.shared.lock().is_size_proven
+    }
+
     /// The blob's size in bytes.
     pub fn size_bytes(&self) -> u64 {
         self.shared.lock().layout.map_or(0, |layout| layout.size_bytes())
@@ -274,23 +380,13 @@ impl Flight {
     pub fn read(self, ranges: Vec<Range<u64>>) -> Reader {
         let layout = PieceLayout::new(self.size_bytes());
         let epoch = self.shared.lock().epoch;
-        let mut ahead = Ahead::new(ranges, layout);
-        let first = ahead.next().unwrap_or(0..0);
-        let now = Instant::now();
         let reader = Reader {
-            from_start: first.start == 0 && !self.partial,
-            at: first.start,
-            begun: false,
-            epoch,
-            end: first.end.min(layout.size_bytes()),
-            ahead,
-            layout,
-            moved: now,
-            given: now,
+            began: Instant::now(),
+            decisions: reader::Reader::new(Time::default(), ranges, layout, self.partial, epoch),
             announced: None,
             direct: None,
             first: None,
-            whole_only: false,
+            gate: None,
             flight: self,
         };
         reader.with_position()
@@ -330,35 +426,34 @@ impl Drop for Flight {
 /// Reads verified bytes in order, as they come.
 pub struct Reader {
     flight: Flight,
-    layout: PieceLayout,
-    at: u64,
-    end: u64,
-    ahead: Ahead,
-    /// Bytes were given out.
-    begun: bool,
-    /// That of the bytes given out so far.
-    epoch: u64,
-    /// When bytes last came, and when the flight last gave some.
-    moved: Instant,
-    given: Instant,
+    /// What to do next, by a clock that begins with this reader.
+    decisions: reader::Reader,
+    began: Instant,
     announced: Option<PieceIndex>,
     direct: Option<Direct>,
     /// Bytes that were waited for before anybody wanted them.
     first: Option<Segment>,
-    /// The origin knows no ranges: what is missing comes with the whole.
-    whole_only: bool,
-    /// It reads the whole, from its first byte, as the download brings it.
-    from_start: bool,
+    /// What holds bytes back that its registry has not given or proved to have; `None`: the registry is believed.
+    gate: Option<Gate>,
 }
 
 impl Reader {
+    /// Shows only what the registry gave or has proved to have.
+    pub(crate) fn gated(mut self, gate: Option<Gate>) -> Self {
+        self.gate = gate;
+        self
+    }
+
+    fn now(&self) -> Time {
+        Time(self.began.elapsed())
+    }
+
     /// Goes on to the next range, once the current one is over; `false` when there is none.
     pub fn next_part(&mut self) -> bool {
-        let Some(range) = self.ahead.next() else { return false };
+        let Some(range) = self.decisions.next_range() else { return false };
         if self.direct.as_mut().is_some_and(|direct| !direct.go_on(&range)) {
             self.direct = None;
         }
-        (self.at, self.end) = (range.start, range.end.min(self.layout.size_bytes()));
         self.tell_position();
         true
     }
@@ -374,125 +469,152 @@ impl Reader {
         if let Some(first) = self.first.take() {
             return Ok(Some(first));
         }
+        let shared = Arc::clone(&self.flight.shared);
         loop {
-            if self.at >= self.end {
+            let rest = self.decisions.rest();
+            if rest.is_empty() {
                 return Ok(None);
             }
-            let shared = Arc::clone(&self.flight.shared);
             let changed = shared.changed.notified();
-            let (ready, failed, patience) = {
-                let state = shared.lock();
-                if self.epoch != state.epoch {
-                    if self.begun {
-                        return Err(state.failed.clone().unwrap_or(FlightError::WrongDigest(shared.task)));
+            let Found { facts, segment, blob, failed } = self.look(&shared);
+            let epoch = self.decisions.epoch();
+            let step = self.decisions.next(self.now(), &facts);
+            if self.decisions.epoch() != epoch {
+                self.gate.iter_mut().for_each(Gate::begin_anew);
+            }
+            match (step, segment) {
+                (Step::End, _) => return Ok(None),
+                (Step::Give, Some(segment)) => {
+                    let blob = blob.filter(|_| facts.here == Here::Verified);
+                    let Some(segment) = self.checked(segment, blob).await else {
+                        return Err(FlightError::Rotten(shared.task));
+                    };
+                    self.direct = None;
+                    return Ok(Some(self.advance(segment, false)));
+                }
+                // There is always a segment to give.
+                (Step::Give, None) => {}
+                (Step::Prove, _) => {
+                    if let Some(gate) = &mut self.gate {
+                        gate.pass(&self.flight, self.decisions.layout(), rest.start).await?;
                     }
-                    self.epoch = state.epoch;
                 }
-                (state.bytes_at(self.at, self.end), state.failed.clone(), self.patience(&state))
-            };
-            if let Some(segment) = ready {
-                self.direct = None;
-                self.given = Instant::now();
-                return Ok(Some(self.advance(segment)));
-            }
-            let (waited, in_vain) = (self.moved.elapsed(), self.given.elapsed());
-            if self.direct.is_some() || in_vain >= patience {
-                match self.read_direct(failed.as_ref()).await {
-                    Some(Ok(segment)) => return Ok(Some(self.advance(segment))),
-                    Some(Err(error)) => return Err(error),
-                    // Only the flight can give these bytes: wait on.
-                    None => {}
+                (Step::Wait(until), _) => {
+                    let _ = tokio::time::timeout_at(self.began + until.0, changed).await;
                 }
+                (Step::AskOrigin(ranges), _) => {
+                    let (task, reader) = (shared.task, self.flight.id);
+                    // Without a driver the flight itself says so.
+                    let _ = self.flight.events.send(Event::ReadAtOrigin { task, reader, ranges }).await;
+                }
+                (Step::ReadDirect(stretch), _) => {
+                    if let Some(segment) = self.read_direct(stretch).await? {
+                        return Ok(Some(self.advance(segment, true)));
+                    }
+                }
+                (Step::WantWhole, _) => self.want_whole().await,
+                (Step::GiveUp(reason), _) => return Err(self.error(reason, failed)),
             }
-            if let Some(error) = failed {
-                return Err(error);
-            }
-            if waited >= STALLED {
-                return Err(FlightError::Unreachable("no byte came from peers or the origin in time".into()));
-            }
-            let until = if in_vain < patience { self.given + patience } else { self.moved + STALLED };
-            let _ =
-                tokio::time::timeout_at(until.min(Instant::now() + Duration::from_secs(1)), changed).await;
         }
     }
 
-    /// How long to wait for the flight before asking the origin.
-    fn patience(&self, state: &State) -> Duration {
-        if state.no_memory || state.in_memory && !self.flight_will_come(state) {
-            Duration::ZERO
-        } else if self.from_start {
-            WHOLE_PATIENCE
-        } else if state.alone {
-            Duration::ZERO
-        } else {
-            RANGE_PATIENCE
+    /// What is here at this reader's position.
+    fn look(&self, shared: &Shared) -> Found {
+        let (rest, layout) = (self.decisions.rest(), self.decisions.layout());
+        let open_to = match &self.gate {
+            Some(gate) => gate.open_to(&self.flight, layout, rest.clone()),
+            None => rest.end,
+        };
+        let state = shared.lock();
+        let verified = state.bytes_at(rest.start, open_to.max(rest.start + 1));
+        let registry = &self.flight.grant.source.registry;
+        let loose = || state.loose_at(registry, rest.start, self.decisions.loose_end());
+        let (here, segment) = match verified {
+            Some(segment) if self.gate.is_some() && open_to <= rest.start => (Here::Unproved, Some(segment)),
+            Some(segment) => (Here::Verified, Some(segment)),
+            None => match loose() {
+                Some(segment) => (Here::Loose, Some(segment)),
+                None if state.loose.run_at(rest.start).is_some() => (Here::HiddenLoose, None),
+                None => (Here::Nothing, None),
+            },
+        };
+        let facts = Facts {
+            epoch: state.epoch,
+            here,
+            storage: state.storage,
+            is_to_come: state.is_to_come(layout, rest.start),
+            is_alone: state.is_alone,
+            is_direct: self.direct.is_some(),
+            has_failed: state.failed.is_some(),
+            origin_failures: state.loose_failures,
+        };
+        Found { facts, segment, blob: state.blob.clone(), failed: state.failed.clone() }
+    }
+
+    fn error(&self, reason: Reason, failed: Option<FlightError>) -> FlightError {
+        let task = self.flight.shared.task;
+        let stalled = || FlightError::Unreachable("no byte came from peers or the origin in time".to_owned());
+        match reason {
+            Reason::WrongBytes => failed.unwrap_or(FlightError::WrongDigest(task)),
+            Reason::DownloadFailed => failed.unwrap_or_else(stalled),
+            Reason::OriginFailed => self.flight.shared.lock().loose_failed.clone().unwrap_or_else(stalled),
+            Reason::Unproved => FlightError::Unproved("it took too long".into()),
+            Reason::Stalled => stalled(),
         }
     }
 
-    /// In memory, pieces that all readers had passed are gone; this one may have come late.
-    fn flight_will_come(&self, state: &State) -> bool {
-        let piece = self.layout.containing(self.at);
-        state.shown.as_ref().is_none_or(|shown| !shown.contains(piece)) || state.hot.contains_key(&piece)
+    /// What may be shown of a segment. `None`: the blob has wrong bytes there, and the driver knows.
+    async fn checked(&self, segment: Segment, blob: Option<Blob>) -> Option<Segment> {
+        let (Segment::File { file, range }, Some(blob)) = (&segment, blob) else { return Some(segment) };
+        if blob.is_checked(range) {
+            return Some(segment);
+        }
+        let layout = self.decisions.layout();
+        let piece = layout.containing(range.start);
+        if !blob.check(piece).await {
+            tell_rotten(&self.flight.events, blob).await;
+            return None;
+        }
+        let range = range.start..range.end.min(layout.range(piece).end);
+        Some(Segment::File { file: Arc::clone(file), range })
     }
 
-    /// Bytes from the origin, if it can give these: `None` when only the flight can.
-    async fn read_direct(&mut self, failed: Option<&FlightError>) -> Option<Result<Segment, FlightError>> {
-        if self.direct.is_none() {
-            let last_start = self.layout.last().map_or(0, |last| self.layout.start(last));
-            let must_prove = self.at >= last_start;
-            let in_memory = self.flight.shared.lock().in_memory;
-            if !in_memory && (failed.is_some() || must_prove || self.whole_only) {
-                // A flight for ranges alone leaves the origin to their readers, and this one must not show the last piece.
-                if must_prove && failed.is_none() && !self.whole_only {
-                    self.leave_to_flight().await;
-                }
-                return None;
-            }
-            let proven = in_memory && self.end > last_start;
-            let range = if proven { self.at..self.end } else { self.at..self.end.min(last_start) };
-            let until = self.ahead.stretch(range.end).min(last_start).max(range.end);
-            self.direct = Some(Direct::new(
-                self.flight.origin.clone(),
-                &self.flight.grant,
-                self.flight.shared.task,
-                self.layout,
-                Stretch { range, until, prove: proven, skip: in_memory },
-            ));
-        }
-        let direct = self.direct.as_mut()?;
+    /// Bytes of this reader's own request to the origin, which begins here unless it is open; `None` when it gives no more.
+    async fn read_direct(&mut self, stretch: Stretch) -> Result<Option<Segment>, FlightError> {
+        let flight = &self.flight;
+        let direct = self.direct.get_or_insert_with(|| {
+            let (origin, layout) = (flight.origin.clone(), self.decisions.layout());
+            Direct::new(origin, &flight.grant, flight.shared.task, layout, stretch)
+        });
         match direct.next().await {
-            Ok(Some(bytes)) => Some(Ok(Segment::Memory(bytes))),
-            Ok(None) => {
-                self.direct = None;
-                None
-            }
+            Ok(Some(bytes)) => return Ok(Some(Segment::Passed(bytes))),
+            Ok(None) => self.direct = None,
             Err(Stopped::WholeOnly) => {
                 self.direct = None;
-                self.leave_to_flight().await;
-                None
+                self.decisions.leave_to_download();
+                self.want_whole().await;
             }
             Err(Stopped::Failed(error)) => {
                 self.direct = None;
-                Some(Err(error))
+                return Err(error);
             }
         }
+        Ok(None)
     }
 
     /// What is missing here comes by the flight, which may read all of the blob for it.
-    async fn leave_to_flight(&mut self) {
-        self.whole_only = true;
+    async fn want_whole(&mut self) {
         self.flight.want_whole().await;
         self.announced = None;
         self.tell_position();
     }
 
-    fn advance(&mut self, segment: Segment) -> Segment {
-        self.moved = Instant::now();
-        self.begun = true;
-        self.at += match &segment {
-            Segment::Memory(bytes) => bytes.len() as u64,
+    fn advance(&mut self, segment: Segment, is_direct: bool) -> Segment {
+        let bytes = match &segment {
+            Segment::Memory(bytes) | Segment::Passed(bytes) => bytes.len() as u64,
             Segment::File { range, .. } => range.end - range.start,
         };
+        self.decisions.advance(self.now(), bytes, is_direct);
         self.tell_position();
         segment
     }
@@ -504,16 +626,25 @@ impl Reader {
 
     /// The driver learns of each new piece; it is no matter if one word of it is lost.
     fn tell_position(&mut self) {
-        let pieces = self.layout.covering(self.at..self.end);
+        let pieces = self.decisions.pieces();
         if self.announced != Some(pieces.start) {
             self.announced = Some(pieces.start);
             let _ = self.flight.events.try_send(Event::Position {
                 task: self.flight.shared.task,
                 reader: self.flight.id,
                 pieces: Some(pieces),
-                ahead: self.ahead.pieces().cloned(),
+                ahead: self.decisions.pieces_ahead().cloned(),
                 partial: self.flight.partial,
             });
         }
     }
+}
+
+/// What a reader finds at its position.
+struct Found {
+    facts: Facts,
+    /// The bytes that are here, if any may ever be given out.
+    segment: Option<Segment>,
+    blob: Option<Blob>,
+    failed: Option<FlightError>,
 }

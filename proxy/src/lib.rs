@@ -1,7 +1,7 @@
 //! The per-node daemon.
 //!
 //! A blob GET goes [`registry`] → [`flight`] → [`driver`] → `hawker_core::node`: four places, one direction. Around them:
-//! [`store`] bytes on disk, [`peer`] the piece protocol, [`origin`] upstream registries, [`grant`] with whose right they are
+//! [`store`] bytes on disk, [`peer`] the piece protocol, [`origin`] upstream registries, `source` blobs at them, [`grant`] with whose right they are
 //! asked, [`tracker`] the scheduler's stream, [`intercept`] the forward proxy, [`admin`] what people and Prometheus look at.
 //! [`daemon`] puts them together.
 
@@ -15,11 +15,16 @@ pub mod driver;
 pub mod flight;
 pub mod grant;
 pub mod intercept;
+mod lanes;
 pub mod limits;
+mod log_limit;
 pub mod metrics;
 pub mod origin;
 pub mod peer;
+pub mod proof;
+pub mod recent;
 pub mod registry;
 pub mod settings;
+mod source;
 pub mod store;
 pub mod tracker;

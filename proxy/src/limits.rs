@@ -57,6 +57,11 @@ impl Limits {
         Self { inner: Arc::new(Inner { live, started: Instant::now(), buckets }) }
     }
 
+    /// The settings that the rates come from.
+    pub fn settings(&self) -> Arc<LiveSettings> {
+        self.inner.live.load_full()
+    }
+
     /// Waits until `bytes` (one frame, not a piece) may go. Returns at once when there is no limit.
     pub async fn take(&self, direction: Direction, bytes: u64) {
         let wait = self.reserve(direction, bytes);

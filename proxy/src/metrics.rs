@@ -15,6 +15,7 @@ use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::Registry;
 
 use crate::admin::{ApplicationStatus, BytesStatus};
+use crate::recent::RecentRequests;
 
 /// A number that goes up and down, and is never negative.
 pub type Level = Gauge<u64, AtomicU64>;
@@ -126,6 +127,9 @@ pub struct Metrics {
     application_bytes: Family<Labels<2>, Counter>,
     application_refused: Family<Labels<1>, Counter>,
 
+    /// The latest requests for manifests and blobs.
+    pub recent: RecentRequests,
+
     /// `received_bytes_total{source="peers"}`: verified bytes from peers that are no seeds.
     pub received_peers: Counter,
     /// `received_bytes_total{source="seeds"}`: verified bytes from seeds.
@@ -156,6 +160,8 @@ pub struct Metrics {
     pub connections: Level,
     /// `connections_refused_total`: runtimes' connections turned away because there were too many.
     pub connections_refused: Counter,
+    /// `connections_displaced_total`: silent or stalled connections ended for others that came.
+    pub connections_displaced: Counter,
     /// `tunnels`: connections through the forward proxy whose bytes it does not look at, open now.
     pub tunnels: Level,
     /// `tunnelled_bytes_total`: carried by them, in both directions.
@@ -229,6 +235,7 @@ impl Metrics {
             refused_by_peers,
             application_bytes,
             application_refused,
+            recent: RecentRequests::default(),
             received_peers,
             received_seeds,
             received_origin,
@@ -244,6 +251,11 @@ impl Metrics {
             bodies_unfinished: counter(r, "bodies_unfinished", "Bodies that did not go out whole"),
             connections: level(r, "connections", "Connections of runtimes"),
             connections_refused: counter(r, "connections_refused", "Connections of runtimes turned away"),
+            connections_displaced: counter(
+                r,
+                "connections_displaced",
+                "Silent or stalled connections ended for others",
+            ),
             tunnels: level(r, "tunnels", "Tunnels through the forward proxy"),
             tunnelled: counter(r, "tunnelled_bytes", "Bytes carried by tunnels, in both directions"),
             evicted_bytes: counter(r, "evicted_bytes", "Bytes evicted from the store"),

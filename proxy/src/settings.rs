@@ -1,15 +1,19 @@
 //! What the daemon runs with: resolved and checked. `cli` makes it out of what a person wrote.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
+use hawker_config::Config;
+pub use hawker_config::schema::{AuthorizationMode, CredentialSource};
 use hawker_core::application::Applications;
 use hawker_core::intercept::Rules;
 pub use hawker_core::limit::Rates;
+use hawker_core::piece::PeerId;
 use hawker_core::place::{Network, Place};
 use rustls::ServerConfig;
 use url::Url;
@@ -19,6 +23,8 @@ use url::Url;
 pub struct Settings {
     /// For people: the host's name unless told otherwise.
     pub name: String,
+    /// Why this node serves alone though it was a member before, for people.
+    pub problem: Option<String>,
     /// Where this node stands, as far as it is told.
     pub place: Place,
     /// Identity, members, store.
@@ -41,14 +47,10 @@ pub struct Settings {
     pub schedulers: Vec<String>,
     /// What may be changed while the daemon runs (SIGHUP).
     pub live: Arc<ArcSwap<LiveSettings>>,
-    /// Room on disk.
-    pub cache: CacheSettings,
-    /// How many pieces are sent at once.
-    pub upload_slots: u32,
+    /// Takes the configuration that schedulers push; `None`: it is refused.
+    pub push: Option<Arc<dyn Push>>,
     /// Bytes of pieces in memory at most, receiving and not yet written together.
     pub memory_bytes: u64,
-    /// How long a download goes on after its last reader left.
-    pub linger: Duration,
     /// A client's pull-scoped token may be lent to a seed for one transfer.
     pub seed_uses_client_token: bool,
     /// How long a pull may go on after its token has run out, from its last request on.
@@ -57,9 +59,24 @@ pub struct Settings {
     pub drain: Duration,
 }
 
-/// Settings that SIGHUP reads again.
+/// Takes configuration that schedulers push to this node.
+pub trait Push: fmt::Debug + Send + Sync {
+    /// Applies a document of the scheduler `from` as a whole, or leaves everything as it was. `known` are the schedulers whose
+    /// documents may stay. Blocking.
+    ///
+    /// # Errors
+    /// The reason, for people.
+    fn push(&self, from: PeerId, known: &[PeerId], document: &str) -> Result<(), String>;
+}
+
+/// Settings that change while the daemon runs: by SIGHUP, or because a scheduler pushes them.
 #[derive(Clone, Debug, Default)]
 pub struct LiveSettings {
+    /// The values of all keys. Code that needs a value as it is written takes it from here; the fields below are made of several
+    /// values, or of files.
+    pub config: Config,
+    /// Room on disk.
+    pub cache: CacheSettings,
     /// Of the host.
     pub rates: Rates,
     /// Of each task.
@@ -93,31 +110,6 @@ impl Default for Staleness {
     }
 }
 
-/// Where names and passwords for registries are written. Files are read when they are needed, and again when they change.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum CredentialSource {
-    /// Docker's `config.json`, or podman's `auth.json`: with credential helpers.
-    Docker(PathBuf),
-    /// containerd's `config.toml`: what its CRI plugin has under `registry`.
-    Containerd(PathBuf),
-    /// A Kubernetes pull secret, or a folder of them as they are mounted.
-    Kubernetes(PathBuf),
-    /// A variable of the environment that holds what would stand in Docker's `config.json`.
-    Environment(String),
-}
-
-/// Whose right a registry's content is read by.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum AuthorizationMode {
-    /// The client's, which it gets from the registry's own realm: challenges and tokens are passed on.
-    #[default]
-    Relay,
-    /// The client's, which it gets here: this mirror is the realm, and asks the registry's with what the client gave.
-    Token,
-    /// This node's, for whoever asks. It does not keep clients apart.
-    Node,
-}
-
 /// Which registries may be asked, and how each is reached.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Registries {
@@ -139,6 +131,15 @@ impl Registries {
         let own = self.known.get(registry).and_then(|known| known.authorization);
         own.unwrap_or(self.authorization)
     }
+
+    /// Whether a registry's word that it has some content is enough. Other registries prove it before its clients get what came
+    /// here from elsewhere.
+    pub fn is_believed(&self, registry: &str) -> bool {
+        match self.known.get(registry) {
+            Some(known) => !known.must_prove,
+            None => crate::origin::is_listed(self, registry),
+        }
+    }
 }
 
 /// How one registry is reached.
@@ -150,10 +151,34 @@ pub struct RegistrySettings {
     pub ca: Option<PathBuf>,
     /// Accept any certificate. Said in the configuration, never by default.
     pub insecure: bool,
+    /// Shown to its endpoints where they ask for a client's certificate.
+    pub identity: Option<ClientIdentity>,
     /// Where tokens for it may be had, besides its own domain: scheme, host and port count.
     pub realms: Vec<Url>,
     /// Whose right counts, if not the one that counts everywhere.
     pub authorization: Option<AuthorizationMode>,
+    /// Its word that it has some content is not enough, though the configuration names it.
+    pub must_prove: bool,
+}
+
+/// A client's certificate and its key, as PEM files. They are read again when they change.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct ClientIdentity {
+    /// The certificate, with those between it and its authority behind it.
+    pub certificate: PathBuf,
+    /// Its key, unencrypted.
+    pub key: PathBuf,
+}
+
+impl fmt::Display for ClientIdentity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "the client's certificate {} with the key {}",
+            self.certificate.display(),
+            self.key.display()
+        )
+    }
 }
 
 /// Room on disk.

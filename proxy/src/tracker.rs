@@ -17,13 +17,14 @@ mod outbox;
 mod renewal;
 mod session;
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 pub use hawker_api::convert::Member;
 use hawker_api::identity::Identity;
-use hawker_core::application::{Applications, Purpose};
+use hawker_core::application::Purpose;
 use hawker_core::digest::Digest;
 use hawker_core::piece::{PeerId, PieceTable};
 use hawker_core::place::Place;
@@ -31,9 +32,12 @@ use hawker_core::reference::Source;
 use hawker_core::share::Share;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
+use tracing::warn;
 
 pub use outbox::MAX_WANTS;
 use outbox::Outboxes;
+
+use crate::settings::Push;
 
 /// What a scheduler says.
 #[derive(Clone, Debug)]
@@ -55,12 +59,12 @@ pub enum TrackerEvent {
     },
     /// Members that nobody fetches from, the whole list.
     Isolated(Vec<Isolation>),
+    /// Members that were removed from the cluster just now: their connections are to end.
+    Removed(Vec<PeerId>),
     /// Where this node stands: its zone.
     Zone(String),
     /// Nobody is elected for this task yet, for its application's sake.
     Postponed(Digest),
-    /// What counts in the whole cluster.
-    Applications(Applications),
 }
 
 /// A member that nobody fetches from.
@@ -119,6 +123,15 @@ pub struct Holding {
     pub complete: bool,
 }
 
+/// The capacity of a node to send, for the scheduler.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Capacity {
+    /// Pieces sent at once.
+    pub upload_slots: u32,
+    /// Bytes a second, 0 when not limited.
+    pub upload_rate_bytes: u64,
+}
+
 /// How to run the [`Tracker`].
 pub struct TrackerConfig {
     /// Who we are.
@@ -129,10 +142,10 @@ pub struct TrackerConfig {
     pub place: Place,
     /// How others reach us.
     pub addresses: Vec<String>,
-    /// Pieces sent at once.
-    pub upload_slots: u32,
-    /// Bytes a second, 0 when not limited.
-    pub upload_rate_bytes: u64,
+    /// The node's capacity, read at each new stream.
+    pub capacity: Arc<dyn Fn() -> Capacity + Send + Sync>,
+    /// Takes the configuration that schedulers push; `None`: it is refused.
+    pub push: Option<Arc<dyn Push>>,
     /// Schedulers by `host:port`, besides those in the member list.
     pub schedulers: Vec<String>,
     /// Where the member list is kept.
@@ -155,9 +168,28 @@ pub struct Tracker {
 struct Shared {
     config: TrackerConfig,
     outboxes: Mutex<Outboxes>,
+    /// The last problem with each scheduler that is not connected, by its addresses.
+    problems: Mutex<BTreeMap<Vec<String>, String>>,
 }
 
 impl Shared {
+    /// Where the identity is saved.
+    fn identity_dir(&self) -> PathBuf {
+        self.config.members_file.with_file_name("identity")
+    }
+
+    /// Remembers why there is no stream to a scheduler. A new reason is logged, a known one is not logged again.
+    fn note_problem(&self, target: &[String], problem: &str) {
+        let old = self.problems().insert(target.to_vec(), problem.to_owned());
+        if old.as_deref() != Some(problem) {
+            warn!(scheduler = target.join(", "), problem, "a scheduler is not connected; it is tried again");
+        }
+    }
+
+    fn problems(&self) -> MutexGuard<'_, BTreeMap<Vec<String>, String>> {
+        self.problems.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Held for moments only, never across an await.
     fn outboxes(&self) -> MutexGuard<'_, Outboxes> {
         self.outboxes.lock().unwrap_or_else(PoisonError::into_inner)
@@ -166,13 +198,13 @@ impl Shared {
 
 impl Tracker {
     /// Connects, and connects again for ever with growing waits. The first event is the member list from the disk. A renewed
-    /// certificate is saved into `identity/` beside the members file.
+    /// certificate and the list of removed members are saved into `identity/` beside the members file.
     ///
     /// Must be called within a Tokio runtime.
     pub fn start(config: TrackerConfig) -> Self {
         let stop = CancellationToken::new();
         let outboxes = Mutex::new(Outboxes::new(config.identity.peer_id()));
-        let shared = Arc::new(Shared { config, outboxes });
+        let shared = Arc::new(Shared { config, outboxes, problems: Mutex::default() });
         tokio::spawn(stop.clone().run_until_cancelled_owned(session::keep_all(Arc::clone(&shared))));
         tokio::spawn(stop.clone().run_until_cancelled_owned(renewal::keep_fresh(Arc::clone(&shared))));
         Self { shared, _stop: Arc::new(stop.drop_guard()) }
@@ -201,6 +233,13 @@ impl Tracker {
     /// Two tables that one issuer sealed and that contradict each other: proof for every scheduler.
     pub fn contradiction(&self, tables: [PieceTable; 2]) {
         self.shared.outboxes().contradiction(&tables);
+    }
+
+    /// Why there is no stream to the scheduler at this address, if one was tried.
+    pub fn problem(&self, address: &str) -> Option<String> {
+        let problems = self.shared.problems();
+        let of_address = |target: &Vec<String>| target.iter().any(|known| known == address);
+        problems.iter().find(|(target, _)| of_address(target)).map(|(_, problem)| problem.clone())
     }
 
     /// Schedulers with a live stream, by address.

@@ -3,15 +3,20 @@
 //! On disk, below the data directory: `authority/` with key and certificate, `authority/tokens/<id>` for tokens not used
 //! yet, `<id>.spent` for those that were (so that a second user is told so). A token's file holds the SHA-256 of its secret,
 //! never the secret. Whoever renames the file has spent the token: the file system picks the one winner.
+//!
+//! `authority/members/<peer id>` records each certificate that was made, for `hawker member ls`. `authority/removed/<peer id>`
+//! names a member that was removed. `hawker member rm` writes it, running or not; a running scheduler notices within a second.
 
+use std::collections::HashMap;
 use std::fs;
 use std::io::{self, Write};
+use std::net::IpAddr;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use hawker_api::identity::{AuthorityKey, Identity, IdentityError, member_of};
+use hawker_api::identity::{AuthorityKey, Identity, IdentityError, MAX_REMOVED, member_of, validity_s};
 use hawker_api::join::Token;
 use hawker_core::digest::{Algorithm, Digest};
 use hawker_core::message::Role;
@@ -19,17 +24,28 @@ use hawker_core::piece::PeerId;
 use rustls::pki_types::CertificateDer;
 use serde::{Deserialize, Serialize};
 
+use crate::door::Client;
+
 /// How long a certificate lives unless told otherwise. It renews itself at two thirds.
 pub const CERTIFICATE_LIFE: Duration = Duration::from_secs(7 * 24 * 3600);
 /// How long a token lives unless told otherwise.
 pub const TOKEN_TTL: Duration = Duration::from_secs(3600);
 /// Tokens are kept this long after their end, to say why they no longer work.
 const KEPT_AFTER_END: Duration = Duration::from_secs(24 * 3600);
-/// Joins a second, and at once: a fleet of thousands starts within a minute or two, a guesser gets nowhere.
+/// Joins with a known token from one address, a second and at once: a fleet of thousands behind one address starts within a
+/// minute or two. Requests without a known token cost no more than a look-up, and count for nobody.
 const JOINS_PER_SECOND: f64 = 50.0;
 const JOINS_BURST: f64 = 200.0;
 
-const AUTHORITY_DIR: &str = "authority";
+/// Addresses whose joins are counted. Beyond that, those with a full allowance are forgotten first.
+const ALLOWANCES: usize = 4096;
+/// Records of members whose certificate ended this long ago are dropped.
+const RECORD_KEPT: Duration = Duration::from_secs(30 * 24 * 3600);
+
+/// The folder of the authority within its data directory.
+pub const AUTHORITY_DIR: &str = "authority";
+const MEMBERS_DIR: &str = "members";
+const REMOVED_DIR: &str = "removed";
 const TOKENS_DIR: &str = "tokens";
 const SPENT: &str = "spent";
 /// A token that is just being written.
@@ -49,6 +65,11 @@ pub enum AuthorityError {
     /// The key or the certificate is unusable.
     #[error(transparent)]
     Identity(#[from] IdentityError),
+    /// No more members can be removed.
+    #[error(
+        "{MAX_REMOVED} members were removed already, which is the most that a cluster keeps; start a new cluster"
+    )]
+    TooManyRemoved,
     /// There is no authority here.
     #[error(
         "{0} holds no authority: run this where `hawker up` or the first `hawker scheduler` runs, with its --data-dir"
@@ -83,6 +104,11 @@ pub enum Refusal {
     /// The certificate request is none, or for another key.
     #[error("the certificate request is unusable: {0}")]
     Request(String),
+    /// `hawker member rm` removed this key.
+    #[error(
+        "this node's key was removed from the cluster: remove the node's identity folder and join with a new token"
+    )]
+    Removed,
     /// A retry helps.
     #[error("too many nodes join at once")]
     Busy,
@@ -113,9 +139,11 @@ impl StoredToken {
 /// The cluster's certificate authority.
 pub struct Authority {
     key: AuthorityKey,
+    dir: PathBuf,
     tokens: PathBuf,
     life: Duration,
-    allowance: Mutex<(f64, Instant)>,
+    /// Joins that each address may still make, and as of when.
+    allowances: Mutex<HashMap<Client, (f64, Instant)>>,
 }
 
 impl Authority {
@@ -123,12 +151,7 @@ impl Authority {
     pub fn open(data_dir: &Path, life: Duration) -> Result<Option<Self>, AuthorityError> {
         let dir = data_dir.join(AUTHORITY_DIR);
         let key = AuthorityKey::load(&dir)?;
-        Ok(key.map(|key| Self {
-            key,
-            tokens: dir.join(TOKENS_DIR),
-            life,
-            allowance: Mutex::new((JOINS_BURST, Instant::now())),
-        }))
+        Ok(key.map(|key| Self { key, tokens: dir.join(TOKENS_DIR), dir, life, allowances: Mutex::default() }))
     }
 
     /// The same; at first start a new authority for the cluster of this name.
@@ -159,27 +182,34 @@ impl Authority {
         Ok(pending.complete(certificate, self.key.certificate().clone())?)
     }
 
-    /// A certificate for whoever holds this token, which is spent by it.
+    /// A certificate for the client at `from` that holds this token, which is spent by it. `name` is for people.
     pub fn join(
         &self,
         token_id: &str,
         secret: &str,
         request: &[u8],
+        name: &str,
+        from: IpAddr,
         now: SystemTime,
     ) -> Result<(CertificateDer<'static>, Role), Refusal> {
-        if !self.may_join() {
+        let found = self.find(token_id)?;
+        if !self.may_join(from) {
             return Err(Refusal::Busy);
         }
-        let (token, role) = self.check(token_id, secret, now)?;
+        let (token, role) = Self::check(found, secret, now)?;
         // A request that is no good costs no token.
         let certificate = self.issue(request, role, now)?;
         let (peer, _) = member_of(&certificate).map_err(|error| Refusal::Request(error.to_string()))?;
+        if self.is_removed(peer) {
+            return Err(Refusal::Removed);
+        }
         let asker = Some(peer.to_string());
         match token.spent_for {
             None => self.spend(token_id, StoredToken { spent_for: asker, ..token })?,
             spent_for if spent_for == asker => {}
             Some(_) => return Err(Refusal::Spent),
         }
+        self.record(&certificate, Some(name))?;
         Ok((certificate, role))
     }
 
@@ -192,13 +222,57 @@ impl Authority {
     ) -> Result<CertificateDer<'static>, Refusal> {
         let certificate = self.issue(request, role, now)?;
         match member_of(&certificate) {
-            Ok((key, _)) if key == peer => Ok(certificate),
-            _ => Err(Refusal::Request("it is for another key than the certificate shown".into())),
+            Ok((key, _)) if key == peer => {}
+            _ => return Err(Refusal::Request("it is for another key than the certificate shown".into())),
         }
+        if self.is_removed(peer) {
+            return Err(Refusal::Removed);
+        }
+        self.record(&certificate, None)?;
+        Ok(certificate)
     }
 
-    /// Removes tokens that ended long ago.
+    /// The ids of removed members, ascending, as the folder says now.
+    pub fn removed(&self) -> Result<Vec<PeerId>, AuthorityError> {
+        ids_in(&self.dir.join(REMOVED_DIR))
+    }
+
+    /// When a member was removed last. The folder is read again only when this changes.
+    pub fn removed_changed_at(&self) -> Option<SystemTime> {
+        fs::metadata(self.dir.join(REMOVED_DIR)).and_then(|metadata| metadata.modified()).ok()
+    }
+
+    fn is_removed(&self, peer: PeerId) -> bool {
+        self.dir.join(REMOVED_DIR).join(peer.to_string()).exists()
+    }
+
+    /// Notes a certificate that was made. Without a name the member keeps the one it has.
+    fn record(&self, certificate: &CertificateDer<'_>, name: Option<&str>) -> Result<(), AuthorityError> {
+        let (peer, role) = member_of(certificate)?;
+        let (_, certificate_until_s) = validity_s(certificate)?;
+        let dir = self.dir.join(MEMBERS_DIR);
+        let path = dir.join(peer.to_string());
+        let name = match name {
+            Some(name) => name.to_owned(),
+            None => read_json(&path)?.map(|record: StoredMember| record.name).unwrap_or_default(),
+        };
+        fs::create_dir_all(&dir).map_err(at(&dir))?;
+        let record = StoredMember { name, role: role.to_string(), certificate_until_s };
+        write_json(&path, &record).map_err(at(&path))
+    }
+
+    /// Removes tokens and records of members that ended long ago.
     pub fn sweep(&self, now: SystemTime) -> Result<(), AuthorityError> {
+        for member in members(&self.dir)? {
+            if member.certificate_until_s + RECORD_KEPT.as_secs() < unix_seconds(now) {
+                let path = self.dir.join(MEMBERS_DIR).join(member.peer.to_string());
+                fs::remove_file(&path).map_err(at(&path))?;
+            }
+        }
+        self.sweep_tokens(now)
+    }
+
+    fn sweep_tokens(&self, now: SystemTime) -> Result<(), AuthorityError> {
         let entries = match fs::read_dir(&self.tokens) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
             entries => entries.map_err(at(&self.tokens))?,
@@ -209,7 +283,7 @@ impl Authority {
                 continue;
             }
             let over = |token: StoredToken| token.expires_at + KEPT_AFTER_END.as_secs() < unix_seconds(now);
-            if read_token(&path)?.is_none_or(over) {
+            if read_json(&path)?.is_none_or(over) {
                 fs::remove_file(&path).map_err(at(&path))?;
             }
         }
@@ -220,13 +294,21 @@ impl Authority {
         self.key.issue(request, role, self.life, now).map_err(|error| Refusal::Request(error.to_string()))
     }
 
-    /// A token, if it is good or was, and the role that it gives.
-    fn check(&self, id: &str, secret: &str, now: SystemTime) -> Result<(StoredToken, Role), Refusal> {
+    /// The token with this id, and whether it is spent.
+    fn find(&self, id: &str) -> Result<(StoredToken, bool), Refusal> {
         let path = self.path(id)?;
-        let (token, spent) = match read_token(&path)? {
-            Some(token) => (token, false),
-            None => (read_token(&path.with_extension(SPENT))?.ok_or(Refusal::Unknown)?, true),
-        };
+        match read_json(&path)? {
+            Some(token) => Ok((token, false)),
+            None => Ok((read_json(&path.with_extension(SPENT))?.ok_or(Refusal::Unknown)?, true)),
+        }
+    }
+
+    /// A token, if it is good or was, and the role that it gives.
+    fn check(
+        (token, spent): (StoredToken, bool),
+        secret: &str,
+        now: SystemTime,
+    ) -> Result<(StoredToken, Role), Refusal> {
         if !same_in_constant_time(token.sha256.as_bytes(), hashed(secret).as_bytes()) {
             return Err(Refusal::WrongSecret);
         }
@@ -249,7 +331,7 @@ impl Authority {
             done => done.map_err(at(&path))?,
         }
         // Whoever is killed in between has spent it for nobody: the safe side.
-        Ok(write_token(&spent, &token).map_err(at(&spent))?)
+        Ok(write_json(&spent, &token).map_err(at(&spent))?)
     }
 
     /// Where a token lies. An id that is not hex is no path of ours.
@@ -258,13 +340,22 @@ impl Authority {
         if is_id { Ok(self.tokens.join(id)) } else { Err(Refusal::Unknown) }
     }
 
-    fn may_join(&self) -> bool {
-        let mut allowance = self.allowance.lock().unwrap_or_else(PoisonError::into_inner);
+    fn may_join(&self, from: IpAddr) -> bool {
+        let mut allowances = self.allowances.lock().unwrap_or_else(PoisonError::into_inner);
         let now = Instant::now();
-        let earned = now.duration_since(allowance.1).as_secs_f64() * JOINS_PER_SECOND;
-        *allowance = ((allowance.0 + earned).min(JOINS_BURST), now);
-        let may = allowance.0 >= 1.0;
-        allowance.0 -= f64::from(u8::from(may));
+        let earned = |(left, at): (f64, Instant)| {
+            (left + now.duration_since(at).as_secs_f64() * JOINS_PER_SECOND).min(JOINS_BURST)
+        };
+        if allowances.len() >= ALLOWANCES {
+            allowances.retain(|_, allowance| earned(*allowance) < JOINS_BURST);
+        }
+        let client = Client::from(from);
+        if allowances.len() >= ALLOWANCES && !allowances.contains_key(&client) {
+            return false;
+        }
+        let left = allowances.get(&client).map_or(JOINS_BURST, |allowance| earned(*allowance));
+        let may = left >= 1.0;
+        allowances.insert(client, (left - f64::from(u8::from(may)), now));
         may
     }
 }
@@ -290,20 +381,106 @@ pub fn create_token(data_dir: &Path, role: Role, ttl: Duration) -> Result<Token,
     let dir = &authority.tokens;
     fs::create_dir_all(dir).map_err(at(dir))?;
     let path = dir.join(&token.id);
-    write_token(&path, &stored).map_err(at(&path))?;
+    write_json(&path, &stored).map_err(at(&path))?;
     Ok(token)
 }
 
-fn write_token(path: &Path, token: &StoredToken) -> io::Result<()> {
+/// A member that the authority made a certificate for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KnownMember {
+    /// The hash of its key.
+    pub peer: PeerId,
+    /// For people.
+    pub name: String,
+    /// `peer`, `seed` or `scheduler`.
+    pub role: String,
+    /// When its newest certificate ends, in seconds since 1970.
+    pub certificate_until_s: u64,
+}
+
+/// A member's record on disk.
+#[derive(Debug, Serialize, Deserialize)]
+struct StoredMember {
+    name: String,
+    role: String,
+    certificate_until_s: u64,
+}
+
+/// The authority's folder below `data_dir`, if there is an authority.
+fn authority_dir(data_dir: &Path) -> Result<PathBuf, AuthorityError> {
+    let dir = data_dir.join(AUTHORITY_DIR);
+    if dir.is_dir() { Ok(dir) } else { Err(AuthorityError::Missing(data_dir.into())) }
+}
+
+/// All members that the authority in `data_dir` knows, by id.
+pub fn known_members(data_dir: &Path) -> Result<Vec<KnownMember>, AuthorityError> {
+    members(&authority_dir(data_dir)?)
+}
+
+/// The members that were removed from the cluster of the authority in `data_dir`, by id.
+pub fn removed_members(data_dir: &Path) -> Result<Vec<PeerId>, AuthorityError> {
+    ids_in(&authority_dir(data_dir)?.join(REMOVED_DIR))
+}
+
+/// Removes a member from the cluster of the authority in `data_dir`: its key counts nowhere any more, and never again. A running
+/// scheduler notices within a second. Returns the file that says so.
+pub fn remove_member(data_dir: &Path, peer: PeerId) -> Result<PathBuf, AuthorityError> {
+    let dir = authority_dir(data_dir)?.join(REMOVED_DIR);
+    let path = dir.join(peer.to_string());
+    if path.exists() {
+        return Ok(path);
+    }
+    if ids_in(&dir)?.len() >= MAX_REMOVED {
+        return Err(AuthorityError::TooManyRemoved);
+    }
+    fs::create_dir_all(&dir).map_err(at(&dir))?;
+    let removed_at_s = unix_seconds(SystemTime::now());
+    write_json(&path, &serde_json::json!({ "removed_at_s": removed_at_s })).map_err(at(&path))?;
+    fs::File::open(&dir).and_then(|dir| dir.sync_all()).map_err(at(&dir))?;
+    Ok(path)
+}
+
+fn members(authority: &Path) -> Result<Vec<KnownMember>, AuthorityError> {
+    let dir = authority.join(MEMBERS_DIR);
+    let mut members = Vec::new();
+    for peer in ids_in(&dir)? {
+        // A record that makes no sense is written anew when its member renews.
+        if let Some(StoredMember { name, role, certificate_until_s }) =
+            read_json(&dir.join(peer.to_string()))?
+        {
+            members.push(KnownMember { peer, name, role, certificate_until_s });
+        }
+    }
+    Ok(members)
+}
+
+/// The ids that name files of a folder, ascending; none when there is no folder.
+fn ids_in(dir: &Path) -> Result<Vec<PeerId>, AuthorityError> {
+    let entries = match fs::read_dir(dir) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        entries => entries.map_err(at(dir))?,
+    };
+    let mut ids = Vec::new();
+    for entry in entries {
+        let name = entry.map_err(at(dir))?.file_name();
+        ids.extend(name.to_str().and_then(|name| name.parse::<PeerId>().ok()));
+    }
+    ids.sort_unstable();
+    Ok(ids)
+}
+
+fn write_json(path: &Path, value: &impl Serialize) -> io::Result<()> {
     let new = path.with_extension(NEW);
-    let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&new)?;
-    file.write_all(&serde_json::to_vec(token)?)?;
+    let mut options = fs::OpenOptions::new();
+    options.write(true).create(true).truncate(true).mode(0o600);
+    let mut file = options.open(&new)?;
+    file.write_all(&serde_json::to_vec(value)?)?;
     file.sync_all()?;
     fs::rename(new, path)
 }
 
-/// A token's file; `None` when there is none, or when it makes no sense.
-fn read_token(path: &Path) -> Result<Option<StoredToken>, AuthorityError> {
+/// A file of ours; `None` when there is none, or when it makes no sense.
+fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<Option<T>, AuthorityError> {
     match fs::read(path) {
         Ok(text) => Ok(serde_json::from_slice(&text).ok()),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
@@ -330,6 +507,7 @@ mod tests {
     use super::*;
 
     const HOUR: Duration = Duration::from_secs(3600);
+    const HOME: IpAddr = IpAddr::V4(std::net::Ipv4Addr::LOCALHOST);
 
     fn authority() -> (tempfile::TempDir, Authority) {
         let dir = tempfile::tempdir().unwrap();
@@ -339,7 +517,7 @@ mod tests {
 
     fn join(authority: &Authority, token: &Token, now: SystemTime) -> Result<Role, Refusal> {
         let request = Identity::request().unwrap().certificate_request;
-        authority.join(&token.id, &token.secret, &request, now).map(|(_, role)| role)
+        authority.join(&token.id, &token.secret, &request, "n", HOME, now).map(|(_, role)| role)
     }
 
     #[test]
@@ -353,10 +531,11 @@ mod tests {
         assert!(matches!(join(&authority, &wrong, now), Err(Refusal::WrongSecret)));
         assert!(matches!(join(&authority, &unknown, now), Err(Refusal::Unknown)));
         assert!(matches!(join(&authority, &outside, now), Err(Refusal::Unknown)));
-        let bad_request = authority.join(&token.id, &token.secret, b"?", now);
+        let bad_request = authority.join(&token.id, &token.secret, b"?", "n", HOME, now);
         assert!(matches!(bad_request, Err(Refusal::Request(_))), "and costs no token");
         let request = Identity::request().unwrap().certificate_request;
-        let once = || authority.join(&token.id, &token.secret, &request, now).map(|(_, role)| role);
+        let once =
+            || authority.join(&token.id, &token.secret, &request, "n", HOME, now).map(|(_, role)| role);
         assert_eq!(once().unwrap(), Role::Seed);
         assert_eq!(once().unwrap(), Role::Seed, "whoever lost the answer asks again with the same key");
         assert!(matches!(join(&authority, &token, now), Err(Refusal::Spent)));
@@ -424,10 +603,58 @@ mod tests {
     }
 
     #[test]
-    fn joins_are_limited() {
-        let (_dir, authority) = authority();
-        let token = Token { id: "00".into(), secret: "00".into(), authority: [0; 32] };
-        let mut answers = (0..2000).map(|_| join(&authority, &token, SystemTime::now()));
-        assert!(answers.any(|answer| matches!(answer, Err(Refusal::Busy))));
+    fn joins_are_limited_for_each_address_and_only_with_a_known_token() {
+        let (dir, authority) = authority();
+        let token = create_token(dir.path(), Role::Peer, HOUR).unwrap();
+        let (unknown, wrong) =
+            (Token { id: "00".into(), ..token.clone() }, Token { secret: "00".into(), ..token.clone() });
+        let (now, elsewhere) = (SystemTime::now(), IpAddr::from([10, 0, 0, 9]));
+        let answer = |token: &Token, from| authority.join(&token.id, &token.secret, b"?", "n", from, now);
+        assert!((0..2000).all(|_| matches!(answer(&unknown, HOME), Err(Refusal::Unknown))));
+        assert!(
+            matches!(answer(&wrong, HOME), Err(Refusal::WrongSecret)),
+            "strangers' tries count for nobody"
+        );
+        assert!((0..2000).any(|_| matches!(answer(&wrong, HOME), Err(Refusal::Busy))));
+        assert!(matches!(answer(&wrong, elsewhere), Err(Refusal::WrongSecret)));
+    }
+
+    #[test]
+    fn a_removed_member_neither_renews_nor_joins_again_with_its_key() {
+        let (dir, authority) = authority();
+        let now = SystemTime::now();
+        let pending = Identity::request().unwrap();
+        let join = || {
+            let token = create_token(dir.path(), Role::Peer, HOUR).unwrap();
+            let request = &pending.certificate_request;
+            (authority.join(&token.id, &token.secret, request, "n", HOME, now), token)
+        };
+        let (certificate, role) = join().0.unwrap();
+        let (peer, _) = member_of(&certificate).unwrap();
+        let known = known_members(dir.path()).unwrap();
+        assert_eq!((known.len(), known[0].peer, known[0].name.as_str()), (1, peer, "n"));
+        remove_member(dir.path(), peer).unwrap();
+        remove_member(dir.path(), peer).unwrap();
+        assert_eq!(authority.removed().unwrap(), [peer]);
+        let renewed = authority.renew((peer, role), &pending.certificate_request, now);
+        assert!(matches!(renewed, Err(Refusal::Removed)));
+        let (again, token) = join();
+        assert!(matches!(again, Err(Refusal::Removed)));
+        let request = Identity::request().unwrap().certificate_request;
+        authority.join(&token.id, &token.secret, &request, "n", HOME, now).expect("the token is not spent");
+        let reopened = Authority::open(dir.path(), CERTIFICATE_LIFE).unwrap().unwrap();
+        assert_eq!(reopened.removed().unwrap(), [peer]);
+    }
+
+    #[test]
+    fn records_of_members_go_long_after_their_certificates() {
+        let (dir, authority) = authority();
+        let token = create_token(dir.path(), Role::Peer, HOUR).unwrap();
+        let now = SystemTime::now();
+        join(&authority, &token, now).unwrap();
+        authority.sweep(now + CERTIFICATE_LIFE + HOUR).unwrap();
+        assert_eq!(known_members(dir.path()).unwrap().len(), 1);
+        authority.sweep(now + CERTIFICATE_LIFE + RECORD_KEPT + HOUR).unwrap();
+        assert!(known_members(dir.path()).unwrap().is_empty());
     }
 }

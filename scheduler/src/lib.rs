@@ -5,7 +5,9 @@
 //! seeds and schedulers, `links` makes several schedulers known to each other. Nothing here survives a restart but the
 //! authority, our own identity and that list: members say the rest again.
 
+pub mod advertise;
 pub mod authority;
+mod door;
 mod driver;
 mod links;
 mod listener;
@@ -30,7 +32,7 @@ use hawker_core::piece::PeerId;
 use hawker_core::place::Networks;
 use hawker_core::swarm::Guilt;
 use tokio::net::TcpListener;
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, broadcast, mpsc};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 use tokio_stream::wrappers::ReceiverStream;
@@ -38,23 +40,36 @@ use tokio_util::sync::CancellationToken;
 use tonic::transport::Server;
 use tracing::{info, warn};
 
+use advertise::AllowedAddresses;
 use authority::{Authority, AuthorityError};
-use driver::Driver;
+use driver::{Driver, DriverConfig};
 use membership::Membership;
-use service::Service;
+use service::{JOINS_AT_ONCE, Service};
 
 /// Below the data directory: key and certificate of the scheduler itself. A proxy in the same process has its own.
 const IDENTITY_DIR: &str = "scheduler/identity";
 const MEMBERS_FILE: &str = "scheduler/members.json";
 /// A connection over which nothing comes back for twice this long is given up, and its streams with it.
 const KEEPALIVE: Duration = Duration::from_secs(10);
-/// Streams within one connection: a member needs one, and a few questions.
-const STREAMS_PER_CONNECTION: u32 = 32;
+/// Streams within one connection: a member needs one, and a few questions. Each may hold a message of the largest size.
+const STREAMS_PER_CONNECTION: u32 = 4;
 const MAX_HEADER_BYTES: u32 = 16 << 10;
+/// A stranger asks one question, whose request has less than 2 KiB.
+const STRANGER_STREAMS: u32 = 2;
+const STRANGER_WINDOW_BYTES: u32 = 8 << 10;
+const STRANGER_HEADER_BYTES: u32 = 4 << 10;
+const STRANGER_RESETS: usize = 4;
+/// Largest request to the authority, from strangers and members alike.
+const MAX_JOIN_BYTES: usize = 4 << 10;
 /// Largest message: [`hawker_api::convert`] bounds what is in it. A full announcement comes in several.
 const MAX_MESSAGE_BYTES: usize = 4 << 20;
 /// How long streams get to end when the scheduler stops.
 const DRAIN: Duration = Duration::from_secs(3);
+/// How often the authority's folder is looked at for members that were removed, and how often it is read whatever its time says.
+const REMOVED_LOOK: Duration = Duration::from_millis(500);
+const REMOVED_READ: Duration = Duration::from_secs(10);
+/// Accusations that wait for a link to another scheduler.
+const VOUCHED_QUEUE: usize = 256;
 /// How often our own certificate and old tokens are looked at.
 const HOUSEKEEPING: Duration = Duration::from_secs(300);
 
@@ -75,14 +90,25 @@ pub struct SchedulerConfig {
     pub schedulers: Vec<String>,
     /// Join the cluster at this address with this token, unless it was joined before: there is no authority here then.
     pub join: Option<(String, Token)>,
-    /// What is said of applications: told to all members, and what is limited here is. It may change.
-    pub applications: Arc<ArcSwap<Applications>>,
-    /// Where members stand who do not say it themselves, by their addresses.
-    pub networks: Networks,
+    /// Settings that may change while the scheduler runs.
+    pub live: Arc<ArcSwap<LiveSettings>>,
+    /// What members may advertise besides the address that they connect from.
+    pub allowed_addresses: AllowedAddresses,
     /// How long certificates live that are made here.
     pub certificate_life: Duration,
     /// Kept up to date while the scheduler runs.
     pub numbers: Arc<Numbers>,
+}
+
+/// Settings of a scheduler that may change while it runs.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct LiveSettings {
+    /// The rules of applications: what is limited at the scheduler is limited here.
+    pub applications: Arc<Applications>,
+    /// The places of members that name none, by their addresses.
+    pub networks: Arc<Networks>,
+    /// The configuration that all members get, as TOML.
+    pub document: Arc<str>,
 }
 
 /// A peer that nobody is sent to, for people.
@@ -117,6 +143,8 @@ pub struct Numbers {
     pub isolated_for_stalls: AtomicU64,
     /// Peers isolated since the start because they sealed two tables of one task.
     pub isolated_for_contradictions: AtomicU64,
+    /// Members that refuse the pushed configuration: name and reason.
+    pub refusals: Mutex<Vec<(String, String)>>,
     /// Open streams.
     pub streams: AtomicU64,
     /// Messages received since the start.
@@ -166,12 +194,18 @@ pub async fn run(config: SchedulerConfig, shutdown: CancellationToken) -> Result
     let file = config.data_dir.join(MEMBERS_FILE);
     let membership = Membership::load(ourselves.clone(), file, members, Instant::now());
     let known = membership.list();
-    let driver = Driver::new(
+    let limits = listener::Limits::new();
+    let (vouched, _) = broadcast::channel(VOUCHED_QUEUE);
+    let driver = Driver::new(DriverConfig {
         membership,
-        cluster.clone(),
-        Arc::clone(&config.applications),
-        Arc::clone(&config.numbers),
-    );
+        cluster: cluster.clone(),
+        live: Arc::clone(&config.live),
+        numbers: Arc::clone(&config.numbers),
+        identity: identity.clone(),
+        identity_dir: config.data_dir.join(IDENTITY_DIR),
+        connections: limits.connections.clone(),
+        vouched: vouched.clone(),
+    });
     let (handle, driver_task) = driver.start(shutdown.clone());
     let service = Service {
         driver: handle,
@@ -180,12 +214,16 @@ pub async fn run(config: SchedulerConfig, shutdown: CancellationToken) -> Result
         cluster,
         numbers: config.numbers,
         streams: Arc::default(),
-        networks: Arc::new(config.networks),
+        live: config.live,
+        allowed_addresses: Arc::new(config.allowed_addresses),
+        joins: Arc::new(Semaphore::new(JOINS_AT_ONCE)),
+        refusals: Arc::default(),
     };
 
     let mut tasks = JoinSet::new();
-    let (ready, incoming) = mpsc::channel(64);
-    let limits = listener::Limits::new();
+    let (members, incoming_members) = mpsc::channel(64);
+    let (strangers, incoming_strangers) = mpsc::channel(64);
+    let ready = listener::Ready { members, strangers };
     for listener in config.listeners {
         tasks.spawn(listener::accept(
             listener,
@@ -196,8 +234,13 @@ pub async fn run(config: SchedulerConfig, shutdown: CancellationToken) -> Result
         ));
     }
     let schedulers = addresses_of_others(&identity, known.iter()).chain(config.schedulers).collect();
-    let links = links::Links { identity: identity.clone(), ourselves, driver: service.driver.clone() };
+    let links =
+        links::Links { identity: identity.clone(), ourselves, driver: service.driver.clone(), vouched };
     tasks.spawn(links::keep(links, schedulers, shutdown.clone()));
+    drop(ready);
+    if let Some(authority) = &authority {
+        tasks.spawn(watch_removed(Arc::clone(authority), service.driver.clone(), shutdown.clone()));
+    }
     let housekeeping = Housekeeping {
         identity,
         authority,
@@ -206,14 +249,36 @@ pub async fn run(config: SchedulerConfig, shutdown: CancellationToken) -> Result
     };
     tasks.spawn(housekeeping.run(shutdown.clone()));
 
-    let server = Server::builder()
-        .http2_keepalive_interval(Some(KEEPALIVE))
-        .http2_keepalive_timeout(Some(KEEPALIVE))
-        .max_concurrent_streams(STREAMS_PER_CONNECTION)
-        .http2_max_header_list_size(MAX_HEADER_BYTES)
-        .add_service(SchedulerServer::new(service.clone()).max_decoding_message_size(MAX_MESSAGE_BYTES))
-        .add_service(AuthorityServer::new(service).max_decoding_message_size(MAX_MESSAGE_BYTES))
-        .serve_with_incoming_shutdown(ReceiverStream::new(incoming), shutdown.clone().cancelled_owned());
+    // Strangers have a server of their own, whose buffers are as small as a join.
+    let for_strangers = Box::pin(
+        Server::builder()
+            .timeout(listener::STRANGER_STAYS)
+            .max_concurrent_streams(STRANGER_STREAMS)
+            .initial_stream_window_size(STRANGER_WINDOW_BYTES)
+            .initial_connection_window_size(u32::from(u16::MAX))
+            .http2_max_header_list_size(STRANGER_HEADER_BYTES)
+            .http2_max_pending_accept_reset_streams(Some(STRANGER_RESETS))
+            .add_service(SchedulerServer::new(service.clone()).max_decoding_message_size(MAX_JOIN_BYTES))
+            .add_service(AuthorityServer::new(service.clone()).max_decoding_message_size(MAX_JOIN_BYTES))
+            .serve_with_incoming_shutdown(
+                ReceiverStream::new(incoming_strangers),
+                shutdown.clone().cancelled_owned(),
+            ),
+    );
+    let for_members = Box::pin(
+        Server::builder()
+            .http2_keepalive_interval(Some(KEEPALIVE))
+            .http2_keepalive_timeout(Some(KEEPALIVE))
+            .max_concurrent_streams(STREAMS_PER_CONNECTION)
+            .http2_max_header_list_size(MAX_HEADER_BYTES)
+            .add_service(SchedulerServer::new(service.clone()).max_decoding_message_size(MAX_MESSAGE_BYTES))
+            .add_service(AuthorityServer::new(service).max_decoding_message_size(MAX_JOIN_BYTES))
+            .serve_with_incoming_shutdown(
+                ReceiverStream::new(incoming_members),
+                shutdown.clone().cancelled_owned(),
+            ),
+    );
+    let server = async { tokio::try_join!(for_members, for_strangers) };
     tokio::pin!(server);
     tokio::select! {
         ended = &mut server => {
@@ -244,14 +309,19 @@ struct Start {
 
 async fn start(config: &SchedulerConfig) -> Result<Start, SchedulerError> {
     let dir = config.data_dir.join(IDENTITY_DIR);
-    let saved = Identity::load(&dir)?;
+    let loaded = Identity::load(&dir);
     let authority = match Authority::open(&config.data_dir, config.certificate_life)? {
-        None if saved.is_none() && config.join.is_none() => {
+        None if matches!(loaded, Ok(None)) && config.join.is_none() => {
             Some(Authority::open_or_create(&config.data_dir, &config.cluster, config.certificate_life)?)
         }
         authority => authority,
     };
     if let Some(authority) = authority {
+        // With the authority at hand a damaged identity is replaced.
+        let saved = loaded.unwrap_or_else(|error| {
+            warn!(dir = %dir.display(), %error, "the scheduler's identity is damaged: the authority makes a new one");
+            None
+        });
         let saved = saved.filter(|identity| identity.authority() == authority.certificate());
         let identity = match saved {
             Some(identity) => identity,
@@ -264,9 +334,12 @@ async fn start(config: &SchedulerConfig) -> Result<Start, SchedulerError> {
         let cluster = authority.cluster().to_owned();
         let start = Start { identity, authority: Some(Arc::new(authority)), cluster, members: Vec::new() };
         renew_here(&start.identity, start.authority.as_deref(), &dir)?;
+        if let Some(authority) = &start.authority {
+            start.identity.removed().add(authority.removed()?);
+        }
         return Ok(start);
     }
-    if let Some(identity) = saved {
+    if let Some(identity) = loaded? {
         return Ok(Start { identity, authority: None, cluster: config.cluster.clone(), members: Vec::new() });
     }
     let Some((address, token)) = &config.join else { return Err(SchedulerError::Ended("the start")) };
@@ -319,6 +392,29 @@ fn addresses_of_others<'a>(
         .filter_map(|member| member.addresses.first().cloned())
         .collect::<Vec<_>>()
         .into_iter()
+}
+
+/// Tells the driver of members that `hawker member rm` removed.
+async fn watch_removed(authority: Arc<Authority>, driver: driver::Handle, shutdown: CancellationToken) {
+    let (mut changed_at, mut read_at) = (None, None::<Instant>);
+    loop {
+        let looked = Arc::clone(&authority);
+        let now_changed_at = tokio::task::spawn_blocking(move || looked.removed_changed_at()).await;
+        let Ok(now_changed_at) = now_changed_at else { return };
+        if now_changed_at != changed_at || read_at.is_none_or(|at| at.elapsed() >= REMOVED_READ) {
+            (changed_at, read_at) = (now_changed_at, Some(Instant::now()));
+            let read = Arc::clone(&authority);
+            match tokio::task::spawn_blocking(move || read.removed()).await {
+                Ok(Ok(ids)) => drop(driver.send(driver::Event::Removed(ids)).await),
+                Ok(Err(error)) => warn!(%error, "the list of removed members cannot be read"),
+                Err(_) => return,
+            }
+        }
+        tokio::select! {
+            () = shutdown.cancelled() => return,
+            () = sleep(REMOVED_LOOK) => {}
+        }
+    }
 }
 
 /// Renews our certificate and sweeps old tokens.

@@ -13,7 +13,7 @@ use hawker_api::v1::to_peer::Event as Said;
 use hawker_core::message::Role;
 use hawker_core::piece::PeerId;
 use rand::RngExt;
-use tokio::sync::mpsc;
+use tokio::sync::{broadcast, mpsc};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 use tokio_stream::wrappers::ReceiverStream;
@@ -28,6 +28,10 @@ const MAX_LINKS: usize = 64;
 /// Between two tries. Links matter when members change, not by the second.
 const RETRY: Duration = Duration::from_secs(5);
 const OPEN_TIMEOUT: Duration = Duration::from_secs(10);
+/// To hand a message to a link.
+const SAY_TIMEOUT: Duration = Duration::from_secs(10);
+/// How often a link looks whether the other scheduler was removed from the cluster.
+const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 
 /// What every link needs.
 #[derive(Clone)]
@@ -36,6 +40,8 @@ pub(crate) struct Links {
     /// How others reach us.
     pub(crate) ourselves: Member,
     pub(crate) driver: Handle,
+    /// What this scheduler vouches for, told to all others.
+    pub(crate) vouched: broadcast::Sender<v1::Report>,
 }
 
 /// Keeps links to the schedulers at `addresses`, and to those that they name.
@@ -96,20 +102,50 @@ async fn run(us: &Links, address: &str, found: &mpsc::Sender<String>) -> Result<
     let mut client = SchedulerClient::new(connection.channel);
     let opened = timeout(OPEN_TIMEOUT, client.track(ReceiverStream::new(outgoing))).await;
     let opened = opened.map_err(|_| "no answer in time")?.map_err(|status| status.message().to_owned())?;
-    let ended = listen(us, scheduler, opened.into_inner(), found).await;
+    let telling = tell(us.vouched.subscribe(), say);
+    let ended = tokio::select! {
+        ended = listen(us, scheduler, opened.into_inner(), found) => ended,
+        () = telling => Err("the other scheduler does not take what we say".to_owned()),
+    };
     us.driver.send(Event::Unlinked(scheduler)).await;
     ended.map(|()| Ended::Over)
 }
 
-/// Hears who else is there, until the stream ends.
+/// Passes on what this scheduler vouches for, as long as the other side takes it.
+async fn tell(mut vouched: broadcast::Receiver<v1::Report>, say: mpsc::Sender<v1::FromPeer>) {
+    loop {
+        let report = match vouched.recv().await {
+            Ok(report) => report,
+            // Accusations are rare; one that is lost is one vote less.
+            Err(broadcast::error::RecvError::Lagged(_)) => continue,
+            Err(broadcast::error::RecvError::Closed) => std::future::pending().await,
+        };
+        let message = v1::FromPeer { event: Some(Say::Reports(v1::Reports { reports: vec![report] })) };
+        if say.send_timeout(message, SAY_TIMEOUT).await.is_err() {
+            return;
+        }
+    }
+}
+
+/// Hears who else is there and who was removed, until the stream ends.
 async fn listen(
     us: &Links,
     scheduler: PeerId,
     mut incoming: Streaming<v1::ToPeer>,
     found: &mpsc::Sender<String>,
 ) -> Result<(), String> {
-    while let Some(message) = incoming.message().await.map_err(|status| status.message().to_owned())? {
+    loop {
+        if us.identity.removed().contains(scheduler) {
+            return Err("it was removed from the cluster".to_owned());
+        }
+        let Ok(message) = timeout(LOOK_INTERVAL, incoming.message()).await else { continue };
+        let Some(message) = message.map_err(|status| status.message().to_owned())? else { return Ok(()) };
         let members = match message.event {
+            Some(Said::Removed(removed)) => {
+                let ids = convert::from_removed(&removed).map_err(|error| error.to_string())?;
+                us.driver.send(Event::Removed(ids)).await;
+                continue;
+            }
             Some(Said::Welcome(welcome)) => welcome.members.unwrap_or_default(),
             Some(Said::Members(members)) => members,
             _ => continue,
@@ -123,5 +159,4 @@ async fn listen(
             }
         }
     }
-    Ok(())
 }

@@ -63,6 +63,11 @@ impl Membership {
         }
     }
 
+    /// Forgets a member that was removed from the cluster.
+    pub(crate) fn remove(&mut self, peer: PeerId) {
+        self.known.remove(&peer);
+    }
+
     /// Forgets who has been gone too long. Returns when to do that next.
     pub(crate) fn sweep(&mut self, now: Instant) -> Option<Instant> {
         while let Some((gone_at, peer)) = self.departed.front().copied() {

@@ -1,11 +1,12 @@
 //! What members and joiners can ask over gRPC. Who asks is in the certificate, never in a message.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::time::{Duration, SystemTime};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
 
+use arc_swap::ArcSwap;
 use hawker_api::convert::{self, ConvertError, Member};
 use hawker_api::identity::Identity;
 use hawker_api::v1;
@@ -14,7 +15,7 @@ use hawker_core::message::Role;
 use hawker_core::piece::{PeerId, PieceTable};
 use hawker_core::place::{Networks, Place};
 use hawker_core::swarm::{Holding, Input, Registration, ReportKind, Terms};
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
 use tokio::time::timeout;
 use tokio_stream::Stream as AsyncStream;
 use tokio_stream::wrappers::ReceiverStream;
@@ -22,13 +23,18 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 use tracing::{debug, info, warn};
 
-use crate::Numbers;
+use crate::advertise::AllowedAddresses;
 use crate::authority::{Authority, Refusal};
 use crate::driver::{Event, Handle, STREAM_QUEUE, Stream};
 use crate::listener::Caller;
+use crate::{LiveSettings, Numbers};
 
 /// How long a stream may go on before it says who speaks.
 const REGISTER_TIMEOUT: Duration = Duration::from_secs(10);
+/// Joins that are looked at at once; more wait.
+pub(crate) const JOINS_AT_ONCE: usize = 16;
+/// Refused joins are logged this often at most: strangers cause them.
+const REFUSAL_LOGGED_EVERY: Duration = Duration::from_secs(1);
 
 /// Both services.
 #[derive(Clone)]
@@ -41,13 +47,40 @@ pub(crate) struct Service {
     pub(crate) cluster: String,
     pub(crate) numbers: Arc<Numbers>,
     pub(crate) streams: Arc<AtomicU64>,
-    /// Where members stand who do not say it.
-    pub(crate) networks: Arc<Networks>,
+    /// The places of members that name none, among others.
+    pub(crate) live: Arc<ArcSwap<LiveSettings>>,
+    /// What members may advertise besides the address that they connect from.
+    pub(crate) allowed_addresses: Arc<AllowedAddresses>,
+    /// Bounds the joins that are looked at at once.
+    pub(crate) joins: Arc<Semaphore>,
+    pub(crate) refusals: Arc<Mutex<Refusals>>,
 }
 
-fn caller<T>(request: &Request<T>) -> Result<(PeerId, Role), Status> {
-    let member = request.extensions().get::<Caller>().and_then(|caller| caller.member);
-    member.ok_or_else(|| Status::unauthenticated("this needs a member's certificate: join the cluster first"))
+/// When a refused join was logged last, and how many were not logged since.
+#[derive(Debug, Default)]
+pub(crate) struct Refusals {
+    logged_at: Option<Instant>,
+    silent: u64,
+}
+
+fn anybody<T>(request: &Request<T>) -> Result<Caller, Status> {
+    let caller = request.extensions().get::<Caller>().copied();
+    match caller {
+        Some(caller) if caller.is_removed => Err(Status::permission_denied(
+            "this member was removed from the cluster. To let it join again, stop it, delete its identity folder and start it \
+             with a new token",
+        )),
+        Some(caller) => Ok(caller),
+        None => Err(Status::internal("the connection's end is not known; this is a bug in Hawker")),
+    }
+}
+
+fn caller<T>(request: &Request<T>) -> Result<(Caller, PeerId, Role), Status> {
+    let caller = anybody(request)?;
+    let (peer, role) = caller.member.ok_or_else(|| {
+        Status::unauthenticated("this needs a member's certificate: join the cluster first")
+    })?;
+    Ok((caller, peer, role))
 }
 
 fn bad(error: &ConvertError) -> Status {
@@ -62,7 +95,7 @@ impl v1::scheduler_server::Scheduler for Service {
         &self,
         request: Request<Streaming<v1::FromPeer>>,
     ) -> Result<Response<Self::TrackStream>, Status> {
-        let (peer, role) = caller(&request)?;
+        let (caller, peer, _) = caller(&request)?;
         let (outgoing, incoming) = mpsc::channel(STREAM_QUEUE);
         let id = self.streams.fetch_add(1, Relaxed);
         let stream = Stream { id, outgoing, over: CancellationToken::new() };
@@ -70,7 +103,7 @@ impl v1::scheduler_server::Scheduler for Service {
         // The task ends with the stream: the client's end of it, the driver's word, or the connection's keepalive.
         tokio::spawn(async move {
             let outgoing = stream.outgoing.clone();
-            if let Err(status) = listen(&service, (peer, role), stream, request.into_inner()).await {
+            if let Err(status) = listen(&service, caller, stream, request.into_inner()).await {
                 debug!(%peer, %status, "a stream ended");
                 let _ = outgoing.try_send(Err(status));
             }
@@ -96,11 +129,12 @@ fn stopping() -> Status {
 /// Reads a peer's stream to its end.
 async fn listen(
     service: &Service,
-    (peer, role): (PeerId, Role),
+    caller: Caller,
     stream: Stream,
     mut messages: Streaming<v1::FromPeer>,
 ) -> Result<(), Status> {
-    let Service { driver, identity, networks, .. } = service;
+    let Service { driver, identity, .. } = service;
+    let Some((peer, role)) = caller.member else { return Ok(()) };
     let over = stream.over.clone();
     let first = timeout(REGISTER_TIMEOUT, messages.message()).await;
     let first =
@@ -108,8 +142,24 @@ async fn listen(
     let Some(Said::Register(register)) = first.and_then(|message| message.event) else {
         return Err(Status::invalid_argument("the stream does not begin with a registration"));
     };
-    let (member, registration) = registered(peer, role, register, networks).map_err(|error| bad(&error))?;
-    if !driver.send(Event::Opened { member, registration, stream }).await {
+    let (member, registration, refused, names_no_place) =
+        registered(service, &caller, register).await.map_err(|error| bad(&error))?;
+    if !refused.is_empty() {
+        warn!(
+            %peer, name = member.name, from = %caller.from.ip(), addresses = ?refused,
+            "a member advertises addresses that it does not connect from: they are not passed on. If they are right, as behind \
+             NAT, allow them with --allow-advertise"
+        );
+    }
+    let opened = Event::Opened {
+        member,
+        registration,
+        stream,
+        refused_addresses: refused,
+        names_no_place,
+        certificate_until_s: caller.certificate_until_s,
+    };
+    if !driver.send(opened).await {
         return Err(stopping());
     }
     loop {
@@ -118,7 +168,14 @@ async fn listen(
             message = messages.message() => message?,
         };
         let Some(message) = message else { return Ok(()) };
-        for input in inputs(identity, peer, message).map_err(|error| bad(&error))? {
+        if let Some(Said::Configured(v1::Configured { revision, error })) = message.event {
+            let error = convert::from_reason(&error);
+            if !driver.send(Event::Configured { peer, revision, error }).await {
+                return Err(stopping());
+            }
+            continue;
+        }
+        for input in inputs(identity, (peer, role), message).map_err(|error| bad(&error))? {
             if !driver.send(Event::Said(input)).await {
                 return Err(stopping());
             }
@@ -126,19 +183,26 @@ async fn listen(
     }
 }
 
-fn registered(
-    peer: PeerId,
-    role: Role,
+/// The content of a registration, the addresses in it that are not passed on, and whether it names no place.
+async fn registered(
+    service: &Service,
+    caller: &Caller,
     register: v1::Register,
-    networks: &Networks,
-) -> Result<(Member, Registration), ConvertError> {
+) -> Result<(Member, Registration, Vec<String>, bool), ConvertError> {
+    let (peer, role) = caller.member.ok_or(ConvertError::Bad("caller"))?;
     convert::check_version(register.version)?;
     let addresses = convert::from_addresses(register.addresses)?;
+    let (from, local) = (caller.from.ip(), caller.local.ip());
+    let (addresses, refused) = service.allowed_addresses.sort(addresses, from, local).await;
     let said = Place {
         zone: convert::from_label(register.zone, "zone")?.into(),
         rack: convert::from_label(register.rack, "rack")?.into(),
     };
-    let place = if said.is_unknown() { by_address(networks, &addresses).unwrap_or(said) } else { said };
+    let names_none = said.is_unknown();
+    let place = match names_none {
+        true => by_address(&service.live.load().networks, &addresses).unwrap_or_default(),
+        false => said,
+    };
     let name = convert::from_label(register.name, "name")?;
     let member = Member { peer, name, addresses, role, zone: place.zone.to_string() };
     let registration = Registration {
@@ -149,17 +213,21 @@ fn registered(
         upload_rate_bytes: register.upload_rate_bytes,
         reads_origins: register.reads_origins,
     };
-    Ok((member, registration))
+    Ok((member, registration, refused, names_none))
 }
 
 /// Where a member stands, by the first of its addresses that an entry covers.
-fn by_address(networks: &Networks, addresses: &[String]) -> Option<Place> {
+pub(crate) fn by_address(networks: &Networks, addresses: &[String]) -> Option<Place> {
     let ips = addresses.iter().filter_map(|address| address.parse::<SocketAddr>().ok());
     ips.map(|address| address.ip()).find_map(|ip| networks.of(ip)).cloned()
 }
 
 /// What a message says. One that a later version knows says nothing.
-fn inputs(identity: &Identity, peer: PeerId, message: v1::FromPeer) -> Result<Vec<Input>, ConvertError> {
+fn inputs(
+    identity: &Identity,
+    (peer, role): (PeerId, Role),
+    message: v1::FromPeer,
+) -> Result<Vec<Input>, ConvertError> {
     Ok(match message.event {
         None => Vec::new(),
         Some(Said::Register(_)) => return Err(ConvertError::Bad("second registration")),
@@ -183,11 +251,13 @@ fn inputs(identity: &Identity, peer: PeerId, message: v1::FromPeer) -> Result<Ve
         Some(Said::Forget(forget)) => vec![Input::Forget { peer, task: convert::from_task(&forget.task)? }],
         Some(Said::Reports(v1::Reports { reports })) => reports
             .iter()
-            .map(|one| report(peer, one))
+            .map(|one| report((peer, role), one))
             .collect::<Result<Vec<_>, _>>()?
             .into_iter()
             .flatten()
             .collect(),
+        // The reader of the stream takes it.
+        Some(Said::Configured(_)) => Vec::new(),
         Some(Said::Contradiction(said)) => contradicted(identity, peer, said)?.into_iter().collect(),
     })
 }
@@ -219,7 +289,8 @@ fn holding(holding: v1::Holding) -> Result<Holding, ConvertError> {
     })
 }
 
-fn report(reporter: PeerId, report: &v1::Report) -> Result<Option<Input>, ConvertError> {
+/// A member's own report, or one that another scheduler vouches for.
+fn report((from, role): (PeerId, Role), report: &v1::Report) -> Result<Option<Input>, ConvertError> {
     use v1::report::Kind;
     let kind = match report.kind() {
         Kind::WrongBytes => ReportKind::WrongBytes,
@@ -229,26 +300,38 @@ fn report(reporter: PeerId, report: &v1::Report) -> Result<Option<Input>, Conver
         Kind::Served => ReportKind::Served(report.bytes),
         Kind::Unspecified => return Ok(None),
     };
-    Ok(Some(Input::Report { reporter, peer: convert::from_peer_id(&report.peer_id)?, kind }))
+    let reporter = convert::from_optional_peer_id(&report.reporter)?;
+    let is_vouched_for = role == Role::Scheduler && reporter.is_some();
+    Ok(Some(Input::Report {
+        reporter: reporter.filter(|_| is_vouched_for).unwrap_or(from),
+        peer: convert::from_peer_id(&report.peer_id)?,
+        task: convert::from_task(&report.task)?,
+        kind,
+        is_vouched_for,
+    }))
 }
 
 #[tonic::async_trait]
 impl v1::authority_server::Authority for Service {
     async fn join(&self, request: Request<v1::JoinRequest>) -> Result<Response<v1::JoinReply>, Status> {
+        let from = anybody(&request)?.from.ip();
         let request = request.into_inner();
         convert::check_version(request.version).map_err(|error| bad(&error))?;
         let name = convert::from_label(request.name, "name").map_err(|error| bad(&error))?;
         let (id, secret, certificate_request) =
             (request.token_id, request.token_secret, request.certificate_request);
         let token = id.clone();
+        let node = name.clone();
+        let turn = Arc::clone(&self.joins).acquire_owned().await.map_err(|_| stopping())?;
         let joined = self
             .with_authority(move |authority| {
-                authority.join(&id, &secret, &certificate_request, SystemTime::now())
+                let _turn = turn;
+                authority.join(&id, &secret, &certificate_request, &node, from, SystemTime::now())
             })
             .await;
         let (certificate, role) = joined.inspect_err(|status| {
             self.numbers.joins_refused.fetch_add(1, Relaxed);
-            warn!(name, token, reason = status.message(), "a node may not join");
+            self.log_refusal(&name, from, status.message());
         })?;
         self.numbers.joins.fetch_add(1, Relaxed);
         info!(name, token, %role, "a node has joined");
@@ -256,7 +339,7 @@ impl v1::authority_server::Authority for Service {
     }
 
     async fn renew(&self, request: Request<v1::RenewRequest>) -> Result<Response<v1::JoinReply>, Status> {
-        let (peer, role) = caller(&request)?;
+        let (_, peer, role) = caller(&request)?;
         let request = request.into_inner();
         convert::check_version(request.version).map_err(|error| bad(&error))?;
         let renewed = move |authority: &Authority| {
@@ -269,6 +352,17 @@ impl v1::authority_server::Authority for Service {
 }
 
 impl Service {
+    fn log_refusal(&self, name: &str, from: IpAddr, reason: &str) {
+        let mut refusals = self.refusals.lock().unwrap_or_else(PoisonError::into_inner);
+        if refusals.logged_at.is_some_and(|at| at.elapsed() < REFUSAL_LOGGED_EVERY) {
+            refusals.silent += 1;
+            return;
+        }
+        let others = std::mem::take(&mut refusals.silent);
+        refusals.logged_at = Some(Instant::now());
+        warn!(name, %from, reason, others, "a node may not join");
+    }
+
     /// Runs something that reads and writes the authority's files.
     async fn with_authority<T: Send + 'static>(
         &self,
@@ -308,7 +402,7 @@ impl Service {
 fn refused(refusal: &Refusal) -> Status {
     let text = refusal.to_string();
     match refusal {
-        Refusal::Unknown | Refusal::WrongSecret | Refusal::Spent | Refusal::Expired => {
+        Refusal::Unknown | Refusal::WrongSecret | Refusal::Spent | Refusal::Expired | Refusal::Removed => {
             Status::unauthenticated(text)
         }
         Refusal::Request(_) => Status::invalid_argument(text),

@@ -1,10 +1,11 @@
 //! A scheduler and the nodes' trackers over real sockets.
 #![allow(clippy::unwrap_used, clippy::panic)] // helpers of tests are tests
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use arc_swap::ArcSwap;
 use hawker_api::identity::{Identity, role_name};
 use hawker_api::join::{self, JoinError, Token};
 use hawker_api::v1;
@@ -16,9 +17,13 @@ use hawker_core::piece::{PeerId, PieceLayout, PieceTable, SignedPrefix};
 use hawker_core::place::{Network, Networks, Place};
 use hawker_core::reference::Source;
 use hawker_core::swarm::WARM_UP;
-use hawker_proxy::tracker::{Holding, Member, ReportKind, Tracker, TrackerConfig, TrackerEvent, Want};
-use hawker_scheduler::authority::{CERTIFICATE_LIFE, create_token};
-use hawker_scheduler::{Numbers, SchedulerConfig, SchedulerError, bind, run};
+use hawker_proxy::settings::Push;
+use hawker_proxy::tracker::{
+    Capacity, Holding, Member, ReportKind, Tracker, TrackerConfig, TrackerEvent, Want,
+};
+use hawker_scheduler::advertise::AllowedAddresses;
+use hawker_scheduler::authority::{CERTIFICATE_LIFE, create_token, remove_member};
+use hawker_scheduler::{LiveSettings, Numbers, SchedulerConfig, SchedulerError, bind, run};
 use tempfile::TempDir;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
@@ -53,6 +58,7 @@ async fn join_once(
 struct Scheduler {
     address: SocketAddr,
     numbers: Arc<Numbers>,
+    live: Arc<ArcSwap<LiveSettings>>,
     stop: CancellationToken,
     running: JoinHandle<Result<(), SchedulerError>>,
 }
@@ -73,12 +79,12 @@ impl Scheduler {
         let numbers = Arc::new(Numbers::default());
         let stop = CancellationToken::new();
         let joins = join.is_some();
+        let live = Arc::new(ArcSwap::from_pointee(LiveSettings {
+            networks: Arc::new(west(WEST.1)),
+            ..LiveSettings::default()
+        }));
         let config = SchedulerConfig {
-            applications: Arc::default(),
-            networks: Networks::new(vec![(
-                WEST.0.parse().map(|ip| Network::new(ip, 16).unwrap()).unwrap(),
-                Place { zone: WEST.1.into(), ..Place::default() },
-            )]),
+            live: Arc::clone(&live),
             name: "scheduler".into(),
             cluster: "test".into(),
             data_dir: dir.path().to_owned(),
@@ -86,6 +92,7 @@ impl Scheduler {
             advertise: Vec::new(),
             schedulers: Vec::new(),
             join,
+            allowed_addresses: AllowedAddresses { networks: Vec::new(), hosts: vec!["*.test".into()] },
             certificate_life,
             numbers: Arc::clone(&numbers),
         };
@@ -94,7 +101,7 @@ impl Scheduler {
         while !joins && create_token(dir.path(), Role::Peer, HOUR).is_err() {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
-        Self { address, numbers, stop, running }
+        Self { address, numbers, live, stop, running }
     }
 
     fn address(&self) -> String {
@@ -114,7 +121,38 @@ struct Node {
     identity: Identity,
     tracker: Tracker,
     events: mpsc::Receiver<TrackerEvent>,
+    pushed: Arc<Documents>,
     dir: TempDir,
+}
+
+/// The documents that came to a node, which refuses those that hold the word "bad".
+#[derive(Debug, Default)]
+struct Documents(Mutex<Vec<String>>);
+
+impl Documents {
+    async fn has(&self, what: &str) {
+        let came = async {
+            while self.0.lock().unwrap().last().is_none_or(|last| last != what) {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        timeout(SOON, came)
+            .await
+            .unwrap_or_else(|_| panic!("{what} comes, after {:?}", self.0.lock().unwrap()));
+    }
+}
+
+impl Push for Documents {
+    fn push(&self, _: PeerId, _: &[PeerId], document: &str) -> Result<(), String> {
+        self.0.lock().unwrap().push(document.to_owned());
+        if document.contains("bad") { Err("it is bad\n".into()) } else { Ok(()) }
+    }
+}
+
+/// The one network of the tests, whose members stand in this zone.
+fn west(zone: &str) -> Networks {
+    let network = WEST.0.parse().map(|ip| Network::new(ip, 16).unwrap()).unwrap();
+    Networks::new(vec![(network, Place { zone: zone.into(), ..Place::default() })])
 }
 
 impl Node {
@@ -129,19 +167,23 @@ impl Node {
         let (identity, _, _) = join_once(&schedulers[0].address(), &token, name).await.unwrap();
         let dir = tempfile::tempdir().unwrap();
         let (sender, events) = mpsc::channel(256);
+        let pushed = Arc::new(Documents::default());
         let tracker = Tracker::start(TrackerConfig {
             identity: identity.clone(),
             name: name.into(),
             place: Place::default(),
-            addresses: vec![format!("{name}:6501")],
-            upload_slots: 8,
-            upload_rate_bytes: 0,
+            addresses: vec![match name.parse::<IpAddr>() {
+                Ok(ip) => format!("{ip}:6501"),
+                Err(_) => format!("{name}.test:6501"),
+            }],
+            capacity: Arc::new(|| Capacity { upload_slots: 8, upload_rate_bytes: 0 }),
+            push: Some(Arc::clone(&pushed) as Arc<dyn Push>),
             schedulers: schedulers.iter().map(|scheduler| scheduler.address()).collect(),
             members_file: dir.path().join("members.json"),
             holdings: Arc::new(move || held.clone()),
             events: sender,
         });
-        Self { identity, tracker, events, dir }
+        Self { identity, tracker, events, pushed, dir }
     }
 
     fn id(&self) -> PeerId {
@@ -311,6 +353,51 @@ async fn who_says_not_where_it_stands_is_told_by_its_network() {
 }
 
 #[tokio::test]
+async fn members_get_the_configuration_and_their_refusals_are_shown() {
+    let dir = tempfile::tempdir().unwrap();
+    let scheduler = Scheduler::start(&dir).await;
+    let push = |document: &str| {
+        let live = LiveSettings { document: document.into(), ..(**scheduler.live.load()).clone() };
+        scheduler.live.store(Arc::new(live));
+    };
+    push("linger = '1s'");
+    let a = Node::start("a", Role::Peer, &dir, &[&scheduler], Vec::new()).await;
+    a.pushed.has("linger = '1s'").await;
+    push("bad = 1");
+    a.pushed.has("bad = 1").await;
+    let refusals = |expected: &'static [(&'static str, &'static str)]| {
+        let numbers = Arc::clone(&scheduler.numbers);
+        async move {
+            let shown = async {
+                let text = |(name, why): &(String, String)| (name.clone(), why.clone());
+                let expected: Vec<_> =
+                    expected.iter().map(|(name, why)| ((*name).to_owned(), (*why).to_owned())).collect();
+                while numbers.refusals.lock().unwrap().iter().map(text).collect::<Vec<_>>() != expected {
+                    tokio::time::sleep(Duration::from_millis(5)).await;
+                }
+            };
+            timeout(SOON, shown).await.expect("the refusals are shown");
+        }
+    };
+    refusals(&[("a", "it is bad ")]).await;
+    push("linger = '2s'");
+    a.pushed.has("linger = '2s'").await;
+    refusals(&[]).await;
+}
+
+#[tokio::test]
+async fn members_stand_where_changed_networks_say() {
+    let dir = tempfile::tempdir().unwrap();
+    let scheduler = Scheduler::start(&dir).await;
+    let mut a = Node::start("127.9.0.1", Role::Peer, &dir, &[&scheduler], Vec::new()).await;
+    let zone = |event| if let TrackerEvent::Zone(zone) = event { Some(zone) } else { None };
+    assert_eq!(a.hears("its zone", zone).await, WEST.1);
+    let networks = Arc::new(west("east"));
+    scheduler.live.store(Arc::new(LiveSettings { networks, ..(**scheduler.live.load()).clone() }));
+    assert_eq!(a.hears("its new zone", zone).await, "east");
+}
+
+#[tokio::test]
 async fn who_wants_the_same_gets_the_seed_and_each_other() {
     let dir = tempfile::tempdir().unwrap();
     let scheduler = Scheduler::start(&dir).await;
@@ -319,7 +406,7 @@ async fn who_wants_the_same_gets_the_seed_and_each_other() {
     let mut b = Node::start("b", Role::Peer, &dir, &[&scheduler], Vec::new()).await;
     let has_seed = |members: &[Member]| members.iter().any(|member| member.role == Role::Seed);
     let members = a.hears_members("the seed is listed", has_seed).await;
-    assert!(members.iter().any(|member| member.addresses == ["seed:6501"]));
+    assert!(members.iter().any(|member| member.addresses == ["seed.test:6501"]));
     assert_eq!(a.tracker.connected(), [scheduler.address()]);
     a.want(1);
     b.want(1);
@@ -396,6 +483,10 @@ async fn two_reporters_isolate_and_one_does_not() {
     let mut bad = Node::start("bad", Role::Peer, &dir, &[&scheduler], Vec::new()).await;
     for node in [&mut a, &mut b, &mut bad] {
         node.hears_members("connected", |members| !members.is_empty()).await;
+        node.want(1);
+    }
+    for node in [&mut a, &mut b] {
+        node.hears_parents("the other one", |told| told.parents.contains(&bad.identity.peer_id())).await;
     }
     for _ in 0..3 {
         a.tracker.report(bad.id(), &task(1), ReportKind::WrongBytes);
@@ -411,12 +502,36 @@ async fn two_reporters_isolate_and_one_does_not() {
     assert_eq!(late.hears("isolation, told to a newcomer", isolated).await, [bad.id()]);
 }
 
+/// Reports of members that never met change nothing; two that lie about all seeds isolate none.
+#[tokio::test]
+async fn two_liars_isolate_neither_strangers_nor_seeds() {
+    let dir = tempfile::tempdir().unwrap();
+    let scheduler = Scheduler::start(&dir).await;
+    let mut nodes = Vec::new();
+    for (name, role) in [("a", Role::Peer), ("b", Role::Peer), ("s", Role::Seed), ("t", Role::Seed)] {
+        let mut node = Node::start(name, role, &dir, &[&scheduler], Vec::new()).await;
+        node.hears_members("connected", |members| !members.is_empty()).await;
+        nodes.push(node);
+    }
+    let victim = Node::start("v", Role::Peer, &dir, &[&scheduler], Vec::new()).await;
+    for n in 1..=4 {
+        nodes[..2].iter().for_each(|liar| liar.want(n));
+    }
+    nodes[0].hears_parents("a seed", |told| !told.parents.is_empty()).await;
+    for liar in &nodes[..2] {
+        for accused in [nodes[2].id(), nodes[3].id(), victim.id()] {
+            (1..=4).for_each(|n| liar.tracker.report(accused, &task(n), ReportKind::WrongBytes));
+        }
+    }
+    nodes[3].hears_of_no_isolation().await;
+}
+
 /// A table of `n`s for a task of 20 MiB, signed by `issuer`.
 fn signed_table(issuer: &Identity, n: u8, sealed: bool) -> PieceTable {
     let mut table = PieceTable::new(task(1), PieceLayout::new(20 * MIB));
     let value = ChainValue::from_bytes(Algorithm::Sha256, &[n; 32]).unwrap();
     (0..table.full_count()).for_each(|_| table.push(value));
-    issuer.sign(&mut table, sealed, std::time::SystemTime::now());
+    issuer.sign(&mut table, sealed, Vec::new(), std::time::SystemTime::now());
     table
 }
 
@@ -534,4 +649,193 @@ async fn a_second_scheduler_joins_without_authority_and_tasks_are_shared_out() {
     second.stop().await;
     let elected = node.hears_parents("the first takes over", |told| told.fetch_from_origin).await;
     assert!(told.contains(&elected.task));
+}
+
+#[tokio::test]
+async fn a_removed_member_is_refused_by_every_scheduler_at_once_and_for_good() {
+    let (dir, second_dir) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let first = Scheduler::start(&dir).await;
+    let token = create_token(dir.path(), Role::Scheduler, HOUR).unwrap();
+    let any = "127.0.0.1:0".parse().unwrap();
+    let second =
+        Scheduler::start_with(&second_dir, any, CERTIFICATE_LIFE, Some((first.address(), token))).await;
+    let mut node = Node::start("n", Role::Peer, &dir, &[&first, &second], Vec::new()).await;
+    let mut bad = Node::start("bad", Role::Seed, &dir, &[&first, &second], Vec::new()).await;
+    for one in [&mut node, &mut bad] {
+        one.hears_members("everybody", |members| members.len() == 3).await;
+    }
+    let both = async {
+        while bad.tracker.connected().len() < 2 || node.tracker.connected().len() < 2 {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    timeout(SOON, both).await.expect("streams to both");
+
+    remove_member(dir.path(), bad.id()).unwrap();
+    let begun = std::time::Instant::now();
+    let removed = |event| match event {
+        TrackerEvent::Removed(removed) => Some(removed),
+        _ => None,
+    };
+    assert_eq!(node.hears("the removal", removed).await, [bad.id()]);
+    assert!(node.identity.removed().contains(bad.id()));
+    let alone = async {
+        while !bad.tracker.connected().is_empty() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    timeout(SOON, alone).await.expect("both streams end");
+    assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
+    for scheduler in [&first, &second] {
+        is_refused(scheduler, &bad.identity).await;
+    }
+    assert!(join::renew(&first.address(), &bad.identity).await.is_err());
+    let saved = Identity::load(&node.dir.path().join("identity")).unwrap();
+    assert!(saved.is_none(), "this identity was never saved here, the list was");
+    assert!(node.dir.path().join("identity/removed.json").exists());
+
+    // The second one has no authority: it knows from its own disk.
+    let again = (first.address(), create_token(dir.path(), Role::Scheduler, HOUR).unwrap());
+    second.stop().await;
+    first.stop().await;
+    let second = Scheduler::start_with(&second_dir, any, CERTIFICATE_LIFE, Some(again)).await;
+    is_refused(&second, &bad.identity).await;
+    second.stop().await;
+    let first = Scheduler::start(&dir).await;
+    is_refused(&first, &bad.identity).await;
+    first.stop().await;
+}
+
+/// A member gets no answer from a scheduler.
+async fn is_refused(scheduler: &Scheduler, identity: &Identity) {
+    let answer = async {
+        let connection = join::connect(&scheduler.address(), identity).await.ok()?;
+        SchedulerClient::new(connection.channel).members(v1::MembersRequest {}).await.ok()
+    };
+    assert!(timeout(SOON, answer).await.expect("in time").is_none());
+}
+
+#[tokio::test]
+async fn an_address_that_a_member_does_not_connect_from_is_not_passed_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let scheduler = Scheduler::start(&dir).await;
+    let token = create_token(dir.path(), Role::Seed, HOUR).unwrap();
+    let (identity, _, _) = join_once(&scheduler.address(), &token, "s").await.unwrap();
+    let connection = join::connect(&scheduler.address(), &identity).await.unwrap();
+    let register = v1::Register {
+        version: Some(hawker_api::VERSION),
+        name: "s".into(),
+        addresses: vec!["192.0.2.7:6501".into(), "127.0.0.1:6501".into(), "nowhere.invalid:6501".into()],
+        ..v1::Register::default()
+    };
+    let say = v1::FromPeer { event: Some(v1::from_peer::Event::Register(register)) };
+    let (sender, outgoing) = mpsc::channel(1);
+    sender.send(say).await.unwrap();
+    let mut client = SchedulerClient::new(connection.channel);
+    let mut heard =
+        client.track(tokio_stream::wrappers::ReceiverStream::new(outgoing)).await.unwrap().into_inner();
+    let Some(v1::to_peer::Event::Welcome(welcome)) = heard.message().await.unwrap().unwrap().event else {
+        panic!("no welcome");
+    };
+    assert_eq!(welcome.refused_addresses, ["192.0.2.7:6501", "nowhere.invalid:6501"]);
+    let members = client.members(v1::MembersRequest {}).await.unwrap().into_inner().members;
+    let us = members.iter().filter_map(|state| state.member.as_ref()).find(|member| member.name == "s");
+    assert_eq!(us.unwrap().addresses, ["127.0.0.1:6501"]);
+    assert!(members.iter().any(|state| state.certificate_until_s > 0));
+    scheduler.stop().await;
+}
+
+/// Strangers that hold connections open, in the handshake or after it, keep no member and no joiner out.
+#[tokio::test]
+async fn idle_strangers_keep_nobody_out() {
+    let dir = tempfile::tempdir().unwrap();
+    let scheduler = Scheduler::start(&dir).await;
+    let mut idle = Vec::new();
+    for _ in 0..600 {
+        idle.push(tokio::net::TcpStream::connect(scheduler.address).await.unwrap());
+    }
+    let mut anonymous = Vec::new();
+    for _ in 0..200 {
+        anonymous.push(as_stranger(&scheduler).await);
+    }
+    let mut node = Node::start("n", Role::Peer, &dir, &[&scheduler], Vec::new()).await;
+    node.hears_members("connected", |members| !members.is_empty()).await;
+    drop((idle, anonymous));
+    scheduler.stop().await;
+}
+
+/// A client without a certificate, after its handshake.
+async fn as_stranger(scheduler: &Scheduler) -> tokio_rustls::client::TlsStream<tokio::net::TcpStream> {
+    #[derive(Debug)]
+    struct Anybody(Arc<rustls::crypto::CryptoProvider>);
+    impl rustls::client::danger::ServerCertVerifier for Anybody {
+        fn verify_server_cert(
+            &self,
+            _: &rustls::pki_types::CertificateDer<'_>,
+            _: &[rustls::pki_types::CertificateDer<'_>],
+            _: &rustls::pki_types::ServerName<'_>,
+            _: &[u8],
+            _: rustls::pki_types::UnixTime,
+        ) -> Result<rustls::client::danger::ServerCertVerified, rustls::Error> {
+            Ok(rustls::client::danger::ServerCertVerified::assertion())
+        }
+        fn verify_tls12_signature(
+            &self,
+            _: &[u8],
+            _: &rustls::pki_types::CertificateDer<'_>,
+            _: &rustls::DigitallySignedStruct,
+        ) -> Result<rustls::client::danger::HandshakeSignatureValid, rustls::Error> {
+            Ok(rustls::client::danger::HandshakeSignatureValid::assertion())
+        }
+        fn verify_tls13_signature(
+            &self,
+            _: &[u8],
+            _: &rustls::pki_types::CertificateDer<'_>,
+            _: &rustls::DigitallySignedStruct,
+        ) -> Result<rustls::client::danger::HandshakeSignatureValid, rustls::Error> {
+            Ok(rustls::client::danger::HandshakeSignatureValid::assertion())
+        }
+        fn supported_verify_schemes(&self) -> Vec<rustls::SignatureScheme> {
+            self.0.signature_verification_algorithms.supported_schemes()
+        }
+    }
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let mut config = rustls::ClientConfig::builder_with_provider(Arc::clone(&provider))
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .unwrap()
+        .dangerous()
+        .with_custom_certificate_verifier(Arc::new(Anybody(provider)))
+        .with_no_client_auth();
+    config.alpn_protocols = vec![join::ALPN.to_vec()];
+    let stream = tokio::net::TcpStream::connect(scheduler.address).await.unwrap();
+    tokio_rustls::TlsConnector::from(Arc::new(config))
+        .connect(role_name(Role::Scheduler), stream)
+        .await
+        .unwrap()
+}
+
+/// A stranger's request is bounded before anything of it is looked at.
+#[tokio::test]
+async fn a_stranger_s_large_request_is_refused_unread() {
+    let dir = tempfile::tempdir().unwrap();
+    let scheduler = Scheduler::start(&dir).await;
+    let stream = Mutex::new(Some(hyper_util::rt::TokioIo::new(as_stranger(&scheduler).await)));
+    let once = tower::service_fn(move |_: tonic::transport::Uri| {
+        let taken = stream.lock().unwrap().take();
+        async move { taken.ok_or_else(|| std::io::Error::from(std::io::ErrorKind::ConnectionAborted)) }
+    });
+    let endpoint = tonic::transport::Endpoint::from_static("http://scheduler.hawker.internal");
+    let channel = endpoint.connect_with_connector(once).await.unwrap();
+    let mut client = v1::authority_client::AuthorityClient::new(channel);
+    for (size_bytes, code) in [(2 << 10, tonic::Code::Unauthenticated), (8 << 10, tonic::Code::OutOfRange)] {
+        let request = v1::JoinRequest {
+            version: Some(hawker_api::VERSION),
+            token_id: "00".into(),
+            certificate_request: vec![0; size_bytes],
+            ..v1::JoinRequest::default()
+        };
+        let status = timeout(SOON, client.join(request)).await.unwrap().unwrap_err();
+        assert_eq!(status.code(), code, "{size_bytes} bytes: {status}");
+    }
+    scheduler.stop().await;
 }

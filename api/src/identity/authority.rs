@@ -56,9 +56,15 @@ impl AuthorityKey {
         Self::assemble(key, certificate)
     }
 
-    /// What `save` wrote into `dir`; `None` when there is nothing yet.
+    /// What `save` wrote into `dir`; `None` when there is nothing yet. A key without its certificate is an error: with a new
+    /// authority in its place, no member would belong to the cluster any more.
     pub fn load(dir: &Path) -> Result<Option<Self>, IdentityError> {
-        let Some(certificate) = files::read_if_there(&dir.join(CERTIFICATE_FILE))? else { return Ok(None) };
+        let Some(certificate) = files::read_if_there(&dir.join(CERTIFICATE_FILE))? else {
+            return match files::read_if_there(&dir.join(KEY_FILE))? {
+                None => Ok(None),
+                Some(_) => Err(unusable(format!("{CERTIFICATE_FILE} is missing beside the authority's key"))),
+            };
+        };
         let key = String::from_utf8(files::read(&dir.join(KEY_FILE))?)
             .map_err(|_| unusable("the authority's key is not PEM"))?;
         let key = KeyPair::from_pem(&key).map_err(unusable)?;

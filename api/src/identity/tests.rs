@@ -19,13 +19,13 @@ fn member(authority: &AuthorityKey, role: Role) -> Identity {
 fn signed_table(issuer: &Identity, at: SystemTime) -> PieceTable {
     let mut table = PieceTable::new(Digest::of(Algorithm::Sha256, b"task"), PieceLayout::new(3 << 20));
     table.push(ChainValue::initial(Algorithm::Sha256));
-    issuer.sign(&mut table, false, at);
+    issuer.sign(&mut table, false, Vec::new(), at);
     table
 }
 
 fn check(by: &Identity, table: &PieceTable) -> Option<Role> {
     let signed = table.signed().unwrap();
-    by.check(signed, &table.statement(signed.sealed, signed.signed_at_s))
+    by.check(signed, &table.statement(signed.sealed, signed.signed_at_s, &signed.registries))
 }
 
 /// Runs a handshake in memory; what each side found wrong, or who the client was to the server.
@@ -209,10 +209,12 @@ fn a_statement_that_is_forged_in_any_part_does_not_count() {
     let now = SystemTime::now();
     let table = signed_table(&seed, now);
     let good = table.signed().unwrap();
-    let statement = table.statement(false, good.signed_at_s);
+    let statement = table.statement(false, good.signed_at_s, &[]);
     assert_eq!(node.check(good, &statement), Some(Role::Seed));
 
-    assert_eq!(node.check(good, &table.statement(true, good.signed_at_s)), None);
+    assert_eq!(node.check(good, &table.statement(true, good.signed_at_s, &[])), None);
+    let elsewhere = ["r.example".to_owned()];
+    assert_eq!(node.check(good, &table.statement(false, good.signed_at_s, &elsewhere)), None);
     assert_eq!(node.check(&SignedPrefix { issuer: node.peer_id(), ..good.clone() }, &statement), None);
     let mut signature = good.signature.clone();
     signature[0] ^= 1;

@@ -8,9 +8,10 @@ use toml::{Table, Value};
 use super::edit::Edit;
 use super::edit::hosts::{self, Verdict};
 use super::plan::{Change, View, Wanted};
+use super::rancher::{self, Distribution};
 use super::request::{ALL, Request};
 use super::{Restart, Wishes};
-use crate::problem::Problem;
+use hawker_config::problem::Problem;
 
 /// Where its configuration is.
 pub(crate) const FILE: &str = "/etc/containerd/config.toml";
@@ -19,8 +20,14 @@ pub(crate) const HOSTS_DIR: &str = "/etc/containerd/certs.d";
 /// The part of [`super::containerd`]'s default from 2.2 on that is docker's.
 const DOCKER_DIR: &str = "/etc/docker/certs.d";
 
-/// The plugin that has the registries: in files of version 1, 2 and 3.
+/// The plugin that has the registries: in files of version 1, 2, and 3 with all later ones.
 pub(crate) const CRI: [&str; 3] = ["cri", "io.containerd.grpc.v1.cri", "io.containerd.cri.v1.images"];
+/// The plugin that listens, in files of version 4 and later; before that, the table `grpc`.
+const SERVER: &str = "io.containerd.server.v1.grpc";
+/// The newest format that this program knows: the default of containerd 2.3 and 2.4.
+const NEWEST: i64 = 4;
+/// The name of the drop-in for a configuration of a later format.
+const DROP_IN: &str = "50-hawker.toml";
 
 /// Files that a configuration may import, its own included.
 const FILES_MAX: usize = 64;
@@ -28,8 +35,12 @@ const FILES_MAX: usize = 64;
 /// What of containerd's configuration matters here.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Config {
-    /// The format of the main file: 1 and 2 for containerd 1.x, 3 from 2.0 on.
+    /// The format of the main file: 1 and 2 for containerd 1.x, 3 from 2.0 on, 4 from 2.3 on.
     pub(crate) version: i64,
+    /// A file of a format that is later than [`NEWEST`].
+    pub(crate) later: Option<(PathBuf, i64)>,
+    /// The folder from which the main file imports all `*.toml`.
+    pub(crate) drop_ins: Option<PathBuf>,
     pub(crate) address: Option<PathBuf>,
     pub(crate) cri_disabled: bool,
     pub(crate) config_path: Option<String>,
@@ -72,13 +83,17 @@ impl Config {
             let version = version_of(&table).map_err(|found| {
                 let file = view.show(&file);
                 anyhow::anyhow!(
-                    "{file} says `version = {found}`, which is none that hawker knows; write version = 1, 2 or 3, as a \
-                     number without quotes (`containerd config migrate` gives a file of this containerd's version)"
+                    "{file} says `version = {found}`, which is no version of containerd's configuration; write version = 1, 2, 3 \
+                     or 4, as a number without quotes (`containerd config migrate` gives a file of this containerd's version)"
                 )
             })?;
             config.take(&file, file == path, version, &table);
             let imports = table.get("imports").and_then(Value::as_array).into_iter().flatten();
-            pending.extend(imports.filter_map(Value::as_str).flat_map(|import| expand(view, &file, import)));
+            let imports: Vec<&str> = imports.filter_map(Value::as_str).collect();
+            if file == path {
+                config.drop_ins = imports.iter().find_map(|import| all_of_a_folder(&file, import));
+            }
+            pending.extend(imports.into_iter().flat_map(|import| expand(view, &file, import)));
         }
         if seen.len() == 1 && !view.exists(path) {
             config.version = 2;
@@ -90,8 +105,12 @@ impl Config {
         if is_main {
             self.version = version.unwrap_or(1);
         }
+        if let Some(later) = version.filter(|version| *version > NEWEST) {
+            self.later.get_or_insert((file.to_owned(), later));
+        }
         let at = |path: &[&str]| look(table, path);
-        if let Some(address) = at(&["grpc", "address"]).and_then(Value::as_str) {
+        let address = at(&["plugins", SERVER, "address"]).or_else(|| at(&["grpc", "address"]));
+        if let Some(address) = address.and_then(Value::as_str).filter(|address| !address.is_empty()) {
             self.address = Some(PathBuf::from(address));
         }
         let disabled = at(&["disabled_plugins"]).and_then(Value::as_array).into_iter().flatten();
@@ -118,6 +137,16 @@ impl Config {
     /// The plugin's name in a file that has none of it yet.
     pub(crate) fn plugin(&self) -> &'static str {
         plugin_of(self.version)
+    }
+
+    /// A warning about a format that this program does not know, if there is one.
+    pub(crate) fn warning(&self, view: &View<'_>) -> Option<String> {
+        let (file, version) = self.later.as_ref()?;
+        Some(format!(
+            "{} is of version {version}, and this hawker knows containerd's configuration up to version {NEWEST}: it is read as \
+             version {NEWEST}",
+            view.show(file)
+        ))
     }
 
     /// Where hosts.toml files are looked for first.
@@ -156,10 +185,16 @@ impl Config {
     }
 }
 
-/// The version that a file says it is of, if any; an error is what it says instead.
+/// The version that a file says it is of, if any; an error is what it says instead. A later version than [`NEWEST`] is none.
 fn version_of(table: &Table) -> Result<Option<i64>, &Value> {
     let Some(version) = table.get("version") else { return Ok(None) };
-    version.as_integer().filter(|version| (1..=3).contains(version)).map(Some).ok_or(version)
+    version.as_integer().filter(|version| *version >= 1).map(Some).ok_or(version)
+}
+
+/// The folder whose `*.toml` an import names.
+fn all_of_a_folder(importer: &Path, import: &str) -> Option<PathBuf> {
+    let path = importer.parent().unwrap_or(Path::new("/")).join(import);
+    path.file_name().is_some_and(|name| name == "*.toml").then(|| path.parent().map(Path::to_owned)).flatten()
 }
 
 fn plugin_of(version: i64) -> &'static str {
@@ -192,9 +227,23 @@ pub(crate) fn folders_of(dir: &Path, registry: &str) -> Vec<PathBuf> {
 
 /// What is to be written.
 pub(super) fn wishes(request: &Request, view: &View<'_>) -> anyhow::Result<Wishes> {
-    let path = request.config.as_deref().unwrap_or(Path::new(FILE));
-    let config = Config::read(view, path)?;
     let mut wishes = Wishes::default();
+    let path = request.config.as_deref().unwrap_or(Path::new(FILE));
+    if request.config.is_none() {
+        let found = Distribution::found(view);
+        for of in &found {
+            rancher::add_wishes(*of, request, view, &mut wishes)?;
+        }
+        // The containerd of k3s and RKE2 reads no file in /etc/containerd.
+        if !found.is_empty() && !view.exists(path) {
+            return Ok(wishes);
+        }
+    }
+    let config = Config::read(view, path)?;
+    wishes.notes.extend(config.warning(view).map(|warning| {
+        warning
+            + "; restart containerd and run `hawker doctor`, which pulls an image to see whether that works"
+    }));
     let dir = directory(&config, path, view, &mut wishes);
     let all = [ALL.to_owned()];
     let named: Vec<String> = request.registries.iter().map(|it| it.registry.clone()).collect();
@@ -231,6 +280,7 @@ fn directory(config: &Config, path: &Path, view: &View<'_>, wishes: &mut Wishes)
     }
     let own = config.last.as_ref().and_then(|last| last.config_path.as_deref());
     if own != dir.to_str() {
+        let drop_in = config.later.as_ref().and(config.drop_ins.as_ref()).map(|folder| folder.join(DROP_IN));
         if config.config_path.is_none() && !view.files(Path::new(DOCKER_DIR)).is_empty() {
             wishes.notes.push(format!(
                 "containerd 2.2 and later looked in {DOCKER_DIR} too, and does not any more: move to {} what it needs",
@@ -239,7 +289,8 @@ fn directory(config: &Config, path: &Path, view: &View<'_>, wishes: &mut Wishes)
         }
         let plugin = config.last.as_ref().map_or(config.plugin(), |last| last.plugin).to_owned();
         let edit = Edit::ConfigPath { plugin, dir: dir.display().to_string() };
-        wishes.files.push(Wanted { path: file.to_owned(), edit });
+        // containerd migrates a drop-in of an earlier version by itself, whatever the main file's version.
+        wishes.files.push(Wanted { path: drop_in.as_deref().unwrap_or(file).to_owned(), edit });
     }
     dir
 }
@@ -325,7 +376,10 @@ fn registry_of(folder: &Path) -> Option<String> {
 }
 
 /// hosts.toml is read at each pull, the rest when containerd starts.
-pub(super) fn restart(changes: &[Change]) -> Restart {
+pub(super) fn restart(changes: &[Change], view: &View<'_>) -> Restart {
+    if let Some(restart) = rancher::restart(changes, view) {
+        return restart;
+    }
     if changes.iter().all(|change| change.path.file_name().is_some_and(|name| name == "hosts.toml")) {
         return Restart::None("containerd reads hosts.toml at each pull");
     }

@@ -7,11 +7,11 @@ use toml::{Table, Value};
 
 use super::edit::{Edit, Mirrored};
 use super::mirror::is_mirror;
-use super::plan::{View, Wanted};
+use super::plan::{Past, View, Wanted};
 use super::request::{Own, Request, can_be_path};
-use super::{Restart, Wishes};
+use super::{Restart, Wishes, signatures};
 use crate::args::Runtime;
-use crate::problem::Problem;
+use hawker_config::problem::Problem;
 
 /// The main file.
 pub(crate) const FILE: &str = "/etc/containers/registries.conf";
@@ -76,7 +76,12 @@ fn block(file: &Path, registry: &Value) -> Option<Block> {
 }
 
 /// What is to be written.
-pub(super) fn wishes(request: &Request, view: &View<'_>, runtime: Runtime) -> anyhow::Result<Wishes> {
+pub(super) fn wishes(
+    request: &Request,
+    view: &View<'_>,
+    past: &Past,
+    runtime: Runtime,
+) -> anyhow::Result<Wishes> {
     let mut wishes = Wishes::default();
     let path = request.config.clone().unwrap_or_else(|| drop_in(runtime));
     let others: Vec<Block> = blocks(view)?.into_iter().filter(|block| block.file != path).collect();
@@ -115,6 +120,8 @@ pub(super) fn wishes(request: &Request, view: &View<'_>, runtime: Runtime) -> an
         wishes.problems.push(Problem::new(view.show(&path), "would hold no registry", cure));
     }
     let mirror = request.mirror.authority.clone();
+    wishes.notes.extend(signatures::notes(view, &signatures::settings(view)?, &registries));
+    wishes.files.extend(signatures::wanted(view, past, runtime, &mirror, &registries)?);
     wishes
         .files
         .push(Wanted { path, edit: Edit::DropIn { mirror, insecure: request.mirror.http, registries } });

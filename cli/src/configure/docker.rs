@@ -7,7 +7,7 @@ use super::edit::Edit;
 use super::plan::{Change, View, Wanted};
 use super::request::{Own, Request};
 use super::{Restart, Wishes};
-use crate::problem::Problem;
+use hawker_config::problem::Problem;
 
 /// Where its configuration is.
 pub(crate) const FILE: &str = "/etc/docker/daemon.json";

@@ -5,6 +5,8 @@ mod config_path;
 mod daemon_json;
 mod drop_in;
 pub(crate) mod hosts;
+pub(crate) mod registries_yaml;
+mod signatures;
 mod toml;
 
 use std::fmt;
@@ -27,6 +29,10 @@ pub(crate) enum Edit {
     DropIn { mirror: String, insecure: bool, registries: Vec<Mirrored> },
     /// buildkitd.toml: this mirror before the others of each registry.
     Buildkitd { mirror: String, http: bool, registries: Vec<String> },
+    /// `registries.yaml` of k3s and RKE2: this URL before the other endpoints of each registry.
+    RegistriesYaml { url: String, registries: Vec<String> },
+    /// registries.d: signatures of images at these locations are attached to the images.
+    Signatures { scopes: Vec<String> },
 }
 
 /// A registry, and what the mirror calls it.
@@ -54,6 +60,8 @@ impl Edit {
                 drop_in::apply(text, mirror, *insecure, registries)
             }
             Edit::Buildkitd { mirror, http, registries } => buildkitd::apply(text, mirror, *http, registries),
+            Edit::RegistriesYaml { url, registries } => registries_yaml::apply(text, url, registries),
+            Edit::Signatures { scopes } => signatures::apply(text, scopes),
         }
     }
 
@@ -69,13 +77,24 @@ impl Edit {
             Edit::Buildkitd { mirror, registries, .. } => {
                 buildkitd::undo(text, mirror, registries, before.as_ref())
             }
+            Edit::RegistriesYaml { url, registries } => {
+                registries_yaml::undo(text, url, registries, original)
+            }
+            Edit::Signatures { scopes } => Ok(signatures::undo(text, scopes)),
         }?;
         Ok(Some(left).filter(|left| original.is_some() || !self.is_nothing(left)))
     }
 
+    /// Whether podman and CRI-O share the file, so that a run for either makes it anew for both.
+    pub(crate) fn is_shared(&self) -> bool {
+        matches!(self, Edit::Signatures { .. })
+    }
+
     /// Whether a file of ours holds nothing of anybody else's.
     fn is_nothing(&self, text: &str) -> bool {
-        let ours = |line: &str| line.is_empty() || line == NOTE || line == config_path::VERSION;
+        let of_kind = |line: &str| matches!(self, Edit::Signatures { .. }) && signatures::is_ours(line);
+        let ours =
+            |line: &str| of_kind(line) || line.is_empty() || line == NOTE || config_path::is_version(line);
         match self {
             Edit::DockerMirror { .. } => text.trim().is_empty() || text.split_whitespace().eq(["{}"]),
             _ => text.lines().all(|line| ours(line.trim())),

@@ -2,7 +2,7 @@
 
 use url::{Host, Url};
 
-use crate::problem::Problem;
+use hawker_config::problem::Problem;
 
 /// A mirror's address, as each runtime writes it.
 #[derive(Clone, Debug, PartialEq, Eq)]

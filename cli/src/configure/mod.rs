@@ -11,12 +11,15 @@ pub(crate) mod docker;
 pub(crate) mod edit;
 pub(crate) mod mirror;
 pub(crate) mod plan;
+pub(crate) mod rancher;
 mod record;
-mod request;
+pub(crate) mod request;
 pub(crate) mod root;
 mod show;
+mod signatures;
 #[cfg(test)]
 mod tests;
+pub(crate) mod yaml;
 
 use std::fmt;
 use std::path::Path;
@@ -25,8 +28,8 @@ use self::plan::{Change, Past, Plan, View, Wanted};
 use self::request::Request;
 use self::root::Root;
 use crate::args::{ConfigureArgs, Runtime};
-use crate::problem::{Problem, Problems};
 use crate::{print, program};
+use hawker_config::problem::{Problem, Problems};
 
 /// What a runtime needs, what there is to say about it, and what is in the way.
 #[derive(Debug, Default)]
@@ -97,7 +100,7 @@ pub(crate) async fn run(args: &ConfigureArgs) -> anyhow::Result<()> {
     if plan.changes.is_empty() {
         return Ok(());
     }
-    match restart(args.runtime, &plan.changes) {
+    match restart(args.runtime, &plan.changes, &view) {
         Restart::None(why) => print::line(format_args!("Nothing needs a restart: {why}."))?,
         Restart::Unit { verb, unit, .. } if args.restart && !args.dry_run => {
             program::quick(program::command("systemctl", [verb, unit])).await?;
@@ -119,10 +122,14 @@ fn plan(root: &Root, args: &ConfigureArgs, request: &Request) -> anyhow::Result<
     let past = Past::read(root, args.runtime)?;
     let view = past.view(root);
     let Wishes { files, notes, mut problems } = match args.runtime {
+        Runtime::Crio | Runtime::Podman if args.remove => {
+            let shared = signatures::wanted(&view, &past, args.runtime, "", &[])?;
+            Wishes { files: shared.into_iter().collect(), ..Wishes::default() }
+        }
         _ if args.remove => Wishes::default(),
         Runtime::Containerd => containerd::wishes(request, &view)?,
         Runtime::Docker => docker::wishes(request, &view),
-        Runtime::Crio | Runtime::Podman => containers::wishes(request, &view, args.runtime)?,
+        Runtime::Crio | Runtime::Podman => containers::wishes(request, &view, &past, args.runtime)?,
         Runtime::Buildkit => buildkit::wishes(request, &view),
     };
     match Plan::make(root, args.runtime, past, files) {
@@ -135,9 +142,9 @@ fn plan(root: &Root, args: &ConfigureArgs, request: &Request) -> anyhow::Result<
     }
 }
 
-fn restart(runtime: Runtime, changes: &[Change]) -> Restart {
+fn restart(runtime: Runtime, changes: &[Change], view: &View<'_>) -> Restart {
     match runtime {
-        Runtime::Containerd => containerd::restart(changes),
+        Runtime::Containerd => containerd::restart(changes, view),
         Runtime::Docker => docker::restart(changes),
         Runtime::Crio | Runtime::Podman => containers::restart(runtime),
         Runtime::Buildkit => buildkit::restart(),

@@ -11,11 +11,11 @@ use std::path::{Path, PathBuf};
 use anyhow::Context as _;
 
 use super::InTheWay;
-use super::edit::{Edit, Unfit};
+use super::edit::{Edit, Mirrored, Unfit};
 use super::record::{Record, Written, hash};
 use super::root::Root;
 use crate::args::Runtime;
-use crate::problem::Problem;
+use hawker_config::problem::Problem;
 
 /// What a file's original is called, beside it.
 pub(crate) const BACKUP: &str = ".before-hawker";
@@ -116,7 +116,7 @@ impl Past {
     pub(crate) fn read(root: &Root, runtime: Runtime) -> anyhow::Result<Self> {
         let record = Record::read(root)?;
         let mut files: BTreeMap<PathBuf, Earlier> = BTreeMap::new();
-        for written in record.files.iter().filter(|file| file.runtime == runtime) {
+        for written in record.files.iter().filter(|file| is_of(file, runtime)) {
             let earlier = Earlier::of(root, written.clone())?;
             // A crash between two runs' records leaves both: the one that fits counts.
             if files.get(&written.path).is_none_or(|other| other.changed) {
@@ -124,6 +124,16 @@ impl Past {
             }
         }
         Ok(Self { files, record })
+    }
+
+    /// The mirrors of registries.conf that were written for other runtimes.
+    pub(crate) fn drop_ins_of_others(&self, runtime: Runtime) -> impl Iterator<Item = (&str, &[Mirrored])> {
+        self.record.files.iter().filter(move |file| file.runtime != runtime).filter_map(|file| {
+            match &file.edit {
+                Edit::DropIn { mirror, registries, .. } => Some((mirror.as_str(), registries.as_slice())),
+                _ => None,
+            }
+        })
     }
 
     pub(crate) fn view<'a>(&self, root: &'a Root) -> View<'a> {
@@ -168,7 +178,7 @@ impl Plan {
         wanted: Vec<Wanted>,
     ) -> Result<Self, Vec<Problem>> {
         let Past { mut files, record } = past;
-        let others = record.files.iter().filter(|file| file.runtime != runtime).cloned().collect();
+        let others = record.files.iter().filter(|file| !is_of(file, runtime)).cloned().collect();
         let mut after = record.clone();
         after.files = others;
         let mut plan = Self { before: record, after, ..Self::default() };
@@ -314,6 +324,12 @@ impl Plan {
         after.drop_folders(root);
         after.write(root).map_err(failed(Path::new(super::record::FILE)))
     }
+}
+
+/// Whether a run for `runtime` makes this file anew.
+fn is_of(file: &Written, runtime: Runtime) -> bool {
+    let by_path = |runtime| matches!(runtime, Runtime::Crio | Runtime::Podman);
+    file.runtime == runtime || (file.edit.is_shared() && by_path(runtime))
 }
 
 fn backup_of(path: &Path) -> PathBuf {

@@ -9,7 +9,7 @@ use super::edit::Mirrored;
 use super::mirror::Mirror;
 use super::plan::View;
 use crate::args::{ConfigureArgs, Runtime};
-use crate::problem::Problem;
+use hawker_config::problem::Problem;
 
 /// containerd's name for all registries.
 pub(crate) const ALL: &str = "_default";

@@ -114,6 +114,12 @@ fn containerd_looks_for_hosts_toml_whatever_its_configuration_looks_like() {
     let dumped_2 = format!(
         "version = 3\n[plugins.'{CRI_2}']\n  snapshotter = 'overlayfs'\n  [plugins.'{CRI_2}'.registry]\n    config_path = '/etc/containerd/certs.d:/etc/docker/certs.d'\n"
     );
+    let dumped_2_3 = format!(
+        "version = 4\nroot = '/var/lib/containerd'\nimports = ['/etc/containerd/conf.d/*.toml']\n\n[plugins]\n  \
+         [plugins.'{CRI_2}']\n    snapshotter = 'overlayfs'\n\n    [plugins.'{CRI_2}'.registry]\n      config_path = ''\n\n  \
+         [plugins.'io.containerd.server.v1.grpc']\n    address = '/run/containerd/containerd.sock'\n\n  \
+         [plugins.'io.containerd.transfer.v1.local']\n    config_path = ''\n"
+    );
     for (name, text, plugin) in [
         ("Debian's", Some(debian.as_str()), CRI_1),
         ("dumped by 1.7", Some(&dumped), CRI_1),
@@ -121,6 +127,8 @@ fn containerd_looks_for_hosts_toml_whatever_its_configuration_looks_like() {
         ("none", None, CRI_1),
         ("without a version", Some("oom_score = 0\n"), "cri"),
         ("of version 3", Some("version = 3\n"), CRI_2),
+        ("of version 4", Some("version = 4\n"), CRI_2),
+        ("dumped by 2.3", Some(&dumped_2_3), CRI_2),
         ("empty", Some(""), "cri"),
     ] {
         let files: Vec<_> = text.map(|text| (CONFIG, text)).into_iter().collect();
@@ -134,6 +142,9 @@ fn containerd_looks_for_hosts_toml_whatever_its_configuration_looks_like() {
         );
         assert!(system.text(HOSTS).contains("[host.\"http://127.0.0.1:6500\"]"), "{name}");
         let kept = |line: &&str| !line.contains("config_path");
+        if text.is_some_and(|text| text.contains("transfer.v1")) {
+            assert!(written.ends_with("[plugins.'io.containerd.transfer.v1.local']\n    config_path = ''\n"));
+        }
         let lines = text.unwrap_or_default().lines().filter(kept);
         lines.for_each(|line| assert!(written.lines().any(|other| other == line), "{name}: {line} is lost"));
         System::with(&files).there_and_back("containerd").unwrap();
@@ -147,7 +158,10 @@ fn a_directory_that_is_set_already_is_used() {
     let (plan, _) = system.run("containerd --registry quay.io --registry reg.example:5000").unwrap();
     let paths: Vec<_> = plan.changes.iter().map(|change| change.path.display().to_string()).collect();
     assert_eq!(paths, ["/opt/certs/quay.io/hosts.toml", "/opt/certs/reg.example:5000/hosts.toml"]);
-    assert!(matches!(restart(Runtime::Containerd, &plan.changes), Restart::None(_)));
+    assert!(matches!(
+        restart(Runtime::Containerd, &plan.changes, &View::plain(&Root::new(system.0.path()))),
+        Restart::None(_)
+    ));
 }
 
 #[test]
@@ -192,16 +206,85 @@ fn what_would_keep_cri_from_starting_is_told_with_the_cure() {
     let system = System::with(&[(CONFIG, &pair), ("/b/reg.example/ca.crt", "x")]);
     assert!(system.refused("containerd").contains("/b"));
     assert!(System::with(&[(CONFIG, "version = [")]).refused("containerd").contains(CONFIG));
-    for version in ["\"2\"", "4", "0", "-1", "2.0", "[2]"] {
+    for version in ["\"4\"", "0", "-1", "2.0", "[2]"] {
         let said = System::with(&[(CONFIG, &format!("version = {version}\n"))]).refused("containerd");
         assert!(said.contains(CONFIG) && said.contains(&format!("`version = {version}`")), "{said}");
-        assert!(said.contains("write version = 1, 2 or 3"), "{said}");
+        assert!(said.contains("write version = 1, 2, 3 or 4"), "{said}");
     }
     let imported =
-        [(CONFIG, "version = 2\nimports = [\"a.toml\"]\n"), ("/etc/containerd/a.toml", "version = 4\n")];
+        [(CONFIG, "version = 2\nimports = [\"a.toml\"]\n"), ("/etc/containerd/a.toml", "version = 0\n")];
     assert!(System::with(&imported).refused("containerd").contains("/etc/containerd/a.toml"));
     let inline = System::with(&[(CONFIG, "version = 2\nplugins = { x = {} }\n")]).refused("containerd");
     assert!(inline.contains("[table]"), "{inline}");
+}
+
+#[test]
+fn a_later_version_gets_a_warning_and_a_drop_in_that_containerd_migrates() {
+    let text = "version = 5\nimports = ['/etc/containerd/conf.d/*.toml']\n";
+    let system = System::with(&[(CONFIG, text)]);
+    system.there_and_back("containerd").unwrap();
+    let (_, notes) = system.run("containerd").unwrap();
+    assert!(notes[0].contains("version 5") && notes[0].contains(CONFIG), "{notes:?}");
+    assert_eq!(system.text(CONFIG), text, "the main file stays");
+    let drop_in = system.text("/etc/containerd/conf.d/50-hawker.toml");
+    assert!(drop_in.contains("\nversion = 3\n"), "{drop_in}");
+    assert_eq!(config_path(&drop_in, CRI_2).as_deref(), Some(containerd::HOSTS_DIR));
+    assert!(system.at(HOSTS).exists());
+    // A main file that imports no folder gets the key itself.
+    for text in ["version = 5\n", "version = 99\nimports = ['other.toml']\n"] {
+        let system = System::with(&[(CONFIG, text)]);
+        system.there_and_back("containerd").unwrap();
+        let (_, notes) = system.run("containerd").unwrap();
+        assert!(notes[0].contains("is read as version 4"), "{notes:?}");
+        assert_eq!(config_path(&system.text(CONFIG), CRI_2).as_deref(), Some(containerd::HOSTS_DIR));
+    }
+    // A directory that works already needs no drop-in.
+    let set = format!("version = 5\n[plugins.'{CRI_2}'.registry]\nconfig_path = '/opt/certs'\n");
+    let system = System::with(&[(CONFIG, &set)]);
+    system.run("containerd").unwrap();
+    assert_eq!(system.text(CONFIG), set);
+    assert!(system.at("/opt/certs/_default/hosts.toml").exists());
+}
+
+#[test]
+fn k3s_and_rke2_get_their_registries_yaml_and_the_words_to_restart() {
+    for (folder, server, unit) in [
+        ("k3s", true, "k3s"),
+        ("k3s", false, "k3s-agent"),
+        ("rke2", true, "rke2-server"),
+        ("rke2", false, "rke2-agent"),
+    ] {
+        let generated = format!("/var/lib/rancher/{folder}/agent/etc/containerd/config.toml");
+        let system = System::with(&[(&generated, "version = 3\n")]);
+        if server {
+            system.write(&format!("/var/lib/rancher/{folder}/server/token"), "");
+        }
+        system.there_and_back("containerd").unwrap();
+        let (plan, _) = system.run("containerd").unwrap();
+        let path = format!("/etc/rancher/{folder}/registries.yaml");
+        let changed: Vec<_> = plan.changes.iter().map(|change| change.path.display().to_string()).collect();
+        assert_eq!(changed, [path.as_str()], "what is generated stays, and so does /etc/containerd");
+        assert!(system.text(&path).contains("  \"*\":\n    endpoint:\n      - \"http://127.0.0.1:6500\"\n"));
+        let root = Root::new(system.0.path());
+        let told = restart(Runtime::Containerd, &plan.changes, &View::plain(&root));
+        assert!(matches!(told, Restart::Unit { verb: "restart", unit: it, .. } if it == unit), "{told:?}");
+    }
+    let theirs = "mirrors:\n  docker.io:\n    endpoint:\n      - https://cache.example\n";
+    let path = "/etc/rancher/k3s/registries.yaml";
+    let system = System::with(&[(path, theirs)]);
+    let (_, notes) = system.run("containerd").unwrap();
+    assert!(notes.iter().any(|note| note.contains("--registry docker.io")), "{notes:?}");
+    system.run("containerd --remove").unwrap();
+    assert_eq!(system.text(path), theirs);
+    system.there_and_back("containerd --registry _default --registry docker.io").unwrap();
+    // Beside a containerd of docker's, both are configured.
+    let both = System::with(&[(path, theirs), (CONFIG, "version = 2\n")]);
+    both.run("containerd").unwrap();
+    assert!(both.text(path).contains("6500") && both.at(HOSTS).exists());
+    // The same name as in containerd's own configuration leads to that one alone.
+    let named = System::with(&[(path, theirs)]);
+    named.run(&format!("containerd --config {CONFIG}")).unwrap();
+    assert_eq!(named.text(path), theirs);
 }
 
 #[test]
@@ -245,7 +328,7 @@ fn docker_keeps_its_other_keys_and_hears_of_flags_that_would_clash() {
     assert!(System::with(&[(path, "{")]).refused("docker").contains("no JSON"));
     // A reload does not make dockerd forget.
     let system = System::with(&[(path, "{}")]);
-    let verb = |line: &str| match restart(Runtime::Docker, &system.run(line).unwrap().0.changes) {
+    let verb = |line: &str| match docker::restart(&system.run(line).unwrap().0.changes) {
         Restart::Unit { verb, .. } => verb,
         Restart::None(why) => why,
     };
@@ -277,6 +360,59 @@ fn podman_and_crio_have_a_drop_in_each_and_undo_their_own() {
     assert!(!system.at(podman.to_str().unwrap()).exists() && system.at(crio.to_str().unwrap()).exists());
     system.run("crio --remove").unwrap();
     assert_eq!(system.snapshot(), before);
+}
+
+#[test]
+fn signatures_that_are_attached_are_looked_for_at_the_mirror_too() {
+    let ours = "/etc/containers/registries.d/50-hawker.yaml";
+    let theirs = "default-docker:\n  lookaside-staging: file:///var/x\ndocker:\n  quay.io:\n    use-sigstore-attachments: true\n  \
+                  ghcr.io/team/app:\n    use-sigstore-attachments: true\n  gcr.io:\n    lookaside: https://a\n  \
+                  docker.io:\n    use-sigstore-attachments: false\n";
+    let vendor = "docker:\n    '*.example.com': {use-sigstore-attachments: true}\n";
+    let system = System::with(&[
+        ("/etc/containers/registries.d/own.yaml", theirs),
+        ("/usr/share/containers/registries.d/vendor.yaml", vendor),
+        ("/etc/containers/registries.d/notes.txt", "["),
+    ]);
+    system.there_and_back("podman").unwrap();
+    let before = system.snapshot();
+    let (plan, notes) = system.run("podman").unwrap();
+    assert!(plan.changes.iter().any(|change| change.path == Path::new(ours)), "a dry run shows it");
+    let scopes = |text: &str| -> Vec<String> {
+        let lines = text.lines().filter_map(|line| line.strip_prefix("  \""));
+        lines.filter_map(|line| Some(line.strip_suffix("\":")?.to_owned())).collect()
+    };
+    let podmans = ["127.0.0.1:6500/ghcr.io/team/app", "127.0.0.1:6500/quay.io"];
+    assert_eq!(scopes(&system.text(ours)), podmans);
+    assert!(notes.iter().any(|note| note.contains("gcr.io") && note.contains("lookaside")), "{notes:?}");
+    // CRI-O shares the file, since no location may stand in two.
+    system.run("crio --registry quay.io --registry reg.example.com").unwrap();
+    assert!(system.run("podman").unwrap().0.is_empty());
+    let both =
+        ["127.0.0.1:6500/ghcr.io/team/app", "127.0.0.1:6500/quay.io", "127.0.0.1:6500/reg.example.com"];
+    assert_eq!(scopes(&system.text(ours)), both);
+    system.run("podman --remove").unwrap();
+    assert_eq!(scopes(&system.text(ours)), [both[1], both[2]]);
+    system.run("podman --registry ghcr.io=corp.internal --mirror http://10.0.0.1:7000").unwrap();
+    assert_eq!(scopes(&system.text(ours)), ["10.0.0.1:7000/corp.internal/team/app", both[1], both[2]]);
+    // What others add to it stays.
+    let more = "  \"other.example\":\n    use-sigstore-attachments: true\n";
+    system.write(ours, &(system.text(ours) + more));
+    system.run("crio --remove").unwrap();
+    system.run("podman --remove").unwrap();
+    assert!(system.text(ours).ends_with(&format!("docker:\n{more}")), "{}", system.text(ours));
+    fs::remove_file(system.at(ours)).unwrap();
+    assert_eq!(system.snapshot(), before);
+    // A location that a person wrote already is not written twice.
+    let by_hand = "docker:\n  127.0.0.1:6500/quay.io:\n    use-sigstore-attachments: true\n  quay.io:\n    \
+                   use-sigstore-attachments: true\n";
+    let system = System::with(&[("/etc/containers/registries.d/own.yaml", by_hand)]);
+    system.run("podman").unwrap();
+    assert!(!system.at(ours).exists());
+    let broken = System::with(&[("/etc/containers/registries.d/own.yaml", "docker: [")]);
+    assert!(broken.refused("podman").contains("own.yaml is no YAML"));
+    let taken = System::with(&[(ours, "docker: {}\n"), ("/etc/containers/registries.d/own.yaml", theirs)]);
+    assert!(taken.refused("podman").contains("move it to another name"));
 }
 
 #[test]

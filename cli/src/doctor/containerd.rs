@@ -5,11 +5,12 @@ use std::path::{Path, PathBuf};
 
 use super::cri::{self, Cri};
 use super::selftest::{self, Pull};
-use super::{Check, Outcome, configure};
+use super::{Check, Outcome, configure, state};
 use crate::args::{DoctorArgs, Runtime};
-use crate::configure::containerd::{Config, HOSTS_DIR, folders_of};
+use crate::configure::containerd::{Config, FILE, HOSTS_DIR, folders_of};
 use crate::configure::edit::hosts::{Verdict, judge, table};
 use crate::configure::plan::View;
+use crate::configure::rancher::{self, Distribution};
 use crate::configure::root::Root;
 use crate::program::{command, quick};
 
@@ -18,32 +19,118 @@ pub(super) const SOCKET: &str = "/run/containerd/containerd.sock";
 /// What the self-test pulls lives here, and goes with it.
 const NAMESPACE: &str = "hawker-doctor";
 
+/// A containerd of this machine.
+#[derive(Clone, Debug)]
+pub(super) struct Install {
+    pub(super) config: PathBuf,
+    /// The socket that was named, or that is there by custom where the configuration names none.
+    named: Option<PathBuf>,
+    usual: &'static str,
+    /// The unit to restart.
+    unit: &'static str,
+    /// k3s or RKE2, which write the configuration themselves.
+    of: Option<Distribution>,
+}
+
+impl Install {
+    fn read(&self) -> anyhow::Result<Config> {
+        Config::read(&View::plain(&Root::new("/")), &self.config)
+    }
+
+    /// The socket, as far as it is known.
+    pub(super) fn socket(&self) -> PathBuf {
+        let said = || self.read().ok().and_then(|config| config.address);
+        self.named.clone().or_else(said).unwrap_or_else(|| PathBuf::from(self.usual))
+    }
+
+    fn restart(&self) -> String {
+        format!("systemctl restart {}", self.unit)
+    }
+
+    /// The command line that begins with `ctr`: k3s and RKE2 bring their own.
+    fn ctr(&self) -> Vec<String> {
+        let own = self.of.map(|of| of.programs().join("ctr")).filter(|own| own.is_file());
+        match own {
+            _ if state::is_installed("ctr") => vec!["ctr".to_owned()],
+            Some(own) => vec![own.display().to_string()],
+            None if self.of.is_some() => vec!["k3s".to_owned(), "ctr".to_owned()],
+            None => vec!["ctr".to_owned()],
+        }
+    }
+}
+
+/// The containerd that the flags name, else all that are found.
+pub(super) fn installs(args: &DoctorArgs) -> Vec<Install> {
+    let plain = |config: &Path| Install {
+        config: config.to_owned(),
+        named: args.containerd_address.clone(),
+        usual: SOCKET,
+        unit: "containerd",
+        of: None,
+    };
+    if args.containerd_config.is_some() || args.containerd_address.is_some() {
+        return vec![plain(args.containerd_config.as_deref().unwrap_or(Path::new(FILE)))];
+    }
+    let root = Root::new("/");
+    let view = View::plain(&root);
+    let mut installs: Vec<Install> = Distribution::found(&view)
+        .into_iter()
+        .map(|of| Install {
+            config: of.config(),
+            named: None,
+            usual: rancher::SOCKET,
+            unit: of.unit(&view),
+            of: Some(of),
+        })
+        .collect();
+    if installs.is_empty() || Path::new(FILE).exists() || Path::new(SOCKET).exists() {
+        installs.push(plain(Path::new(FILE)));
+    }
+    installs
+}
+
 /// All checks, the self-test last.
 pub(super) async fn check(args: &DoctorArgs, mirror: &str) -> Vec<Check> {
-    let root = Root::new("/");
-    let config = match Config::read(&View::plain(&root), &args.containerd_config) {
+    let mut checks = Vec::new();
+    for install in installs(args) {
+        checks.extend(check_one(&install, args, mirror).await);
+    }
+    checks
+}
+
+async fn check_one(install: &Install, args: &DoctorArgs, mirror: &str) -> Vec<Check> {
+    let config = match install.read() {
         Ok(config) => config,
         Err(error) => {
             let cure = "mend it, or name its configuration by --containerd-config";
             return vec![Check::fail("containerd", format!("{error:#}"), cure)];
         }
     };
-    let socket = args.containerd_address.clone().or_else(|| config.address.clone());
-    let socket = socket.unwrap_or_else(|| PathBuf::from(SOCKET));
-    let ctr = Ctr { socket };
+    let ctr = Ctr { socket: install.socket(), program: install.ctr() };
     let mut checks = Vec::new();
+    let of = install.of.map_or_else(String::new, |of| format!("{}'s ", of.name));
     let version = match ctr.version().await {
         Ok(version) => {
-            checks.push(Check::pass("containerd", format!("version {version} at {}", ctr.socket.display())));
+            checks.push(Check::pass(
+                "containerd",
+                format!("{of}version {version} at {}", ctr.socket.display()),
+            ));
             version
         }
         Err(error) => {
             let cure = "is it running, are you root? Name its socket by --containerd-address";
-            checks.push(Check::fail("containerd", format!("{}: {error}", ctr.socket.display()), cure));
+            checks.push(Check::fail("containerd", format!("{of}{}: {error}", ctr.socket.display()), cure));
             String::new()
         }
     };
-    let (found, hosts_dir) = judge_config(&config, &args.containerd_config, &version);
+    checks.extend(config.warning(&View::plain(&Root::new("/"))).map(|warning| {
+        Check::warn(
+            "config",
+            warning,
+            "the pulls below show whether that works; a newer hawker may know this version",
+        )
+    }));
+    let (found, hosts_dir) = judge_config(&config, install, &version);
     checks.extend(found);
     let image = match &args.image {
         Some(image) => Some(selftest::full_reference(image)),
@@ -51,15 +138,15 @@ pub(super) async fn check(args: &DoctorArgs, mirror: &str) -> Vec<Check> {
     };
     let registry = image.as_deref().map(selftest::registry_of);
     let dir = hosts_dir.unwrap_or_else(|| PathBuf::from(HOSTS_DIR));
-    checks.extend(judge_hosts_dir(&dir, registry, mirror));
+    checks.extend(judge_hosts_dir(&dir, registry, mirror, install));
     let alive = checks.first().is_some_and(|check| check.outcome == Outcome::Pass);
     match image {
         Some(image) if alive => {
-            checks.push(self_test(&ctr, &dir, &image, mirror, &args.admin).await);
+            checks.push(self_test(&ctr, &dir, &image, mirror, &args.admin, install).await);
             if !config.cri_disabled {
                 let cure =
-                    configure(Runtime::Containerd, mirror, None) + ", then systemctl restart containerd";
-                checks.push(kubelets_pull(&ctr.socket, &image, &args.admin, cure).await);
+                    format!("{}, then {}", configure(Runtime::Containerd, mirror, None), install.restart());
+                checks.push(kubelets_pull(&ctr.socket, &image, mirror, &args.admin, cure).await);
             }
         }
         Some(_) => checks.push(Check::skip("self-test", "containerd does not answer", "start it")),
@@ -70,19 +157,26 @@ pub(super) async fn check(args: &DoctorArgs, mirror: &str) -> Vec<Check> {
     checks
 }
 
-async fn self_test(ctr: &Ctr, dir: &Path, image: &str, mirror: &str, admin: &str) -> Check {
+async fn self_test(
+    ctr: &Ctr,
+    dir: &Path,
+    image: &str,
+    mirror: &str,
+    admin: &str,
+    install: &Install,
+) -> Check {
     let dir_text = dir.to_string_lossy();
     let command = ctr.command(["-n", NAMESPACE, "images", "pull", "--hosts-dir", &dir_text, image]);
-    let cure = write_hosts(&dir.join("_default/hosts.toml"), mirror, None);
-    let pull = Pull { name: "self-test", runtime: "containerd", image, admin, cure };
+    let cure = write_hosts(&dir.join("_default/hosts.toml"), mirror, None, install);
+    let pull = Pull { name: "self-test", runtime: "containerd", image, admin, mirror, cure };
     let check = pull.through(selftest::by(command)).await;
     ctr.clean_up().await;
     check
 }
 
 /// The same by CRI, which has its own idea of where hosts.toml files are.
-async fn kubelets_pull(socket: &Path, image: &str, admin: &str, cure: String) -> Check {
-    let pull = Pull { name: cri::CHECK, runtime: "containerd's CRI", image, admin, cure };
+async fn kubelets_pull(socket: &Path, image: &str, mirror: &str, admin: &str, cure: String) -> Check {
+    let pull = Pull { name: cri::CHECK, runtime: "containerd's CRI", image, admin, mirror, cure };
     match Cri::connect(socket).await {
         Ok(mut cri) => cri.pull_through(pull).await,
         Err(error) => {
@@ -92,20 +186,31 @@ async fn kubelets_pull(socket: &Path, image: &str, admin: &str, cure: String) ->
     }
 }
 
-fn write_hosts(path: &Path, mirror: &str, registry: Option<&str>) -> String {
+fn write_hosts(path: &Path, mirror: &str, registry: Option<&str>, install: &Install) -> String {
     let configure = configure(Runtime::Containerd, mirror, registry);
+    if let Some(of) = install.of {
+        return format!(
+            "{configure}, then {} (it writes {}, from which {} makes hosts.toml when it starts)",
+            install.restart(),
+            of.registries().display(),
+            of.name
+        );
+    }
     format!("{configure}; or write {}:\n{}", path.display(), table(&format!("http://{mirror}")))
 }
 
 /// `ctr` at one socket.
 struct Ctr {
     socket: PathBuf,
+    /// The program, and words before its arguments.
+    program: Vec<String>,
 }
 
 impl Ctr {
     fn command<'a>(&self, arguments: impl IntoIterator<Item = &'a str>) -> tokio::process::Command {
-        let mut command = command("ctr", ["--address", &self.socket.to_string_lossy()]);
-        command.args(arguments);
+        let (program, words) = self.program.split_first().map_or(("ctr", &[][..]), |(p, w)| (p.as_str(), w));
+        let mut command = command(program, words.iter().map(String::as_str));
+        command.arg("--address").arg(&self.socket).args(arguments);
         command
     }
 
@@ -156,14 +261,20 @@ impl Ctr {
 }
 
 /// Whether CRI looks for hosts.toml at all, and in which directory.
-fn judge_config(config: &Config, path: &Path, version: &str) -> (Vec<Check>, Option<PathBuf>) {
+fn judge_config(config: &Config, install: &Install, version: &str) -> (Vec<Check>, Option<PathBuf>) {
     const NAME: &str = "config_path";
-    let file = path.display();
-    let write = format!(
-        "hawker configure containerd, then systemctl restart containerd; or write into {file} before that:\n\
-         [plugins.\"{}\".registry]\n  config_path = \"{HOSTS_DIR}\"",
-        config.plugin()
-    );
+    let file = install.config.display();
+    let restart = install.restart();
+    let write = match install.of {
+        Some(of) => {
+            format!("hawker configure containerd, then {restart}: {} sets it once there is a mirror", of.name)
+        }
+        None => format!(
+            "hawker configure containerd, then {restart}; or write into {file} before that:\n\
+             [plugins.\"{}\".registry]\n  config_path = \"{HOSTS_DIR}\"",
+            config.plugin()
+        ),
+    };
     let mut checks = Vec::new();
     if config.cri_disabled {
         let cure = format!("for Kubernetes take \"cri\" out of disabled_plugins in {file}");
@@ -217,7 +328,7 @@ fn release(version: &str) -> (u32, u32) {
 }
 
 /// Whether the hosts directory sends `registry`'s pulls (or all, where none is asked about) to the mirror.
-fn judge_hosts_dir(dir: &Path, registry: Option<&str>, mirror: &str) -> Vec<Check> {
+fn judge_hosts_dir(dir: &Path, registry: Option<&str>, mirror: &str, install: &Install) -> Vec<Check> {
     const NAME: &str = "hosts.toml";
     let default = dir.join("_default");
     let own = registry.and_then(|registry| folders_of(dir, registry).into_iter().find(|dir| dir.is_dir()));
@@ -225,6 +336,7 @@ fn judge_hosts_dir(dir: &Path, registry: Option<&str>, mirror: &str) -> Vec<Chec
         &own.as_ref().unwrap_or(&default).join("hosts.toml"),
         mirror,
         registry.filter(|_| own.is_some()),
+        install,
     );
     let folder = own.unwrap_or(default);
     let file = folder.join("hosts.toml");
@@ -273,8 +385,12 @@ mod tests {
         Config::read(&View::plain(&Root::new("/")), &path).unwrap()
     }
 
+    fn install() -> Install {
+        Install { config: FILE.into(), named: None, usual: SOCKET, unit: "containerd", of: None }
+    }
+
     fn outcomes(config: &Config, version: &str) -> Vec<Outcome> {
-        let (checks, _) = judge_config(config, Path::new("/etc/containerd/config.toml"), version);
+        let (checks, _) = judge_config(config, &install(), version);
         checks.iter().map(|check| check.outcome).collect()
     }
 
@@ -285,7 +401,7 @@ mod tests {
                     [grpc]\naddress = \"/run/other.sock\"\n";
         let config = config(text);
         assert_eq!(config.address.as_deref(), Some(Path::new("/run/other.sock")));
-        let (checks, dir) = judge_config(&config, Path::new("/etc/containerd/config.toml"), "1.6.20~ds1");
+        let (checks, dir) = judge_config(&config, &install(), "1.6.20~ds1");
         assert_eq!((checks[0].outcome, dir), (Outcome::Fail, None));
         assert!(
             checks[0]
@@ -301,13 +417,20 @@ mod tests {
         let pair = format!("version = 3\n[plugins.\"{CRI_2}\".registry]\nconfig_path = \"/a:/b\"\n");
         let pair = config(&pair);
         assert_eq!(outcomes(&pair, "2.2.0"), [Outcome::Fail]);
-        assert_eq!(judge_config(&pair, Path::new("c"), "2.2.0").1, Some(PathBuf::from("/a")));
+        assert_eq!(judge_config(&pair, &install(), "2.2.0").1, Some(PathBuf::from("/a")));
         let old = format!(
             "version = 2\n[plugins.\"{CRI_1}\".registry.mirrors.\"docker.io\"]\nendpoint = [\"http://a\"]\n"
         );
         assert_eq!(outcomes(&config(&old), "1.7.3"), [Outcome::Fail]);
         assert_eq!(outcomes(&Config { version: 3, ..Config::default() }, "v2.2.1"), [Outcome::Warn]);
         assert_eq!(outcomes(&Config { version: 3, ..Config::default() }, "2.1.4"), [Outcome::Fail]);
+        let newest = format!(
+            "version = 4\n[plugins.'io.containerd.server.v1.grpc']\naddress = '/run/a.sock'\n\
+             [plugins.'{CRI_2}'.registry]\nconfig_path = '/a'\n"
+        );
+        let newest = config(&newest);
+        assert_eq!(newest.address.as_deref(), Some(Path::new("/run/a.sock")));
+        assert_eq!(outcomes(&newest, "2.3.7"), [Outcome::Pass]);
     }
 
     #[test]
@@ -318,7 +441,10 @@ mod tests {
             std::fs::write(dir.path().join(name).join("hosts.toml"), text).unwrap();
         };
         let judge = |registry| -> Vec<Outcome> {
-            judge_hosts_dir(dir.path(), registry, MIRROR).iter().map(|check| check.outcome).collect()
+            judge_hosts_dir(dir.path(), registry, MIRROR, &install())
+                .iter()
+                .map(|check| check.outcome)
+                .collect()
         };
         assert_eq!(judge(None), [Outcome::Fail]);
         write("_default", &table("http://127.0.0.1:6500"));

@@ -40,6 +40,7 @@ pub(super) async fn check(args: &DoctorArgs, mirror: &str) -> Vec<Check> {
                     runtime: "CRI-O",
                     image,
                     admin: &args.admin,
+                    mirror,
                     cure,
                 })
                 .await,

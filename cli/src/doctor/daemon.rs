@@ -2,13 +2,13 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use hawker_proxy::admin::{CertificateStatus, Status};
+use hawker_proxy::admin::{CertificateStatus, SchedulerStatus, Status};
 
 use super::Check;
 use crate::args::DoctorArgs;
-use crate::quantity::human_duration;
 use crate::system::OPEN_FILES_LEAST;
 use crate::{client, resolve, status};
+use hawker_config::quantity::human_duration;
 
 /// What the daemon says of itself.
 pub(super) async fn check(args: &DoctorArgs) -> (Vec<Check>, Option<Status>) {
@@ -34,7 +34,12 @@ pub(super) async fn check(args: &DoctorArgs) -> (Vec<Check>, Option<Status>) {
 /// The mirror's address: as told, as the daemon says, or where it is by default.
 pub(super) fn mirror_address(args: &DoctorArgs, status: Option<&Status>) -> String {
     let said = status.and_then(|status| status.mirror.first().cloned());
-    args.mirror.clone().or(said).unwrap_or_else(|| resolve::MIRROR.to_owned())
+    args.mirror.as_deref().map(address).or(said).unwrap_or_else(|| resolve::MIRROR.to_owned())
+}
+
+/// The address in a URL of the mirror, as `hawker configure` takes it.
+fn address(mirror: &str) -> String {
+    mirror.strip_prefix("http://").unwrap_or(mirror).trim_end_matches('/').to_owned()
 }
 
 /// Whether the mirror answers as runtimes ask first.
@@ -65,8 +70,11 @@ fn ready(status: &Status) -> Check {
 
 fn cluster(status: &Status) -> Vec<Check> {
     let mut checks = Vec::new();
-    let down: Vec<&str> =
-        status.schedulers.iter().filter(|s| !s.connected).map(|s| s.address.as_str()).collect();
+    let name = |scheduler: &SchedulerStatus| match scheduler.problem.as_str() {
+        "" => scheduler.address.clone(),
+        problem => format!("{} ({problem})", scheduler.address),
+    };
+    let down: Vec<String> = status.schedulers.iter().filter(|s| !s.connected).map(name).collect();
     let cure = "pulls go on without it, from seeds and registries. Is it running, its port open, its address still right \
                 (--scheduler)?";
     match (status.schedulers.len(), down.len()) {
@@ -158,6 +166,13 @@ mod tests {
     use hawker_proxy::admin::{MemberStatus, ProcessStatus, SchedulerStatus, StoreStatus};
 
     #[test]
+    fn the_mirror_may_be_named_by_its_url() {
+        for named in ["10.0.0.1:6500", "http://10.0.0.1:6500", "http://10.0.0.1:6500/"] {
+            assert_eq!(address(named), "10.0.0.1:6500");
+        }
+    }
+
+    #[test]
     fn a_clock_outside_the_certificate_is_told() {
         let certificate = CertificateStatus { not_before_s: 1_000, not_after_s: 2_000 };
         for (now_s, outcome) in
@@ -169,7 +184,8 @@ mod tests {
 
     #[test]
     fn each_trouble_of_a_daemon_has_its_line() {
-        let scheduler = |connected| SchedulerStatus { address: "a:1".into(), connected };
+        let scheduler =
+            |connected| SchedulerStatus { address: "a:1".into(), connected, ..SchedulerStatus::default() };
         let one = |schedulers: Vec<SchedulerStatus>| {
             cluster(&Status { schedulers, ..Status::default() }).first().map(|check| check.outcome)
         };

@@ -28,6 +28,7 @@ pub(super) async fn check(args: &DoctorArgs, mirror: &str) -> Vec<Check> {
         runtime: "docker",
         image: &image,
         admin: &args.admin,
+        mirror,
         cure: cure(mirror),
     };
     checks.push(pull.through(selftest::by(command("docker", ["pull", &image]))).await);

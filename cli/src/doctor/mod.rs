@@ -7,9 +7,9 @@ mod crio;
 mod daemon;
 mod docker;
 mod podman;
+mod probe;
 mod selftest;
-
-use std::path::Path;
+mod state;
 
 pub(crate) use crio::SOCKET as CRIO_SOCKET;
 use serde::Serialize;
@@ -39,23 +39,30 @@ struct Check {
     /// What to do, lines with exact contents where a file is to be written. Empty when nothing is.
     #[serde(skip_serializing_if = "String::is_empty")]
     cure: String,
+    /// Whether the mirror is known to have served a runtime's pull.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    proves_pull: bool,
 }
 
 impl Check {
     fn pass(name: &'static str, found: impl Into<String>) -> Self {
-        Self { name, outcome: Outcome::Pass, found: found.into(), cure: String::new() }
+        Self { name, outcome: Outcome::Pass, found: found.into(), cure: String::new(), proves_pull: false }
     }
 
     fn warn(name: &'static str, found: impl Into<String>, cure: impl Into<String>) -> Self {
-        Self { name, outcome: Outcome::Warn, found: found.into(), cure: cure.into() }
+        Self { name, outcome: Outcome::Warn, found: found.into(), cure: cure.into(), proves_pull: false }
     }
 
     fn fail(name: &'static str, found: impl Into<String>, cure: impl Into<String>) -> Self {
-        Self { name, outcome: Outcome::Fail, found: found.into(), cure: cure.into() }
+        Self { name, outcome: Outcome::Fail, found: found.into(), cure: cure.into(), proves_pull: false }
     }
 
     fn skip(name: &'static str, found: impl Into<String>, cure: impl Into<String>) -> Self {
-        Self { name, outcome: Outcome::Skip, found: found.into(), cure: cure.into() }
+        Self { name, outcome: Outcome::Skip, found: found.into(), cure: cure.into(), proves_pull: false }
+    }
+
+    fn proving_a_pull(self) -> Self {
+        Self { proves_pull: true, ..self }
     }
 
     fn render(&self) -> String {
@@ -90,23 +97,59 @@ pub(crate) async fn run(args: &DoctorArgs) -> anyhow::Result<bool> {
     tell(daemon);
     let mirror = daemon::mirror_address(args, status.as_ref());
     tell(daemon::check_mirror(&mirror).await);
-    for runtime in runtimes(args) {
-        match runtime {
-            Runtime::Containerd => tell(containerd::check(args, &mirror).await),
-            Runtime::Docker => tell(docker::check(args, &mirror).await),
-            Runtime::Crio => tell(crio::check(args, &mirror).await),
-            Runtime::Podman => tell(podman::check(args, &mirror).await),
-            Runtime::Buildkit => tell(buildkit::check(args, &mirror).await),
+    let mut unproved = Vec::new();
+    for runtime in RUNTIMES.into_iter().filter(|it| args.runtime.is_none_or(|named| named == *it)) {
+        // A runtime that was named is looked at whatever its state.
+        if args.runtime.is_none() {
+            let state = state::of(runtime, args).await;
+            tell(vec![state.check(runtime)]);
+            if !state.is_usable() {
+                continue;
+            }
         }
+        let checks = match runtime {
+            Runtime::Containerd => containerd::check(args, &mirror).await,
+            Runtime::Docker => docker::check(args, &mirror).await,
+            Runtime::Crio => crio::check(args, &mirror).await,
+            Runtime::Podman => podman::check(args, &mirror).await,
+            Runtime::Buildkit => buildkit::check(args, &mirror).await,
+        };
+        if !checks.iter().any(|check| check.proves_pull) {
+            unproved.push(crate::configure::name(runtime));
+        }
+        tell(checks);
     }
-    let well = checks.iter().all(|check| check.outcome != Outcome::Fail);
+    let failed = checks.iter().any(|check| check.outcome == Outcome::Fail);
+    let proved = checks.iter().any(|check| check.proves_pull);
+    let well = proved && !failed;
     if args.json {
-        print::line(serde_json::to_string_pretty(&serde_json::json!({ "well": well, "checks": checks }))?)?;
+        let json = serde_json::json!({ "well": well, "unproved": unproved, "checks": checks });
+        print::line(serde_json::to_string_pretty(&json)?)?;
     } else {
-        print::line(if well { "All is well." } else { "Something is wrong: see the lines with ✗." })?;
+        print::line(verdict(failed, proved, &unproved))?;
     }
     Ok(well)
 }
+
+/// The last line.
+fn verdict(failed: bool, proved: bool, unproved: &[&str]) -> String {
+    match (failed, proved, unproved) {
+        (true, ..) => "Something is wrong: see the lines with ✗.".to_owned(),
+        (_, false, _) => {
+            "No pull through Hawker was proved: see the lines with -. Name an image to pull: --image REF."
+                .to_owned()
+        }
+        (_, _, []) => "All is well.".to_owned(),
+        _ => format!(
+            "All that was tried is well. Not tried: pulls by {}; see the lines with -.",
+            unproved.join(", ")
+        ),
+    }
+}
+
+/// All runtimes, in the order in which they are looked at.
+const RUNTIMES: [Runtime; 5] =
+    [Runtime::Containerd, Runtime::Docker, Runtime::Crio, Runtime::Podman, Runtime::Buildkit];
 
 /// The command that points a runtime at the mirror.
 fn configure(runtime: Runtime, mirror: &str, registry: Option<&str>) -> String {
@@ -120,28 +163,18 @@ fn configure(runtime: Runtime, mirror: &str, registry: Option<&str>) -> String {
     command
 }
 
-/// The one asked for, else those that are configured on this machine.
-fn runtimes(args: &DoctorArgs) -> Vec<Runtime> {
-    if let Some(runtime) = args.runtime {
-        return vec![runtime];
-    }
-    let found = [
-        (Runtime::Containerd, args.containerd_config.as_path()),
-        (Runtime::Containerd, Path::new(containerd::SOCKET)),
-        (Runtime::Docker, Path::new("/var/run/docker.sock")),
-        (Runtime::Crio, args.crio_address.as_path()),
-        (Runtime::Podman, Path::new("/usr/bin/podman")),
-        (Runtime::Buildkit, Path::new(buildkit::SOCKET)),
-    ];
-    let mut runtimes: Vec<Runtime> =
-        found.iter().filter(|(_, path)| path.exists()).map(|(r, _)| *r).collect();
-    runtimes.dedup();
-    if runtimes.is_empty() { vec![Runtime::Containerd] } else { runtimes }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn all_is_well_only_where_a_pull_was_proved() {
+        assert_eq!(verdict(false, true, &[]), "All is well.");
+        assert!(verdict(false, false, &["containerd"]).starts_with("No pull through Hawker was proved"));
+        assert!(verdict(false, false, &[]).starts_with("No pull through Hawker was proved"));
+        assert!(verdict(true, true, &[]).starts_with("Something is wrong"));
+        assert!(verdict(false, true, &["docker", "podman"]).contains("Not tried: pulls by docker, podman"));
+    }
 
     #[test]
     fn a_check_shows_its_mark_and_the_lines_to_write() {

@@ -7,6 +7,7 @@ use super::{Check, configure};
 use crate::args::{DoctorArgs, Runtime};
 use crate::configure::containers::{Block, FILE, FOLDER, blocks, drop_in};
 use crate::configure::plan::View;
+use crate::configure::request::can_be_path;
 use crate::configure::root::Root;
 use crate::program::{command, quick};
 
@@ -21,7 +22,7 @@ pub(super) async fn check(args: &DoctorArgs, mirror: &str) -> Vec<Check> {
     };
     let had = quick(command("podman", ["image", "exists", image])).await.is_ok();
     let cure = cure(Runtime::Podman, registry.unwrap_or("docker.io"), mirror);
-    let pull = Pull { name: "podman pull", runtime: "podman", image, admin: &args.admin, cure };
+    let pull = Pull { name: "podman pull", runtime: "podman", image, admin: &args.admin, mirror, cure };
     checks.push(pull.through(selftest::by(command("podman", ["pull", "--quiet", image]))).await);
     if !had {
         let _ = quick(command("podman", ["image", "rm", image])).await;
@@ -31,6 +32,13 @@ pub(super) async fn check(args: &DoctorArgs, mirror: &str) -> Vec<Check> {
 
 /// How to send a registry's pulls to the mirror.
 pub(super) fn cure(runtime: Runtime, registry: &str, mirror: &str) -> String {
+    if !can_be_path(registry) {
+        return format!(
+            "a mirror's path holds no port, so give the registry a name in Hawker's configuration:\n\
+             [registries.\"corp.internal\"]\nendpoints = [\"https://{registry}\"]\nthen {}=corp.internal",
+            configure(runtime, mirror, Some(registry))
+        );
+    }
     format!(
         "{}; or write {}, one such block for each registry:\n[[registry]]\nlocation = \"{registry}\"\n[[registry.mirror]]\n\
          location = \"{mirror}/{registry}\"\ninsecure = true",
@@ -117,5 +125,10 @@ mod tests {
         let cure = cure(Runtime::Podman, "docker.io", MIRROR);
         let (_, block) = cure.split_once('\n').unwrap();
         assert_eq!(judged(block, Some("docker.io")), Outcome::Pass);
+        let ported = super::cure(Runtime::Podman, "10.0.0.1:5000", MIRROR);
+        assert!(
+            ported.ends_with("hawker configure podman --registry 10.0.0.1:5000=corp.internal"),
+            "{ported}"
+        );
     }
 }

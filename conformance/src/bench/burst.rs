@@ -28,11 +28,11 @@ const DIGEST_RUN: Duration = Duration::from_secs(300);
 
 /// One burst through Hawker.
 pub(crate) struct Burst {
-    seconds: f64,
+    pub(crate) seconds: f64,
     /// Measured just before, in bytes per second: both directions busy, the slower one.
     goodput: f64,
     slowest_ratio: f64,
-    origin_copies: f64,
+    pub(crate) origin_copies: f64,
 }
 
 /// The least time in which one seed and `nodes` nodes can all have `size_bytes`, every link carrying `rate` bytes per second

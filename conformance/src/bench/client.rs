@@ -68,6 +68,35 @@ fn fetch(server: SocketAddr, target: &str, from: Option<IpAddr>) -> Result<Got> 
     Ok(Got { start, first_byte: first_byte.unwrap_or(end), end, body_bytes })
 }
 
+/// Fetches the first `len` bytes of an answer to a range request, and closes the connection.
+///
+/// # Errors
+/// Any answer but a 206 with so many bytes, and silence for a minute.
+pub(crate) fn get_part(server: SocketAddr, target: &str, range: &str, len: u64) -> Result<()> {
+    part(server, target, range, len).with_context(|| format!("GET http://{server}{target}, {range}"))
+}
+
+fn part(server: SocketAddr, target: &str, range: &str, len: u64) -> Result<()> {
+    let mut stream = connected(server, None)?;
+    stream.set_read_timeout(Some(SILENCE))?;
+    stream.write_all(
+        format!("GET {target} HTTP/1.1\r\nHost: {server}\r\nRange: {range}\r\nConnection: close\r\n\r\n")
+            .as_bytes(),
+    )?;
+    let mut buffer = vec![0; DISCARD_BYTES];
+    let (head_bytes, read_bytes) = read_head(&mut stream, &mut buffer)?;
+    let status = String::from_utf8_lossy(&buffer[..head_bytes]);
+    ensure!(status.starts_with("HTTP/1.1 206 "), "answered {}", status.lines().next().unwrap_or_default());
+    let mut body_bytes = (read_bytes - head_bytes) as u64;
+    while body_bytes < len {
+        let most = (len - body_bytes).min(DISCARD_BYTES as u64) as usize;
+        let (_, discarded) = recv(&stream, &mut buffer[..most], RecvFlags::TRUNC)?;
+        ensure!(discarded > 0, "the body ended after {body_bytes} of {len} bytes");
+        body_bytes += discarded as u64;
+    }
+    Ok(())
+}
+
 fn connected(server: SocketAddr, from: Option<IpAddr>) -> Result<TcpStream> {
     let family = if server.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
     let socket = socket(family, SocketType::STREAM, None)?;

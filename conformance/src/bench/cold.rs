@@ -1,10 +1,11 @@
 //! `cold`: the first pull of a 512 MiB blob through node and seed, all links 200 Mbit/s, against curl straight from the origin
-//! on the same link.
+//! on the same link. Then the same without bounds on links, from an origin that gives 10 MiB/s a connection.
 
 use std::path::Path;
 
 use anyhow::Result;
 use hawker_conformance::lab::{Hawker, Host, Mbit};
+use hawker_conformance::origin::{Fault, Rule};
 use serde_json::json;
 
 use crate::Options;
@@ -12,6 +13,7 @@ use crate::baseline::curl;
 use crate::client::get;
 use crate::goodput;
 use crate::measure::{MIB, Watch, median, with_load};
+use crate::parallel::CONNECTION_BYTES_PER_S;
 use crate::report::{Report, Target};
 use crate::stage::Stage;
 
@@ -40,6 +42,24 @@ pub(crate) fn run(report: &mut Report, options: &Options) -> Result<()> {
     let first_byte_ms = middle(&ours, |pull| pull.first_byte_ms) - middle(&theirs, |pull| pull.first_byte_ms);
     report.figure("time_ratio", time_ratio, Some(Target::AtMost(1.05)));
     report.figure("first_byte_ms", first_byte_ms, Some(Target::AtMost(100.0)));
+    drop(cluster);
+    drop(stage);
+    limited_connections(report, options)
+}
+
+/// From an origin that limits each connection, as object stores do: several connections are faster than one.
+fn limited_connections(report: &mut Report, options: &Options) -> Result<()> {
+    let mut stage = Stage::new(None, 2 + u64::from(options.rounds))?;
+    let slow = Fault::SlowBody { bytes_per_s: CONNECTION_BYTES_PER_S };
+    stage.origin.add_fault(Rule::always(slow).on("/blobs/"));
+    let cluster = stage.cluster(1)?;
+    let node = &cluster.nodes[0];
+    let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+    for round in 1..=options.rounds {
+        ours.push(through_hawker(report, &mut stage, node, round)?.seconds);
+        theirs.push(direct(report, &mut stage, node.host(), round)?.seconds);
+    }
+    report.figure("speedup", median(theirs) / median(ours), Some(Target::AtLeast(3.0)));
     Ok(())
 }
 

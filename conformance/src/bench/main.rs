@@ -5,6 +5,7 @@
 
 #![allow(clippy::print_stdout, reason = "what it prints is its job")]
 
+mod abuse;
 mod baseline;
 mod burst;
 mod burst_faults;
@@ -12,6 +13,7 @@ mod client;
 mod cold;
 mod cpu;
 mod faults;
+mod full_disk;
 mod goodput;
 mod hit;
 mod machine;
@@ -19,12 +21,14 @@ mod manifest;
 mod measure;
 mod memory;
 mod origin;
+mod parallel;
+mod ranges;
 mod report;
 mod scheduler;
 mod sim;
 mod stage;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context as _, Result, ensure};
@@ -50,10 +54,18 @@ enum Bench {
     Hit(Options),
     /// A first pull of 512 MiB through node and seed, against curl straight from the origin
     Cold(Options),
+    /// Open-ended ranges that are closed after a buffer, several at once, against the same straight from the origin
+    Parallel(Options),
+    /// Scattered ranges at once, where the seed holds the blob and where nobody does
+    Ranges(Options),
     /// CPU of a node that receives 1 GiB from a peer, against curl and openssl
     Cpu(Options),
     /// The same 128 MiB to all nodes at once, against the bound and against curl on all nodes
     Burst(BurstWithFaults),
+    /// 128 MiB to four nodes while the seed's disk is full, and when it has room again, against a healthy seed
+    FullDisk(Options),
+    /// Honest pulls while clients, strangers and members attack, one attack after the other, against the same pulls before
+    Abuse(abuse::AbuseOptions),
     /// What the mirror adds to a manifest, 5,000 short connections, and the memory of an idle daemon
     Manifest(Options),
     /// Peak anonymous memory of any Hawker process in a burst and in a 4 GiB pull
@@ -117,6 +129,8 @@ fn main() -> Result<()> {
     match Cli::parse().bench {
         Bench::Hit(options) => measured("hit", &options, hit::run),
         Bench::Cold(options) => measured("cold", &options, cold::run),
+        Bench::Parallel(options) => measured("parallel", &options, parallel::run),
+        Bench::Ranges(options) => measured("ranges", &options, ranges::run),
         Bench::Cpu(options) => measured("cpu", &options, cpu::run),
         Bench::Burst(options) => {
             let bench = if options.faults { burst_faults::run } else { burst::run };
@@ -125,24 +139,21 @@ fn main() -> Result<()> {
         Bench::Memory(options) => {
             measured("memory", &options.common.clone(), |report, _| memory::run(report, &options))
         }
+        Bench::FullDisk(options) => measured("full-disk", &options, full_disk::run),
+        Bench::Abuse(options) => {
+            build_hawker()?;
+            written_anyway("abuse", options.json.as_deref(), |report| abuse::run(report, &options))
+        }
         Bench::Manifest(options) => measured("manifest", &options, manifest::run),
         Bench::Scheduler(options) => {
             report("scheduler", &options.common.clone(), |report, _| scheduler::run(report, &options))
         }
         Bench::Sim(options) => {
-            let mut report = Report::new("sim");
-            let outcome = sim::run(&mut report, &options);
-            report.print_figures();
-            report.write(options.json.as_deref())?;
-            outcome
+            written_anyway("sim", options.json.as_deref(), |report| sim::run(report, &options))
         }
         Bench::Faults(options) => {
             build_hawker()?;
-            let mut report = Report::new("faults");
-            let outcome = faults::run(&mut report, &options);
-            report.print_figures();
-            report.write(options.json.as_deref())?;
-            outcome
+            written_anyway("faults", options.json.as_deref(), |report| faults::run(report, &options))
         }
         Bench::Machine(options) => report("machine", &options, machine::run),
         Bench::Origin(args) => origin::run(&args),
@@ -168,6 +179,19 @@ fn report(
     bench(&mut report, options)?;
     report.print_figures();
     report.write(options.json.as_deref())
+}
+
+/// A bench whose results are written even if it fails.
+fn written_anyway(
+    name: &'static str,
+    json: Option<&Path>,
+    bench: impl FnOnce(&mut Report) -> Result<()>,
+) -> Result<()> {
+    let mut report = Report::new(name);
+    let outcome = bench(&mut report);
+    report.print_figures();
+    report.write(json)?;
+    outcome
 }
 
 /// `HAWKER_BIN`, if set, is measured as it is; otherwise cargo puts a fresh one beside this executable.

@@ -2,9 +2,10 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::ops::Range;
 use std::process::{Child, Output};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -141,33 +142,49 @@ pub(crate) fn with_load(mut run: Value, more: Value) -> Value {
 /// Samples RssAnon of some processes every 50 ms.
 pub(crate) struct MemorySampler {
     stop: Arc<AtomicBool>,
-    thread: JoinHandle<BTreeMap<u32, u64>>,
+    samples: Arc<Mutex<Samples>>,
+    thread: JoinHandle<()>,
 }
+
+/// When a process had how much anonymous memory, in MiB.
+type Samples = BTreeMap<u32, Vec<(Instant, f64)>>;
 
 impl MemorySampler {
     pub(crate) fn start(pids: Vec<u32>) -> Result<Self> {
-        let stop = Arc::new(AtomicBool::new(false));
-        let stopped = Arc::clone(&stop);
+        let (stop, samples) = (Arc::new(AtomicBool::new(false)), Arc::new(Mutex::new(Samples::new())));
+        let (stopped, taken) = (Arc::clone(&stop), Arc::clone(&samples));
         let thread = std::thread::Builder::new().name("memory".to_owned()).spawn(move || {
-            let mut peaks = BTreeMap::new();
             while !stopped.load(Ordering::Relaxed) {
                 for &pid in &pids {
-                    let peak = peaks.entry(pid).or_insert(0);
-                    *peak = memory_bytes(pid, Memory::Anonymous).unwrap_or(0).max(*peak);
+                    let mib = memory_bytes(pid, Memory::Anonymous).unwrap_or(0) as f64 / MIB as f64;
+                    lock(&taken).entry(pid).or_default().push((Instant::now(), mib));
                 }
                 std::thread::sleep(Duration::from_millis(50));
             }
-            peaks
         })?;
-        Ok(Self { stop, thread })
+        Ok(Self { stop, samples, thread })
+    }
+
+    /// What each process had in this time, in MiB, in the order of time.
+    pub(crate) fn during(&self, time: Range<Instant>) -> BTreeMap<u32, Vec<f64>> {
+        let samples = lock(&self.samples);
+        let within = |all: &Vec<(Instant, f64)>| {
+            all.iter().filter(|(at, _)| time.contains(at)).map(|(_, mib)| *mib).collect()
+        };
+        samples.iter().map(|(pid, all)| (*pid, within(all))).collect()
     }
 
     /// The peak of each process, in MiB.
     pub(crate) fn stop(self) -> Result<BTreeMap<u32, f64>> {
         self.stop.store(true, Ordering::Relaxed);
-        let peaks = self.thread.join().map_err(|_| anyhow!("the memory sampler panicked"))?;
-        Ok(peaks.into_iter().map(|(pid, bytes)| (pid, bytes as f64 / MIB as f64)).collect())
+        self.thread.join().map_err(|_| anyhow!("the memory sampler panicked"))?;
+        let peak = |all: &Vec<(Instant, f64)>| all.iter().map(|(_, mib)| *mib).fold(0.0, f64::max);
+        Ok(lock(&self.samples).iter().map(|(pid, all)| (*pid, peak(all))).collect())
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Runs all jobs at once, each on a thread of its own; their results in order.

@@ -25,7 +25,7 @@ impl Target {
 }
 
 /// The fields of a run that tell what was run; people read them first.
-const NAMES: [&str; 7] = ["clients", "during", "link_mbit", "nodes", "round", "side", "variant"];
+const NAMES: [&str; 8] = ["attack", "clients", "during", "link_mbit", "nodes", "round", "side", "variant"];
 
 /// The results of one bench.
 pub(crate) struct Report {

@@ -56,7 +56,8 @@ impl Stage {
         self.cluster_of(ClusterPlan { nodes, scheduler_apart: true, ..ClusterPlan::default() })
     }
 
-    fn cluster_of(&self, plan: ClusterPlan) -> Result<Cluster> {
+    /// A cluster as planned, with the stage's link and origin.
+    pub(crate) fn cluster_of(&self, plan: ClusterPlan) -> Result<Cluster> {
         let plain_registries = vec![self.registry()];
         Cluster::start(&self.lab, &ClusterPlan { link: self.link, plain_registries, ..plan })
     }

@@ -1,5 +1,6 @@
 //! A whole cluster in one call: one `hawker up`, or a scheduler and a seed, and nodes that joined it.
 
+use std::net::IpAddr;
 use std::time::Duration;
 
 use anyhow::Result;
@@ -7,6 +8,7 @@ use anyhow::Result;
 use super::Lab;
 use super::hawker::{Hawker, HawkerPlan};
 use super::host::Mbit;
+use super::small_disk::SmallDisk;
 
 /// What a cluster is to be.
 #[derive(Clone, Debug, Default)]
@@ -21,6 +23,10 @@ pub struct ClusterPlan {
     pub plain_registries: Vec<String>,
     /// More arguments for all members.
     pub args: Vec<String>,
+    /// Every member has its data folder on a [`SmallDisk`] of this size.
+    pub disk_mib: Option<u64>,
+    /// The name server that the nodes and the seed ask, in place of this machine's.
+    pub name_server: Option<IpAddr>,
 }
 
 /// `hawker up` on host `seed` (or `hawker proxy --seed` there and the scheduler on `scheduler`), and `hawker proxy` on `node1`,
@@ -44,6 +50,9 @@ impl Cluster {
         let host = |name: &str| -> Result<_> {
             let host = lab.host(name)?;
             plan.link.map_or(Ok(()), |rate| host.shape(rate, rate))?;
+            if let Some(size_mib) = plan.disk_mib {
+                SmallDisk::mount(&host.dir().join("hawker"), size_mib)?;
+            }
             Ok(host)
         };
         let scheduler = if plan.scheduler_apart {
@@ -52,13 +61,13 @@ impl Cluster {
             None
         };
         let seed = match &scheduler {
-            Some(scheduler) => plan.complete(HawkerPlan::seed(&host("seed")?)).join_to(scheduler)?,
-            None => plan.complete(HawkerPlan::up(&host("seed")?)),
+            Some(scheduler) => plan.complete(HawkerPlan::seed(&host("seed")?))?.join_to(scheduler)?,
+            None => plan.complete(HawkerPlan::up(&host("seed")?))?,
         };
         let seed = seed.start()?;
         let authority = scheduler.as_ref().unwrap_or(&seed);
         let start = |number: usize| -> Result<Hawker> {
-            plan.complete(HawkerPlan::proxy(&host(&format!("node{number}"))?))
+            plan.complete(HawkerPlan::proxy(&host(&format!("node{number}"))?))?
                 .join_to(authority)?
                 .start_unready()
         };
@@ -80,8 +89,13 @@ impl Cluster {
 }
 
 impl ClusterPlan {
-    fn complete(&self, plan: HawkerPlan) -> HawkerPlan {
+    /// What each member of the cluster has beside its own arguments.
+    ///
+    /// # Errors
+    /// When a file of the host cannot be written.
+    pub fn complete(&self, plan: HawkerPlan) -> Result<HawkerPlan> {
         let plan = self.plain_registries.iter().fold(plan, |plan, registry| plan.plain_registry(registry));
-        self.args.iter().fold(plan, |plan, arg| plan.arg(arg))
+        let plan = self.args.iter().fold(plan, |plan, arg| plan.arg(arg));
+        self.name_server.map_or(Ok(plan.clone()), |server| plan.asks_names_of(server))
     }
 }

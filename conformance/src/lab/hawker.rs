@@ -11,7 +11,8 @@ use serde::Deserialize;
 
 use super::host::Host;
 use super::http::{Answer, Request};
-use super::process::{Process, run};
+use super::process::{Memory, Process, memory_bytes, run};
+use super::small_disk::SmallDisk;
 
 /// How long a daemon may take until `/readyz` says 200.
 const READY: Duration = Duration::from_secs(15);
@@ -155,10 +156,24 @@ impl HawkerPlan {
     /// # Errors
     /// When it cannot be written.
     pub fn knows(self, names: &[(&str, std::net::IpAddr)]) -> Result<Self> {
-        let file = self.host.dir().join("hosts");
         let lines = names.iter().map(|(name, ip)| format!("{ip} {name}\n"));
-        std::fs::write(&file, format!("127.0.0.1 localhost\n{}", lines.collect::<String>()))?;
-        let bind = format!("mount --bind {} /etc/hosts && exec \"$@\"", file.display());
+        let text = format!("127.0.0.1 localhost\n{}", lines.collect::<String>());
+        self.with_own("/etc/hosts", "hosts", &text)
+    }
+
+    /// With a `/etc/resolv.conf` of its own that names this name server.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn asks_names_of(self, server: std::net::IpAddr) -> Result<Self> {
+        self.with_own("/etc/resolv.conf", "resolv.conf", &format!("nameserver {server}\n"))
+    }
+
+    /// With this text in place of a file of the system; it is kept as `name` in the host's folder.
+    fn with_own(self, path: &str, name: &str, text: &str) -> Result<Self> {
+        let file = self.host.dir().join(name);
+        std::fs::write(&file, text)?;
+        let bind = format!("mount --bind {} {path} && exec \"$@\"", file.display());
         Ok(self.wrapped_in(&["unshare", "--mount", "sh", "-c", &bind, "sh"]))
     }
 
@@ -277,6 +292,12 @@ impl Hawker {
         &self.plan.data_dir
     }
 
+    /// The disk that its data folder is on, where the cluster was planned so.
+    #[must_use]
+    pub fn disk(&self) -> SmallDisk {
+        SmallDisk::at(self.data_dir())
+    }
+
     /// Where it keeps blobs.
     #[must_use]
     pub fn store_dir(&self) -> PathBuf {
@@ -324,6 +345,12 @@ impl Hawker {
     #[must_use]
     pub fn pid(&self) -> Option<u32> {
         self.process.as_ref().map(Process::pid)
+    }
+
+    /// The anonymous memory that it has now.
+    pub fn anonymous_bytes(&self) -> Result<u64> {
+        let pid = self.pid().context("it has ended")?;
+        memory_bytes(pid, Memory::Anonymous).context("it has ended")
     }
 
     /// What it logged, over all its lives.
@@ -469,6 +496,8 @@ pub struct Status {
     pub role: String,
     /// Whether it serves.
     pub ready: bool,
+    /// Why it serves alone though it was a member; empty if it does not.
+    pub problem: String,
     /// The schedulers it knows.
     pub schedulers: Vec<Scheduler>,
     /// The members it knows.
@@ -489,6 +518,8 @@ pub struct Scheduler {
     pub address: String,
     /// Whether the stream to it is up.
     pub connected: bool,
+    /// Why it is not; empty if it is, or if nothing is known.
+    pub problem: String,
 }
 
 /// A member in [`Status`].

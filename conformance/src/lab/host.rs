@@ -196,7 +196,7 @@ impl Host {
     #[must_use]
     pub fn command(&self, program: impl AsRef<std::ffi::OsStr>) -> Command {
         let mut command = Command::new("nsenter");
-        command.arg(format!("--net={}", namespace_path(&self.0.namespace).display())).arg("--").arg(program);
+        command.arg(net_option(&self.0.namespace)).arg("--").arg(program);
         command
     }
 
@@ -277,6 +277,11 @@ pub(super) fn add_namespace(name: &str) -> Result<()> {
         for f in bridge/bridge-nf-call-*; do [ ! -e $f ] || echo 0 >$f; done";
     run(Command::new("ip").args(["netns", "exec", name, "sh", "-c", script]))?;
     ip(&format!("-n {name} link set lo up"))
+}
+
+/// The first argument of `nsenter` for a namespace.
+pub(super) fn net_option(namespace: &str) -> String {
+    format!("--net={}", namespace_path(namespace).display())
 }
 
 fn namespace_path(name: &str) -> PathBuf {

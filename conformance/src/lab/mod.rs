@@ -27,6 +27,7 @@ mod image;
 mod object_store;
 mod process;
 mod registry;
+mod small_disk;
 mod sweep;
 mod token_server;
 
@@ -49,6 +50,7 @@ pub use image::{Image, Layer, packaged_image};
 pub use object_store::{ObjectRead, ObjectStore};
 pub use process::{Memory, Process, memory_bytes, run};
 pub use registry::{BlobReads, DockerRegistry, RegistryPlan};
+pub use small_disk::SmallDisk;
 pub use token_server::{TokenAsked, TokenServer};
 
 /// Which addresses the hosts of a lab have.

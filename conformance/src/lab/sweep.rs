@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use rustix::mount::{UnmountFlags, unmount};
 use rustix::process::{Pid, Signal, kill_process};
 
-use super::host::ip;
+use super::host::{ip, net_option};
 use super::process::run;
 
 /// How long killed processes may take to disappear.
@@ -59,11 +59,14 @@ fn names_in(dir: &Path) -> impl Iterator<Item = String> + use<> {
     fs::read_dir(dir).into_iter().flatten().flatten().filter_map(|entry| entry.file_name().into_string().ok())
 }
 
-/// Kills what runs in these namespaces. This process may have threads there; they are not processes of the lab.
+/// Kills what runs in these namespaces, and what is about to enter them. This process may have threads there; they are
+/// not processes of the lab.
 fn kill_all(namespaces: &[String]) {
     let deadline = Instant::now() + DEATH;
     loop {
-        let pids: Vec<Pid> = namespaces.iter().flat_map(|namespace| pids_in(namespace)).collect();
+        // In this order: a process that is not seen on its way in has arrived before the second look.
+        let mut pids = pids_entering(namespaces);
+        pids.extend(namespaces.iter().flat_map(|namespace| pids_in(namespace)));
         if pids.is_empty() || Instant::now() > deadline {
             return;
         }
@@ -83,6 +86,18 @@ fn pids_in(namespace: &str) -> Vec<Pid> {
         .filter(|pid| *pid != own)
         .filter_map(Pid::from_raw)
         .collect()
+}
+
+/// The processes that [`super::Host::command`] started and that are still `nsenter`, maybe outside of the namespace.
+fn pids_entering(namespaces: &[String]) -> Vec<Pid> {
+    let options: Vec<String> = namespaces.iter().map(|namespace| net_option(namespace)).collect();
+    let enters = |pid: &i32| {
+        let command = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let mut words = command.split(|byte| *byte == 0).skip(1);
+        words.next().is_some_and(|word| options.iter().any(|option| option.as_bytes() == word))
+    };
+    let pids = names_in(Path::new("/proc")).filter_map(|name| name.parse().ok());
+    pids.filter(enters).filter_map(Pid::from_raw).collect()
 }
 
 /// Unmounts everything below `dir`, the newest first.

@@ -71,7 +71,14 @@ pub(super) fn answer(state: &State, request: &Request, faults: &[Fault]) -> Answ
     {
         return answer;
     }
-    if faults.contains(&Fault::IgnoreRange) { found } else { ranged(found, request.header("range")) }
+    let range = request.header("range");
+    let is_open = range.is_some_and(|range| range.ends_with('-'));
+    let refused = faults.contains(&Fault::RefuseRange) && range.is_some()
+        || faults.contains(&Fault::ClosedRangeOnly) && is_open;
+    if refused && found.status == 200 {
+        return Answer::error(416, "BLOB_UNKNOWN");
+    }
+    if faults.contains(&Fault::IgnoreRange) { found } else { ranged(found, range, faults) }
 }
 
 /// The errors and challenges among the faults.
@@ -175,14 +182,14 @@ fn repository(path: &str) -> Option<&str> {
 }
 
 /// The part of a 200 that a `Range` asks for (RFC 9110, 14): one range of bytes; anything else gets everything.
-fn ranged(mut answer: Answer, range: Option<&str>) -> Answer {
+fn ranged(mut answer: Answer, range: Option<&str>, faults: &[Fault]) -> Answer {
     let size = answer.content.size_bytes();
     let Some((first, last)) =
         range.and_then(|range| range.strip_prefix("bytes=")).and_then(|range| range.split_once('-'))
     else {
         return answer;
     };
-    let wanted = match (first.parse::<u64>(), last.parse::<u64>()) {
+    let mut wanted = match (first.parse::<u64>(), last.parse::<u64>()) {
         (Ok(first), Ok(last)) => first..last.saturating_add(1).min(size),
         (Ok(first), Err(_)) if last.is_empty() => first..size,
         (Err(_), Ok(suffix)) if first.is_empty() => size.saturating_sub(suffix)..size,
@@ -193,6 +200,13 @@ fn ranged(mut answer: Answer, range: Option<&str>) -> Answer {
     }
     if wanted.is_empty() {
         return Answer::error(416, "RANGE_INVALID").with("Content-Range", format!("bytes */{size}"));
+    }
+    for fault in faults {
+        match fault {
+            Fault::EarlierRange { bytes } => wanted.start = wanted.start.saturating_sub(*bytes),
+            Fault::ShortRange { bytes } => wanted.end = wanted.end.min(wanted.start + bytes),
+            _ => {}
+        }
     }
     answer.status = 206;
     answer.headers.push(("Content-Range", format!("bytes {}-{}/{size}", wanted.start, wanted.end - 1)));

@@ -37,6 +37,20 @@ pub enum Fault {
     },
     /// A Range is answered 200 with everything.
     IgnoreRange,
+    /// A Range without an end is answered 416, as by go-containerregistry's registry.
+    ClosedRangeOnly,
+    /// Every Range is answered 416.
+    RefuseRange,
+    /// A Range is answered with what begins this many bytes earlier.
+    EarlierRange {
+        /// How many bytes earlier.
+        bytes: u64,
+    },
+    /// A Range is answered with this many bytes at most.
+    ShortRange {
+        /// How many bytes.
+        bytes: u64,
+    },
     /// Content-Length is off by this much. Too long: the connection closes early. Too short: bytes follow that
     /// belong to no answer, and the connection stays open.
     LieLength {

@@ -90,12 +90,13 @@ impl Notary for Keys {
     }
 
     fn sign(&self, table: &mut PieceTable, sealed: bool) {
-        let signature = sum(&table.statement(sealed, 0)).to_be_bytes().to_vec();
+        let signature = sum(&table.statement(sealed, 0, &[])).to_be_bytes().to_vec();
         table.sign(SignedPrefix {
             count: table.values().len() as u32,
             sealed,
             signed_at_s: 0,
             issuer: self.me,
+            registries: Vec::new(),
             certificate: Arc::clone(&self.certificate),
             signature,
         });

@@ -6,11 +6,10 @@ use std::time::Duration;
 use hawker_core::Time;
 use hawker_core::digest::Digest;
 use hawker_core::message::{Message, Offer};
-use hawker_core::node::Node;
+use hawker_core::node::{Input, Node};
 use hawker_core::parents::Fault;
 use hawker_core::piece::{PeerId, PieceIndex, PieceSet};
 use hawker_core::swarm::ReportKind;
-use rand::rngs::StdRng;
 
 use super::content::{Blob, Keys, peer_id};
 
@@ -124,8 +123,6 @@ impl Local {
 
 pub(super) struct Host {
     pub(super) node: Node<Keys>,
-    /// Of its own: what it draws does not depend on who decides before it.
-    rng: StdRng,
     pub(super) slow: bool,
     pub(super) lies: bool,
     pub(super) dead: bool,
@@ -146,7 +143,7 @@ pub(super) struct Host {
     pub(super) has_room: bool,
     /// When it last gathered news for the scheduler.
     pub(super) news_due: bool,
-    pub(super) reports: BTreeMap<(PeerId, ReportKey), u64>,
+    pub(super) reports: BTreeMap<(PeerId, Digest, ReportKey), u64>,
 }
 
 /// Reports of one kind add up.
@@ -172,10 +169,9 @@ impl ReportKey {
 }
 
 impl Host {
-    pub(super) fn new(node: Node<Keys>, blobs: &[Blob], rng: StdRng) -> Self {
+    pub(super) fn new(node: Node<Keys>, blobs: &[Blob]) -> Self {
         Self {
             node,
-            rng,
             slow: false,
             lies: false,
             dead: false,
@@ -211,11 +207,11 @@ impl Host {
             self.arrive(now, from, content.message(blobs));
         }
         if std::mem::take(&mut self.is_stirred) || self.deadline.is_some_and(|at| at <= now) {
-            self.node.decide(now, &mut self.rng);
+            self.node.handle(now, Input::Decide);
             self.has_room = self.node.has_room();
             self.deadline = self.node.deadline(now);
         } else {
-            self.node.serve(now);
+            self.node.handle(now, Input::Serve);
         }
     }
 
@@ -231,22 +227,34 @@ impl Host {
         let from_id = peer_id(from);
         match message {
             Message::Reject { request, reason } => {
-                self.node.piece_failed(now, from_id, request, Some(reason), Fault::Failed);
+                self.node.handle(
+                    now,
+                    Input::PieceFailed {
+                        peer: from_id,
+                        request,
+                        refused: Some(reason),
+                        fault: Fault::Failed,
+                    },
+                );
                 self.is_stirred = true;
             }
             Message::Cancel { request } => {
                 let sent = |sending: &Sending| (sending.to, sending.request) == (from, request);
                 if self.sending.iter().any(sent) {
                     self.sending.retain(|sending| !sent(sending));
-                    self.node.uploaded(from_id, request);
+                    self.node.handle(now, Input::Uploaded { peer: from_id, request });
                 }
-                self.node.message(now, from_id, Message::Cancel { request });
+                self.node.handle(now, Input::Message { peer: from_id, message: Message::Cancel { request } });
             }
             // It is served or waits.
             message @ Message::Request { .. } => {
-                self.node.message(now, from_id, message);
+                self.node.handle(now, Input::Message { peer: from_id, message });
             }
-            message => self.is_stirred |= self.node.message(now, from_id, message),
+            message => {
+                let is_urgent = self.node.is_urgent(from_id, &message);
+                self.node.handle(now, Input::Message { peer: from_id, message });
+                self.is_stirred |= is_urgent || self.node.has_outputs();
+            }
         }
     }
 

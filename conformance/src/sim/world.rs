@@ -6,7 +6,7 @@ use std::time::Duration;
 use hawker_core::Time;
 use hawker_core::digest::Digest;
 use hawker_core::message::{Message, Refusal, Role};
-use hawker_core::node::{Child, Config, Failure, Named, Node, Opening, Output, Verdict};
+use hawker_core::node::{self, Child, Config, Named, Node, Opening, Output, Verdict};
 use hawker_core::parents::Fault;
 use hawker_core::piece::{PeerId, PieceIndex, PieceLayout};
 use hawker_core::place::Place;
@@ -152,10 +152,13 @@ impl<'a> World<'a> {
                     in_flight_bytes: scenario.in_flight_bytes,
                     layout: scenario.layout(),
                 };
-                let mut node = Node::new(config, Keys::new(index, seeds));
-                node.seeds(seeds_seen_from(index % zones));
-                node.scheduler(true);
-                Host::new(node, &blobs, StdRng::seed_from_u64(rng.random()))
+                // Its own chance: what it draws does not depend on who decides before it.
+                let chance = StdRng::seed_from_u64(rng.random());
+                let mut node = Node::new(config, Keys::new(index, seeds), chance);
+                let now = Time::default();
+                node.handle(now, node::Input::Seeds(seeds_seen_from(index % zones)));
+                node.handle(now, node::Input::Scheduler(true));
+                Host::new(node, &blobs)
             })
             .collect();
         let in_zone = |zone| (0..all).filter(|index| index % zones == zone).count() as f64;
@@ -309,11 +312,11 @@ impl<'a> World<'a> {
             Event::Piece { to, from, request, blob, piece } => self.piece(to, from, request, blob, piece),
             Event::Connected(a, b) => self.connect(a, b),
             Event::Unreached(index, peer) => {
-                self.host(index).node.dial_failed(now, peer_id(peer));
+                self.host(index).node.handle(now, node::Input::DialFailed(peer_id(peer)));
                 self.touch(index);
             }
             Event::Lost(index, peer) => {
-                self.host(index).node.peer_down(now, peer_id(peer));
+                self.host(index).node.handle(now, node::Input::PeerDown(peer_id(peer)));
                 self.host(index).sending.retain(|sending| sending.to != peer);
                 self.touch(index);
             }
@@ -345,7 +348,9 @@ impl<'a> World<'a> {
             Event::Die(index) => self.die(index),
             Event::SchedulerDown => {
                 self.swarm = None;
-                self.hosts.iter_mut().for_each(|host| host.node.scheduler(false));
+                for host in &mut self.hosts {
+                    host.node.handle(now, node::Input::Scheduler(false));
+                }
             }
             Event::SchedulerUp => {
                 self.life += 1;
@@ -421,7 +426,7 @@ impl<'a> World<'a> {
         for (one, other) in [(a, b), (b, a)] {
             let role = if other < self.scenario.seed_peers { Role::Seed } else { Role::Peer };
             self.host(one).connected.insert(other);
-            self.host(one).node.peer_up(now, peer_id(other), role);
+            self.host(one).node.handle(now, node::Input::PeerUp { peer: peer_id(other), role });
             self.touch(one);
         }
     }
@@ -467,14 +472,14 @@ impl<'a> World<'a> {
                 let terms = Terms { issuer, ..Terms::default() };
                 self.say(Input::Want { peer: peer_id(me), task, size_bytes, again, reads, terms });
             }
-            Output::Report(peer, _, fault) => {
+            Output::Report(peer, task, fault) => {
                 let kind = match fault {
                     Fault::WrongBytes => ReportKey::WrongBytes,
                     Fault::Stalled => ReportKey::Stalled,
                     Fault::NotHeld => ReportKey::NotHeld,
                     Fault::Failed => ReportKey::Failed,
                 };
-                self.host(me).reports.entry((peer, kind)).or_default();
+                self.host(me).reports.entry((peer, task, kind)).or_default();
                 self.news(me);
             }
             Output::Load { task, child, .. } => self.load(me, task, &child),
@@ -487,11 +492,19 @@ impl<'a> World<'a> {
             }
             // Nobody can give it now: its client asks again.
             Output::Failed(task, _) => {
-                self.host(me).node.run(now, task, true, false);
+                self.host(me).node.handle(now, node::Input::Run { task, whole: true, as_owner: false });
                 self.touch(me);
             }
             // Liars lie about bytes here, not about tables.
-            Output::Contradiction(_) | Output::Recheck(_) | Output::Sized(..) | Output::TableGrew(_) => {}
+            Output::Contradiction(_)
+            | Output::Recheck(_)
+            | Output::RatesChanged
+            | Output::Sized(..)
+            | Output::TableGrew(_)
+            | Output::LetGo(_)
+            | Output::Alone(..)
+            | Output::Drop(..)
+            | Output::ReadUntil(..) => {}
         }
     }
 
@@ -539,8 +552,17 @@ impl<'a> World<'a> {
         for blob in 0..self.blobs.len() {
             self.open(index, blob);
             let (now, task, count) = (self.now, self.blobs[blob].digest, self.blobs[blob].layout.count());
-            self.host(index).node.run(now, task, true, false);
-            self.host(index).node.reader(now, &task, READER, Some(0..count), false);
+            self.host(index).node.handle(now, node::Input::Run { task, whole: true, as_owner: false });
+            self.host(index).node.handle(
+                now,
+                node::Input::Reader {
+                    task,
+                    reader: READER,
+                    pieces: Some(0..count),
+                    ahead: None,
+                    partial: false,
+                },
+            );
         }
         self.touch(index);
     }
@@ -548,8 +570,8 @@ impl<'a> World<'a> {
     fn open(&mut self, index: u32, blob: usize) {
         let (now, task) = (self.now, self.blobs[blob].digest);
         let source = Source { registry: "registry.test".into(), repository: "library/image".into() };
-        let opening = Opening { source, right: Right::Own, known: None, own_table: false, announce: true };
-        self.host(index).node.open(now, task, opening);
+        let opening = Opening { source, right: Right::Own, known: None, is_committed: false, announce: true };
+        self.host(index).node.handle(now, node::Input::Open { task, opening: Box::new(opening) });
     }
 
     /// As `proxy::driver` does: a seed gets what it is asked for, a node gives what it has.
@@ -559,12 +581,14 @@ impl<'a> World<'a> {
         if me < self.scenario.seed_peers {
             self.open(me, blob);
             let as_owner = index_of(child.peer) < self.scenario.seed_peers;
-            self.host(me).node.run(now, task, true, as_owner);
+            self.host(me).node.handle(now, node::Input::Run { task, whole: true, as_owner });
         } else if self.host(me).blobs[blob].verified.is_empty() && !self.host(me).node.is_running(&task) {
-            self.host(me).node.refuse(child.peer, task, Refusal::NotHeld);
+            self.host(me)
+                .node
+                .handle(now, node::Input::Refuse { peer: child.peer, task, reason: Refusal::NotHeld });
             return;
         }
-        self.host(me).node.adopt(now, &task, child);
+        self.host(me).node.handle(now, node::Input::Adopt { task, child: child.clone() });
         self.touch(me);
     }
 
@@ -574,7 +598,10 @@ impl<'a> World<'a> {
         let count = local.verified.count();
         if let Some(next) = local.show(piece) {
             let pieces = (next < count).then_some(next..count);
-            self.host(me).node.reader(now, task, READER, pieces, false);
+            self.host(me).node.handle(
+                now,
+                node::Input::Reader { task: *task, reader: READER, pieces, ahead: None, partial: false },
+            );
         }
     }
 
@@ -598,7 +625,7 @@ impl<'a> World<'a> {
         let to = index_of(peer);
         let host = &mut self.hosts[me as usize];
         if !host.connected.contains(&to) {
-            host.node.uploaded(peer, request);
+            host.node.handle(self.now, node::Input::Uploaded { peer, request });
             return;
         }
         host.sending.push_back(Sending { to, request, blob, piece, left_bytes });
@@ -641,7 +668,9 @@ impl<'a> World<'a> {
         let last = left_bytes == 0;
         self.queue.put(leaves, Event::Left { from: index, to, request, blob, piece, bytes, last });
         if last {
-            if self.host(index).node.uploaded(peer_id(to), request) {
+            let node = &mut self.host(index).node;
+            node.handle(now, node::Input::Uploaded { peer: peer_id(to), request });
+            if node.has_waiting_uploads() {
                 self.look_at(index, now + DECIDES_WITHIN);
             }
         } else {
@@ -687,13 +716,15 @@ impl<'a> World<'a> {
         }
         let right = !self.host(from).lies;
         let chain = self.blobs[blob].chain_after(piece, right);
-        let verdict = self.host(to).node.piece(now, peer_id(from), request, &chain);
-        self.wrong_pieces += u64::from(verdict == Verdict::Wrong);
-        if verdict == Verdict::Keep {
+        let verdict =
+            self.host(to).node.handle(now, node::Input::Piece { peer: peer_id(from), request, chain });
+        self.wrong_pieces += u64::from(verdict == Some(Verdict::Wrong));
+        if verdict == Some(Verdict::Keep) {
             self.checks.kept(to, right);
             self.keep(to, blob, piece, right);
             let bytes = self.blobs[blob].layout.len_bytes(piece);
-            *self.host(to).reports.entry((peer_id(from), ReportKey::Served)).or_default() += bytes;
+            let task = self.blobs[blob].digest;
+            *self.host(to).reports.entry((peer_id(from), task, ReportKey::Served)).or_default() += bytes;
         }
         self.touch(to);
     }
@@ -716,7 +747,7 @@ impl<'a> World<'a> {
         let (now, size_bytes) = (self.now, self.blobs[blob].layout.size_bytes());
         let host = self.host(me);
         host.blobs[blob].reading = Some(stream);
-        host.node.sized(now, *task, size_bytes);
+        host.node.handle(now, node::Input::Sized { task: *task, size_bytes });
         self.stream(me, stream, blob, from);
         self.touch(me);
     }
@@ -737,14 +768,14 @@ impl<'a> World<'a> {
             return;
         }
         let chain = self.blobs[blob].chain_after(piece, true);
-        let verdict = self.host(to).node.origin_piece(now, &task, piece, &chain);
-        if verdict == Verdict::Keep {
+        let verdict = self.host(to).node.handle(now, node::Input::OriginPiece { task, piece, chain });
+        if verdict == Some(Verdict::Keep) {
             self.keep(to, blob, piece, true);
         }
         if piece + 1 < self.blobs[blob].layout.count() {
             self.stream(to, stream, blob, piece + 1);
         } else {
-            self.host(to).node.origin_over(now, &task, None::<Failure>);
+            self.host(to).node.handle(now, node::Input::OriginOver { task, failure: None });
             self.host(to).blobs[blob].reading = None;
         }
         self.touch(to);
@@ -768,7 +799,8 @@ impl<'a> World<'a> {
             upload_rate_bytes: 0,
             reads_origins: true,
         }));
-        self.host(index).node.scheduler(true);
+        let now = self.now;
+        self.host(index).node.handle(now, node::Input::Scheduler(true));
     }
 
     /// To a scheduler that has just come up everything is said again.
@@ -827,8 +859,9 @@ impl<'a> World<'a> {
         }
         // They travel in one message: only the first counts as one.
         self.scheduler_messages -= (reports.len() as u64).saturating_sub(1).min(self.scheduler_messages);
-        for ((parent, kind), bytes) in reports {
-            self.say(Input::Report { reporter: peer, peer: parent, kind: kind.kind(bytes) });
+        for ((parent, task, kind), bytes) in reports {
+            let kind = kind.kind(bytes);
+            self.say(Input::Report { reporter: peer, peer: parent, task, kind, is_vouched_for: false });
         }
     }
 
@@ -844,6 +877,8 @@ impl<'a> World<'a> {
                     self.scheduler_messages += 1;
                     self.queue.put(at, Event::Told { life: self.life, to: index_of(*to), output });
                 }
+                // There is one scheduler.
+                swarm::Output::Vouched { .. } => {}
                 swarm::Output::Isolated(_) => {
                     for to in 0..self.hosts.len() as u32 {
                         self.scheduler_messages += 1;
@@ -872,9 +907,15 @@ impl<'a> World<'a> {
                     local.issuer = issuer;
                 }
                 let node = &mut self.host(to).node;
-                node.parents(now, task, &named, issuer, fetch_from_origin, share);
+                node.handle(
+                    now,
+                    node::Input::Parents { task, parents: named, issuer, elected: fetch_from_origin, share },
+                );
             }
-            swarm::Output::Isolated(peers) => self.host(to).node.isolated(now, peers),
+            swarm::Output::Isolated(peers) => {
+                self.host(to).node.handle(now, node::Input::Isolated(peers));
+            }
+            swarm::Output::Vouched { .. } => {}
         }
         self.touch(to);
     }

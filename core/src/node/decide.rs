@@ -1,19 +1,51 @@
 //! What to do next: whom to ask, whom to tell, whom to serve, when to go to the origin.
 
-use super::*;
+use std::borrow::Cow;
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::memory::Memory;
+use super::pace::{self, Kind};
+use super::phase::Change;
+use super::task::{Link, Reading, Task};
+use super::uploads::Waiting;
+use super::{
+    ANSWER_WITHIN, ASK_AGAIN, ELECTED_WITHIN, Failure, LESS_URGENT_ROOM, LOOK_EVERY, Named, Node, Notary,
+    ORIGIN_RETRY, Output, PATIENCE, PATIENCE_IN_FLIGHT, RANGE_PATIENCE, SAY_WORKING_EVERY,
+    SEED_ANSWERS_WITHIN, TAKES_ALL_AFTER, WORKING_FOR,
+};
+use crate::application::{Priority, Purpose};
+use crate::digest::Digest;
+use crate::fetch::{Asked, Fetch};
+use crate::message::{Message, Offer, Refusal, Role};
+use crate::piece::{PeerId, PieceIndex, PieceSet, PieceTable};
+use crate::share::Share;
+use crate::{Time, rendezvous};
 
 impl<N: Notary> Node<N> {
-    /// Works out what follows from all that was told. Call it after inputs, and at [`Node::deadline`].
-    pub fn decide<R: Rng + ?Sized>(&mut self, now: Time, rng: &mut R) {
-        let busy = self.tasks.iter().filter(|(_, task)| task.running || !task.offers.is_empty());
-        let tasks: Vec<Digest> = busy.map(|(digest, _)| *digest).collect();
+    /// Works out what follows from all that was told.
+    pub(super) fn decide(&mut self, now: Time) {
+        let busy = |task: &Task| task.is_running() || !task.offers.is_empty() || task.memory.is_some();
+        let tasks: Vec<Digest> =
+            self.tasks.iter().filter(|(_, task)| busy(task)).map(|(digest, _)| *digest).collect();
         for digest in &tasks {
+            self.balance_memory(now, digest);
+        }
+        self.admit(now, &tasks);
+        let is_admitted = |digest: &&Digest| self.tasks.get(digest).is_some_and(Task::is_admitted);
+        let admitted: Cow<'_, [Digest]> = match self.config.role {
+            Role::Seed => tasks.iter().filter(is_admitted).copied().collect(),
+            _ => Cow::Borrowed(&tasks),
+        };
+        for digest in admitted.iter() {
             self.seek_parents(now, digest);
         }
-        for digest in self.in_turn(now, &tasks) {
+        for digest in self.in_turn(now, &admitted) {
             self.read_origin(now, &digest);
         }
-        self.ask(now, &tasks, rng);
+        self.ask(now, &admitted);
+        for digest in admitted.iter() {
+            self.weigh_patience(now, digest);
+        }
         for digest in &tasks {
             self.tell(now, digest);
         }
@@ -24,7 +56,7 @@ impl<N: Notary> Node<N> {
     pub fn deadline(&self, now: Time) -> Option<Time> {
         let tells = self.tasks.values().filter_map(|task| task.tells_at(self.config.role)).min();
         // Whoever fetches or has somebody wait looks now and then whether anybody has taken too long.
-        let looks = self.uploads.is_waited_for() || self.tasks.values().any(|task| task.running);
+        let looks = self.uploads.is_waited_for() || self.tasks.values().any(Task::is_running);
         let looks_at = looks.then_some(now + LOOK_EVERY);
         tells.map(|at| at.max(now)).into_iter().chain(looks_at).min()
     }
@@ -36,16 +68,20 @@ impl<N: Notary> Node<N> {
 
     /// Asks the scheduler, and the seeds in turn.
     pub(super) fn seek_parents(&mut self, now: Time, digest: &Digest) {
-        let Some(task) = self.tasks.get_mut(digest).filter(|t| t.running) else { return };
+        let Some(task) = self.tasks.get_mut(digest).filter(|t| t.is_running() && !t.is_passed_through())
+        else {
+            return;
+        };
+        let asked_at = task.advice.asked_at();
         let stale =
-            task.wanted.is_none_or(|at| now.since(at) >= ASK_AGAIN && now.since(task.moved) >= ASK_AGAIN);
+            asked_at.is_none_or(|at| now.since(at) >= ASK_AGAIN && now.since(task.moved) >= ASK_AGAIN);
         if self.scheduler && stale {
-            let again = task.wanted.is_some();
-            task.wanted = Some(now);
+            let again = asked_at.is_some();
+            task.advice.ask(now);
             self.outputs.push_back(Output::Want {
                 task: *digest,
                 again,
-                reads: task.reads,
+                reads: task.is_closed_to_seeds,
                 partial: !task.whole && !task.elected,
             });
         }
@@ -117,11 +153,12 @@ impl<N: Notary> Node<N> {
 
     pub(super) fn interest(&mut self, now: Time, digest: Digest, peer: PeerId) {
         let Some(task) = self.tasks.get_mut(&digest) else { return };
-        let Some(role) = self.connected.get(&peer).filter(|_| task.running && !task.complete) else { return };
+        let Some(role) = self.connected.get(&peer).filter(|_| task.is_running()) else { return };
+        let may_announce = task.may_announce(self.config.role);
         let link = task.links.entry(peer).or_default();
         if link.asked.is_none() {
             link.asked = Some(now);
-            if task.announce {
+            if may_announce {
                 // What it takes from here it says itself; but who brings the task hears what has spread, and may never ask.
                 let far = link.far;
                 let far =
@@ -135,7 +172,9 @@ impl<N: Notary> Node<N> {
 
     /// Goes to the origin when this node is elected, when there is nobody else to hope for, or when it has waited enough.
     pub(super) fn read_origin(&mut self, now: Time, digest: &Digest) {
-        let Some(task) = self.tasks.get(digest).filter(|t| t.running) else { return };
+        let Some(task) = self.tasks.get(digest).filter(|t| t.is_running() && !t.is_passed_through()) else {
+            return;
+        };
         // For readers of ranges alone the blob is not read from its start: they read theirs from the origin themselves.
         if !(task.whole || task.elected) || matches!(task.reading, Reading::At(_)) {
             return;
@@ -145,10 +184,20 @@ impl<N: Notary> Node<N> {
             // The values are known up to the first piece that is missing: read on from there.
             Some(fetch) => {
                 let known = task.table.as_ref().map_or(0, |table| table.values().len() as u32);
-                fetch.held().first_missing(0).min(known)
+                let verifiable = task.table.as_ref().map_or(0, PieceTable::verifiable);
+                let will_do = |peer| self.parents.trusted(now, peer);
+                // Peers bring to a seed or issuer what they offer: after a time without disk that is most of it.
+                let offered_by_nobody = || fetch.first_offered_by_nobody(verifiable, will_do);
+                let bringing = task.brings(self.config.role) && task.refills;
+                let first = bringing.then(offered_by_nobody).flatten();
+                first.unwrap_or_else(|| fetch.held().first_missing(0)).min(known)
             }
             None => 0,
         };
+        let bringing = task.brings(self.config.role);
+        if bringing && self.peers_bring_the_rest(now, task) {
+            return;
+        }
         // What was asked of those that stall is not waited for any longer than nothing at all.
         let moving = task.fetch.as_ref().is_some_and(|fetch| fetch.is_moving(now, &self.parents));
         let overdue = now.since(task.moved) >= if moving { PATIENCE_IN_FLIGHT } else { PATIENCE };
@@ -162,9 +211,8 @@ impl<N: Notary> Node<N> {
             Reading::At(_) => return,
             Reading::FailedAt(at, failure) => {
                 let useless = task.fetch.as_ref().is_none_or(|f| !f.has_useful_parent(will_do));
-                if !task.failed && useless && (!hope || overdue) {
-                    task.failed = true;
-                    task.running = false;
+                if useless && (!hope || overdue) {
+                    task.enter(Change::GaveUp(failure));
                     self.outputs.push_back(Output::Failed(*digest, failure));
                     return;
                 }
@@ -186,6 +234,32 @@ impl<N: Notary> Node<N> {
         task.in_vain = waited;
         task.reading = Reading::At(from);
         self.outputs.push_back(Output::ReadOrigin { task: *digest, from });
+    }
+
+    /// Whether whoever brings a task need not read it: its peers offer all that is missing, or it only gets back what it once held
+    /// and nobody waits for that.
+    fn peers_bring_the_rest(&self, now: Time, task: &Task) -> bool {
+        let (Some(fetch), Some(table)) = (&task.fetch, &task.table) else { return false };
+        let in_vain = task.in_vain || now.since(task.moved) >= TAKES_ALL_AFTER;
+        let will_do = |peer| self.parents.trusted(now, peer);
+        let offered = || fetch.first_offered_by_nobody(table.verifiable(), will_do).is_none();
+        let waited_for = task.is_read || task.offers.hungry() > 0;
+        task.refills && !waited_for || !in_vain && offered()
+    }
+
+    /// Tells the shell whether readers of ranges should wait for peers, where that has changed.
+    fn weigh_patience(&mut self, now: Time, digest: &Digest) {
+        let is_for_parts = |task: &&Task| task.is_running() && !task.whole && !task.elected;
+        let Some(task) = self.tasks.get(digest).filter(is_for_parts) else { return };
+        let Some(fetch) = task.fetch.as_ref().filter(|fetch| fetch.is_wanting()) else { return };
+        let will_do = |peer| self.parents.trusted(now, peer);
+        let is_served = fetch.is_moving(now, &self.parents);
+        let has_hope = || now.since(task.moved) < RANGE_PATIENCE && self.hope(now, digest, will_do);
+        let is_alone = !is_served && !has_hope();
+        if let Some(task) = self.tasks.get_mut(digest).filter(|task| task.is_alone != is_alone) {
+            task.is_alone = is_alone;
+            self.outputs.push_back(Output::Alone(*digest, is_alone));
+        }
     }
 
     /// The tasks in the order in which they get to read the origin, where that is limited: the most urgent first, and before
@@ -225,13 +299,14 @@ impl<N: Notary> Node<N> {
     /// Whether anybody else, of those that will do, may still bring what is missing.
     pub(super) fn hope(&self, now: Time, digest: &Digest, will_do: impl Fn(PeerId) -> bool) -> bool {
         let Some(task) = self.tasks.get(digest) else { return false };
-        let (open, patience) = match task.reads {
+        let (open, patience) = match task.is_closed_to_seeds {
             true => (task.issuer.is_none(), ELECTED_WITHIN),
-            false => (!task.answered, ANSWER_WITHIN),
+            false => (!task.advice.is_given(), ANSWER_WITHIN),
         };
-        let scheduler = self.scheduler && open && task.wanted.is_none_or(|at| now.since(at) < patience);
+        let scheduler =
+            self.scheduler && open && task.advice.asked_at().is_none_or(|at| now.since(at) < patience);
         let offers = || task.fetch.as_ref().is_some_and(|f| f.has_useful_parent(&will_do));
-        let may_help = |(peer, link): (&PeerId, &task::Link)| {
+        let may_help = |(peer, link): (&PeerId, &Link)| {
             let dialling = self.dialling.get(peer).is_some_and(|at| now.since(*at) < SEED_ANSWERS_WITHIN);
             let reads = self.connected.get(peer) == Some(&Role::Seed) || task.issuer == Some(*peer);
             // A peer that asked us is asked in turn, but nobody said that it has anything.
@@ -253,11 +328,11 @@ impl<N: Notary> Node<N> {
     /// Sends requests as long as there is room in flight: for what is most urgent first, and of what is as urgent for all tasks in
     /// turn; what nobody waits for comes last. While there is anything more urgent, what is less so gets what is left of a part
     /// of the room, and one request of each priority may always be under way: so nobody waits for ever.
-    pub(super) fn ask<R: Rng + ?Sized>(&mut self, now: Time, tasks: &[Digest], rng: &mut R) {
+    pub(super) fn ask(&mut self, now: Time, tasks: &[Digest]) {
         let mut levels: BTreeMap<(bool, Priority), Vec<Digest>> = BTreeMap::new();
         for digest in tasks {
             let task = &self.tasks[digest];
-            if task.running && task.fetch.is_some() {
+            if task.is_running() && task.fetch.is_some() {
                 let prefetch = task.is_prefetch(self.config.role);
                 // What is prefetched is all the same.
                 let priority = if prefetch { Priority::LAST } else { self.priority(digest) };
@@ -267,13 +342,12 @@ impl<N: Notary> Node<N> {
         let mut under_way = None;
         let mut room = self.config.in_flight_bytes;
         for ((prefetch, priority), open) in levels {
-            self.ask_in_turn(now, open, room, prefetch, priority, &mut under_way, rng);
+            self.ask_in_turn(now, open, room, prefetch, priority, &mut under_way);
             room = self.config.in_flight_bytes / LESS_URGENT_ROOM;
         }
     }
 
-    #[expect(clippy::too_many_arguments, reason = "one level, and what all of them share")]
-    fn ask_in_turn<R: Rng + ?Sized>(
+    fn ask_in_turn(
         &mut self,
         now: Time,
         mut open: Vec<Digest>,
@@ -281,7 +355,6 @@ impl<N: Notary> Node<N> {
         prefetch: bool,
         priority: Priority,
         under_way: &mut Option<BTreeMap<PeerId, usize>>,
-        rng: &mut R,
     ) {
         let mut in_flight = self.in_flight_bytes();
         let mut own: u64 =
@@ -303,6 +376,11 @@ impl<N: Notary> Node<N> {
                 }
                 drop(buckets);
                 let taken = if let Reading::At(piece) = task.reading { Some(piece) } else { None };
+                let asked_bytes = fetch.asked_bytes();
+                let fits = |memory: &Memory| memory.room_bytes(asked_bytes) >= fetch.layout().piece_bytes();
+                if !task.memory.as_ref().is_none_or(fits) {
+                    return false;
+                }
                 // At least one request is always allowed: a piece may be longer than the room. What would be chosen is not worked
                 // out without it.
                 let has_one = if prefetch { in_flight > 0 } else { own > 0 };
@@ -317,7 +395,7 @@ impl<N: Notary> Node<N> {
                 let verifiable = table.verifiable();
                 // Often there is no room for anything, or nothing to ask for: they are counted when there is.
                 let under_way = under_way.get_or_insert_with(|| count_by_peer(self.asked.keys()));
-                let chosen = fetch.choose(now, &self.parents, under_way, verifiable, taken, rng);
+                let chosen = fetch.choose(now, &self.parents, under_way, verifiable, taken, &mut self.rng);
                 let Some((peer, piece)) = chosen else { return false };
                 let len = fetch.layout().len_bytes(piece);
                 in_flight += len;
@@ -356,16 +434,13 @@ impl<N: Notary> Node<N> {
         }
         let Some(task) = self.tasks.get_mut(digest) else { return };
         task.news = now;
-        if task.failed {
-            let reason = match task.reading {
-                Reading::FailedAt(_, Failure::Status(status)) => Refusal::Origin(status),
-                Reading::FailedAt(_, Failure::UnknownLength) => Refusal::Unable,
+        if let Some(failure) = task.phase.failure() {
+            let reason = match failure {
+                Failure::Status(status) => Refusal::Origin(status),
+                Failure::UnknownLength => Refusal::Unable,
                 _ => Refusal::OriginUnreachable,
             };
-            for peer in task.offers.children().collect::<Vec<_>>() {
-                task.leave(peer);
-                self.outputs.push_back(Output::Send(peer, Message::Unavailable { task: *digest, reason }));
-            }
+            self.turn_away(digest, reason);
             return;
         }
         if issuer {
@@ -373,9 +448,11 @@ impl<N: Notary> Node<N> {
         }
         task.told = Some(task.news());
         if task.may_share() {
-            let (Some(fetch), Some(size_bytes)) = (&task.fetch, task.size_bytes()) else { return };
-            let count = fetch.layout().count();
-            let told = task.offers.next(now, fetch.held(), issuer, idle, &elsewhere);
+            let Some(size_bytes) = task.size_bytes() else { return };
+            let in_memory = task.memory.as_ref().map(Memory::kept);
+            let Some(kept) = in_memory.as_ref().or(task.fetch.as_ref().map(Fetch::held)) else { return };
+            let count = kept.count();
+            let told = task.offers.next(now, kept, issuer, idle, &elsewhere);
             let last = told.iter().map(|(peer, pieces)| (*peer, pieces.iter().max().copied()));
             task.send_tables(now, digest, &last.collect(), &mut self.outputs);
             for (peer, pieces) in told {
@@ -388,7 +465,7 @@ impl<N: Notary> Node<N> {
                     .push_back(Output::Send(peer, Message::Have { task: *digest, size_bytes, offer }));
             }
         }
-        if task.running && issuer {
+        if task.is_running() && issuer {
             for peer in task.offers.children() {
                 let link = task.links.entry(peer).or_default();
                 if link.told.is_none_or(|at| now.since(at) >= SAY_WORKING_EVERY) {
@@ -399,9 +476,9 @@ impl<N: Notary> Node<N> {
         }
     }
 
-    /// Fills the upload slots, and tells those who have waited for too long to ask elsewhere. [`Node::decide`] does it as well;
+    /// Fills the upload slots, and tells those who have waited for too long to ask elsewhere. [`Input::Decide`] does it as well;
     /// when all that came were requests, or the ends of uploads, nothing else follows.
-    pub fn serve(&mut self, now: Time) {
+    pub(super) fn serve(&mut self, now: Time) {
         if !self.uploads.is_waited_for() {
             return;
         }

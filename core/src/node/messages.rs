@@ -2,20 +2,26 @@
 
 use std::borrow::Cow;
 
-use super::*;
+use super::memory::Memory;
+use super::table::{self, UNPROVEN_A_PEER_BYTES, Weight};
+use super::task::{Advice, Task};
+use super::uploads::Waiting;
+use super::{Child, Node, Notary, Output};
+use crate::Time;
+use crate::digest::Digest;
+use crate::message::{Message, Offer, Refusal, Role};
+use crate::piece::{PeerId, PieceIndex, PieceSet, PieceTable, SignedPrefix};
+use crate::right::Right;
 
 impl<N: Notary> Node<N> {
-    /// A peer said something. Whether anything may follow from it at once: most of what is heard of pieces can wait for the next
-    /// decision.
-    pub fn message(&mut self, now: Time, peer: PeerId, message: Message) -> bool {
-        let matters = match &message {
+    /// Whether a decision may follow from a message at once. News of pieces that this node has no room for can wait for the next one.
+    pub fn is_urgent(&self, peer: PeerId, message: &Message) -> bool {
+        match message {
             Message::Have { task, offer, .. } => self.may_ask(peer) && self.is_new(task, offer),
             Message::Request { .. } => self.uploads.has_slot(),
             Message::Cancel { .. } | Message::Reject { .. } => false,
             _ => true,
-        };
-        self.take_in(now, peer, message);
-        matters || !self.outputs.is_empty()
+        }
     }
 
     /// Whether any of the pieces on offer is neither here nor on its way.
@@ -35,7 +41,7 @@ impl<N: Notary> Node<N> {
             // As in `ask_in_turn`: one request is always allowed.
             task.asked_bytes() == 0 || in_flight + piece_bytes <= self.config.in_flight_bytes
         };
-        self.tasks.values().any(|task| task.running && fits(task))
+        self.tasks.values().any(|task| task.is_running() && fits(task))
     }
 
     /// Whether there is room for a request, and none at this peer.
@@ -43,26 +49,39 @@ impl<N: Notary> Node<N> {
         self.has_room() && self.asked.range((peer, 0)..=(peer, u32::MAX)).next().is_none()
     }
 
-    fn take_in(&mut self, now: Time, peer: PeerId, message: Message) {
+    /// A peer sent a message.
+    pub(super) fn message(&mut self, now: Time, peer: PeerId, message: Message) {
         match message {
-            Message::Interest { task, source, size_bytes: _, token, purpose, far } => {
-                let child = Child { peer, purpose, far };
-                if self.tasks.contains_key(&task) {
+            Message::Interest { task, source, size_bytes, token, purpose, far, passive, partial } => {
+                if !self.may_wait(peer, &task) {
+                    self.refuse(peer, task, Refusal::Busy);
+                    return;
+                }
+                let child = Child { peer, purpose, far, passive, partial };
+                // A task that has no memory yet may get some for its first child: the shell says, once it has loaded the task. One that
+                // rests is begun again first, where it may be.
+                let is_settled = |t: &Task| t.memory.as_ref().is_none_or(Memory::has_budget);
+                let adopts = |t: &Task| is_settled(t) && t.will_share();
+                if passive || self.tasks.get(&task).is_some_and(adopts) {
                     self.adopt(now, &task, &child);
                 }
+                if passive {
+                    return;
+                }
                 // Also for a task in play: one that is held in part only may be wanted whole from now on.
-                self.outputs.push_back(Output::Load { task, source, token, child });
+                self.outputs.push_back(Output::Load { task, source, token, size_bytes, child });
             }
             Message::Have { task, size_bytes, offer } => self.have(now, peer, task, size_bytes, &offer),
             Message::Table { task, size_bytes, first, values, signed } => {
-                if let Some(t) = self.tasks.get_mut(&task) {
-                    let link = t.links.entry(peer).or_default();
+                // Only from those who were asked for the task or asked for it, and only with a statement.
+                if let Some(t) = self.tasks.get_mut(&task)
+                    && let Some(link) = t.links.get_mut(&peer)
+                    && let Some(signed) = signed
+                {
                     // It need not be told what it says itself.
-                    if let Some(signed) = &signed {
-                        link.signed_sent = link.signed_sent.max(Some((signed.sealed, signed.count)));
-                        link.table_sent = link.table_sent.max(signed.count);
-                    }
-                    link.unproven.take_in(size_bytes, first, values, signed, t.table.as_ref());
+                    link.signed_sent = link.signed_sent.max(Some((signed.sealed, signed.count)));
+                    link.table_sent = link.table_sent.max(signed.count);
+                    link.unproven.take_in(size_bytes, first, values, Some(signed), t.table.as_ref());
                     self.prove_from(now, &task, peer);
                 }
             }
@@ -73,11 +92,7 @@ impl<N: Notary> Node<N> {
                 }
             }
             Message::Unavailable { task, reason } => self.unavailable(peer, &task, reason),
-            Message::Leave { task } => {
-                if let Some(t) = self.tasks.get_mut(&task) {
-                    t.leave(peer);
-                }
-            }
+            Message::Leave { task } => self.leaves(&task, peer),
             Message::Wrong { task, piece: _ } => self.outputs.push_back(Output::Recheck(task)),
             Message::Request { request, task, piece, prefetch, priority } => {
                 self.requested(Waiting { peer, request, task, piece, prefetch, priority, since: now });
@@ -96,11 +111,16 @@ impl<N: Notary> Node<N> {
         link.working = None;
         // Should somebody name it again, it is asked again.
         link.asked = None;
+        if reason == Refusal::Unable {
+            task.offers.has_no_disk(peer);
+        }
         // A registry says 404 as well to those who may not know that something is there.
-        let may_not_read = is_seed && matches!(reason, Refusal::Origin(401 | 403 | 404));
-        if may_not_read && task.right != Right::Own && !task.reads {
-            task.reads = true;
-            (task.wanted, task.answered) = (None, false);
+        let may_not_read = matches!(reason, Refusal::Origin(401 | 403 | 404)) && task.right != Right::Own;
+        // A seed without disk and without memory leaves it to the others: one of them is to read it for all.
+        let leaves_it = reason == Refusal::Unable && task.memory.is_none();
+        if is_seed && (may_not_read || leaves_it) && !task.is_closed_to_seeds {
+            task.is_closed_to_seeds = true;
+            task.advice = Advice::NotAsked;
         }
     }
 
@@ -110,7 +130,11 @@ impl<N: Notary> Node<N> {
         let brings = self.connected.get(&peer).is_some_and(|role| task.is_brought_by(peer, *role));
         task.links.entry(peer).or_default().working = Some(now);
         let Some(fetch) = &mut task.fetch else {
-            task.links.entry(peer).or_default().unproven.early(size_bytes, offer);
+            if self.unproven_bytes(peer) + offer.bytes() <= UNPROVEN_A_PEER_BYTES
+                && let Some(link) = self.tasks.get_mut(&digest).and_then(|task| task.links.get_mut(&peer))
+            {
+                link.unproven.early(size_bytes, offer);
+            }
             return;
         };
         if fetch.layout().size_bytes() != size_bytes {
@@ -136,17 +160,20 @@ impl<N: Notary> Node<N> {
 
     pub(super) fn requested(&mut self, asked: Waiting) {
         let Waiting { peer, request, piece, since, .. } = asked;
-        let offered = self.tasks.get_mut(&asked.task).filter(|t| {
-            t.announce && t.fetch.as_ref().is_some_and(|f| f.held().contains(piece)) && t.may_share()
+        let role = self.config.role;
+        let task = self.tasks.get_mut(&asked.task);
+        let (offered, without_disk) = task.as_ref().map_or((false, false), |t| {
+            (t.may_announce(role) && t.keeps(piece) && t.may_share(), t.memory.is_some())
         });
-        match offered {
+        match task.filter(|_| offered) {
             Some(task) => {
                 task.offers.asked(since, peer, piece);
                 let sent_away = self.uploads.wait(asked);
                 self.shed(sent_away);
             }
             None => {
-                let reason = Refusal::NotHeld;
+                // A piece that had to leave the memory may have been offered rightly.
+                let reason = if without_disk { Refusal::Unable } else { Refusal::NotHeld };
                 self.outputs.push_back(Output::Send(peer, Message::Reject { request, reason }));
             }
         }
@@ -180,18 +207,26 @@ impl<N: Notary> Node<N> {
             self.have_early(now, peer, digest, early);
             return;
         }
-        let Some((size_bytes, values, signed)) = link.unproven.complete() else { return };
-        if self.isolated.contains(&signed.issuer) || self.poisoners.contains(&signed.issuer) {
+        let complete = link.unproven.complete();
+        let believed = |issuer: &PeerId| !self.isolated.contains(issuer) && !self.poisoners.contains(issuer);
+        let Some((size_bytes, values, signed)) = complete.filter(|(.., signed)| believed(&signed.issuer))
+        else {
+            link.unproven.forget_table();
             return;
-        }
+        };
         let statement = SignedPrefix::statement(
             digest,
             size_bytes,
             &values[..signed.count as usize],
             signed.sealed,
             signed.signed_at_s,
+            &signed.registries,
         );
-        let Some(trust) = table::weigh(&self.notary, &signed, &statement, named) else { return };
+        let trust = match table::weigh(&self.notary, &signed, &statement, named) {
+            Weight::Counts(trust) => trust,
+            Weight::Undecided => return self.bound_unproven(digest, peer),
+            Weight::Nothing => return link.unproven.forget_table(),
+        };
         link.unproven.settle();
         let early = link.unproven.take_early();
         if task.fetch.is_none() {
@@ -223,6 +258,21 @@ impl<N: Notary> Node<N> {
             Err(_) => link_unavailable(task, peer),
         }
         self.have_early(now, peer, digest, early);
+    }
+
+    /// Memory for what one peer said that does not count yet.
+    pub(super) fn unproven_bytes(&self, peer: PeerId) -> usize {
+        let links = self.tasks.values().filter_map(|task| task.links.get(&peer));
+        links.map(|link| link.unproven.bytes()).sum()
+    }
+
+    /// A table may count once its issuer is named. It is kept till then if the peer does not say too much.
+    fn bound_unproven(&mut self, digest: &Digest, peer: PeerId) {
+        if self.unproven_bytes(peer) > UNPROVEN_A_PEER_BYTES
+            && let Some(link) = self.tasks.get_mut(digest).and_then(|task| task.links.get_mut(&peer))
+        {
+            link.unproven.forget_table();
+        }
     }
 
     /// What a peer offered before its table counted.

@@ -1,10 +1,21 @@
 //! Pieces that come, from peers and from the origin, and what follows when they are wrong.
 
-use super::*;
+use std::time::Duration;
+
+use super::pace::{self, Kind};
+use super::phase::Change;
+use super::task::Reading;
+use super::{BUSY_REST, Failure, Node, Notary, Output, Trust, Verdict};
+use crate::Time;
+use crate::digest::{Chain, Digest};
+use crate::limit::TokenBucket;
+use crate::message::{Message, Refusal};
+use crate::parents::Fault;
+use crate::piece::{PeerId, PieceIndex, PieceTable};
 
 impl<N: Notary> Node<N> {
     /// A piece came from a peer; `chain` ran over its bytes from the piece's start.
-    pub fn piece(&mut self, now: Time, peer: PeerId, request: u32, chain: &Chain) -> Verdict {
+    pub(super) fn piece(&mut self, now: Time, peer: PeerId, request: u32, chain: &Chain) -> Verdict {
         let Some((digest, piece, at)) = self.asked.remove(&(peer, request)) else { return Verdict::Drop };
         let Some(task) = self.tasks.get_mut(&digest) else { return Verdict::Drop };
         let (Some(fetch), Some(table)) = (&mut task.fetch, &task.table) else { return Verdict::Drop };
@@ -46,6 +57,10 @@ impl<N: Notary> Node<N> {
         }
         let Some(task) = self.tasks.get_mut(digest) else { return };
         task.in_vain = false;
+        // Peers may have dropped the next pieces of a node without disk that lags behind them.
+        if task.memory.is_some() {
+            return;
+        }
         let reads = !task.elected && matches!(task.reading, Reading::At(_));
         if !reads || !self.hope(now, digest, |peer| self.parents.trusted(now, peer)) {
             return;
@@ -57,7 +72,7 @@ impl<N: Notary> Node<N> {
     }
 
     /// A request to a peer came to nothing.
-    pub fn piece_failed(
+    pub(super) fn piece_failed(
         &mut self,
         now: Time,
         peer: PeerId,
@@ -72,15 +87,15 @@ impl<N: Notary> Node<N> {
             self.parents.did_not_serve(peer, fetch.layout().len_bytes(piece), now.since(at));
             match refused {
                 // A busy peer still has it; one that lost it has not.
-                Some(Refusal::NotHeld) => fetch.withdrawn(peer, piece),
-                Some(Refusal::Draining | Refusal::Unable) => fetch.parent_lost(peer),
+                Some(Refusal::NotHeld | Refusal::Unable) => fetch.withdrawn(peer, piece),
+                Some(Refusal::Draining) => fetch.parent_lost(peer),
                 Some(Refusal::Busy) => fetch.rest(peer, now + BUSY_REST),
                 _ => {}
             }
         }
         match refused {
-            // To shed load is no fault, nor to end in order.
-            Some(Refusal::Busy | Refusal::Draining) => {}
+            // To shed load is no fault, nor to end in order, nor to have no disk.
+            Some(Refusal::Busy | Refusal::Draining | Refusal::Unable) => {}
             Some(Refusal::NotHeld) => self.punish(now, peer, &digest, Fault::NotHeld),
             _ => self.punish(now, peer, &digest, fault),
         }
@@ -112,7 +127,13 @@ impl<N: Notary> Node<N> {
     }
 
     /// The next piece of the origin's stream is whole; `chain` ran from the piece's start.
-    pub fn origin_piece(&mut self, now: Time, digest: &Digest, piece: PieceIndex, chain: &Chain) -> Verdict {
+    pub(super) fn origin_piece(
+        &mut self,
+        now: Time,
+        digest: &Digest,
+        piece: PieceIndex,
+        chain: &Chain,
+    ) -> Verdict {
         let honest = self.honest_prefix(digest);
         let Some(task) = self.tasks.get_mut(digest) else { return Verdict::Drop };
         let (Some(fetch), Some(table), Reading::At(at)) = (&task.fetch, &mut task.table, task.reading) else {
@@ -175,7 +196,7 @@ impl<N: Notary> Node<N> {
     pub(super) fn origin_next(&mut self, digest: &Digest, next: PieceIndex) {
         let Some(task) = self.tasks.get_mut(digest) else { return };
         let Some(fetch) = &task.fetch else { return };
-        if task.complete || next >= fetch.layout().count() {
+        if task.is_complete() || next >= fetch.layout().count() {
             // The stream ends by itself, or there is nothing left to read.
             if !matches!(task.reading, Reading::No) {
                 task.reading = Reading::No;
@@ -188,7 +209,10 @@ impl<N: Notary> Node<N> {
     }
 
     /// The origin's stream is over: by itself, or by failure.
-    pub fn origin_over(&mut self, now: Time, digest: &Digest, failure: Option<Failure>) {
+    pub(super) fn origin_over(&mut self, now: Time, digest: &Digest, failure: Option<Failure>) {
+        if failure.is_some() {
+            self.count_failure(now, digest);
+        }
         let Some(task) = self.tasks.get_mut(digest) else { return };
         if let Reading::At(_) = task.reading {
             task.reading = match failure {
@@ -208,14 +232,17 @@ impl<N: Notary> Node<N> {
         let Some(fetch) = &mut task.fetch else { return };
         task.moved = now;
         let len_bytes = fetch.layout().len_bytes(piece);
+        if let Some(memory) = &mut task.memory {
+            memory.keep(now, piece, len_bytes);
+        }
         for rest in fetch.got(piece) {
             self.asked.remove(&(rest.peer, rest.request));
             self.parents.did_not_serve(rest.peer, len_bytes, now.since(rest.at));
             self.outputs.push_back(Output::Cancel { peer: rest.peer, request: rest.request });
         }
         if fetch.held().is_full() {
-            task.complete = true;
-            task.running = false;
+            task.enter(Change::Filled);
+            task.refills = false;
             // Every piece matches and the last one ends in the digest: whoever made the table, it is right.
             task.trust = Some(Trust::Clients);
             if task.brings(self.config.role) {

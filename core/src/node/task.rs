@@ -1,6 +1,28 @@
 //! One task of this node, and what each peer has to do with it.
 
-use super::*;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::time::Duration;
+
+use super::fair::Admission;
+use super::memory::Memory;
+use super::pace::Pace;
+use super::phase::{Change, Phase};
+use super::table::Unproven;
+use super::{
+    ANSWER_WITHIN, FIRST_NEWS_EVERY, FIRST_PIECES, Failure, NEWS_EVERY, Notary, Output, TAKES_ALL_AFTER,
+    Trust,
+};
+use crate::Time;
+use crate::application::Purpose;
+use crate::digest::Digest;
+use crate::fetch::Fetch;
+use crate::message::{Message, Role};
+use crate::offer::Offers;
+use crate::peers::PeerMap;
+use crate::piece::{PeerId, PieceIndex, PieceLayout, PieceSet, PieceTable};
+use crate::reference::Source;
+use crate::right::Right;
+use crate::share::Share;
 
 /// The origin, as far as one task goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -9,6 +31,41 @@ pub(super) enum Reading {
     /// The piece that comes next.
     At(PieceIndex),
     FailedAt(Time, Failure),
+}
+
+/// The scheduler's advice about one download.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum Advice {
+    #[default]
+    NotAsked,
+    /// The scheduler was asked at that time, and has not answered.
+    Asked(Time),
+    /// The scheduler has answered. It may have been asked again since, and may answer without a question.
+    Given { asked: Option<Time> },
+}
+
+impl Advice {
+    pub(super) const fn asked_at(self) -> Option<Time> {
+        match self {
+            Self::NotAsked => None,
+            Self::Asked(at) => Some(at),
+            Self::Given { asked } => asked,
+        }
+    }
+
+    pub(super) const fn is_given(self) -> bool {
+        matches!(self, Self::Given { .. })
+    }
+
+    /// The scheduler is asked.
+    pub(super) const fn ask(&mut self, now: Time) {
+        *self = if self.is_given() { Self::Given { asked: Some(now) } } else { Self::Asked(now) };
+    }
+
+    /// The scheduler answers.
+    pub(super) const fn give(&mut self) {
+        *self = Self::Given { asked: self.asked_at() };
+    }
 }
 
 /// What one peer has to do with one task.
@@ -33,6 +90,8 @@ pub(super) struct Link {
     pub(super) unproven: Unproven,
     /// What it wants the task for, as a child.
     pub(super) purpose: Purpose,
+    /// It waits for the task here: its role. Nobody else's interest keeps a task in play.
+    pub(super) waits: Option<Role>,
 }
 
 /// All that children are told of: while it stays as it is, there is nothing to tell them.
@@ -48,8 +107,8 @@ pub(super) struct News {
 pub(super) struct Task {
     pub(super) source: Source,
     pub(super) right: Right,
-    /// The seeds may not read it at its origin.
-    pub(super) reads: bool,
+    /// The seeds may not read it at its origin, so this node may have to.
+    pub(super) is_closed_to_seeds: bool,
     /// Known once the size is.
     pub(super) fetch: Option<Fetch>,
     pub(super) table: Option<PieceTable>,
@@ -61,8 +120,13 @@ pub(super) struct Task {
     /// We are to read the origin and issue the table.
     pub(super) elected: bool,
     pub(super) announce: bool,
-    /// Somebody here wants pieces of it.
-    pub(super) running: bool,
+    /// For whose sake a seed downloads it.
+    pub(super) admission: Admission,
+    /// What it keeps while the disk takes nothing.
+    pub(super) memory: Option<Memory>,
+    /// It fetches what it once held and let go while the disk took nothing.
+    pub(super) refills: bool,
+    pub(super) phase: Phase,
     /// Clients of this node read it.
     pub(super) is_read: bool,
     /// What they want it for; where there are none any more, what the last ones did.
@@ -76,7 +140,6 @@ pub(super) struct Task {
     pub(super) share: Share,
     /// All of them.
     pub(super) whole: bool,
-    pub(super) complete: bool,
     pub(super) reading: Reading,
     pub(super) shown: PieceSet,
     /// When a piece last came, or the download began.
@@ -84,9 +147,7 @@ pub(super) struct Task {
     /// It has waited for others in vain: until one that can be counted on brings something, it reads on from the origin wherever
     /// something is missing.
     pub(super) in_vain: bool,
-    /// When the scheduler was last asked; whether it has answered.
-    pub(super) wanted: Option<Time>,
-    pub(super) answered: bool,
+    pub(super) advice: Advice,
     /// When children were last told anything, and of what state of things.
     pub(super) news: Time,
     pub(super) told: Option<News>,
@@ -94,13 +155,27 @@ pub(super) struct Task {
     pub(super) tables_sent: Option<(bool, u32, u64)>,
     /// The last piece's senders that failed the digest: two different ones mean that the table is wrong.
     pub(super) last_wrong: BTreeSet<PeerId>,
-    pub(super) failed: bool,
+    /// The shell was told that readers of ranges need not wait for peers.
+    pub(super) is_alone: bool,
 }
 
 impl Task {
+    /// Something happened that may change the phase.
+    pub(super) const fn enter(&mut self, change: Change) {
+        self.phase = self.phase.after(change);
+    }
+
+    pub(super) const fn is_running(&self) -> bool {
+        self.phase.is_running()
+    }
+
+    pub(super) const fn is_complete(&self) -> bool {
+        self.phase.is_complete()
+    }
+
     /// How often children are told of new pieces.
     pub(super) fn news_every(&self) -> Duration {
-        let few = self.running && self.fetch.as_ref().is_some_and(|f| f.held().len() <= FIRST_PIECES);
+        let few = self.is_running() && self.fetch.as_ref().is_some_and(|f| f.held().len() <= FIRST_PIECES);
         if few { FIRST_NEWS_EVERY } else { NEWS_EVERY }
     }
 
@@ -110,21 +185,34 @@ impl Task {
             held: self.fetch.as_ref().map_or(0, |fetch| fetch.held().len()),
             signed: self.table.as_ref().and_then(PieceTable::signed).map(|s| (s.sealed, s.count)),
             joined: self.offers.joined(),
-            failed: self.failed,
+            failed: self.phase.failure().is_some(),
         }
     }
 
     /// When children are to be told something next: news are gathered for a while. Who is frugal looks again and again to whom
     /// it may offer more.
     pub(super) fn tells_at(&self, role: Role) -> Option<Time> {
-        let brings = self.brings(role) && (self.running || self.offers.hungry() > 0);
+        let brings = self.brings(role) && (self.is_running() || self.offers.hungry() > 0);
         let has_news = || brings || self.told != Some(self.news());
-        (self.announce && !self.offers.is_empty() && has_news()).then(|| self.news + self.news_every())
+        (self.may_announce(role) && !self.offers.is_empty() && has_news())
+            .then(|| self.news + self.news_every())
     }
 
     /// Whether a node of this `role` is to bring it to the others: it reads the origin for all, issues the table, is frugal.
     pub(super) fn brings(&self, role: Role) -> bool {
         self.elected || role == Role::Seed
+    }
+
+    /// Whether pieces may be offered. Without disk only a node that brings the task feeds children.
+    pub(super) fn may_announce(&self, role: Role) -> bool {
+        let feeds = |memory: &Memory| memory.has_budget() && self.brings(role);
+        self.announce && self.memory.as_ref().is_none_or(feeds)
+    }
+
+    /// Whether a piece can be given out.
+    pub(super) fn keeps(&self, piece: PieceIndex) -> bool {
+        let held = self.fetch.as_ref().is_some_and(|fetch| fetch.held().contains(piece));
+        held && self.memory.as_ref().is_none_or(|memory| memory.contains(piece))
     }
 
     /// Whether that peer is to bring it here: a seed, or whose statements count besides.
@@ -134,7 +222,7 @@ impl Task {
 
     /// Whether it goes on though nobody waits for it: no client here, and no child of whoever is to bring it to the others.
     pub(super) fn is_prefetch(&self, role: Role) -> bool {
-        self.running && !self.is_read && !(self.brings(role) && self.offers.hungry() > 0)
+        self.is_running() && !self.is_read && !(self.brings(role) && self.offers.hungry() > 0)
     }
 
     /// For whom it is fetched: for clients here, and, by whoever is to bring it to the others, for these too.
@@ -149,11 +237,23 @@ impl Task {
         self.offers.leave(peer);
         // When it comes back it may have thrown away what it was told of the table.
         if let Some(link) = self.links.get_mut(&peer) {
-            (link.table_sent, link.signed_sent) = (0, None);
+            (link.table_sent, link.signed_sent, link.waits) = (0, None, None);
         }
         if self.offers.is_empty() {
             self.childrens_purpose = None;
         }
+    }
+
+    /// The children that wait for it here.
+    pub(super) fn waiting(&self) -> impl Iterator<Item = (PeerId, Role)> + '_ {
+        self.links.iter().filter_map(|(peer, link)| Some((*peer, link.waits?)))
+    }
+
+    /// Whether a seed that asks for it waits for it on nobody's behalf. Two seeds with nothing but each other's interest must not
+    /// keep a task in play: so only clients here and children that are no seeds count. An owner reads the origin itself.
+    pub(super) fn is_passive(&self, me: Role) -> bool {
+        let is_wanted = || self.is_read || self.waiting().any(|(_, role)| role != Role::Seed);
+        me == Role::Seed && (self.elected || !is_wanted())
     }
 
     /// The question for this task, from a node of role `me` to a peer of another role.
@@ -161,12 +261,14 @@ impl Task {
         let token = self.right.token().filter(|_| role == Role::Seed).cloned();
         let (source, size_bytes) = (self.source.clone(), self.size_bytes());
         let far = self.links.get(&peer).filter(|link| link.far).map(|_| self.share);
-        Message::Interest { task, source, size_bytes, token, purpose: self.purpose(me), far }
+        let (purpose, passive) = (self.purpose(me), self.is_passive(me));
+        let partial = !self.whole;
+        Message::Interest { task, source, size_bytes, token, purpose, far, passive, partial }
     }
 
     /// Whether its own zone does not suffice: whoever was to bring it there does not, or nobody says who that is.
     pub(super) fn takes_all(&self, now: Time) -> bool {
-        now.since(self.moved) >= if self.answered { TAKES_ALL_AFTER } else { ANSWER_WITHIN }
+        now.since(self.moved) >= if self.advice.is_given() { TAKES_ALL_AFTER } else { ANSWER_WITHIN }
     }
 
     /// A peer stands in another zone, or in this one.
@@ -197,6 +299,7 @@ impl Task {
         self.offers = self.offers.anew(layout);
         self.shown = PieceSet::empty(layout.count());
         self.table = Some(table);
+        self.enter(Change::Sized);
         let mut fetch = Fetch::new(layout, held);
         fetch.want_whole(self.whole);
         fetch.share(self.share);
@@ -208,9 +311,10 @@ impl Task {
     pub(super) fn start_over(&mut self, digest: &Digest) {
         let Some(layout) = self.fetch.as_ref().map(Fetch::layout) else { return };
         self.set_size(digest, layout, None);
+        self.memory.iter_mut().for_each(Memory::clear);
         self.trust = None;
         (self.told, self.tables_sent) = (None, None);
-        self.complete = false;
+        self.enter(Change::Discarded);
         self.in_vain = false;
         self.last_wrong.clear();
         for link in self.links.values_mut() {
@@ -230,13 +334,20 @@ impl Task {
         self.table.as_ref().is_some_and(|t| t.signed().is_some())
     }
 
+    /// Whether a child may hope for it here. A peer that has all of it and no seal yet gets one with the election; a child may hear of
+    /// that before this node does.
+    pub(super) fn will_share(&self) -> bool {
+        self.is_running() || self.is_complete() || self.may_share()
+    }
+
     /// Signs what has not been signed yet, as the issuer.
     pub(super) fn issue<N: Notary>(&mut self, notary: &N) {
+        let is_complete = self.is_complete();
         let Some(table) = &mut self.table else { return };
         let count = table.values().len() as u32;
-        let fresh = table.signed().is_none_or(|s| (s.sealed, s.count) < (self.complete, count));
+        let fresh = table.signed().is_none_or(|s| (s.sealed, s.count) < (is_complete, count));
         if fresh {
-            notary.sign(table, self.complete);
+            notary.sign(table, is_complete);
             self.trust = Some(Trust::Clients);
         }
     }
@@ -253,7 +364,7 @@ impl Task {
     pub(super) fn show_piece(&mut self, digest: &Digest, piece: PieceIndex, outputs: &mut VecDeque<Output>) {
         let (Some(fetch), Some(table)) = (&self.fetch, &self.table) else { return };
         let last = Some(piece) == fetch.layout().last();
-        let whole_matches = self.complete || table.is_sealed();
+        let whole_matches = self.is_complete() || table.is_sealed();
         if self.trust == Some(Trust::Clients) && (!last || whole_matches) && self.shown.insert(piece) {
             outputs.push_back(Output::Show(*digest, piece));
         }

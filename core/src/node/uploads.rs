@@ -19,6 +19,10 @@ const WAITING: usize = 1024;
 /// Requests that one child may have waiting.
 const WAITING_A_CHILD: usize = 32;
 
+/// One child gets half of the slots, and so many at least: one that asks and does not read keeps the rest from nobody. A connection
+/// sends no more at once.
+const SLOTS_A_CHILD_MIN: usize = 2;
+
 /// How long a request may wait: past it the answer is "busy" too, well before the child takes the silence for a stall.
 const WAITS_AT_MOST: Duration = Duration::from_secs(10);
 
@@ -54,6 +58,8 @@ type Turn = (bool, Priority);
 /// A piece that is being sent.
 #[derive(Clone, Copy, Debug)]
 struct Active {
+    task: Digest,
+    piece: PieceIndex,
     turn: Turn,
     /// It was begun as what few hold.
     is_rare: bool,
@@ -87,6 +93,11 @@ impl Uploads {
             overtaken: 0,
             begun: Time(Duration::ZERO),
         }
+    }
+
+    /// Sends at most this many at once from now on.
+    pub(super) const fn set_slots(&mut self, slots: usize) {
+        self.slots = if slots == 0 { 1 } else { slots };
     }
 
     /// Puts a request in the queue. Who has to go elsewhere when that is full: whoever asked last for what is least urgent, if
@@ -129,6 +140,8 @@ impl Uploads {
         }
         let rarity = |w: &Waiting| if now.since(w.since) >= RARE_AFTER { 0 } else { spread(w).min(FEW) };
         let sent_to = |peer: PeerId| self.active.keys().filter(|(whom, _)| *whom == peer).count();
+        let slots_a_child = self.slots.div_ceil(2).max(SLOTS_A_CHILD_MIN);
+        let may = |w: &Waiting| sent_to(w.peer) < slots_a_child && may(w);
         let all = || self.waiting.iter().enumerate().filter(|(_, w)| may(w));
         let active = self.active.values().map(|active| active.turn);
         let most_urgent = all().map(|(_, w)| w.turn()).chain(active).min()?;
@@ -156,7 +169,8 @@ impl Uploads {
             }
         };
         let next = self.waiting.remove(at);
-        let active = Active { turn: next.turn(), is_rare: rarity(&next) < FEW };
+        let active =
+            Active { task: next.task, piece: next.piece, turn: next.turn(), is_rare: rarity(&next) < FEW };
         self.active.insert((next.peer, next.request), active);
         Some(next)
     }
@@ -174,6 +188,11 @@ impl Uploads {
     /// Whether nothing waits, and nothing is sent either or, as far as that matters, a slot is free.
     pub(super) fn is_idle(&self, entirely: bool) -> bool {
         !self.is_waited_for() && if entirely { self.active.is_empty() } else { self.has_slot() }
+    }
+
+    /// Which piece is being sent under this number.
+    pub(super) fn what(&self, peer: PeerId, request: u32) -> Option<(Digest, PieceIndex)> {
+        self.active.get(&(peer, request)).map(|active| (active.task, active.piece))
     }
 
     pub(super) fn over(&mut self, peer: PeerId, request: u32) {
@@ -329,6 +348,35 @@ mod tests {
         }
         let gone = uploads.wait(asks(200, 1, false)).expect("it is full");
         assert_eq!((gone.peer, gone.prefetch), (PeerId([2; 16]), true));
+    }
+
+    #[test]
+    fn a_child_that_does_not_read_leaves_slots_to_others() {
+        let mut uploads = Uploads::new(8);
+        for request in 0..8 {
+            let _ = uploads.wait(asks(1, request, false));
+        }
+        let begun = std::iter::from_fn(|| uploads.next(at(0), |_| 1, |_| true)).count();
+        assert_eq!(begun, 4);
+        let _ = uploads.wait(asks(2, 100, false));
+        assert_eq!(uploads.next(at(0), |_| 1, |_| true).map(|w| w.request), Some(100));
+    }
+
+    #[test]
+    fn changed_slots_count_for_the_next_request() {
+        let mut uploads = Uploads::new(2);
+        for request in 0..12 {
+            let _ = uploads.wait(asks(request as u8, request, false));
+        }
+        let mut begin = |slots| {
+            uploads.set_slots(slots);
+            std::iter::from_fn(|| uploads.next(at(0), |_| 1, |_| true)).count()
+        };
+        assert_eq!([begin(2), begin(6), begin(3), begin(0)], [2, 4, 0, 0]);
+        (0..5).for_each(|request| uploads.over(PeerId([request as u8; 16]), request));
+        assert_eq!(uploads.active.len(), 1);
+        uploads.set_slots(3);
+        assert_eq!(std::iter::from_fn(|| uploads.next(at(0), |_| 1, |_| true)).count(), 2);
     }
 
     #[test]

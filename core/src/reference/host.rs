@@ -38,6 +38,11 @@ pub fn canonical_host(text: &str) -> Result<String, HostError> {
     })
 }
 
+/// Whether a host, given as [`canonical_host`] writes it, is Docker Hub.
+pub(super) fn is_hub(canonical: &str) -> bool {
+    canonical == HUB
+}
+
 /// Where a registry's API is: the same host, but for Docker Hub.
 pub fn api_host(canonical: &str) -> &str {
     if canonical == HUB { HUB_API } else { canonical }

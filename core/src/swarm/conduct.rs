@@ -1,5 +1,8 @@
 //! Who reported whom, who is trusted less for it, and who is isolated: the rule of evidence.
 //!
+//! - An accusation counts only if the reporter and the accused were named to each other for that task: the caller sees to it.
+//! - A seed is isolated on the word of [`REPORTERS_TO_ISOLATE_SEED`] reporters, and only if they are more than the others that it
+//!   served within [`EVIDENCE_WINDOW`]. Reports never isolate the last seed: without it everybody reads the origin alone.
 //! - Wrong bytes isolate a peer when two different reporters, both with a vote, said so within [`EVIDENCE_WINDOW`].
 //! - So do stalls, and refusals of what was offered, within [`STALL_WINDOW`], while nobody says that the peer served anything:
 //!   one whom two can't use and nobody can is of no use, be it by will or by a broken link. It is soon given another chance.
@@ -30,6 +33,8 @@ pub const STALL_WINDOW: Duration = Duration::from_secs(30);
 pub const EVIDENCE_WINDOW: Duration = Duration::from_secs(10 * 60);
 /// Reporters it takes to isolate a peer.
 pub const REPORTERS_TO_ISOLATE: usize = 2;
+/// Reporters it takes to isolate a seed. Two members that lie together isolate none.
+pub const REPORTERS_TO_ISOLATE_SEED: usize = 3;
 /// Unshared accusations of wrong bytes (of stalls) after which a reporter has no vote on them. Both are rare: one liar in a
 /// thousand.
 pub const LONE_ACCUSATIONS: usize = 3;
@@ -51,10 +56,23 @@ const PROBATION_SUSPICION: f32 = 0.9;
 const NEGLIGIBLE: f32 = 0.01;
 /// Accusations kept for one accused and for one reporter: far more than the rules above look at.
 const KEPT: usize = 32;
+/// Peers kept that a seed served: fewer than the accusations, so that enough accusers always outnumber them.
+const SERVED_KEPT: usize = KEPT - 1;
 /// Records kept. Beyond that new peers are not put on record; only peers that are here can be accused.
 const MAX_RECORDS: usize = 65_536;
 /// How often what has faded is dropped.
 const SWEEP_EVERY: Duration = Duration::from_secs(60);
+
+/// How much evidence it takes to isolate the accused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Standing {
+    /// An ordinary peer.
+    Peer,
+    /// One of several seeds that are here.
+    Seed,
+    /// The only seed that is here and not isolated.
+    LastSeed,
+}
 
 /// Why a peer is isolated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -94,6 +112,8 @@ struct Record {
     isolated: Option<(Guilt, Time)>,
     /// When somebody last said that it served him.
     served_at: Option<Time>,
+    /// Of a seed: the peers that said so, and when last.
+    served: Vec<(PeerId, Time)>,
     /// Who accused this peer.
     accusers: Vec<Accusation>,
     /// Whom this peer accused.
@@ -152,6 +172,7 @@ impl Record {
             && self.served_at.is_none_or(|at| now.since(at) >= EVIDENCE_WINDOW)
             && self.accusers.is_empty()
             && self.accused.is_empty()
+            && self.served.is_empty()
             && self.suspicion(now) < NEGLIGIBLE
     }
 }
@@ -184,7 +205,14 @@ impl Conduct {
     }
 
     /// Takes in a report. `true`: `accused` is isolated from now on.
-    pub(super) fn report(&mut self, now: Time, reporter: PeerId, accused: PeerId, kind: ReportKind) -> bool {
+    pub(super) fn report(
+        &mut self,
+        now: Time,
+        reporter: PeerId,
+        accused: PeerId,
+        standing: Standing,
+        kind: ReportKind,
+    ) -> bool {
         if reporter == accused || self.is_isolated(now, reporter) || self.is_isolated(now, accused) {
             return false;
         }
@@ -193,6 +221,15 @@ impl Conduct {
             ReportKind::Stalled => (STALLED_WEIGHT, Charge::Stalled),
             ReportKind::NotHeld => (NOT_HELD_WEIGHT, Charge::Stalled),
             ReportKind::Failed => (FAILED_WEIGHT, Charge::Failed),
+            ReportKind::Served(_) if standing != Standing::Peer => {
+                if let Some(record) = self.record(accused) {
+                    record.served_at = Some(now);
+                    record.served.retain(|(peer, _)| *peer != reporter);
+                    record.served.truncate(SERVED_KEPT - 1);
+                    record.served.insert(0, (reporter, now));
+                }
+                return false;
+            }
             ReportKind::Served(_) => {
                 // Only those on record have anything to be refuted.
                 if let Some(record) = self.records.get_mut(&accused) {
@@ -209,7 +246,7 @@ impl Conduct {
         if let Some(record) = self.record(reporter) {
             note(&mut record.accused, Accusation { peer: accused, charge, at: now });
         }
-        self.judge(now, accused, charge)
+        self.judge(now, accused, standing, charge)
     }
 
     /// Isolates a peer that is guilty beyond doubt. `false`: it is isolated already, or there are too many records.
@@ -250,6 +287,7 @@ impl Conduct {
             }
             record.accusers.retain(|accusation| now.since(accusation.at) < EVIDENCE_WINDOW);
             record.accused.retain(|accusation| now.since(accusation.at) < EVIDENCE_WINDOW);
+            record.served.retain(|(_, at)| now.since(*at) < EVIDENCE_WINDOW);
         }
         self.records.retain(|_, record| !record.has_faded(now));
         released
@@ -261,17 +299,28 @@ impl Conduct {
         self.releases.first().copied().into_iter().chain(sweep).min()
     }
 
-    fn judge(&mut self, now: Time, accused: PeerId, charge: Charge) -> bool {
+    fn judge(&mut self, now: Time, accused: PeerId, standing: Standing, charge: Charge) -> bool {
         let Some((guilt, window, isolation)) = charge.verdict() else { return false };
         let Some(record) = self.records.get(&accused) else { return false };
         let counts = |a: &&Accusation| a.charge == charge && now.since(a.at) < window && !record.refutes(a);
+        let accuses = |peer: PeerId| record.accusers.iter().filter(counts).any(|a| a.peer == peer);
         let votes = record
             .accusers
             .iter()
             .filter(counts)
             .filter(|a| self.has_vote(now, a.peer, accused, charge))
             .count();
-        votes >= REPORTERS_TO_ISOLATE && self.convict(now, accused, guilt, isolation)
+        let is_enough = match standing {
+            Standing::Peer => votes >= REPORTERS_TO_ISOLATE,
+            Standing::Seed => {
+                let is_content =
+                    |(peer, at): &&(PeerId, Time)| now.since(*at) < EVIDENCE_WINDOW && !accuses(*peer);
+                let content = record.served.iter().filter(is_content).count();
+                votes >= REPORTERS_TO_ISOLATE_SEED && votes > content
+            }
+            Standing::LastSeed => false,
+        };
+        is_enough && self.convict(now, accused, guilt, isolation)
     }
 
     /// How much of a report is believed, 0 to 1.
@@ -334,7 +383,13 @@ mod tests {
     fn isolated_after(reports: &[(u8, u8)]) -> Vec<PeerId> {
         let mut conduct = Conduct::default();
         for (second, (reporter, accused)) in reports.iter().enumerate() {
-            conduct.report(at(second as u64), peer(*reporter), peer(*accused), ReportKind::WrongBytes);
+            conduct.report(
+                at(second as u64),
+                peer(*reporter),
+                peer(*accused),
+                Standing::Peer,
+                ReportKind::WrongBytes,
+            );
         }
         conduct.isolated(at(reports.len() as u64))
     }
@@ -366,7 +421,7 @@ mod tests {
     fn failures_never_isolate_and_are_forgiven() {
         let mut conduct = Conduct::default();
         for reporter in 1..30 {
-            assert!(!conduct.report(at(0), peer(reporter), peer(99), ReportKind::Failed));
+            assert!(!conduct.report(at(0), peer(reporter), peer(99), Standing::Peer, ReportKind::Failed));
         }
         assert!(conduct.isolated(at(0)).is_empty());
         assert!(conduct.suspicion(at(0), peer(99)) > 0.9);
@@ -389,7 +444,7 @@ mod tests {
         for (name, reports, isolated) in cases {
             let mut conduct = Conduct::default();
             for (second, reporter, kind) in *reports {
-                conduct.report(at(*second), peer(*reporter), peer(9), *kind);
+                conduct.report(at(*second), peer(*reporter), peer(9), Standing::Peer, *kind);
             }
             assert_eq!(conduct.is_isolated(at(31), peer(9)), *isolated, "{name}");
         }
@@ -399,19 +454,19 @@ mod tests {
     fn who_was_refuted_has_no_vote_on_stalls() {
         let mut conduct = Conduct::default();
         for accused in 10..13 {
-            conduct.report(at(0), peer(1), peer(accused), ReportKind::Stalled);
-            conduct.report(at(1), peer(2), peer(accused), ReportKind::Served(1));
+            conduct.report(at(0), peer(1), peer(accused), Standing::Peer, ReportKind::Stalled);
+            conduct.report(at(1), peer(2), peer(accused), Standing::Peer, ReportKind::Served(1));
         }
-        conduct.report(at(2), peer(1), peer(9), ReportKind::Stalled);
-        assert!(!conduct.report(at(3), peer(3), peer(9), ReportKind::Stalled));
-        assert!(conduct.report(at(4), peer(4), peer(9), ReportKind::Stalled));
+        conduct.report(at(2), peer(1), peer(9), Standing::Peer, ReportKind::Stalled);
+        assert!(!conduct.report(at(3), peer(3), peer(9), Standing::Peer, ReportKind::Stalled));
+        assert!(conduct.report(at(4), peer(4), peer(9), Standing::Peer, ReportKind::Stalled));
     }
 
     #[test]
     fn isolation_tells_why_and_how_long() {
         let mut conduct = Conduct::default();
-        conduct.report(at(0), peer(1), peer(9), ReportKind::Stalled);
-        conduct.report(at(0), peer(2), peer(9), ReportKind::Stalled);
+        conduct.report(at(0), peer(1), peer(9), Standing::Peer, ReportKind::Stalled);
+        conduct.report(at(0), peer(2), peer(9), Standing::Peer, ReportKind::Stalled);
         assert_eq!(conduct.isolation(at(20), peer(9)), Some((Guilt::Stalled, Duration::from_secs(40))));
         assert!(conduct.convict(at(1), peer(8), Guilt::Contradiction, ISOLATION));
         assert!(!conduct.convict(at(2), peer(8), Guilt::Contradiction, ISOLATION));
@@ -423,7 +478,7 @@ mod tests {
     fn who_stalls_with_everybody_is_believed_less() {
         let mut conduct = Conduct::default();
         for accused in 2..40 {
-            conduct.report(at(0), peer(1), peer(accused), ReportKind::Failed);
+            conduct.report(at(0), peer(1), peer(accused), Standing::Peer, ReportKind::Failed);
         }
         assert!(conduct.suspicion(at(0), peer(2)) > 0.05);
         assert!(conduct.suspicion(at(0), peer(39)) < 0.001);
@@ -432,15 +487,15 @@ mod tests {
     #[test]
     fn old_evidence_does_not_count() {
         let mut conduct = Conduct::default();
-        conduct.report(at(0), peer(1), peer(9), ReportKind::WrongBytes);
-        assert!(!conduct.report(at(601), peer(2), peer(9), ReportKind::WrongBytes));
+        conduct.report(at(0), peer(1), peer(9), Standing::Peer, ReportKind::WrongBytes);
+        assert!(!conduct.report(at(601), peer(2), peer(9), Standing::Peer, ReportKind::WrongBytes));
     }
 
     #[test]
     fn isolation_ends_in_probation_and_everything_fades() {
         let mut conduct = Conduct::default();
-        conduct.report(at(0), peer(1), peer(9), ReportKind::WrongBytes);
-        assert!(conduct.report(at(0), peer(2), peer(9), ReportKind::WrongBytes));
+        conduct.report(at(0), peer(1), peer(9), Standing::Peer, ReportKind::WrongBytes);
+        assert!(conduct.report(at(0), peer(2), peer(9), Standing::Peer, ReportKind::WrongBytes));
         assert!(conduct.is_isolated(at(599), peer(9)));
         assert!(!conduct.is_isolated(at(600), peer(9)));
         assert!(conduct.sweep(at(600)));
@@ -452,5 +507,67 @@ mod tests {
             conduct.sweep(now);
         }
         assert!(conduct.records.is_empty() && now < at(7200));
+    }
+
+    #[test]
+    fn a_seed_needs_three_reporters_who_outnumber_those_it_served() {
+        use ReportKind::{Served, Stalled, WrongBytes};
+        type Case<'a> = (&'a str, Standing, &'a [(u8, ReportKind)], bool);
+        let cases: &[Case<'_>] = &[
+            ("two liars", Standing::Seed, &[(1, WrongBytes), (2, WrongBytes)], false),
+            ("three", Standing::Seed, &[(1, WrongBytes), (2, WrongBytes), (3, WrongBytes)], true),
+            ("three stalls", Standing::Seed, &[(1, Stalled), (2, Stalled), (3, Stalled)], true),
+            (
+                "as many are content",
+                Standing::Seed,
+                &[
+                    (5, Served(1)),
+                    (6, Served(1)),
+                    (7, Served(1)),
+                    (1, WrongBytes),
+                    (2, WrongBytes),
+                    (3, WrongBytes),
+                ],
+                false,
+            ),
+            (
+                "what it served to those who accuse it does not count for it",
+                Standing::Seed,
+                &[
+                    (1, Served(1)),
+                    (2, Served(1)),
+                    (3, Served(1)),
+                    (1, WrongBytes),
+                    (2, WrongBytes),
+                    (3, WrongBytes),
+                ],
+                true,
+            ),
+            (
+                "the last one",
+                Standing::LastSeed,
+                &[(1, WrongBytes), (2, WrongBytes), (3, WrongBytes), (4, WrongBytes), (5, WrongBytes)],
+                false,
+            ),
+        ];
+        for (name, standing, reports, isolated) in cases {
+            let mut conduct = Conduct::default();
+            for (second, (reporter, kind)) in reports.iter().enumerate() {
+                conduct.report(at(second as u64), peer(*reporter), peer(9), *standing, *kind);
+            }
+            assert_eq!(conduct.is_isolated(at(9), peer(9)), *isolated, "{name}");
+        }
+    }
+
+    #[test]
+    fn what_a_seed_served_is_bounded_and_fades() {
+        let mut conduct = Conduct::default();
+        for reporter in 0..200 {
+            conduct.report(at(0), peer(reporter), peer(201), Standing::Seed, ReportKind::Served(1));
+        }
+        assert_eq!(conduct.records[&peer(201)].served.len(), SERVED_KEPT);
+        conduct.sweep(at(600));
+        conduct.sweep(at(1200));
+        assert!(conduct.records.is_empty());
     }
 }

@@ -8,10 +8,11 @@ use super::slab::Slot;
 use super::task::{Copy, Election, Task};
 use super::{
     ELECTION_STALL, GRACE, Guilt, ISOLATION, ISSUER_RETURNS, Output, POSTPONED_AT_MOST, POSTPONED_FOR,
-    REPORTERS_TO_ISOLATE, ReportKind, Swarm, Timer,
+    REPORTERS_TO_ISOLATE, ReportKind, Standing, Swarm, Timer,
 };
 use crate::Time;
 use crate::application::{Labels, Rule};
+use crate::digest::Digest;
 use crate::piece::PeerId;
 
 /// How many that got nowhere are remembered.
@@ -189,19 +190,31 @@ impl Swarm {
     }
 
     /// Takes in a report, as far as the reporter's allowance goes.
+    #[expect(clippy::too_many_arguments, reason = "they are what the peer said, one by one")]
     pub(super) fn report<R: Rng + ?Sized>(
         &mut self,
         now: Time,
         rng: &mut R,
         reporter: PeerId,
         accused: PeerId,
+        task: &Digest,
         kind: ReportKind,
+        is_vouched_for: bool,
     ) {
-        let (Some(from), Some(about)) = (self.by_id.get(&reporter), self.by_id.get(&accused).copied()) else {
+        let (Some(from), Some(about)) =
+            (self.by_id.get(&reporter).copied(), self.by_id.get(&accused).copied())
+        else {
             return;
         };
-        if !self.peers.get_mut(*from).is_some_and(|peer| peer.may_report(now)) {
+        if !self.peers.get_mut(from).is_some_and(|peer| peer.may_report(now)) {
             return;
+        }
+        let is_accusation = !matches!(kind, ReportKind::Served(_));
+        if is_accusation && !is_vouched_for && !self.have_met(from, about, task) {
+            return;
+        }
+        if kind == ReportKind::WrongBytes && !is_vouched_for {
+            self.outputs.push_back(Output::Vouched { reporter, peer: accused, task: *task, kind });
         }
         let Some(peer) = self.peers.get_mut(about) else { return };
         if let ReportKind::Served(bytes) = kind {
@@ -210,8 +223,27 @@ impl Swarm {
             // It is away: that is no fault, and it may be back before its grace is over.
             return;
         }
-        if self.conduct.report(now, reporter, accused, kind) {
+        let standing = self.standing(now, accused);
+        if self.conduct.report(now, reporter, accused, standing, kind) {
             self.isolate(now, rng, about);
+        }
+    }
+
+    /// Whether one of the two was named to the other for this task: transfers go both ways over a link.
+    fn have_met(&self, one: Slot, other: Slot, task: &Digest) -> bool {
+        let (Some(one), Some(other)) = (self.peers.get(one), self.peers.get(other)) else { return false };
+        one.was_named(other.about.peer, task) || other.was_named(one.about.peer, task)
+    }
+
+    fn standing(&self, now: Time, accused: PeerId) -> Standing {
+        if !self.seeds.contains_key(&accused) {
+            return Standing::Peer;
+        }
+        let is_here = |slot: &Slot| self.peers.get(*slot).is_some_and(|peer| peer.gone_at.is_none());
+        let others = self.seeds.iter().filter(|(seed, slot)| **seed != accused && is_here(slot));
+        match others.map(|(seed, _)| *seed).any(|seed| !self.conduct.is_isolated(now, seed)) {
+            true => Standing::Seed,
+            false => Standing::LastSeed,
         }
     }
 

@@ -221,8 +221,12 @@ impl Swarm {
         if let Some(copy) = task.copy_mut(parent) {
             copy.children += 1;
         }
-        if let Some(peer) = self.peers.get_mut(parent) {
-            peer.children += 1;
+        let digest = task.digest;
+        let Some(peer) = self.peers.get_mut(parent) else { return true };
+        peer.children += 1;
+        let id = peer.about.peer;
+        if let Some(peer) = self.peers.get_mut(child) {
+            peer.name(id, &digest);
         }
         true
     }

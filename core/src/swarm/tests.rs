@@ -92,6 +92,7 @@ impl World {
                     self.told.insert((to, task), told);
                 }
                 Output::Isolated(all) => self.isolated = all,
+                Output::Vouched { .. } => {}
             }
             self.said.push(output);
         }
@@ -151,12 +152,19 @@ impl World {
         self.input(Input::Left(peer(n)));
     }
 
+    fn report(&mut self, reporter: u32, accused: u32, kind: ReportKind, is_vouched_for: bool) {
+        let (reporter, peer) = (peer(reporter), peer(accused));
+        self.input(Input::Report { reporter, peer, task: task(1), kind, is_vouched_for });
+    }
+
+    /// Wrong bytes in task 1.
     fn accuse(&mut self, reporter: u32, accused: u32) {
-        self.input(Input::Report {
-            reporter: peer(reporter),
-            peer: peer(accused),
-            kind: ReportKind::WrongBytes,
-        });
+        self.report(reporter, accused, ReportKind::WrongBytes, false);
+    }
+
+    /// Wrong bytes in a task that another scheduler tracks.
+    fn accuse_elsewhere(&mut self, reporter: u32, accused: u32) {
+        self.report(reporter, accused, ReportKind::WrongBytes, true);
     }
 
     fn told(&self, n: u32, t: u32) -> &Told {
@@ -659,11 +667,72 @@ fn two_reporters_isolate_for_everyone_and_probation_ends_it() {
 }
 
 #[test]
+fn an_accusation_counts_only_between_peers_that_met_in_that_task() {
+    let mut world = World::new();
+    world.join(1..=5);
+    let vouched =
+        |world: &World| world.said.iter().filter(|said| matches!(said, Output::Vouched { .. })).count();
+    (2..=5).for_each(|n| world.accuse(n, 1));
+    (1..=3).for_each(|n| world.want(n, 2));
+    (2..=5).for_each(|n| world.accuse(n, 1));
+    assert!(world.isolated.is_empty(), "they met in another task, or not at all");
+    assert_eq!(vouched(&world), 0);
+    (1..=3).for_each(|n| world.want(n, 1));
+    world.accuse(2, 1);
+    // A report comes a second after the task is done.
+    world.input(Input::Forget { peer: peer(3), task: task(1) });
+    world.accuse(4, 1);
+    assert!(world.isolated.is_empty());
+    world.accuse(3, 1);
+    assert_eq!(world.isolated, [peer(1)]);
+    assert_eq!(vouched(&world), 2);
+}
+
+#[test]
+fn two_members_that_lie_isolate_no_seed() {
+    let mut world = World::new();
+    world.join_seed(100);
+    world.join_seed(101);
+    world.join(1..=9);
+    (1..=9).for_each(|n| world.want(n, 1));
+    world.hold(100, 1, 23, true);
+    world.hold(101, 1, 23, true);
+    for seed in [100, 101] {
+        for _ in 0..3 {
+            world.report(1, seed, ReportKind::WrongBytes, true);
+            world.report(2, seed, ReportKind::WrongBytes, true);
+            world.report(1, seed, ReportKind::Stalled, true);
+            world.report(2, seed, ReportKind::NotHeld, true);
+        }
+    }
+    assert!(world.isolated.is_empty());
+    // Seven of nine: one seed goes, the other one stays whatever they say.
+    (3..=9).for_each(|n| world.accuse_elsewhere(n, 100));
+    assert_eq!(world.isolated, [peer(100)]);
+    (3..=9).for_each(|n| world.accuse_elsewhere(n, 101));
+    assert_eq!(world.isolated, [peer(100)], "the last seed stays");
+}
+
+#[test]
+fn a_removed_member_is_gone_at_once() {
+    let mut world = World::new();
+    world.join(1..=3);
+    (1..=3).for_each(|n| world.want(n, 1));
+    world.input(Input::Removed(peer(1)));
+    world.wait(ms(1000));
+    assert_eq!(world.swarm.peer_count(), 2);
+    assert!((2..=3).all(|n| !world.parents(n, 1).contains(&peer(1))));
+    assert_ne!(world.told(2, 1).issuer, Some(peer(1)));
+    world.audit();
+}
+
+#[test]
 fn who_is_away_is_not_blamed_for_stalling() {
     let mut world = World::new();
     world.join(1..=4);
+    (1..=4).for_each(|n| world.want(n, 1));
     let complain = |world: &mut World, reporter: u32| {
-        world.input(Input::Report { reporter: peer(reporter), peer: peer(1), kind: ReportKind::Stalled });
+        world.report(reporter, 1, ReportKind::Stalled, false);
     };
     world.leave(1);
     (2..=4).for_each(|n| complain(&mut world, n));
@@ -693,8 +762,8 @@ fn an_issuer_that_contradicts_itself_is_isolated_at_once() {
 fn isolation_survives_a_reconnect() {
     let mut world = World::new();
     world.join(1..=3);
-    world.accuse(2, 1);
-    world.accuse(3, 1);
+    world.accuse_elsewhere(2, 1);
+    world.accuse_elsewhere(3, 1);
     world.leave(1);
     world.wait(GRACE * 2);
     world.join([1]);
@@ -708,7 +777,7 @@ fn a_flood_of_reports_is_cut_off() {
     let mut world = World::new();
     world.join(1..=2);
     for _ in 0..10_000 {
-        world.input(Input::Report { reporter: peer(1), peer: peer(2), kind: ReportKind::Served(1) });
+        world.report(1, 2, ReportKind::Served(1), false);
     }
     assert_eq!(world.swarm.peer_state(world.now, peer(2)).served_bytes, REPORTS_BURST as u64);
 }
@@ -806,7 +875,7 @@ fn the_share_of_a_gateway_that_is_gone_or_isolated_is_taken_over() {
     let (gateways, _) = gateways(&world, 20);
     let (gone, liar, weary) = (gateways[0], gateways[1], gateways[2]);
     world.leave(gone);
-    [2, 3].into_iter().for_each(|reporter| world.accuse(reporter, liar));
+    [2, 3].into_iter().for_each(|reporter| world.accuse_elsewhere(reporter, liar));
     // One gives up with a part of it.
     world.hold(weary, 1, 3, false);
     world.input(Input::Forget { peer: peer(weary), task: task(1) });
@@ -861,6 +930,7 @@ enum Step {
     HoldOnly(u32, u32),
     Forget(u32, u32),
     Accuse(u32, u32),
+    Remove(u32),
     Wait(u64),
 }
 
@@ -879,6 +949,7 @@ fn step() -> impl Strategy<Value = Step> {
         1 => (p(), t()).prop_map(|(p, t)| Step::HoldOnly(p, t)),
         1 => (p(), t()).prop_map(|(p, t)| Step::Forget(p, t)),
         1 => (p(), p()).prop_map(|(p, accused)| Step::Accuse(p, accused)),
+        1 => p().prop_map(Step::Remove),
         2 => (0u64..5000).prop_map(Step::Wait),
     ]
 }
@@ -908,7 +979,8 @@ fn apply(world: &mut World, step: &Step) {
             world.input(Input::Holdings { peer: peer(n), replaces_all: true, holdings });
         }
         Step::Forget(n, t) => world.input(Input::Forget { peer: peer(n), task: task(t) }),
-        Step::Accuse(n, accused) => world.accuse(n, accused),
+        Step::Accuse(n, accused) => world.accuse_elsewhere(n, accused),
+        Step::Remove(n) => world.input(Input::Removed(peer(n))),
         Step::Wait(time) => world.wait(ms(time)),
     }
 }

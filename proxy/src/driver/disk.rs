@@ -18,11 +18,10 @@ impl Driver {
         let data = buffer.freeze();
         state.shared.update(|s| s.hot.insert(piece, data.clone()));
         if state.in_memory() {
-            return;
+            return self.announce(&task);
         }
-        match &state.partial {
+        match state.disk.partial().cloned() {
             Some(partial) => {
-                let partial = partial.clone();
                 write(state, partial, self.config.events.clone(), task, piece, data);
             }
             None => state.unwritten.push(piece),
@@ -33,7 +32,7 @@ impl Driver {
     /// Writes what came before the file was there.
     pub(super) fn flush(&mut self, task: Digest) {
         let Some(state) = self.tasks.get_mut(&task) else { return };
-        let Some(partial) = state.partial.clone() else { return };
+        let Some(partial) = state.disk.partial().cloned() else { return };
         for piece in std::mem::take(&mut state.unwritten) {
             let Some(data) = state.shared.lock().hot.get(&piece).cloned() else { continue };
             write(state, partial.clone(), self.config.events.clone(), task, piece, data);
@@ -51,20 +50,25 @@ impl Driver {
         let Some(state) = self.tasks.get_mut(&task).filter(|t| t.generation == generation) else { return };
         state.writing -= 1;
         match outcome {
-            Ok(()) => state.shared.update(|s| {
-                if let Some(written) = &mut s.written {
-                    written.insert(piece);
-                }
-                if !s.in_memory {
+            Ok(()) => {
+                let in_memory = state.shared.update(|s| {
+                    if let Some(written) = &mut s.written {
+                        written.insert(piece);
+                    }
                     s.hot.remove(&piece);
+                    s.in_memory()
+                });
+                if in_memory {
+                    self.tell(Input::OnDisk { task, piece });
                 }
-            }),
+            }
             Err(error) => {
                 if !state.in_memory() {
                     warn!(%task, %error, "the disk refuses: this task goes on in memory");
-                    state.degrade();
-                    self.set_window(&task);
-                    self.holding(&task, 0, 0, false);
+                    self.enter_memory(task);
+                    if !self.node.is_shared(&task) {
+                        self.holding(&task, 0, 0, false);
+                    }
                 }
             }
         }
@@ -72,25 +76,25 @@ impl Driver {
     }
 
     pub(super) fn complete(&mut self, task: Digest) {
-        let Some(state) = self.tasks.get_mut(&task) else { return };
-        state.completing = true;
-        if state.in_memory() {
+        if self.tasks.get(&task).is_some_and(TaskState::in_memory) {
             self.unwant(&task);
         }
         self.commit_if_written(task);
     }
 
     pub(super) fn commit_if_written(&mut self, task: Digest) {
-        let Some(state) = self.tasks.get_mut(&task) else { return };
-        if !state.completing || state.writing > 0 || !state.unwritten.is_empty() || state.in_memory() {
+        let is_complete = self.node.phase(&task) == Phase::Committing;
+        let Some(state) = self.tasks.get_mut(&task).filter(|_| is_complete) else { return };
+        if state.writing > 0 || !state.unwritten.is_empty() || state.in_memory() {
             return;
         }
-        let (Some(partial), Some(table)) = (state.partial.clone(), self.node.table(&task).cloned()) else {
+        let (OnDisk::Partial(partial), Some(table)) = (&state.disk, self.node.table(&task).cloned()) else {
             return;
         };
-        state.completing = false;
+        let partial = partial.clone();
+        state.disk = OnDisk::Committing(partial.clone());
         let (events, generation) = (self.config.events.clone(), state.generation);
-        tokio::task::spawn_blocking(move || {
+        lanes::start(Lane::Downloads, move || {
             let outcome = partial.commit(&table);
             drop(partial);
             let _ = events.blocking_send(Event::Committed { task, generation, outcome });
@@ -104,9 +108,11 @@ impl Driver {
                 info!(%task, size_bytes = blob.size_bytes(), "committed");
                 self.sizes_doubted.remove(&task);
                 state.shared.update(|s| s.file = Some(Arc::clone(&blob.file)));
-                state.partial = None;
+                (state.origin, state.reading) = (None, None);
                 let (size_bytes, count) = (blob.size_bytes(), blob.table.layout().count());
-                state.blob = Some(blob);
+                state.disk = OnDisk::Blob(blob);
+                self.tell(Input::Committed(task));
+                self.config.proofs.settle(&task);
                 self.holding(&task, size_bytes, count, true);
             }
             // The pieces are verified and readable; only the commit is missing. A restart finds them.
@@ -151,7 +157,7 @@ fn write(
 ) {
     state.writing += 1;
     let generation = state.generation;
-    tokio::task::spawn_blocking(move || {
+    lanes::start(Lane::Downloads, move || {
         let outcome = partial.write(piece, &data);
         // The memory is free before the driver hears of it.
         drop(data);

@@ -62,8 +62,23 @@ impl Members {
         act(&mut self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner))
     }
 
-    pub(super) fn learn(&self, member: Member) {
+    /// Forgets members that were removed from the cluster.
+    pub(super) fn forget(&self, removed: &[PeerId]) {
         self.with(|state| {
+            state.listed.retain(|member| !removed.contains(&member.peer));
+            state.met.retain(|peer, _| !removed.contains(peer));
+            state.static_seeds.retain(|peer| !removed.contains(peer));
+        });
+    }
+
+    /// Notes a member that was met. Addresses that are known stay where it says none.
+    pub(super) fn learn(&self, mut member: Member) {
+        self.with(|state| {
+            if member.addresses.is_empty()
+                && let Some(known) = state.met.get(&member.peer)
+            {
+                member.addresses.clone_from(&known.addresses);
+            }
             if state.met.len() < MET || state.met.contains_key(&member.peer) {
                 state.met.insert(member.peer, member);
             }

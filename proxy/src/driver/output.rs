@@ -25,11 +25,14 @@ impl Driver {
                     peers.cancel(peer, request);
                 }
             }
-            Output::Upload { peer, request, task, piece } => self.upload(peer, request, task, piece),
+            Output::Upload { peer, request, task, piece } => self.upload(peer, request, task, piece, false),
             Output::ReadOrigin { task, from } => self.read_origin(task, from),
             Output::StopOrigin(task) => {
                 if let Some(state) = self.tasks.get_mut(&task) {
-                    state.origin = None;
+                    state.reading = None;
+                    if let Some(origin) = &state.origin {
+                        origin.wish(|wishes| wishes.rest = None);
+                    }
                 }
             }
             Output::Want { task, again, reads, partial } => {
@@ -57,16 +60,63 @@ impl Driver {
                     tracker.contradiction(*tables);
                 }
             }
-            Output::Load { task, source, token, child } => self.load(task, source, token.as_ref(), child),
+            Output::Load { task, source, token, size_bytes, child } => {
+                self.load(task, source, token.as_ref(), child);
+                if let Some(state) = self.tasks.get_mut(&task) {
+                    state.size_guess = state.size_guess.or(size_bytes);
+                }
+            }
             Output::Recheck(task) => self.complained(task),
+            Output::Drop(task, piece) => {
+                if let Some(state) = self.tasks.get(&task).filter(|state| state.in_memory()) {
+                    let is_held = self.node.held(&task).is_some_and(|held| held.contains(piece));
+                    state.shared.update(|s| {
+                        s.hot.remove(&piece);
+                        // It is shown again when it has come again.
+                        s.shown.as_mut().filter(|_| !is_held).map(|shown| shown.remove(piece));
+                    });
+                }
+            }
+            Output::ReadUntil(task, end) => {
+                if let Some(state) = self.tasks.get(&task).filter(|state| state.in_memory()) {
+                    state.window.send_replace(end);
+                }
+            }
+            Output::RatesChanged => {
+                // Whoever waits for the origin's rate looks again at how long.
+                let reading = self.tasks.values().filter(|state| state.reading.is_some());
+                for state in reading {
+                    state.resumes.send_replace(tokio::time::Instant::now());
+                }
+            }
             Output::Sized(task, size_bytes) => self.sized(task, size_bytes),
             Output::Show(task, piece) => {
                 if let Some(state) = self.tasks.get(&task) {
                     state.shared.update(|s| s.shown.as_mut().map(|shown| shown.insert(piece)));
                 }
             }
-            Output::TableGrew(task) => self.keep_table(task),
-            Output::Complete(task) => self.complete(task),
+            Output::TableGrew(task) => {
+                if self.node.table(&task).is_some_and(PieceTable::is_sealed) {
+                    self.note_proven(&task);
+                }
+                self.keep_table(task);
+            }
+            Output::Complete(task) => {
+                self.note_proven(&task);
+                self.complete(task);
+            }
+            Output::LetGo(task) => {
+                let unread = |state: &TaskState| state.readers.is_empty() && state.writing == 0;
+                if self.tasks.get(&task).is_some_and(unread) && !self.node.is_waited_for(&task) {
+                    self.let_go(&task);
+                }
+            }
+            Output::Alone(task, is_alone) => {
+                if let Some(state) = self.tasks.get(&task) {
+                    let has_no_peers = self.config.peers.is_none();
+                    state.shared.update(|s| s.is_alone = is_alone || has_no_peers);
+                }
+            }
             Output::Poisoned(task) => self.poisoned(task),
             Output::Failed(task, failure) => self.failed(task, failure),
         }
@@ -112,8 +162,30 @@ impl Driver {
         });
     }
 
-    pub(super) fn upload(&mut self, peer: PeerId, request: u32, task: Digest, piece: PieceIndex) {
-        let source = self.tasks.get(&task).and_then(|state| state.piece_source(piece));
+    /// Sends a piece to a peer. One of a blob that an earlier run committed is hashed first, once: a peer that got wrong bytes would
+    /// ban this node. `is_rotten`: it was, and is wrong.
+    pub(super) fn upload(
+        &mut self,
+        peer: PeerId,
+        request: u32,
+        task: Digest,
+        piece: PieceIndex,
+        is_rotten: bool,
+    ) {
+        let state = self.tasks.get(&task);
+        let source = state.filter(|_| !is_rotten).and_then(|state| state.piece_source(piece));
+        let unchecked = state.and_then(|state| state.disk.blob()).filter(|blob| {
+            let range = blob.table.layout().range(piece);
+            source.is_some() && !blob.is_checked(&range)
+        });
+        if let Some(blob) = unchecked.cloned() {
+            let events = self.config.events.clone();
+            tokio::spawn(async move {
+                let right = blob.check(piece).await;
+                let _ = events.send(Event::Checked { task, peer, request, piece, blob, right }).await;
+            });
+            return;
+        }
         match (source, &self.config.peers) {
             (Some(source), Some(peers)) => {
                 let len = self.node.table(&task).map_or(0, |table| table.layout().len_bytes(piece));
@@ -121,61 +193,51 @@ impl Driver {
                 peers.upload(peer, request, source);
             }
             (None, Some(peers)) => {
-                let reason = Refusal::NotHeld;
+                // A piece in memory may have had to go just before its turn.
+                let in_memory = self.tasks.get(&task).is_some_and(TaskState::in_memory);
+                let reason = if in_memory { Refusal::Unable } else { Refusal::NotHeld };
                 self.config.metrics.refused(Refused::Peer, reason);
                 peers.send(peer, &Message::Reject { request, reason });
-                self.node.uploaded(peer, request);
+                self.tell(Input::Uploaded { peer, request });
             }
             _ => {
-                self.node.uploaded(peer, request);
+                self.tell(Input::Uploaded { peer, request });
             }
         }
-    }
-
-    pub(super) fn read_origin(&mut self, task: Digest, from: PieceIndex) {
-        self.generation += 1;
-        let table = self.node.table(&task).cloned();
-        let Some(state) = self.tasks.get_mut(&task) else { return };
-        let chain = match &table {
-            Some(table) => table.chain_at(from),
-            None => Some(Chain::new(task.algorithm())),
-        };
-        let Some(chain) = chain else { return };
-        debug!(%task, from, "reading from the origin");
-        state.origin = Some(origin_read::start(origin_read::Read {
-            task,
-            generation: self.generation,
-            grants: state.grants.subscribe(),
-            layout: table.map(|t| t.layout()),
-            from,
-            chain,
-            origin: self.config.origin.clone(),
-            pool: self.pool.clone(),
-            window: state.window.subscribe(),
-            resumes: state.resumes.subscribe(),
-            events: self.config.events.clone(),
-        }));
     }
 
     /// A peer asks for a task.
     pub(super) fn load(&mut self, task: Digest, source: Source, token: Option<&Bearer>, child: Child) {
         let peer = child.peer;
+        // It may have gone since.
+        if !self.node.is_connected(peer) {
+            return;
+        }
+        let is_held = || self.node.is_complete(&task) || self.config.store.has(&task);
+        // An empty name: it is asked only for what is held. The settings count before anything is asked for a member's sake.
+        let names_none = source.registry.is_empty();
+        if self.config.seed && !names_none && !is_held() && !self.config.origin.may_be_asked(&source.registry)
+        {
+            debug!(%task, %peer, registry = source.registry, "a member names a registry that is not to be asked");
+            return self.tell(Input::Refuse { peer, task, reason: Refusal::Origin(403) });
+        }
         let grant = Grant { source, authorization: token.and_then(Authorization::bearer) };
-        if self.tasks.get(&task).is_some_and(|t| t.ready) {
+        if self.tasks.get(&task).is_some_and(TaskState::is_ready) {
             if self.config.seed {
-                self.enter(task, grant, None);
+                self.enter_for_peer(task, grant);
             }
             self.adopt(task, &child);
         } else if self.tasks.len() >= TASKS && !self.tasks.contains_key(&task) {
-            self.node.refuse(peer, task, Refusal::Busy);
+            self.tell(Input::Refuse { peer, task, reason: Refusal::Busy });
         } else if self.config.seed || self.tasks.contains_key(&task) || self.held_on_disk(&task) {
-            let state = self.enter(task, grant, None);
-            state.for_peers = true;
-            if state.asking.len() < task::ASKING {
-                state.asking.push(child);
+            let is_seed = self.config.seed;
+            let state = self.enter_for_peer(task, grant);
+            state.for_peers |= is_seed;
+            if let Some(early) = state.disk.early().filter(|early| early.asking.len() < task::ASKING) {
+                early.asking.push(child);
             }
         } else {
-            self.node.refuse(peer, task, Refusal::NotHeld);
+            self.tell(Input::Refuse { peer, task, reason: Refusal::NotHeld });
         }
     }
 
@@ -197,8 +259,8 @@ impl Driver {
     pub(super) fn recheck(&self, task: Digest, bytes: Range<u64>, reply: Option<oneshot::Sender<bool>>) {
         let seen = self.tasks.get(&task).map(|state| Arc::clone(&state.shared));
         let table = self.node.table(&task).cloned();
-        let (store, events) = (self.config.store.clone(), self.config.events.clone());
-        tokio::task::spawn_blocking(move || {
+        let (store, events) = (Arc::clone(&self.config.store), self.config.events.clone());
+        lanes::start(Lane::Upkeep, move || {
             let right = match (&seen, table) {
                 (Some(seen), Some(table)) if !store.has(&task) => {
                     seen.on_disk().and_then(|(file, written)| held_is_right(&file, &table, &written, bytes))
@@ -214,6 +276,18 @@ impl Driver {
         });
     }
 
+    /// A committed blob turned out to be wrong. If it is in play, it begins anew.
+    pub(super) fn rotten_blob(&mut self, blob: &Blob) {
+        let task = *blob.table.task();
+        match self.tasks.get(&task) {
+            Some(state) if state.disk.blob().is_some_and(|held| held.is_same(blob)) => {
+                self.rotten(task, None);
+            }
+            Some(_) => {}
+            None => self.holding(&task, 0, 0, false),
+        }
+    }
+
     /// The disk let what it had of a task rot. Whoever reads it ends short; for whoever waits for it, it is fetched again.
     pub(super) fn rotten(&mut self, task: Digest, seen: Option<Arc<Shared>>) {
         warn!(%task, "what the disk had of a blob was rotten and is gone");
@@ -224,7 +298,7 @@ impl Driver {
         };
         let same = match seen {
             Some(seen) => Arc::ptr_eq(&seen, &state.shared),
-            None => state.blob.is_some(),
+            None => state.disk.blob().is_some(),
         };
         // It has begun anew since.
         if !same {
@@ -249,21 +323,29 @@ impl Driver {
         state.adopt_memory(layout);
         if !state.in_memory() {
             let generation = state.generation;
-            let (store, events) = (self.config.store.clone(), self.config.events.clone());
-            tokio::task::spawn_blocking(move || {
-                let found = begin(&store, &task, size_bytes);
+            let (store, events) = (Arc::clone(&self.config.store), self.config.events.clone());
+            lanes::start(Lane::Downloads, move || {
+                let found = begin(&*store, &task, size_bytes);
                 let _ = events.blocking_send(Event::Found { task, generation, found });
             });
         }
-        self.set_window(&task);
     }
 
     pub(super) fn keep_table(&self, task: Digest) {
         let Some(state) = self.tasks.get(&task) else { return };
-        let (Some(partial), Some(table)) = (state.partial.clone(), self.node.table(&task).cloned()) else {
+        self.node.table(&task).into_iter().for_each(|table| self.config.proofs.claims(table));
+        if state.disk.blob().is_some() {
+            self.config.proofs.settle(&task);
+        }
+        let (Some(partial), Some(table)) = (state.disk.partial().cloned(), self.node.table(&task).cloned())
+        else {
             return;
         };
-        tokio::task::spawn_blocking(move || {
+        // The table is kept when the disk takes pieces again.
+        if state.in_memory() {
+            return;
+        }
+        lanes::start(Lane::Downloads, move || {
             if let Err(error) = partial.keep_table(&table) {
                 debug!(%task, %error, "could not keep the table");
             }
@@ -273,24 +355,25 @@ impl Driver {
     pub(super) fn poisoned(&mut self, task: Digest) {
         warn!(%task, "the piece table was wrong: starting over");
         self.config.metrics.tables_poisoned.inc();
+        self.config.proofs.forget(&task);
         self.generation += 1;
         let Some(state) = self.tasks.get_mut(&task) else { return };
         state.generation = self.generation;
         state.writing = 0;
-        state.completing = false;
         state.unwritten.clear();
+        (state.origin, state.reading) = (None, None);
         state.shared.update(State::take_back);
-        if let Some(partial) = state.partial.take() {
+        if let Some(partial) = state.disk.take_partial() {
             state.shared.update(|s| s.file = None);
-            let (store, events) = (self.config.store.clone(), self.config.events.clone());
+            let (store, events) = (Arc::clone(&self.config.store), self.config.events.clone());
             let size_bytes = partial.table().layout().size_bytes();
             let generation = state.generation;
-            tokio::task::spawn_blocking(move || {
+            lanes::start(Lane::Downloads, move || {
                 if let Err(error) = partial.discard() {
                     warn!(%task, %error, "could not discard");
                 }
                 drop(partial);
-                let found = begin(&store, &task, size_bytes);
+                let found = begin(&*store, &task, size_bytes);
                 let _ = events.blocking_send(Event::Found { task, generation, found });
             });
         }
@@ -299,13 +382,7 @@ impl Driver {
     pub(super) fn failed(&mut self, task: Digest, failure: Failure) {
         self.unwant(&task);
         let Some(state) = self.tasks.get(&task) else { return };
-        let error = match failure {
-            Failure::Status(status) => FlightError::Origin(status),
-            Failure::Unreachable => FlightError::Unreachable(state.last_failure.clone()),
-            Failure::WrongDigest => FlightError::WrongDigest(task),
-            Failure::UnknownLength => FlightError::UnknownLength,
-            Failure::WrongSize => FlightError::WrongSize(task),
-        };
+        let error = FlightError::of(task, failure, &state.last_failure);
         state.shared.update(|s| s.failed = Some(error));
         if matches!(failure, Failure::WrongDigest | Failure::WrongSize) {
             self.doubt_size(task);
@@ -322,19 +399,48 @@ impl Driver {
         self.start_over(task, None);
     }
 
+    fn note_proven(&self, task: &Digest) {
+        if let Some(state) = self.tasks.get(task) {
+            state.shared.lock().is_size_proven = true;
+        }
+    }
+
+    /// A whole blob matched its digest: a download that took it for longer or shorter begins anew.
+    pub(super) fn size_proven(&mut self, task: Digest, size_bytes: u64) {
+        if self.sizes_proven.len() >= SIZES_DOUBTED {
+            self.sizes_proven.clear();
+        }
+        self.sizes_proven.insert(task, size_bytes);
+        let Some(state) = self.tasks.get(&task) else { return };
+        let is_wrong = {
+            let shared = state.shared.lock();
+            !shared.is_size_proven && shared.layout.is_some_and(|layout| layout.size_bytes() != size_bytes)
+        };
+        if is_wrong {
+            info!(%task, size_bytes, "the size was told wrong: the download begins anew");
+            state.shared.update(|s| {
+                s.take_back();
+                s.failed = Some(FlightError::WrongSize(task));
+            });
+            self.start_over(task, Some(size_bytes));
+        }
+    }
+
     /// Throws away all that is held of a task, and what is known of it beside `size_hint`.
     fn start_over(&mut self, task: Digest, size_hint: Option<u64>) {
-        let Some(state) = self.tasks.remove(&task) else { return };
-        self.node.close(&task);
+        let Some(mut state) = self.tasks.remove(&task) else { return };
+        self.tell(Input::Close(task));
+        self.config.proofs.forget(&task);
         self.holding(&task, 0, 0, false);
         self.generation += 1;
         let mut fresh = TaskState::new(Arc::new(Shared::new(task)));
-        fresh.shared.update(|s| s.alone = state.shared.lock().alone);
+        fresh.shared.update(|s| s.is_alone = state.shared.lock().is_alone);
+        let partial = state.disk.take_partial();
         fresh.grants = state.grants;
         fresh.generation = self.generation;
         self.tasks.insert(task, fresh);
         self.look(task, self.generation, size_hint, move |store| {
-            if let Some(error) = state.partial.and_then(|partial| partial.discard().err()) {
+            if let Some(error) = partial.and_then(|partial| partial.discard().err()) {
                 warn!(%task, %error, "could not discard");
             }
             // It may have been committed just before.
@@ -348,13 +454,17 @@ impl Driver {
         task: Digest,
         generation: u64,
         size_hint: Option<u64>,
-        first: impl FnOnce(&Store) + Send + 'static,
+        first: impl FnOnce(&dyn TaskStore) + Send + 'static,
     ) {
-        let (store, events) = (self.config.store.clone(), self.config.events.clone());
-        let doubted = self.sizes_doubted.contains(&task);
-        tokio::task::spawn_blocking(move || {
-            first(&store);
-            let found = look(&store, &task, size_hint, doubted);
+        let (store, events) = (Arc::clone(&self.config.store), self.config.events.clone());
+        let (proofs, doubted) = (Arc::clone(&self.config.proofs), self.sizes_doubted.contains(&task));
+        let proven = self.sizes_proven.get(&task).copied();
+        lanes::start(Lane::Downloads, move || {
+            first(&*store);
+            let found = look(&*store, &task, size_hint, proven, doubted);
+            if let Found::Blob(blob) = &found {
+                proofs.reopened(&blob.table);
+            }
             let _ = events.blocking_send(Event::Found { task, generation, found });
         });
     }

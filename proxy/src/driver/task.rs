@@ -9,9 +9,10 @@ use std::time::Instant;
 use hawker_core::application::Purpose;
 use hawker_core::node::Child;
 use hawker_core::piece::{PieceIndex, PieceLayout, PieceSet};
+use hawker_core::reader::Storage;
 use tokio::sync::watch;
 
-use super::origin_read;
+use super::origin_reader::OriginReader;
 use crate::flight::Shared;
 use crate::grant::Grant;
 use crate::peer::PieceSource;
@@ -27,38 +28,110 @@ pub(super) const ASKING: usize = 1024;
 pub(super) struct Reading {
     /// The pieces that it still needs, once it has said so.
     pub(super) pieces: Option<Range<PieceIndex>>,
+    /// Bytes that it waits for and that only the origin can give.
+    pub(super) at_origin: Vec<Range<u64>>,
     /// For whom, and how urgent.
     pub(super) purpose: Purpose,
+}
+
+/// Content of the disk for one task.
+pub(super) enum OnDisk {
+    /// The disk has not been looked at, and the core does not know the task.
+    Unknown(Early),
+    /// No file: the size is not known, or the disk refuses.
+    Nothing,
+    /// A file with some of the pieces.
+    Partial(Partial),
+    /// All pieces are in the file. Its commit is under way, or has failed.
+    Committing(Partial),
+    /// The committed blob.
+    Blob(Blob),
+}
+
+/// Events that came before the disk had been looked at.
+#[derive(Default)]
+pub(super) struct Early {
+    /// Peers that asked for the task.
+    pub(super) asking: Vec<Child>,
+    /// The scheduler elected this node for what it holds.
+    pub(super) is_elected: bool,
+}
+
+impl OnDisk {
+    pub(super) const fn partial(&self) -> Option<&Partial> {
+        match self {
+            Self::Partial(partial) | Self::Committing(partial) => Some(partial),
+            Self::Unknown(_) | Self::Nothing | Self::Blob(_) => None,
+        }
+    }
+
+    pub(super) const fn blob(&self) -> Option<&Blob> {
+        if let Self::Blob(blob) = self { Some(blob) } else { None }
+    }
+
+    /// The file with some or all of the pieces; from now on there is none.
+    pub(super) fn take_partial(&mut self) -> Option<Partial> {
+        let partial = self.partial().cloned()?;
+        *self = Self::Nothing;
+        Some(partial)
+    }
+
+    /// The events that came before the disk had been looked at, if it had not been. Now it has.
+    pub(super) fn take_early(&mut self) -> Option<Early> {
+        let Self::Unknown(early) = self else { return None };
+        let early = std::mem::take(early);
+        *self = Self::Nothing;
+        Some(early)
+    }
+
+    /// The events that come before the disk has been looked at.
+    pub(super) const fn early(&mut self) -> Option<&mut Early> {
+        if let Self::Unknown(early) = self { Some(early) } else { None }
+    }
+}
+
+/// A task's claim to memory while the disk refuses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum MemoryClaim {
+    /// Nobody came to the task while the disk refused.
+    None,
+    /// A reader or a child came at that time.
+    Since(Instant),
+    /// The origin is too slow for the memory that it takes: the task gets none.
+    Barred,
 }
 
 pub(super) struct TaskState {
     pub(super) shared: Arc<Shared>,
     /// Where it can be had and with what right, the newest last. Whoever reads the origin follows it.
     pub(super) grants: watch::Sender<Vec<Grant>>,
-    /// The disk has been looked at and the core knows the task.
-    pub(super) ready: bool,
-    pub(super) partial: Option<Partial>,
-    pub(super) blob: Option<Blob>,
+    /// Idle tasks were let go since the disk had no room for this one.
+    pub(super) has_made_room: bool,
+    pub(super) disk: OnDisk,
     /// Each client's reader.
     pub(super) readers: HashMap<u64, Reading>,
-    /// Peers that asked before the disk had been looked at.
-    pub(super) asking: Vec<Child>,
     pub(super) for_peers: bool,
+    /// Clients of this node read it since it last rested.
+    pub(super) was_read: bool,
     pub(super) whole: bool,
-    pub(super) elected: bool,
     pub(super) idle_since: Option<Instant>,
-    pub(super) origin: Option<origin_read::Reading>,
+    /// The reader of its origin, once one was needed.
+    pub(super) origin: Option<OriginReader>,
+    /// The generation of the in-order read under way.
+    pub(super) reading: Option<u64>,
     /// Changes when everything is thrown away: late news from before then does not count.
     pub(super) generation: u64,
     pub(super) writing: usize,
     pub(super) unwritten: Vec<PieceIndex>,
-    pub(super) completing: bool,
     pub(super) last_failure: String,
-    /// It is one of the few tasks that hold memory because the disk refuses.
-    pub(super) holds_memory: bool,
-    /// It may not hold any: its origin is too slow.
-    pub(super) starved: bool,
-    /// The end of what may be read from the origin: moves with the readers when the disk refuses.
+    /// The size that the first client's registry told, and the name of that registry.
+    pub(super) size_hint: Option<(u64, String)>,
+    /// The size that a peer told: no more than a guess.
+    pub(super) size_guess: Option<u64>,
+    /// Since when it is in play: of tasks without disk the oldest come first.
+    pub(super) since: Instant,
+    pub(super) memory_claim: MemoryClaim,
+    /// The end of what may be read from the origin: it moves while the disk refuses.
     pub(super) window: watch::Sender<PieceIndex>,
     /// When the origin may be read on, for the rates' sake.
     pub(super) resumes: watch::Sender<tokio::time::Instant>,
@@ -69,23 +142,23 @@ impl TaskState {
         Self {
             shared,
             grants: watch::Sender::default(),
-            ready: false,
-            partial: None,
-            blob: None,
+            has_made_room: false,
+            disk: OnDisk::Unknown(Early::default()),
             readers: HashMap::new(),
-            asking: Vec::new(),
             for_peers: false,
+            was_read: false,
             whole: false,
-            elected: false,
             idle_since: None,
             origin: None,
+            reading: None,
             generation: 0,
             writing: 0,
             unwritten: Vec::new(),
-            completing: false,
             last_failure: String::new(),
-            holds_memory: false,
-            starved: false,
+            size_hint: None,
+            size_guess: None,
+            since: Instant::now(),
+            memory_claim: MemoryClaim::None,
             window: watch::Sender::new(PieceIndex::MAX),
             resumes: watch::Sender::new(tokio::time::Instant::now()),
         }
@@ -115,6 +188,26 @@ impl TaskState {
         });
     }
 
+    /// Where a peer says that the task can be had. It is tried after what is known already, and takes the place of nothing but what
+    /// was said of the same repository: a member cannot lead others to where they do not want to go.
+    pub(super) fn add_peers_grant(&self, grant: Grant) {
+        let is_new = |grants: &Vec<Grant>| {
+            let named = grants.iter().filter(|old| !old.source.registry.is_empty());
+            named.clone().count() > 0 && named.clone().all(|old| old.source != grant.source)
+        };
+        let is_new = is_new(&self.grants.borrow());
+        if !is_new {
+            return self.add_grant(grant);
+        }
+        self.grants.send_if_modified(|grants| {
+            let has_room = grants.len() < GRANTS;
+            if has_room {
+                grants.insert(0, grant);
+            }
+            has_room
+        });
+    }
+
     /// Pieces `held` are in `file`.
     pub(super) fn adopt_file(&mut self, layout: PieceLayout, file: Arc<File>, held: PieceSet) {
         self.shared.update(|s| {
@@ -129,6 +222,9 @@ impl TaskState {
 
     /// The size is known, and no file is there (yet).
     pub(super) fn adopt_memory(&mut self, layout: PieceLayout) {
+        if self.shared.lock().layout.is_some() {
+            return;
+        }
         self.shared.update(|s| {
             s.layout = Some(layout);
             s.shown = Some(PieceSet::empty(layout.count()));
@@ -136,36 +232,30 @@ impl TaskState {
         });
     }
 
+    /// Whether the disk has been looked at, so that the core knows the task.
+    pub(super) const fn is_ready(&self) -> bool {
+        !matches!(self.disk, OnDisk::Unknown(_))
+    }
+
+    pub(super) fn is_barred_from_memory(&self) -> bool {
+        self.memory_claim == MemoryClaim::Barred
+    }
+
     pub(super) fn in_memory(&self) -> bool {
-        self.shared.lock().in_memory
+        self.shared.lock().in_memory()
     }
 
     /// From now on nothing goes to the disk. What is there already may be read.
     pub(super) fn degrade(&mut self) {
-        self.shared.update(|s| s.in_memory = true);
-        self.completing = false;
-        self.unwritten.clear();
-    }
-
-    /// The pieces to hold in memory: from the slowest reader on, `bytes` long or two pieces; with no bytes, none. Drops the rest.
-    pub(super) fn memory_window(&mut self, bytes: u64) -> Range<PieceIndex> {
-        let slowest =
-            self.readers.values().map(|at| at.pieces.as_ref().map_or(0, |pieces| pieces.start)).min();
-        let start = slowest.unwrap_or(0);
-        let window = self.shared.update(|s| {
-            s.no_memory = bytes == 0;
-            if s.no_memory {
-                s.hot.clear();
-                return 0..0;
+        self.shared.update(|s| {
+            if s.storage == Storage::Disk {
+                s.storage = Storage::Memory;
             }
-            s.hot.retain(|piece, _| *piece >= start);
-            let end = s.layout.map_or(start + 2, |layout| {
-                layout.containing(layout.start(start).saturating_add(bytes)).max(start.saturating_add(2))
-            });
-            start..end
         });
-        self.window.send_if_modified(|end| std::mem::replace(end, window.end) != window.end);
-        window
+        if let Some(origin) = &self.origin {
+            origin.wish(|wishes| wishes.file = None);
+        }
+        self.unwritten.clear();
     }
 
     /// Where a piece's bytes are for an upload.

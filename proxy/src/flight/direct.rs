@@ -2,16 +2,26 @@
 
 use std::collections::VecDeque;
 use std::ops::Range;
+use std::time::Duration;
 
 use bytes::Bytes;
 use hawker_core::digest::{Chain, Digest};
 use hawker_core::piece::PieceLayout;
-use http::{HeaderMap, HeaderValue, StatusCode, header};
+use hawker_core::reader::Stretch;
+use http::{HeaderMap, header};
 
 use super::FlightError;
 use crate::buffer::BLOCK_BYTES;
 use crate::grant::Grant;
-use crate::origin::{Content, Origin, OriginBody, OriginError, Target};
+use crate::origin::ranges::{Answered, range_header, skip};
+use crate::origin::{Content, Origin, OriginBody, OriginError, PassedBody, Target};
+
+/// Where the origin gives smaller parts than this of what it is asked for, it is asked for the whole, if it may be skipped.
+const LEAST_PART_BYTES: u64 = 1 << 20;
+
+/// A client that has not read for so long loses the origin's answer, where many clients do not read. The origin is asked for the
+/// rest when the client comes back.
+const MAY_WAIT: Duration = Duration::from_secs(2);
 
 /// A stretch of a blob read from the origin for one client, and for nobody else.
 pub(super) struct Direct {
@@ -28,9 +38,13 @@ pub(super) struct Direct {
     /// Read from the blob's start and hash, holding the last piece back until the digest matches.
     proof: Option<Proof>,
     skips: bool,
-    body: Option<OriginBody>,
+    /// The origin does not understand ranges as they are asked for.
+    whole: bool,
+    body: Option<PassedBody>,
     /// Where the body is.
     at: u64,
+    /// Where the body began.
+    asked_at: u64,
     /// What came and was not given out yet, and where it begins.
     ready: VecDeque<(u64, Bytes)>,
 }
@@ -38,18 +52,6 @@ pub(super) struct Direct {
 struct Proof {
     chain: Chain,
     held_back: Vec<u8>,
-}
-
-/// What to read.
-pub(super) struct Stretch {
-    /// What the client is to get first.
-    pub(super) range: Range<u64>,
-    /// Where the request ends: past the range, when more is read after it.
-    pub(super) until: u64,
-    /// Read all before it too, so that the last piece can be shown.
-    pub(super) prove: bool,
-    /// Where the origin ignores ranges, read what comes before and throw it away.
-    pub(super) skip: bool,
 }
 
 /// Why there are no bytes.
@@ -74,12 +76,29 @@ impl Direct {
         layout: PieceLayout,
         stretch: Stretch,
     ) -> Self {
-        let Stretch { range, until, prove, skip: skips } = stretch;
-        let proof = prove.then(|| Proof { chain: Chain::new(task.algorithm()), held_back: Vec::new() });
-        let at = if prove { 0 } else { range.start };
+        let Stretch { range, until, is_proved, may_skip: skips } = stretch;
+        let proof = is_proved.then(|| Proof { chain: Chain::new(task.algorithm()), held_back: Vec::new() });
+        let at = if is_proved { 0 } else { range.start };
         let target = Target { source: grant.source.clone(), content: Content::Blob(task) };
         let (headers, ready) = (grant.headers(), VecDeque::new());
-        Self { origin, target, headers, task, layout, range, until, proof, skips, body: None, at, ready }
+        let (whole, body) = (false, None);
+        let asked_at = at;
+        Self {
+            origin,
+            target,
+            headers,
+            task,
+            layout,
+            range,
+            until,
+            proof,
+            skips,
+            whole,
+            body,
+            at,
+            asked_at,
+            ready,
+        }
     }
 
     /// Goes on with another range after the one before is over; `false` if that takes another request.
@@ -101,14 +120,21 @@ impl Direct {
                 return Ok(Some(bytes));
             }
             if self.body.is_none() {
+                self.asked_at = self.at;
                 let (body, first) = self.ask().await?;
-                self.body = Some(body);
+                self.body = Some(PassedBody::new(body, MAY_WAIT));
                 self.take_in(first)?;
             }
             let Some(body) = &mut self.body else { continue };
             match body.next().await {
                 Some(Ok(bytes)) => self.take_in(bytes)?,
+                Some(Err(OriginError::GaveWay { .. })) => self.body = None,
                 Some(Err(error)) => return Err(unreachable(&error).into()),
+                // Some give less than they are asked for. As long as they give something, they are asked for the rest.
+                None if self.at > self.asked_at => {
+                    self.whole |= self.skips && self.at - self.asked_at < LEAST_PART_BYTES;
+                    self.body = None;
+                }
                 None => return Err(FlightError::Unreachable("the origin's answer was short".into()).into()),
             }
         }
@@ -134,27 +160,27 @@ impl Direct {
     }
 
     /// The origin's body from where we are, and the first of its bytes if they had to be cut off from others.
-    async fn ask(&self) -> Result<(OriginBody, Bytes), Stopped> {
-        let mut headers = self.headers.clone();
+    async fn ask(&mut self) -> Result<(OriginBody, Bytes), Stopped> {
         let end = if self.proof.is_some() { self.layout.size_bytes() } else { self.until };
-        let partial = self.at > 0 || end < self.layout.size_bytes();
-        if partial && let Ok(value) = HeaderValue::from_str(&format!("bytes={}-{}", self.at, end - 1)) {
-            headers.insert(header::RANGE, value);
-        }
-        let answer = self.origin.get(&self.target, &headers).await.map_err(|e| unreachable(&e))?;
-        let starts_at = content_range_start(answer.headers());
-        match answer.status() {
-            StatusCode::PARTIAL_CONTENT if starts_at == Some(self.at) => {
-                Ok((answer.into_body(), Bytes::new()))
+        loop {
+            let mut headers = self.headers.clone();
+            let partial = !self.whole && (self.at > 0 || end < self.layout.size_bytes());
+            if partial && let Some(range) = range_header(self.at, end) {
+                headers.insert(header::RANGE, range);
             }
-            StatusCode::OK if self.at == 0 => Ok((answer.into_body(), Bytes::new())),
-            StatusCode::OK if self.skips => Ok(skip(answer.into_body(), self.at).await?),
-            StatusCode::OK => Err(Stopped::WholeOnly),
-            status if status.is_success() => {
-                let reason = "the origin answered another range than was asked for";
-                Err(FlightError::Unreachable(reason.into()).into())
+            let answer = self.origin.get(&self.target, &headers).await.map_err(|e| unreachable(&e))?;
+            match Answered::of(answer.status(), answer.headers(), self.at, partial) {
+                Answered::From(start) if start == self.at => return Ok((answer.into_body(), Bytes::new())),
+                // What comes before is the rest of a piece at most, or else the client wants it skipped.
+                Answered::From(start) if self.skips || start > 0 => {
+                    let skipped = skip(answer.into_body(), self.at - start).await;
+                    return Ok(skipped.map_err(|error| unreachable(&error))?);
+                }
+                Answered::From(_) => return Err(Stopped::WholeOnly),
+                Answered::NoRanges if self.skips || self.at == 0 => self.whole = true,
+                Answered::NoRanges => return Err(Stopped::WholeOnly),
+                Answered::Nothing(status) => return Err(FlightError::Origin(status.as_u16()).into()),
             }
-            status => Err(FlightError::Origin(status.as_u16()).into()),
         }
     }
 
@@ -191,31 +217,6 @@ impl Direct {
             self.ready.push_back((start, bytes));
         }
     }
-}
-
-/// Where a 206 says that it starts.
-pub(crate) fn content_range_start(headers: &HeaderMap) -> Option<u64> {
-    let value = headers.get(header::CONTENT_RANGE)?.to_str().ok()?;
-    value.strip_prefix("bytes ")?.split_once('-')?.0.trim().parse().ok()
-}
-
-/// The whole size that a 206 tells.
-pub(crate) fn content_range_size(headers: &HeaderMap) -> Option<u64> {
-    headers.get(header::CONTENT_RANGE)?.to_str().ok()?.rsplit_once('/')?.1.trim().parse().ok()
-}
-
-/// Throws away the first `bytes` of a body; what is left of the chunk in which they ended.
-pub(crate) async fn skip(mut body: OriginBody, bytes: u64) -> Result<(OriginBody, Bytes), FlightError> {
-    let mut left = bytes;
-    while left > 0 {
-        match body.next().await {
-            Some(Ok(chunk)) if (chunk.len() as u64) <= left => left -= chunk.len() as u64,
-            Some(Ok(mut chunk)) => return Ok((body, chunk.split_off(left as usize))),
-            Some(Err(error)) => return Err(unreachable(&error)),
-            None => return Err(FlightError::Unreachable("the origin's answer was short".into())),
-        }
-    }
-    Ok((body, Bytes::new()))
 }
 
 fn unreachable(error: &OriginError) -> FlightError {

@@ -74,11 +74,11 @@ impl ForwardProxy {
         }
         let settings = self.inner.live.load_full();
         let mut upstream = target::of(&request, &settings.registries)?;
-        let allowed = target::is_allowed(&upstream.name, &settings.registries);
+        let allowed = target::is_allowed(&upstream, &settings.registries);
         let way = settings.intercept.way(&upstream.name, allowed);
         upstream.is_registry = way == Way::Open;
         match way {
-            Way::Refuse => Err(Problem::RefusedHost(upstream.authority.to_string())),
+            Way::Refuse => Err(Problem::RefusedHost { host: upstream.name, scheme: upstream.scheme }),
             _ if *request.method() != Method::CONNECT => {
                 Box::pin(self.inner.hand_on(&upstream, request, client)).await
             }

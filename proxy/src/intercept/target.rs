@@ -4,7 +4,7 @@ use hawker_core::reference::canonical_host;
 use http::uri::{Authority, Scheme};
 use http::{Method, Request};
 
-use crate::origin::{Upstream, is_listed};
+use crate::origin::{Upstream, is_listed, is_listed_realm};
 use crate::registry::Problem;
 use crate::settings::Registries;
 
@@ -40,9 +40,14 @@ fn name(authority: &Authority, scheme: &Scheme, registries: &Registries) -> Resu
     }
 }
 
-/// Whether a host may be reached that no rule names: the configuration lists it, or it lists none and this is the public web.
-/// Its addresses are looked at later.
-pub(super) fn is_allowed(name: &str, registries: &Registries) -> bool {
+/// Whether a host may be reached that no rule names: the configuration lists it as a registry or as a realm, or it lists no
+/// registry and this is the public web. Its addresses are looked at later.
+pub(super) fn is_allowed(upstream: &Upstream, registries: &Registries) -> bool {
+    is_allowed_name(&upstream.name, registries)
+        || is_listed_realm(registries, upstream.authority.host(), upstream.port())
+}
+
+fn is_allowed_name(name: &str, registries: &Registries) -> bool {
     let with_port = name.rsplit_once(':').is_some_and(|(_, port)| port.bytes().all(|b| b.is_ascii_digit()));
     is_listed(registries, name) || (registries.allow.is_empty() && !with_port)
 }
@@ -64,8 +69,9 @@ mod tests {
     fn named(method: &str, target: &str) -> Option<(String, bool)> {
         let request = Request::builder().method(method).uri(target).body(()).unwrap();
         let registries = registries();
-        let name = of(&request, &registries).ok()?.name;
-        Some((name.clone(), is_allowed(&name, &registries)))
+        let upstream = of(&request, &registries).ok()?;
+        let allowed = is_allowed(&upstream, &registries);
+        Some((upstream.name, allowed))
     }
 
     #[test]
@@ -97,10 +103,31 @@ mod tests {
     }
 
     #[test]
+    fn realms_of_the_configuration_are_reached_and_nothing_else_on_their_host() {
+        let mut registries = Registries { allow: vec!["quay.io".into()], ..Registries::default() };
+        let realms = vec!["http://sso.corp:8080/x".parse().unwrap(), "https://sso.corp/y".parse().unwrap()];
+        registries
+            .known
+            .insert("reg.corp".into(), RegistrySettings { realms, ..RegistrySettings::default() });
+        for (method, target, allowed) in [
+            ("GET", "http://sso.corp:8080/token", true),
+            ("CONNECT", "sso.corp:443", true),
+            ("CONNECT", "SSO.corp:8080", true),
+            ("GET", "http://sso.corp/token", false),
+            ("CONNECT", "sso.corp:22", false),
+            ("CONNECT", "other.corp:443", false),
+        ] {
+            let request = Request::builder().method(method).uri(target).body(()).unwrap();
+            let upstream = of(&request, &registries).unwrap();
+            assert_eq!(is_allowed(&upstream, &registries), allowed, "{method} {target}");
+        }
+    }
+
+    #[test]
     fn with_an_allow_list_nothing_else_is_reached() {
         let registries = Registries { allow: vec!["*.example.com".into()], ..Registries::default() };
         for (name, allowed) in [("a.example.com", true), ("a.example.com:22", false), ("quay.io", false)] {
-            assert_eq!(is_allowed(name, &registries), allowed, "{name}");
+            assert_eq!(is_allowed_name(name, &registries), allowed, "{name}");
         }
     }
 }

@@ -55,7 +55,7 @@ impl Proxy {
     async fn start(registry: &TestRegistry, change: impl FnOnce(&mut LiveSettings)) -> Self {
         let live = knowing(&[registry]);
         let mut settings = (**live.load()).clone();
-        settings.intercept = Rules::for_registries([registry.name()]);
+        settings.intercept = Rules::default().with_registries([registry.name()]);
         change(&mut settings);
         live.store(Arc::new(settings));
         let folder = tempfile::tempdir().unwrap();
@@ -66,6 +66,7 @@ impl Proxy {
             store: store.clone(),
             flights: Flights::new(tokio::sync::mpsc::channel(1).0, origin.clone()),
             origin: origin.clone(),
+            proofs: crate::proof::Proofs::new(Arc::new(store.clone()), origin.clone()),
             seeds: None,
             live: Arc::clone(&live),
             metrics: Arc::default(),
@@ -324,7 +325,7 @@ async fn bodies_pass_in_both_directions_whatever_the_method() {
             ..RegistrySettings::default()
         };
         settings.registries.known = BTreeMap::from([(host.to_string(), own)]);
-        settings.intercept = Rules::for_registries([host.to_string()]);
+        settings.intercept = Rules::default().with_registries([host.to_string()]);
     })
     .await;
     let body = noise(1_000_000, 3);

@@ -6,9 +6,10 @@ use std::time::Duration;
 use bytes::Bytes;
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 
 use super::OriginError;
+use super::parking::{Lot, Ticket};
 use super::request::reasons;
 use crate::limits::{Direction, Limits};
 use crate::metrics::Metrics;
@@ -28,6 +29,8 @@ pub struct OriginBody {
     pub(super) registry: String,
     pub(super) limits: Limits,
     pub(super) metrics: Arc<Metrics>,
+    /// The place for bodies whose clients are busy with what came before.
+    pub(super) lot: Arc<Lot<OriginBody>>,
 }
 
 impl OriginBody {
@@ -86,5 +89,42 @@ impl OriginBody {
 
     fn broken(&self, reason: String) -> OriginError {
         OriginError::Broken { registry: self.registry.clone(), reason }
+    }
+}
+
+/// A body that is passed through to one client. It is parked while the client takes what was read of it.
+pub(crate) struct PassedBody {
+    place: Option<Place>,
+    may_wait: Duration,
+    registry: String,
+}
+
+enum Place {
+    Here(OriginBody),
+    Parked(Ticket<OriginBody>),
+}
+
+impl PassedBody {
+    /// A body that may give way to others once its client has not read for `may_wait`.
+    pub(crate) fn new(body: OriginBody, may_wait: Duration) -> Self {
+        let registry = body.registry.clone();
+        Self { place: Some(Place::Here(body)), may_wait, registry }
+    }
+
+    /// The next bytes, at most 64 KiB; `None` at the end. [`OriginError::GaveWay`] when the body was dropped meanwhile.
+    pub(crate) async fn next(&mut self) -> Option<Result<Bytes, OriginError>> {
+        let mut body = match self.place.take()? {
+            Place::Here(body) => body,
+            Place::Parked(ticket) => match ticket.take() {
+                Some(body) => body,
+                None => return Some(Err(OriginError::GaveWay { registry: self.registry.clone() })),
+            },
+        };
+        let next = body.next().await;
+        if matches!(next, Some(Ok(_))) {
+            let lot = Arc::clone(&body.lot);
+            self.place = Some(Place::Parked(lot.park(Instant::now(), body, self.may_wait)));
+        }
+        next
     }
 }

@@ -3,16 +3,20 @@
 //! [`policy`] says which registries and addresses may be reached, [`connect`] reaches them, [`tls`] believes them or not,
 //! [`backoff`] leaves them alone when they ask for it. [`request`] asks one endpoint, by [`auth`] with this node's own right
 //! where the client brings none; [`token`] gets that from the registry's realm. [`pass`] hands on what others ask of them.
-//! What a registry does not have itself may be [`elsewhere`].
+//! What a registry does not have itself may be [`elsewhere`]. [`ranges`] understands answers to range requests.
 
 mod auth;
 mod backoff;
 mod body;
 mod connect;
 pub(crate) mod elsewhere;
+mod endpoints;
+pub(crate) mod parking;
 mod pass;
 mod policy;
+pub(crate) mod ranges;
 mod request;
+mod socks;
 mod tls;
 mod token;
 
@@ -25,16 +29,17 @@ use arc_swap::ArcSwap;
 use bytes::Bytes;
 use hawker_core::digest::Digest;
 use hawker_core::manifest::Part;
+use hawker_core::media_type;
 use hawker_core::reference::Source;
 use http::header::{
-    ACCEPT, ACCEPT_ENCODING, AUTHORIZATION, CONTENT_LENGTH, IF_NONE_MATCH, IF_RANGE, RANGE, USER_AGENT, VIA,
+    ACCEPT, ACCEPT_ENCODING, AUTHORIZATION, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, IF_NONE_MATCH,
+    IF_RANGE, RANGE, USER_AGENT, VIA,
 };
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Response, StatusCode};
 use http_body_util::{Either, Full};
 use hyper::body::Incoming;
 use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
 use hyper_util::client::legacy::Client;
-use hyper_util::client::proxy::matcher::Matcher;
 use hyper_util::rt::{TokioExecutor, TokioTimer};
 use tokio::time::{Instant, timeout_at};
 use url::Url;
@@ -43,15 +48,21 @@ pub(crate) use self::auth::ByCredentials;
 use self::auth::Rights;
 pub use self::auth::{Exchanged, Granted};
 use self::backoff::Backoff;
+pub(crate) use self::backoff::is_retry_after;
 pub use self::body::OriginBody;
+pub(crate) use self::body::PassedBody;
+pub(crate) use self::connect::Stream;
 use self::connect::{ConnectError, Dialer, Proxies};
 use self::elsewhere::{Elsewhere, Remembered};
+use self::endpoints::Dead;
+use self::parking::Lot;
 use self::pass::Upload;
 pub(crate) use self::pass::{PassError, Upstream};
-pub(crate) use self::policy::is_listed;
 use self::policy::{Reach, Route, Trust};
+pub(crate) use self::policy::{is_listed, is_listed_realm};
 use self::request::{Asked, unreachable};
-use crate::credentials::Credential;
+pub use self::tls::check_identity;
+use crate::credentials::{Credential, Stamp};
 use crate::grant::Authorization;
 use crate::limits::Limits;
 use crate::metrics::Metrics;
@@ -64,10 +75,14 @@ const HEAD: Duration = Duration::from_secs(25);
 const HEAD_OF_MIRROR: Duration = Duration::from_secs(10);
 /// A connection that nobody uses.
 const POOL_IDLE: Duration = Duration::from_secs(60);
+/// Between looks at the files of certificates.
+const LOOK_AT_FILES: Duration = Duration::from_millis(200);
 /// Idle connections to one host.
 const POOL_PER_HOST: usize = 32;
-/// The read buffer of a connection. A response's head that does not fit is refused.
-const BUFFER_BYTES: usize = 64 << 10;
+/// Longest head of a response, in bytes. Go's client takes more; registries behind balancers with many cookies send a quarter of it.
+const MAX_HEAD_BYTES: usize = 256 << 10;
+/// Header lines of a response at most. Each costs 64 bytes while the head is parsed.
+const MAX_HEADERS: usize = 2048;
 /// What of a client's request an origin gets to see.
 const PASSED_ON: [HeaderName; 4] = [RANGE, IF_NONE_MATCH, IF_RANGE, AUTHORIZATION];
 /// What registries are told that we are.
@@ -110,11 +125,25 @@ impl Content {
     }
 }
 
+/// The change of the configuration that lets a registry be asked, at private addresses too. What follows the registry's name
+/// after a space is the reason.
+fn how_to_allow(forbidden: &str) -> String {
+    let host = forbidden.split(' ').next().unwrap_or_default();
+    format!(
+        "add [registries.\"{host}\"] with endpoints = [\"https://{host}\"] (http:// if it speaks no TLS) to the daemon's \
+         configuration, then send it SIGHUP"
+    )
+}
+
+/// Marks an answer that came from a URL in a manifest: it says nothing about what the registry has.
+#[derive(Clone, Copy)]
+pub(crate) struct FromElsewhere;
+
 /// Why the origin gave nothing.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum OriginError {
     /// The configuration forbids asking this registry. The caller's fault.
-    #[error("registry {0} is not allowed here: add it to the configuration's registries")]
+    #[error("registry {0} is not allowed here: {cure}", cure = how_to_allow(.0))]
     Forbidden(String),
     /// It could not be reached in time. The origin's fault; retry later.
     #[error("registry {registry} can't be reached: {reason}")]
@@ -131,6 +160,12 @@ pub enum OriginError {
         registry: String,
         /// Why.
         reason: String,
+    },
+    /// Its body was dropped, since its client did not read while many others waited. The client's fault; asking again helps.
+    #[error("the client did not read on while many other responses of registry {registry} waited")]
+    GaveWay {
+        /// Which.
+        registry: String,
     },
 }
 
@@ -149,7 +184,9 @@ struct Inner {
     via: HeaderValue,
     current: Mutex<Current>,
     backoff: Backoff,
+    dead: Dead,
     elsewhere: Remembered,
+    lot: Arc<Lot<OriginBody>>,
 }
 
 type HttpClient = Client<HttpsConnector<Dialer>, Sent>;
@@ -161,7 +198,7 @@ type Sent = Either<Full<Bytes>, Upload>;
 struct Current {
     settings: Arc<LiveSettings>,
     /// Connections are shared only among requests that trust and may reach the same.
-    clients: HashMap<(Trust, Reach), HttpClient>,
+    clients: HashMap<(Trust, Reach), Kept>,
     rights: Arc<Rights>,
 }
 
@@ -172,14 +209,36 @@ impl Current {
     }
 }
 
+/// A client, and the state of the files that it was made from.
+struct Kept {
+    client: HttpClient,
+    stamps: Vec<Option<Stamp>>,
+    /// The time of the last look at the files.
+    looked: Instant,
+}
+
+/// The clients for one registry, or for its realms.
+struct Clients {
+    /// For its own hosts: shows the identity that the configuration names.
+    home: HttpClient,
+    /// For hosts that it redirects to.
+    away: HttpClient,
+}
+
 /// What asking a registry takes.
 struct Means {
-    client: HttpClient,
-    realm_client: HttpClient,
+    clients: Clients,
+    realm_clients: Clients,
     rights: Arc<Rights>,
 }
 
 impl Origin {
+    /// Whether the configuration lets this registry be asked, as far as that can be told without asking.
+    pub(crate) fn may_be_asked(&self, registry: &str) -> bool {
+        let registries = &self.inner.live.load().registries;
+        Route::to(registries, registry).is_ok_and(|route| route.is_reachable(registries))
+    }
+
     /// A client that reads `live` at each request, and uses the proxy that the environment names.
     pub fn new(live: Arc<ArcSwap<LiveSettings>>, limits: Limits) -> Self {
         Self::beside(live, limits, Vec::new(), Arc::default())
@@ -192,7 +251,7 @@ impl Origin {
         own: Vec<SocketAddr>,
         metrics: Arc<Metrics>,
     ) -> Self {
-        Self::through(live, limits, Proxies::new(Matcher::from_env(), own), metrics)
+        Self::through(live, limits, Proxies::from_env(own), metrics)
     }
 
     fn through(
@@ -213,7 +272,9 @@ impl Origin {
             via: via.expect("hex digits and a name are a header's value"),
             current: Mutex::new(current),
             backoff: Backoff::new(),
+            dead: Dead::new(),
             elsewhere: Remembered::new(),
+            lot: Arc::default(),
         };
         Self { inner: Arc::new(inner) }
     }
@@ -221,6 +282,11 @@ impl Origin {
     /// This node's name in `Via` headers, new at each start: a request that carries it has come round in a circle.
     pub fn pseudonym(&self) -> &str {
         &self.inner.pseudonym
+    }
+
+    /// Drops bodies whose clients have not read on for long, where there are many. To be called each second or so.
+    pub(crate) fn sweep_parked(&self) {
+        self.inner.lot.sweep(Instant::now());
     }
 
     /// HEAD. Whatever status the origin gives is an `Ok`; redirects are followed here.
@@ -239,6 +305,16 @@ impl Origin {
         headers: &HeaderMap,
     ) -> Result<Response<OriginBody>, OriginError> {
         self.ask(Method::GET, target, None, headers).await
+    }
+
+    /// HEAD with a query, for lists that come in pages.
+    pub async fn head_page(
+        &self,
+        target: &Target,
+        query: Option<&str>,
+        headers: &HeaderMap,
+    ) -> Result<Response<()>, OriginError> {
+        Ok(self.ask(Method::HEAD, target, query, headers).await?.map(drop))
     }
 
     /// GET with a query, for lists that come in pages.
@@ -275,7 +351,14 @@ impl Origin {
         if let Some(rest) = self.inner.backoff.remaining(&whose, Instant::now()) {
             return Ok(self.too_many(registry, rest));
         }
-        let response = self.ask_endpoints(&method, target, query, headers).await?;
+        let mut response = self.ask_endpoints(&method, target, query, headers).await?;
+        let whole_for_part = response.status() == StatusCode::PARTIAL_CONTENT
+            && !headers.contains_key(RANGE)
+            && !response.headers().contains_key(CONTENT_RANGE);
+        if matches!(target.content, Content::Blob(_)) && (is_whole(response.status()) || whole_for_part) {
+            // The bytes are compared with the digest, whatever a registry or a proxy before it calls the success.
+            *response.status_mut() = StatusCode::OK;
+        }
         match response.status() {
             StatusCode::TOO_MANY_REQUESTS => {
                 self.inner.backoff.begin(whose, response.headers(), Instant::now());
@@ -308,7 +391,11 @@ impl Origin {
             self.inner.metrics.origin_requests.inc();
             let host = url.host_str().unwrap_or_default();
             match timeout_at(deadline, ask).await {
-                Ok(Ok(response)) if response.status().is_success() => {
+                Ok(Ok(mut response)) if has_content(response.status()) => {
+                    response.extensions_mut().insert(FromElsewhere);
+                    if is_whole(response.status()) {
+                        *response.status_mut() = StatusCode::OK;
+                    }
                     return Some(self.with_body(host, &Method::GET, response));
                 }
                 Ok(Ok(response)) => {
@@ -342,8 +429,12 @@ impl Origin {
         let own = !headers.contains_key(AUTHORIZATION);
         let deadline = Instant::now() + HEAD;
         let endpoints = if own { &route.endpoints[..] } else { std::slice::from_ref(route.home(registry)) };
+        let endpoints = self.inner.dead.in_order(endpoints, Instant::now());
         let mut best = None;
-        for (i, endpoint) in endpoints.iter().enumerate() {
+        for (i, (endpoint, is_dead)) in endpoints.iter().copied().enumerate() {
+            if is_dead && matches!(best, Some(Ok(_))) {
+                break;
+            }
             let more = i + 1 < endpoints.len();
             self.inner.metrics.origin_requests.inc();
             let until = if more { deadline.min(Instant::now() + HEAD_OF_MIRROR) } else { deadline };
@@ -361,8 +452,16 @@ impl Origin {
             let answer = timeout_at(until, answer).await;
             let answer =
                 answer.unwrap_or_else(|_| Err(unreachable(registry, "it did not answer in time".into())));
+            match &answer {
+                Err(OriginError::Unreachable { .. }) if endpoints.len() > 1 => {
+                    self.inner.dead.note(endpoint, Instant::now());
+                }
+                Err(_) => {}
+                Ok(_) => self.inner.dead.forget(endpoint),
+            }
             match answer {
-                Ok(mut response) if !more || settles(response.status()) => {
+                // A page instead of content is that of something in front of the registry.
+                Ok(mut response) if !more || settles(response.status()) && !is_page(response.headers()) => {
                     asked.keep_trusted(response.headers_mut(), own);
                     return Ok(self.with_body(registry, method, response));
                 }
@@ -399,10 +498,9 @@ impl Origin {
         registry: &'a str,
         endpoint: &'a Url,
     ) -> Asked<'a> {
-        let (client, realm_client) = (&means.client, &means.realm_client);
         Asked {
-            client,
-            realm_client,
+            clients: &means.clients,
+            realm_clients: &means.realm_clients,
             route,
             registry,
             endpoint,
@@ -424,7 +522,8 @@ impl Origin {
     fn body(&self, registry: &str, incoming: Option<Incoming>, remaining_bytes: Option<u64>) -> OriginBody {
         let (registry, limits) = (registry.to_owned(), self.inner.limits.clone());
         let metrics = Arc::clone(&self.inner.metrics);
-        OriginBody { incoming, pending: Bytes::new(), remaining_bytes, registry, limits, metrics }
+        let lot = Arc::clone(&self.inner.lot);
+        OriginBody { incoming, pending: Bytes::new(), remaining_bytes, registry, limits, metrics, lot }
     }
 
     /// The headers an origin gets: what is passed on of the client's, and who we are.
@@ -456,21 +555,45 @@ impl Origin {
             *current = Current::new(Arc::clone(settings));
         }
         Ok(Means {
-            client: self.client(&mut current, &route.trust, route.reach)?,
-            realm_client: self.client(&mut current, &route.trust, route.reach.of_realms())?,
+            clients: self.clients(&mut current, &route.trust, route.reach)?,
+            realm_clients: self.clients(&mut current, &route.trust, route.reach.of_realms())?,
             rights: Arc::clone(&current.rights),
         })
     }
 
+    fn clients(&self, current: &mut Current, trust: &Trust, reach: Reach) -> Result<Clients, String> {
+        let home = self.client(current, trust, reach)?;
+        let away = match trust.identity {
+            Some(_) => self.client(current, &trust.without_identity(), reach)?,
+            None => home.clone(),
+        };
+        Ok(Clients { home, away })
+    }
+
+    /// The client for these certificates, made anew when their files have changed. New files that can't be used (a new
+    /// certificate without its key, as in the middle of a rotation) change nothing.
     fn client(&self, current: &mut Current, trust: &Trust, reach: Reach) -> Result<HttpClient, String> {
-        let key = (trust.clone(), reach);
-        if let Some(client) = current.clients.get(&key) {
-            return Ok(client.clone());
+        let (key, now) = ((trust.clone(), reach), Instant::now());
+        let kept = current.clients.get(&key);
+        if let Some(kept) = kept.filter(|kept| now.duration_since(kept.looked) < LOOK_AT_FILES) {
+            return Ok(kept.client.clone());
+        }
+        let stamps: Vec<_> = trust.files().iter().map(|file| Stamp::of(file)).collect();
+        if let Some(kept) = current.clients.get_mut(&key).filter(|kept| kept.stamps == stamps) {
+            kept.looked = now;
+            return Ok(kept.client.clone());
         }
         let settings = Arc::clone(&current.settings);
         let dialer = Dialer { settings, reach, proxies: Arc::clone(&self.inner.proxies) };
-        let client = new_client(dialer, trust)?;
-        current.clients.insert(key, client.clone());
+        let client = match (new_client(dialer, trust), current.clients.get(&key)) {
+            (Ok(client), _) => client,
+            (Err(reason), Some(kept)) => {
+                tracing::warn!(reason, "changed certificate files can't be used; the ones before still are");
+                kept.client.clone()
+            }
+            (Err(reason), None) => return Err(reason),
+        };
+        current.clients.insert(key, Kept { client: client.clone(), stamps, looked: now });
         Ok(client)
     }
 }
@@ -486,20 +609,70 @@ fn new_client(dialer: Dialer, trust: &Trust) -> Result<HttpClient, String> {
         .pool_timer(TokioTimer::new())
         .pool_idle_timeout(POOL_IDLE)
         .pool_max_idle_per_host(POOL_PER_HOST)
-        .http1_max_buf_size(BUFFER_BYTES)
+        .http1_max_buf_size(MAX_HEAD_BYTES)
+        .http1_max_headers(MAX_HEADERS)
+        // Go's client accepts both, and some middle boxes write them.
+        .http1_allow_obsolete_multiline_headers_in_responses(true)
+        .http1_allow_spaces_after_header_name_in_responses(true)
         .build(connector))
 }
 
 /// Whether an answer makes asking the next endpoint pointless.
 fn settles(status: StatusCode) -> bool {
-    status.as_u16() < 400 || status == StatusCode::RANGE_NOT_SATISFIABLE
+    has_content(status) || matches!(status, StatusCode::NOT_MODIFIED | StatusCode::RANGE_NOT_SATISFIABLE)
 }
 
+/// Whether an answer is for people's eyes.
+pub(crate) fn is_page(head: &HeaderMap) -> bool {
+    let types = head.get_all(CONTENT_TYPE).iter().filter_map(|line| line.to_str().ok());
+    types.filter_map(media_type::normal).any(|told| media_type::is_page(&told))
+}
+
+/// Whether an answer with this status brings content, or a part of it.
+pub(crate) fn has_content(status: StatusCode) -> bool {
+    status.is_success() && !matches!(status, StatusCode::NO_CONTENT | StatusCode::RESET_CONTENT)
+}
+
+/// Whether an answer with this status brings the whole content.
+fn is_whole(status: StatusCode) -> bool {
+    has_content(status) && status != StatusCode::PARTIAL_CONTENT
+}
+
+/// The address of `path`, which begins with `/v2/`, at an endpoint.
+///
+/// An endpoint's path stands before `/v2/`. A path that has a part `v2` of its own (`https://harbor.example/v2/project`) says what
+/// stands between `/v2/` and the repository's name, as containerd's `override_path` has it.
 fn join(endpoint: &Url, path: &str, query: Option<&str>) -> Url {
     let mut url = endpoint.clone();
-    url.set_path(&format!("{}{path}", endpoint.path().trim_end_matches('/')));
+    let (base, project) = split(endpoint);
+    let rest = path.strip_prefix("/v2/").filter(|rest| !rest.is_empty());
+    let path = match (project, rest) {
+        (Some(project), Some(rest)) if !project.is_empty() => format!("{base}/v2/{project}/{rest}"),
+        _ => format!("{base}{path}"),
+    };
+    url.set_path(&path);
     url.set_query(query);
     url
+}
+
+/// The name of a repository at an endpoint.
+fn remote_name(endpoint: &Url, repository: &str) -> String {
+    match split(endpoint).1 {
+        Some(project) if !project.is_empty() && !repository.is_empty() => format!("{project}/{repository}"),
+        _ => repository.to_owned(),
+    }
+}
+
+/// The parts of an endpoint's path before and behind `/v2`, without slashes between them.
+fn split(endpoint: &Url) -> (&str, Option<&str>) {
+    let path = endpoint.path().trim_end_matches('/');
+    match path.strip_suffix("/v2") {
+        Some(base) if !base.contains("/v2/") => (base, Some("")),
+        _ => match path.split_once("/v2/") {
+            Some((base, project)) => (base, Some(project.trim_matches('/'))),
+            None => (path, None),
+        },
+    }
 }
 
 /// Repeated lines of a header as one.

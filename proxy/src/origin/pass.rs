@@ -14,13 +14,12 @@ use http::uri::{Authority, PathAndQuery, Scheme};
 use http::{HeaderMap, HeaderName, Request, Response, Uri};
 use http_body_util::{Either, Full};
 use hyper::body::{Body, Frame, Incoming, SizeHint};
-use tokio::net::TcpStream;
 use tokio::time::{Instant, Sleep, sleep_until, timeout};
 use url::Url;
 
 use super::connect::Dialer;
 use super::request::forbidden;
-use super::{Origin, OriginBody, OriginError, Route, Sent, unreachable};
+use super::{Origin, OriginBody, OriginError, Route, Sent, Stream, join, unreachable};
 use crate::applications;
 
 /// For a response's head, from the last byte of the request's body: a registry reads a layer again before it takes it.
@@ -78,7 +77,8 @@ impl Origin {
     ) -> Result<Response<OriginBody>, PassError> {
         let settings = self.inner.live.load_full();
         let (name, method) = (upstream.name.as_str(), request.method().clone());
-        let route = Route::to_allowed(&settings.registries, name)?;
+        let (host, port) = (upstream.authority.host(), upstream.port());
+        let route = Route::to_named(&settings.registries, name, host, port)?;
         let means = self.means(&settings, &route).map_err(|reason| unreachable(name, reason))?;
         let asked = self.asked(&means, &route, name, route.home(name));
         let uri = upstream.uri(&route, request.uri());
@@ -101,7 +101,7 @@ impl Origin {
         *sent.uri_mut() = uri;
 
         let response = tokio::select! {
-            response = means.client.request(sent) => response.map_err(|e| match is_slow(&e) {
+            response = means.clients.home.request(sent) => response.map_err(|e| match is_slow(&e) {
                 true => PassError::Slow,
                 false => asked.refused(&e).into(),
             })?,
@@ -113,9 +113,10 @@ impl Origin {
     }
 
     /// A connection to a host that may be reached; which of its addresses may be is decided here.
-    pub(crate) async fn tunnel(&self, name: &str, authority: &Authority) -> Result<TcpStream, OriginError> {
+    pub(crate) async fn tunnel(&self, name: &str, authority: &Authority) -> Result<Stream, OriginError> {
         let settings = self.inner.live.load_full();
-        let reach = Route::to_allowed(&settings.registries, name)?.reach;
+        let port = authority.port_u16().unwrap_or(443);
+        let reach = Route::to_named(&settings.registries, name, authority.host(), port)?.reach;
         let dialer = Dialer { settings, reach, proxies: Arc::clone(&self.inner.proxies) };
         let uri =
             Uri::builder().scheme(Scheme::HTTPS).authority(authority.clone()).path_and_query("/").build();
@@ -151,11 +152,17 @@ fn end_to_end(headers: &HeaderMap) -> HeaderMap {
 }
 
 impl Upstream {
+    /// The port, where the address leaves it out too.
+    pub(crate) fn port(&self) -> u16 {
+        let default = if self.scheme == Scheme::HTTP { 80 } else { 443 };
+        self.authority.port_u16().unwrap_or(default)
+    }
+
     /// The address to ask for what `asked` asks for.
     fn uri(&self, route: &Route, asked: &Uri) -> Option<Uri> {
         let rest = asked.path_and_query().map_or("/", PathAndQuery::as_str);
         let base = match self.endpoint(route) {
-            Some(endpoint) => endpoint.as_str().trim_end_matches('/').to_owned(),
+            Some(endpoint) => return join(endpoint, asked.path(), asked.query()).as_str().parse().ok(),
             None if self.is_registry => format!("https://{}", self.authority),
             None => format!("{}://{}", self.scheme, self.authority),
         };

@@ -5,10 +5,10 @@ use std::path::PathBuf;
 
 use hawker_core::challenge::is_trusted;
 use hawker_core::reference::{api_host, canonical_host, host_matches, is_public};
-use url::Url;
+use url::{Host, Url};
 
 use super::OriginError;
-use crate::settings::Registries;
+use crate::settings::{ClientIdentity, Registries};
 
 /// How one registry is reached.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -30,6 +30,21 @@ pub(super) struct Trust {
     pub(super) ca: Option<PathBuf>,
     /// Any certificate will do, and https may lead to http.
     pub(super) insecure: bool,
+    /// Shown where the other side asks for a client's certificate.
+    pub(super) identity: Option<ClientIdentity>,
+}
+
+impl Trust {
+    /// The files that it depends on.
+    pub(super) fn files(&self) -> Vec<PathBuf> {
+        let identity = self.identity.iter().flat_map(|identity| [&identity.certificate, &identity.key]);
+        self.ca.iter().chain(identity).cloned().collect()
+    }
+
+    /// The same for hosts that the identity is not for.
+    pub(super) fn without_identity(&self) -> Self {
+        Self { identity: None, ..self.clone() }
+    }
 }
 
 /// Where connections may go.
@@ -82,8 +97,43 @@ impl Route {
             [] => vec![own_endpoint(host).ok_or_else(forbidden)?],
             listed => listed.to_vec(),
         };
-        let trust = Trust { ca: known.ca.clone(), insecure: known.insecure };
+        let trust =
+            Trust { ca: known.ca.clone(), insecure: known.insecure, identity: known.identity.clone() };
         Ok(Self { endpoints, trust, reach: Reach::Known, realms: known.realms.clone() })
+    }
+
+    /// Whether a connection could be made to any of the endpoints, as far as that can be told without looking names up.
+    pub(super) fn is_reachable(&self, registries: &Registries) -> bool {
+        self.endpoints.iter().any(|url| {
+            let ip = match url.host() {
+                Some(Host::Ipv4(ip)) => IpAddr::V4(ip),
+                Some(Host::Ipv6(ip)) => IpAddr::V6(ip),
+                Some(Host::Domain(_)) => return true,
+                None => return false,
+            };
+            let (host, port) = (url.host_str().unwrap_or_default(), url.port_or_known_default());
+            port.is_some_and(|port| self.reach.allows(registries, host, port, ip))
+        })
+    }
+
+    /// Whether a URL is on the host of an endpoint.
+    pub(super) fn is_at_home(&self, url: &Url) -> bool {
+        self.endpoints.iter().any(|endpoint| endpoint.host() == url.host())
+    }
+
+    /// The way to `host:port` that a client of the forward proxy names, `name` being its name among registries. Realms of the
+    /// configuration may be at private addresses, like its endpoints.
+    pub(super) fn to_named(
+        registries: &Registries,
+        name: &str,
+        host: &str,
+        port: u16,
+    ) -> Result<Self, OriginError> {
+        let mut route = Self::to_allowed(registries, name)?;
+        if is_listed_realm(registries, host, port) {
+            route.reach = Reach::Realms;
+        }
+        Ok(route)
     }
 
     /// The endpoint that credentials may go to: the registry itself, which is the one on its own host, or else the last one.
@@ -93,9 +143,11 @@ impl Route {
         own.or(self.endpoints.last()).expect("a route has an endpoint")
     }
 
-    /// The address of a realm, if it may speak for `registry`.
-    pub(super) fn realm(&self, registry: &str, realm: &str) -> Result<Url, Untrusted> {
-        let mut url = Url::parse(realm).map_err(|_| Untrusted::Address)?;
+    /// The address of a realm, if it may speak for `registry`. One that begins with `/` is on the host of the endpoint that named
+    /// it.
+    pub(super) fn realm(&self, registry: &str, endpoint: &Url, realm: &str) -> Result<Url, Untrusted> {
+        let parsed = if realm.starts_with('/') { endpoint.join(realm) } else { Url::parse(realm) };
+        let mut url = parsed.map_err(|_| Untrusted::Address)?;
         url.set_fragment(None);
         let host = match (url.scheme(), url.host_str()) {
             ("http" | "https", Some(host)) if url.username().is_empty() && url.password().is_none() => host,
@@ -182,7 +234,15 @@ fn is_known_endpoint(registries: &Registries, here: impl Fn(&Url) -> bool) -> bo
     })
 }
 
-fn is_listed_realm(registries: &Registries, host: &str, port: u16) -> bool {
+/// Whether the configuration names a host as that of an endpoint or a realm.
+pub(super) fn is_in_configuration(registries: &Registries, host: &str) -> bool {
+    let realms = registries.known.values().flat_map(|known| &known.realms);
+    is_known_endpoint(registries, |url| is_at(url, host, None))
+        || realms.into_iter().any(|url| is_at(url, host, None))
+}
+
+/// Whether the configuration lists a realm here.
+pub(crate) fn is_listed_realm(registries: &Registries, host: &str, port: u16) -> bool {
     let realms = registries.known.values().flat_map(|known| &known.realms);
     realms.into_iter().any(|url| is_at(url, host, Some(port)))
 }
@@ -218,6 +278,23 @@ mod tests {
             (&some, "10.0.0.1:5001", false),
         ] {
             assert_eq!(Route::to(registries, registry).is_ok(), allowed, "{registry}");
+        }
+    }
+
+    #[test]
+    fn a_private_address_that_the_configuration_does_not_name_is_not_asked() {
+        let mut registries = Registries::default();
+        registries.known.insert("10.0.0.1:5000".into(), known(&["http://10.0.0.1:5000"], false));
+        for (registry, reachable) in [
+            ("quay.io", true),
+            ("10.0.0.1:5000", true),
+            ("10.0.0.1:5001", false),
+            ("127.0.0.1:5000", false),
+            ("[::1]:5000", false),
+            ("8.8.8.8", true),
+        ] {
+            let route = Route::to(&registries, registry);
+            assert_eq!(route.is_ok_and(|route| route.is_reachable(&registries)), reachable, "{registry}");
         }
     }
 
@@ -304,7 +381,11 @@ mod tests {
             ("docker.io", "https://auth.evil.io/token", Err(Untrusted::Foreign("auth.evil.io".into()))),
             ("docker.io", "https://user@auth.docker.io/token", Err(Untrusted::Address)),
             ("docker.io", "ftp://auth.docker.io/token", Err(Untrusted::Address)),
-            ("docker.io", "/token", Err(Untrusted::Address)),
+            ("docker.io", "token", Err(Untrusted::Address)),
+            ("docker.io", "/token", Ok(())),
+            ("docker.io", "//auth.docker.io/token", Ok(())),
+            ("docker.io", "//auth.evil.io/token", Err(Untrusted::Foreign("auth.evil.io".into()))),
+            ("docker.io", "https://AUTH.docker.io/token?a=b#c", Ok(())),
             ("plain:5000", "http://plain:5001/token", Ok(())),
             ("plain:5000", "http://other/token", Err(Untrusted::Foreign("other".into()))),
             ("old.example", "http://old.example/token", Ok(())),
@@ -313,7 +394,8 @@ mod tests {
             ("r.example", "http://sso.corp.net/token", Err(Untrusted::Plain("sso.corp.net".into()))),
             ("r.example", "https://sso.corp.net:8080/token", Err(Untrusted::Foreign("sso.corp.net".into()))),
         ] {
-            let judged = Route::to(&registries, registry).unwrap().realm(registry, realm);
+            let route = Route::to(&registries, registry).unwrap();
+            let judged = route.realm(registry, route.home(registry), realm);
             assert_eq!(judged.map(|_| ()), trusted, "{registry} {realm}");
         }
         let (inside, reach) = ("10.0.0.1".parse().unwrap(), Reach::Known.of_realms());

@@ -66,13 +66,17 @@ async fn redirects_are_followed_and_credentials_stay_at_home() {
     let data = noise(1000, 2);
     let copy = data.clone();
     let store = TestRegistry::start(move |seen| say(seen, 200, &[], &copy)).await;
-    let there = format!("http://{}/signed?token=x", store.address);
+    let there = format!("http://localhost:{}/signed?token=x", store.address.port());
     let registry = TestRegistry::start(move |seen| match seen.target.as_str() {
         "/second" => say(seen, 302, &[("Location", &there)], b""),
         _ => say(seen, 307, &[("Location", "/second")], b""),
     })
     .await;
-    let origin = origin(&knowing(&[&registry, &store]));
+    let live = knowing(&[&registry]);
+    let mut settings = (**live.load()).clone();
+    settings.registries.allow_networks.extend(Network::new("127.0.0.0".parse().unwrap(), 8));
+    live.store(Arc::new(settings));
+    let origin = origin(&live);
     let sent = headers(&[("authorization", "Bearer secret"), ("range", "bytes=0-")]);
     let mut response = origin.get(&blob(&registry, &data), &sent).await.unwrap();
     assert_eq!(whole(response.body_mut()).await.unwrap(), data);
@@ -81,6 +85,27 @@ async fn redirects_are_followed_and_credentials_stay_at_home() {
     assert_eq!(store.seen()[0].header("range"), Some("bytes=0-"));
     assert_eq!(origin.head(&blob(&registry, &data), &sent).await.unwrap().status(), 200);
     assert_eq!(store.seen()[1].method, "HEAD");
+}
+
+#[tokio::test]
+async fn a_redirect_to_another_port_of_the_same_host_keeps_the_credentials() {
+    let data = noise(1000, 2);
+    let copy = data.clone();
+    let back = TestRegistry::start(move |seen| match seen.header("authorization") {
+        Some("Bearer tok") => say(seen, 200, &[], &copy),
+        _ => say(seen, 401, &[], b""),
+    })
+    .await;
+    let there = back.address;
+    let front = TestRegistry::start(move |seen| {
+        say(seen, 308, &[("Location", &format!("http://{there}{}", seen.target))], b"")
+    })
+    .await;
+    let origin = origin(&knowing(&[&front, &back]));
+    let sent = headers(&[("authorization", "Bearer tok")]);
+    let mut response = origin.get(&blob(&front, &data), &sent).await.unwrap();
+    assert_eq!(response.status(), 200);
+    assert_eq!(whole(response.body_mut()).await.unwrap(), data);
 }
 
 #[tokio::test]
@@ -145,8 +170,38 @@ async fn short_long_and_reset_bodies_are_broken() {
 }
 
 #[tokio::test]
+async fn odd_heads_are_read_as_gos_client_reads_them() {
+    let lines = |count: usize, length: usize| -> String {
+        (0..count).map(|i| format!("Set-Cookie: a{i}={}\r\n", "x".repeat(length))).collect()
+    };
+    let cases = [
+        ("no reason", "HTTP/1.1 200\r\nContent-Length: 2\r\n\r\nok".to_owned()),
+        ("150 lines", format!("HTTP/1.1 200 OK\r\n{}Content-Length: 2\r\n\r\nok", lines(150, 1))),
+        ("2,000 lines", format!("HTTP/1.1 200 OK\r\n{}Content-Length: 2\r\n\r\nok", lines(2000, 1))),
+        ("200 KiB", format!("HTTP/1.1 200 OK\r\n{}Content-Length: 2\r\n\r\nok", lines(200, 1000))),
+        ("folded", "HTTP/1.1 200 OK\r\nX-Policy: a;\r\n  b\r\n\tc\r\nContent-Length: 2\r\n\r\nok".into()),
+        ("blank before the colon", "HTTP/1.1 200 OK\r\nX-A : b\r\nContent-Length : 2\r\n\r\nok".into()),
+        ("length twice", "HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 2\r\n\r\nok".into()),
+        ("bare LF", "HTTP/1.1 200 OK\nContent-Length: 2\n\nok".into()),
+        ("HTTP/1.0", "HTTP/1.0 200 OK\r\n\r\nok".into()),
+        (
+            "early hints",
+            "HTTP/1.1 103 Hints\r\nLink: </x>\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok".into(),
+        ),
+        ("latin-1", "HTTP/1.1 200 OK\r\nServer: Registr\u{e9}\r\nContent-Length: 2\r\n\r\nok".into()),
+    ];
+    for (name, answer) in cases {
+        let bytes: Vec<u8> = answer.chars().map(|c| c as u8).collect();
+        let registry = TestRegistry::start(move |_| Reply::Cut(bytes.clone())).await;
+        let origin = origin(&knowing(&[&registry]));
+        let mut response = origin.get(&blob(&registry, b"ok"), &HeaderMap::new()).await.expect(name);
+        assert_eq!(whole(response.body_mut()).await.expect(name), b"ok", "{name}");
+    }
+}
+
+#[tokio::test]
 async fn heads_over_the_bound_are_refused() {
-    let long = "x".repeat(4 * BUFFER_BYTES);
+    let long = "x".repeat(2 * MAX_HEAD_BYTES);
     let registry = TestRegistry::start(move |seen| say(seen, 200, &[("X-Long", &long)], b"")).await;
     let failed = origin(&knowing(&[&registry])).get(&blob(&registry, b""), &HeaderMap::new()).await.err();
     assert!(matches!(failed, Some(OriginError::Broken { .. })), "{failed:?}");
@@ -202,6 +257,57 @@ async fn a_mirror_that_says_nothing_holds_up_the_next_one_only_so_long() {
     let start = Instant::now();
     assert_eq!(origin(&live).get(&target, &HeaderMap::new()).await.unwrap().status(), 200);
     assert!(start.elapsed() < HEAD_OF_MIRROR + Duration::from_secs(3), "{:?}", start.elapsed());
+}
+
+#[tokio::test]
+async fn an_endpoint_that_can_not_be_reached_is_asked_last_for_a_while() {
+    let dead = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let silent = TestRegistry::start(|_| Reply::Silence).await;
+    let good = TestRegistry::start(|seen| match seen.target.contains("gone") {
+        true => say(seen, 404, &[], b""),
+        false => say(seen, 200, &[], b"here"),
+    })
+    .await;
+    let live = knowing(&[]);
+    let mut settings = (**live.load()).clone();
+    let url = |address: SocketAddr| Url::parse(&format!("http://{address}")).unwrap();
+    let endpoints = vec![url(dead), url(silent.address), url(good.address)];
+    let listed = RegistrySettings { endpoints, ..RegistrySettings::default() };
+    settings.registries.known.insert("r.example".into(), listed);
+    live.store(Arc::new(settings));
+    let origin = origin(&live);
+    let target = |tag: &str| Target {
+        source: Source { registry: "r.example".into(), repository: "a".into() },
+        content: Content::Manifest(tag.into()),
+    };
+    assert_eq!(origin.get(&target("v1"), &HeaderMap::new()).await.unwrap().status(), 200);
+    let start = Instant::now();
+    for (tag, status) in [("v1", 200), ("gone", 404)] {
+        assert_eq!(origin.get(&target(tag), &HeaderMap::new()).await.unwrap().status(), status);
+    }
+    assert!(start.elapsed() < Duration::from_secs(2), "{:?}", start.elapsed());
+    assert_eq!(silent.seen().len(), 1);
+}
+
+#[test]
+fn an_endpoints_path_stands_before_v2_or_says_what_stands_behind_it() {
+    for (endpoint, path, expected) in [
+        ("https://r.example", "/v2/a/b/tags/list", "https://r.example/v2/a/b/tags/list"),
+        ("https://r.example/sub/", "/v2/a/b/tags/list", "https://r.example/sub/v2/a/b/tags/list"),
+        ("https://r.example/v2", "/v2/a/tags/list", "https://r.example/v2/a/tags/list"),
+        ("https://r.example/v2/hub", "/v2/a/tags/list", "https://r.example/v2/hub/a/tags/list"),
+        ("https://r.example/v2/hub/", "/v2/a/tags/list", "https://r.example/v2/hub/a/tags/list"),
+        ("https://r.example/v2/hub/two", "/v2/a/tags/list", "https://r.example/v2/hub/two/a/tags/list"),
+        ("https://r.example/api/v2/hub", "/v2/a/tags/list", "https://r.example/api/v2/hub/a/tags/list"),
+        ("https://r.example/v2/hub", "/v2/", "https://r.example/v2/"),
+        ("https://r.example/sub", "/v2/", "https://r.example/sub/v2/"),
+    ] {
+        let url = join(&endpoint.parse().unwrap(), path, None);
+        assert_eq!(url.as_str(), expected, "{endpoint}");
+    }
+    for (endpoint, name) in [("https://r.example/v2/hub", "hub/a"), ("https://r.example/sub", "a")] {
+        assert_eq!(remote_name(&endpoint.parse().unwrap(), "a"), name);
+    }
 }
 
 #[tokio::test]
@@ -326,6 +432,155 @@ async fn tls_is_believed_by_the_systems_authorities_the_registrys_own_or_when_to
         let target = Target { source, content: Content::Manifest("v1".into()) };
         let answer = origin(&live).get(&target, &HeaderMap::new()).await;
         assert_eq!(answer.is_ok(), works, "{:?}", answer.err());
+    }
+}
+
+/// A registry that takes nobody without a certificate of `ca`. It counts the connections that showed one.
+async fn mtls_registry(dir: &std::path::Path, shown: Arc<std::sync::atomic::AtomicUsize>) -> SocketAddr {
+    use rcgen::{
+        BasicConstraints, CertificateParams, CertifiedIssuer, ExtendedKeyUsagePurpose, IsCa, KeyPair,
+    };
+    use rustls::server::WebPkiClientVerifier;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let mut authority = CertificateParams::new(Vec::new()).unwrap();
+    authority.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    let authority = CertifiedIssuer::self_signed(authority, KeyPair::generate().unwrap()).unwrap();
+    let leaf = |purpose| {
+        let mut params = CertificateParams::new(vec!["localhost".to_owned()]).unwrap();
+        params.extended_key_usages = vec![purpose];
+        let key = KeyPair::generate().unwrap();
+        (params.signed_by(&key, &authority).unwrap(), key)
+    };
+    let (server, server_key) = leaf(ExtendedKeyUsagePurpose::ServerAuth);
+    for name in ["one", "two"] {
+        let (client, key) = leaf(ExtendedKeyUsagePurpose::ClientAuth);
+        std::fs::write(dir.join(format!("{name}.pem")), client.pem()).unwrap();
+        std::fs::write(dir.join(format!("{name}.key")), key.serialize_pem()).unwrap();
+    }
+    std::fs::write(dir.join("ca.pem"), authority.pem()).unwrap();
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let mut roots = rustls::RootCertStore::empty();
+    roots.add(authority.der().clone()).unwrap();
+    let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), Arc::clone(&provider));
+    let key = rustls_pki_types::PrivateKeyDer::try_from(server_key.serialize_der()).unwrap();
+    let config = rustls::ServerConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_client_cert_verifier(verifier.build().unwrap())
+        .with_single_cert(vec![server.der().clone()], key)
+        .unwrap();
+    let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(config));
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        while let Ok((socket, _)) = listener.accept().await {
+            let Ok(mut tls) = acceptor.accept(socket).await else { continue };
+            shown.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            let _ = tls.read(&mut [0; 4096]).await;
+            let _ =
+                tls.write_all(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 3\r\n\r\ntls").await;
+            let _ = tls.shutdown().await;
+        }
+    });
+    address
+}
+
+#[tokio::test]
+async fn a_registry_that_wants_a_certificate_gets_the_one_that_its_files_hold_now() {
+    use crate::settings::ClientIdentity;
+    let folder = tempfile::tempdir().unwrap();
+    let shown = Arc::default();
+    let address = mtls_registry(folder.path(), Arc::clone(&shown)).await;
+    let name = format!("localhost:{}", address.port());
+    let file = |name: &str| folder.path().join(name);
+    let identity = ClientIdentity { certificate: file("used.pem"), key: file("used.key") };
+    let settings = |identity| {
+        let live = knowing(&[]);
+        let mut settings = (**live.load()).clone();
+        let own = RegistrySettings { ca: Some(file("ca.pem")), identity, ..RegistrySettings::default() };
+        settings.registries.known.insert(name.clone(), own);
+        live.store(Arc::new(settings));
+        live
+    };
+    let source = Source { registry: name.clone(), repository: "a".into() };
+    let target = Target { source, content: Content::Manifest("v1".into()) };
+    assert!(origin(&settings(None)).get(&target, &HeaderMap::new()).await.is_err());
+
+    let origin = origin(&settings(Some(identity.clone())));
+    let missing = origin.get(&target, &HeaderMap::new()).await.err().unwrap().to_string();
+    assert!(missing.contains("used.pem"), "{missing}");
+    let put = |from: &str, to: &str| assert!(std::fs::copy(file(from), file(to)).unwrap() > 0);
+    put("one.pem", "used.pem");
+    put("two.key", "used.key");
+    let mismatched = check_identity(&identity).unwrap_err();
+    assert!(mismatched.contains("used.key") && !mismatched.contains("PRIVATE"), "{mismatched}");
+    put("ca.pem", "used.key");
+    assert!(check_identity(&identity).unwrap_err().contains("unencrypted PEM"));
+    put("one.key", "used.key");
+    assert_eq!(check_identity(&identity), Ok(()));
+    tokio::time::sleep(LOOK_AT_FILES).await;
+    assert!(origin.get(&target, &HeaderMap::new()).await.is_ok());
+
+    // In the middle of a rotation the pair before is still used, and the new one as soon as it is there.
+    put("two.pem", "used.pem");
+    tokio::time::sleep(LOOK_AT_FILES).await;
+    assert!(origin.get(&target, &HeaderMap::new()).await.is_ok());
+    put("two.key", "used.key");
+    tokio::time::sleep(LOOK_AT_FILES).await;
+    assert!(origin.get(&target, &HeaderMap::new()).await.is_ok());
+    assert_eq!(shown.load(std::sync::atomic::Ordering::Relaxed), 3);
+}
+
+/// A SOCKS5 proxy that wants name and password, and connects to `to` whatever it is asked for. The names that it was asked for.
+async fn socks_proxy(to: SocketAddr) -> (SocketAddr, Arc<Mutex<Vec<Vec<u8>>>>) {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let (address, asked) = (listener.local_addr().unwrap(), Arc::new(Mutex::new(Vec::new())));
+    let log = Arc::clone(&asked);
+    tokio::spawn(async move {
+        while let Ok((mut client, _)) = listener.accept().await {
+            let mut buffer = [0; 512];
+            let _ = client.read(&mut buffer).await;
+            let _ = client.write_all(&[5, 2]).await;
+            let n = client.read(&mut buffer).await.unwrap_or_default();
+            let good = &buffer[..n] == b"\x01\x04na:e\x02wd";
+            let _ = client.write_all(&[1, u8::from(!good)]).await;
+            let n = client.read(&mut buffer).await.unwrap_or_default();
+            log.lock().unwrap().push(buffer[..n].to_vec());
+            let _ = client.write_all(&[5, 0, 0, 1, 0, 0, 0, 0, 0, 0]).await;
+            let mut there = tokio::net::TcpStream::connect(to).await.unwrap();
+            tokio::spawn(async move { tokio::io::copy_bidirectional(&mut client, &mut there).await });
+        }
+    });
+    (address, asked)
+}
+
+#[tokio::test]
+async fn a_socks_proxy_gets_the_name_and_the_rules_about_addresses_still_hold() {
+    let registry = TestRegistry::start(|seen| say(seen, 200, &[], b"proxied")).await;
+    let (proxy, asked) = socks_proxy(registry.address).await;
+    for scheme in ["socks5", "socks5h"] {
+        let through = |live: &Arc<ArcSwap<LiveSettings>>| {
+            let matcher = Matcher::builder().all(format!("{scheme}://na%3Ae:wd@{proxy}")).build();
+            let limits = Limits::new(Arc::clone(live));
+            Origin::through(Arc::clone(live), limits, Proxies::new(matcher, Vec::new()), Arc::default())
+        };
+        let live = knowing(&[]);
+        let mut settings = (**live.load()).clone();
+        let endpoints = vec!["http://reg.invalid:5000".parse().unwrap()];
+        let own = RegistrySettings { endpoints, ..RegistrySettings::default() };
+        settings.registries.known.insert("reg.invalid".into(), own);
+        live.store(Arc::new(settings));
+        let target = |registry: &str| Target {
+            source: Source { registry: registry.into(), repository: "a".into() },
+            content: Content::Manifest("v1".into()),
+        };
+        let mut response = through(&live).get(&target("reg.invalid"), &HeaderMap::new()).await.unwrap();
+        assert_eq!(whole(response.body_mut()).await.unwrap(), b"proxied");
+        assert_eq!(asked.lock().unwrap().pop().unwrap(), b"\x05\x01\x00\x03\x0breg.invalid\x13\x88");
+        let refused = through(&live).get(&target("127.0.0.1:5000"), &HeaderMap::new()).await.err();
+        assert!(matches!(refused, Some(OriginError::Forbidden(_))), "{refused:?}");
+        assert!(asked.lock().unwrap().is_empty());
     }
 }
 

@@ -1,15 +1,17 @@
 //! TLS to upstream registries: the system's authorities, a registry's own, or, where the configuration says so, any.
 
+use std::io::ErrorKind;
 use std::path::Path;
 use std::sync::{Arc, LazyLock};
 
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::{CryptoProvider, ring, verify_tls12_signature, verify_tls13_signature};
 use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme};
-use rustls_pki_types::pem::PemObject;
-use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
+use rustls_pki_types::pem::{self, PemObject};
+use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 
 use super::policy::Trust;
+use crate::settings::ClientIdentity;
 
 /// The system's authorities, read once.
 static NATIVE: LazyLock<RootCertStore> = LazyLock::new(|| {
@@ -25,18 +27,51 @@ static NATIVE: LazyLock<RootCertStore> = LazyLock::new(|| {
 /// A client's configuration. The error is for people: it names the file.
 pub(super) fn client_config(trust: &Trust) -> Result<ClientConfig, String> {
     let provider = Arc::new(ring::default_provider());
+    let identity = trust.identity.as_ref().map(read_identity).transpose()?;
     let builder = ClientConfig::builder_with_provider(Arc::clone(&provider))
         .with_safe_default_protocol_versions()
         .map_err(|e| e.to_string())?;
-    if trust.insecure {
-        let any = Arc::new(AnyCertificate(provider));
-        return Ok(builder.dangerous().with_custom_certificate_verifier(any).with_no_client_auth());
-    }
-    let mut roots = NATIVE.clone();
-    if let Some(file) = &trust.ca {
-        add_authorities(&mut roots, file)?;
-    }
-    Ok(builder.with_root_certificates(roots).with_no_client_auth())
+    let builder = if trust.insecure {
+        builder.dangerous().with_custom_certificate_verifier(Arc::new(AnyCertificate(provider)))
+    } else {
+        let mut roots = NATIVE.clone();
+        if let Some(file) = &trust.ca {
+            add_authorities(&mut roots, file)?;
+        }
+        builder.with_root_certificates(roots)
+    };
+    let Some((certificates, key)) = identity else { return Ok(builder.with_no_client_auth()) };
+    let files = trust.identity.as_ref().map(ClientIdentity::to_string).unwrap_or_default();
+    builder
+        .with_client_auth_cert(certificates, key)
+        .map_err(|e| format!("{files} can't be used: {e}; give the key that belongs to the certificate"))
+}
+
+/// Reads a certificate and its key, and tries them. The error is for people: it names the file, and shows nothing of the key.
+pub fn check_identity(identity: &ClientIdentity) -> Result<(), String> {
+    client_config(&Trust { identity: Some(identity.clone()), ..Trust::default() }).map(drop)
+}
+
+type Identity = (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>);
+
+fn read_identity(identity: &ClientIdentity) -> Result<Identity, String> {
+    let ClientIdentity { certificate, key } = identity;
+    let unusable = |what: &str, file: &Path, why: &pem::Error| {
+        let cure = match why {
+            pem::Error::Io(error) if error.kind() == ErrorKind::PermissionDenied => {
+                "; make it readable for the user that runs hawker"
+            }
+            pem::Error::NoItemsFound => "; give an unencrypted PEM file",
+            _ => "",
+        };
+        format!("the client's {what} {} can't be used: {why}{cure}", file.display())
+    };
+    let certificates = CertificateDer::pem_file_iter(certificate)
+        .and_then(Iterator::collect::<Result<Vec<_>, _>>)
+        .and_then(|all| if all.is_empty() { Err(pem::Error::NoItemsFound) } else { Ok(all) })
+        .map_err(|why| unusable("certificate", certificate, &why))?;
+    let key = PrivateKeyDer::from_pem_file(key).map_err(|why| unusable("key", key, &why))?;
+    Ok((certificates, key))
 }
 
 fn add_authorities(roots: &mut RootCertStore, file: &Path) -> Result<(), String> {

@@ -65,7 +65,7 @@ pub(super) async fn get(
     wanted: &Wanted<'_>,
     credential: Option<&Credential>,
 ) -> Result<Granted, Denied> {
-    let realm = Realm { asked: Asked { client: asked.realm_client, ..*asked }, wanted };
+    let realm = Realm { asked: Asked { clients: asked.realm_clients, ..*asked }, wanted };
     let denied = timeout(TOKEN, realm.ask(credential)).await.unwrap_or_else(|_| {
         Err(Denied::Failed(unreachable(asked.registry, "it did not answer in time".into())))
     });
@@ -93,7 +93,7 @@ impl Realm<'_> {
             response = self.post(&grant).await?;
         }
         match response.status() {
-            StatusCode::OK => {}
+            status if status.is_success() => {}
             StatusCode::TOO_MANY_REQUESTS => {
                 return Err(Denied::Busy(response.headers().get(RETRY_AFTER).cloned()));
             }
@@ -121,14 +121,11 @@ impl Realm<'_> {
         self.asked.follow(&Method::GET, url, headers).await.map_err(Denied::Failed)
     }
 
-    /// POST of a grant; where it redirects to nobody goes.
+    /// POST of a grant. A redirect that keeps the method is followed on the realm's own host, as it takes a secret along.
     async fn post(&self, grant: &[(&str, &str)]) -> Result<Response<Incoming>, Denied> {
         let mut headers = own_headers(&self.asked);
         headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/x-www-form-urlencoded"));
-        self.asked
-            .send(&Method::POST, self.wanted.realm, &headers, &self.form(grant))
-            .await
-            .map_err(Denied::Failed)
+        self.asked.follow_post(self.wanted.realm, &headers, &self.form(grant)).await.map_err(Denied::Failed)
     }
 
     fn form(&self, grant: &[(&str, &str)]) -> Bytes {
@@ -202,7 +199,8 @@ fn life(expires_in: Option<&Value>) -> Duration {
         _ => None,
     };
     let life = seconds.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
-    life.unwrap_or(DEFAULT_LIFE).min(LONGEST_LIFE)
+    // A life of nothing is no statement: each request would need a token of its own.
+    life.filter(|life| !life.is_zero()).unwrap_or(DEFAULT_LIFE).min(LONGEST_LIFE)
 }
 
 #[cfg(test)]
@@ -216,7 +214,7 @@ mod tests {
             ("300", 300),
             ("\"300\"", 300),
             ("300.0", 300),
-            ("0", 0),
+            ("0", 60),
             ("-1", 60),
             ("1e300", 60),
             ("\"soon\"", 60),

@@ -18,6 +18,7 @@ use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
+use super::member::Member;
 use super::{Download, PeerError, PieceSource, Received};
 use crate::buffer::PieceBuffer;
 
@@ -36,8 +37,8 @@ const GIVEN_UP_AT_MOST: usize = 1024;
 /// A connection on which nothing was said for this long loses nothing when it ends.
 const QUIET_AFTER: Duration = Duration::from_secs(60);
 
-/// A manifest as it is answered: status, media type, body.
-pub(super) type Manifest = (u16, String, Bytes);
+/// A manifest as it is answered: status, media type, body, whether the registry asked about gave it.
+pub(super) type Manifest = (u16, String, Bytes, bool);
 
 /// A control message on its way to the writer, with the room it takes, given back once it is written.
 pub(super) struct Outgoing {
@@ -67,6 +68,8 @@ pub(super) struct Remote {
 
 pub(super) struct Connection {
     pub(super) remote: Remote,
+    /// What it shares with the member's other connections.
+    pub(super) member: Arc<Member>,
     control: mpsc::Sender<Outgoing>,
     orders: mpsc::Sender<Order>,
     under_way: Mutex<UnderWay>,
@@ -176,11 +179,12 @@ pub(super) enum Asked {
 }
 
 impl Connection {
-    pub(super) fn new(remote: Remote, close: CancellationToken) -> (Arc<Self>, Queues) {
+    pub(super) fn new(remote: Remote, member: Arc<Member>, close: CancellationToken) -> (Arc<Self>, Queues) {
         let (control, control_queue) = mpsc::channel(CONTROL_QUEUE);
         let (orders, order_queue) = mpsc::channel(2 * ASKED_AT_MOST);
         let connection = Self {
             remote,
+            member,
             control,
             orders,
             under_way: Mutex::default(),
@@ -333,6 +337,11 @@ impl Connection {
         let asked = v1::ManifestRequest { request, source, digest: digest.to_string(), token };
         self.say_raw(v1::PeerMessage { message: Some(Wire::ManifestRequest(asked)) }, None);
         answered.await.map_err(|_| PeerError::Lost)
+    }
+
+    /// Whether a manifest was asked for.
+    pub(super) fn expects_manifests(&self) -> bool {
+        !self.under_way().manifests.is_empty()
     }
 
     fn expect_manifest(&self) -> Option<(u32, oneshot::Receiver<Manifest>)> {

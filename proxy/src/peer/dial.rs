@@ -1,9 +1,11 @@
 //! How connections come to be: dialling, accepting, TLS, and the hello from both sides.
 
-use std::net::SocketAddr;
+use std::io;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
+use hawker_api::names::{self, NamedBy};
 use hawker_api::v1::peer_message::Message as Wire;
 use hawker_api::{convert, identity, v1};
 use hawker_core::message::Role;
@@ -11,20 +13,20 @@ use hawker_core::piece::PeerId;
 use socket2::{SockRef, TcpKeepalive};
 use tokio::io::{AsyncWriteExt, BufReader, ReadHalf, WriteHalf};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Semaphore, oneshot};
+use tokio::sync::oneshot;
 use tokio::time::timeout;
 use tokio_rustls::TlsStream;
 
 use super::connection::Remote;
-use super::frame::{Frame, FrameReader, put_control};
+use super::frame::{Frame, FrameError, FrameReader, protocol, put_control};
 use super::hub::{DialKey, DialTurn, Hub};
 use super::{Dial, PeerError};
 
 const CONNECT_DEADLINE: Duration = Duration::from_secs(3);
-/// For TLS and the hello.
+/// For TLS and the hello, where this node dialled.
 const GREETING_DEADLINE: Duration = Duration::from_secs(5);
-/// Strangers in the middle of their handshake at most; more are turned away.
-const HANDSHAKES_AT_MOST: usize = 64;
+/// The same for strangers, who take places from others meanwhile.
+const STRANGER_DEADLINE: Duration = Duration::from_secs(3);
 /// A name may resolve to more; these are tried.
 const RESOLVED_AT_MOST: usize = 4;
 const HELLO_AT_MOST_BYTES: usize = 16 << 10;
@@ -88,10 +90,11 @@ async fn try_addresses(hub: &Arc<Hub>, dial: &Dial) -> Result<PeerId, PeerError>
 }
 
 async fn try_address(hub: &Arc<Hub>, peer: Option<PeerId>, address: &str) -> Result<PeerId, String> {
-    let resolved = timeout(CONNECT_DEADLINE, tokio::net::lookup_host(address)).await;
-    let resolved = resolved.map_err(|_| "the name did not resolve in time")?.map_err(|e| e.to_string())?;
+    // Addresses of the configuration come without an identity to expect.
+    let named_by = if peer.is_some() { NamedBy::Member } else { NamedBy::Configuration };
+    let resolved = names::resolve_address(address, named_by).await.map_err(|e| e.to_string())?;
     let mut failure = "the name has no address".to_owned();
-    for socket in resolved.take(RESOLVED_AT_MOST) {
+    for socket in resolved.into_iter().take(RESOLVED_AT_MOST) {
         match try_socket(hub, peer, address, socket).await {
             Ok(peer) => return Ok(peer),
             Err(why) => failure = why,
@@ -106,7 +109,7 @@ async fn try_socket(
     address: &str,
     socket: SocketAddr,
 ) -> Result<PeerId, String> {
-    if !hub.make_room() {
+    if !hub.make_room(false) {
         return Err("all connections are busy".to_owned());
     }
     let tcp = timeout(CONNECT_DEADLINE, TcpStream::connect(socket)).await;
@@ -114,7 +117,7 @@ async fn try_socket(
     let name = peer.map_or_else(|| identity::role_name(Role::Seed), identity::peer_name);
     let greeting = async {
         let tls = hub.connector.connect(name, tune(tcp)).await.map_err(|e| e.to_string())?;
-        greet(hub, tls.into(), Some(address.to_owned())).await
+        greet(hub, tls.into(), socket.ip(), Some(address.to_owned())).await
     };
     let (remote, halves) =
         timeout(GREETING_DEADLINE, greeting).await.map_err(|_| "no greeting in time")??;
@@ -125,7 +128,6 @@ async fn try_socket(
 
 /// Accepts connections until the daemon drains.
 pub(super) async fn accept(hub: Arc<Hub>, listener: TcpListener) {
-    let handshakes = Arc::new(Semaphore::new(HANDSHAKES_AT_MOST));
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
@@ -140,29 +142,39 @@ pub(super) async fn accept(hub: Arc<Hub>, listener: TcpListener) {
                 continue;
             }
         };
-        let Ok(handshake) = Arc::clone(&handshakes).try_acquire_owned() else { continue };
-        if hub.is_full() {
-            tracing::debug!(%from, "turned a peer away: there are too many connections");
+        if !hub.may_have_room() {
+            tracing::debug!(%from, "turned a connection away: there are too many");
             continue;
         }
+        let Some(handshake) = hub.handshake(from.ip()) else {
+            tracing::debug!(%from, "turned a connection away: there are too many handshakes");
+            continue;
+        };
         let task_hub = Arc::clone(&hub);
         hub.tasks.spawn(async move {
             let greeting = async {
                 let tls = task_hub.acceptor.accept(tune(tcp)).await.map_err(|e| e.to_string())?;
-                greet(&task_hub, tls.into(), None).await
+                greet(&task_hub, tls.into(), from.ip(), None).await
             };
             let greeted = tokio::select! {
-                greeted = timeout(GREETING_DEADLINE, greeting) => greeted,
+                greeted = timeout(STRANGER_DEADLINE, greeting) => greeted,
+                () = handshake.gives_way.cancelled() => return,
                 () = task_hub.draining.cancelled() => return,
             };
             drop(handshake);
             match greeted {
-                Ok(Ok((remote, halves))) if !task_hub.is_full() => {
-                    // Refused only when this node is stopping.
-                    let _ = task_hub.adopt(remote, halves).await;
+                Ok(Ok((remote, halves))) if task_hub.make_room(true) => {
+                    let name = remote.name.clone();
+                    if let Err(error) = task_hub.adopt(remote, halves).await {
+                        tracing::debug!(%from, name, %error, "turned a member away");
+                    }
                 }
-                Ok(Ok(_)) => tracing::debug!(%from, "turned a peer away: there are too many connections"),
-                Ok(Err(error)) => tracing::info!(%from, %error, "refused a connection"),
+                Ok(Ok(_)) => tracing::debug!(%from, "turned a member away: all connections are busy"),
+                Ok(Err(error)) => {
+                    if let Some(left_out) = task_hub.refused_log.admit() {
+                        tracing::info!(%from, %error, left_out, "refused a connection");
+                    }
+                }
                 Err(_) => tracing::debug!(%from, "a connection did not greet in time"),
             }
         });
@@ -189,7 +201,12 @@ fn tune(tcp: TcpStream) -> BufReader<TcpStream> {
 }
 
 /// Says hello and hears theirs; who they are is in their certificate.
-async fn greet(hub: &Hub, mut tls: Stream, dialled: Option<String>) -> Result<(Remote, Halves), String> {
+async fn greet(
+    hub: &Hub,
+    mut tls: Stream,
+    from: IpAddr,
+    dialled: Option<String>,
+) -> Result<(Remote, Halves), String> {
     let session = match &mut tls {
         TlsStream::Client(stream) => {
             let session = stream.get_mut().1;
@@ -207,27 +224,45 @@ async fn greet(hub: &Hub, mut tls: Stream, dialled: Option<String>) -> Result<(R
     if peer == hub.identity.peer_id() {
         return Err("that is this node itself".to_owned());
     }
+    if let Some(left) = hub.refused_for(peer) {
+        return Err(format!("it broke the protocol and is refused for {} s more", left.as_secs() + 1));
+    }
     let (reader, mut writer) = tokio::io::split(tls);
     let mut frame = Vec::new();
     put_control(&v1::PeerMessage { message: Some(Wire::Hello(hub.hello.clone())) }, &mut frame);
     writer.write_all(&frame).await.map_err(|e| e.to_string())?;
     writer.flush().await.map_err(|e| e.to_string())?;
     let mut frames = FrameReader::new(reader);
-    let hello = hear_hello(&mut frames).await?;
+    let hello = hear_hello(&mut frames).await.map_err(|error| {
+        if let FrameError::Protocol(_) = &error {
+            hub.broke_protocol(peer, "", &error.to_string());
+        }
+        error.to_string()
+    })?;
     let instance = hello.instance;
-    let (name, addresses) = convert::from_hello(hello).map_err(|e| e.to_string())?;
+    let (name, mut addresses) = convert::from_hello(hello).map_err(|e| e.to_string())?;
+    // A member could point others at any address. The schedulers have checked the addresses that they pass on.
+    addresses.retain(|address| is_at(address, from));
+    if addresses.is_empty() {
+        addresses.extend(dialled.clone());
+    }
     Ok((Remote { peer, role, name, addresses, instance, dialled }, Halves { frames, writer }))
 }
 
-async fn hear_hello(frames: &mut FrameReader<ReadHalf<Stream>>) -> Result<v1::Hello, String> {
-    let len = match frames.next().await.map_err(|e| e.to_string())? {
+/// Whether `host:port` is a port of this address.
+fn is_at(address: &str, ip: IpAddr) -> bool {
+    address.parse::<SocketAddr>().is_ok_and(|address| address.ip().to_canonical() == ip.to_canonical())
+}
+
+async fn hear_hello(frames: &mut FrameReader<ReadHalf<Stream>>) -> Result<v1::Hello, FrameError> {
+    let len = match frames.next().await? {
         Some(Frame::Control(len)) if len <= HELLO_AT_MOST_BYTES => len,
-        Some(_) => return Err("it did not say hello first".to_owned()),
-        None => return Err("it closed the connection without hello".to_owned()),
+        Some(_) => return Err(protocol("it did not say hello first")),
+        None => return Err(io::Error::other("it closed the connection without hello").into()),
     };
-    let message = frames.control(len, || ()).await.map_err(|e| e.to_string())?;
+    let message = frames.control(len, || (), |_| false).await?;
     match message.message {
         Some(Wire::Hello(hello)) => Ok(hello),
-        _ => Err("it did not say hello first".to_owned()),
+        _ => Err(protocol("it did not say hello first")),
     }
 }

@@ -21,6 +21,8 @@ pub(super) const DATA_AT_MOST_BYTES: usize = 64 << 10;
 pub(super) const CONTROL_AT_MOST_BYTES: usize = (4 << 20) + (64 << 10);
 /// A message longer than this leaves no memory behind.
 const CONTROL_KEPT_BYTES: usize = 64 << 10;
+/// A message of any other kind than a table or a manifest at most: what a peer holds of the longest blob has 128 KiB.
+pub(super) const ORDINARY_AT_MOST_BYTES: usize = 256 << 10;
 
 /// What makes a connection end.
 #[derive(Debug, thiserror::Error)]
@@ -51,6 +53,27 @@ pub(super) enum Frame {
     },
     /// A kind of a later minor version, this many bytes: to be skipped.
     Unknown(usize),
+}
+
+/// What a message is, by the tag that it begins with (protobuf, one-byte tags: field number and wire type).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// Values of a piece table.
+    Table,
+    /// A manifest that was asked for.
+    Manifest,
+    /// Anything else.
+    Ordinary,
+}
+
+impl Kind {
+    const fn of(tag: u8) -> Self {
+        match (tag >> 3, tag & 7) {
+            (4, 2) => Self::Table,
+            (12, 2) => Self::Manifest,
+            _ => Self::Ordinary,
+        }
+    }
 }
 
 /// Appends a control frame.
@@ -106,16 +129,21 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
     }
 
     /// The message of a control frame of `len` bytes; `heard` is called as they come. Memory grows with what has come, not
-    /// with what was announced.
+    /// with what was announced; and of the kinds that `may_be_long` does not name little is read.
     pub(super) async fn control(
         &mut self,
         len: usize,
         mut heard: impl FnMut(),
+        may_be_long: impl Fn(Kind) -> bool,
     ) -> Result<v1::PeerMessage, FrameError> {
         self.control.clear();
         while self.control.len() < len {
             let missing = len - self.control.len();
             self.read_more(missing).await?;
+            let kind = self.control.first().map_or(Kind::Ordinary, |tag| Kind::of(*tag));
+            if len > ORDINARY_AT_MOST_BYTES && !may_be_long(kind) {
+                return Err(protocol(format!("a message of {len} bytes")));
+            }
             heard();
         }
         let message = v1::PeerMessage::decode(&self.control[..]).map_err(|e| protocol(e.to_string()));
@@ -180,7 +208,7 @@ mod tests {
         let end = loop {
             let step = match reader.next().await {
                 Ok(None) => break Ok(()),
-                Ok(Some(Frame::Control(len))) => reader.control(len, || ()).await.map(|_| ()),
+                Ok(Some(Frame::Control(len))) => reader.control(len, || (), |_| true).await.map(|_| ()),
                 Ok(Some(Frame::Unknown(len))) => reader.skip(len).await,
                 Ok(Some(Frame::Data { len, .. })) => {
                     sink.clear();
@@ -208,7 +236,7 @@ mod tests {
         block_on(async {
             let mut reader = FrameReader::new(&wire[..]);
             let Some(Frame::Control(len)) = reader.next().await.unwrap() else { panic!() };
-            assert_eq!(reader.control(len, || ()).await.unwrap(), ping(7));
+            assert_eq!(reader.control(len, || (), |_| true).await.unwrap(), ping(7));
             assert_eq!(reader.next().await.unwrap(), Some(Frame::Data { request: 9, len: 3 }));
             let mut data = Vec::with_capacity(3);
             assert_eq!(reader.data(&mut data, 3).await.unwrap(), 3);
@@ -216,7 +244,7 @@ mod tests {
             assert_eq!(reader.next().await.unwrap(), Some(Frame::Unknown(2)));
             reader.skip(2).await.unwrap();
             let Some(Frame::Control(len)) = reader.next().await.unwrap() else { panic!() };
-            assert_eq!(reader.control(len, || ()).await.unwrap(), ping(8));
+            assert_eq!(reader.control(len, || (), |_| true).await.unwrap(), ping(8));
             assert_eq!(reader.next().await.unwrap(), None);
         });
     }

@@ -1,12 +1,15 @@
 //! All connections of this daemon: who is connected, over which, and what the driver is told of it.
 
 use std::collections::HashMap;
+use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use hawker_api::identity::Identity;
 use hawker_api::v1::peer_message::Message as Wire;
 use hawker_api::{VERSION, v1};
+use hawker_core::Time;
+use hawker_core::admission::{Handshakes, Refusals};
 use hawker_core::message::Role;
 use hawker_core::piece::PeerId;
 use tokio::sync::{mpsc, oneshot};
@@ -18,14 +21,14 @@ use tokio_util::task::TaskTracker;
 use super::connection::{Connection, Queues, Remote};
 use super::dial::Halves;
 use super::frame::FrameError;
+use super::member::Member;
 use super::receive::Receiver;
 use super::transmit::Transmitter;
 use super::{Dial, ManifestSource, PeerError, PeerEvent, PeersConfig};
 use crate::limits::Limits;
+use crate::log_limit::LogLimit;
 
 const ALPN: &[u8] = b"hawker-peer/3";
-/// A connection without traffic besides pings is closed after this.
-const IDLE_AT_MOST: Duration = Duration::from_secs(120);
 const PING_EVERY: Duration = Duration::from_secs(15);
 /// A connection on which not even pings come is dead.
 const SILENCE_AT_MOST: Duration = Duration::from_secs(30);
@@ -33,6 +36,11 @@ const SILENCE_AT_MOST: Duration = Duration::from_secs(30);
 const TICK: Duration = Duration::from_millis(500);
 /// How long a new connection waits for the end of those it replaces.
 const REPLACE_DEADLINE: Duration = Duration::from_secs(5);
+
+/// Connections of one member at most. Both sides may dial at once, and each may take the last connection for dead.
+const CONNECTIONS_A_MEMBER: usize = 4;
+/// Members whose allowances are remembered though they are not connected.
+const MEMBERS_REMEMBERED: usize = 4096;
 
 /// What coalesces concurrent dials: the peer, or for "any seed" the addresses.
 pub(super) type DialKey = (Option<PeerId>, Vec<String>);
@@ -51,7 +59,10 @@ pub(super) struct Hub {
     pub(super) draining: CancellationToken,
     /// Everything ends.
     pub(super) stop: CancellationToken,
+    /// Lines about connections that strangers and refused members cause.
+    pub(super) refused_log: LogLimit,
     max_connections: usize,
+    started: Instant,
     state: Mutex<State>,
 }
 
@@ -60,6 +71,27 @@ struct State {
     /// The newest last. Never an empty list.
     peers: HashMap<PeerId, Vec<Arc<Connection>>>,
     dials: HashMap<DialKey, DialWaiters>,
+    members: HashMap<PeerId, Arc<Member>>,
+    refusals: Refusals,
+    handshakes: Handshakes,
+    /// Ends each of the handshakes.
+    strangers: HashMap<u64, CancellationToken>,
+}
+
+/// A stranger's handshake, as long as it lasts.
+pub(super) struct Handshake {
+    hub: Arc<Hub>,
+    number: u64,
+    /// It has to give way.
+    pub(super) gives_way: CancellationToken,
+}
+
+impl Drop for Handshake {
+    fn drop(&mut self) {
+        let mut state = self.hub.state();
+        state.handshakes.over(self.number);
+        state.strangers.remove(&self.number);
+    }
 }
 
 impl State {
@@ -93,7 +125,9 @@ impl Hub {
             tasks: TaskTracker::new(),
             draining: CancellationToken::new(),
             stop: CancellationToken::new(),
+            refused_log: LogLimit::new(),
             max_connections,
+            started: Instant::now(),
             state: Mutex::default(),
         })
     }
@@ -120,8 +154,37 @@ impl Hub {
         self.state().peers.keys().copied().collect()
     }
 
-    pub(super) fn is_full(&self) -> bool {
-        self.state().connections().count() >= self.max_connections
+    fn now(&self) -> Time {
+        Time(self.started.elapsed())
+    }
+
+    /// A place for a stranger's handshake, if there is one.
+    pub(super) fn handshake(self: &Arc<Self>, address: IpAddr) -> Option<Handshake> {
+        let mut state = self.state();
+        let begun = state.handshakes.begin(self.now(), address)?;
+        if let Some(other) = begun.instead_of.and_then(|other| state.strangers.remove(&other)) {
+            other.cancel();
+        }
+        let gives_way = CancellationToken::new();
+        state.strangers.insert(begun.handshake, gives_way.clone());
+        Some(Handshake { hub: Arc::clone(self), number: begun.handshake, gives_way })
+    }
+
+    /// How long a member is refused because it broke the protocol.
+    pub(super) fn refused_for(&self, peer: PeerId) -> Option<Duration> {
+        self.state().refusals.refused_for(self.now(), peer)
+    }
+
+    /// A member broke the protocol: it loses all its connections, and is refused for a while.
+    pub(super) fn broke_protocol(&self, peer: PeerId, name: &str, error: &str) {
+        let refused_for = {
+            let mut state = self.state();
+            state.peers.get(&peer).into_iter().flatten().for_each(|connection| connection.close.cancel());
+            state.refusals.broke_protocol(self.now(), peer)
+        };
+        if let Some(left_out) = self.refused_log.admit() {
+            tracing::warn!(%peer, name, error, ?refused_for, left_out, "dropped a member and refuse it for a while");
+        }
     }
 
     /// A caller wants a connection: whether there is one, is one coming, or must be made. The waiter is kept unless there
@@ -148,14 +211,25 @@ impl Hub {
         }
     }
 
-    /// Makes room for one more connection by ending the idlest; `false` when all are busy.
-    pub(super) fn make_room(&self) -> bool {
+    /// Whether there is, or could be made, room for a member that dials in.
+    pub(super) fn may_have_room(&self) -> bool {
+        let state = self.state();
+        state.connections().count() < self.max_connections || state.peers.values().any(|list| list.len() > 1)
+    }
+
+    /// Makes room for one more connection by ending the idlest; `false` when all are busy. A member that dials in gets the place of one
+    /// that has several.
+    pub(super) fn make_room(&self, dials_in: bool) -> bool {
         let state = self.state();
         if state.connections().count() < self.max_connections {
             return true;
         }
-        let idle = state.connections().filter_map(|c| c.idle().map(|idle| (idle, c)));
-        match idle.max_by_key(|(idle, _)| *idle) {
+        let lists = state.peers.values().filter(|list| !dials_in || list.len() > 1);
+        let idle = lists.flat_map(|list| {
+            let several = dials_in.then_some(list.len());
+            list.iter().filter_map(move |c| c.idle().map(|idle| ((several, idle), c)))
+        });
+        match idle.max_by_key(|(rank, _)| *rank) {
             Some((_, idlest)) => {
                 idlest.close.cancel();
                 true
@@ -166,11 +240,22 @@ impl Hub {
 
     /// Takes in an authenticated connection: from here on it lives on its own.
     pub(super) async fn adopt(self: &Arc<Self>, remote: Remote, halves: Halves) -> Result<(), PeerError> {
-        let (connection, queues) = Connection::new(remote, self.stop.child_token());
+        let member = self.member(&remote);
+        let (connection, queues) = Connection::new(remote, member, self.stop.child_token());
         self.register(&connection).await?;
         let hub = Arc::clone(self);
         self.tasks.spawn(async move { hub.run(connection, halves, queues).await });
         Ok(())
+    }
+
+    /// What a member's connections share. It outlives them, so that nobody begins anew by coming back.
+    fn member(&self, remote: &Remote) -> Arc<Member> {
+        let mut state = self.state();
+        if state.members.len() >= MEMBERS_REMEMBERED {
+            state.members.retain(|_, member| Arc::strong_count(member) > 1);
+        }
+        let member = state.members.entry(remote.peer).or_insert_with(|| Arc::new(Member::new(remote.role)));
+        Arc::clone(member)
     }
 
     async fn register(&self, connection: &Arc<Connection>) -> Result<(), PeerError> {
@@ -184,9 +269,19 @@ impl Hub {
                 if self.is_draining() {
                     return Err(PeerError::Unreachable("this node is stopping".to_owned()));
                 }
+                if state.refusals.refused_for(self.now(), peer).is_some() {
+                    return Err(PeerError::Unreachable("it broke the protocol".to_owned()));
+                }
+                // Its handshake may have been over just before it was removed.
+                if self.identity.removed().contains(peer) {
+                    return Err(PeerError::Unreachable("it was removed from the cluster".to_owned()));
+                }
                 let list = state.peers.entry(peer).or_default();
                 let stale = list.iter().find(|old| old.remote.instance != connection.remote.instance);
                 match stale.map(Arc::clone) {
+                    None if list.len() >= CONNECTIONS_A_MEMBER => {
+                        return Err(PeerError::Unreachable("it has too many connections".to_owned()));
+                    }
                     None => {
                         if list.is_empty() {
                             permit.send(up(connection));
@@ -215,19 +310,24 @@ impl Hub {
         let mut receiver = Receiver { hub: Arc::clone(&self), connection: Arc::clone(&connection), frames };
         let end = tokio::select! {
             end = receiver.run() => Some(end),
-            () = look_after(&connection) => None,
+            () = look_after(&connection, &self.limits) => None,
             () = connection.close.cancelled() => None,
         };
-        let quiet = connection.is_quiet();
+        let quiet = match &end {
+            Some(Err(error @ FrameError::Protocol(_))) => {
+                self.broke_protocol(connection.remote.peer, &connection.remote.name, &error.to_string());
+                false
+            }
+            _ => connection.is_quiet(),
+        };
         connection.close.cancel();
         connection.shut();
         // It ends within its own deadlines, now that the connection is closing.
         let _ = writing.await;
         let name = &connection.remote.name;
         match end {
-            Some(Err(error @ FrameError::Protocol(_))) => {
-                tracing::warn!(peer = %name, %error, "dropped a peer")
-            }
+            // It has been told.
+            Some(Err(FrameError::Protocol(_))) => {}
             Some(Err(error)) => tracing::debug!(peer = %name, %error, "a connection broke"),
             Some(Ok(())) | None => tracing::debug!(peer = %name, "a connection was closed"),
         }
@@ -300,14 +400,14 @@ fn up(connection: &Connection) -> PeerEvent {
 }
 
 /// Pings, and ends the connection when it is idle or dead; gives up pieces that do not move.
-async fn look_after(connection: &Connection) {
+async fn look_after(connection: &Connection, limits: &Limits) {
     let mut ticks = tokio::time::interval(TICK);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut pinged = tokio::time::Instant::now();
     loop {
         let now = ticks.tick().await;
         connection.give_up_stalled();
-        if connection.idle().is_some_and(|idle| idle >= IDLE_AT_MOST) {
+        if connection.idle().is_some_and(|idle| idle >= *limits.settings().config.peer_idle_timeout) {
             return;
         }
         if connection.clock.silence() >= SILENCE_AT_MOST {

@@ -1,5 +1,6 @@
 //! The piece protocol between peers, both ends: one warm TLS connection carries control and pieces.
 //!
+//! [`Peers`] is the seam to the driver: [`TlsPeers`] in the product, peers in memory in tests, with one suite for both.
 //! [`dial`] makes connections, [`hub`] knows them all, [`connection`] knows what one has under way, [`receive`] and
 //! [`transmit`] are its two directions, [`frame`] the form on the wire. Nothing is decided here about tasks or pieces.
 
@@ -7,7 +8,12 @@ mod connection;
 mod dial;
 mod frame;
 mod hub;
+mod member;
+#[cfg(test)]
+pub(crate) mod memory;
 mod receive;
+#[cfg(test)]
+mod suite;
 mod transmit;
 
 use std::fs::File;
@@ -22,7 +28,7 @@ use hawker_core::message::{Message, Refusal, Role};
 use hawker_core::piece::{PeerId, PieceIndex};
 use hawker_core::reference::Source;
 use hawker_core::right::Bearer;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
 use tokio_util::sync::DropGuard;
 
 use self::hub::Hub;
@@ -55,6 +61,8 @@ pub enum PeerEvent {
         peer: PeerId,
         /// What.
         message: Message,
+        /// Its places among those of the member's messages that wait: they come free when this is dropped.
+        places: Vec<OwnedSemaphorePermit>,
     },
     /// An upload to it is over: sent whole, cancelled by it, or failed.
     Uploaded {
@@ -139,25 +147,53 @@ pub enum PieceSource {
     },
 }
 
+/// Status, media type, body, and whether the registry that was asked about gave this to the seed.
+pub type ManifestAnswer<'a> = std::pin::Pin<Box<dyn Future<Output = (u16, String, Bytes, bool)> + Send + 'a>>;
+
 /// Gives manifests to peers that ask: the seed's registry side.
 pub trait ManifestSource: Send + Sync + 'static {
-    /// Status, media type, body. `token`: lent by the peer, to read it at its origin.
-    fn manifest(
-        &self,
-        source: Source,
-        digest: Digest,
-        token: Option<Bearer>,
-    ) -> std::pin::Pin<Box<dyn Future<Output = (u16, String, Bytes)> + Send + '_>>;
+    /// `token`: lent by the peer, to read it at its origin.
+    fn manifest(&self, source: Source, digest: Digest, token: Option<Bearer>) -> ManifestAnswer<'_>;
 }
 
-/// All connections with peers. Cheap to clone; when the last clone is dropped, they end.
+/// A future of [`Peers`].
+pub type PeersFuture<'a, T> = std::pin::Pin<Box<dyn Future<Output = T> + Send + 'a>>;
+
+/// All connections with peers. When the last handle is dropped, they end.
+///
+/// Whatever happens on them goes to the driver as [`PeerEvent`]s, in the order in which it happens.
+pub trait Peers: Send + Sync + 'static {
+    /// A connection with this member, new or warm, and the member's name. Events must be taken meanwhile: `Up` comes before the
+    /// answer.
+    fn dial<'a>(&'a self, dial: &'a Dial) -> PeersFuture<'a, Result<PeerId, PeerError>>;
+
+    /// Says something; `false` when there is no connection. A connection whose control queue is full is closed.
+    fn send(&self, peer: PeerId, message: &Message) -> bool;
+
+    /// Asks for a piece: sends the request, fills the buffer, runs the hash as bytes come, reports once.
+    fn download(&self, peer: PeerId, download: Download);
+
+    /// Gives up one of our requests.
+    fn cancel(&self, peer: PeerId, request: u32);
+
+    /// Sends a piece under the number that its asker gave it; `PeerEvent::Uploaded` follows.
+    fn upload(&self, peer: PeerId, request: u32, piece: PieceSource);
+
+    /// Closes the connections with a peer.
+    fn drop_peer(&self, peer: PeerId);
+
+    /// The members that are connected now.
+    fn connected(&self) -> Vec<PeerId>;
+}
+
+/// Connections over TCP with TLS. Cheap to clone.
 #[derive(Clone)]
-pub struct Peers {
+pub struct TlsPeers {
     hub: Arc<Hub>,
     _stop: Arc<DropGuard>,
 }
 
-/// How to run [`Peers`].
+/// How to run [`TlsPeers`].
 pub struct PeersConfig {
     /// Who we are.
     pub identity: Identity,
@@ -175,7 +211,7 @@ pub struct PeersConfig {
     pub events: mpsc::Sender<PeerEvent>,
 }
 
-impl Peers {
+impl TlsPeers {
     /// Serves `listeners` and is ready to dial.
     pub fn start(config: PeersConfig, listeners: Vec<tokio::net::TcpListener>) -> Self {
         let hub = Hub::new(config);
@@ -188,13 +224,32 @@ impl Peers {
         Self { hub, _stop: stop }
     }
 
-    /// A connection with this member, new or warm; who it is. Events must be taken meanwhile: `Up` comes before the answer.
-    pub async fn dial(&self, dial: &Dial) -> Result<PeerId, PeerError> {
-        dial::dial(&self.hub, dial).await
+    /// Asks a peer (a seed) for a manifest: status, media type, body, and whether the registry that `source` names gave it to the
+    /// peer. `token`: lent to it, to read it at its origin.
+    pub async fn manifest(
+        &self,
+        peer: PeerId,
+        source: &Source,
+        digest: &Digest,
+        token: Option<&Bearer>,
+    ) -> Result<(u16, String, Bytes, bool), PeerError> {
+        let connection = self.hub.newest(peer).ok_or(PeerError::Lost)?;
+        let answer = connection.ask_manifest(source, digest, token);
+        tokio::time::timeout(receive::MANIFEST_DEADLINE, answer).await.unwrap_or(Err(PeerError::Stalled))
     }
 
-    /// Says something; `false` when there is no connection. One whose control queue is full is closed.
-    pub fn send(&self, peer: PeerId, message: &Message) -> bool {
+    /// Stops accepting, tells nobody, ends what is under way within `deadline`.
+    pub async fn drain(&self, deadline: std::time::Duration) {
+        self.hub.drain(deadline).await;
+    }
+}
+
+impl Peers for TlsPeers {
+    fn dial<'a>(&'a self, dial: &'a Dial) -> PeersFuture<'a, Result<PeerId, PeerError>> {
+        Box::pin(dial::dial(&self.hub, dial))
+    }
+
+    fn send(&self, peer: PeerId, message: &Message) -> bool {
         if let Message::Reject { request, .. } = message {
             // It belongs to the connection on which it was asked; one that was cancelled needs no answer.
             let connections = self.hub.with(peer);
@@ -204,22 +259,19 @@ impl Peers {
         self.hub.newest(peer).is_some_and(|connection| connection.say(message))
     }
 
-    /// Asks for a piece: sends the request, fills the buffer, runs the hash as bytes come, reports once.
-    pub fn download(&self, peer: PeerId, download: Download) {
+    fn download(&self, peer: PeerId, download: Download) {
         match self.hub.newest(peer) {
             Some(connection) => connection.download(download),
-            // Whoever waits no more does not mind.
+            // Nobody may wait any more.
             None => drop(download.done.send(Err(PeerError::Lost))),
         }
     }
 
-    /// Gives up one of our requests.
-    pub fn cancel(&self, peer: PeerId, request: u32) {
+    fn cancel(&self, peer: PeerId, request: u32) {
         self.hub.with(peer).iter().any(|connection| connection.give_up(request, PeerError::Cancelled));
     }
 
-    /// Sends a piece under the number its asker gave it; `PeerEvent::Uploaded` follows.
-    pub fn upload(&self, peer: PeerId, request: u32, piece: PieceSource) {
+    fn upload(&self, peer: PeerId, request: u32, piece: PieceSource) {
         let refused = self.hub.with(peer).iter().try_fold(piece, |piece, connection| {
             match connection.upload(request, piece) {
                 Ok(()) => Err(()),
@@ -233,34 +285,14 @@ impl Peers {
         }
     }
 
-    /// Asks a peer (a seed) for a manifest: status, media type, body. `token`: lent to it, to read it at its origin.
-    pub async fn manifest(
-        &self,
-        peer: PeerId,
-        source: &Source,
-        digest: &Digest,
-        token: Option<&Bearer>,
-    ) -> Result<(u16, String, Bytes), PeerError> {
-        let connection = self.hub.newest(peer).ok_or(PeerError::Lost)?;
-        let answer = connection.ask_manifest(source, digest, token);
-        tokio::time::timeout(receive::MANIFEST_DEADLINE, answer).await.unwrap_or(Err(PeerError::Stalled))
-    }
-
-    /// Closes the connection with a peer that broke the protocol.
-    pub fn drop_peer(&self, peer: PeerId) {
+    fn drop_peer(&self, peer: PeerId) {
         for connection in self.hub.with(peer) {
             connection.close.cancel();
         }
     }
 
-    /// Who is connected now.
-    pub fn connected(&self) -> Vec<PeerId> {
+    fn connected(&self) -> Vec<PeerId> {
         self.hub.connected()
-    }
-
-    /// Stops accepting, tells nobody, ends what is under way within `deadline`.
-    pub async fn drain(&self, deadline: std::time::Duration) {
-        self.hub.drain(deadline).await;
     }
 }
 

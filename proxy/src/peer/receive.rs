@@ -1,5 +1,6 @@
 //! The reading half of a connection: messages to the driver, bytes of pieces into their buffers, hashed as they come.
 
+use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -7,16 +8,19 @@ use hawker_api::v1::peer_message::Message as Wire;
 use hawker_api::{convert, v1};
 use hawker_core::message::{Message, Refusal};
 use tokio::io::AsyncRead;
+use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::timeout;
 
 use super::connection::{Asked, Connection, STALLED_AFTER, Taken};
-use super::frame::{Frame, FrameError, FrameReader, protocol};
+use super::frame::{Frame, FrameError, FrameReader, Kind, ORDINARY_AT_MOST_BYTES, protocol};
 use super::hub::Hub;
 use super::{PeerError, PeerEvent};
 use crate::limits::Direction;
 
 /// How long a manifest may take to be answered.
 pub(super) const MANIFEST_DEADLINE: Duration = Duration::from_secs(30);
+/// A long message may take so long to come: nobody waits longer for the memory that it takes.
+const LONG_MESSAGE_DEADLINE: Duration = Duration::from_secs(30);
 /// A manifest's body at most.
 const MANIFEST_AT_MOST_BYTES: usize = 4 << 20;
 
@@ -33,8 +37,25 @@ impl<R: AsyncRead + Unpin> Receiver<R> {
             self.connection.clock.heard();
             match frame {
                 Frame::Control(len) => {
-                    let message = self.frames.control(len, || self.connection.clock.heard()).await?;
-                    self.control(message).await?;
+                    let mut places = Vec::new();
+                    if len > ORDINARY_AT_MOST_BYTES {
+                        let long = Arc::clone(&self.connection.member.long).acquire_owned();
+                        places.extend(self.connection.clock.hold(long).await.ok());
+                    }
+                    let (clock, connection) = (&self.connection.clock, &self.connection);
+                    let may_be_long = |kind| match kind {
+                        Kind::Table => true,
+                        Kind::Manifest => connection.expects_manifests(),
+                        Kind::Ordinary => false,
+                    };
+                    let message = self.frames.control(len, || clock.heard(), may_be_long);
+                    let message = timeout(LONG_MESSAGE_DEADLINE, message).await;
+                    let message = message.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
+                    let wait = connection.member.count(message.message.as_ref(), len);
+                    if !wait.is_zero() {
+                        clock.hold(tokio::time::sleep(wait)).await;
+                    }
+                    self.control(message, places).await?;
                 }
                 Frame::Data { request, len } => self.data(request, len).await?,
                 Frame::Unknown(len) => self.frames.skip(len).await?,
@@ -74,7 +95,11 @@ impl<R: AsyncRead + Unpin> Receiver<R> {
         Ok(())
     }
 
-    async fn control(&mut self, message: v1::PeerMessage) -> Result<(), FrameError> {
+    async fn control(
+        &mut self,
+        message: v1::PeerMessage,
+        places: Vec<OwnedSemaphorePermit>,
+    ) -> Result<(), FrameError> {
         match message.message {
             Some(Wire::Ping(v1::Ping { nonce })) => {
                 let pong = v1::PeerMessage { message: Some(Wire::Pong(v1::Pong { nonce })) };
@@ -92,14 +117,18 @@ impl<R: AsyncRead + Unpin> Receiver<R> {
                 Ok(())
             }
             _ => match convert::from_peer_message(message).map_err(|e| protocol(e.to_string()))? {
-                Some(message) => self.pieces(message).await,
+                Some(message) => self.pieces(message, places).await,
                 None => Ok(()),
             },
         }
     }
 
     /// Something about pieces: what concerns the transport is done here, the rest is the driver's.
-    async fn pieces(&mut self, message: Message) -> Result<(), FrameError> {
+    async fn pieces(
+        &mut self,
+        message: Message,
+        mut places: Vec<OwnedSemaphorePermit>,
+    ) -> Result<(), FrameError> {
         match &message {
             Message::Request { request, .. } => {
                 let refusal = match self.connection.ask(*request) {
@@ -125,7 +154,9 @@ impl<R: AsyncRead + Unpin> Receiver<R> {
             }
             _ => {}
         }
-        let event = PeerEvent::Message { peer: self.connection.remote.peer, message };
+        let place = Arc::clone(&self.connection.member.queue).acquire_owned();
+        places.extend(self.connection.clock.hold(place).await.ok());
+        let event = PeerEvent::Message { peer: self.connection.remote.peer, message, places };
         // An error means that the daemon is ending; so will this connection.
         let _ = self.connection.clock.hold(self.hub.events.send(event)).await;
         Ok(())
@@ -145,12 +176,12 @@ impl<R: AsyncRead + Unpin> Receiver<R> {
                 answer = timeout(MANIFEST_DEADLINE, hub.manifests.manifest(source, digest, token)) => answer,
                 () = connection.close.cancelled() => return,
             };
-            let (status, media_type, body) = match answer {
+            let (status, media_type, body, given) = match answer {
                 Ok(answer) if answer.2.len() <= MANIFEST_AT_MOST_BYTES => answer,
-                Ok(_) => (502, String::new(), bytes::Bytes::new()),
-                Err(_) => (504, String::new(), bytes::Bytes::new()),
+                Ok(_) => (502, String::new(), bytes::Bytes::new(), false),
+                Err(_) => (504, String::new(), bytes::Bytes::new(), false),
             };
-            let reply = v1::ManifestReply { request, status: u32::from(status), media_type, body };
+            let reply = v1::ManifestReply { request, status: u32::from(status), media_type, body, given };
             connection.say_raw(v1::PeerMessage { message: Some(Wire::ManifestReply(reply)) }, Some(duty));
         });
         Ok(())
@@ -160,6 +191,6 @@ impl<R: AsyncRead + Unpin> Receiver<R> {
         let Some(answer) = self.connection.manifest_over(reply.request) else { return };
         // A status that is none is the seed's failure.
         let status = convert::from_status(reply.status).unwrap_or(502);
-        let _ = answer.send((status, reply.media_type, reply.body));
+        let _ = answer.send((status, reply.media_type, reply.body, reply.given));
     }
 }

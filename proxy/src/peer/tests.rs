@@ -1,189 +1,73 @@
 //! Peers on loopback sockets, with a real authority; rogues speak raw frames.
 
-use std::net::SocketAddr;
 use std::time::{Duration, Instant, SystemTime};
 
 use arc_swap::ArcSwap;
-use hawker_api::identity::{self, AuthorityKey};
+use hawker_api::identity;
 use hawker_api::v1::peer_message::Message as Wire;
 use hawker_api::{VERSION, convert, v1};
-use hawker_core::digest::Algorithm;
+use hawker_config::value::Timeout;
 use tokio::io::AsyncWriteExt;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::time::timeout;
 use tokio_rustls::{TlsConnector, TlsStream};
 
 use super::frame::{Frame, FrameReader, data_header, put_control};
+use super::suite::{Cluster, MIB, Node, SOON, bytes, connect, file_with, outcome, task};
 use super::*;
-use crate::buffer::BufferPool;
 use crate::settings::LiveSettings;
 
-const MIB: usize = 1 << 20;
-const SOON: Duration = Duration::from_secs(15);
 const ALPN: &[u8] = b"hawker-peer/3";
-
-struct Cluster(AuthorityKey);
-
-impl Cluster {
-    fn new() -> Self {
-        Self(AuthorityKey::generate("test").unwrap())
-    }
-
-    fn identity(&self, role: Role) -> Identity {
-        let pending = Identity::request().unwrap();
-        let life = Duration::from_secs(3600);
-        let certificate = self.0.issue(&pending.certificate_request, role, life, SystemTime::now()).unwrap();
-        pending.complete(certificate, self.0.certificate().clone()).unwrap()
-    }
-
-    async fn node(&self, role: Role) -> Node {
-        Node::start(self.identity(role), 16, LiveSettings::default()).await
-    }
-}
-
-/// A daemon's transport, with its driver played by the test.
-struct Node {
-    peers: Peers,
-    events: mpsc::Receiver<PeerEvent>,
-    identity: Identity,
-    address: SocketAddr,
-    pool: BufferPool,
-}
 
 struct NoManifests;
 
 impl ManifestSource for NoManifests {
-    fn manifest(
-        &self,
-        source: Source,
-        digest: Digest,
-        token: Option<Bearer>,
-    ) -> std::pin::Pin<Box<dyn Future<Output = (u16, String, Bytes)> + Send + '_>> {
+    fn manifest(&self, source: Source, digest: Digest, token: Option<Bearer>) -> ManifestAnswer<'_> {
         Box::pin(async move {
             {
                 let token = token.map_or_else(String::new, |token| token.reveal().to_owned());
-                (200, source.repository + &token, Bytes::from(digest.to_string()))
+                (200, source.repository + &token, Bytes::from(digest.to_string()), true)
             }
         })
     }
 }
 
-impl Node {
-    async fn start(identity: Identity, max_connections: usize, live: LiveSettings) -> Self {
-        let listener = match TcpListener::bind("[::1]:0").await {
-            Ok(listener) => listener,
-            Err(_) => TcpListener::bind("127.0.0.1:0").await.unwrap(),
-        };
-        let address = listener.local_addr().unwrap();
-        let (sender, events) = mpsc::channel(1024);
-        let config = PeersConfig {
-            identity: identity.clone(),
-            name: "test".to_owned(),
-            addresses: vec![address.to_string()],
-            limits: Limits::new(Arc::new(ArcSwap::from_pointee(live))),
-            max_connections,
-            manifests: Arc::new(NoManifests),
-            events: sender,
-        };
-        let peers = Peers::start(config, vec![listener]);
-        Self { peers, events, identity, address, pool: BufferPool::new(256 * MIB as u64) }
-    }
-
-    fn id(&self) -> PeerId {
-        self.identity.peer_id()
-    }
-
-    fn dial_to(&self) -> Dial {
-        Dial { peer: Some(self.id()), addresses: vec![self.address.to_string()] }
-    }
-
-    async fn event(&mut self) -> PeerEvent {
-        timeout(SOON, self.events.recv()).await.expect("an event in time").unwrap()
-    }
-
-    async fn expect_up(&mut self, who: PeerId) {
-        assert!(matches!(self.event().await, PeerEvent::Up { peer, .. } if peer == who));
-    }
-
-    async fn expect_down(&mut self, who: PeerId) {
-        loop {
-            match self.event().await {
-                PeerEvent::Down { peer } => return assert_eq!(peer, who),
-                PeerEvent::Up { .. } => panic!("another connection"),
-                _ => {}
-            }
-        }
-    }
-
-    /// The next request of a peer.
-    async fn expect_request(&mut self) -> (PeerId, u32, PieceIndex) {
-        loop {
-            if let PeerEvent::Message { peer, message: Message::Request { request, piece, .. } } =
-                self.event().await
-            {
-                return (peer, request, piece);
-            }
-        }
-    }
-
-    async fn expect_uploaded(&mut self) -> (u32, u64, bool) {
-        loop {
-            if let PeerEvent::Uploaded { request, bytes, complete, .. } = self.event().await {
-                return (request, bytes, complete);
-            }
-        }
-    }
-
-    async fn ask(
-        &self,
-        peer: PeerId,
-        request: u32,
-        len: usize,
-    ) -> oneshot::Receiver<Result<Received, PeerError>> {
-        let (done, outcome) = oneshot::channel();
-        let buffer = self.pool.get(len).await;
-        let chain = Chain::new(Algorithm::Sha256);
-        self.peers.download(
-            peer,
-            Download {
-                request,
-                task: task(),
-                piece: request,
-                prefetch: false,
-                priority: Priority::default(),
-                buffer,
-                chain,
-                done,
-            },
-        );
-        outcome
+impl Cluster {
+    pub(super) async fn node(&self, role: Role) -> Node<TlsPeers> {
+        start(self.identity(role), 16, LiveSettings::default()).await
     }
 }
 
-fn task() -> Digest {
-    Digest::of(Algorithm::Sha256, b"task")
+async fn start(identity: Identity, max_connections: usize, live: LiveSettings) -> Node<TlsPeers> {
+    start_live(identity, max_connections, Arc::new(ArcSwap::from_pointee(live))).await
 }
 
-fn bytes(len: usize) -> Bytes {
-    (0..len).map(|at| (at / 7 + at) as u8).collect()
+async fn start_live(
+    identity: Identity,
+    max_connections: usize,
+    live: Arc<ArcSwap<LiveSettings>>,
+) -> Node<TlsPeers> {
+    let listener = match TcpListener::bind("[::1]:0").await {
+        Ok(listener) => listener,
+        Err(_) => TcpListener::bind("127.0.0.1:0").await.unwrap(),
+    };
+    let address = listener.local_addr().unwrap().to_string();
+    let (sender, events) = mpsc::channel(1024);
+    let config = PeersConfig {
+        identity: identity.clone(),
+        name: "test".to_owned(),
+        addresses: vec![address.clone()],
+        limits: Limits::new(live),
+        max_connections,
+        manifests: Arc::new(NoManifests),
+        events: sender,
+    };
+    Node::new(TlsPeers::start(config, vec![listener]), events, identity, address)
 }
 
-fn file_with(data: &[u8]) -> Arc<File> {
-    use std::io::Write;
-    let mut file = tempfile::tempfile().unwrap();
-    file.write_all(data).unwrap();
-    Arc::new(file)
-}
-
-async fn outcome(receiver: oneshot::Receiver<Result<Received, PeerError>>) -> Result<Received, PeerError> {
-    timeout(SOON, receiver).await.expect("an outcome in time").expect("told once")
-}
-
-async fn connected_pair(cluster: &Cluster) -> (Node, Node) {
+async fn connected_pair(cluster: &Cluster) -> (Node<TlsPeers>, Node<TlsPeers>) {
     let (mut child, mut seed) = (cluster.node(Role::Peer).await, cluster.node(Role::Seed).await);
-    assert_eq!(child.peers.dial(&seed.dial_to()).await, Ok(seed.id()));
-    child.expect_up(seed.id()).await;
-    seed.expect_up(child.id()).await;
+    connect(&mut child, &mut seed).await;
     (child, seed)
 }
 
@@ -195,14 +79,14 @@ struct Rogue {
 }
 
 impl Rogue {
-    async fn connect(cluster: &Cluster, to: &mut Node) -> Self {
+    async fn connect(cluster: &Cluster, to: &mut Node<TlsPeers>) -> Self {
         let rogue = Self::connect_saying(cluster.identity(Role::Seed), to, hello(VERSION.major, 1)).await;
         to.expect_up(rogue.identity.peer_id()).await;
         rogue
     }
 
-    async fn connect_saying(identity: Identity, to: &Node, first: v1::PeerMessage) -> Self {
-        let tcp = TcpStream::connect(to.address).await.unwrap();
+    async fn connect_saying(identity: Identity, to: &Node<TlsPeers>, first: v1::PeerMessage) -> Self {
+        let tcp = TcpStream::connect(&to.address).await.unwrap();
         let connector = TlsConnector::from(identity.client_config(ALPN));
         let tls = connector.connect(identity::peer_name(to.id()), tcp).await.unwrap();
         let (reader, out) = tokio::io::split(TlsStream::from(tls));
@@ -228,7 +112,7 @@ impl Rogue {
 
     async fn hear(&mut self) -> Option<v1::PeerMessage> {
         match timeout(SOON, self.frames.next()).await.unwrap() {
-            Ok(Some(Frame::Control(len))) => Some(self.frames.control(len, || ()).await.unwrap()),
+            Ok(Some(Frame::Control(len))) => Some(self.frames.control(len, || (), |_| true).await.unwrap()),
             Ok(Some(_)) => panic!("data"),
             Ok(None) | Err(_) => None,
         }
@@ -247,54 +131,6 @@ fn hello(major: u32, instance: u64) -> v1::PeerMessage {
     let version = Some(v1::Version { major, minor: 9 });
     let hello = v1::Hello { version, name: "rogue".to_owned(), addresses: vec![], instance };
     v1::PeerMessage { message: Some(Wire::Hello(hello)) }
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn pieces_go_from_memory_and_from_files_and_are_hashed_as_they_come() {
-    let cluster = Cluster::new();
-    let (child, mut seed) = connected_pair(&cluster).await;
-    let data = bytes(3 * MIB + 4321);
-    for (number, source) in [
-        (1, PieceSource::Memory(data.clone())),
-        (2, PieceSource::File { file: file_with(&data), range: 0..data.len() as u64 }),
-        (3, PieceSource::File { file: file_with(&data), range: 100_000..data.len() as u64 }),
-        (4, PieceSource::Memory(data.slice(..1))),
-    ] {
-        let expected = match &source {
-            PieceSource::Memory(bytes) => bytes.clone(),
-            PieceSource::File { range, .. } => data.slice(range.start as usize..),
-        };
-        let receiver = child.ask(seed.id(), number, expected.len()).await;
-        assert_eq!(seed.expect_request().await, (child.id(), number, number));
-        seed.peers.upload(child.id(), number, source);
-        let received = outcome(receiver).await.unwrap();
-        assert_eq!(received.buffer.filled(), expected);
-        assert_eq!(received.chain.finish(), Digest::of(Algorithm::Sha256, &expected));
-        assert_eq!(seed.expect_uploaded().await, (number, expected.len() as u64, true));
-    }
-}
-
-#[tokio::test]
-async fn up_tells_who_it_is_and_messages_go_both_ways() {
-    let cluster = Cluster::new();
-    let (mut child, mut seed) = (cluster.node(Role::Peer).await, cluster.node(Role::Seed).await);
-    child.peers.dial(&Dial { peer: None, addresses: vec![seed.address.to_string()] }).await.unwrap();
-    match child.event().await {
-        PeerEvent::Up { peer, role, name, addresses } => {
-            assert_eq!((peer, role, name.as_str()), (seed.id(), Role::Seed, "test"));
-            assert_eq!(addresses, [seed.address.to_string()]);
-        }
-        other => panic!("{other:?}"),
-    }
-    seed.expect_up(child.id()).await;
-    let said = Message::Working { task: task() };
-    for (from, to) in [(&child.peers, seed.id()), (&seed.peers, child.id())] {
-        assert!(from.send(to, &said));
-    }
-    for node in [&mut child, &mut seed] {
-        assert!(matches!(node.event().await, PeerEvent::Message { message, .. } if message == said));
-    }
-    assert!(!child.peers.send(PeerId([7; 16]), &said));
 }
 
 #[tokio::test]
@@ -342,14 +178,6 @@ async fn the_wrong_member_role_cluster_or_oneself_is_not_reached() {
 }
 
 #[tokio::test]
-async fn the_next_address_is_tried_when_one_fails() {
-    let cluster = Cluster::new();
-    let (child, seed) = (cluster.node(Role::Peer).await, cluster.node(Role::Seed).await);
-    let addresses = vec!["127.0.0.1:1".to_owned(), child.address.to_string(), seed.address.to_string()];
-    assert_eq!(child.peers.dial(&Dial { peer: Some(seed.id()), addresses }).await, Ok(seed.id()));
-}
-
-#[tokio::test]
 async fn two_that_dial_each_other_at_once_see_each_other_come_up_once() {
     let cluster = Cluster::new();
     for _ in 0..5 {
@@ -377,7 +205,7 @@ async fn control_overtakes_the_bytes_of_a_big_upload_and_pieces_are_interleaved(
         let mut limited = LiveSettings::default();
         limited.rates.upload = rate;
         let mut child = cluster.node(Role::Peer).await;
-        let mut seed = Node::start(cluster.identity(Role::Seed), 16, limited).await;
+        let mut seed = start(cluster.identity(Role::Seed), 16, limited).await;
         child.peers.dial(&seed.dial_to()).await.unwrap();
         child.expect_up(seed.id()).await;
         let data = bytes(big_bytes);
@@ -413,7 +241,7 @@ async fn a_cancelled_piece_stops_and_the_connection_goes_on() {
     let mut child = cluster.node(Role::Peer).await;
     let mut limited = LiveSettings::default();
     limited.rates.upload = Some(8 << 20);
-    let mut seed = Node::start(cluster.identity(Role::Seed), 16, limited).await;
+    let mut seed = start(cluster.identity(Role::Seed), 16, limited).await;
     child.peers.dial(&seed.dial_to()).await.unwrap();
     child.expect_up(seed.id()).await;
     let data = bytes(64 * MIB);
@@ -438,48 +266,6 @@ async fn a_cancelled_piece_stops_and_the_connection_goes_on() {
     seed.expect_uploaded().await;
     seed.peers.upload(child.id(), 1, PieceSource::Memory(data));
     assert_eq!(seed.expect_uploaded().await, (1, 0, false));
-}
-
-#[tokio::test]
-async fn a_refusal_is_the_outcome_of_its_request() {
-    let cluster = Cluster::new();
-    let (child, mut seed) = connected_pair(&cluster).await;
-    let receiver = child.ask(seed.id(), 1, 10).await;
-    seed.expect_request().await;
-    assert!(seed.peers.send(child.id(), &Message::Reject { request: 1, reason: Refusal::Busy }));
-    assert!(matches!(outcome(receiver).await, Err(PeerError::Refused(Refusal::Busy))));
-}
-
-#[tokio::test]
-async fn too_many_requests_are_told_busy() {
-    let cluster = Cluster::new();
-    let (child, mut seed) = connected_pair(&cluster).await;
-    let mut receivers = Vec::new();
-    for request in 0..65 {
-        receivers.push(child.ask(seed.id(), request, 10).await);
-    }
-    let last = receivers.pop().unwrap();
-    assert!(matches!(outcome(last).await, Err(PeerError::Refused(Refusal::Busy))));
-    for _ in 0..64 {
-        let (_, request, _) = seed.expect_request().await;
-        seed.peers.upload(child.id(), request, PieceSource::Memory(bytes(10)));
-    }
-    for receiver in receivers {
-        outcome(receiver).await.unwrap();
-    }
-}
-
-#[tokio::test]
-async fn a_lost_connection_fails_its_transfers_before_down_is_told() {
-    let cluster = Cluster::new();
-    let (mut child, mut seed) = connected_pair(&cluster).await;
-    let receiver = child.ask(seed.id(), 1, 10).await;
-    seed.expect_request().await;
-    drop(seed.peers);
-    child.expect_down(seed.identity.peer_id()).await;
-    assert!(matches!(outcome(receiver).await, Err(PeerError::Lost)));
-    let receiver = child.ask(seed.identity.peer_id(), 2, 10).await;
-    assert!(matches!(outcome(receiver).await, Err(PeerError::Lost)));
 }
 
 #[tokio::test]
@@ -570,18 +356,6 @@ async fn a_peer_that_lets_control_pile_up_is_dropped() {
 }
 
 #[tokio::test]
-async fn a_piece_that_cannot_be_read_is_refused() {
-    let cluster = Cluster::new();
-    let (child, mut seed) = connected_pair(&cluster).await;
-    let receiver = child.ask(seed.id(), 1, MIB).await;
-    seed.expect_request().await;
-    let file = file_with(&bytes(MIB / 2));
-    seed.peers.upload(child.id(), 1, PieceSource::File { file, range: 0..MIB as u64 });
-    assert!(matches!(outcome(receiver).await, Err(PeerError::Refused(Refusal::Unable))));
-    assert!(!seed.expect_uploaded().await.2);
-}
-
-#[tokio::test]
 async fn another_major_version_is_refused() {
     let cluster = Cluster::new();
     let mut node = cluster.node(Role::Peer).await;
@@ -634,7 +408,7 @@ async fn manifests_are_asked_for_and_answered() {
     for ask in asks {
         answers.push(ask.await.unwrap());
     }
-    let expected = (200, "library/debian-lent".to_owned(), Bytes::from(task.to_string()));
+    let expected = (200, "library/debian-lent".to_owned(), Bytes::from(task.to_string()), true);
     assert!(answers.iter().all(|answer| *answer == expected));
     assert!(matches!(
         child.peers.manifest(PeerId([1; 16]), &source, &task, None).await,
@@ -645,7 +419,7 @@ async fn manifests_are_asked_for_and_answered() {
 #[tokio::test]
 async fn past_the_limit_inbound_is_turned_away_and_outbound_replaces_the_idlest() {
     let cluster = Cluster::new();
-    let mut full = Node::start(cluster.identity(Role::Peer), 2, LiveSettings::default()).await;
+    let mut full = start(cluster.identity(Role::Peer), 2, LiveSettings::default()).await;
     let (a, b, c) =
         (cluster.node(Role::Peer).await, cluster.node(Role::Peer).await, cluster.node(Role::Peer).await);
     full.peers.dial(&a.dial_to()).await.unwrap();
@@ -669,7 +443,7 @@ async fn draining_ends_uploads_first_and_refuses_new_work() {
     let mut child = cluster.node(Role::Peer).await;
     let mut limited = LiveSettings::default();
     limited.rates.upload = Some(8 << 20);
-    let mut seed = Node::start(cluster.identity(Role::Seed), 16, limited).await;
+    let mut seed = start(cluster.identity(Role::Seed), 16, limited).await;
     child.peers.dial(&seed.dial_to()).await.unwrap();
     child.expect_up(seed.id()).await;
     let data = bytes(4 * MIB);
@@ -688,6 +462,126 @@ async fn draining_ends_uploads_first_and_refuses_new_work() {
     child.expect_down(seed.id()).await;
     assert!(child.peers.dial(&seed.dial_to()).await.is_err());
     assert!(seed.peers.connected().is_empty());
+}
+
+#[tokio::test]
+async fn an_idle_connection_is_closed_after_the_live_timeout() {
+    let cluster = Cluster::new();
+    let live = Arc::new(ArcSwap::from_pointee(LiveSettings::default()));
+    let mut a = start_live(cluster.identity(Role::Peer), 16, Arc::clone(&live)).await;
+    let mut b = cluster.node(Role::Peer).await;
+    a.peers.dial(&b.dial_to()).await.unwrap();
+    a.expect_up(b.id()).await;
+    b.expect_up(a.id()).await;
+    let quiet = timeout(Duration::from_millis(1500), a.events.recv()).await;
+    assert!(quiet.is_err(), "two minutes are the default: {quiet:?}");
+    let mut settings = LiveSettings::default();
+    settings.config.peer_idle_timeout = Timeout(Duration::from_secs(1));
+    live.store(Arc::new(settings));
+    a.expect_down(b.id()).await;
+    b.expect_down(a.id()).await;
+}
+
+#[tokio::test]
+async fn idle_strangers_do_not_shut_the_port() {
+    let cluster = Cluster::new();
+    let mut node = cluster.node(Role::Peer).await;
+    let mut idle = Vec::new();
+    for _ in 0..400 {
+        idle.push(TcpStream::connect(&node.address).await.unwrap());
+    }
+    tokio::time::sleep(Duration::from_millis(400)).await;
+    let asked = Instant::now();
+    let member = cluster.node(Role::Peer).await;
+    member.peers.dial(&node.dial_to()).await.unwrap();
+    node.expect_up(member.id()).await;
+    assert!(asked.elapsed() < Duration::from_secs(1), "{:?}", asked.elapsed());
+}
+
+#[tokio::test]
+async fn strangers_that_say_nothing_are_dropped_soon() {
+    let cluster = Cluster::new();
+    let node = cluster.node(Role::Peer).await;
+    let mut idle = TcpStream::connect(&node.address).await.unwrap();
+    let mut byte = [0];
+    let end = timeout(Duration::from_secs(5), tokio::io::AsyncReadExt::read(&mut idle, &mut byte)).await;
+    assert!(matches!(end, Ok(Ok(0) | Err(_))), "{end:?}");
+}
+
+#[tokio::test]
+async fn one_member_has_few_connections() {
+    let cluster = Cluster::new();
+    let mut node = cluster.node(Role::Peer).await;
+    let first = Rogue::connect(&cluster, &mut node).await;
+    let mut others = Vec::new();
+    for _ in 0..10 {
+        let mut other = Rogue::connect_saying(first.identity.clone(), &node, hello(VERSION.major, 1)).await;
+        assert!(matches!(other.hear().await.unwrap().message, Some(Wire::Hello(_))));
+        others.push(other);
+    }
+    let mut open = 0;
+    for other in &mut others {
+        // Only pings are said on those that stand.
+        open += usize::from(timeout(Duration::from_millis(200), other.frames.next()).await.is_err());
+    }
+    assert_eq!(open, 3, "beside the first");
+    let member = cluster.node(Role::Peer).await;
+    member.peers.dial(&node.dial_to()).await.unwrap();
+    node.expect_up(member.id()).await;
+}
+
+#[tokio::test]
+async fn a_member_that_breaks_the_protocol_is_refused_for_a_while_and_others_are_not() {
+    let cluster = Cluster::new();
+    let mut node = cluster.node(Role::Peer).await;
+    let mut rogue = Rogue::connect(&cluster, &mut node).await;
+    let identity = rogue.identity.clone();
+    rogue.write(&[0, 0, 0, 4, 1, 0xff, 0xff, 0xff]).await;
+    node.expect_down(identity.peer_id()).await;
+    let mut again = Rogue::connect_saying(identity.clone(), &node, hello(VERSION.major, 1)).await;
+    assert!(again.hear().await.is_none(), "not even a hello");
+    let to_rogue = Dial { peer: Some(identity.peer_id()), addresses: vec!["127.0.0.1:1".to_owned()] };
+    assert!(node.peers.dial(&to_rogue).await.is_err());
+    let member = cluster.node(Role::Peer).await;
+    member.peers.dial(&node.dial_to()).await.unwrap();
+    node.expect_up(member.id()).await;
+}
+
+#[tokio::test]
+async fn only_tables_and_manifests_that_were_asked_for_may_be_long() {
+    let cluster = Cluster::new();
+    // The tag of the message's field, of an interest, a table, and a manifest that nobody asked for.
+    for (tag, is_allowed) in [(0x12, false), (0x22, true), (0x62, false)] {
+        let mut node = cluster.node(Role::Peer).await;
+        let mut rogue = Rogue::connect(&cluster, &mut node).await;
+        rogue.write(&(1u32 << 20).to_be_bytes()).await;
+        rogue.write(&[1, tag, 0]).await;
+        let down = timeout(Duration::from_millis(500), node.expect_down(rogue.identity.peer_id())).await;
+        assert_eq!(down.is_err(), is_allowed, "{tag}");
+    }
+}
+
+#[tokio::test]
+async fn messages_of_one_member_do_not_fill_the_drivers_queue() {
+    let cluster = Cluster::new();
+    let mut node = cluster.node(Role::Peer).await;
+    let mut rogue = Rogue::connect(&cluster, &mut node).await;
+    let said = Message::Working { task: task() };
+    for _ in 0..1000 {
+        rogue.say(convert::peer_message(&said)).await;
+    }
+    let member = cluster.node(Role::Peer).await;
+    member.peers.dial(&node.dial_to()).await.unwrap();
+    let mut before = 0;
+    let mut held = Vec::new();
+    loop {
+        match node.event().await {
+            PeerEvent::Up { peer, .. } if peer == member.id() => break,
+            event => held.push(event),
+        }
+        before += 1;
+    }
+    assert!(before <= 300, "{before}");
 }
 
 /// What the data path costs, each end on a runtime of its own: from the page cache into hashed memory.

@@ -19,6 +19,7 @@ use super::PieceSource;
 use super::connection::{Connection, Order, Outgoing, Queues};
 use super::frame::{DATA_AT_MOST_BYTES, data_header, put_control};
 use super::hub::Hub;
+use crate::lanes::{self, Lane};
 use crate::limits::Direction;
 
 /// Pieces sent at once on one connection, in turn; more wait. Their read-ahead is what a connection costs in memory.
@@ -286,7 +287,7 @@ impl<W: AsyncWrite + Unpin> Transmitter<W> {
         unread.start += len;
         let mut bytes = self.spare.pop().unwrap_or_default();
         let chunk_in = self.chunk_in.clone();
-        tokio::task::spawn_blocking(move || {
+        lanes::start(Lane::Uploads, move || {
             bytes.resize(len as usize, 0);
             let bytes = file.read_exact_at(&mut bytes, offset).map(|()| bytes);
             // An error means that the connection has ended and nobody wants it.

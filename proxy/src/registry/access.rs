@@ -1,9 +1,11 @@
 //! The two facts that come before bytes: this caller may read this repository, and this digest belongs to it.
 //!
 //! The first is remembered per caller, for as long as the origin's yes may count: for anybody a few minutes, and a grace while
-//! the origin can't be asked; for a client with credentials at most as long as its token lives, and without any grace but for
-//! the pull that is under way (a runtime can't renew its token in mid-pull). The second is a fact of the registry, whoever asks.
+//! the origin can't be asked; for a client with credentials at most as long as its token lives. A runtime can't renew its token in
+//! mid-pull, so a pull that is under way may go on after that: each blob that a manifest names which the client read within its
+//! token's life, once, and while bytes go out. The second is a fact of the registry, whoever asks.
 
+use std::collections::{HashMap, VecDeque};
 use std::num::NonZeroUsize;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -21,9 +23,14 @@ const READABLE: Duration = Duration::from_secs(5 * 60);
 /// How long a digest counts as part of a repository before the origin is asked again.
 const BELONGS: Duration = Duration::from_secs(24 * 60 * 60);
 /// How long after its token has run out a pull may be under way at most, however busy it is.
-pub(super) const LONGEST_PULL: Duration = Duration::from_secs(60 * 60);
+pub(super) const LONGEST_PULL: Duration = Duration::from_secs(15 * 60);
 /// How long what a manifest names is not looked at again.
 const READ: Duration = Duration::from_secs(60);
+/// Manifests whose parts are remembered, and parts of one.
+const MANIFESTS: NonZeroUsize = NonZeroUsize::new(4096).expect("not zero");
+const PARTS: usize = 512;
+/// Manifests that one caller may be pulling by, the newest ones.
+const PULLS: usize = 8;
 /// Facts of each kind that are remembered.
 const CAPACITY: NonZeroUsize = NonZeroUsize::new(64 << 10).expect("not zero");
 
@@ -57,8 +64,21 @@ pub(super) struct Access {
 struct Facts {
     readable: LruCache<(Caller, Source), Readable>,
     belongs: LruCache<(Source, Digest), Belonging>,
-    /// Manifests whose parts have been noted, and when.
-    read: LruCache<(Source, Digest), Instant>,
+    /// Manifests whose parts have been noted, when, and the parts.
+    read: LruCache<(Source, Digest), (Instant, Parts)>,
+}
+
+/// The configuration and layers that a manifest names, by [`short`].
+pub(super) type Parts = Arc<[u64]>;
+
+/// A digest's first bytes. That two parts of one repository share them opens nothing that the caller may not have.
+fn short(digest: &Digest) -> u64 {
+    digest.as_bytes().first_chunk().map_or(0, |bytes| u64::from_be_bytes(*bytes))
+}
+
+/// The short form of what a manifest names.
+pub(super) fn short_parts<'a>(digests: impl Iterator<Item = &'a Digest>) -> Parts {
+    digests.take(PARTS).map(short).collect()
 }
 
 /// The origin's yes to a caller.
@@ -66,10 +86,12 @@ struct Readable {
     confirmed: Instant,
     /// How long it counts.
     life: Duration,
-    /// When the caller last asked for something and was let, or had got all of it.
+    /// When the caller last asked within its token's life, or when bytes of a blob last went to it.
     used: Instant,
-    /// Answers on their way to it.
-    open: u32,
+    /// The manifests that it read within its token's life: what they name may still come after that.
+    pulls: VecDeque<Parts>,
+    /// Bytes of such blobs that went to it.
+    served: HashMap<u64, u64>,
     /// Whether this node's own credentials were needed, and under which settings: then it is no yes to everybody. It ends with
     /// these settings, and has no grace.
     by: Option<Arc<LiveSettings>>,
@@ -90,16 +112,28 @@ enum Age {
 }
 
 impl Readable {
-    fn age(&self, caller: Caller, pull_grace: Duration, live: &Arc<LiveSettings>, now: Instant) -> Age {
+    fn age(&self, caller: Caller, live: &Arc<LiveSettings>, now: Instant) -> Age {
         let age = now.saturating_duration_since(self.confirmed);
-        let silent = if self.open > 0 { Duration::ZERO } else { now.saturating_duration_since(self.used) };
         match caller {
             _ if self.by.as_ref().is_some_and(|by| !Arc::ptr_eq(by, live)) => Age::Void,
             _ if age <= self.life => Age::Fresh,
             Caller::Anybody if self.by.is_none() && age <= live.staleness.public_grace => Age::Stale,
-            Caller::Client(_) if silent <= pull_grace && age <= self.life + LONGEST_PULL => Age::Fresh,
             _ => Age::Void,
         }
+    }
+
+    /// Whether a pull that outlives its token may have this blob: a manifest that the caller read in time names it, it has not
+    /// gone to the caller yet, and the pull moves.
+    fn may_finish(&self, blob: &Digest, size_bytes: Option<u64>, pull_grace: Duration, now: Instant) -> bool {
+        let moves = now.saturating_duration_since(self.used) <= pull_grace;
+        let in_time = now.saturating_duration_since(self.confirmed) <= self.life + LONGEST_PULL;
+        let blob = short(blob);
+        let served = self.served.get(&blob).copied().unwrap_or(0);
+        moves
+            && in_time
+            && self.by.is_none()
+            && self.pulls.iter().any(|parts| parts.contains(&blob))
+            && (served == 0 || size_bytes.is_some_and(|size| served < size))
     }
 }
 
@@ -128,7 +162,7 @@ impl Access {
         let facts = Facts {
             readable: LruCache::new(CAPACITY),
             belongs: LruCache::new(CAPACITY),
-            read: LruCache::new(CAPACITY),
+            read: LruCache::new(MANIFESTS),
         };
         Self { facts: Mutex::new(facts), pull_grace }
     }
@@ -148,7 +182,7 @@ impl Access {
     ) -> bool {
         let mut facts = self.facts();
         let readable = facts.readable.get(&(caller, source.clone()));
-        readable.is_some_and(|r| r.age(caller, self.pull_grace, live, now) > Age::Void)
+        readable.is_some_and(|r| r.age(caller, live, now) > Age::Void)
     }
 
     /// What is known at `now`. A fresh yes counts as used. `live`: the settings that count now, which also say how long what
@@ -168,10 +202,17 @@ impl Access {
         let Some(readable) = facts.readable.get_mut(&(caller, source.clone())) else {
             return Standing::Unknown;
         };
-        let readable_age = readable.age(caller, self.pull_grace, live, now);
-        match readable_age.min(belongs.age(live.staleness.public_grace, now)) {
+        let belongs_age = belongs.age(live.staleness.public_grace, now);
+        match readable.age(caller, live, now).min(belongs_age) {
             Age::Fresh => {
                 readable.used = now;
+                Standing::Confirmed(belongs.size_bytes)
+            }
+            Age::Void
+                if belongs_age == Age::Fresh
+                    && matches!(caller, Caller::Client(_))
+                    && readable.may_finish(digest, belongs.size_bytes, self.pull_grace, now) =>
+            {
                 Standing::Confirmed(belongs.size_bytes)
             }
             Age::Stale => Standing::Stale(belongs.size_bytes),
@@ -191,16 +232,49 @@ impl Access {
     ) {
         let life = if caller == Caller::Anybody { READABLE } else { life };
         let (key, mut facts) = ((caller, source.clone()), self.facts());
-        let open = facts.readable.peek(&key).map_or(0, |before| before.open);
-        facts.readable.put(key, Readable { confirmed: now, life, used: now, open, by });
+        // Anew within its token's life: what went out before does not count against it.
+        let pulls = facts.readable.pop(&key).map(|before| before.pulls).unwrap_or_default();
+        let served = HashMap::new();
+        facts.readable.put(key, Readable { confirmed: now, life, used: now, pulls, served, by });
     }
 
-    /// An answer begins its way to the caller (`true`), or has ended it.
-    pub(super) fn answering(&self, caller: Caller, source: &Source, begins: bool, now: Instant) {
-        if let Some(readable) = self.facts().readable.get_mut(&(caller, source.clone())) {
-            readable.open = if begins { readable.open + 1 } else { readable.open.saturating_sub(1) };
-            readable.used = now;
+    /// The caller has read a manifest that names these blobs. It counts within its token's life only.
+    pub(super) fn pulls(
+        &self,
+        caller: Caller,
+        source: &Source,
+        parts: Parts,
+        live: &Arc<LiveSettings>,
+        now: Instant,
+    ) {
+        let mut facts = self.facts();
+        let readable = facts.readable.get_mut(&(caller, source.clone()));
+        let Some(readable) = readable.filter(|r| r.age(caller, live, now) == Age::Fresh) else { return };
+        if caller == Caller::Anybody || readable.pulls.contains(&parts) {
+            return;
         }
+        if readable.pulls.len() >= PULLS {
+            readable.pulls.pop_front();
+        }
+        readable.pulls.push_back(parts);
+    }
+
+    /// Bytes of a blob went to the caller.
+    pub(super) fn served(&self, caller: Caller, source: &Source, blob: &Digest, bytes: u64, now: Instant) {
+        if let Some(readable) = self.facts().readable.get_mut(&(caller, source.clone())) {
+            readable.used = now;
+            let blob = short(blob);
+            if readable.pulls.iter().any(|parts| parts.contains(&blob)) {
+                *readable.served.entry(blob).or_default() += bytes;
+            }
+        }
+    }
+
+    /// How long ago the origin said that `digest` is part of the repository; `None` if that is not known.
+    pub(super) fn age(&self, source: &Source, digest: &Digest, now: Instant) -> Option<Duration> {
+        let facts = self.facts();
+        let belongs = facts.belongs.peek(&(source.clone(), *digest))?;
+        Some(now.saturating_duration_since(belongs.confirmed))
     }
 
     /// The origin, or a manifest read there, says that `digest` is part of the repository.
@@ -211,19 +285,27 @@ impl Access {
         facts.belongs.put(key, Belonging { confirmed: now, size_bytes });
     }
 
-    /// Whether what a manifest of this repository names is to be noted: not again within a minute, as it may be long.
-    pub(super) fn is_to_be_read(&self, source: &Source, manifest: &Digest, now: Instant) -> bool {
-        let (mut facts, key) = (self.facts(), (source.clone(), *manifest));
-        let fresh = facts.read.get(&key).is_some_and(|at| now.saturating_duration_since(*at) < READ);
-        if !fresh {
-            facts.read.put(key, now);
-        }
-        !fresh
+    /// What a manifest of this repository names, if that was noted within the last minute: a manifest may be long.
+    pub(super) fn parts_of(&self, source: &Source, manifest: &Digest, now: Instant) -> Option<Parts> {
+        let mut facts = self.facts();
+        let (at, parts) = facts.read.get(&(source.clone(), *manifest))?;
+        (now.saturating_duration_since(*at) < READ).then(|| Arc::clone(parts))
     }
 
-    /// The origin refuses the repository to this caller.
-    pub(super) fn refused(&self, caller: Caller, source: &Source) {
-        self.facts().readable.pop(&(caller, source.clone()));
+    /// A manifest of this repository names these.
+    pub(super) fn names(&self, source: &Source, manifest: &Digest, parts: &Parts, now: Instant) {
+        self.facts().read.put((source.clone(), *manifest), (now, Arc::clone(parts)));
+    }
+
+    /// The origin refuses the repository to this caller. A refusal within the life of its token is a revocation and ends
+    /// everything; after that it is what is to be expected, and a pull under way may still finish.
+    pub(super) fn refused(&self, caller: Caller, source: &Source, now: Instant) {
+        let (key, mut facts) = ((caller, source.clone()), self.facts());
+        let has_run_out =
+            |readable: &Readable| now.saturating_duration_since(readable.confirmed) > readable.life;
+        if caller == Caller::Anybody || !facts.readable.peek(&key).is_some_and(has_run_out) {
+            facts.readable.pop(&key);
+        }
     }
 
     /// The origin does not have the digest in this repository.
@@ -351,24 +433,81 @@ mod tests {
         assert_eq!(access.standing(client(1), &a, &digest, &live(), silent), Standing::Unknown);
     }
 
+    /// Two blobs of a manifest that client 1 read at `t`, with a token of 100 s; a third one that it does not name.
+    fn pull(read_after_s: u64) -> (Access, [Digest; 3], Instant) {
+        let (access, t) = (access(), Instant::now());
+        let blobs = [b"x", b"y", b"z"].map(|data| Digest::of(Algorithm::Sha256, data));
+        access.readable(client(1), &source("a"), LIFE, None, t);
+        blobs.iter().for_each(|blob| access.belongs(&source("a"), blob, Some(1000), t));
+        let read = t + Duration::from_secs(read_after_s);
+        access.pulls(client(1), &source("a"), short_parts(blobs[..2].iter()), &live(), read);
+        (access, blobs, t)
+    }
+
+    fn let_in(access: &Access, blob: &Digest, at: Instant) -> bool {
+        access.standing(client(1), &source("a"), blob, &live(), at) == Standing::Confirmed(Some(1000))
+    }
+
     #[test]
-    fn a_pull_outlives_its_token_as_long_as_it_goes_on_but_not_for_ever() {
-        let (a, digest, t) = (source("a"), blob(), Instant::now());
-        let access = access();
-        access.readable(client(1), &a, LIFE, None, t);
-        access.belongs(&a, &digest, None, t);
-        let let_in = |seconds| {
-            let at = t + Duration::from_secs(seconds);
-            access.standing(client(1), &a, &digest, &live(), at) == Standing::Confirmed(None)
-        };
-        let last = (0..10_000).step_by(50).take_while(|at| let_in(*at)).last();
-        assert_eq!(last, Some(3700), "the token's 100 s and an hour");
-        access.readable(client(1), &a, LIFE, None, t);
-        assert!(let_in(90) && let_in(140) && !let_in(201), "61 s of silence end it");
-        access.answering(client(1), &a, true, t);
-        assert!(let_in(1000), "while a body is on its way it is not silent");
-        access.answering(client(1), &a, false, t + Duration::from_secs(2000));
-        assert!(let_in(2059) && !let_in(2130));
+    fn a_pull_outlives_its_token_while_bytes_go_out_but_not_for_ever() {
+        let (access, [moving, waiting, _], t) = pull(0);
+        let at = |seconds| t + Duration::from_secs(seconds);
+        assert!(let_in(&access, &waiting, at(60)));
+        let last = (100..10_000)
+            .step_by(50)
+            .take_while(|s| {
+                access.served(client(1), &source("a"), &moving, 1, at(*s));
+                let_in(&access, &waiting, at(*s + 40))
+            })
+            .last();
+        assert_eq!(last, Some(950), "100 s of its token and 15 minutes");
+        let (access, [moving, waiting, _], t) = pull(0);
+        access.served(client(1), &source("a"), &moving, 1, t + LIFE);
+        assert!(let_in(&access, &waiting, t + LIFE + Duration::from_secs(60)));
+        assert!(!let_in(&access, &waiting, t + LIFE + Duration::from_secs(61)), "61 s without a byte end it");
+        assert!(!access.reads(client(1), &source("a"), &live(), t + LIFE + Duration::from_secs(1)));
+    }
+
+    #[test]
+    fn asking_alone_keeps_no_pull_alive() {
+        let (access, [_, waiting, _], t) = pull(0);
+        let asked =
+            (100..400).step_by(10).take_while(|s| let_in(&access, &waiting, t + Duration::from_secs(*s)));
+        assert_eq!(asked.last(), Some(160), "its last request within its token's life was the one at 100 s");
+    }
+
+    #[test]
+    fn after_its_token_a_client_gets_the_blobs_of_its_manifest_once_and_nothing_else() {
+        let (access, [first, second, other], t) = pull(0);
+        let late = t + LIFE + Duration::from_secs(1);
+        access.served(client(1), &source("a"), &first, 999, t + LIFE);
+        assert!(let_in(&access, &first, late), "the rest of it");
+        access.served(client(1), &source("a"), &first, 1, late);
+        assert!(!let_in(&access, &first, late), "it went out whole");
+        assert!(let_in(&access, &second, late) && !let_in(&access, &other, late));
+        access.readable(client(1), &source("a"), LIFE, None, late);
+        assert!(let_in(&access, &first, late), "a new yes opens all");
+    }
+
+    #[test]
+    fn a_refusal_ends_a_pull_within_the_life_of_its_token_only() {
+        let (access, [first, ..], t) = pull(0);
+        let late = t + LIFE + Duration::from_secs(1);
+        access.served(client(1), &source("a"), &first, 1, t + LIFE);
+        access.refused(client(1), &source("a"), late);
+        assert!(let_in(&access, &first, late), "its token had run out");
+        let (access, [first, ..], t) = pull(0);
+        access.served(client(1), &source("a"), &first, 1, t);
+        access.refused(client(1), &source("a"), t + Duration::from_secs(1));
+        assert!(!let_in(&access, &first, t + Duration::from_secs(2)), "its token was revoked");
+    }
+
+    #[test]
+    fn a_manifest_that_was_read_too_late_begins_no_pull() {
+        let (access, [first, ..], t) = pull(101);
+        assert!(
+            let_in(&access, &first, t + LIFE) && !let_in(&access, &first, t + LIFE + Duration::from_secs(1))
+        );
     }
 
     #[test]
@@ -386,7 +525,7 @@ mod tests {
         let (a, digest, t) = (source("a"), blob(), Instant::now());
         let access = access();
         for take_back in [
-            (|access, source| access.refused(client(1), source)) as fn(&Access, &Source),
+            (|access, source| access.refused(client(1), source, Instant::now())) as fn(&Access, &Source),
             |access, source| access.gone(source, &blob()),
         ] {
             access.readable(client(1), &a, LIFE, None, t);
@@ -400,10 +539,11 @@ mod tests {
     #[test]
     fn what_a_manifest_names_is_looked_at_once_a_minute_for_each_repository() {
         let (access, t) = (access(), Instant::now());
-        let read = |repository, seconds| {
-            access.is_to_be_read(&source(repository), &blob(), t + Duration::from_secs(seconds))
+        access.names(&source("a"), &blob(), &short_parts([blob()].iter()), t);
+        let known = |repository, seconds| {
+            access.parts_of(&source(repository), &blob(), t + Duration::from_secs(seconds)).is_some()
         };
-        assert!(read("a", 0) && !read("a", 59) && read("b", 1) && read("a", 60) && !read("a", 61));
+        assert!(known("a", 0) && known("a", 59) && !known("b", 1) && !known("a", 60));
     }
 
     #[test]

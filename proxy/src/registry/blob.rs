@@ -1,6 +1,7 @@
 //! Blobs: from the store, else from the download that all who ask share, else, where that can't be, straight from the origin.
 
 use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use hawker_core::digest::Digest;
 use hawker_core::range::{RangeError, Ranges, Resolved, content_range};
@@ -9,18 +10,27 @@ use http::header::{ACCEPT_RANGES, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, I
 use http::{HeaderMap, HeaderValue, Method, Response, StatusCode};
 use tokio::time::Instant;
 
-use super::auth::{self, Confirmed, Given, confirm, note_refusal};
+use super::access::Caller;
+use super::auth::{self, Confirmed, Given, claimed_by_get, confirm, note_refusal, size_told};
 use super::body::Payload;
-use super::error::Problem;
-use super::forward::{forward, not_encoded, passed_on, with};
-use super::manifest::{identity, unchanged};
+use super::error::{Problem, is_refusal};
+use super::forward::{forward, is_whole_range, not_encoded, passed_on, with};
+use super::manifest::{identity, is_for_clients_of, unchanged};
 use super::multipart::Multipart;
+use super::stored::{Again, Stored};
 use super::{Answer, Ask, Inner, etag, not_modified};
-use crate::flight::{FlightError, Reader};
+use crate::coalesce::Coalesced;
+use crate::flight::{FlightError, Gate, Reader, Segment};
+use crate::lanes::{self, Lane};
+use crate::origin::ranges::content_range_start;
 use crate::origin::{Content, OriginBody, Target, content_length};
-use crate::store::Blob;
+use crate::proof::{Asking, Unproved};
+use crate::store::{Blob, TaskStore};
 
 const OCTETS: HeaderValue = HeaderValue::from_static("application/octet-stream");
+
+/// Proofs under way: of many clients with the same right, one makes the registry prove what it has.
+pub(super) type Proving = Coalesced<(Caller, Source, Digest), Result<(), Unproved>>;
 
 pub(super) async fn blob(mirror: &Inner, ask: &Ask, digest: &Digest) -> Result<Answer, Problem> {
     if ask.method == Method::HEAD {
@@ -42,18 +52,83 @@ async fn given(mirror: &Inner, ask: &Ask, digest: &Digest) -> Result<Answer, Pro
         Confirmed::Elsewhere(size) => return elsewhere(mirror, ask, digest, size).await,
     };
     let range = asked_range(&ask.headers, digest);
+    let is_theirs = is_for_clients_of(mirror, ask, digest).await;
+    if ask.method == Method::HEAD && !is_theirs {
+        return head(mirror, ask, digest, size, range).await;
+    }
+    if !is_theirs && let Some(blob) = committed(mirror, digest).await {
+        match prove(mirror, ask, digest, size, &blob).await {
+            Ok(()) => {}
+            Err(Unproved::Unclear(_)) => return straight(mirror, ask, digest).await,
+            Err(reason) => return Err(unproved(reason)),
+        }
+    }
     if ask.method == Method::GET {
         doubt(mirror, ask, digest, range, size).await;
     }
     if let Some(blob) = committed(mirror, digest).await {
-        let wanted = resolve(range, blob.size_bytes())?;
-        let size = blob.size_bytes();
-        return Ok(content(digest, size, wanted, Held::Store(blob)));
+        let (size, wanted) = (blob.size_bytes(), resolve(range, blob.size_bytes())?);
+        // What the disk let rot while no daemon ran is downloaded like anything that is not there.
+        if ask.method == Method::HEAD || Stored::is_sound(&blob, &wanted.ranges(size), &mirror.flights).await
+        {
+            let (flights, grant) = (mirror.flights.clone(), ask.grant.clone());
+            let again = Again { flights, grant, purpose: ask.purpose.clone() };
+            return Ok(content(digest, size, wanted, Held::Store(blob, again)));
+        }
     }
     if ask.method == Method::HEAD {
         return head(mirror, ask, digest, size, range).await;
     }
-    download(mirror, ask, digest, size, range).await
+    download(mirror, ask, digest, size, range, is_theirs).await
+}
+
+/// Makes the registry prove that it has a blob which came here from elsewhere. `told`: its size, as the registry says.
+async fn prove(
+    mirror: &Inner,
+    ask: &Ask,
+    digest: &Digest,
+    told: Option<u64>,
+    blob: &Blob,
+) -> Result<(), Unproved> {
+    let size = blob.size_bytes();
+    // A registry that is wrong about the size is not shown that.
+    if told.is_some_and(|told| told != size) {
+        return Err(Unproved::Wrong(*digest));
+    }
+    let source = &ask.grant.source;
+    let proof = async {
+        let asking = Asking { source, headers: ask.for_origin(), client: ask.client };
+        let (whole, drawn): (Range<u64>, Mutex<Range<u64>>) = (0..size, Mutex::new(0..0));
+        let read = |range: &Range<u64>| {
+            drawn.lock().unwrap_or_else(PoisonError::into_inner).clone_from(range);
+            Some(Segment::File { file: Arc::clone(&blob.file), range: range.clone() })
+        };
+        let proved = mirror.proofs.challenge(&asking, digest, std::slice::from_ref(&whole), read).await;
+        match proved {
+            Ok(()) => mirror.proofs.note(&source.registry, digest),
+            // It may be this node that is wrong.
+            Err(Unproved::Wrong(_)) => {
+                let drawn = drawn.into_inner().unwrap_or_else(PoisonError::into_inner);
+                if !Stored::is_sound(blob, &[drawn], &mirror.flights).await {
+                    mirror.proofs.forget_failure(&source.registry, digest);
+                    return Err(Unproved::Unclear(*digest));
+                }
+            }
+            Err(_) => {}
+        }
+        proved
+    };
+    mirror.proving.run((ask.caller, source.clone(), *digest), proof).await
+}
+
+fn unproved(reason: Unproved) -> Problem {
+    match reason {
+        Unproved::Refused(status, headers) => Problem::refusal(status, &headers),
+        Unproved::Origin(error) => error.into(),
+        Unproved::Slow => Problem::Slow,
+        // Not how it differs: that is about what others may have.
+        Unproved::Wrong(_) | Unproved::Unclear(_) => Problem::Unproved(reason.to_string()),
+    }
 }
 
 fn target(ask: &Ask, digest: &Digest) -> Target {
@@ -72,11 +147,15 @@ async fn head(
         Some(size) => Some(size),
         None => {
             let head = mirror.origin.head(&target(ask, digest), &ask.for_origin()).await?;
-            if head.status() != StatusCode::OK {
-                note_refusal(mirror, ask, head.status());
-                return Err(Problem::refusal(head.status(), head.headers()));
+            match head.status() {
+                StatusCode::OK => size_told(digest, &head),
+                StatusCode::UNAUTHORIZED | StatusCode::NOT_FOUND | StatusCode::TOO_MANY_REQUESTS => {
+                    note_refusal(mirror, ask, head.status());
+                    return Err(Problem::refusal(head.status(), head.headers()));
+                }
+                // It gives the blob, which is confirmed, and answers no HEAD.
+                _ => None,
             }
-            content_length(head.headers())
         }
     };
     Ok(match size {
@@ -91,27 +170,63 @@ async fn download(
     digest: &Digest,
     size: Option<u64>,
     range: Option<&str>,
+    is_theirs: bool,
 ) -> Result<Answer, Problem> {
     // What can be refused is refused before anything is downloaded for it.
-    if let Some(size) = size {
-        resolve(range, size)?;
+    if let Some(size) = size
+        && let Err(problem) = resolve(range, size)
+    {
+        // The registry said that size in an answer to a HEAD, which may be wrong: its answer to the range counts.
+        let is_longer = |answer: &Answer| match answer.status() {
+            StatusCode::PARTIAL_CONTENT => true,
+            StatusCode::OK => content_length(answer.headers()) != Some(size),
+            _ => false,
+        };
+        let answer = straight(mirror, ask, digest).await;
+        return answer.ok().filter(is_longer).ok_or(problem);
     }
     // Who reads from somewhere to the end reads the whole, in one go or in several.
     let partial = range.and_then(|r| Ranges::parse(r).ok()).is_some_and(|r| r.open_from().is_none());
-    let open = mirror.flights.open(*digest, ask.grant.clone(), ask.purpose.clone(), size, partial);
-    let flight = match open.await {
+    // Nobody else asks for the size where only a part is read.
+    let size = match size {
+        None if partial => match claimed_by_get(mirror, ask, digest, &target(ask, digest)).await {
+            Ok(Some(size)) => Some(size),
+            Ok(None) | Err(_) => return straight(mirror, ask, digest).await,
+        },
+        size => size,
+    };
+    let open = || mirror.flights.open(*digest, ask.grant.clone(), ask.purpose.clone(), size, partial);
+    let flight = match open().await {
         Ok(flight) => flight,
-        Err(FlightError::UnknownLength) => return straight(mirror, ask, digest).await,
+        Err(FlightError::UnknownLength | FlightError::OtherSize(_)) => {
+            return straight(mirror, ask, digest).await;
+        }
         Err(error) => return Err(error.into()),
     };
     let known = size;
     let size = flight.size_bytes();
-    if known.is_some_and(|known| known != size) {
+    let gate = || (!is_theirs).then(|| Gate::new(Arc::clone(&mirror.proofs), ask.client, ask.for_origin()));
+    if known.is_some_and(|known| known != size) && flight.is_size_proven() && is_theirs {
         mirror.access.belongs(&ask.grant.source, digest, Some(size), Instant::now());
     }
-    let wanted = resolve(range, size)?;
-    let mut reader = Box::new(flight.read(wanted.ranges(size)));
-    reader.begin().await?;
+    let wanted = match resolve(range, size) {
+        // The size may be known from elsewhere: the registry itself says what it has to say.
+        Err(Problem::Unsatisfiable(_)) if !is_theirs => return straight(mirror, ask, digest).await,
+        wanted => wanted?,
+    };
+    let mut reader = Box::new(flight.read(wanted.ranges(size)).gated(gate()));
+    match reader.begin().await {
+        // Nothing was promised yet, and the registry's own bytes decide what is right.
+        Err(FlightError::Unprovable(_) | FlightError::WrongSize(_)) => {
+            return straight(mirror, ask, digest).await;
+        }
+        // A commit came between, and the disk has let it rot: the next one begins anew.
+        Err(FlightError::Rotten(_)) => {
+            reader = Box::new(open().await?.read(wanted.ranges(size)).gated(gate()));
+            reader.begin().await?;
+        }
+        begun => begun?,
+    }
     Ok(content(digest, size, wanted, Held::Flight(reader)))
 }
 
@@ -121,7 +236,10 @@ async fn committed(mirror: &Inner, digest: &Digest) -> Option<Blob> {
         return None;
     }
     let (store, task) = (mirror.store.clone(), *digest);
-    tokio::task::spawn_blocking(move || store.committed(&task)).await.ok()?
+    if let Some(blob) = store.opened(&task) {
+        return Some(blob);
+    }
+    lanes::run(Lane::Clients, move || store.committed(&task)).await?
 }
 
 /// Has what this client asks for again hashed first. What is to be the whole and is not yet is hashed once it is.
@@ -142,8 +260,8 @@ async fn elsewhere(mirror: &Inner, ask: &Ask, digest: &Digest, size: Option<u64>
     }
     let target = target(ask, digest);
     let response = mirror.origin.get(&target, &ask.for_blob(None)).await?;
-    if response.status() != StatusCode::OK {
-        return forward(response, &target.source);
+    if !is_entire(&response) {
+        return refused(response, &target.source);
     }
     let given = Given::elsewhere(mirror, ask, digest);
     checked(response, digest, &target.source, Some(given))
@@ -159,14 +277,17 @@ fn checked(
     not_encoded(response.headers(), source)?;
     let (head, body) = response.into_parts();
     let length = content_length(&head.headers);
-    let payload = Payload::Checked(body, length, *digest, given);
-    Ok(with(StatusCode::OK, merged(digest, &head.headers), payload))
+    let payload = Payload::Checked(body, length, *digest, given.map(Box::new));
+    let mut headers = merged(digest, &head.headers);
+    headers.remove(CONTENT_RANGE);
+    Ok(with(StatusCode::OK, headers, payload))
 }
 
-/// Passes the origin's blob on, uncached, where nobody says how long it is. A whole one is compared with its digest on the way.
+/// Passes the origin's blob on, uncached, where nobody says how long it is, or registries disagree on that. A whole one is compared with its digest on the way.
 async fn straight(mirror: &Inner, ask: &Ask, digest: &Digest) -> Result<Answer, Problem> {
     let target = target(ask, digest);
     let headers = ask.for_blob(asked_range(&ask.headers, digest));
+    let is_range_asked = headers.contains_key(RANGE);
     if ask.method == Method::HEAD {
         let head = mirror.origin.head(&target, &headers).await?;
         if head.status() != StatusCode::OK {
@@ -176,14 +297,38 @@ async fn straight(mirror: &Inner, ask: &Ask, digest: &Digest) -> Result<Answer, 
     }
     let response = mirror.origin.get(&target, &headers).await?;
     match response.status() {
-        StatusCode::OK => checked(response, digest, &target.source, None),
-        StatusCode::PARTIAL_CONTENT => {
+        StatusCode::PARTIAL_CONTENT
+            if is_range_asked && content_range_start(response.headers()).is_some() =>
+        {
             not_encoded(response.headers(), &target.source)?;
             let (head, body) = response.into_parts();
             let (headers, length) = (merged(digest, &head.headers), content_length(&head.headers));
             Ok(with(StatusCode::PARTIAL_CONTENT, headers, Payload::Origin(body, length)))
         }
-        _ => forward(response, &target.source),
+        _ if is_entire(&response) => {
+            let given = Given::elsewhere(mirror, ask, digest).proving_size(&mirror.flights);
+            checked(response, digest, &target.source, Some(given))
+        }
+        _ => refused(response, &target.source),
+    }
+}
+
+/// Whether an answer brings the whole blob. Its bytes are still compared with the digest.
+fn is_entire(response: &Response<OriginBody>) -> bool {
+    let is_all =
+        || content_length(response.headers()).is_some_and(|len| is_whole_range(response.headers(), len));
+    match response.status() {
+        StatusCode::OK => true,
+        StatusCode::PARTIAL_CONTENT => is_all(),
+        _ => false,
+    }
+}
+
+/// The registry's refusal; an error for any other answer, since nothing compares it with the digest.
+fn refused(response: Response<OriginBody>, source: &Source) -> Result<Answer, Problem> {
+    match is_refusal(response.status()) {
+        true => forward(response, source, false),
+        false => Err(Problem::Odd(response.status())),
     }
 }
 
@@ -211,7 +356,7 @@ impl Wanted {
 enum Held {
     /// Not here, and only its head is asked for.
     Elsewhere,
-    Store(Blob),
+    Store(Blob, Again),
     Flight(Box<Reader>),
 }
 
@@ -221,7 +366,12 @@ impl Held {
         match self {
             _ if range.is_empty() => Payload::Empty,
             Held::Elsewhere => Payload::Empty,
-            Held::Store(blob) => Payload::Blob(blob, range),
+            Held::Store(blob, _) if blob.is_checked(&range) => Payload::Blob(blob, range),
+            Held::Store(blob, again) => {
+                let mut stored = Stored::new(blob, again);
+                stored.read(range);
+                Payload::Stored(Box::new(stored), len)
+            }
             Held::Flight(reader) => Payload::Flight(reader, len),
         }
     }
@@ -229,7 +379,7 @@ impl Held {
     fn parts(self, multipart: Multipart) -> Payload {
         match self {
             Held::Elsewhere => Payload::Empty,
-            Held::Store(blob) => multipart.of_blob(blob),
+            Held::Store(blob, again) => multipart.of_blob(Stored::new(blob, again)),
             Held::Flight(reader) => multipart.of_flight(reader),
         }
     }

@@ -6,6 +6,7 @@ use std::ops::Range;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use bytes::Bytes;
 use hawker_core::digest::{Chain, Digest};
@@ -15,14 +16,18 @@ use tracing::Span;
 
 use super::auth::{Given, Underway};
 use super::multipart::Parts;
+use super::stored::Stored;
 use super::wire::Line;
 use crate::flight::{FlightError, Reader, Segment};
 use crate::metrics::{Metrics, ServedFrom};
-use crate::origin::{OriginBody, OriginError};
+use crate::origin::{OriginBody, OriginError, PassedBody};
 use crate::store::Blob;
 
 /// How much of a body of unknown length waits until the digest of the whole is known.
 const HELD_BACK_BYTES: usize = 64 << 10;
+
+/// A client that has not read for so long loses an answer that is passed through, where many clients do not read.
+const MAY_WAIT: Duration = Duration::from_secs(20);
 
 /// Why a body ends short.
 #[derive(Debug, thiserror::Error)]
@@ -47,10 +52,16 @@ pub(crate) enum Payload {
     Empty,
     /// Memory.
     Full(Bytes),
+    /// Words of this daemon's own, which are no content: not counted as served.
+    Notice(Bytes),
+    /// Words of an origin's, which are no content: not counted as served. So many bytes, if it said how many.
+    Passed(OriginBody, Option<u64>),
     /// A part of a file.
     File(Arc<File>, Range<u64>),
     /// A committed blob; the lease lives as long as the body.
     Blob(Blob, Range<u64>),
+    /// A committed blob that is hashed before it leaves: so many bytes.
+    Stored(Box<Stored>, u64),
     /// A download: so many bytes.
     Flight(Box<Reader>, u64),
     /// Several ranges of either: so many bytes with all that stands between them.
@@ -58,7 +69,7 @@ pub(crate) enum Payload {
     /// The origin: so many bytes, if it said how many.
     Origin(OriginBody, Option<u64>),
     /// The origin, the last bytes held back until the digest matches; who is to know then.
-    Checked(OriginBody, Option<u64>, Digest, Option<Given>),
+    Checked(OriginBody, Option<u64>, Digest, Option<Box<Given>>),
 }
 
 impl Payload {
@@ -66,10 +77,10 @@ impl Payload {
     pub(super) fn len_bytes(&self) -> Option<u64> {
         match self {
             Payload::Empty => Some(0),
-            Payload::Full(bytes) => Some(bytes.len() as u64),
+            Payload::Full(bytes) | Payload::Notice(bytes) => Some(bytes.len() as u64),
             Payload::File(_, range) | Payload::Blob(_, range) => Some(range.end.saturating_sub(range.start)),
-            Payload::Flight(_, len) | Payload::Parts(_, len) => Some(*len),
-            Payload::Origin(_, len) | Payload::Checked(_, len, ..) => *len,
+            Payload::Stored(_, len) | Payload::Flight(_, len) | Payload::Parts(_, len) => Some(*len),
+            Payload::Origin(_, len) | Payload::Passed(_, len) | Payload::Checked(_, len, ..) => *len,
         }
     }
 }
@@ -78,12 +89,15 @@ impl Payload {
 pub(super) struct Body {
     line: Arc<Line>,
     metrics: Arc<Metrics>,
-    from: ServedFrom,
+    /// `None`: it is no content.
+    from: Option<ServedFrom>,
     span: Span,
     /// A range of a file that is to be sent next.
     file: Option<(Arc<File>, Range<u64>)>,
     /// What else comes.
     rest: Rest,
+    /// The last bytes lie in a buffer of a connection to the origin: no more are taken before these are sent.
+    holds_buffer: bool,
     remaining_bytes: Option<u64>,
     sent_bytes: u64,
     ended: bool,
@@ -100,26 +114,28 @@ enum Rest {
 
 /// What gives segments one after the other.
 enum Feed {
+    Stored(Box<Stored>),
     Flight(Box<Reader>),
     Parts(Box<Parts>),
-    Origin(OriginBody),
+    Origin(PassedBody),
     Checked(Box<Checked>),
 }
 
 impl Feed {
     async fn next(mut self) -> (Self, Result<Option<Segment>, Cut>) {
         let next = match &mut self {
+            Feed::Stored(stored) => stored.next().await.map_err(Cut::from),
             Feed::Flight(reader) => reader.next().await.map_err(Cut::from),
             Feed::Parts(parts) => parts.next().await.map_err(Cut::from),
-            Feed::Origin(body) => body.next().await.transpose().map(in_memory).map_err(Cut::from),
-            Feed::Checked(checked) => checked.next().await.map(in_memory),
+            Feed::Origin(body) => body.next().await.transpose().map(passed).map_err(Cut::from),
+            Feed::Checked(checked) => checked.next().await.map(passed),
         };
         (self, next)
     }
 }
 
-fn in_memory(bytes: Option<Bytes>) -> Option<Segment> {
-    bytes.map(Segment::Memory)
+fn passed(bytes: Option<Bytes>) -> Option<Segment> {
+    bytes.map(Segment::Passed)
 }
 
 impl Body {
@@ -132,20 +148,28 @@ impl Body {
         line.owe();
         let remaining_bytes = payload.len_bytes();
         let from = match &payload {
-            Payload::Empty | Payload::Full(_) | Payload::File(..) | Payload::Blob(..) => ServedFrom::Cache,
-            Payload::Flight(..) => ServedFrom::Flight,
-            Payload::Parts(parts, _) => parts.served_from(),
-            Payload::Origin(..) | Payload::Checked(..) => ServedFrom::Origin,
+            Payload::Empty
+            | Payload::Full(_)
+            | Payload::File(..)
+            | Payload::Blob(..)
+            | Payload::Stored(..) => Some(ServedFrom::Cache),
+            Payload::Notice(_) | Payload::Passed(..) => None,
+            Payload::Flight(..) => Some(ServedFrom::Flight),
+            Payload::Parts(parts, _) => Some(parts.served_from()),
+            Payload::Origin(..) | Payload::Checked(..) => Some(ServedFrom::Origin),
         };
         let feed = |feed: Feed| Rest::Fed(ReusableBoxFuture::new(feed.next()));
         let (file, rest, lease) = match payload {
             Payload::Empty => (None, Rest::Nothing, None),
-            Payload::Full(bytes) => (None, Rest::Memory(bytes), None),
+            Payload::Full(bytes) | Payload::Notice(bytes) => (None, Rest::Memory(bytes), None),
             Payload::File(file, range) => (Some((file, range)), Rest::Nothing, None),
             Payload::Blob(blob, range) => (Some((Arc::clone(&blob.file), range)), Rest::Nothing, Some(blob)),
+            Payload::Stored(stored, _) => (None, feed(Feed::Stored(stored)), None),
             Payload::Flight(reader, _) => (None, feed(Feed::Flight(reader)), None),
             Payload::Parts(parts, _) => (None, feed(Feed::Parts(parts)), None),
-            Payload::Origin(body, _) => (None, feed(Feed::Origin(body)), None),
+            Payload::Origin(body, _) | Payload::Passed(body, _) => {
+                (None, feed(Feed::Origin(PassedBody::new(body, MAY_WAIT))), None)
+            }
             Payload::Checked(body, _, digest, given) => {
                 (None, feed(Feed::Checked(Box::new(Checked::new(body, digest, given)))), None)
             }
@@ -158,6 +182,7 @@ impl Body {
             span,
             file,
             rest,
+            holds_buffer: false,
             remaining_bytes,
             sent_bytes: 0,
             ended: false,
@@ -191,6 +216,10 @@ impl Body {
                     return Poll::Ready(Some(Err(cut)));
                 }
                 Rest::Fed(mut future) => {
+                    if self.holds_buffer && self.line.poll_flushed(cx).is_pending() {
+                        self.rest = Rest::Fed(future);
+                        return Poll::Pending;
+                    }
                     let Poll::Ready((feed, next)) = future.poll(cx) else {
                         self.rest = Rest::Fed(future);
                         return Poll::Pending;
@@ -201,9 +230,12 @@ impl Body {
                         Ok(Some(segment)) => {
                             future.set(feed.next());
                             self.rest = Rest::Fed(future);
+                            self.holds_buffer = matches!(segment, Segment::Passed(_));
                             match segment {
-                                Segment::Memory(bytes) if bytes.is_empty() => {}
-                                Segment::Memory(bytes) => return Poll::Ready(Some(Ok(bytes))),
+                                Segment::Memory(bytes) | Segment::Passed(bytes) if bytes.is_empty() => {}
+                                Segment::Memory(bytes) | Segment::Passed(bytes) => {
+                                    return Poll::Ready(Some(Ok(bytes)));
+                                }
                                 Segment::File { file, range } => self.file = Some((file, range)),
                             }
                         }
@@ -253,7 +285,7 @@ impl hyper::body::Body for Body {
                 let bytes = self.clip(bytes);
                 self.line.owe();
                 self.sent_bytes += bytes.len() as u64;
-                self.metrics.served(self.from, bytes.len() as u64);
+                self.from.iter().for_each(|from| self.metrics.served(*from, bytes.len() as u64));
                 self.underway.iter().for_each(|underway| underway.served(bytes.len() as u64));
                 Poll::Ready(Some(Ok(Frame::data(bytes))))
             }
@@ -283,19 +315,20 @@ impl Drop for Body {
 
 /// An origin's body whose last bytes wait until the whole is known to match.
 struct Checked {
-    body: OriginBody,
+    body: PassedBody,
     chain: Option<Chain>,
     digest: Digest,
     held: VecDeque<Bytes>,
     held_bytes: usize,
     /// All that came so far.
     size_bytes: u64,
-    given: Option<Given>,
+    given: Option<Box<Given>>,
 }
 
 impl Checked {
-    fn new(body: OriginBody, digest: Digest, given: Option<Given>) -> Self {
+    fn new(body: OriginBody, digest: Digest, given: Option<Box<Given>>) -> Self {
         let chain = Some(Chain::new(digest.algorithm()));
+        let body = PassedBody::new(body, MAY_WAIT);
         Self { body, chain, digest, held: VecDeque::new(), held_bytes: 0, size_bytes: 0, given }
     }
 

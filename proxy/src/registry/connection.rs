@@ -4,6 +4,7 @@
 use std::convert::Infallible;
 use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -15,6 +16,7 @@ use hyper::upgrade::OnUpgrade;
 use rustls::ServerConfig;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::task::yield_now;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
 use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
@@ -24,14 +26,12 @@ use tracing::Instrument;
 use super::auth::Underway;
 use super::body::{Body, Payload};
 use super::forward::with;
+use super::places::{Place, Places};
 use super::wire::{Channel, Line, Plain, Wire, hang_up};
 use super::{Answer, head, tunnel};
 use crate::metrics::{Metrics, RequestKind};
+use crate::origin::Stream;
 
-/// Connections served at once.
-const MAX_CONNECTIONS: usize = 4096;
-/// Connections told at once that there are too many.
-const MAX_REFUSALS: usize = 256;
 /// A request's head at most.
 const HEAD_BYTES: usize = 64 << 10;
 /// Headers of a request at most.
@@ -44,6 +44,9 @@ const WATCH: Duration = Duration::from_secs(1);
 const LINGER: Duration = Duration::from_secs(2);
 /// What a client may still send after we have hung up, in bytes.
 const LINGER_BYTES: usize = 1 << 20;
+/// Pipelined requests in a row that are answered without a pause, and the pause before each later one. Runtimes do not pipeline.
+const PIPELINED_AT_ONCE: u32 = 16;
+const PIPELINE_PAUSE: Duration = Duration::from_millis(10);
 /// After a failure to accept, before trying again.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// The type of a TLS record that begins a handshake (RFC 8446, 5.1). No method of HTTP begins with it.
@@ -82,7 +85,7 @@ pub(crate) enum Reply {
 /// What a connection becomes after CONNECT.
 pub(crate) enum Becomes {
     /// Its bytes go there and back.
-    Tunnel(TcpStream, OwnedSemaphorePermit),
+    Tunnel(Stream, OwnedSemaphorePermit),
     /// TLS ends here, and this answers the requests inside.
     Tls(Arc<ServerConfig>, Arc<dyn Service>),
 }
@@ -105,13 +108,13 @@ impl Stop {
 pub(super) async fn serve(
     service: Arc<dyn Service>,
     metrics: Arc<Metrics>,
+    places: Arc<Places>,
     listener: TcpListener,
     stop: CancellationToken,
     drain: Duration,
 ) {
     let stop = Stop { begun: stop, drain };
-    let (places, refusals) =
-        (Arc::new(Semaphore::new(MAX_CONNECTIONS)), Arc::new(Semaphore::new(MAX_REFUSALS)));
+    let refusals = Arc::new(Semaphore::new(places.refusals()));
     let tasks = TaskTracker::new();
     loop {
         let (socket, client) = tokio::select! {
@@ -125,7 +128,7 @@ pub(super) async fn serve(
                 }
             },
         };
-        if let Ok(place) = Arc::clone(&places).try_acquire_owned() {
+        if let Some(place) = places.take(client.ip()) {
             let (metrics, stop) = (Arc::clone(&metrics), stop.clone());
             let visit = Visit { socket: Arc::new(socket), client, metrics, stop };
             tasks.spawn(visit.live(Arc::clone(&service), place));
@@ -160,17 +163,28 @@ enum Ended {
 
 impl Visit {
     /// Serves the connection until it is over, however that comes.
-    async fn live(self, service: Arc<dyn Service>, _place: OwnedSemaphorePermit) {
+    async fn live(self, service: Arc<dyn Service>, place: Place) {
         let _open = self.metrics.connection();
         // Only latency depends on it.
         let _ = self.socket.set_nodelay(true);
-        let why = self.go_on(service).await;
+        let why = tokio::select! {
+            why = self.go_on(service, &place.line) => why,
+            () = place.leave.cancelled() => {
+                self.metrics.connections_displaced.inc();
+                tracing::debug!(client = %self.client, "connection over: its place was needed");
+                return;
+            }
+        };
         tracing::debug!(client = %self.client, why, "connection over");
         end(&self.socket).await;
     }
 
     /// Goes on with whatever the connection becomes; why it is over.
-    async fn go_on(&self, mut service: Arc<dyn Service>) -> &'static str {
+    async fn go_on(&self, mut service: Arc<dyn Service>, line: &Arc<Line>) -> &'static str {
+        // What says nothing costs no more than its socket.
+        if !matches!(self.unless_stopped(self.socket.readable()).await, Some(Ok(()))) {
+            return "it said nothing";
+        }
         let plain = Plain::new(Arc::clone(&self.socket));
         let mut channel = match service.tls() {
             Some(config) if self.begins_with_tls().await => match self.agree(plain, config).await {
@@ -180,15 +194,17 @@ impl Visit {
             _ => Channel::Plain(plain),
         };
         loop {
-            let (becomes, plain) = match Box::pin(self.converse(service, channel)).await {
+            let (becomes, plain) = match Box::pin(self.converse(service, channel, line)).await {
                 Ended::Over(why) => return why,
                 Ended::Becomes(becomes, plain) => (becomes, plain),
             };
             match becomes {
                 Becomes::Tunnel(there, _place) => {
+                    line.tunnel();
                     return tunnel::run(plain, there, &self.stop, &self.metrics).await;
                 }
                 Becomes::Tls(config, inside) => {
+                    line.renew();
                     service = inside;
                     channel = match self.agree(plain, config).await {
                         Ok(channel) => channel,
@@ -225,15 +241,15 @@ impl Visit {
     }
 
     /// Requests and responses.
-    async fn converse(&self, service: Arc<dyn Service>, channel: Channel) -> Ended {
-        let line = Arc::new(Line::new());
-        let wire = Wire { channel, line: Arc::clone(&line) };
+    async fn converse(&self, service: Arc<dyn Service>, channel: Channel, line: &Arc<Line>) -> Ended {
+        let wire = Wire { channel, line: Arc::clone(line) };
         let talk = Arc::new(Talk {
             service,
-            line: Arc::clone(&line),
+            line: Arc::clone(line),
             metrics: Arc::clone(&self.metrics),
             client: self.client.ip(),
             becomes: Mutex::default(),
+            pipelined: AtomicU32::new(0),
         });
         let respond = |request| Arc::clone(&talk).respond(request);
         let mut requests = Box::pin(
@@ -278,6 +294,8 @@ struct Talk {
     metrics: Arc<Metrics>,
     client: IpAddr,
     becomes: Mutex<Option<(OnUpgrade, Becomes)>>,
+    /// Requests in a row that were here before the response to the one before was over.
+    pipelined: AtomicU32,
 }
 
 impl Talk {
@@ -285,7 +303,7 @@ impl Talk {
         self: Arc<Self>,
         mut request: Request<Incoming>,
     ) -> Result<http::Response<Body>, Infallible> {
-        self.line.begin();
+        self.take_turns(self.line.begin()).await;
         let span = tracing::info_span!(
             "pull",
             id = format_args!("{:08x}", rand::random::<u32>()),
@@ -312,6 +330,19 @@ impl Talk {
         }
         .instrument(span)
         .await
+    }
+
+    /// A buffer holds thousands of short requests. Answered one right after the other, those of a few connections would keep all
+    /// others waiting.
+    async fn take_turns(&self, is_pipelined: bool) {
+        if !is_pipelined {
+            self.pipelined.store(0, Ordering::Relaxed);
+            return;
+        }
+        match self.pipelined.fetch_add(1, Ordering::Relaxed) {
+            ..PIPELINED_AT_ONCE => yield_now().await,
+            _ => sleep(PIPELINE_PAUSE).await,
+        }
     }
 
     /// What the connection becomes, if it ended for that.

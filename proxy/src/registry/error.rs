@@ -10,7 +10,7 @@ use super::Answer;
 use super::body::Payload;
 use crate::flight::FlightError;
 use crate::metrics::{Metrics, RequestKind};
-use crate::origin::{OriginError, PassError};
+use crate::origin::{OriginError, PassError, is_retry_after};
 
 /// Headers of an origin's refusal that its caller needs.
 const OF_A_REFUSAL: [HeaderName; 3] = [WWW_AUTHENTICATE, RETRY_AFTER, WARNING];
@@ -31,9 +31,16 @@ pub(crate) enum Problem {
     Misdirected(String),
     /// Nobody said that the host may be reached.
     #[error(
-        "{0} is not reached from here: name it in an [[intercept]] rule, or among the allowed registries"
+        "{host} is not reached from here: for a registry, add [registries.\"{host}\"] with endpoints = [\"{scheme}://{host}\"] to \
+         the daemon's configuration; for any other host, add [[intercept]] with host = \"{host}\" and action = \"direct\" (and its \
+         network to allow_network where its address is private); then send the daemon SIGHUP"
     )]
-    RefusedHost(String),
+    RefusedHost {
+        /// As settings and rules name it.
+        host: String,
+        /// `http` or `https`.
+        scheme: http::uri::Scheme,
+    },
     /// It can't be made to look like the host.
     #[error("no certificate can be made for {0}")]
     NoCertificate(String),
@@ -71,9 +78,6 @@ pub(crate) enum Problem {
     /// It has no token of ours that is good for it. This challenge says where to get one.
     #[error("a token of this mirror's is needed")]
     Challenged(HeaderValue),
-    /// Its tokens come from its own realm.
-    #[error("{0} is not in token mode here: tokens for it come from its own realm")]
-    NotItsRealm(String),
     /// The origin said no, with these headers.
     #[error("the origin answered {status}")]
     Origin {
@@ -82,17 +86,24 @@ pub(crate) enum Problem {
         /// Those of its headers that matter.
         headers: HeaderMap,
     },
+    /// The origin's answer is neither content nor a refusal: 204, a redirect to nowhere, a 304 that nobody asked for. Its status
+    /// must not reach clients: containerd takes any 2xx for the content, and leaves no mirror for a 3xx.
+    #[error("the origin answered {0}, which is neither content nor a refusal")]
+    Odd(StatusCode),
     /// The origin can't be asked.
     #[error("{0}")]
     Unasked(#[from] OriginError),
     /// The download failed.
     #[error("{0}")]
     Flight(#[from] FlightError),
+    /// What is here came from elsewhere, and the registry has not proved that it has it.
+    #[error("{0}")]
+    Unproved(String),
     /// A manifest that nobody should send.
     #[error("the origin's manifest is longer than {0} bytes")]
     TooLong(usize),
     /// Something that is no manifest.
-    #[error("the origin's answer is no manifest; perhaps it is a page that asks for a login")]
+    #[error("the origin's answer is not what was asked for; perhaps it is a page that asks for a login")]
     NoManifest,
     /// The origin's bytes are not what it, or the request, says they are.
     #[error("the origin's manifest does not match {0}")]
@@ -114,9 +125,15 @@ impl From<PassError> for Problem {
 impl Problem {
     /// What the origin said, as far as it concerns a client.
     pub(super) fn refusal(status: StatusCode, from: &HeaderMap) -> Self {
+        if !is_refusal(status) {
+            return Problem::Odd(status);
+        }
         let mut headers = HeaderMap::new();
         for name in OF_A_REFUSAL {
-            headers.extend(from.get_all(&name).iter().map(|value| (name.clone(), value.clone())));
+            let may_pass = |value: &&HeaderValue| name != RETRY_AFTER || is_retry_after(value);
+            headers.extend(
+                from.get_all(&name).iter().filter(may_pass).map(|value| (name.clone(), value.clone())),
+            );
         }
         Problem::Origin { status, headers }
     }
@@ -127,7 +144,7 @@ impl Problem {
         match self {
             Problem::Malformed(_) | Problem::NotProxied => StatusCode::BAD_REQUEST,
             Problem::Misdirected(_) => StatusCode::MISDIRECTED_REQUEST,
-            Problem::RefusedHost(_) | Problem::NotItsRealm(_) => StatusCode::FORBIDDEN,
+            Problem::RefusedHost { .. } => StatusCode::FORBIDDEN,
             Problem::NoCertificate(_) => StatusCode::INTERNAL_SERVER_ERROR,
             Problem::SlowClient => StatusCode::REQUEST_TIMEOUT,
             Problem::Crowded | Problem::TooManyTunnels => StatusCode::SERVICE_UNAVAILABLE,
@@ -139,11 +156,15 @@ impl Problem {
             Problem::Unsatisfiable(_) => StatusCode::RANGE_NOT_SATISFIABLE,
             Problem::Challenged(_) => StatusCode::UNAUTHORIZED,
             Problem::Origin { status, .. } => *status,
-            Problem::Flight(FlightError::Origin(status)) => from_number(*status),
+            Problem::Flight(FlightError::Origin(status)) => Some(from_number(*status))
+                .filter(|status| is_refusal(*status))
+                .unwrap_or(StatusCode::BAD_GATEWAY),
+            Problem::Unproved(_) => StatusCode::BAD_GATEWAY,
             Problem::Unasked(OriginError::Forbidden(_)) => StatusCode::FORBIDDEN,
             Problem::Flight(FlightError::Stopping) => StatusCode::SERVICE_UNAVAILABLE,
             Problem::Slow => StatusCode::GATEWAY_TIMEOUT,
             Problem::Unasked(_)
+            | Problem::Odd(_)
             | Problem::Flight(_)
             | Problem::TooLong(_)
             | Problem::NoManifest
@@ -158,6 +179,8 @@ impl Problem {
             self,
             Problem::Unasked(OriginError::Forbidden(_) | OriginError::Broken { .. })
                 | Problem::ApplicationFull
+                | Problem::Odd(_)
+                | Problem::Unproved(_)
                 | Problem::NoManifest
                 | Problem::TooLong(_)
                 | Problem::WrongManifest(_)
@@ -197,7 +220,7 @@ impl Problem {
 
     /// The answer to a request of this kind.
     pub(super) fn answer(&self, kind: RequestKind) -> Answer {
-        let mut response = Response::new(Payload::Full(self.body(kind)));
+        let mut response = Response::new(Payload::Notice(self.body(kind)));
         *response.status_mut() = self.status();
         let headers = response.headers_mut();
         match self {
@@ -234,6 +257,11 @@ impl Problem {
     }
 }
 
+/// Whether a status is a refusal that clients understand.
+pub(super) fn is_refusal(status: StatusCode) -> bool {
+    status.is_client_error() || status.is_server_error()
+}
+
 #[cfg(test)]
 mod tests {
     use hawker_core::digest::{Algorithm, DigestError};
@@ -244,6 +272,11 @@ mod tests {
     fn each_problem_has_its_status_and_code() {
         let digest = Digest::of(Algorithm::Sha256, b"");
         let origin = |status: u16| Problem::refusal(StatusCode::from_u16(status).unwrap(), &HeaderMap::new());
+        let refused_host = Problem::RefusedHost { host: "r:5000".into(), scheme: http::uri::Scheme::HTTPS };
+        let words = refused_host.to_string();
+        for cure in ["[registries.\"r:5000\"]", "endpoints = [\"https://r:5000\"]", "host = \"r:5000\""] {
+            assert!(words.contains(cure), "{words}");
+        }
         let unreachable = OriginError::Unreachable { registry: "r".into(), reason: "down".into() };
         for (problem, kind, status, code) in [
             (Refused::Method.into(), RequestKind::Other, 405, "UNSUPPORTED"),
@@ -253,8 +286,8 @@ mod tests {
             (Problem::Malformed("x"), RequestKind::Other, 400, "UNSUPPORTED"),
             (Problem::NotProxied, RequestKind::Other, 400, "UNSUPPORTED"),
             (Problem::Misdirected("r".into()), RequestKind::Other, 421, "UNKNOWN"),
-            (Problem::RefusedHost("r".into()), RequestKind::Tunnel, 403, "DENIED"),
-            (Problem::NotItsRealm("r".into()), RequestKind::Other, 403, "DENIED"),
+            (refused_host, RequestKind::Tunnel, 403, "DENIED"),
+            (Problem::Unproved("r".into()), RequestKind::Blob, 502, "UNKNOWN"),
             (Problem::NoCertificate("r".into()), RequestKind::Tunnel, 500, "UNKNOWN"),
             (Problem::SlowClient, RequestKind::Passed, 408, "UNKNOWN"),
             (Problem::TooManyTunnels, RequestKind::Tunnel, 503, "UNKNOWN"),
@@ -273,6 +306,11 @@ mod tests {
             (OriginError::Forbidden("r".into()).into(), RequestKind::Blob, 403, "DENIED"),
             (unreachable.into(), RequestKind::Blob, 502, "UNKNOWN"),
             (FlightError::Origin(404).into(), RequestKind::Blob, 404, "BLOB_UNKNOWN"),
+            (FlightError::Origin(304).into(), RequestKind::Blob, 502, "UNKNOWN"),
+            (origin(204), RequestKind::Blob, 502, "UNKNOWN"),
+            (origin(206), RequestKind::Manifest, 502, "UNKNOWN"),
+            (origin(302), RequestKind::Manifest, 502, "UNKNOWN"),
+            (origin(304), RequestKind::Tags, 502, "UNKNOWN"),
             (FlightError::Unreachable("x".into()).into(), RequestKind::Blob, 502, "UNKNOWN"),
             (FlightError::WrongDigest(digest).into(), RequestKind::Blob, 502, "UNKNOWN"),
             (FlightError::Stopping.into(), RequestKind::Blob, 503, "UNKNOWN"),

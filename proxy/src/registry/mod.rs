@@ -2,7 +2,7 @@
 //!
 //! A request goes [`head`] → [`route`] → [`tags`], [`manifest`] or [`blob`] → back through [`error`] if it failed → [`body`] onto
 //! the [`wire`]. [`auth`] makes sure that the caller may have it, [`access`] remembers that; [`token`] is the realm of token
-//! mode; [`recheck`] notices who asks again; [`multipart`] makes one body of several ranges; [`connection`] is the life of a connection, [`tunnel`] what some become.
+//! mode; [`recheck`] notices who asks again; [`stored`] reads what an earlier run committed; [`multipart`] makes one body of several ranges; [`connection`] is the life of a connection, [`places`] who gets one, [`tunnel`] what some become.
 
 mod access;
 mod auth;
@@ -14,12 +14,15 @@ mod forward;
 pub(crate) mod head;
 mod manifest;
 mod multipart;
+mod places;
 mod recheck;
 mod room;
 mod route;
+mod stored;
 mod tags;
 pub mod tls;
 mod token;
+mod told;
 mod tunnel;
 mod wire;
 
@@ -51,14 +54,16 @@ use crate::flight::Flights;
 use crate::grant::{Authorization, Grant};
 use crate::metrics::Metrics;
 use crate::origin::Origin;
-use crate::peer::ManifestSource;
+use crate::peer::{ManifestAnswer, ManifestSource};
+use crate::proof::Proofs;
 use crate::settings::LiveSettings;
 use crate::store::Store;
 
 pub(crate) type Answer = Response<Payload>;
 
-/// Status, media type and body of a manifest; `None` when there is no seed, or none that answers.
-pub type SeedAnswer<'a> = Pin<Box<dyn Future<Output = Option<(u16, String, Bytes)>> + Send + 'a>>;
+/// Status, media type and body of a manifest, and whether the registry asked about gave it to the seed; `None` when there is no
+/// seed, or none that answers.
+pub type SeedAnswer<'a> = Pin<Box<dyn Future<Output = Option<(u16, String, Bytes, bool)>> + Send + 'a>>;
 
 /// Asks the seed that a manifest belongs to.
 pub trait SeedManifests: Send + Sync + 'static {
@@ -74,6 +79,8 @@ pub struct MirrorConfig {
     pub flights: Flights,
     /// Upstream registries.
     pub origin: Origin,
+    /// Which of them have which content.
+    pub proofs: Arc<Proofs>,
     /// Where manifests are asked for before the origin is; `None` on a node without peers, and on a seed.
     pub seeds: Option<Arc<dyn SeedManifests>>,
     /// Settings that may change.
@@ -96,6 +103,7 @@ struct Inner {
     store: Store,
     flights: Flights,
     origin: Origin,
+    proofs: Arc<Proofs>,
     seeds: Option<Arc<dyn SeedManifests>>,
     live: Arc<ArcSwap<LiveSettings>>,
     metrics: Arc<Metrics>,
@@ -103,21 +111,25 @@ struct Inner {
     access: Arc<access::Access>,
     tokens: token::Tokens,
     fetching: manifest::Fetching,
+    proving: blob::Proving,
     room: room::Room,
     tags: tags::Tags,
+    told: told::Told,
     rechecks: Arc<recheck::Rechecks>,
+    places: Arc<places::Places>,
 }
 
 impl Mirror {
     /// A mirror that knows nothing yet.
     pub fn new(config: MirrorConfig) -> Self {
-        let MirrorConfig { store, flights, origin, seeds, live, metrics, desk, pull_grace } = config;
+        let MirrorConfig { store, flights, origin, proofs, seeds, live, metrics, desk, pull_grace } = config;
         let rechecks = Arc::new(recheck::Rechecks::new(flights.clone()));
         Self {
             inner: Arc::new(Inner {
                 store,
                 flights,
                 origin,
+                proofs,
                 seeds,
                 live,
                 metrics,
@@ -125,9 +137,12 @@ impl Mirror {
                 access: Arc::new(access::Access::new(pull_grace)),
                 tokens: token::Tokens::new(),
                 fetching: manifest::Fetching::default(),
+                proving: blob::Proving::default(),
                 room: room::Room::new(),
                 tags: tags::Tags::new(),
+                told: told::Told::new(),
                 rechecks,
+                places: Arc::new(places::Places::new()),
             }),
         }
     }
@@ -150,7 +165,8 @@ impl Mirror {
         stop: CancellationToken,
         drain: Duration,
     ) {
-        connection::serve(service, Arc::clone(&self.inner.metrics), listener, stop, drain).await;
+        let (metrics, places) = (Arc::clone(&self.inner.metrics), Arc::clone(&self.inner.places));
+        connection::serve(service, metrics, places, listener, stop, drain).await;
     }
 
     /// Whether a request with these headers has passed through this daemon before.
@@ -187,12 +203,7 @@ impl Service for Mirror {
 }
 
 impl ManifestSource for Mirror {
-    fn manifest(
-        &self,
-        source: Source,
-        digest: Digest,
-        token: Option<Bearer>,
-    ) -> Pin<Box<dyn Future<Output = (u16, String, Bytes)> + Send + '_>> {
+    fn manifest(&self, source: Source, digest: Digest, token: Option<Bearer>) -> ManifestAnswer<'_> {
         let grant = Grant { source, authorization: token.as_ref().and_then(Authorization::bearer) };
         Box::pin(async move { manifest::for_peer(&self.inner, grant, &digest).await })
     }

@@ -5,15 +5,14 @@
 //! order, never merged. How long the whole is follows from the ranges, so it is told and nothing is chunked.
 
 use std::ops::Range;
-use std::sync::Arc;
 
 use hawker_core::range::content_range;
 use http::HeaderValue;
 
 use super::body::Payload;
+use super::stored::Stored;
 use crate::flight::{FlightError, Reader, Segment};
 use crate::metrics::ServedFrom;
-use crate::store::Blob;
 
 /// Which parts of a blob an answer has, and what stands between them.
 pub(super) struct Multipart {
@@ -45,8 +44,8 @@ impl Multipart {
     }
 
     /// The body, with the bytes from a blob in the store.
-    pub(super) fn of_blob(self, blob: Blob) -> Payload {
-        self.of(Source::Blob(blob))
+    pub(super) fn of_blob(self, stored: Stored) -> Payload {
+        self.of(Source::Blob(Box::new(stored)))
     }
 
     /// The body, with the bytes from a download that reads the same ranges.
@@ -86,7 +85,7 @@ pub(crate) struct Parts {
 
 /// Where the bytes are. The lease lives as long as the body.
 enum Source {
-    Blob(Blob),
+    Blob(Box<Stored>),
     Flight(Box<Reader>),
 }
 
@@ -111,10 +110,12 @@ impl Parts {
         }
         self.next += 1;
         self.inside = part < count;
-        if let Source::Flight(reader) = &mut self.source
-            && part > 0
-        {
-            reader.next_part();
+        match &mut self.source {
+            Source::Flight(reader) if part > 0 => {
+                reader.next_part();
+            }
+            Source::Blob(stored) => stored.read(self.multipart.ranges.get(part).cloned().unwrap_or(0..0)),
+            Source::Flight(_) => {}
         }
         let text = self.multipart.head(part).unwrap_or_else(|| self.multipart.end());
         Ok(Some(Segment::Memory(text.into())))
@@ -124,12 +125,7 @@ impl Parts {
     async fn bytes(&mut self) -> Result<Option<Segment>, FlightError> {
         match &mut self.source {
             Source::Flight(reader) => reader.next().await,
-            Source::Blob(blob) => {
-                self.inside = false;
-                let range =
-                    self.next.checked_sub(1).and_then(|part| self.multipart.ranges.get(part)).cloned();
-                Ok(range.map(|range| Segment::File { file: Arc::clone(&blob.file), range }))
-            }
+            Source::Blob(stored) => stored.next().await,
         }
     }
 }

@@ -5,22 +5,25 @@ use std::time::Duration;
 
 use hawker_core::application::Purpose;
 use hawker_core::reference::{self, Asked};
-use http::header::{AUTHORIZATION, CONTENT_LENGTH, IF_NONE_MATCH, IF_RANGE, RANGE, VIA};
+use http::header::{
+    AUTHORIZATION, CONTENT_LENGTH, IF_NONE_MATCH, IF_RANGE, LINK, RANGE, VIA, WWW_AUTHENTICATE,
+};
 use http::request::Parts;
-use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri};
 use tokio::time::timeout;
 
 use super::access::Caller;
 use super::auth::note_refusal;
 use super::body::Payload;
 use super::error::Problem;
-use super::forward::{forward, forward_head, with};
+use super::forward::{forward, forward_head, next_page, with};
 use super::token::{self, Admission};
 use super::{Answer, Inner, auth, blob, manifest};
 use crate::applications;
 use crate::grant::{Authorization, Grant};
 use crate::metrics::RequestKind;
 use crate::origin::{Content, Target};
+use crate::recent::RecentRequest;
 
 /// For an answer's head: newer runtimes give up after 30 s, and old ones wait for ever.
 const HEAD: Duration = Duration::from_secs(28);
@@ -101,6 +104,7 @@ pub(super) async fn answer(mirror: &Inner, mut request: Parts, at: Option<&str>,
     };
     let kind = asked.as_ref().map_or(RequestKind::Other, kind_of);
     let named = asked.as_ref().ok().and_then(registry_of).filter(|_| at.is_none()).cloned();
+    let recent = asked.as_ref().ok().and_then(|asked| RecentRequest::of(method, asked, at));
     let mut admission = Admission::default();
     let asked = asked.map_err(Problem::from).and_then(|asked| {
         not_in_a_circle(mirror, &request.headers)?;
@@ -116,7 +120,9 @@ pub(super) async fn answer(mirror: &Inner, mut request: Parts, at: Option<&str>,
             .unwrap_or(Err(Problem::Slow)),
         Err(problem) => Err(problem),
     };
+    let mut reason = String::new();
     let mut answer = answered.unwrap_or_else(|problem| {
+        reason = problem.to_string();
         tracing::info!(status = problem.status().as_u16(), reason = %problem, "not served");
         problem.answer(kind)
     });
@@ -130,7 +136,11 @@ pub(super) async fn answer(mirror: &Inner, mut request: Parts, at: Option<&str>,
         answer = without_body(answer);
     }
     tracing::debug!(status = answer.status().as_u16(), "answered");
-    mirror.metrics.request(kind, answer.status().as_u16());
+    let status = answer.status().as_u16();
+    mirror.metrics.request(kind, status);
+    if let Some(recent) = recent {
+        mirror.metrics.recent.answered(recent, status, reason);
+    }
     answer
 }
 
@@ -167,66 +177,83 @@ pub(super) fn is_loop(headers: &HeaderMap, pseudonym: &str) -> bool {
 async fn dispatch(mirror: &Inner, request: Parts, asked: Asked, client: IpAddr) -> Result<Answer, Problem> {
     let default = mirror.live.load().registries.default.clone();
     let authorized = request.headers.contains_key(AUTHORIZATION);
+    let offer = token::offer(&request, &asked);
     let asked = match asked {
         Asked::Content(asked) => asked,
         Asked::Ping { registry } if authorized && (registry.is_some() || default.is_some()) => {
             let registry = registry.or(default).ok_or(Problem::NoRegistry)?;
             return ping(mirror, registry, &request.headers).await;
         }
-        Asked::Ping { .. } => return Ok(pong()),
+        Asked::Ping { .. } => return Ok(pong(offer)),
     };
     if asked.registry.is_none() && default.is_none() {
         return Err(Problem::NoRegistry);
     }
     let source = asked.source(&default.unwrap_or_default());
     let ask = Ask::new(mirror, request.method, source, request.headers, client)?;
-    let mut answer = content(mirror, &ask, &asked).await?;
-    auth::mark(&mut answer, &ask);
+    let mut answer = content(mirror, &ask, &asked, &request.uri).await?;
+    if let reference::Content::Blob(digest) = &asked.content {
+        auth::mark(&mut answer, &ask, digest);
+    }
     Ok(answer)
 }
 
-async fn content(mirror: &Inner, ask: &Ask, asked: &reference::Request) -> Result<Answer, Problem> {
+async fn content(
+    mirror: &Inner,
+    ask: &Ask,
+    asked: &reference::Request,
+    uri: &Uri,
+) -> Result<Answer, Problem> {
     match &asked.content {
         reference::Content::Manifest(reference) => manifest::manifest(mirror, ask, reference).await,
         reference::Content::Blob(digest) => blob::blob(mirror, ask, digest).await,
-        reference::Content::Tags { .. } => list(mirror, ask, Content::Tags, asked).await,
-        reference::Content::Referrers { digest, .. } => {
-            list(mirror, ask, Content::Referrers(*digest), asked).await
+        reference::Content::Tags { query } => list(mirror, ask, Content::Tags, query, uri).await,
+        reference::Content::Referrers { digest, query } => {
+            list(mirror, ask, Content::Referrers(*digest), query, uri).await
         }
     }
 }
 
 /// The answer to `/v2/`: this mirror speaks the API.
-fn pong() -> Answer {
-    let headers =
+fn pong(offer: Option<HeaderValue>) -> Answer {
+    let mut headers =
         HeaderMap::from_iter([(http::header::CONTENT_TYPE, HeaderValue::from_static("application/json"))]);
-    with(StatusCode::OK, headers, Payload::Full("{}".into()))
+    headers.extend(offer.map(|challenge| (WWW_AUTHENTICATE, challenge)));
+    with(StatusCode::OK, headers, Payload::Notice("{}".into()))
 }
 
 /// `/v2/` with credentials: whether they are good is for the registry to say.
 async fn ping(mirror: &Inner, registry: String, headers: &HeaderMap) -> Result<Answer, Problem> {
     let source = reference::Source { registry, repository: String::new() };
     let target = Target { source, content: Content::Ping };
-    forward(mirror.origin.get(&target, headers).await?, &target.source)
+    forward(mirror.origin.get(&target, headers).await?, &target.source, false)
 }
 
-/// Tags and referrers, as the origin has them now.
+/// Tags and referrers, as the origin has them now. `uri` is the client's own, from which the next page is to be had as well.
 async fn list(
     mirror: &Inner,
     ask: &Ask,
     content: Content,
-    asked: &reference::Request,
+    query: &str,
+    uri: &Uri,
 ) -> Result<Answer, Problem> {
     let target = Target { source: ask.grant.source.clone(), content };
     let headers = ask.without_ranges();
-    if ask.method == Method::HEAD {
-        return Ok(forward_head(&mirror.origin.head(&target, &headers).await?));
+    let query = Some(query).filter(|query| !query.is_empty());
+    let conditional = headers.contains_key(IF_NONE_MATCH);
+    let (mut answer, next) = if ask.method == Method::HEAD {
+        let head = mirror.origin.head_page(&target, query, &headers).await?;
+        (forward_head(&head, conditional)?, next_page(uri, head.headers()))
+    } else {
+        let response = mirror.origin.get_page(&target, query, &headers).await?;
+        note_refusal(mirror, ask, response.status());
+        let next = next_page(uri, response.headers());
+        (forward(response, &target.source, conditional)?, next)
+    };
+    if let Some(next) = next {
+        answer.headers_mut().insert(LINK, next);
     }
-    let path = asked.origin_path();
-    let query = path.split_once('?').map(|(_, query)| query);
-    let response = mirror.origin.get_page(&target, query, &headers).await?;
-    note_refusal(mirror, ask, response.status());
-    forward(response, &target.source)
+    Ok(answer)
 }
 
 /// The same answer for HEAD: it says how long the body would be.

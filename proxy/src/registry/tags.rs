@@ -9,20 +9,24 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use hawker_core::accept::Accept;
 use hawker_core::digest::Digest;
+use hawker_core::media_type;
 use hawker_core::reference::Source;
-use http::header::{ACCEPT, CONTENT_LENGTH, CONTENT_TYPE, ETAG, IF_NONE_MATCH, WARNING};
+use http::header::{
+    ACCEPT, ACCEPT_RANGES, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, ETAG, IF_NONE_MATCH, WARNING,
+};
 use http::{HeaderMap, HeaderValue, Method, StatusCode};
 use lru::LruCache;
 use tokio::time::Instant;
 
 use super::access::Caller;
-use super::auth::{digest_of, is_page, note_refusal, readable, unless_slow};
+use super::auth::{digest_of, may_get, note_refusal, readable, unless_slow};
 use super::body::Payload;
 use super::error::Problem;
-use super::forward::{forward, forward_head, passed_on, with};
-use super::manifest::{Manifest, cached, confirmed, identity, keep, read, unchanged};
+use super::forward::{is_encoded, passed_on, with};
+use super::manifest::{Manifest, cached, confirmed, identity, is_for_clients_of, keep, read, unchanged};
+use super::told::told;
 use super::{Answer, Ask, Inner, not_modified};
-use crate::origin::{Content, Target, content_length};
+use crate::origin::{Content, Target, content_length, has_content};
 
 /// Tags remembered.
 const CAPACITY: NonZeroUsize = NonZeroUsize::new(4096).expect("not zero");
@@ -55,6 +59,8 @@ struct Pointer {
     /// What the origin calls this state.
     etag: Option<HeaderValue>,
     confirmed: Instant,
+    /// Media type and size are those of the manifest itself, not what a HEAD told of it.
+    is_read: bool,
 }
 
 impl Tags {
@@ -74,8 +80,8 @@ impl Tags {
         self.all().put(key, pointer);
     }
 
-    fn forget(&self, key: &Key) {
-        self.all().pop(key);
+    fn forget(&self, key: &Key) -> Option<Pointer> {
+        self.all().pop(key)
     }
 }
 
@@ -85,16 +91,41 @@ fn kept(value: &HeaderValue) -> Option<HeaderValue> {
 }
 
 impl Pointer {
-    /// What the head of an answer says; `None` when it does not say which digest.
+    /// What the head of an answer says; `None` when it does not say which digest. Some registries tell a length of 0, or that of
+    /// what they would compress.
     fn of(head: &HeaderMap) -> Option<Self> {
-        let media_type = head.get(CONTENT_TYPE).and_then(kept);
+        let media_type = told(head).and_then(|told| HeaderValue::try_from(told).ok());
         Some(Self {
             digest: digest_of(head)?,
-            media_type: media_type.unwrap_or(HeaderValue::from_static("application/octet-stream")),
-            size_bytes: content_length(head),
+            media_type: media_type.unwrap_or(HeaderValue::from_static(media_type::UNKNOWN)),
+            size_bytes: content_length(head).filter(|size| *size > 0 && !is_encoded(head)),
             etag: head.get(ETAG).and_then(kept),
             confirmed: Instant::now(),
+            is_read: false,
         })
+    }
+
+    /// The same, of what a request is about that was answered before.
+    fn after(self, known: Option<&Self>) -> Self {
+        match known.filter(|known| known.is_read && known.digest == self.digest) {
+            Some(known) => {
+                let (media_type, size_bytes) = (known.media_type.clone(), known.size_bytes);
+                Self { media_type, size_bytes, is_read: true, ..self }
+            }
+            None => self,
+        }
+    }
+
+    /// The same, with what the manifest itself shows.
+    fn read(self, found: &Manifest) -> Self {
+        let media_type = HeaderValue::try_from(&found.media_type).unwrap_or(self.media_type);
+        Self { media_type, size_bytes: Some(found.body.len() as u64), is_read: true, ..self }
+    }
+
+    /// Whether it is enough for the answer to a HEAD. containerd records the type for good.
+    fn is_complete(&self) -> bool {
+        let is_specific = self.media_type.to_str().is_ok_and(media_type::is_specific);
+        self.is_read || is_specific && self.size_bytes.is_some()
     }
 
     /// What a manifest that was read by its tag shows.
@@ -105,6 +136,7 @@ impl Pointer {
             size_bytes: Some(found.body.len() as u64),
             etag,
             confirmed: Instant::now(),
+            is_read: true,
         })
     }
 }
@@ -123,11 +155,15 @@ pub(super) async fn by_tag(mirror: &Inner, ask: &Ask, tag: &str) -> Result<Answe
             accept: accept.digest(),
         }),
     };
-    match unless_slow(request.was().is_some(), request.confirm()).await {
-        Ok(Confirmed::At(pointer, head)) => Box::pin(request.answer(pointer, head)).await,
-        Ok(Confirmed::Head(answer)) => Ok(answer),
-        Ok(Confirmed::Unclear) => request.ask_origin().await,
+    let another = request.was().is_some();
+    let answered = match unless_slow(another, request.confirm()).await {
+        Ok(Some((pointer, head))) => return Box::pin(request.answer(pointer, head)).await,
+        Ok(None) => unless_slow(another, Box::pin(request.ask_origin())).await,
+        Err(problem) => Err(problem),
+    };
+    match answered {
         Err(problem) => request.stale(&problem).await.ok_or(problem),
+        answered => answered,
     }
 }
 
@@ -140,53 +176,47 @@ struct Request<'a> {
     key: Option<Key>,
 }
 
-/// What a HEAD found out.
-enum Confirmed {
-    /// The tag is here, and this is what the origin says besides.
-    At(Pointer, HeaderMap),
-    /// The origin does not say which digest that is, but a client that asks for no more gets what it says.
-    Head(Answer),
-    /// The origin did not say.
-    Unclear,
-}
-
 impl Request<'_> {
-    /// Asks the origin where the tag is now.
-    async fn confirm(&self) -> Result<Confirmed, Problem> {
+    /// Asks the origin by HEAD where the tag is now, and what it says besides. `None`: it does not say which digest that is. A GET
+    /// tells, for a HEAD of a client too: one that got an answer to its HEAD would take the failure of the GET after it for the end,
+    /// and would not ask another mirror.
+    async fn confirm(&self) -> Result<Option<(Pointer, HeaderMap)>, Problem> {
         let known = self.key.as_ref().and_then(|key| self.mirror.tags.get(key));
         let mut headers = self.headers();
         if let Some(etag) = known.as_ref().and_then(|known| known.etag.clone()) {
             headers.insert(IF_NONE_MATCH, etag);
         }
-        let head = self.mirror.origin.head(&self.target, &headers).await?;
+        let head = match self.mirror.origin.head(&self.target, &headers).await.map_err(Problem::from) {
+            Ok(head) => head,
+            Err(problem) if may_get(&self.ask.method, &problem) => return Ok(None),
+            Err(problem) => return Err(problem),
+        };
         let (status, told) = (head.status(), passed_on(head.headers()));
         match (status, known) {
-            (StatusCode::OK, _) if is_page(head.headers()) => Err(Problem::NoManifest),
-            (StatusCode::OK, _) => {
-                readable(self.mirror, self.ask, head.extensions());
-                Ok(match Pointer::of(head.headers()) {
-                    Some(pointer) => {
-                        self.remember(&pointer);
-                        Confirmed::At(pointer, told)
-                    }
-                    None if self.ask.method == Method::HEAD => Confirmed::Head(forward_head(&head)),
-                    None => Confirmed::Unclear,
-                })
-            }
+            (status, known) if has_content(status) => match Pointer::of(head.headers()) {
+                Some(pointer) => {
+                    readable(self.mirror, self.ask, head.extensions());
+                    self.mirror.told.note(&self.target.source, &pointer.digest, head.headers());
+                    let pointer = pointer.after(known.as_ref());
+                    self.remember(&pointer);
+                    Ok(Some((pointer, told)))
+                }
+                None => Ok(None),
+            },
             (StatusCode::NOT_MODIFIED, Some(known)) => {
                 readable(self.mirror, self.ask, head.extensions());
                 let pointer = Pointer { confirmed: Instant::now(), ..known };
                 self.remember(&pointer);
-                Ok(Confirmed::At(pointer, told))
+                Ok(Some((pointer, told)))
             }
-            // It does not answer the question, or knows no HEAD.
-            (StatusCode::NOT_MODIFIED | StatusCode::METHOD_NOT_ALLOWED | StatusCode::NOT_IMPLEMENTED, _) => {
-                Ok(Confirmed::Unclear)
-            }
-            _ => {
-                self.refused(status);
-                Err(Problem::refusal(status, head.headers()))
-            }
+            // It does not answer the question, or refuses HEADs and answers GETs.
+            _ => match Problem::refusal(status, head.headers()) {
+                problem if may_get(&self.ask.method, &problem) => Ok(None),
+                problem => {
+                    self.refused(status);
+                    Err(problem)
+                }
+            },
         }
     }
 
@@ -207,8 +237,11 @@ impl Request<'_> {
 
     fn refused(&self, status: StatusCode) {
         note_refusal(self.mirror, self.ask, status);
-        if let (StatusCode::NOT_FOUND, Some(key)) = (status, &self.key) {
-            self.mirror.tags.forget(key);
+        if let (StatusCode::NOT_FOUND, Some(key)) = (status, &self.key)
+            && let Some(was) = self.mirror.tags.forget(key)
+        {
+            // The manifest may be gone as well: the registry is asked before it is served by its digest again.
+            self.mirror.access.gone(&key.source, &was.digest);
         }
     }
 
@@ -217,14 +250,39 @@ impl Request<'_> {
         if self.client_has(&pointer) {
             return Ok(unchanged(&pointer.digest));
         }
-        if self.ask.method == Method::HEAD {
-            return Ok(pointer.head(told));
+        let is_head = self.ask.method == Method::HEAD;
+        if is_head && pointer.is_complete() {
+            return Ok(self.as_held(pointer).await.head(told));
         }
         match confirmed(self.mirror, self.ask, &pointer.digest).await {
-            Ok(found) => Ok(pointer.whole(told, found.payload())),
+            Ok(found) => {
+                let pointer = pointer.read(&found);
+                self.remember(&pointer);
+                Ok(if is_head { pointer.head(told) } else { pointer.whole(told, found.payload()) })
+            }
+            Err(_) if is_head => Ok(pointer.head(told)),
             // A registry that converts manifests may know them by their tag alone.
             Err(Problem::Origin { status: StatusCode::NOT_FOUND, .. }) => self.ask_origin().await,
             Err(problem) => Err(problem),
+        }
+    }
+
+    /// The same, with what the manifest shows if it is here: a HEAD may tell another type than the body has.
+    async fn as_held(&self, pointer: Pointer) -> Pointer {
+        let (mirror, digest) = (self.mirror, pointer.digest);
+        if pointer.is_read
+            || mirror.store.manifest_bytes(&digest).is_none()
+            || !is_for_clients_of(mirror, self.ask, &digest).await
+        {
+            return pointer;
+        }
+        match cached(mirror, &self.target.source, &digest).await {
+            Ok(Some(found)) => {
+                let pointer = pointer.read(&found);
+                self.remember(&pointer);
+                pointer
+            }
+            Ok(None) | Err(_) => pointer,
         }
     }
 
@@ -233,24 +291,22 @@ impl Request<'_> {
             || pointer.etag.is_some() && self.ask.headers.get(IF_NONE_MATCH) == pointer.etag.as_ref()
     }
 
-    /// Passes the request on as it is, and remembers what comes back.
+    /// Reads the manifest by its tag, for a HEAD as well, and remembers it.
     async fn ask_origin(&self) -> Result<Answer, Problem> {
         let (mirror, ask) = (self.mirror, self.ask);
-        let headers = self.headers();
-        if ask.method == Method::HEAD {
-            let head = mirror.origin.head(&self.target, &headers).await?;
-            return Ok(forward_head(&head));
-        }
-        let response = mirror.origin.get(&self.target, &headers).await?;
-        if response.status() != StatusCode::OK {
+        let response = mirror.origin.get(&self.target, &self.headers()).await?;
+        if !has_content(response.status()) {
             self.refused(response.status());
-            return forward(response, &self.target.source);
+            return Err(Problem::refusal(response.status(), response.headers()));
         }
         let etag = response.headers().get(ETAG).and_then(kept);
         let extensions = response.extensions().clone();
         let found = read(mirror, response, None, &self.target.source).await?;
         readable(mirror, ask, &extensions);
         let found = keep(mirror, ask, found).await;
+        if !found.is_signed {
+            mirror.proofs.note(&self.target.source.registry, &found.digest);
+        }
         match Pointer::to(&found, etag) {
             Some(pointer) => {
                 self.remember(&pointer);
@@ -276,7 +332,8 @@ impl Request<'_> {
         let pointer = self.was().filter(|_| problem.is_out_of_order())?;
         let body = match self.ask.method {
             Method::HEAD => Payload::Empty,
-            _ => cached(self.mirror, &pointer.digest).await.ok()??.payload(),
+            _ if !is_for_clients_of(self.mirror, self.ask, &pointer.digest).await => return None,
+            _ => cached(self.mirror, &self.target.source, &pointer.digest).await.ok()??.payload(),
         };
         tracing::info!(reason = %problem, digest = %pointer.digest, "the origin can't be asked; the tag is as it was");
         self.mirror.metrics.tags_stale.inc();
@@ -312,6 +369,8 @@ impl Pointer {
 
     fn headers(self, mut told: HeaderMap) -> HeaderMap {
         told.remove(CONTENT_LENGTH);
+        told.remove(CONTENT_RANGE);
+        told.remove(ACCEPT_RANGES);
         told.extend(identity(&self.digest));
         told.insert(CONTENT_TYPE, self.media_type);
         told

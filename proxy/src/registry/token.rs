@@ -29,7 +29,7 @@ use super::route::not_in_a_circle;
 use super::{Answer, Inner};
 use crate::credentials::{Credential, Secret};
 use crate::metrics::RequestKind;
-use crate::origin::Exchanged;
+use crate::origin::{Exchanged, Granted};
 use crate::settings::{AuthorizationMode, Registries};
 
 /// Where tokens are to be had.
@@ -175,6 +175,17 @@ pub(super) fn admit(mirror: &Inner, request: &mut Parts, asked: &Asked) -> Resul
     Ok(admission)
 }
 
+/// The challenge that goes with a yes to `/v2/`: clients that learn there where their tokens come from, and from nowhere else (podman,
+/// skopeo, CRI-O, buildah, oci-client), bring their password for a registry in the path here. Others don't look at it.
+pub(super) fn offer(request: &Parts, asked: &Asked) -> Option<HeaderValue> {
+    match asked {
+        Asked::Ping { registry: None } if !request.headers.contains_key(AUTHORIZATION) => {
+            challenge(request, asked, None).ok()
+        }
+        _ => None,
+    }
+}
+
 /// Whether a request that carries no token of ours is refused. `/v2/` without a registry stands for all of them.
 fn needs_token(registries: &Registries, asked: &Asked) -> bool {
     let named = match asked {
@@ -245,44 +256,79 @@ pub(super) async fn answer(mirror: &Inner, request: Parts, body: Incoming) -> An
 async fn give(mirror: &Inner, request: Parts, body: Incoming) -> Result<Answer, Problem> {
     not_in_a_circle(mirror, &request.headers)?;
     let live = mirror.live.load_full();
-    // Where no registry is in token mode this is no realm, and nobody's password is taken.
-    if !needs_token(&live.registries, &Asked::Ping { registry: None }) {
-        return Err(Refused::Endpoint.into());
-    }
     let wish = Wish::read(&request, body).await?;
     let Some(credential) = wish.credential else { return Ok(given(ANYBODY, ANYBODY_LIFE)) };
     let default = live.registries.default.clone();
-    let mut sources: Vec<Source> = Vec::new();
+    let mut sources: Vec<(Source, bool)> = Vec::new();
     for scope in wish.scopes.iter().take(MAX_SCOPES) {
         let source = source_of(scope, wish.service.as_deref(), default.as_deref());
         sources.extend(source.filter(|source| !sources.contains(source)));
     }
-    // A login names no repository, and not the registry that it is for: what it is worth shows with the first pull.
     if sources.is_empty() {
-        return Ok(given(ANYBODY, ANYBODY_LIFE));
+        return login(mirror, &live.registries, wish.service.as_deref(), &credential).await;
     }
-    let foreign = sources.iter().find(|source| !is_token(live.registries.authorization(&source.registry)));
-    if let Some(foreign) = foreign {
-        return Err(Problem::NotItsRealm(foreign.registry.clone()));
-    }
-    let mut life = ANYBODY_LIFE;
+    let mut life = None;
     let mut rights = Vec::new();
-    for (i, source) in sources.into_iter().enumerate() {
-        let right = match mirror.origin.exchange(&source, &credential).await? {
-            Exchanged::Granted(granted) => {
-                life = if i == 0 { granted.life } else { life.min(granted.life) };
-                Some(granted.authorization)
-            }
-            Exchanged::Open => None,
-            Exchanged::Refused(status) => return Err(Problem::refusal(status, &HeaderMap::new())),
-            Exchanged::Busy(retry_after) => {
-                let headers = retry_after.map(|value| (RETRY_AFTER, value)).into_iter().collect();
-                return Err(Problem::refusal(StatusCode::TOO_MANY_REQUESTS, &headers));
-            }
+    for (source, is_in_its_path) in sources {
+        let right = match takes_password(&live.registries, &source.registry, is_in_its_path) {
+            true => exchange(mirror, &source, &credential).await?,
+            false => None,
         };
-        rights.push((source, right));
+        let longest = right.as_ref().map(|granted| granted.life);
+        life = longest.into_iter().chain(life).min();
+        rights.push((source, right.map(|granted| granted.authorization)));
     }
+    // A password that no registry here takes opens what anybody may have. A client that has one for another registry stays here.
+    let Some(life) = life else { return Ok(given(ANYBODY, ANYBODY_LIFE)) };
     Ok(given(&mirror.tokens.mint(rights, life), life))
+}
+
+/// Whether a client's password goes to this registry's realm: in token mode, and in relay mode where the client itself puts the
+/// registry into the path. Clients of the latter kind (podman, skopeo) keep a password of their own for that path.
+fn takes_password(registries: &Registries, registry: &str, is_in_its_path: bool) -> bool {
+    match registries.authorization(registry) {
+        AuthorizationMode::Token => true,
+        AuthorizationMode::Relay => is_in_its_path,
+        AuthorizationMode::Node => false,
+    }
+}
+
+/// What a password is worth at a registry; `None` where that wants none.
+async fn exchange(
+    mirror: &Inner,
+    source: &Source,
+    credential: &Credential,
+) -> Result<Option<Granted>, Problem> {
+    match mirror.origin.exchange(source, credential).await? {
+        Exchanged::Granted(granted) => Ok(Some(granted)),
+        Exchanged::Open => Ok(None),
+        Exchanged::Refused(status) => Err(Problem::refusal(status, &HeaderMap::new())),
+        Exchanged::Busy(retry_after) => {
+            let headers = retry_after.map(|value| (RETRY_AFTER, value)).into_iter().collect();
+            Err(Problem::refusal(StatusCode::TOO_MANY_REQUESTS, &headers))
+        }
+    }
+}
+
+/// A login names no repository, and mostly no registry. Where only one registry is in token mode, that one says whether name and
+/// password are right. Of several, no registry is shown a password that is meant for another: the first pull tells.
+async fn login(
+    mirror: &Inner,
+    registries: &Registries,
+    service: Option<&str>,
+    credential: &Credential,
+) -> Result<Answer, Problem> {
+    let named = service.and_then(|service| canonical_host(service).ok());
+    let all = registries.known.keys().chain(&registries.default).chain(&named);
+    let mut all: Vec<&String> = all.filter(|name| is_token(registries.authorization(name))).collect();
+    all.retain(|name| named.as_ref().is_none_or(|named| named == *name));
+    all.sort_unstable();
+    all.dedup();
+    if let [registry] = all[..] {
+        let source = Source { registry: registry.clone(), repository: String::new() };
+        exchange(mirror, &source, credential).await?;
+    }
+    Ok(given(ANYBODY, ANYBODY_LIFE))
 }
 
 /// What is asked for, and with what.
@@ -335,18 +381,22 @@ impl Wish {
     }
 }
 
-/// The repository that a scope is about: at the registry that its name begins with, as podman writes it; else at the one that
-/// the token is for, as containerd writes it; else at the default one.
-fn source_of(scope: &str, service: Option<&str>, default: Option<&str>) -> Option<Source> {
+/// The repository that a scope is about: at the registry that its name begins with, as podman writes it (then `true`); else at the
+/// one that the token is for, as containerd writes it; else at the default one.
+fn source_of(scope: &str, service: Option<&str>, default: Option<&str>) -> Option<(Source, bool)> {
+    let path = format!("/v2/{}/tags/list", repository_of(scope)?);
+    let parsed = |query: Option<&str>| match reference::parse("GET", &path, query) {
+        Ok(Asked::Content(asked)) => Some(asked),
+        _ => None,
+    };
+    if let Some(asked) = parsed(None).filter(|asked| asked.registry.is_some()) {
+        return Some((asked.source(""), true));
+    }
     let registry = service.and_then(|service| canonical_host(service).ok());
     let query = registry.map(|registry| format!("ns={registry}"));
-    let path = format!("/v2/{}/tags/list", repository_of(scope)?);
-    match reference::parse("GET", &path, query.as_deref()) {
-        Ok(Asked::Content(asked)) if asked.registry.is_some() || default.is_some() => {
-            Some(asked.source(default.unwrap_or_default()))
-        }
-        _ => None,
-    }
+    let asked = parsed(query.as_deref())?;
+    let is_known = asked.registry.is_some() || default.is_some();
+    is_known.then(|| (asked.source(default.unwrap_or_default()), false))
 }
 
 /// "Token Response Fields" of the token specification; `access_token` is OAuth2's name for it.
@@ -361,7 +411,7 @@ fn given(token: &str, life: Duration) -> Answer {
         (CONTENT_TYPE, HeaderValue::from_static("application/json")),
         (CACHE_CONTROL, HeaderValue::from_static("no-store")),
     ]);
-    with(StatusCode::OK, headers, Payload::Full(body.to_string().into()))
+    with(StatusCode::OK, headers, Payload::Notice(body.to_string().into()))
 }
 
 /// `2026-11-25T08:30:00Z`: days since 1970 to a date, years counted from March so that leap days come last.

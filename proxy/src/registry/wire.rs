@@ -18,6 +18,7 @@ use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
 
 use bytes::Bytes;
+use hawker_core::connections::Doing;
 use hyper::rt::{Read, ReadBufCursor, Write};
 use rustix::fs::{Advice, fadvise, sendfile};
 use rustix::net::sockopt::set_tcp_cork;
@@ -45,6 +46,9 @@ const IDLE: Duration = Duration::from_secs(90);
 /// what it holds are not for who takes a byte now and then.
 const STALLED: Duration = Duration::from_secs(600);
 const PROGRESS_BYTES: usize = 1 << 20;
+/// A connection whose client has not taken that much for this long, or that waits for its answer for this long, gives way where places
+/// are scarce.
+const RESTS: Duration = Duration::from_secs(20);
 
 /// What the parts of one connection tell each other.
 pub(super) struct Line(Mutex<State>);
@@ -79,7 +83,9 @@ enum Phase {
     /// A request has begun to come, or the connection is new.
     Head(Instant),
     /// A request is being answered.
-    Busy,
+    Busy(Instant),
+    /// It carries other bytes, and somebody else looks after it.
+    Tunnel,
 }
 
 impl Line {
@@ -112,9 +118,39 @@ impl Line {
         Some(phantom)
     }
 
-    /// A request's head is complete.
-    pub(super) fn begin(&self) {
-        self.state().phase = Phase::Busy;
+    /// A request's head is complete. The answer: it was here already when the response before it ended.
+    pub(super) fn begin(&self) -> bool {
+        let mut state = self.state();
+        let was_here = matches!(state.phase, Phase::Idle(_));
+        state.phase = Phase::Busy(Instant::now());
+        was_here
+    }
+
+    /// The connection begins anew, with TLS inside.
+    pub(super) fn renew(&self) {
+        let mut state = self.state();
+        state.spans.clear();
+        (state.phase, state.unsent) = (Phase::Head(Instant::now()), false);
+    }
+
+    /// The connection becomes a tunnel.
+    pub(super) fn tunnel(&self) {
+        self.state().phase = Phase::Tunnel;
+    }
+
+    /// What the connection does at `now`, and since when.
+    pub(super) fn doing(&self, now: Instant) -> (Doing, Instant) {
+        let state = self.state();
+        let busy = |since: Instant| match now.saturating_duration_since(since) > RESTS {
+            true => (Doing::Stalled, since),
+            false => (Doing::Moving, since),
+        };
+        match state.phase {
+            _ if state.unsent => busy(state.progress),
+            Phase::Busy(since) => busy(since),
+            Phase::Head(since) | Phase::Idle(since) => (Doing::Waiting, since),
+            Phase::Tunnel => (Doing::Moving, now),
+        }
     }
 
     /// Something of the response is about to be sent.
@@ -158,7 +194,7 @@ impl Line {
             return longer(state.progress, STALLED).then_some("it took next to no bytes");
         }
         match state.phase {
-            Phase::Busy => None,
+            Phase::Busy(_) | Phase::Tunnel => None,
             Phase::Head(began) => longer(began, HEAD).then_some("its request came too slowly"),
             Phase::Idle(began) => longer(began, IDLE).then_some("it was idle"),
         }

@@ -1,21 +1,22 @@
 //! Committed blobs: whole, verified, on disk to stay until evicted.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{self, ErrorKind};
 use std::ops::Range;
 use std::sync::{Arc, Weak};
 use std::time::SystemTime;
 
-use hawker_core::digest::Digest;
+use hawker_core::digest::{Chain, Digest};
 use hawker_core::piece::{PieceSet, PieceTable};
 
+use super::checks::Checks;
 use super::state::{Entry, Inner, Key, USE_GRAIN, since_1970};
-use super::{StoreError, disk, record};
+use super::{Keeper, StoreError, disk, record};
 
 /// The longest table or index file that is read: what [`record::MAX_BLOB_BYTES`] takes, several times over.
 pub(super) const MAX_INDEX_BYTES: u64 = 512 << 20;
 
-/// A committed blob under lease.
+/// A committed blob under lease, of whatever store.
 #[derive(Clone)]
 pub struct Blob {
     /// The open file: reading goes on even if the file is unlinked.
@@ -25,49 +26,91 @@ pub struct Blob {
     lease: Arc<Lease>,
 }
 
+impl std::fmt::Debug for Blob {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Blob").field(self.table.task()).finish()
+    }
+}
+
 impl Blob {
     /// Its size.
     pub fn size_bytes(&self) -> u64 {
         self.table.layout().size_bytes()
     }
 
+    pub(super) fn checks(&self) -> &Arc<Checks> {
+        &self.lease.checks
+    }
+
+    /// Deletes it from the store, unless another copy has taken its place: it is not what it should be. Blocking.
+    pub(super) fn drop_rotten(&self, why: &str) -> Result<(), StoreError> {
+        self.checks().found_rotten();
+        Arc::clone(&self.lease.keeper).drop_rotten(self.table.task(), self.checks(), why)
+    }
+
     /// Replaces the table kept on disk by the same one with a new seal. Blocking.
     ///
-    /// Who has the blob keeps its old table; who gets it later gets the new one. Nothing happens when it was found rotten
-    /// meanwhile. [`StoreError::Rotten`] when the values are not the same.
+    /// Present leases keep the old table; later ones have the new one. Nothing happens when the blob was found rotten meanwhile.
+    /// [`StoreError::Rotten`] when the values are not the same.
     pub fn keep_table(&self, table: &PieceTable) -> Result<(), StoreError> {
-        let (store, task) = (&self.lease.store, *self.table.task());
+        let task = *self.table.task();
         if table.task() != &task || table.values() != self.table.values() {
             return Err(StoreError::Rotten(task));
         }
-        let _claim = store.claim(&task)?;
-        if !matches!(store.state().tasks.get(&task), Some(Entry::Blob { .. })) {
-            return Ok(());
-        }
-        write_table(store, table)?;
-        if let Some(Entry::Blob { opened, .. }) = store.state().tasks.get_mut(&task) {
-            *opened = Weak::new();
-        }
-        Ok(())
+        Arc::clone(&self.lease.keeper).replace_table(table)
     }
 }
 
 /// Keeps a blob from eviction until the last of its readers is gone.
 pub(super) struct Lease {
-    store: Arc<Inner>,
+    keeper: Arc<dyn Keeper>,
     file: Arc<File>,
     table: Arc<PieceTable>,
+    checks: Arc<Checks>,
 }
 
 impl Lease {
-    fn blob(self: Arc<Self>) -> Blob {
+    /// A first lease. The keeper has counted it.
+    pub(super) fn new(
+        keeper: Arc<dyn Keeper>,
+        file: Arc<File>,
+        table: Arc<PieceTable>,
+        checks: Arc<Checks>,
+    ) -> Arc<Self> {
+        Arc::new(Self { keeper, file, table, checks })
+    }
+
+    pub(super) fn blob(self: Arc<Self>) -> Blob {
         Blob { file: Arc::clone(&self.file), table: Arc::clone(&self.table), lease: self }
     }
 }
 
 impl Drop for Lease {
     fn drop(&mut self) {
-        self.store.state().cache.release(&Key::Task(*self.table.task()));
+        self.keeper.release(self.table.task());
+    }
+}
+
+impl Keeper for Inner {
+    fn release(&self, task: &Digest) {
+        self.state().cache.release(&Key::Task(*task));
+    }
+
+    fn drop_rotten(self: Arc<Self>, task: &Digest, copy: &Arc<Checks>, why: &str) -> Result<(), StoreError> {
+        self.remove_rotten(task, Some(copy), why)
+    }
+
+    fn replace_table(self: Arc<Self>, table: &PieceTable) -> Result<(), StoreError> {
+        let task = *table.task();
+        let _claim = self.claim(&task)?;
+        if !matches!(self.state().tasks.get(&task), Some(Entry::Blob { .. })) {
+            return Ok(());
+        }
+        write_table(&self, table)?;
+        if let Some(Entry::Blob { opened, .. }) = self.state().tasks.get_mut(&task) {
+            *opened = Weak::new();
+        }
+        Ok(())
     }
 }
 
@@ -80,8 +123,8 @@ pub(super) fn write_table(store: &Inner, table: &PieceTable) -> Result<(), Store
         || format!("writing {}", path.display()),
         content.len() as u64,
         || {
-            disk::make_folder(&store.layout.shard(table.task()))?;
-            disk::replace(&path, &content)
+            store.disk.make_folder(&store.layout.shard(table.task()))?;
+            store.disk.replace(&path, &content)
         },
     )
 }
@@ -90,34 +133,46 @@ pub(super) fn write_table(store: &Inner, table: &PieceTable) -> Result<(), Store
 pub(super) fn enter(store: &Arc<Inner>, file: Arc<File>, table: &PieceTable) -> Blob {
     let task = *table.task();
     let size_bytes = table.layout().size_bytes();
-    let lease = Arc::new(Lease { store: Arc::clone(store), file, table: Arc::new(table.clone()) });
+    let checks = Arc::new(Checks::all_right(&file));
+    let entry_checks = Some(Arc::clone(&checks));
+    let lease = Lease::new(Arc::<Inner>::clone(store), file, Arc::new(table.clone()), checks);
     let now = store.now();
     let mut state = store.state();
-    state.tasks.insert(task, Entry::Blob { size_bytes, opened: Arc::downgrade(&lease) });
+    let entry = Entry::Blob { size_bytes, opened: Arc::downgrade(&lease), checks: entry_checks };
+    state.tasks.insert(task, entry);
     state.cache.insert(Key::Task(task), size_bytes, now);
     state.cache.lease(&Key::Task(task), now);
     drop(state);
     lease.blob()
 }
 
+/// The committed blob `task`, leased, if somebody has it open already. Does not block.
+pub(super) fn opened(store: &Arc<Inner>, task: &Digest) -> Option<Blob> {
+    let mut state = store.state();
+    let Some(Entry::Blob { opened, .. }) = state.tasks.get(task) else { return None };
+    let shared = opened.upgrade()?;
+    state.cache.touch(&Key::Task(*task), store.now());
+    drop(state);
+    Some(shared.blob())
+}
+
 /// The committed blob `task`, leased. One whose files are not what they should be goes.
 pub(super) fn open(store: &Arc<Inner>, task: &Digest) -> Option<Blob> {
-    let size_bytes = {
+    if let Some(blob) = opened(store, task) {
+        return Some(blob);
+    }
+    let (size_bytes, checks) = {
         let mut state = store.state();
-        let Some(Entry::Blob { size_bytes, opened }) = state.tasks.get(task) else { return None };
-        let (size_bytes, shared) = (*size_bytes, opened.upgrade());
-        if let Some(shared) = shared {
-            state.cache.touch(&Key::Task(*task), store.now());
-            return Some(shared.blob());
-        }
+        let Some(Entry::Blob { size_bytes, checks, .. }) = state.tasks.get_mut(task) else { return None };
+        let found = (*size_bytes, Arc::clone(checks.get_or_insert_default()));
         state.cache.lease(&Key::Task(*task), store.now());
-        size_bytes
+        found
     };
     match read_files(store, task, size_bytes) {
         Ok((file, table)) => {
-            note_use(&file);
-            let lease =
-                Arc::new(Lease { store: Arc::clone(store), file: Arc::new(file), table: Arc::new(table) });
+            checks.changed_by_us(&file, || note_use(&file));
+            let (file, table) = (Arc::new(file), Arc::new(table));
+            let lease = Lease::new(Arc::<Inner>::clone(store), file, table, checks);
             if let Some(Entry::Blob { opened, .. }) = store.state().tasks.get_mut(task) {
                 *opened = Arc::downgrade(&lease);
             }
@@ -125,7 +180,7 @@ pub(super) fn open(store: &Arc<Inner>, task: &Digest) -> Option<Blob> {
         }
         Err(unfit) => {
             store.state().cache.release(&Key::Task(*task));
-            unfit.deal_with(store, task);
+            unfit.deal_with(store, task, &checks);
             None
         }
     }
@@ -140,11 +195,11 @@ enum Unfit {
 }
 
 impl Unfit {
-    fn deal_with(self, store: &Arc<Inner>, task: &Digest) {
+    fn deal_with(self, store: &Arc<Inner>, task: &Digest, checks: &Arc<Checks>) {
         match self {
             Unfit::Io(error) => tracing::warn!(%task, %error, "can't read a committed blob"),
             Unfit::Rotten(why) => {
-                if let Err(error) = store.drop_rotten(task, &why) {
+                if let Err(error) = store.remove_rotten(task, Some(checks), &why) {
                     tracing::warn!(%task, %error, "can't delete a rotten blob");
                 }
             }
@@ -155,22 +210,27 @@ impl Unfit {
 impl From<io::Error> for Unfit {
     fn from(error: io::Error) -> Self {
         match error.kind() {
-            ErrorKind::NotFound | ErrorKind::FileTooLarge => Unfit::Rotten(error.to_string()),
+            kind if kind == ErrorKind::FileTooLarge || disk::means_another_thing(kind) => {
+                Unfit::Rotten(error.to_string())
+            }
             _ => Unfit::Io(error),
         }
     }
 }
 
 fn read_files(store: &Inner, task: &Digest, size_bytes: u64) -> Result<(File, PieceTable), Unfit> {
-    let file = File::open(store.layout.blob(task))?;
+    let file = disk::open_to_read(&store.layout.blob(task))?;
     let actual_bytes = file.metadata()?.len();
-    let table =
-        read_table(&disk::read_whole(&File::open(store.layout.table(task))?, MAX_INDEX_BYTES)?, task)?;
+    let table = disk::open_to_read(&store.layout.table(task))?;
+    let table = read_table(&disk::read_whole(&table, MAX_INDEX_BYTES)?, task)?;
     if actual_bytes != table.layout().size_bytes() || actual_bytes != size_bytes {
         return Err(Unfit::Rotten(format!(
             "it has {actual_bytes} bytes, not {}",
             table.layout().size_bytes()
         )));
+    }
+    if actual_bytes == 0 && Chain::new(task.algorithm()).finish() != *task {
+        return Err(Unfit::Rotten("it is empty".to_owned()));
     }
     Ok((file, table))
 }
@@ -203,7 +263,7 @@ pub(super) fn recheck(
     let Some(blob) = open(store, task) else { return Ok(None) };
     let right = disk::blob_is_right(&blob.file, &blob.table, bytes);
     if !right {
-        store.drop_rotten(task, "its bytes do not match the digest")?;
+        blob.drop_rotten("its bytes do not match the digest")?;
     }
     Ok(Some(right))
 }
@@ -211,5 +271,6 @@ pub(super) fn recheck(
 /// Moves a partial task's file to where committed blobs are. The caller holds a claim.
 pub(super) fn move_in(store: &Inner, task: &Digest) -> Result<(), StoreError> {
     let (from, to) = (store.layout.partial(task), store.layout.blob(task));
-    store.write(|| format!("renaming {} to {}", from.display(), to.display()), 0, || fs::rename(&from, &to))
+    let what = || format!("renaming {} to {}", from.display(), to.display());
+    store.write(what, 0, || store.disk.rename_over(&from, &to))
 }

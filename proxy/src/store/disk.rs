@@ -1,4 +1,6 @@
 //! The few things done with files: private ones, replaced whole, made durable.
+//!
+//! The store changes its folder through a [`Disk`]: [`FileSystem`] in the product, one that fails on demand in tests.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, ErrorKind, Read, Write as _};
@@ -9,11 +11,92 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use hawker_core::digest::Chain;
 use hawker_core::piece::{PieceIndex, PieceSet, PieceTable};
+use rustix::fs::OFlags;
+use rustix::io::Errno;
 
 use super::layout::TEMPORARY;
 
 /// Read at once when a file is hashed again.
 const HASH_BYTES: usize = 256 << 10;
+
+/// Changes to the files of a store. Each one may be refused.
+pub(super) trait Disk: Send + Sync + 'static {
+    /// Makes a folder, and those above it, for this user only; a new one is durable in its parent.
+    fn make_folder(&self, path: &Path) -> io::Result<()>;
+
+    /// Makes changes of the names in a folder durable.
+    fn sync_folder(&self, path: &Path) -> io::Result<()>;
+
+    /// A new, empty file for this user only.
+    fn create(&self, path: &Path) -> io::Result<File>;
+
+    /// Writes all of `bytes` at `offset`.
+    fn write_at(&self, file: &File, bytes: &[u8], offset: u64) -> io::Result<()>;
+
+    /// Makes a file as long as this.
+    fn set_len(&self, file: &File, len: u64) -> io::Result<()>;
+
+    /// Makes the bytes of a file durable.
+    fn sync(&self, file: &File) -> io::Result<()>;
+
+    /// Renames a file, also to a path where a folder stands.
+    fn rename_over(&self, from: &Path, to: &Path) -> io::Result<()>;
+
+    /// Puts `content` in the place of the file at `path`, whole or not at all. It lasts once the folder was synced.
+    fn replace(&self, path: &Path, content: &[u8]) -> io::Result<()>;
+
+    /// The same for a file that is verified whenever it is read: after a power failure it may be empty or torn. The file has the
+    /// `parts` one behind the other, and is returned to be read.
+    fn replace_unsynced(&self, path: &Path, parts: &[&[u8]]) -> io::Result<File>;
+
+    /// Removes a file, if it is there, or whatever stands in its place.
+    fn remove(&self, path: &Path) -> io::Result<()>;
+}
+
+/// The file system of the machine.
+pub(super) struct FileSystem;
+
+impl Disk for FileSystem {
+    fn make_folder(&self, path: &Path) -> io::Result<()> {
+        make_folder(path)
+    }
+
+    fn sync_folder(&self, path: &Path) -> io::Result<()> {
+        sync_folder(path)
+    }
+
+    fn create(&self, path: &Path) -> io::Result<File> {
+        create(path)
+    }
+
+    fn write_at(&self, file: &File, bytes: &[u8], offset: u64) -> io::Result<()> {
+        file.write_all_at(bytes, offset)
+    }
+
+    fn set_len(&self, file: &File, len: u64) -> io::Result<()> {
+        file.set_len(len)
+    }
+
+    fn sync(&self, file: &File) -> io::Result<()> {
+        file.sync_all()
+    }
+
+    fn rename_over(&self, from: &Path, to: &Path) -> io::Result<()> {
+        rename_over(from, to)
+    }
+
+    fn replace(&self, path: &Path, content: &[u8]) -> io::Result<()> {
+        replace_after(path, &[content], File::sync_all).map(drop)
+    }
+
+    fn replace_unsynced(&self, path: &Path, parts: &[&[u8]]) -> io::Result<File> {
+        replace_after(path, parts, |_| Ok(()))
+    }
+
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        remove(path)
+    }
+}
 
 /// Makes a folder, and those above it, for this user only; a new one is durable in its parent.
 pub(super) fn make_folder(path: &Path) -> io::Result<()> {
@@ -31,8 +114,7 @@ pub(super) fn make_folder(path: &Path) -> io::Result<()> {
     }
 }
 
-/// Makes what happened to names in a folder durable.
-pub(super) fn sync_folder(path: &Path) -> io::Result<()> {
+fn sync_folder(path: &Path) -> io::Result<()> {
     File::open(path)?.sync_all()
 }
 
@@ -43,18 +125,42 @@ pub(super) fn create(path: &Path) -> io::Result<File> {
 
 /// A file that is there, to read and write.
 pub(super) fn open(path: &Path) -> io::Result<File> {
-    OpenOptions::new().read(true).write(true).open(path)
+    regular(OpenOptions::new().read(true).write(true), path)
 }
 
-/// Puts `content` in the place of the file at `path`, whole or not at all. It lasts once the folder was synced.
-pub(super) fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
-    replace_after(path, &[content], File::sync_all).map(drop)
+/// A file that is there, to read.
+pub(super) fn open_to_read(path: &Path) -> io::Result<File> {
+    regular(OpenOptions::new().read(true), path)
 }
 
-/// The same for a file that is verified whenever it is read: after a power failure it may be empty or torn. What is in `parts`
-/// comes one behind the other; the file, to read.
-pub(super) fn replace_unsynced(path: &Path, parts: &[&[u8]]) -> io::Result<File> {
-    replace_after(path, parts, |_| Ok(()))
+/// Opens a regular file, and nothing else that stands in its place: a pipe would block, a link leads elsewhere.
+fn regular(options: &mut OpenOptions, path: &Path) -> io::Result<File> {
+    let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
+    let other = || io::Error::new(ErrorKind::InvalidData, format!("{} is no regular file", path.display()));
+    let is_link_or_socket = |error: &io::Error| {
+        [Errno::LOOP, Errno::NXIO].iter().any(|errno| error.raw_os_error() == Some(errno.raw_os_error()))
+    };
+    match options.custom_flags(flags.bits() as i32).open(path) {
+        Err(error) if is_link_or_socket(&error) => Err(other()),
+        Ok(file) if !file.metadata()?.is_file() => Err(other()),
+        opened => opened,
+    }
+}
+
+/// Whether an error says that the file is not there, or that something else is in its place.
+pub(super) const fn means_another_thing(kind: ErrorKind) -> bool {
+    use ErrorKind::{InvalidData, IsADirectory, NotADirectory, NotFound};
+    matches!(kind, NotFound | InvalidData | IsADirectory | NotADirectory)
+}
+
+fn rename_over(from: &Path, to: &Path) -> io::Result<()> {
+    match fs::rename(from, to) {
+        Err(error) if error.kind() == ErrorKind::IsADirectory => {
+            remove(to)?;
+            fs::rename(from, to)
+        }
+        renamed => renamed,
+    }
 }
 
 fn replace_after(path: &Path, parts: &[&[u8]], sync: impl Fn(&File) -> io::Result<()>) -> io::Result<File> {
@@ -62,7 +168,7 @@ fn replace_after(path: &Path, parts: &[&[u8]], sync: impl Fn(&File) -> io::Resul
     let written = create(&temporary).and_then(|mut file| {
         parts.iter().try_for_each(|part| file.write_all(part))?;
         sync(&file)?;
-        fs::rename(&temporary, path)?;
+        rename_over(&temporary, path)?;
         Ok(file)
     });
     if written.is_err() {
@@ -79,9 +185,10 @@ fn temporary_for(path: &Path) -> PathBuf {
     name.into()
 }
 
-/// Removes a file, if it is there.
+/// Removes a file, if it is there, or whatever stands in its place.
 pub(super) fn remove(path: &Path) -> io::Result<()> {
     match fs::remove_file(path) {
+        Err(e) if e.kind() == ErrorKind::IsADirectory => fs::remove_dir_all(path),
         Err(e) if e.kind() != ErrorKind::NotFound => Err(e),
         _ => Ok(()),
     }
@@ -107,7 +214,7 @@ pub(super) fn is_full(error: &io::Error) -> bool {
 
 /// Whether a disk refuses to be written, full, failing or read-only: the daemon works on without it.
 pub fn disk_refuses(error: &io::Error) -> bool {
-    let io_error = rustix::io::Errno::IO.raw_os_error();
+    let io_error = Errno::IO.raw_os_error();
     is_full(error) || error.kind() == ErrorKind::ReadOnlyFilesystem || error.raw_os_error() == Some(io_error)
 }
 

@@ -41,6 +41,15 @@ impl Layout {
         self.root.join("manifests")
     }
 
+    /// The folder of the files that name the registries which gave some content.
+    pub(super) fn origins(&self) -> PathBuf {
+        self.root.join("origins")
+    }
+
+    pub(super) fn origins_of(&self, digest: &Digest) -> PathBuf {
+        self.origins().join(flat_name(digest))
+    }
+
     /// The folder of all committed blobs of one algorithm.
     pub(super) fn blobs(&self, algorithm: Algorithm) -> PathBuf {
         self.root.join("blobs").join(algorithm.name())

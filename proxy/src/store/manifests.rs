@@ -1,4 +1,5 @@
-//! Manifests, by digest. They are small, and hashed each time they are read: so they need no fsync and no index.
+//! Manifests, by digest. They are small, and hashed each time they are read: so they need no fsync and no index. The media type is
+//! not stored: it is found in the body, or is what the registry tells that is asked.
 
 use std::fs::File;
 use std::ops::Range;
@@ -13,7 +14,7 @@ use super::{StoreError, disk, record};
 
 /// Longer ones are not cached (registries must take 4 MiB; OCI distribution spec, "Pushing Manifests").
 const MAX_MANIFEST_BYTES: usize = 16 << 20;
-/// Room for media type and framing.
+/// Room for framing.
 const MAX_FILE_BYTES: u64 = MAX_MANIFEST_BYTES as u64 + (64 << 10);
 
 /// Where a manifest's body is on disk; reading goes on even if the file is unlinked.
@@ -22,8 +23,6 @@ pub type Place = (Arc<File>, Range<u64>);
 /// A manifest on disk.
 #[derive(Clone, Debug)]
 pub struct StoredManifest {
-    /// Its media type.
-    pub media_type: String,
     /// What hashes to its digest.
     pub body: Bytes,
     /// Where that is as well.
@@ -31,12 +30,7 @@ pub struct StoredManifest {
 }
 
 /// Writes a manifest; where its body is then, unless it is too long to be kept.
-pub(super) fn put(
-    store: &Inner,
-    digest: &Digest,
-    media_type: &str,
-    body: &Bytes,
-) -> Result<Option<Place>, StoreError> {
+pub(super) fn put(store: &Inner, digest: &Digest, body: &Bytes) -> Result<Option<Place>, StoreError> {
     if body.len() > MAX_MANIFEST_BYTES {
         return Ok(None);
     }
@@ -44,13 +38,13 @@ pub(super) fn put(
         return Err(StoreError::Rotten(*digest));
     }
     let path = store.layout.manifest(digest);
-    let (before, after) = record::manifest(digest, media_type, body);
+    let (before, after) = record::manifest(digest, body);
     let (start, end) = (before.len() as u64, (before.len() + body.len()) as u64);
     let file_bytes = end + after.len() as u64;
     let file = store.write(
         || format!("writing {}", path.display()),
         file_bytes,
-        || disk::replace_unsynced(&path, &[&before, body, &after]),
+        || store.disk.replace_unsynced(&path, &[&before, body, &after]),
     )?;
     let now = store.now();
     store.state().cache.insert(Key::Manifest(*digest), file_bytes, now);
@@ -64,7 +58,7 @@ pub(super) fn get(store: &Inner, digest: &Digest) -> Option<StoredManifest> {
         return None;
     }
     let path = store.layout.manifest(digest);
-    let Some(kept) = File::open(&path).ok().and_then(|file| read(file, digest)) else {
+    let Some(kept) = disk::open_to_read(&path).ok().and_then(|file| read(file, digest)) else {
         tracing::warn!(%digest, "a cached manifest is rotten or gone");
         store.state().cache.remove(&Key::Manifest(*digest));
         leave(&path);
@@ -76,9 +70,9 @@ pub(super) fn get(store: &Inner, digest: &Digest) -> Option<StoredManifest> {
 
 fn read(file: File, digest: &Digest) -> Option<StoredManifest> {
     let raw: Bytes = disk::read_whole(&file, MAX_FILE_BYTES).ok()?.into();
-    let (named, media_type, range) = record::read_manifest(&raw)?;
+    let (named, range) = record::read_manifest(&raw)?;
     let body = raw.slice(range.clone());
     let right = named == *digest && Digest::of(digest.algorithm(), &body) == *digest;
     let range = range.start as u64..range.end as u64;
-    right.then(|| StoredManifest { media_type, body, place: (Arc::new(file), range) })
+    right.then(|| StoredManifest { body, place: (Arc::new(file), range) })
 }

@@ -1,21 +1,32 @@
 //! Bytes on disk: one file a task, a small index beside it while it is partial, and manifests.
 //!
-//! - [`partial`](Partial): pieces come in, in any order, over any number of restarts
-//! - [`blob`](Blob): committed, leased to readers
+//! - [`task_store`](TaskStore): the seam to the driver, with a suite for all implementations
+//! - `partial`: pieces come in, in any order, over any number of restarts
+//! - [`blob`](Blob): committed, leased to readers; `checks`: which of its pieces were hashed since the start
+//! - `origins`: which registries gave what is here
 //! - `state`: what is known in memory, claims, eviction, what happens when the disk refuses
 //! - `record`, `layout`, `disk`: the form of the files, their names, the few things done with them
 //! - `recovery`: what is there when the daemon starts
 //!
-//! All methods block on the disk: async code calls them through `spawn_blocking`.
+//! All methods block on the disk unless they say otherwise: async code calls them through [`crate::lanes`].
 
 mod blob;
+mod checks;
 mod disk;
+#[cfg(test)]
+pub(crate) mod faulty;
 mod layout;
 mod manifests;
+#[cfg(test)]
+pub(crate) mod memory;
+mod origins;
 mod partial;
 mod record;
 mod recovery;
 mod state;
+#[cfg(test)]
+pub(crate) mod suite;
+mod task_store;
 #[cfg(test)]
 mod tests;
 
@@ -31,8 +42,9 @@ pub use self::blob::Blob;
 pub use self::disk::{disk_refuses, held_is_right};
 use self::layout::Layout;
 pub use self::manifests::{Place, StoredManifest};
-pub use self::partial::Partial;
-use self::state::{Entry, Inner, Key};
+use self::state::{Entry, Inner, Key, Means};
+use self::task_store::Keeper;
+pub use self::task_store::{Partial, PartialTask, TaskStore};
 use crate::settings::CacheSettings;
 
 /// Why the store can't do it. Never the client's fault, and never a reason for a failed pull.
@@ -54,6 +66,13 @@ pub enum StoreError {
     Rotten(Digest),
 }
 
+impl StoreError {
+    /// Whether room is all that is missing: eviction may help.
+    pub(crate) fn is_for_want_of_room(&self) -> bool {
+        matches!(self, StoreError::Disk { source, .. } if disk::is_full(source))
+    }
+}
+
 /// The store of one daemon. Cheap to clone.
 ///
 /// The folder stays locked until all clones, leases and partial tasks are dropped.
@@ -65,30 +84,23 @@ pub struct Store {
 impl Store {
     /// Opens or makes the store in `dir` (`DATA_DIR/store`): finds what is there and removes what a crash left behind.
     ///
-    /// Pieces of partial tasks that were noted by another run of the daemon count again once [`Store::begin`] has hashed them.
+    /// Pieces of partial tasks that were noted by another run of the daemon count again once [`TaskStore::begin`] has hashed them.
     /// An error when the folder can't be made or read, or when another daemon uses it.
     pub fn open(dir: &Path, settings: CacheSettings) -> Result<Self, StoreError> {
-        Ok(Self { inner: Arc::new(Self::opened(dir, settings)?) })
+        Self::open_with(dir, settings, Means::default())
     }
 
-    fn opened(dir: &Path, settings: CacheSettings) -> Result<Inner, StoreError> {
+    fn open_with(dir: &Path, settings: CacheSettings, means: Means) -> Result<Self, StoreError> {
         let layout = Layout::new(dir);
         recovery::make_folders(&layout)?;
         let lock = recovery::lock(&layout)?;
         let state = recovery::scan(&layout);
-        Ok(Inner::new(layout, settings, state, lock))
+        Ok(Self { inner: Arc::new(Inner::new(layout, settings, state, lock, means)) })
     }
 
-    /// A committed blob, leased: it is not evicted while the lease lives. Blocking.
-    ///
-    /// One whose file or table is not whole is deleted and counts as not there.
-    pub fn committed(&self, task: &Digest) -> Option<Blob> {
-        blob::open(&self.inner, task)
-    }
-
-    /// Whether it is committed; no lease, no touch.
-    pub fn has(&self, task: &Digest) -> bool {
-        self.blob_bytes(task).is_some()
+    /// A committed blob that somebody reads already, leased. Does not block.
+    pub fn opened(&self, task: &Digest) -> Option<Blob> {
+        blob::opened(&self.inner, task)
     }
 
     /// Size of a committed blob, if it is one; no lease, no touch.
@@ -111,45 +123,14 @@ impl Store {
         state.tasks.iter().map(holding).collect()
     }
 
-    /// A partial task: what is on disk of it, or a new empty one, leased. `size_bytes` must be what it was: what is on disk
-    /// of another size is thrown away. Blocking.
-    ///
-    /// [`StoreError::Busy`] while it is begun already, or when it is committed; [`StoreError::Disk`] when it can't be kept.
-    pub fn begin(&self, task: &Digest, size_bytes: u64) -> Result<Partial, StoreError> {
-        partial::begin(&self.inner, task, size_bytes)
-    }
-
-    /// Size of a partial task on disk, if there is one.
-    pub fn partial_size(&self, task: &Digest) -> Option<u64> {
-        match self.inner.state().tasks.get(task) {
-            Some(Entry::Partial { size_bytes, .. }) => Some(*size_bytes),
-            _ => None,
-        }
-    }
-
-    /// Hashes the pieces that a range touches again: of a committed blob, which is evicted if one is rotten, or of a partial task
-    /// that nobody has open, of which all is hashed before it counts if one is. Whether all were right; `None` when not all are
-    /// there. Blocking.
-    pub fn recheck(&self, task: &Digest, bytes: Range<u64>) -> Result<Option<bool>, StoreError> {
-        match self.has(task) {
-            true => blob::recheck(&self.inner, task, bytes),
-            false => Ok(partial::recheck(&self.inner, task, bytes)),
-        }
-    }
-
-    /// What is on disk of a partial task that nobody has open may have rotted: it is hashed again before it counts.
-    pub fn doubt(&self, task: &Digest) {
-        self.inner.doubt(task);
+    /// Keeps to these marks from now on; [`Self::evict`] applies them to blobs that are there.
+    pub fn set_limits(&self, settings: CacheSettings) {
+        self.inner.set_limits(settings);
     }
 
     /// Puts a manifest in the cache, under its digest; where its body is then, unless it is too long to be kept. Blocking.
-    pub fn put_manifest(
-        &self,
-        digest: &Digest,
-        media_type: &str,
-        body: &Bytes,
-    ) -> Result<Option<Place>, StoreError> {
-        manifests::put(&self.inner, digest, media_type, body)
+    pub fn put_manifest(&self, digest: &Digest, body: &Bytes) -> Result<Option<Place>, StoreError> {
+        manifests::put(&self.inner, digest, body)
     }
 
     /// A cached manifest, whose body hashes to `digest`. Blocking.
@@ -178,6 +159,50 @@ impl Store {
     /// For people.
     pub fn usage(&self) -> Usage {
         self.inner.usage()
+    }
+}
+
+impl TaskStore for Store {
+    fn committed(&self, task: &Digest) -> Option<Blob> {
+        blob::open(&self.inner, task)
+    }
+
+    fn has(&self, task: &Digest) -> bool {
+        self.blob_bytes(task).is_some()
+    }
+
+    fn begin(&self, task: &Digest, size_bytes: u64) -> Result<Partial, StoreError> {
+        partial::begin(&self.inner, task, size_bytes)
+    }
+
+    fn partial_size(&self, task: &Digest) -> Option<u64> {
+        match self.inner.state().tasks.get(task) {
+            Some(Entry::Partial { size_bytes, .. }) => Some(*size_bytes),
+            _ => None,
+        }
+    }
+
+    fn recheck(&self, task: &Digest, bytes: Range<u64>) -> Result<Option<bool>, StoreError> {
+        match self.has(task) {
+            true => blob::recheck(&self.inner, task, bytes),
+            false => Ok(partial::recheck(&self.inner, task, bytes)),
+        }
+    }
+
+    fn doubt(&self, task: &Digest) {
+        self.inner.doubt(task);
+    }
+
+    fn takes_writes(&self) -> bool {
+        self.inner.takes_writes()
+    }
+
+    fn origins(&self, digest: &Digest) -> Vec<String> {
+        origins::get(&self.inner, digest)
+    }
+
+    fn add_origin(&self, digest: &Digest, registry: &str) -> Result<(), StoreError> {
+        origins::add(&self.inner, digest, registry)
     }
 }
 

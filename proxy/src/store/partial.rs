@@ -6,45 +6,49 @@
 use std::fs::File;
 use std::io::{self, ErrorKind};
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use hawker_core::byte_set::ByteSet;
 use hawker_core::digest::{Chain, Digest};
 use hawker_core::piece::{MAX_BLOB_BYTES, PieceIndex, PieceLayout, PieceSet, PieceTable};
 
 use super::blob::{self, Blob, MAX_INDEX_BYTES};
+use super::disk::Disk;
 use super::record::{self, Contents, Header};
 use super::state::{Entry, Inner, Key, leave};
-use super::{StoreError, disk};
+use super::{Partial, PartialTask, StoreError, disk};
 
-/// A partial task under lease. Cheap to clone; all methods that write are blocking.
+/// A partial task on disk, under lease.
 ///
-/// Dropping the last clone leaves it on disk, to go on from later, or to be evicted.
-#[derive(Clone)]
-pub struct Partial {
-    inner: Arc<Shared>,
-}
-
-struct Shared {
+/// Dropping the last handle leaves it on disk, to go on from later, or to be evicted.
+struct FilePartial {
     store: Arc<Inner>,
     task: Digest,
     layout: PieceLayout,
     file: Arc<File>,
     begun_with: (PieceSet, PieceTable),
-    /// Held over writes of pieces: the kernel lets one writer into a file at a time, and the others would spin on its lock.
-    writing: Mutex<()>,
+    /// Held over writes: the kernel lets one writer into a file at a time, and the others would spin on its lock.
+    writing: Mutex<Written>,
     /// Held over appends to the index, which are short and must not mix.
     index: Mutex<Index>,
+}
+
+/// The parts of the file that have been written.
+struct Written {
+    /// Pieces with verified bytes: loose bytes never overwrite these.
+    verified: PieceSet,
+    /// Bytes that nobody has verified. They take room on the disk as well.
+    loose: ByteSet,
 }
 
 /// Bytes a write: longer ones make the kernel look for folios of their size, which was measured to cost up to four times the CPU.
 const WRITE_BYTES: usize = 128 << 10;
 
-fn write_at(file: &File, data: &[u8], start: u64) -> io::Result<()> {
+fn write_at(disk: &dyn Disk, file: &File, data: &[u8], start: u64) -> io::Result<()> {
     let mut at = start;
     data.chunks(WRITE_BYTES).try_for_each(|chunk| {
-        file.write_all_at(chunk, at)?;
+        disk.write_at(file, chunk, at)?;
         at += chunk.len() as u64;
         Ok(())
     })
@@ -72,9 +76,9 @@ impl Index {
             records.len() as u64,
             || {
                 if was_torn {
-                    file.set_len(end)?;
+                    store.disk.set_len(file, end)?;
                 }
-                file.write_all_at(records, end)
+                store.disk.write_at(file, records, end)
             },
         )?;
         self.torn = false;
@@ -83,51 +87,88 @@ impl Index {
     }
 }
 
-impl Partial {
-    /// The file, for reading pieces that are held.
-    pub fn file(&self) -> Arc<File> {
-        Arc::clone(&self.inner.file)
+impl PartialTask for FilePartial {
+    fn file(&self) -> Arc<File> {
+        Arc::clone(&self.file)
     }
 
-    /// The pieces on disk when the task was begun.
-    pub fn held(&self) -> PieceSet {
-        self.inner.begun_with.0.clone()
+    fn held(&self) -> PieceSet {
+        self.begun_with.0.clone()
     }
 
-    /// The table on disk when the task was begun.
-    pub fn table(&self) -> PieceTable {
-        self.inner.begun_with.1.clone()
+    fn table(&self) -> PieceTable {
+        self.begun_with.1.clone()
     }
 
-    /// Writes a verified piece and notes it in the index.
-    pub fn write(&self, piece: PieceIndex, data: &[u8]) -> Result<(), StoreError> {
-        let Shared { store, task, layout, file, .. } = &*self.inner;
+    fn write(&self, piece: PieceIndex, data: &[u8]) -> Result<(), StoreError> {
+        let Self { store, task, layout, file, .. } = self;
         let range = layout.range(piece);
         let what = || format!("writing piece {piece} of {}", store.layout.partial(task).display());
         if range.is_empty() || range.end - range.start != data.len() as u64 {
             return Err(misuse(what(), "the piece has another length"));
         }
-        if self.inner.skips(piece) {
+        if self.skips(piece) {
             return Ok(());
         }
         {
-            let _one = self.inner.writing.lock().unwrap_or_else(PoisonError::into_inner);
-            store.write(what, data.len() as u64, || write_at(file, data, range.start))?;
+            let mut written = self.written();
+            written.verified.insert(piece);
+            store.write(what, data.len() as u64, || write_at(&*store.disk, file, data, range.start))?;
         }
-        let mut index = self.inner.index();
+        self.note(piece)
+    }
+
+    fn note(&self, piece: PieceIndex) -> Result<(), StoreError> {
+        let store = &self.store;
+        let loose_bytes = {
+            let mut written = self.written();
+            written.verified.insert(piece);
+            written.loose.remove(self.layout.range(piece));
+            written.loose.len_bytes()
+        };
+        let mut index = self.index();
         if index.finished || index.held.contains(piece) {
             return Ok(());
         }
-        index.append(store, &self.inner.index_path(), &record::piece(piece))?;
+        index.append(store, &self.index_path(), &record::piece(piece))?;
         index.held.insert(piece);
-        self.inner.weigh(&index.held);
+        self.weigh(&index.held, loose_bytes);
         Ok(())
     }
 
-    /// Notes new values of the table, or a new statement, in the index.
-    pub fn keep_table(&self, table: &PieceTable) -> Result<(), StoreError> {
-        let Shared { store, task, .. } = &*self.inner;
-        let mut index = self.inner.index();
+    fn write_loose(&self, start: u64, data: &[u8]) -> Result<(), StoreError> {
+        let Self { store, task, layout, file, .. } = self;
+        let what = || format!("writing loose bytes of {}", store.layout.partial(task).display());
+        let range = start..start.saturating_add(data.len() as u64);
+        if range.end > layout.size_bytes() {
+            return Err(misuse(what(), "the bytes lie past the end of the blob"));
+        }
+        let mut written = self.written();
+        if self.index().finished {
+            return Ok(());
+        }
+        for piece in layout.covering(range.clone()) {
+            if written.verified.contains(piece) {
+                continue;
+            }
+            let piece = layout.range(piece);
+            let part = piece.start.max(range.start)..piece.end.min(range.end);
+            let bytes = &data[(part.start - start) as usize..(part.end - start) as usize];
+            store.write(what, bytes.len() as u64, || write_at(&*store.disk, file, bytes, part.start))?;
+            written.loose.insert(part);
+        }
+        let loose_bytes = written.loose.len_bytes();
+        drop(written);
+        let index = self.index();
+        if !index.finished {
+            self.weigh(&index.held, loose_bytes);
+        }
+        Ok(())
+    }
+
+    fn keep_table(&self, table: &PieceTable) -> Result<(), StoreError> {
+        let Self { store, task, .. } = self;
+        let mut index = self.index();
         if index.finished {
             return Ok(());
         }
@@ -140,28 +181,26 @@ impl Partial {
             return Ok(());
         }
         let new_statement = newer.signed() != index.table.signed();
-        index.append(store, &self.inner.index_path(), &record::table(&newer, known, new_statement))?;
+        index.append(store, &self.index_path(), &record::table(&newer, known, new_statement))?;
         index.table = newer;
         Ok(())
     }
 
-    /// All pieces are held and match: fsync, rename, fsync of the folder.
-    ///
-    /// When the data can't be made durable, the task is thrown away: nobody knows then what the disk has of it.
-    pub fn commit(&self, table: &PieceTable) -> Result<Blob, StoreError> {
-        let Shared { store, task, file, .. } = &*self.inner;
+    /// By fsync, rename, fsync of the folder.
+    fn commit(&self, table: &PieceTable) -> Result<Blob, StoreError> {
+        let Self { store, task, file, .. } = self;
         let _claim = store.claim(task)?;
-        self.inner.check_complete(table)?;
-        if let Err(source) = store.injected_fault().and_then(|()| file.sync_all()) {
+        self.check_complete(table)?;
+        if let Err(source) = store.disk.sync(file) {
             let error =
                 store.failed(format!("making {} durable", store.layout.partial(task).display()), source);
-            self.inner.throw_away()?;
+            self.throw_away()?;
             return Err(error);
         }
         blob::write_table(store, table)?;
         blob::move_in(store, task)?;
-        self.inner.index().finished = true;
-        match disk::sync_folder(&store.layout.shard(task)) {
+        self.index().finished = true;
+        match store.disk.sync_folder(&store.layout.shard(task)) {
             Ok(()) => leave(&store.layout.index(task)),
             // The file may be found under its old name after a crash, and then the index beside it is needed.
             Err(source) => {
@@ -172,16 +211,19 @@ impl Partial {
         Ok(blob::enter(store, Arc::clone(file), table))
     }
 
-    /// Throws everything away: the table was poisoned, or the disk let it rot.
-    pub fn discard(&self) -> Result<(), StoreError> {
-        let _claim = self.inner.store.claim(&self.inner.task)?;
-        self.inner.throw_away()
+    fn discard(&self) -> Result<(), StoreError> {
+        let _claim = self.store.claim(&self.task)?;
+        self.throw_away()
     }
 }
 
-impl Shared {
+impl FilePartial {
     fn index(&self) -> MutexGuard<'_, Index> {
         self.index.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn written(&self) -> MutexGuard<'_, Written> {
+        self.writing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn index_path(&self) -> String {
@@ -193,13 +235,13 @@ impl Shared {
         index.finished || index.held.contains(piece)
     }
 
-    /// Tells the cache what the pieces that are held take. Called with the index locked: it can't be finished meanwhile.
-    fn weigh(&self, held: &PieceSet) {
+    /// Tells the cache how much room the task takes. Called with the index locked: it can't be finished meanwhile.
+    fn weigh(&self, held: &PieceSet, loose_bytes: u64) {
         let now = self.store.now();
         let mut state = self.store.state();
         if let Some(Entry::Partial { pieces, held_bytes, .. }) = state.tasks.get_mut(&self.task) {
             *pieces = Some(held.len());
-            *held_bytes = bytes_of(self.layout, held);
+            *held_bytes = bytes_of(self.layout, held).saturating_add(loose_bytes);
             let bytes = *held_bytes;
             state.cache.insert(Key::Task(self.task), bytes, now);
         }
@@ -236,7 +278,7 @@ impl Shared {
     }
 }
 
-impl Drop for Shared {
+impl Drop for FilePartial {
     fn drop(&mut self) {
         let finished = self.index().finished;
         let mut state = self.store.state();
@@ -319,16 +361,16 @@ fn enter(store: &Arc<Inner>, task: &Digest, layout: PieceLayout, file: File, ind
     state.cache.insert(Key::Task(*task), held_bytes, now);
     state.cache.lease(&Key::Task(*task), now);
     drop(state);
-    let shared = Shared {
+    let partial = FilePartial {
         store: Arc::clone(store),
         task: *task,
         layout,
         file: Arc::new(file),
         begun_with: (index.held.clone(), index.table.clone()),
-        writing: Mutex::default(),
+        writing: Mutex::new(Written { verified: index.held.clone(), loose: ByteSet::default() }),
         index: Mutex::new(index),
     };
-    Partial { inner: Arc::new(shared) }
+    Arc::new(partial)
 }
 
 fn create(store: &Inner, task: &Digest, size_bytes: u64) -> Result<(File, Index), StoreError> {
@@ -339,11 +381,12 @@ fn create(store: &Inner, task: &Digest, size_bytes: u64) -> Result<(File, Index)
         0,
         || {
             // The old index goes first: it must not speak for the new file.
-            disk::remove(&index_path)?;
-            let file = disk::create(&path)?;
-            file.set_len(size_bytes)?;
-            let index = disk::create(&index_path)?;
-            index.write_all_at(&head, 0)?;
+            store.disk.remove(&index_path)?;
+            store.disk.remove(&path)?;
+            let file = store.disk.create(&path)?;
+            store.disk.set_len(&file, size_bytes)?;
+            let index = store.disk.create(&index_path)?;
+            store.disk.write_at(&index, &head, 0)?;
             Ok((file, index))
         },
     );
@@ -366,7 +409,7 @@ fn create(store: &Inner, task: &Digest, size_bytes: u64) -> Result<(File, Index)
 
 /// What the index at this path says, if it and its data file are those of `task`; else why not.
 pub(super) fn read_index(data: &File, index: &Path, task: &Digest) -> io::Result<Result<Contents, String>> {
-    let raw = disk::read_whole(&File::open(index)?, MAX_INDEX_BYTES)?;
+    let raw = disk::read_whole(&disk::open_to_read(index)?, MAX_INDEX_BYTES)?;
     let contents = match record::read(&raw) {
         Ok(contents) => contents,
         Err(why) => return Ok(Err(format!("its index can't be read: {why}"))),
@@ -387,7 +430,7 @@ fn resume(store: &Inner, task: &Digest, known: &Known) -> Result<Option<(File, I
             tracing::warn!(%task, "a partial task is begun anew: {why}");
             Ok(None)
         }
-        Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
+        Err(e) if disk::means_another_thing(e.kind()) => Ok(None),
         Err(source) => {
             Err(store.failed(format!("going on with {}", store.layout.partial(task).display()), source))
         }
@@ -408,11 +451,11 @@ fn try_resume(store: &Inner, task: &Digest, known: &Known) -> io::Result<Result<
     }
     if contents.drop_unverifiable() || !known.verified {
         let verified = record::index(&contents.header, &contents.table, &contents.held);
-        disk::replace(&path, &verified)?;
+        store.disk.replace(&path, &verified)?;
         end = verified.len() as u64;
     }
     let index_file = disk::open(&path)?;
-    index_file.set_len(end)?;
+    store.disk.set_len(&index_file, end)?;
     let Contents { held, table, .. } = contents;
     Ok(Ok((file, Index { file: index_file, end, torn: false, held, table, finished: false })))
 }
@@ -422,7 +465,7 @@ pub(super) fn recheck(store: &Inner, task: &Digest, bytes: Range<u64>) -> Option
     if !known_partial(store, task).ok()??.verified {
         return None;
     }
-    let file = File::open(store.layout.partial(task)).ok()?;
+    let file = disk::open_to_read(&store.layout.partial(task)).ok()?;
     let Contents { held, table, .. } = read_index(&file, &store.layout.index(task), task).ok()?.ok()?;
     let right = disk::held_is_right(&file, &table, &held, bytes);
     if right == Some(false) {

@@ -25,7 +25,7 @@ const HEADER: u8 = 1;
 const PIECE: u8 = 2;
 const VALUES: u8 = 3;
 const SIGNED: u8 = 4;
-const MEDIA_TYPE: u8 = 5;
+// 5 is a media type, in manifest files of older versions.
 const BODY: u8 = 6;
 
 /// A record's checksum.
@@ -156,14 +156,20 @@ fn read_subject(fields: &mut Fields<'_>) -> Option<Header> {
 }
 
 fn read_signed(fields: &mut Fields<'_>) -> Option<SignedPrefix> {
-    Some(SignedPrefix {
+    let mut signed = SignedPrefix {
         count: fields.u32()?,
         sealed: fields.u8()? != 0,
         signed_at_s: fields.u64()?,
         issuer: PeerId::from_bytes(fields.take(16)?)?,
+        registries: Vec::new(),
         certificate: fields.counted()?.into(),
         signature: fields.counted()?.to_vec(),
-    })
+    };
+    // Earlier versions wrote none.
+    while let Some(registry) = fields.counted() {
+        signed.registries.push(String::from_utf8(registry.to_vec()).ok()?);
+    }
+    Some(signed)
 }
 
 /// The header record.
@@ -203,6 +209,7 @@ pub(super) fn table(table: &PieceTable, first: usize, signed: bool) -> Vec<u8> {
         payload.extend_from_slice(&signed.issuer.0);
         put_counted(&mut payload, &signed.certificate);
         put_counted(&mut payload, &signed.signature);
+        signed.registries.iter().for_each(|registry| put_counted(&mut payload, registry.as_bytes()));
         out.extend(record(SIGNED, &payload));
     }
     out
@@ -217,10 +224,9 @@ pub(super) fn index(about: &Header, known: &PieceTable, held: &PieceSet) -> Vec<
 }
 
 /// What a manifest file has before the body and behind it: a body may be long, and is not copied.
-pub(super) fn manifest(digest: &Digest, media_type: &str, body: &[u8]) -> (Vec<u8>, [u8; SUM_BYTES]) {
+pub(super) fn manifest(digest: &Digest, body: &[u8]) -> (Vec<u8>, [u8; SUM_BYTES]) {
     let about = Header { digest: *digest, size_bytes: body.len() as u64 };
     let mut before = header(&about);
-    before.extend(record(MEDIA_TYPE, media_type.as_bytes()));
     let start = before.len();
     before.push(BODY);
     put_length(&mut before, body);
@@ -228,22 +234,19 @@ pub(super) fn manifest(digest: &Digest, media_type: &str, body: &[u8]) -> (Vec<u
     (before, sum.to_be_bytes())
 }
 
-/// Digest and media type of a manifest file, and where its body is; `None` when it is not whole.
-pub(super) fn read_manifest(raw: &[u8]) -> Option<(Digest, String, Range<usize>)> {
+/// The digest of a manifest file, and where its body is; `None` when it is not whole. Files of older versions also have the media
+/// type that one registry told; it does not count, since it may be wrong and was told of another repository.
+pub(super) fn read_manifest(raw: &[u8]) -> Option<(Digest, Range<usize>)> {
     let mut records = Records::new(raw);
     let digest = read_header(records.next()).ok()?.digest;
-    let (mut media_type, mut body) = (None, None);
+    let mut body = None;
     while let Some((kind, payload)) = records.next() {
-        match kind {
-            MEDIA_TYPE => media_type = Some(String::from_utf8(payload.to_vec()).ok()?),
-            BODY => {
-                let start = payload.as_ptr().addr() - raw.as_ptr().addr();
-                body = Some(start..start + payload.len());
-            }
-            _ => {}
+        if kind == BODY {
+            let start = payload.as_ptr().addr() - raw.as_ptr().addr();
+            body = Some(start..start + payload.len());
         }
     }
-    Some((digest, media_type?, body?))
+    Some((digest, body?))
 }
 
 fn record(kind: u8, payload: &[u8]) -> Vec<u8> {
@@ -363,6 +366,7 @@ mod tests {
             sealed: true,
             signed_at_s: 1_700_000_000,
             issuer: PeerId([7; 16]),
+            registries: vec!["r.example".to_owned()],
             certificate: [1, 2, 3].into(),
             signature: vec![9; 64],
         }
@@ -439,12 +443,17 @@ mod tests {
     #[test]
     fn manifests_are_read_back() {
         let digest = Digest::of(Algorithm::Sha256, b"{}");
-        let (before, after) = manifest(&digest, "application/json", b"{}");
+        let (before, after) = manifest(&digest, b"{}");
         let (raw, body) = ([&before, &b"{}"[..], &after].concat(), before.len()..before.len() + 2);
-        assert_eq!(read_manifest(&raw), Some((digest, "application/json".to_owned(), body)));
+        assert_eq!(read_manifest(&raw), Some((digest, body)));
         for cut in 0..raw.len() {
             assert_eq!(read_manifest(&raw[..cut]), None);
         }
+        let told = record(5, b"text/html");
+        let head = header(&Header { digest, size_bytes: 2 }).len();
+        let old = [&before[..head], &told, &before[head..], b"{}", &after].concat();
+        let start = before.len() + told.len();
+        assert_eq!(read_manifest(&old), Some((digest, start..start + 2)), "a file of an older version");
     }
 
     #[test]

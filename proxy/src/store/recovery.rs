@@ -21,7 +21,7 @@ use super::{StoreError, disk, disk_refuses};
 /// Makes the store's folders.
 pub(super) fn make_folders(layout: &Layout) -> Result<(), StoreError> {
     let blobs = ALGORITHMS.map(|algorithm| layout.blobs(algorithm));
-    for folder in blobs.iter().chain(&[layout.partials(), layout.manifests()]) {
+    for folder in blobs.iter().chain(&[layout.partials(), layout.manifests(), layout.origins()]) {
         match disk::make_folder(folder) {
             Err(error) if disk_refuses(&error) => {
                 tracing::warn!(%error, folder = %folder.display(), "the disk refuses: nothing will be kept");
@@ -91,7 +91,23 @@ pub(super) fn scan(layout: &Layout) -> State {
     let committed =
         found.iter().filter_map(|f| if let Key::Task(task) = f.key { Some(task) } else { None }).collect();
     scan_partials(layout, &committed, &mut found);
+    drop_orphaned_origins(layout, &found);
     enter(found)
+}
+
+/// Removes what is noted of the origins of content that is gone.
+fn drop_orphaned_origins(layout: &Layout, found: &[Found]) {
+    let held: HashSet<Digest> = found
+        .iter()
+        .map(|found| match found.key {
+            Key::Task(digest) | Key::Manifest(digest) => digest,
+        })
+        .collect();
+    for (name, entry) in list_whole(&layout.origins()) {
+        if parse_flat_name(&name).is_some_and(|digest| !held.contains(&digest)) {
+            leave(&entry.path());
+        }
+    }
 }
 
 fn enter(mut found: Vec<Found>) -> State {
@@ -126,6 +142,16 @@ fn list_whole(folder: &Path) -> Vec<(String, DirEntry)> {
     whole
 }
 
+/// What is known of a file of ours; a link, a folder or a pipe in its place goes.
+fn regular(entry: &DirEntry) -> Option<Metadata> {
+    let meta = entry.metadata().ok()?;
+    if !meta.is_file() {
+        tracing::warn!(path = %entry.path().display(), "no regular file stands where the store keeps one: it goes");
+        leave(&entry.path());
+    }
+    meta.is_file().then_some(meta)
+}
+
 fn used(meta: &Metadata) -> Duration {
     meta.modified().map_or(Duration::ZERO, since_1970)
 }
@@ -144,9 +170,9 @@ fn scan_shard(algorithm: Algorithm, shard: &str, folder: &Path, found: &mut Vec<
         if !whole {
             leave(&entry.path());
         } else if stem.is_none()
-            && let Ok(meta) = entry.metadata()
+            && let Some(meta) = regular(entry)
         {
-            let blob = Entry::Blob { size_bytes: meta.len(), opened: std::sync::Weak::new() };
+            let blob = Entry::Blob { size_bytes: meta.len(), opened: std::sync::Weak::new(), checks: None };
             found.push(Found {
                 key: Key::Task(task),
                 entry: Some(blob),
@@ -159,7 +185,9 @@ fn scan_shard(algorithm: Algorithm, shard: &str, folder: &Path, found: &mut Vec<
 
 fn scan_manifests(folder: &Path, found: &mut Vec<Found>) {
     for (name, entry) in list_whole(folder) {
-        if let (Some(digest), Ok(meta)) = (parse_flat_name(&name), entry.metadata()) {
+        if let Some(digest) = parse_flat_name(&name)
+            && let Some(meta) = regular(&entry)
+        {
             found.push(Found {
                 key: Key::Manifest(digest),
                 entry: None,
@@ -205,7 +233,9 @@ enum Unfit {
 impl From<io::Error> for Unfit {
     fn from(error: io::Error) -> Self {
         match error.kind() {
-            ErrorKind::NotFound => Unfit::Leftover("its file or its index is missing".to_owned()),
+            kind if disk::means_another_thing(kind) => {
+                Unfit::Leftover("its file or its index is missing".to_owned())
+            }
             ErrorKind::FileTooLarge => Unfit::Leftover("its index is too long".to_owned()),
             _ => Unfit::Io(error),
         }
@@ -213,7 +243,7 @@ impl From<io::Error> for Unfit {
 }
 
 fn read_partial(layout: &Layout, task: &Digest) -> Result<Found, Unfit> {
-    let file = File::open(layout.partial(task))?;
+    let file = disk::open_to_read(&layout.partial(task))?;
     let index = layout.index(task);
     let contents = read_index(&file, &index, task)?.map_err(Unfit::Leftover)?;
     let held_bytes = bytes_of(PieceLayout::new(contents.header.size_bytes), &contents.held);

@@ -15,12 +15,16 @@ use hawker_core::cache::{Cache, bytes_to_free};
 use hawker_core::digest::Digest;
 
 use super::blob::Lease;
-use super::layout::Layout;
+use super::checks::Checks;
+use super::disk::{Disk, FileSystem};
+use super::layout::{Layout, TEMPORARY};
 use super::{StoreError, Usage, disk};
 use crate::settings::CacheSettings;
 
-/// How long writing is not tried again after it failed.
-const RETRY_AFTER: Duration = Duration::from_secs(30);
+const RETRY_AFTER: Duration = Duration::from_secs(2);
+/// A disk that refused takes writes again when it has this much room and a file of this size can be written.
+const PROBE_ROOM_BYTES: u64 = 4 << 20;
+const PROBE_BYTES: usize = 64 << 10;
 /// How long one waits for another to be done with a task's files.
 const CLAIM_WAIT: Duration = Duration::from_secs(10);
 /// A round of eviction on a full disk frees at least this much, so that there are not many rounds.
@@ -44,6 +48,8 @@ pub(super) enum Entry {
         size_bytes: u64,
         /// The file and table that its readers share, while there are any.
         opened: Weak<Lease>,
+        /// What was found of its pieces, once it was opened.
+        checks: Option<Arc<Checks>>,
     },
     Partial {
         size_bytes: u64,
@@ -77,37 +83,49 @@ pub(super) struct State {
     failed_at: Option<Instant>,
 }
 
+/// How a store works with its disk.
+pub(super) struct Means {
+    pub(super) disk: Box<dyn Disk>,
+    /// How long writing is not tried again after it failed.
+    pub(super) retry_after: Duration,
+}
+
+impl Default for Means {
+    fn default() -> Self {
+        Self { disk: Box::new(FileSystem), retry_after: RETRY_AFTER }
+    }
+}
+
 pub(super) struct Inner {
     pub(super) layout: Layout,
-    settings: CacheSettings,
+    pub(super) disk: Box<dyn Disk>,
+    settings: Mutex<CacheSettings>,
     retry_after: Duration,
     state: Mutex<State>,
     unclaimed: Condvar,
     opened_at: (Instant, Duration),
     /// Locked as long as the store lives.
     _lock: Option<File>,
-    #[cfg(test)]
-    pub(super) fault: Mutex<Option<io::ErrorKind>>,
 }
 
 impl Inner {
-    pub(super) fn new(layout: Layout, settings: CacheSettings, state: State, lock: Option<File>) -> Self {
+    pub(super) fn new(
+        layout: Layout,
+        settings: CacheSettings,
+        state: State,
+        lock: Option<File>,
+        means: Means,
+    ) -> Self {
         Self {
             layout,
-            settings,
-            retry_after: RETRY_AFTER,
+            disk: means.disk,
+            settings: Mutex::new(settings),
+            retry_after: means.retry_after,
             state: Mutex::new(state),
             unclaimed: Condvar::new(),
             opened_at: (Instant::now(), since_1970(SystemTime::now())),
             _lock: lock,
-            #[cfg(test)]
-            fault: Mutex::default(),
         }
-    }
-
-    #[cfg(test)]
-    pub(super) const fn set_retry_after(&mut self, wait: Duration) {
-        self.retry_after = wait;
     }
 
     pub(super) fn state(&self) -> MutexGuard<'_, State> {
@@ -139,7 +157,6 @@ impl Inner {
         size_bytes: u64,
         attempt: impl Fn() -> io::Result<T>,
     ) -> Result<T, StoreError> {
-        let attempt = || self.injected_fault().and_then(|()| attempt());
         let outcome = match attempt() {
             Err(e) if disk::is_full(&e) && self.make_room(size_bytes.max(MIN_ROUND_BYTES)) => attempt(),
             outcome => outcome,
@@ -161,17 +178,21 @@ impl Inner {
         StoreError::Disk { what, source }
     }
 
-    #[cfg(not(test))]
-    #[allow(clippy::unused_self, clippy::unnecessary_wraps)]
-    pub(super) const fn injected_fault(&self) -> io::Result<()> {
-        Ok(())
-    }
-
-    /// Stands in for a disk that fails in ways no test can bring about for real.
-    #[cfg(test)]
-    pub(super) fn injected_fault(&self) -> io::Result<()> {
-        let fault = *self.fault.lock().unwrap_or_else(PoisonError::into_inner);
-        fault.map_or(Ok(()), |kind| Err(kind.into()))
+    /// Whether the disk takes writes, tried with a file that goes at once.
+    pub(super) fn takes_writes(&self) -> bool {
+        if disk::room(self.layout.root()).is_ok_and(|(_, available)| available < PROBE_ROOM_BYTES)
+            && !self.make_room(PROBE_ROOM_BYTES)
+        {
+            return false;
+        }
+        let path = self.layout.root().join(format!("probe{TEMPORARY}"));
+        let written = self.write(
+            || format!("writing {}", path.display()),
+            PROBE_BYTES as u64,
+            || self.disk.write_at(&self.disk.create(&path)?, &[0; PROBE_BYTES], 0),
+        );
+        leave(&path);
+        written.is_ok()
     }
 
     /// An error while writing failed a moment ago and is not worth a try yet.
@@ -190,6 +211,15 @@ impl Inner {
         }
     }
 
+    fn settings(&self) -> CacheSettings {
+        *self.settings.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Keeps to these marks from now on.
+    pub(super) fn set_limits(&self, settings: CacheSettings) {
+        *self.settings.lock().unwrap_or_else(PoisonError::into_inner) = settings;
+    }
+
     /// An error when `size_bytes` more of `task` could not be kept even if all that may go went.
     pub(super) fn refuse_what_never_fits(&self, task: &Digest, size_bytes: u64) -> Result<(), StoreError> {
         let Ok((total, available)) = disk::room(self.layout.root()) else { return Ok(()) };
@@ -198,7 +228,7 @@ impl Inner {
             let own_bytes = state.tasks.get(task).map_or(0, Entry::bytes);
             state.cache.evictable_bytes().saturating_sub(own_bytes)
         };
-        let CacheSettings { high_percent, max_bytes, .. } = self.settings;
+        let CacheSettings { high_percent, max_bytes, .. } = self.settings();
         if hawker_core::cache::admits(size_bytes, total, available, evictable, high_percent, max_bytes) {
             return Ok(());
         }
@@ -226,7 +256,7 @@ impl Inner {
                 (0, 0)
             }
         };
-        let CacheSettings { high_percent, low_percent, max_bytes } = self.settings;
+        let CacheSettings { high_percent, low_percent, max_bytes } = self.settings();
         let held = self.state().cache.total_bytes();
         bytes_to_free(total, available, held, high_percent, low_percent, max_bytes)
     }
@@ -258,29 +288,46 @@ impl Inner {
     /// Deletes the files behind a key. What names the rest goes first: what is left after a crash is removed at start.
     fn delete(&self, key: Key, committed: bool) -> io::Result<()> {
         match key {
-            Key::Manifest(digest) => disk::remove(&self.layout.manifest(&digest)),
+            Key::Manifest(digest) => {
+                leave(&self.layout.origins_of(&digest));
+                self.disk.remove(&self.layout.manifest(&digest))
+            }
             Key::Task(task) if committed => self.delete_blob(&task),
             Key::Task(task) => self.delete_partial(&task),
         }
     }
 
     fn delete_blob(&self, task: &Digest) -> io::Result<()> {
-        disk::remove(&self.layout.blob(task))?;
+        self.disk.remove(&self.layout.blob(task))?;
         leave(&self.layout.table(task));
+        leave(&self.layout.origins_of(task));
         Ok(())
     }
 
     /// Deletes a partial task's files. The caller holds a claim.
     pub(super) fn delete_partial(&self, task: &Digest) -> io::Result<()> {
-        disk::remove(&self.layout.partial(task))?;
+        self.disk.remove(&self.layout.partial(task))?;
         leave(&self.layout.index(task));
         Ok(())
     }
 
-    /// Deletes a committed blob that is not what it should be, leased or not: whoever reads it has it open.
-    pub(super) fn drop_rotten(self: &Arc<Self>, task: &Digest, why: &str) -> Result<(), StoreError> {
+    /// Deletes a committed blob that is not what it should be, leased or not: its readers have it open.
+    ///
+    /// With `of`, only if it is still the copy that these checks are about.
+    pub(super) fn remove_rotten(
+        self: &Arc<Self>,
+        task: &Digest,
+        of: Option<&Arc<Checks>>,
+        why: &str,
+    ) -> Result<(), StoreError> {
         let claim = self.claim(task)?;
-        if !matches!(self.state().tasks.get(task), Some(Entry::Blob { .. })) {
+        let is_it = match self.state().tasks.get(task) {
+            Some(Entry::Blob { checks, .. }) => {
+                of.is_none_or(|of| checks.as_ref().is_some_and(|checks| Arc::ptr_eq(of, checks)))
+            }
+            _ => false,
+        };
+        if !is_it {
             return Ok(());
         }
         tracing::warn!(%task, "a committed blob is rotten and goes: {why}");

@@ -6,8 +6,8 @@ use std::sync::Arc;
 use hawker_api::convert::{self, Member};
 use hawker_api::v1;
 use hawker_api::v1::report::Kind;
-use hawker_core::application::Applications;
 use hawker_core::digest::Digest;
+use hawker_core::message::Role;
 use hawker_core::piece::{PeerId, PieceTable};
 use hawker_core::rendezvous;
 use tokio::sync::Notify;
@@ -26,9 +26,6 @@ const MAX_CONTRADICTIONS: usize = 2;
 /// Values of a table that is sent as proof: with SHA-512, two such tables fill half of a message.
 const MAX_PROOF_VALUES: usize = 16_384;
 
-/// Schedulers whose word on applications is kept; beyond that only those that are here count.
-const MAX_SAID: usize = 64;
-
 /// What all schedulers are still to be told, and what they told last.
 pub(super) struct Outboxes {
     me: PeerId,
@@ -37,8 +34,6 @@ pub(super) struct Outboxes {
     /// Members as each scheduler told them last; under `None` those from the disk.
     members: BTreeMap<Option<PeerId>, Vec<Member>>,
     isolated: BTreeMap<PeerId, Vec<Isolation>>,
-    /// What each scheduler said of applications.
-    applications: BTreeMap<PeerId, Applications>,
 }
 
 struct Wanted {
@@ -100,7 +95,6 @@ impl Outboxes {
             sessions: BTreeMap::new(),
             members: BTreeMap::new(),
             isolated: BTreeMap::new(),
-            applications: BTreeMap::new(),
         }
     }
 
@@ -288,6 +282,7 @@ impl Outboxes {
             task: task.to_string(),
             kind,
             bytes,
+            reporter: Vec::new(),
         };
         (announcement, std::mem::take(&mut outbox.reports).into_iter().map(report).collect())
     }
@@ -305,6 +300,18 @@ impl Outboxes {
             let sessions = &self.sessions;
             self.members.retain(|from, _| from.is_some_and(|scheduler| sessions.contains_key(&scheduler)));
         }
+        let now = self.members();
+        (now != before).then_some(now)
+    }
+
+    /// Forgets members that were removed from the cluster, and wakes all streams: one of them may be with such a member. All
+    /// that are left, if that changes anything.
+    pub(super) fn removed(&mut self, removed: &[PeerId]) -> Option<Vec<Member>> {
+        let before = self.members();
+        for members in self.members.values_mut() {
+            members.retain(|member| !removed.contains(&member.peer));
+        }
+        self.sessions.values().for_each(|outbox| outbox.wake.notify_one());
         let now = self.members();
         (now != before).then_some(now)
     }
@@ -335,14 +342,10 @@ impl Outboxes {
         all.into_iter().map(|isolation| (isolation.peer, isolation.clone())).collect()
     }
 
-    /// Notes what a scheduler says of applications; it counts also while that is away. Of several the first one's word counts.
-    pub(super) fn heard_applications(&mut self, from: PeerId, said: Applications) -> Applications {
-        self.applications.insert(from, said);
-        if self.applications.len() > MAX_SAID {
-            self.applications.retain(|scheduler, _| self.sessions.contains_key(scheduler));
-        }
-        let none = Applications::default();
-        self.applications.values().fold(none, |all, more| all.before(more))
+    /// The schedulers that are known: those with a stream, and those on the member lists.
+    pub(super) fn schedulers(&self) -> Vec<PeerId> {
+        let listed = self.members().into_iter().filter(|member| member.role == Role::Scheduler);
+        listed.map(|member| member.peer).chain(self.sessions.keys().copied()).collect()
     }
 
     fn owner(&self, task: &Digest) -> Option<PeerId> {
@@ -404,7 +407,6 @@ mod tests {
 
     use hawker_core::application::Purpose;
     use hawker_core::digest::Algorithm;
-    use hawker_core::message::Role;
     use hawker_core::reference::Source;
     use v1::from_peer::Event;
 

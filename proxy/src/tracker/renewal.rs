@@ -10,6 +10,7 @@ use tokio::time::sleep;
 use tracing::{info, warn};
 
 use super::Shared;
+use crate::lanes::{self, Lane};
 
 /// Waits between tries grow from the first to the last: a third of the certificate's life is left to try.
 const FIRST_WAIT: Duration = Duration::from_secs(5);
@@ -73,9 +74,9 @@ async fn renew(shared: &Shared) -> Result<(), JoinError> {
 /// A certificate that cannot be saved still serves this process.
 async fn save(shared: &Shared) {
     let identity = shared.config.identity.clone();
-    let dir = shared.config.members_file.with_file_name("identity");
+    let dir = shared.identity_dir();
     let path = dir.display().to_string();
-    if let Ok(Err(error)) = tokio::task::spawn_blocking(move || identity.save(&dir)).await {
+    if let Some(Err(error)) = lanes::run(Lane::Upkeep, move || identity.save(&dir)).await {
         warn!(dir = path, %error, "the renewed certificate cannot be saved; after a restart the old one is used");
     }
 }

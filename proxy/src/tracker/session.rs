@@ -20,10 +20,11 @@ use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 use tokio_stream::wrappers::ReceiverStream;
-use tracing::{debug, info, warn};
+use tracing::{info, warn};
 
 use super::outbox::{Announcement, Answer};
 use super::{Holding, Isolation, Member, Shared, TrackerEvent};
+use crate::lanes::{self, Lane};
 
 /// Waits between tries grow from the first to the last, each doubled and then changed at random by up to a half: after a
 /// scheduler's restart not all come at once.
@@ -37,6 +38,8 @@ const SAY_TIMEOUT: Duration = Duration::from_secs(10);
 const EVENT_TIMEOUT: Duration = Duration::from_secs(30);
 /// Between two messages with holdings and reports.
 const NEWS_INTERVAL: Duration = Duration::from_secs(1);
+/// Between two documents of one scheduler.
+const CONFIGURATION_INTERVAL: Duration = Duration::from_secs(1);
 /// Messages on their way into a stream.
 const STREAM_QUEUE: usize = 32;
 /// Holdings in one message: about half a megabyte.
@@ -92,10 +95,19 @@ async fn keep_one(shared: Arc<Shared>, target: Target) -> Target {
                 let scheduler = connection.peer;
                 let opened = shared.outboxes().open(scheduler, &address);
                 if let Some(wake) = opened {
-                    info!(address, %scheduler, "connected to a scheduler");
-                    let ended = Session { shared: &shared, scheduler }.run(connection, &wake).await;
+                    let begun = Instant::now();
+                    let ended = Session { shared: &shared, scheduler, target: &target, address: &address }
+                        .run(connection, &wake)
+                        .await;
                     shared.outboxes().close(scheduler);
-                    info!(address, reason = ended.err().unwrap_or_default(), "a scheduler's stream is over");
+                    let reason = ended.err().unwrap_or_else(|| "it ended the stream".to_owned());
+                    info!(
+                        address,
+                        reason,
+                        lasted_s = begun.elapsed().as_secs(),
+                        "a scheduler's stream is over"
+                    );
+                    shared.note_problem(&target, &reason);
                 } else {
                     // Another address of a scheduler that has a stream: this one is for later.
                     drop(connection);
@@ -104,7 +116,7 @@ async fn keep_one(shared: Arc<Shared>, target: Target) -> Target {
                     }
                 }
             }
-            Err(error) => debug!(%error, "no scheduler"),
+            Err(error) => shared.note_problem(&target, &error),
         }
         if started.elapsed() >= GOOD_STREAM {
             wait = FIRST_WAIT;
@@ -113,6 +125,7 @@ async fn keep_one(shared: Arc<Shared>, target: Target) -> Target {
         sleep(jittered).await;
         wait = (wait * 2).min(LAST_WAIT);
     }
+    shared.problems().remove(&target);
     target
 }
 
@@ -139,6 +152,8 @@ async fn tell(shared: &Shared, event: TrackerEvent) {
 struct Session<'a> {
     shared: &'a Shared,
     scheduler: PeerId,
+    target: &'a [String],
+    address: &'a str,
 }
 
 impl Session<'_> {
@@ -151,14 +166,29 @@ impl Session<'_> {
         let opened =
             opened.map_err(|_| "no answer in time")?.map_err(|status| status.message().to_owned())?;
         let mut incoming = opened.into_inner();
+        info!(address = self.address, scheduler = %self.scheduler, "connected to a scheduler");
+        self.shared.problems().remove(self.target);
         // Holdings come before questions: who is elected depends on what it holds.
         self.say_news(&say).await?;
         let mut news_at = tokio::time::Instant::now() + NEWS_INTERVAL;
+        let mut configured_at: Option<tokio::time::Instant> = None;
         loop {
+            if self.shared.config.identity.removed().contains(self.scheduler) {
+                return Err("this scheduler was removed from the cluster".to_owned());
+            }
             self.say_questions(&say).await?;
             let has_news = self.shared.outboxes().has_news(self.scheduler);
             tokio::select! {
                 message = incoming.message() => match message {
+                    Ok(Some(v1::ToPeer { event: Some(Said::Configuration(pushed)) })) => {
+                        // Each document costs a write to the disk: one that floods waits, with all that comes after it.
+                        if let Some(at) = configured_at {
+                            tokio::time::sleep_until(at + CONFIGURATION_INTERVAL).await;
+                        }
+                        configured_at = Some(tokio::time::Instant::now());
+                        let configured = self.on_configuration(pushed).await;
+                        self.say(&say, Say::Configured(configured)).await?;
+                    }
                     Ok(Some(message)) => self.heard(message).await?,
                     Ok(None) => return Ok(()),
                     Err(status) => return Err(status.message().to_owned()),
@@ -174,14 +204,15 @@ impl Session<'_> {
 
     fn register(&self) -> v1::Register {
         let config = &self.shared.config;
+        let capacity = (config.capacity)();
         v1::Register {
             version: Some(hawker_api::VERSION),
             name: config.name.clone(),
             addresses: config.addresses.clone(),
             zone: config.place.zone.to_string(),
             rack: config.place.rack.to_string(),
-            upload_slots: config.upload_slots,
-            upload_rate_bytes: config.upload_rate_bytes,
+            upload_slots: capacity.upload_slots,
+            upload_rate_bytes: capacity.upload_rate_bytes,
             reads_origins: true,
         }
     }
@@ -230,6 +261,15 @@ impl Session<'_> {
             None => Ok(()),
             Some(Said::Welcome(welcome)) => {
                 convert::check_version(welcome.version).map_err(|error| error.to_string())?;
+                if !welcome.refused_addresses.is_empty() {
+                    let addresses = convert::from_addresses(welcome.refused_addresses);
+                    warn!(
+                        addresses = ?addresses.map_err(|error| error.to_string())?,
+                        "the scheduler does not pass these addresses of this node on, since the node does not connect from \
+                         there: other nodes cannot fetch from it. Correct --advertise, or start the scheduler with \
+                         --allow-advertise"
+                    );
+                }
                 self.heard_isolated(Vec::new()).await;
                 // A scheduler of an earlier version says nothing.
                 if let Some(zone) = welcome.zone {
@@ -255,10 +295,11 @@ impl Session<'_> {
                 }
                 Ok(())
             }
-            Some(Said::Applications(said)) => {
-                let said = convert::from_applications(said).map_err(|error| error.to_string())?;
-                let all = self.shared.outboxes().heard_applications(self.scheduler, said);
-                tell(self.shared, TrackerEvent::Applications(all)).await;
+            // The caller answers it.
+            Some(Said::Configuration(_)) => Ok(()),
+            Some(Said::Removed(removed)) => {
+                let ids = convert::from_removed(&removed).map_err(|error| error.to_string())?;
+                self.heard_removed(ids).await;
                 Ok(())
             }
             Some(Said::Isolated(isolated)) => {
@@ -269,6 +310,27 @@ impl Session<'_> {
         }
     }
 
+    /// Applies pushed configuration, or refuses it and keeps what applies now.
+    async fn on_configuration(&self, pushed: v1::Configuration) -> v1::Configured {
+        let v1::Configuration { format, revision, document } = pushed;
+        let applied = match self.shared.config.push.clone() {
+            _ if format != convert::DOCUMENT_FORMAT => {
+                Err(format!("its form {format} is unknown here: upgrade this node"))
+            }
+            None => Err("this node takes no pushed configuration".to_owned()),
+            Some(push) => {
+                let (from, known) = (self.scheduler, self.shared.outboxes().schedulers());
+                let applied = lanes::run(Lane::Upkeep, move || push.push(from, &known, &document)).await;
+                applied.unwrap_or_else(|| Err("this node is stopping".to_owned()))
+            }
+        };
+        let error = applied.err().unwrap_or_default();
+        if !error.is_empty() {
+            warn!(scheduler = %self.scheduler, error, "pushed configuration is refused; everything stays as it was");
+        }
+        v1::Configured { revision, error }
+    }
+
     async fn heard_isolated(&self, isolated: Vec<Isolation>) {
         let news = self.shared.outboxes().heard_isolated(self.scheduler, isolated);
         if let Some(all) = news {
@@ -276,8 +338,29 @@ impl Session<'_> {
         }
     }
 
+    /// From here on no handshake and no signature of these counts.
+    async fn heard_removed(&self, ids: Vec<PeerId>) {
+        let new = self.shared.config.identity.removed().add(ids);
+        if new.is_empty() {
+            return;
+        }
+        info!(removed = ?new, "members were removed from the cluster");
+        let (identity, dir) = (self.shared.config.identity.clone(), self.shared.identity_dir());
+        let saved = tokio::task::spawn_blocking(move || identity.save_removed(&dir)).await;
+        if let Ok(Err(error)) = saved {
+            warn!(%error, "the list of removed members cannot be saved; it comes again from a scheduler");
+        }
+        let members = self.shared.outboxes().removed(&new);
+        if let Some(all) = members {
+            save(self.shared, all.clone()).await;
+            tell(self.shared, TrackerEvent::Members(all)).await;
+        }
+        tell(self.shared, TrackerEvent::Removed(new)).await;
+    }
+
     async fn heard_members(&self, members: v1::MemberList) -> Result<(), String> {
-        let members = convert::from_members(members.members).map_err(|error| error.to_string())?;
+        let mut members = convert::from_members(members.members).map_err(|error| error.to_string())?;
+        members.retain(|member| !self.shared.config.identity.removed().contains(member.peer));
         let news = self.shared.outboxes().heard_members(Some(self.scheduler), members);
         let Some(all) = news else { return Ok(()) };
         save(self.shared, all.clone()).await;
@@ -289,8 +372,8 @@ impl Session<'_> {
 /// A list that cannot be saved is still good for today.
 async fn save(shared: &Shared, members: Vec<Member>) {
     let file = shared.config.members_file.clone();
-    let saved = tokio::task::spawn_blocking(move || member_file::save(&file, &members)).await;
-    if let Ok(Err(error)) = saved {
+    let saved = lanes::run(Lane::Upkeep, move || member_file::save(&file, &members)).await;
+    if let Some(Err(error)) = saved {
         warn!(file = %shared.config.members_file.display(), %error, "the member list cannot be saved");
     }
 }

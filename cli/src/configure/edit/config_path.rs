@@ -2,13 +2,24 @@
 
 use super::toml::{self, Toml};
 use super::{NOTE, Unfit};
+use crate::configure::containerd::CRI;
+
+const CRI_OF_2: &str = CRI[2];
 
 /// What a new file begins with: containerd takes one without a version for the oldest.
-pub(super) const VERSION: &str = "version = 2";
+const VERSION_2: &str = "version = 2";
+/// The same for a plugin of containerd 2.x.
+const VERSION_3: &str = "version = 3";
+
+/// Whether a line is the version that a new file begins with.
+pub(super) fn is_version(line: &str) -> bool {
+    matches!(line, VERSION_2 | VERSION_3)
+}
 
 /// Sets the directory.
 pub(super) fn apply(text: Option<&str>, plugin: &str, dir: &str) -> Result<String, Unfit> {
-    let new = format!("{NOTE}\n{VERSION}\n");
+    let version = if plugin == CRI_OF_2 { VERSION_3 } else { VERSION_2 };
+    let new = format!("{NOTE}\n{version}\n");
     toml::set(text.unwrap_or(&new), &table(plugin), "config_path", &toml::literal(dir))
 }
 
@@ -34,7 +45,7 @@ fn table(plugin: &str) -> [&str; 3] {
 #[cfg(test)]
 mod tests {
     use super::super::Edit;
-    use super::*;
+    use super::{CRI_OF_2, NOTE, apply};
 
     const CRI: &str = "io.containerd.grpc.v1.cri";
     const DIR: &str = "/etc/containerd/certs.d";
@@ -51,6 +62,10 @@ mod tests {
             format!("{NOTE}\nversion = 2\n\n[plugins.\"{CRI}\".registry]\n  config_path = \"{DIR}\"\n")
         );
         assert_eq!(edit().undo(&text, None), Ok(None));
+        let of_2 = apply(None, CRI_OF_2, DIR).unwrap();
+        assert!(of_2.starts_with(&format!("{NOTE}\nversion = 3\n")), "{of_2}");
+        let edit_of_2 = Edit::ConfigPath { plugin: CRI_OF_2.into(), dir: DIR.into() };
+        assert_eq!(edit_of_2.undo(&of_2, None), Ok(None));
         let more = format!("{text}  [plugins.\"{CRI}\".registry.configs]\n");
         let left = edit().undo(&more, None).unwrap().unwrap();
         assert!(left.contains("configs") && !left.contains("config_path"), "{left}");

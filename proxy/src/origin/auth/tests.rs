@@ -93,7 +93,8 @@ async fn an_anonymous_token_is_got_once_for_all_and_kept_for_its_repository() {
 async fn a_token_is_kept_no_longer_than_it_lives() {
     for (answer, lives) in [
         (r#"{"access_token":"good","expires_in":1}"#, false),
-        (r#"{"access_token":"good","expires_in":0}"#, false),
+        // Nobody could use a token that lives for no time.
+        (r#"{"access_token":"good","expires_in":0}"#, true),
         (r#"{"access_token":"good"}"#, true),
     ] {
         let realm = realm(answer).await;
@@ -267,6 +268,205 @@ async fn basic_is_answered_with_this_nodes_credentials_or_passed_on() {
     assert_eq!(refused.headers()[WWW_AUTHENTICATE], "Basic realm=\"for people\"");
 }
 
+/// A registry that opens only to this Authorization, answers others by `status`, and asks for Basic at `/v2/` alone.
+async fn hiding(status: u16, good: String) -> TestRegistry {
+    TestRegistry::start(move |seen| match (seen.header("authorization"), seen.target.as_str()) {
+        (Some(shown), _) if shown == good => say(seen, 200, &[], b""),
+        (_, "/v2/") => say(seen, 401, &[("WWW-Authenticate", "Basic realm=\"r\"")], b""),
+        _ => say(seen, status, &[("Content-Type", "text/html")], b"<html>no</html>"),
+    })
+    .await
+}
+
+#[tokio::test]
+async fn content_that_is_hidden_without_a_challenge_is_opened_with_the_one_of_the_ping() {
+    for status in [404, 403, 401] {
+        let registry = hiding(status, basic()).await;
+        let (live, _folder) = with_credentials(&registry, AuthorizationMode::Node, &user());
+        let node = origin(&live);
+        for _ in 0..3 {
+            assert_eq!(head(&node, &registry, "a").await.status(), 200, "{status}");
+        }
+        assert_eq!(registry.seen().len(), 5, "{status}: asked, pinged, and from then on let in");
+        let other = head(&node, &registry, "b").await;
+        assert_eq!((other.status().as_u16(), registry.seen().len()), (200, 7), "{status}: pinged once");
+        let (live, _folder) = with_credentials(&registry, AuthorizationMode::Relay, &user());
+        let refused = head(&origin(&live), &registry, "a").await;
+        assert_eq!(refused.status(), status, "credentials are for node mode");
+        let challenged = refused.headers().get(WWW_AUTHENTICATE).map(HeaderValue::as_bytes);
+        assert_eq!(challenged, (status == 401).then_some(b"Basic realm=\"r\"".as_slice()), "{status}");
+    }
+}
+
+#[tokio::test]
+async fn ordinary_404s_and_403s_are_asked_for_once() {
+    for status in [404, 403] {
+        let registry = TestRegistry::start(move |seen| match seen.target.as_str() {
+            "/v2/" => say(seen, 200, &[], b"{}"),
+            _ => say(seen, status, &[], b"{}"),
+        })
+        .await;
+        let (live, _folder) = with_credentials(&registry, AuthorizationMode::Node, &user());
+        let node = origin(&live);
+        for asked in [2, 3, 4] {
+            assert_eq!(head(&node, &registry, "a").await.status(), status);
+            assert_eq!(registry.seen().len(), asked, "{status}: `/v2/` is open, which is remembered");
+        }
+        let relay = origin(&knowing(&[&registry]));
+        assert_eq!(head(&relay, &registry, "a").await.status(), status);
+        assert_eq!(registry.seen().len(), 5, "{status}");
+    }
+    // With credentials that open the repository, what it does not have is not asked for twice.
+    let registry =
+        TestRegistry::start(move |seen| match (seen.header("authorization"), seen.target.as_str()) {
+            (None, _) => say(seen, 401, &[("WWW-Authenticate", "Basic realm=\"r\"")], b""),
+            (_, target) if target.contains("gone") => say(seen, 404, &[], b""),
+            _ => say(seen, 200, &[], b""),
+        })
+        .await;
+    let (live, _folder) = with_credentials(&registry, AuthorizationMode::Node, &user());
+    let node = origin(&live);
+    let gone = Target { source: registry.source("a"), content: Content::Manifest("gone".into()) };
+    assert_eq!(head(&node, &registry, "a").await.status(), 200);
+    for asked in [3, 4, 5] {
+        assert_eq!(node.head(&gone, &HeaderMap::new()).await.unwrap().status(), 404);
+        assert_eq!(registry.seen().len(), asked);
+    }
+}
+
+#[tokio::test]
+async fn credentials_that_ran_out_are_read_again_however_the_registry_says_so() {
+    for status in [401, 403, 404] {
+        let good = Arc::new(Mutex::new(basic()));
+        let now = Arc::clone(&good);
+        let registry = TestRegistry::start(move |seen| match seen.header("authorization") {
+            Some(shown) if shown == *now.lock().unwrap() => say(seen, 200, &[], b""),
+            Some(_) => say(seen, status, &[("Content-Type", "text/html")], b"<html>expired</html>"),
+            None => say(seen, 401, &[("WWW-Authenticate", "Basic realm=\"r\"")], b""),
+        })
+        .await;
+        let (live, folder) = with_credentials(&registry, AuthorizationMode::Node, &user());
+        let node = origin(&live);
+        assert_eq!(head(&node, &registry, "a").await.status(), 200);
+        let fresh = Credential::Password { user: "user".into(), password: Secret::new("hunter3") };
+        *good.lock().unwrap() = fresh.to_basic().unwrap().to_str().unwrap().to_owned();
+        assert_eq!(head(&node, &registry, "a").await.status(), status, "the node's are the old ones");
+        let asked = registry.seen().len();
+        for _ in 0..5 {
+            assert!(!head(&node, &registry, "a").await.status().is_success());
+        }
+        assert!(registry.seen().len() <= asked + 6, "{status}: no doubled requests");
+        let entry = serde_json::json!({ "username": "user", "password": "hunter3" });
+        let config = serde_json::json!({ "auths": { registry.name(): entry } });
+        std::fs::write(folder.path().join("new"), config.to_string()).unwrap();
+        std::fs::rename(folder.path().join("new"), folder.path().join("config.json")).unwrap();
+        let begun = Instant::now();
+        while head(&node, &registry, "a").await.status() != 200 {
+            assert!(begun.elapsed() < REFUSED + Duration::from_secs(2), "{status}");
+            tokio::time::sleep(Duration::from_millis(500)).await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_token_that_ran_out_is_replaced_where_the_registry_says_403() {
+    let count = AtomicU32::new(0);
+    let realm = TestRegistry::start(move |seen| {
+        let answer = format!("{{\"token\":\"good{}\",\"expires_in\":300}}", count.fetch_add(1, Relaxed));
+        say(seen, 200, &[], answer.as_bytes())
+    })
+    .await;
+    let (challenge, over) = (challenge(&realm), Arc::new(AtomicU32::new(0)));
+    let is_over = Arc::clone(&over);
+    let registry = TestRegistry::start(move |seen| match seen.header("authorization") {
+        Some("Bearer good0") if is_over.load(Relaxed) == 1 => say(seen, 403, &[], b"expired"),
+        Some(_) if is_over.load(Relaxed) == 2 => say(seen, 403, &[], b"forbidden"),
+        Some(_) => say(seen, 200, &[], b""),
+        None => say(seen, 401, &[("WWW-Authenticate", &challenge)], b""),
+    })
+    .await;
+    let node = origin(&knowing(&[&registry]));
+    assert_eq!(head(&node, &registry, "a").await.status(), 200);
+    over.store(1, Relaxed);
+    assert_eq!(head(&node, &registry, "a").await.status(), 200);
+    assert_eq!(realm.seen().len(), 2);
+    over.store(2, Relaxed);
+    for _ in 0..5 {
+        assert_eq!(head(&node, &registry, "a").await.status(), 403);
+    }
+    assert_eq!(realm.seen().len(), 2, "a 403 that stays one does not cost a token each time");
+}
+
+#[tokio::test]
+async fn a_new_token_that_is_not_valid_yet_is_shown_again() {
+    let count = AtomicU32::new(0);
+    let realm = TestRegistry::start(move |seen| {
+        let answer = format!("{{\"token\":\"good{}\",\"expires_in\":300}}", count.fetch_add(1, Relaxed));
+        say(seen, 200, &[], answer.as_bytes())
+    })
+    .await;
+    let (challenge, begun) = (challenge(&realm), Instant::now());
+    let registry = TestRegistry::start(move |seen| match seen.header("authorization") {
+        Some("Bearer good0") if begun.elapsed() > Duration::from_millis(1500) => say(seen, 200, &[], b""),
+        _ => say(seen, 401, &[("WWW-Authenticate", &challenge)], b""),
+    })
+    .await;
+    let node = origin(&knowing(&[&registry]));
+    for _ in 0..5 {
+        assert_eq!(head(&node, &registry, "a").await.status(), 401);
+    }
+    assert_eq!((registry.seen().len(), realm.seen().len()), (6, 1));
+    tokio::time::sleep(Duration::from_millis(1600)).await;
+    assert_eq!(head(&node, &registry, "a").await.status(), 200);
+    assert_eq!(realm.seen().len(), 1);
+}
+
+#[tokio::test]
+async fn realms_may_be_named_by_path_and_redirect_on_their_own_host() {
+    let registry = TestRegistry::start(|seen| match (seen.method.as_str(), seen.header("authorization")) {
+        (_, Some("Bearer good")) => say(seen, 200, &[], b""),
+        ("POST", _) if seen.target.starts_with("/token") => say(seen, 307, &[("Location", "/moved")], b""),
+        ("POST", _) if seen.values("refresh_token") == [SECRET] => {
+            say(seen, 201, &[], br#"{"access_token":"good"}"#)
+        }
+        (_, Some(shown)) if seen.target.starts_with("/moved") && shown == basic() => {
+            say(seen, 200, &[], br#"{"token":"","access_token":"good","issued_at":"2999-01-01T00:00:00Z"}"#)
+        }
+        _ if seen.target.starts_with("/token") => say(seen, 302, &[("Location", "/moved?a=b")], b""),
+        _ => say(
+            seen,
+            401,
+            &[("WWW-Authenticate", "Negotiate, Bearer realm=\"/token?x=y\",service=\"s\"")],
+            b"",
+        ),
+    })
+    .await;
+    let identity = serde_json::json!({ "identitytoken": SECRET });
+    for entry in [user(), identity] {
+        let (live, _folder) = with_credentials(&registry, AuthorizationMode::Node, &entry);
+        assert_eq!(head(&origin(&live), &registry, "a").await.status(), 200, "{entry}");
+    }
+    let relay = origin(&knowing(&[&registry]));
+    let sent = HeaderMap::from_iter([(AUTHORIZATION, HeaderValue::from_static("Bearer bad"))]);
+    let refused = relay.head(&manifest(&registry, "a"), &sent).await.unwrap();
+    let realm = format!("Bearer realm=\"http://{}/token?x=y\",service=\"s\"", registry.address);
+    assert_eq!(refused.headers()[WWW_AUTHENTICATE], realm, "clients want a whole address");
+}
+
+#[tokio::test]
+async fn at_a_project_endpoint_tokens_are_for_the_repository_in_the_project() {
+    let realm = realm(r#"{"token":"good"}"#).await;
+    let registry = registry(challenge(&realm)).await;
+    let live = knowing(&[&registry]);
+    let mut settings = (**live.load()).clone();
+    let known = settings.registries.known.get_mut(&registry.name()).unwrap();
+    known.endpoints = vec![format!("http://{}/v2/project", registry.address).parse().unwrap()];
+    live.store(Arc::new(settings));
+    assert_eq!(head(&origin(&live), &registry, "a/b").await.status(), 200);
+    assert_eq!(registry.seen()[0].target, "/v2/project/a/b/manifests/v1");
+    assert_eq!(realm.seen()[0].values("scope"), ["repository:project/a/b:pull"]);
+}
+
 #[tokio::test]
 async fn credentials_go_to_the_registry_itself_and_to_no_mirror_of_it() {
     let realm = TestRegistry::start(|seen| knows_user(seen, true)).await;
@@ -347,4 +547,24 @@ async fn a_clients_password_is_tried_where_the_registry_wants_it_itself() {
     let open = TestRegistry::start(|seen| say(seen, 200, &[], b"{}")).await;
     assert!(matches!(exchange(&open, SECRET).await, Exchanged::Open));
     assert_eq!(open.seen()[0].header("authorization"), None);
+}
+
+#[tokio::test]
+async fn two_names_of_one_endpoint_share_no_rights() {
+    let registry = TestRegistry::start(|seen| match seen.header("authorization") {
+        Some(shown) if shown == basic() => say(seen, 200, &[], b"content"),
+        _ => say(seen, 401, &[("WWW-Authenticate", "Basic realm=\"r\"")], b"{}"),
+    })
+    .await;
+    let (live, _folder) = with_credentials(&registry, AuthorizationMode::Node, &user());
+    let mut settings = (**live.load()).clone();
+    let mut other = settings.registries.known[&registry.name()].clone();
+    other.authorization = Some(AuthorizationMode::Relay);
+    settings.registries.known.insert("other.example".into(), other);
+    live.store(Arc::new(settings));
+    let origin = origin(&live);
+    assert_eq!(head(&origin, &registry, "a").await.status(), 200);
+    let source = Source { registry: "other.example".into(), repository: "a".into() };
+    let target = Target { source, content: Content::Manifest("v1".into()) };
+    assert_eq!(origin.head(&target, &HeaderMap::new()).await.unwrap().status(), 401);
 }

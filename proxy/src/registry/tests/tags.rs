@@ -181,7 +181,7 @@ async fn a_stale_tag_of_a_private_repository_ends_with_its_readers_right() {
     let grant = Grant { source: registry.source("private"), authorization: Authorization::of(&header) };
     let long_ago = Instant::now().checked_sub(Duration::from_secs(600)).unwrap();
     let (caller, life) = (access::Caller::of(&grant), Duration::from_secs(60));
-    node.mirror.inner.access.refused(caller, &grant.source);
+    node.mirror.inner.access.refused(caller, &grant.source, Instant::now());
     node.mirror.inner.access.readable(caller, &grant.source, life, None, long_ago);
     assert_eq!(node.ask("GET", target, &good).await.status, 503, "its right has ended");
 }
@@ -210,5 +210,5 @@ async fn a_registry_that_knows_no_head_is_asked_by_get() {
     .await;
     let node = Node::before(&registry).await;
     assert_eq!(node.get(TAG).await.body, b"{}");
-    assert_eq!(node.ask("HEAD", TAG, &[]).await.status, 405, "a client that gets this asks by GET");
+    assert_eq!(node.ask("HEAD", TAG, &[]).await.status, 200);
 }

@@ -132,14 +132,23 @@ async fn a_token_got_without_a_password_stands_for_anybody() {
 }
 
 #[tokio::test]
-async fn a_wrong_password_is_refused_and_a_login_says_nothing() {
+async fn a_wrong_password_is_refused_also_at_a_login() {
     let (registry, node) = world(AuthorizationMode::Token).await;
     let got = buy(&node, "scope=repository:private:pull", Some(&basic("wrong"))).await;
     assert_eq!((got.status, got.header("www-authenticate")), (401, ""));
-    let before = registry.seen().len();
-    let login = token(&buy(&node, "account=user", Some(&basic("wrong"))).await);
-    assert_eq!(registry.seen().len(), before);
+    assert_eq!(buy(&node, "account=user", Some(&basic("wrong"))).await.status, 401);
+    let login = token(&buy(&node, "account=user", Some(&basic(SECRET))).await);
+    assert_eq!(login, format!("Bearer {ANYBODY}"), "it opens nothing by itself");
     assert_eq!(get(&node, "/v2/", &login).await.status, 200);
+    // With a second registry in token mode nobody knows which one the password is for.
+    let mut settings = (**node.live.load()).clone();
+    settings.registries.known.insert("other.example".into(), crate::settings::RegistrySettings::default());
+    node.live.store(Arc::new(settings));
+    let before = registry.seen().len();
+    assert_eq!(buy(&node, "account=user", Some(&basic("wrong"))).await.status, 200);
+    assert_eq!(registry.seen().len(), before, "no registry is shown another one's password");
+    let named = format!("account=user&service={}", registry.name());
+    assert_eq!(buy(&node, &named, Some(&basic("wrong"))).await.status, 401);
     assert_eq!(get(&node, "/v2/private/tags/list", &login).await.status, 401);
 }
 
@@ -177,11 +186,13 @@ async fn in_the_other_modes_nothing_changes_but_that_tokens_are_understood() {
 }
 
 #[tokio::test]
-async fn a_password_for_a_registry_in_another_mode_is_not_taken() {
-    for mode in [AuthorizationMode::Relay, AuthorizationMode::Node] {
+async fn a_registry_that_the_path_names_takes_passwords_in_relay_mode_and_others_give_an_anonymous_token() {
+    for (mode, opens) in [(AuthorizationMode::Relay, true), (AuthorizationMode::Node, false)] {
         let (registry, node) = world(mode).await;
+        let ping = node.ask("GET", "/v2/", &[]).await;
+        let challenge = format!("Bearer realm=\"http://mirror{PATH}\",service=\"hawker mirror\"");
+        assert_eq!((ping.status, ping.header("www-authenticate")), (200, &*challenge));
         let query = format!("service={}&scope=repository:private:pull", registry.name());
-        assert_eq!(buy(&node, &query, Some(&basic(SECRET))).await.status, 404);
         let mut settings = (**node.live.load()).clone();
         let other = crate::settings::RegistrySettings {
             authorization: Some(AuthorizationMode::Token),
@@ -189,9 +200,17 @@ async fn a_password_for_a_registry_in_another_mode_is_not_taken() {
         };
         settings.registries.known.insert("other.example".into(), other);
         node.live.store(Arc::new(settings));
-        let got = buy(&node, &query, Some(&basic(SECRET))).await;
-        assert_eq!(got.status, 403, "{got:?}");
+        // As dockerd asks that is logged in elsewhere, while another registry is in token mode.
+        let got = token(&buy(&node, &query, Some(&basic(SECRET))).await);
+        assert_eq!(got, format!("Bearer {ANYBODY}"));
         assert!(registry.seen().is_empty(), "its realm was asked: {:?}", registry.seen());
+        assert_eq!(get(&node, "/v2/a/b/tags/list", &got).await.body, b"public");
+        let query = format!("scope=repository:{}/private:pull", registry.name());
+        let got = token(&buy(&node, &query, Some(&basic(SECRET))).await);
+        let private = get(&node, &format!("/v2/{}/private/tags/list", registry.name()), &got).await;
+        assert_eq!(private.status == 200, opens, "{mode:?}");
+        let wrong = buy(&node, &query, Some(&basic("wrong"))).await.status;
+        assert_eq!(wrong, if opens { 401 } else { 200 }, "{mode:?}");
     }
 }
 
@@ -255,7 +274,7 @@ fn a_scope_is_about_a_registry_and_a_repository() {
         ("registry:catalog:*", None, default, None),
     ] {
         let source = source_of(scope, service, default);
-        let told = source.map(|source| format!("{} {}", source.registry, source.repository));
+        let told = source.map(|(source, _)| format!("{} {}", source.registry, source.repository));
         assert_eq!(told.as_deref(), expected, "{scope} {service:?}");
     }
 }

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::ops::Range;
 
-use hawker_core::piece::{PieceLayout, PieceSet};
+use crate::piece::{PieceLayout, PieceSet};
 
 /// Reading through a gap this long takes less time than another request.
 const GAP_BYTES: u64 = 256 << 10;
@@ -33,6 +33,27 @@ impl Ahead {
     /// The pieces that it takes; `None` when nothing comes any more.
     pub(super) const fn pieces(&self) -> Option<&PieceSet> {
         self.pieces.as_ref()
+    }
+
+    /// The ranges themselves.
+    pub(super) fn ranges(&self) -> impl Iterator<Item = Range<u64>> + '_ {
+        self.ranges.iter().cloned()
+    }
+
+    /// What to read for `current` and the ranges after it: in the blob's order, with short gaps between them read through.
+    pub(super) fn to_read(&self, current: Range<u64>) -> Vec<Range<u64>> {
+        let mut ranges: Vec<Range<u64>> = std::iter::once(current).chain(self.ranges()).collect();
+        ranges.sort_unstable_by_key(|range| range.start);
+        let mut bridged: Vec<Range<u64>> = Vec::new();
+        for range in ranges {
+            match bridged.last_mut() {
+                Some(last) if range.start <= last.end.saturating_add(GAP_BYTES) => {
+                    last.end = last.end.max(range.end);
+                }
+                _ => bridged.push(range),
+            }
+        }
+        bridged
     }
 
     fn survey(&mut self) {
@@ -71,6 +92,14 @@ mod tests {
             let ahead = Ahead::new(ranges.clone(), PieceLayout::new(1 << 30));
             assert_eq!(ahead.stretch(10), expected, "{ranges:?}");
         }
+    }
+
+    #[test]
+    fn ranges_are_read_in_the_blobs_order_with_short_gaps() {
+        let far = 10 + 2 * GAP_BYTES;
+        let ahead =
+            Ahead::new(vec![far..far + 10, 3..8, 8 + GAP_BYTES..9 + GAP_BYTES], PieceLayout::new(1 << 30));
+        assert_eq!(ahead.to_read(5..6), [3..9 + GAP_BYTES, far..far + 10]);
     }
 
     #[test]

@@ -5,23 +5,13 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use hawker_core::application::{self, Label, Pattern, Priority, Rule as Application};
-use hawker_core::intercept::{Action, Rule, path_pattern};
-use hawker_core::place::{Network, Place};
-use hawker_proxy::settings::{AuthorizationMode, CredentialSource};
+use hawker_core::application::{self, Label, Pattern, Priority};
+use hawker_core::intercept::{Action, path_pattern};
+use hawker_core::place::Network;
 use url::Url;
 
-/// Why a value can't be used, and what to write in its place.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Wrong {
-    pub(crate) what: String,
-    pub(crate) cure: String,
-}
-
-/// A value that can't be used, and what to write in its place.
-pub(crate) fn wrong<T>(what: impl Into<String>, cure: impl Into<String>) -> Result<T, Wrong> {
-    Err(Wrong { what: what.into(), cure: cure.into() })
-}
+use crate::problem::{Wrong, wrong};
+use crate::schema::{AuthorizationMode, CredentialSource, LogFormat};
 
 const SIZE_UNITS: [(&str, u64); 9] = [
     ("B", 1),
@@ -39,7 +29,7 @@ const DURATION_UNITS: [(&str, u64); 5] =
     [("ms", 1), ("s", 1_000), ("m", 60_000), ("h", 3_600_000), ("d", 86_400_000)];
 
 /// Bytes: `100MB` is a hundred million, `12MiB` twelve times 1024².
-pub(crate) fn size(text: &str) -> Result<u64, Wrong> {
+pub fn size(text: &str) -> Result<u64, Wrong> {
     let cure = "write a number and a unit: 512MB, 12MiB, 1.5GB";
     let (number, unit) = split_number(text);
     let unit = unit.trim().to_ascii_uppercase();
@@ -53,7 +43,7 @@ pub(crate) fn size(text: &str) -> Result<u64, Wrong> {
 }
 
 /// Bytes a second: a size, `/s` at its end or not.
-pub(crate) fn rate(text: &str) -> Result<u64, Wrong> {
+pub fn rate(text: &str) -> Result<u64, Wrong> {
     let bytes = size(text.strip_suffix("/s").unwrap_or(text))?;
     if bytes < 64 << 10 {
         return wrong(
@@ -65,7 +55,7 @@ pub(crate) fn rate(text: &str) -> Result<u64, Wrong> {
 }
 
 /// `60s`, `5m`, `1h30m`, `250ms`.
-pub(crate) fn duration(text: &str) -> Result<Duration, Wrong> {
+pub fn duration(text: &str) -> Result<Duration, Wrong> {
     duration_ms(text).map(Duration::from_millis).ok_or_else(|| Wrong {
         what: format!("`{text}` is no duration"),
         cure: "write a number and a unit: 30s, 5m, 1h30m, 250ms".to_owned(),
@@ -107,7 +97,7 @@ fn scaled(number: &str, factor: u64) -> Option<u64> {
 }
 
 /// 1 to 99, `%` at its end or not.
-pub(crate) fn percent(text: &str) -> Result<u8, Wrong> {
+pub fn percent(text: &str) -> Result<u8, Wrong> {
     match text.trim().trim_end_matches('%').trim_end().parse() {
         Ok(percent @ 1..=99) => Ok(percent),
         _ => wrong(format!("`{text}` is no percentage"), "give 1 to 99, e.g. 90"),
@@ -115,7 +105,7 @@ pub(crate) fn percent(text: &str) -> Result<u8, Wrong> {
 }
 
 /// `relay`, `token` or `node`.
-pub(crate) fn authorization(text: &str) -> Result<AuthorizationMode, Wrong> {
+pub fn authorization(text: &str) -> Result<AuthorizationMode, Wrong> {
     match text.trim() {
         "relay" => Ok(AuthorizationMode::Relay),
         "token" => Ok(AuthorizationMode::Token),
@@ -125,7 +115,7 @@ pub(crate) fn authorization(text: &str) -> Result<AuthorizationMode, Wrong> {
 }
 
 /// `docker:/root/.docker/config.json`. The place must be there: a mistyped one would show only with the first private pull.
-pub(crate) fn credentials(text: &str) -> Result<CredentialSource, Wrong> {
+pub fn credentials(text: &str) -> Result<CredentialSource, Wrong> {
     let cure = "write docker:FILE, containerd:FILE, kubernetes:FILE-OR-FOLDER or env:VARIABLE";
     let Some((kind, place)) = text.split_once(':').filter(|(_, place)| !place.is_empty()) else {
         return wrong(format!("`{text}` does not say what kind of credentials it is"), cure);
@@ -150,16 +140,16 @@ pub(crate) fn credentials(text: &str) -> Result<CredentialSource, Wrong> {
 }
 
 /// `true` or `false`.
-pub(crate) fn yes_or_no(text: &str) -> Result<bool, Wrong> {
+pub fn yes_or_no(text: &str) -> Result<bool, Wrong> {
     match text.trim() {
         "true" => Ok(true),
         "false" => Ok(false),
-        _ => wrong(format!("`{text}` is neither true nor false"), "write one of them"),
+        _ => wrong(format!("`{text}` is neither true nor false"), "write true or false"),
     }
 }
 
 /// `address:port` to listen on.
-pub(crate) fn listen(text: &str) -> Result<SocketAddr, Wrong> {
+pub fn listen(text: &str) -> Result<SocketAddr, Wrong> {
     text.parse().or_else(|_| {
         wrong(
             format!("`{text}` is no address to listen on"),
@@ -169,7 +159,7 @@ pub(crate) fn listen(text: &str) -> Result<SocketAddr, Wrong> {
 }
 
 /// `host:port` as others dial it; the host may be a DNS name.
-pub(crate) fn host_port(text: &str) -> Result<String, Wrong> {
+pub fn host_port(text: &str) -> Result<String, Wrong> {
     let cure = "write HOST:PORT, an IPv6 address in brackets: node1.example.com:6501, [2001:db8::1]:6501";
     let Some((host, port)) = text.rsplit_once(':') else {
         return wrong(format!("`{text}` has no port"), cure);
@@ -181,7 +171,7 @@ pub(crate) fn host_port(text: &str) -> Result<String, Wrong> {
 }
 
 /// A registry as references name it: a host, a port if it has one.
-pub(crate) fn registry_host(text: &str) -> Result<String, Wrong> {
+pub fn registry_host(text: &str) -> Result<String, Wrong> {
     let host = match text.rsplit_once(':') {
         Some((host, port)) if port.parse::<u16>().is_ok() => host,
         _ => text,
@@ -193,7 +183,7 @@ pub(crate) fn registry_host(text: &str) -> Result<String, Wrong> {
 }
 
 /// A registry's host, or `*.example.com` for all below.
-pub(crate) fn registry_pattern(text: &str) -> Result<String, Wrong> {
+pub fn registry_pattern(text: &str) -> Result<String, Wrong> {
     let host = text.strip_prefix("*.").unwrap_or(text);
     match registry_host(host) {
         Ok(_) => Ok(text.to_ascii_lowercase()),
@@ -201,142 +191,74 @@ pub(crate) fn registry_pattern(text: &str) -> Result<String, Wrong> {
     }
 }
 
-/// A rule of the forward proxy: `p2p quay.io ^/v2/`, `direct *.example.com`.
-pub(crate) fn rule(text: &str) -> Result<Rule, Wrong> {
-    let mut words = text.split_whitespace();
-    let (action, host, path) = (words.next(), words.next(), words.next());
-    let action = match action {
-        Some("p2p") => Action::P2p,
-        Some("direct") => Action::Direct,
-        _ => return wrong(format!("`{text}` names no action"), "write p2p or direct, then the host"),
-    };
-    let Some(host) = host else {
-        return wrong(format!("`{text}` names no host"), "write quay.io or *.example.com after the action");
-    };
-    if words.next().is_some() {
-        return wrong(
-            format!("`{text}` has too many words"),
-            "write ACTION HOST [REGEX]; a path has no spaces",
-        );
+/// `text` or `json`.
+pub(crate) fn log_format(text: &str) -> Result<LogFormat, Wrong> {
+    match text {
+        "text" => Ok(LogFormat::Text),
+        "json" => Ok(LogFormat::Json),
+        _ => wrong(format!("`{text}` is no format"), "write text or json"),
     }
-    let path = match path.map(path_pattern).transpose() {
-        Ok(path) => path,
-        Err(why) => return wrong(format!("`{text}` has a pattern that is none: {why}"), "mend the pattern"),
-    };
-    Ok(Rule { host: registry_pattern(host)?, path, action })
 }
 
-/// The keys of `[[application]]`, which are the words of its flag.
-pub(crate) const APPLICATION_KEYS: [&str; 11] = [
-    "name", "tag", "match", "priority", "upload", "download", "origin", "prefetch", "requests", "origins",
-    "seeds",
-];
+/// `p2p` or `direct`.
+pub(crate) fn action(text: &str) -> Result<Action, Wrong> {
+    match text {
+        "p2p" => Ok(Action::P2p),
+        "direct" => Ok(Action::Direct),
+        _ => wrong(format!("`{text}` names no action"), "write p2p or direct"),
+    }
+}
 
-/// What is said of an application: `name=shop match=quay.io/shop/* priority=1 download=10MB`.
-pub(crate) fn application(text: &str) -> Result<Application, Wrong> {
-    const EXAMPLE: &str = "write name=shop match=quay.io/shop/* priority=1";
-    let mut rule = Application::default();
-    let mut seen: Vec<&str> = Vec::new();
-    for word in text.split_whitespace() {
-        let Some((key, value)) = word.split_once('=') else {
-            return wrong(format!("`{word}` is not KEY=VALUE"), EXAMPLE);
-        };
-        if key != "match" && seen.contains(&key) {
-            return wrong(format!("`{text}` says {key} twice"), "say it once");
-        }
-        seen.push(key);
-        let of = |wrong: Wrong| Wrong { what: format!("{key} {}", wrong.what), ..wrong };
-        let at_once = || count(value, 1, 1_000_000).map(Some).map_err(of);
-        let limits = &mut rule.limits;
-        match key {
-            "name" => rule.labels.application = Some(label(value).map_err(of)?),
-            "tag" => rule.labels.tag = Some(label(value).map_err(of)?),
-            "match" => rule.patterns.push(match Pattern::new(value) {
-                Ok(pattern) => pattern,
-                Err(why) => {
-                    let cure = "write HOST/REPOSITORY, with * for any text, like quay.io/shop/*";
-                    return wrong(format!("match `{value}` {why}"), cure);
-                }
-            }),
-            "priority" => match value.parse().ok().and_then(Priority::new) {
-                Some(priority) => rule.priority = Some(priority),
-                None => {
-                    return wrong(
-                        format!("priority `{value}` is none"),
-                        "write 0 (first) to 6 (last); 3 is usual",
-                    );
-                }
-            },
-            "upload" => limits.rates.upload = Some(rate(value).map_err(of)?),
-            "download" => limits.rates.download = Some(rate(value).map_err(of)?),
-            "origin" => limits.rates.origin = Some(rate(value).map_err(of)?),
-            "prefetch" => limits.rates.prefetch = Some(rate(value).map_err(of)?),
-            "requests" => limits.requests = at_once()?,
-            "origins" => limits.origins = at_once()?,
-            "seeds" => limits.seeds = at_once()?,
-            _ => {
-                return wrong(
-                    format!("`{key}` is nothing that is said of an application"),
-                    format!("write one of {}", APPLICATION_KEYS.join(", ")),
-                );
-            }
-        }
+/// A regular expression without spaces.
+pub(crate) fn path(text: &str) -> Result<String, Wrong> {
+    if text.is_empty() || text.contains(char::is_whitespace) {
+        return wrong("is no word", "write a text without spaces");
     }
-    if rule.labels == application::Labels::default() {
-        return wrong(format!("`{text}` names neither an application nor a tag"), EXAMPLE);
+    match path_pattern(text) {
+        Ok(_) => Ok(text.to_owned()),
+        Err(why) => wrong(format!("`{text}` has a pattern that is none: {why}"), "mend the pattern"),
     }
-    if rule.patterns.len() > application::MAX_PATTERNS {
-        return wrong(
-            format!("{} has {} patterns", rule.labels, rule.patterns.len()),
-            format!("write {} at most; * stands for any text", application::MAX_PATTERNS),
-        );
+}
+
+/// `quay.io/shop/*`.
+pub(crate) fn pattern(text: &str) -> Result<Pattern, Wrong> {
+    if text.is_empty() || text.contains(char::is_whitespace) {
+        return wrong("is no word", "write a text without spaces");
     }
-    Ok(rule)
+    Pattern::new(text).or_else(|why| {
+        let cure = "write HOST/REPOSITORY, with * for any text, like quay.io/shop/*";
+        wrong(format!("match `{text}` {why}"), cure)
+    })
+}
+
+/// 0 to 6.
+pub(crate) fn priority(text: &str) -> Result<Priority, Wrong> {
+    match text.parse().ok().and_then(Priority::new) {
+        Some(priority) => Ok(priority),
+        None => wrong(format!("priority `{text}` is none"), "write 0 (first) to 6 (last); 3 is usual"),
+    }
 }
 
 /// A name for people, of a member or of where it stands.
-pub(crate) fn printable(text: &str) -> Result<String, Wrong> {
+pub fn printable(text: &str) -> Result<String, Wrong> {
     if text.is_empty() || text.len() > 128 || text.chars().any(|c| c.is_control()) {
         return wrong("is empty, too long or holds control characters", "give 1 to 128 printable characters");
     }
     Ok(text.to_owned())
 }
 
-fn label(text: &str) -> Result<Label, Wrong> {
+pub(crate) fn label(text: &str) -> Result<Label, Wrong> {
     Label::new(text).ok_or_else(|| Wrong {
         what: format!("`{text}` is no label"),
-        cure: format!("write 1 to {} letters, digits or ._-/:@+", application::MAX_LABEL_BYTES),
+        cure: format!(
+            "write 1 to {} letters, digits or ._-/:@+, without spaces",
+            application::MAX_LABEL_BYTES
+        ),
     })
 }
 
-/// The words of a network's entry, as keys.
-pub(crate) const PLACE_KEYS: [&str; 3] = ["cidr", "zone", "rack"];
-
-/// Where the members of a network stand: `cidr=10.1.0.0/16 zone=eu-1 rack=r7`.
-pub(crate) fn place(text: &str) -> Result<(Network, Place), Wrong> {
-    const EXAMPLE: &str = "write cidr=10.1.0.0/16 zone=eu-1, and rack=r7 where there are racks";
-    let (mut cidr, mut zone, mut rack) = (None, None, None);
-    for word in text.split_whitespace() {
-        let (said, value) = match word.split_once('=') {
-            Some(("cidr", value)) => (&mut cidr, value),
-            Some(("zone", value)) => (&mut zone, value),
-            Some(("rack", value)) => (&mut rack, value),
-            _ => return wrong(format!("`{word}` is nothing that is said of a network"), EXAMPLE),
-        };
-        if said.replace(value).is_some() {
-            return wrong(format!("`{text}` says something twice"), "say it once");
-        }
-    }
-    let Some(cidr) = cidr else { return wrong(format!("`{text}` names no network"), EXAMPLE) };
-    if zone.is_none() && rack.is_none() {
-        return wrong(format!("`{text}` says not where its members stand"), EXAMPLE);
-    }
-    let name = |text: Option<&str>| text.map(printable).transpose().map(Option::unwrap_or_default);
-    Ok((network(cidr)?, Place { zone: name(zone)?.into(), rack: name(rack)?.into() }))
-}
-
 /// A network: `10.0.0.0/8`, `fd00::/8`, or one address.
-pub(crate) fn network(text: &str) -> Result<Network, Wrong> {
+pub fn network(text: &str) -> Result<Network, Wrong> {
     let (address, length) = text.split_once('/').unwrap_or((text, ""));
     let parsed = address.parse::<IpAddr>().ok().and_then(|ip| {
         let all = if ip.is_ipv4() { 32 } else { 128 };
@@ -349,8 +271,31 @@ pub(crate) fn network(text: &str) -> Result<Network, Wrong> {
     }
 }
 
+/// Addresses of members.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum NetworkOrHost {
+    /// Addresses that begin alike.
+    Network(Network),
+    /// A host, or `*.example.com`.
+    Host(String),
+}
+
+/// A network, or a host as in [`registry_pattern`].
+pub fn network_or_host(text: &str) -> Result<NetworkOrHost, Wrong> {
+    if let Ok(network) = network(text) {
+        return Ok(NetworkOrHost::Network(network));
+    }
+    match registry_pattern(text) {
+        Ok(host) if !text.contains(['/', ':']) => Ok(NetworkOrHost::Host(host)),
+        _ => wrong(
+            format!("`{text}` is neither a network nor a host"),
+            "write ADDRESS/LENGTH such as 203.0.113.0/24, or a host such as *.example.com, without a port",
+        ),
+    }
+}
+
 /// Where a registry answers: `https://…`, or `http://…` which is insecure by choice.
-pub(crate) fn endpoint(text: &str) -> Result<Url, Wrong> {
+pub fn endpoint(text: &str) -> Result<Url, Wrong> {
     let cure = "write https://HOST[:PORT][/PATH], or http://… where the registry has no TLS";
     let url = match Url::parse(text) {
         Ok(url) if matches!(url.scheme(), "http" | "https") && url.has_host() => url,
@@ -366,7 +311,7 @@ pub(crate) fn endpoint(text: &str) -> Result<Url, Wrong> {
 }
 
 /// A whole number from `least` to `most`.
-pub(crate) fn count(text: &str, least: u32, most: u32) -> Result<u32, Wrong> {
+pub fn count(text: &str, least: u32, most: u32) -> Result<u32, Wrong> {
     match text.trim().parse() {
         Ok(n) if (least..=most).contains(&n) => Ok(n),
         _ => {
@@ -391,7 +336,7 @@ fn is_host(host: &str) -> bool {
 }
 
 /// For people: `1.5 GiB`, three digits or so.
-pub(crate) fn human_size(bytes: u64) -> String {
+pub fn human_size(bytes: u64) -> String {
     const UNITS: [&str; 5] = ["KiB", "MiB", "GiB", "TiB", "PiB"];
     if bytes < 1024 {
         return format!("{bytes} B");
@@ -408,7 +353,7 @@ pub(crate) fn human_size(bytes: u64) -> String {
 }
 
 /// For people: `3 d 4 h`, `12 min`, `8 s`.
-pub(crate) fn human_duration(seconds: u64) -> String {
+pub fn human_duration(seconds: u64) -> String {
     match seconds {
         0..60 => format!("{seconds} s"),
         60..3_600 => format!("{} min", seconds / 60),
@@ -477,20 +422,6 @@ mod tests {
     }
 
     #[test]
-    fn a_rule_has_an_action_a_host_and_perhaps_a_path() {
-        let short = |text: &str| {
-            let rule = rule(text).ok()?;
-            Some((rule.action, rule.host, rule.path.map(|path| path.to_string())))
-        };
-        assert_eq!(short("p2p Quay.io"), Some((Action::P2p, "quay.io".into(), None)));
-        let with_path = Some((Action::Direct, "*.example.com".into(), Some("^/v2/".into())));
-        assert_eq!(short("direct  *.example.com ^/v2/"), with_path);
-        for text in ["", "p2p", "tunnel a", "p2p *", "p2p a (", "p2p a b c", "p2p http://a"] {
-            assert_eq!(short(text), None, "{text}");
-        }
-    }
-
-    #[test]
     fn an_endpoint_with_a_password_is_refused_without_repeating_it() {
         let wrong = endpoint("https://me:hunter2@a.example").unwrap_err();
         assert!(!format!("{wrong:?}").contains("hunter2"));
@@ -511,36 +442,5 @@ mod tests {
             assert_eq!(human_size(bytes), text);
         }
         assert_eq!(human_duration(3_700), "1 h 1 min");
-    }
-
-    #[test]
-    fn an_application_is_said_in_words_and_what_is_wrong_in_them_is_told_with_its_cure() {
-        let rule = application(
-            "name=shop tag=night match=quay.io/shop/* match=reg:5000 priority=1 upload=10MB requests=2",
-        );
-        let rule = rule.unwrap();
-        assert_eq!(
-            (rule.labels.to_string().as_str(), rule.priority.map(Priority::level)),
-            ("shop tag night", Some(1))
-        );
-        let patterns: Vec<&str> = rule.patterns.iter().map(Pattern::as_str).collect();
-        assert_eq!(patterns, ["quay.io/shop/*", "reg:5000/*"]);
-        assert_eq!((rule.limits.rates.upload, rule.limits.requests), (Some(10_000_000), Some(2)));
-        for (text, what, cure) in [
-            ("", "names neither", "name=shop"),
-            ("priority=1", "names neither", "name=shop"),
-            ("shop", "is not KEY=VALUE", "name=shop"),
-            ("name=shop priority=7", "priority `7`", "0 (first) to 6 (last)"),
-            ("name=shop name=b", "says name twice", "once"),
-            ("name=sh\"op", "is no label", "letters"),
-            ("name=shop match=https://quay.io", "is an address", "quay.io/shop/*"),
-            ("name=shop upload=fast", "upload", ""),
-            ("name=shop requests=0", "requests", ""),
-            ("name=shop speed=1MB", "`speed` is nothing", "upload, download"),
-        ] {
-            let wrong = application(text).expect_err(text);
-            assert!(wrong.what.contains(what) && wrong.cure.contains(cure), "{text}: {wrong:?}");
-            assert!(!wrong.cure.is_empty());
-        }
     }
 }
