@@ -22,6 +22,7 @@ use rustls::client::{ResolvesClientCert, Resumption, WebPkiServerVerifier};
 use rustls::crypto::{CryptoProvider, ring as provider};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivatePkcs8KeyDer, ServerName, UnixTime};
+use rustls::server::danger::ClientCertVerifier;
 use rustls::server::{ClientHello, NoServerSessionStorage, ResolvesServerCert, WebPkiClientVerifier};
 use rustls::sign::CertifiedKey;
 use rustls::{RootCertStore, SignatureScheme};
@@ -221,18 +222,21 @@ impl Identity {
         Arc::new(config)
     }
 
-    /// TLS for accepting members. With `anonymous_too`, a client without certificate gets in (for joining). The chain that
-    /// is shown ends in the authority, for joiners that know no more of it than its hash.
-    pub fn server_config(&self, alpn: &[u8], anonymous_too: bool) -> Arc<rustls::ServerConfig> {
+    /// TLS for accepting members. With `strangers_too`, also clients without a certificate, which want to join, and removed
+    /// members, which are to be told so, get in: the caller tells these apart, by [`Identity::removed`]. The chain that is shown
+    /// ends in the authority, for joiners that know no more of it than its hash.
+    pub fn server_config(&self, alpn: &[u8], strangers_too: bool) -> Arc<rustls::ServerConfig> {
         let verifier = WebPkiClientVerifier::builder_with_provider(Arc::clone(&self.inner.roots), crypto());
-        let verifier = if anonymous_too { verifier.allow_unauthenticated() } else { verifier };
+        let verifier = if strangers_too { verifier.allow_unauthenticated() } else { verifier };
+        let usual = verifier.build().expect("there is one root and no revocation list");
+        let verifier: Arc<dyn ClientCertVerifier> = match strangers_too {
+            true => usual,
+            false => Arc::new(removed::Clients { usual, removed: self.inner.removed.clone() }),
+        };
         let mut config = rustls::ServerConfig::builder_with_provider(crypto())
             .with_protocol_versions(&[&rustls::version::TLS13])
             .expect("the ring provider has TLS 1.3")
-            .with_client_cert_verifier(Arc::new(removed::Clients {
-                usual: verifier.build().expect("there is one root and no revocation list"),
-                removed: self.inner.removed.clone(),
-            }))
+            .with_client_cert_verifier(verifier)
             .with_cert_resolver(self.shown());
         config.alpn_protocols = vec![alpn.to_vec()];
         config.session_storage = Arc::new(NoServerSessionStorage {});

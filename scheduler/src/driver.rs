@@ -27,7 +27,7 @@ use tracing::{debug, info, warn};
 
 use crate::door::MemberConnections;
 use crate::membership::{LISTED_AFTER, Membership};
-use crate::service::by_address;
+use crate::service::{self, by_address};
 use crate::{Isolation, LiveSettings, Numbers};
 
 /// Messages from all streams that wait for the driver. Streams wait for room: a flood slows the flooder.
@@ -320,7 +320,7 @@ impl Driver {
 
     /// Ends everything with members that were removed just now, and tells all others.
     fn removed(&mut self, ids: Vec<PeerId>) {
-        // From here on no handshake of theirs succeeds.
+        // From here on the listener gives none of them a member's place.
         let new = self.identity.removed().add(ids);
         if new.is_empty() {
             return;
@@ -330,7 +330,7 @@ impl Driver {
         }
         for peer in new {
             info!(%peer, "a member was removed from the cluster");
-            self.close(peer, Some(Status::permission_denied("this member was removed from the cluster")));
+            self.close(peer, Some(service::removed()));
             self.connections.close_all(peer);
             self.membership.remove(peer);
             self.swarm_input(Input::Removed(peer));

@@ -63,13 +63,18 @@ pub(crate) struct Refusals {
     silent: u64,
 }
 
+/// The answer to a member that was removed.
+pub(crate) fn removed() -> Status {
+    Status::permission_denied(
+        "this member was removed from the cluster. To let it join again, stop it, delete its identity folder and start it with a \
+         new token",
+    )
+}
+
 fn anybody<T>(request: &Request<T>) -> Result<Caller, Status> {
     let caller = request.extensions().get::<Caller>().copied();
     match caller {
-        Some(caller) if caller.is_removed => Err(Status::permission_denied(
-            "this member was removed from the cluster. To let it join again, stop it, delete its identity folder and start it \
-             with a new token",
-        )),
+        Some(caller) if caller.is_removed => Err(removed()),
         Some(caller) => Ok(caller),
         None => Err(Status::internal("the connection's end is not known; this is a bug in Hawker")),
     }

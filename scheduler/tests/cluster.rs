@@ -706,13 +706,15 @@ async fn a_removed_member_is_refused_by_every_scheduler_at_once_and_for_good() {
     first.stop().await;
 }
 
-/// A member gets no answer from a scheduler.
+/// A removed member gets no answer from a scheduler but that it was removed.
 async fn is_refused(scheduler: &Scheduler, identity: &Identity) {
     let answer = async {
-        let connection = join::connect(&scheduler.address(), identity).await.ok()?;
-        SchedulerClient::new(connection.channel).members(v1::MembersRequest {}).await.ok()
+        let connection = join::connect(&scheduler.address(), identity).await.expect("it gets in to be told");
+        SchedulerClient::new(connection.channel).members(v1::MembersRequest {}).await
     };
-    assert!(timeout(SOON, answer).await.expect("in time").is_none());
+    let refused = timeout(SOON, answer).await.expect("in time").expect_err("it is told nothing else");
+    assert_eq!(refused.code(), tonic::Code::PermissionDenied, "{refused}");
+    assert!(refused.message().contains("delete its identity folder"), "{refused}");
 }
 
 #[tokio::test]

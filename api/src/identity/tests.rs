@@ -111,6 +111,20 @@ fn a_client_without_certificate_gets_in_only_where_that_is_allowed() {
 }
 
 #[test]
+fn a_removed_member_gets_in_only_where_strangers_do() {
+    let authority = AuthorityKey::generate("test").unwrap();
+    let (scheduler, node) = (member(&authority, Role::Scheduler), member(&authority, Role::Peer));
+    scheduler.removed().add([node.peer_id()]);
+    let with = |strangers_too| {
+        let server = scheduler.server_config(b"a", strangers_too);
+        handshake(node.client_config(b"a"), server, role_name(Role::Scheduler))
+    };
+    // It gets in to be told that it was removed: its certificate is known there.
+    assert_eq!(with(true).unwrap(), Some(node.certificate()));
+    assert!(with(false).is_err());
+}
+
+#[test]
 fn a_renewed_certificate_is_shown_by_configurations_made_before() {
     let authority = AuthorityKey::generate("test").unwrap();
     let (node, seed) = (member(&authority, Role::Peer), member(&authority, Role::Seed));
