@@ -4,7 +4,11 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 
 /// How members reach a listener when nobody said: its own address, or this host's first global one.
 pub fn advertised(listener: SocketAddr) -> String {
-    let ip = if listener.ip().is_unspecified() { global_address(listener.is_ipv6()) } else { listener.ip() };
+    let ip = if listener.ip().is_unspecified() {
+        global_address(listener.is_ipv6())
+    } else {
+        listener.ip()
+    };
     SocketAddr::new(ip, listener.port()).to_string()
 }
 
@@ -12,18 +16,32 @@ pub fn advertised(listener: SocketAddr) -> String {
 fn global_address(v6_too: bool) -> IpAddr {
     let v4 = || routed(Ipv4Addr::UNSPECIFIED.into(), "192.0.2.1:9");
     let v6 = || routed(Ipv6Addr::UNSPECIFIED.into(), "[2001:db8::1]:9").filter(|_| v6_too);
-    let table_v4 = || std::fs::read_to_string("/proc/net/fib_trie").ok().and_then(|text| first_v4(&text));
-    let table_v6 = || {
-        std::fs::read_to_string("/proc/net/if_inet6").ok().and_then(|text| first_v6(&text)).filter(|_| v6_too)
+    let table_v4 = || {
+        std::fs::read_to_string("/proc/net/fib_trie")
+            .ok()
+            .and_then(|text| first_v4(&text))
     };
-    v4().or_else(table_v4).or_else(v6).or_else(table_v6).unwrap_or(Ipv4Addr::LOCALHOST.into())
+    let table_v6 = || {
+        std::fs::read_to_string("/proc/net/if_inet6")
+            .ok()
+            .and_then(|text| first_v6(&text))
+            .filter(|_| v6_too)
+    };
+    v4().or_else(table_v4)
+        .or_else(v6)
+        .or_else(table_v6)
+        .unwrap_or(Ipv4Addr::LOCALHOST.into())
 }
 
 /// Which of our addresses a packet to `target` would carry. Connecting a UDP socket sends nothing.
 fn routed(bind: IpAddr, target: &str) -> Option<IpAddr> {
     let socket = UdpSocket::bind((bind, 0)).ok()?;
     socket.connect(target).ok()?;
-    socket.local_addr().map(|address| address.ip()).ok().filter(is_global)
+    socket
+        .local_addr()
+        .map(|address| address.ip())
+        .ok()
+        .filter(is_global)
 }
 
 fn is_global(ip: &IpAddr) -> bool {
@@ -37,10 +55,13 @@ fn is_global(ip: &IpAddr) -> bool {
 /// The kernel's table has each local address on a line of its own, followed by `/32 host LOCAL`.
 fn first_v4(fib_trie: &str) -> Option<IpAddr> {
     let lines: Vec<&str> = fib_trie.lines().map(str::trim).collect();
-    lines.windows(2).filter(|pair| pair[1] == "/32 host LOCAL").find_map(|pair| {
-        let ip: IpAddr = pair[0].strip_prefix("|-- ")?.parse().ok()?;
-        is_global(&ip).then_some(ip)
-    })
+    lines
+        .windows(2)
+        .filter(|pair| pair[1] == "/32 host LOCAL")
+        .find_map(|pair| {
+            let ip: IpAddr = pair[0].strip_prefix("|-- ")?.parse().ok()?;
+            is_global(&ip).then_some(ip)
+        })
 }
 
 /// Lines of: 32 hex digits, index, prefix length, scope (00 is global), flags, interface.
@@ -71,7 +92,10 @@ mod tests {
 
     #[test]
     fn a_listener_on_one_address_is_advertised_as_it_is() {
-        assert_eq!(advertised("[2001:db8::1]:6502".parse().unwrap()), "[2001:db8::1]:6502");
+        assert_eq!(
+            advertised("[2001:db8::1]:6502".parse().unwrap()),
+            "[2001:db8::1]:6502"
+        );
         assert!(!advertised("[::]:6502".parse().unwrap()).starts_with("[::]"));
     }
 }

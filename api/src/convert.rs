@@ -9,7 +9,9 @@ use std::sync::Arc;
 use hawker_core::application::{Label, Labels, Priority, Purpose};
 use hawker_core::digest::{Algorithm, ChainValue, Digest};
 use hawker_core::message::{Message, Offer, Refusal, Role};
-use hawker_core::piece::{MAX_BLOB_BYTES, PeerId, PieceIndex, PieceLayout, PieceTable, SignedPrefix};
+use hawker_core::piece::{
+    MAX_BLOB_BYTES, PeerId, PieceIndex, PieceLayout, PieceTable, SignedPrefix,
+};
 use hawker_core::reference::{MAX_NAME_BYTES, Source, canonical_host, is_repository};
 use hawker_core::right::Bearer;
 use hawker_core::share::Share;
@@ -42,7 +44,9 @@ pub enum ConvertError {
     #[error("bad {0}")]
     Bad(&'static str),
     /// The other side speaks another major version.
-    #[error("the other side speaks protocol version {theirs}, this side {ours}: upgrade the older one")]
+    #[error(
+        "the other side speaks protocol version {theirs}, this side {ours}: upgrade the older one"
+    )]
     Version {
         /// Theirs.
         theirs: u32,
@@ -55,67 +59,131 @@ type Result<T, E = ConvertError> = std::result::Result<T, E>;
 
 /// `Ok` when `condition` holds, else an error that names the field.
 fn ensure(condition: bool, field: &'static str) -> Result<()> {
-    if condition { Ok(()) } else { Err(ConvertError::Bad(field)) }
+    if condition {
+        Ok(())
+    } else {
+        Err(ConvertError::Bad(field))
+    }
 }
 
 /// Whether this side understands the other: the major versions are the same.
 pub fn check_version(theirs: Option<v1::Version>) -> Result<()> {
     let theirs = theirs.ok_or(ConvertError::Bad("version"))?.major;
     let ours = crate::VERSION.major;
-    if theirs == ours { Ok(()) } else { Err(ConvertError::Version { theirs, ours }) }
+    if theirs == ours {
+        Ok(())
+    } else {
+        Err(ConvertError::Version { theirs, ours })
+    }
 }
 
 /// To the wire.
 pub fn peer_message(message: &Message) -> v1::PeerMessage {
     let wire = match message {
-        Message::Interest { task, source, size_bytes, token, purpose, far, passive, partial } => {
-            Wire::Interest(v1::Interest {
-                task: task.to_string(),
-                source: Some(self::source(source)),
-                size_bytes: *size_bytes,
-                token: self::token(token.as_ref()),
-                purpose: Some(self::purpose(purpose)),
-                far_share: far.map(Share::bits),
-                passive: *passive,
-                partial: *partial,
-            })
-        }
-        Message::Have { task, size_bytes, offer } => Wire::Have(have(task, *size_bytes, offer)),
-        Message::Table { task, size_bytes, first, values, signed } => Wire::Table(v1::Table {
+        Message::Interest {
+            task,
+            source,
+            size_bytes,
+            token,
+            purpose,
+            far,
+            passive,
+            partial,
+        } => Wire::Interest(v1::Interest {
+            task: task.to_string(),
+            source: Some(self::source(source)),
+            size_bytes: *size_bytes,
+            token: self::token(token.as_ref()),
+            purpose: Some(self::purpose(purpose)),
+            far_share: far.map(Share::bits),
+            passive: *passive,
+            partial: *partial,
+        }),
+        Message::Have {
+            task,
+            size_bytes,
+            offer,
+        } => Wire::Have(have(task, *size_bytes, offer)),
+        Message::Table {
+            task,
+            size_bytes,
+            first,
+            values,
+            signed,
+        } => Wire::Table(v1::Table {
             task: task.to_string(),
             size_bytes: *size_bytes,
             first: *first,
             values: values_bytes(values),
             signed: signed.as_ref().map(signed_prefix),
         }),
-        Message::Working { task } => Wire::Working(v1::Working { task: task.to_string() }),
+        Message::Working { task } => Wire::Working(v1::Working {
+            task: task.to_string(),
+        }),
         Message::Unavailable { task, reason } => {
             let (reason, origin_status) = refusal(*reason);
-            Wire::Unavailable(v1::Unavailable { task: task.to_string(), reason, origin_status })
+            Wire::Unavailable(v1::Unavailable {
+                task: task.to_string(),
+                reason,
+                origin_status,
+            })
         }
-        Message::Leave { task } => Wire::Leave(v1::Leave { task: task.to_string() }),
-        Message::Wrong { task, piece } => Wire::Wrong(v1::Wrong { task: task.to_string(), piece: *piece }),
-        Message::Request { request, task, piece, prefetch, priority } => {
+        Message::Leave { task } => Wire::Leave(v1::Leave {
+            task: task.to_string(),
+        }),
+        Message::Wrong { task, piece } => Wire::Wrong(v1::Wrong {
+            task: task.to_string(),
+            piece: *piece,
+        }),
+        Message::Request {
+            request,
+            task,
+            piece,
+            prefetch,
+            priority,
+        } => {
             let (request, task, piece, prefetch) = (*request, task.to_string(), *piece, *prefetch);
             let priority = self::priority(*priority);
-            Wire::Request(v1::Request { request, task, piece, prefetch, priority })
+            Wire::Request(v1::Request {
+                request,
+                task,
+                piece,
+                prefetch,
+                priority,
+            })
         }
         Message::Cancel { request } => Wire::Cancel(v1::Cancel { request: *request }),
         Message::Reject { request, reason } => {
             let (reason, origin_status) = refusal(*reason);
-            Wire::Reject(v1::Reject { request: *request, reason, origin_status })
+            Wire::Reject(v1::Reject {
+                request: *request,
+                reason,
+                origin_status,
+            })
         }
     };
-    v1::PeerMessage { message: Some(wire) }
+    v1::PeerMessage {
+        message: Some(wire),
+    }
 }
 
 /// From the wire; `Ok(None)` for messages that are not about pieces (hello, manifests, ping) and for unknown ones.
 pub fn from_peer_message(message: v1::PeerMessage) -> Result<Option<Message>> {
-    let Some(message) = message.message else { return Ok(None) };
+    let Some(message) = message.message else {
+        return Ok(None);
+    };
     Ok(Some(match message {
         Wire::Interest(interest) => {
-            let v1::Interest { task, source, size_bytes, token, purpose, far_share, passive, partial } =
-                interest;
+            let v1::Interest {
+                task,
+                source,
+                size_bytes,
+                token,
+                purpose,
+                far_share,
+                passive,
+                partial,
+            } = interest;
             Message::Interest {
                 task: from_task(&task)?,
                 source: from_source(source)?,
@@ -129,22 +197,53 @@ pub fn from_peer_message(message: v1::PeerMessage) -> Result<Option<Message>> {
         }
         Wire::Have(have) => from_have(have)?,
         Wire::Table(table) => from_table(table)?,
-        Wire::Working(v1::Working { task }) => Message::Working { task: from_task(&task)? },
-        Wire::Unavailable(v1::Unavailable { task, reason, origin_status }) => {
-            Message::Unavailable { task: from_task(&task)?, reason: from_refusal(reason, origin_status)? }
-        }
-        Wire::Leave(v1::Leave { task }) => Message::Leave { task: from_task(&task)? },
-        Wire::Wrong(v1::Wrong { task, piece }) => {
-            Message::Wrong { task: from_task(&task)?, piece: from_piece(piece)? }
-        }
-        Wire::Request(v1::Request { request, task, piece, prefetch, priority }) => {
-            let (task, piece, priority) = (from_task(&task)?, from_piece(piece)?, from_priority(priority));
-            Message::Request { request, task, piece, prefetch, priority }
+        Wire::Working(v1::Working { task }) => Message::Working {
+            task: from_task(&task)?,
+        },
+        Wire::Unavailable(v1::Unavailable {
+            task,
+            reason,
+            origin_status,
+        }) => Message::Unavailable {
+            task: from_task(&task)?,
+            reason: from_refusal(reason, origin_status)?,
+        },
+        Wire::Leave(v1::Leave { task }) => Message::Leave {
+            task: from_task(&task)?,
+        },
+        Wire::Wrong(v1::Wrong { task, piece }) => Message::Wrong {
+            task: from_task(&task)?,
+            piece: from_piece(piece)?,
+        },
+        Wire::Request(v1::Request {
+            request,
+            task,
+            piece,
+            prefetch,
+            priority,
+        }) => {
+            let (task, piece, priority) = (
+                from_task(&task)?,
+                from_piece(piece)?,
+                from_priority(priority),
+            );
+            Message::Request {
+                request,
+                task,
+                piece,
+                prefetch,
+                priority,
+            }
         }
         Wire::Cancel(v1::Cancel { request }) => Message::Cancel { request },
-        Wire::Reject(v1::Reject { request, reason, origin_status }) => {
-            Message::Reject { request, reason: from_refusal(reason, origin_status)? }
-        }
+        Wire::Reject(v1::Reject {
+            request,
+            reason,
+            origin_status,
+        }) => Message::Reject {
+            request,
+            reason: from_refusal(reason, origin_status)?,
+        },
         Wire::Hello(_)
         | Wire::ManifestRequest(_)
         | Wire::ManifestReply(_)
@@ -158,15 +257,32 @@ pub fn from_peer_message(message: v1::PeerMessage) -> Result<Option<Message>> {
 /// For whom a pull is.
 pub fn purpose(purpose: &Purpose) -> v1::Purpose {
     let Purpose { labels, priority } = purpose;
-    let (application, tag) = (label(labels.application.as_ref()), label(labels.tag.as_ref()));
-    v1::Purpose { application, tag, priority: self::priority(*priority) }
+    let (application, tag) = (
+        label(labels.application.as_ref()),
+        label(labels.tag.as_ref()),
+    );
+    v1::Purpose {
+        application,
+        tag,
+        priority: self::priority(*priority),
+    }
 }
 
 /// The same from the wire; what is not said is the default.
 pub fn from_purpose(purpose: Option<v1::Purpose>) -> Result<Purpose> {
-    let v1::Purpose { application, tag, priority } = purpose.unwrap_or_default();
-    let (application, tag) = (from_optional_label(&application)?, from_optional_label(&tag)?);
-    Ok(Purpose { labels: Labels { application, tag }, priority: from_priority(priority) })
+    let v1::Purpose {
+        application,
+        tag,
+        priority,
+    } = purpose.unwrap_or_default();
+    let (application, tag) = (
+        from_optional_label(&application)?,
+        from_optional_label(&tag)?,
+    );
+    Ok(Purpose {
+        labels: Labels { application, tag },
+        priority: from_priority(priority),
+    })
 }
 
 /// The form of a pushed document: TOML with the keys of a node's file.
@@ -188,7 +304,9 @@ pub fn from_reason(reason: &str) -> String {
 }
 
 fn label(label: Option<&Label>) -> String {
-    label.map(|label| label.as_str().to_owned()).unwrap_or_default()
+    label
+        .map(|label| label.as_str().to_owned())
+        .unwrap_or_default()
 }
 
 fn from_optional_label(text: &str) -> Result<Option<Label>> {
@@ -200,12 +318,16 @@ fn from_optional_label(text: &str) -> Result<Option<Label>> {
 
 /// The default goes without saying.
 fn priority(priority: Priority) -> Option<u32> {
-    Some(priority).filter(|priority| *priority != Priority::default()).map(|p| u32::from(p.level()))
+    Some(priority)
+        .filter(|priority| *priority != Priority::default())
+        .map(|p| u32::from(p.level()))
 }
 
 /// A level that a later version may know comes last.
 fn from_priority(level: Option<u32>) -> Priority {
-    level.map_or(Priority::default(), |level| Priority::new(level).unwrap_or(Priority::LAST))
+    level.map_or(Priority::default(), |level| {
+        Priority::new(level).unwrap_or(Priority::LAST)
+    })
 }
 
 /// The digest that names a task, a manifest or a subject.
@@ -229,14 +351,30 @@ fn have(task: &Digest, size_bytes: u64, offer: &Offer) -> v1::Have {
         Offer::Bits(bits) => (false, bits.clone(), Vec::new()),
         Offer::Some(pieces) => (false, Vec::new(), pieces.clone()),
     };
-    v1::Have { task: task.to_string(), size_bytes, all, bits, pieces }
+    v1::Have {
+        task: task.to_string(),
+        size_bytes,
+        all,
+        bits,
+        pieces,
+    }
 }
 
 fn from_have(have: v1::Have) -> Result<Message> {
-    let v1::Have { task, size_bytes, all, bits, pieces } = have;
+    let v1::Have {
+        task,
+        size_bytes,
+        all,
+        bits,
+        pieces,
+    } = have;
     let (task, size_bytes) = (from_task(&task)?, from_size(size_bytes)?);
     let offer = from_offer(PieceLayout::new(size_bytes).count(), all, bits, pieces)?;
-    Ok(Message::Have { task, size_bytes, offer })
+    Ok(Message::Have {
+        task,
+        size_bytes,
+        offer,
+    })
 }
 
 /// An offer is one of three things; nothing said at all is an offer of no pieces.
@@ -248,7 +386,10 @@ fn from_offer(count: u32, all: bool, bits: Vec<u8>, pieces: Vec<PieceIndex>) -> 
             Ok(Offer::Bits(bits))
         }
         (false, true, _) => {
-            ensure(pieces.len() <= count as usize && pieces.iter().all(|piece| *piece < count), "pieces")?;
+            ensure(
+                pieces.len() <= count as usize && pieces.iter().all(|piece| *piece < count),
+                "pieces",
+            )?;
             Ok(Offer::Some(pieces))
         }
         _ => Err(ConvertError::Bad("offer")),
@@ -256,14 +397,31 @@ fn from_offer(count: u32, all: bool, bits: Vec<u8>, pieces: Vec<PieceIndex>) -> 
 }
 
 fn from_table(table: v1::Table) -> Result<Message> {
-    let v1::Table { task, size_bytes, first, values, signed } = table;
+    let v1::Table {
+        task,
+        size_bytes,
+        first,
+        values,
+        signed,
+    } = table;
     let (task, size_bytes) = (from_task(&task)?, from_size(size_bytes)?);
     // The last piece has no value: the digest takes its place.
     let full_count = PieceLayout::new(size_bytes).count().saturating_sub(1);
     let values = from_values(task.algorithm(), &values)?;
-    ensure(u64::from(first) + values.len() as u64 <= u64::from(full_count), "values")?;
-    let signed = signed.map(|signed| from_signed_prefix(signed, full_count)).transpose()?;
-    Ok(Message::Table { task, size_bytes, first, values, signed })
+    ensure(
+        u64::from(first) + values.len() as u64 <= u64::from(full_count),
+        "values",
+    )?;
+    let signed = signed
+        .map(|signed| from_signed_prefix(signed, full_count))
+        .transpose()?;
+    Ok(Message::Table {
+        task,
+        size_bytes,
+        first,
+        values,
+        signed,
+    })
 }
 
 /// A whole table with its statement, to the wire.
@@ -279,8 +437,13 @@ pub fn table(table: &PieceTable) -> v1::Table {
 
 /// A table from its first value on, with a statement. Its form is checked, not its signature.
 pub fn from_whole_table(table: Option<v1::Table>) -> Result<PieceTable> {
-    let Message::Table { task, size_bytes, first: 0, values, signed: Some(signed) } =
-        from_table(table.unwrap_or_default())?
+    let Message::Table {
+        task,
+        size_bytes,
+        first: 0,
+        values,
+        signed: Some(signed),
+    } = from_table(table.unwrap_or_default())?
     else {
         return Err(ConvertError::Bad("table"));
     };
@@ -297,7 +460,8 @@ fn values_bytes(values: &[ChainValue]) -> Vec<u8> {
 }
 
 fn from_values(algorithm: Algorithm, raw: &[u8]) -> Result<Vec<ChainValue>> {
-    let value = |raw: &[u8]| ChainValue::from_bytes(algorithm, raw).ok_or(ConvertError::Bad("values"));
+    let value =
+        |raw: &[u8]| ChainValue::from_bytes(algorithm, raw).ok_or(ConvertError::Bad("values"));
     raw.chunks(algorithm.len_bytes()).map(value).collect()
 }
 
@@ -316,14 +480,41 @@ pub fn signed_prefix(signed: &SignedPrefix) -> v1::SignedPrefix {
 
 /// An issuer's statement about a table that is full with `full_count` values. Its form is checked, not its signature.
 pub fn from_signed_prefix(signed: v1::SignedPrefix, full_count: u32) -> Result<SignedPrefix> {
-    let v1::SignedPrefix { count, sealed, signed_at_s, issuer, certificate, signature, registries } = signed;
-    ensure(count <= full_count && (!sealed || count == full_count), "signed count")?;
-    ensure((1..=MAX_CERTIFICATE_BYTES).contains(&certificate.len()), "issuer's certificate")?;
+    let v1::SignedPrefix {
+        count,
+        sealed,
+        signed_at_s,
+        issuer,
+        certificate,
+        signature,
+        registries,
+    } = signed;
+    ensure(
+        count <= full_count && (!sealed || count == full_count),
+        "signed count",
+    )?;
+    ensure(
+        (1..=MAX_CERTIFICATE_BYTES).contains(&certificate.len()),
+        "issuer's certificate",
+    )?;
     ensure(signature.len() == SIGNATURE_BYTES, "signature")?;
     let few = registries.len() <= MAX_REGISTRIES;
-    ensure(few && registries.iter().all(|name| name.len() <= MAX_REGISTRY_BYTES), "registries")?;
+    ensure(
+        few && registries
+            .iter()
+            .all(|name| name.len() <= MAX_REGISTRY_BYTES),
+        "registries",
+    )?;
     let (issuer, certificate) = (from_peer_id(&issuer)?, Arc::from(certificate));
-    Ok(SignedPrefix { count, sealed, signed_at_s, issuer, registries, certificate, signature })
+    Ok(SignedPrefix {
+        count,
+        sealed,
+        signed_at_s,
+        issuer,
+        registries,
+        certificate,
+        signature,
+    })
 }
 
 /// A reason on the wire, and the origin's status that belongs to it (0 with the others).
@@ -352,21 +543,35 @@ fn from_refusal(reason: i32, origin_status: u32) -> Result<Refusal> {
 
 /// An HTTP status that someone else got.
 pub fn from_status(status: u32) -> Result<u16> {
-    let status = u16::try_from(status).ok().filter(|status| (100..=599).contains(status));
+    let status = u16::try_from(status)
+        .ok()
+        .filter(|status| (100..=599).contains(status));
     status.ok_or(ConvertError::Bad("origin's status"))
 }
 
 /// A source, to the wire.
 pub fn source(source: &Source) -> v1::Source {
-    v1::Source { registry: source.registry.clone(), repository: source.repository.clone() }
+    v1::Source {
+        registry: source.registry.clone(),
+        repository: source.repository.clone(),
+    }
 }
 
 /// A source, its registry's host in the one spelling.
 pub fn from_source(source: Option<v1::Source>) -> Result<Source> {
-    let v1::Source { registry, repository } = source.ok_or(ConvertError::Bad("source"))?;
+    let v1::Source {
+        registry,
+        repository,
+    } = source.ok_or(ConvertError::Bad("source"))?;
     let registry = canonical_host(&registry).map_err(|_| ConvertError::Bad("registry"))?;
-    ensure(repository.len() <= MAX_NAME_BYTES && is_repository(&repository), "repository")?;
-    Ok(Source { registry, repository })
+    ensure(
+        repository.len() <= MAX_NAME_BYTES && is_repository(&repository),
+        "repository",
+    )?;
+    Ok(Source {
+        registry,
+        repository,
+    })
 }
 
 /// A lent token, to the wire.
@@ -379,7 +584,9 @@ pub fn from_token(token: &str) -> Result<Option<Bearer>> {
     if token.is_empty() {
         return Ok(None);
     }
-    Bearer::new(token).map(Some).ok_or(ConvertError::Bad("token"))
+    Bearer::new(token)
+        .map(Some)
+        .ok_or(ConvertError::Bad("token"))
 }
 
 /// A role, to the wire.
@@ -408,7 +615,11 @@ pub fn from_peer_id(raw: &[u8]) -> Result<PeerId> {
 
 /// A member's id, or nobody's where there are no bytes.
 pub fn from_optional_peer_id(raw: &[u8]) -> Result<Option<PeerId>> {
-    if raw.is_empty() { Ok(None) } else { from_peer_id(raw).map(Some) }
+    if raw.is_empty() {
+        Ok(None)
+    } else {
+        from_peer_id(raw).map(Some)
+    }
 }
 
 /// A member and how to reach it.
@@ -439,7 +650,13 @@ pub fn member(member: &Member) -> v1::Member {
 
 /// A member.
 pub fn from_member(member: v1::Member) -> Result<Member> {
-    let v1::Member { peer_id, name, addresses, role, zone } = member;
+    let v1::Member {
+        peer_id,
+        name,
+        addresses,
+        role,
+        zone,
+    } = member;
     Ok(Member {
         peer: from_peer_id(&peer_id)?,
         name: from_label(name, "name")?,
@@ -451,38 +668,54 @@ pub fn from_member(member: v1::Member) -> Result<Member> {
 
 /// A list of members, to the wire.
 pub fn member_list<'a>(members: impl IntoIterator<Item = &'a Member>) -> v1::MemberList {
-    v1::MemberList { members: members.into_iter().map(member).collect() }
+    v1::MemberList {
+        members: members.into_iter().map(member).collect(),
+    }
 }
 
 /// A list of members, of [`MAX_MEMBERS`] at most. Those that make no sense here, as a role of a later version, are left
 /// out: one member does not cost us the others.
 pub fn from_members(members: Vec<v1::Member>) -> Result<Vec<Member>> {
     ensure(members.len() <= MAX_MEMBERS, "number of members")?;
-    Ok(members.into_iter().filter_map(|member| from_member(member).ok()).collect())
+    Ok(members
+        .into_iter()
+        .filter_map(|member| from_member(member).ok())
+        .collect())
 }
 
 /// The other side's name and addresses, once its version is understood.
 pub fn from_hello(hello: v1::Hello) -> Result<(String, Vec<String>)> {
     check_version(hello.version)?;
-    Ok((from_label(hello.name, "name")?, from_addresses(hello.addresses)?))
+    Ok((
+        from_label(hello.name, "name")?,
+        from_addresses(hello.addresses)?,
+    ))
 }
 
 /// A name for people: it ends up in logs and on terminals, so control characters are no part of it.
 pub fn from_label(label: String, field: &'static str) -> Result<String> {
-    ensure(label.len() <= MAX_LABEL_BYTES && !label.chars().any(char::is_control), field)?;
+    ensure(
+        label.len() <= MAX_LABEL_BYTES && !label.chars().any(char::is_control),
+        field,
+    )?;
     Ok(label)
 }
 
 /// Addresses, each `host:port`.
 pub fn from_addresses(addresses: Vec<String>) -> Result<Vec<String>> {
     ensure(addresses.len() <= MAX_ADDRESSES, "number of addresses")?;
-    ensure(addresses.iter().all(|address| is_address(address)), "address")?;
+    ensure(
+        addresses.iter().all(|address| is_address(address)),
+        "address",
+    )?;
     Ok(addresses)
 }
 
 /// Ids of removed members as they go over the wire.
 pub fn removed(ids: &[PeerId]) -> v1::Removed {
-    v1::Removed { peer_ids: ids.iter().map(|id| id.0.to_vec()).collect() }
+    v1::Removed {
+        peer_ids: ids.iter().map(|id| id.0.to_vec()).collect(),
+    }
 }
 
 /// Ids that are kept at most. Members are removed by hand, so a cluster stays far below.
@@ -490,16 +723,26 @@ pub const MAX_REMOVED: usize = 16_384;
 
 /// Ids of removed members, [`MAX_REMOVED`] at most.
 pub fn from_removed(removed: &v1::Removed) -> Result<Vec<PeerId>> {
-    ensure(removed.peer_ids.len() <= MAX_REMOVED, "number of removed members")?;
+    ensure(
+        removed.peer_ids.len() <= MAX_REMOVED,
+        "number of removed members",
+    )?;
     removed.peer_ids.iter().map(|id| from_peer_id(id)).collect()
 }
 
 /// Whether this is `host:port`; an IPv6 address stands in brackets. Names may be such as only a local resolver knows.
 fn is_address(address: &str) -> bool {
-    let Some((host, port)) = address.rsplit_once(':') else { return false };
-    let name =
-        |host: &str| host.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'.' | b'_'));
-    let host_is_legal = match host.strip_prefix('[').and_then(|host| host.strip_suffix(']')) {
+    let Some((host, port)) = address.rsplit_once(':') else {
+        return false;
+    };
+    let name = |host: &str| {
+        host.bytes()
+            .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'.' | b'_'))
+    };
+    let host_is_legal = match host
+        .strip_prefix('[')
+        .and_then(|host| host.strip_suffix(']'))
+    {
         Some(address) => address.parse::<Ipv6Addr>().is_ok(),
         None => (1..=MAX_LABEL_BYTES).contains(&host.len()) && name(host),
     };
@@ -520,12 +763,19 @@ mod tests {
     }
 
     fn task() -> impl Strategy<Value = Digest> {
-        (algorithm(), any::<u64>()).prop_map(|(algorithm, n)| Digest::of(algorithm, &n.to_be_bytes()))
+        (algorithm(), any::<u64>())
+            .prop_map(|(algorithm, n)| Digest::of(algorithm, &n.to_be_bytes()))
     }
 
     fn source_strategy() -> impl Strategy<Value = Source> {
-        ("[a-z]{1,8}\\.(io|org)(:5000)?", "[a-z0-9]{1,8}(/[a-z0-9]{1,8}){0,3}")
-            .prop_map(|(registry, repository)| Source { registry, repository })
+        (
+            "[a-z]{1,8}\\.(io|org)(:5000)?",
+            "[a-z0-9]{1,8}(/[a-z0-9]{1,8}){0,3}",
+        )
+            .prop_map(|(registry, repository)| Source {
+                registry,
+                repository,
+            })
             .prop_filter("Docker Hub's other names", |s| {
                 canonical_host(&s.registry).as_ref() == Ok(&s.registry)
             })
@@ -550,24 +800,35 @@ mod tests {
             pieces.prop_map(Offer::Some),
             bits.prop_map(move |bits| {
                 // A bitfield of no bits and a list of no pieces say the same.
-                if count == 0 { Offer::Some(Vec::new()) } else { Offer::Bits(bits) }
+                if count == 0 {
+                    Offer::Some(Vec::new())
+                } else {
+                    Offer::Bits(bits)
+                }
             })
         ]
     }
 
     fn signed_strategy(full_count: u32) -> impl Strategy<Value = SignedPrefix> {
         let raw = prop::collection::vec(any::<u8>(), 1..50);
-        (0..=full_count, any::<bool>(), any::<u64>(), any::<[u8; 16]>(), raw).prop_map(
-            move |(count, sealed, signed_at_s, issuer, certificate)| SignedPrefix {
-                count: if sealed { full_count } else { count },
-                sealed,
-                signed_at_s,
-                issuer: PeerId(issuer),
-                registries: vec!["r.example:5000".to_owned()],
-                certificate: certificate.into(),
-                signature: vec![7; SIGNATURE_BYTES],
-            },
+        (
+            0..=full_count,
+            any::<bool>(),
+            any::<u64>(),
+            any::<[u8; 16]>(),
+            raw,
         )
+            .prop_map(move |(count, sealed, signed_at_s, issuer, certificate)| {
+                SignedPrefix {
+                    count: if sealed { full_count } else { count },
+                    sealed,
+                    signed_at_s,
+                    issuer: PeerId(issuer),
+                    registries: vec!["r.example:5000".to_owned()],
+                    certificate: certificate.into(),
+                    signature: vec![7; SIGNATURE_BYTES],
+                }
+            })
     }
 
     fn table() -> impl Strategy<Value = Message> {
@@ -594,10 +855,15 @@ mod tests {
     }
 
     fn purpose_strategy() -> impl Strategy<Value = Purpose> {
-        ("[a-z./-]{0,64}", "[a-z@:+]{0,64}", priority_strategy()).prop_map(|(application, tag, priority)| {
-            let labels = Labels { application: Label::new(&application), tag: Label::new(&tag) };
-            Purpose { labels, priority }
-        })
+        ("[a-z./-]{0,64}", "[a-z@:+]{0,64}", priority_strategy()).prop_map(
+            |(application, tag, priority)| {
+                let labels = Labels {
+                    application: Label::new(&application),
+                    tag: Label::new(&tag),
+                };
+                Purpose { labels, priority }
+            },
+        )
     }
 
     fn message() -> impl Strategy<Value = Message> {
@@ -623,23 +889,40 @@ mod tests {
                     |(task, source, size_bytes, token, purpose, far, (passive, partial))| {
                         let token = token.and_then(|token| Bearer::new(&token));
                         let far = far.map(Share::from_bits);
-                        Message::Interest { task, source, size_bytes, token, purpose, far, passive, partial }
+                        Message::Interest {
+                            task,
+                            source,
+                            size_bytes,
+                            token,
+                            purpose,
+                            far,
+                            passive,
+                            partial,
+                        }
                     }
                 ),
             have,
             table(),
             task().prop_map(|task| Message::Working { task }),
-            (task(), refusal_strategy()).prop_map(|(task, reason)| Message::Unavailable { task, reason }),
+            (task(), refusal_strategy())
+                .prop_map(|(task, reason)| Message::Unavailable { task, reason }),
             task().prop_map(|task| Message::Leave { task }),
-            (any::<u32>(), task(), 0..1_000_000u32, any::<bool>(), priority_strategy()).prop_map(
-                |(request, task, piece, prefetch, priority)| Message::Request {
-                    request,
-                    task,
-                    piece,
-                    prefetch,
-                    priority
-                }
-            ),
+            (
+                any::<u32>(),
+                task(),
+                0..1_000_000u32,
+                any::<bool>(),
+                priority_strategy()
+            )
+                .prop_map(|(request, task, piece, prefetch, priority)| {
+                    Message::Request {
+                        request,
+                        task,
+                        piece,
+                        prefetch,
+                        priority,
+                    }
+                }),
             any::<u32>().prop_map(|request| Message::Cancel { request }),
             (any::<u32>(), refusal_strategy())
                 .prop_map(|(request, reason)| Message::Reject { request, reason }),
@@ -665,40 +948,71 @@ mod tests {
         }
     }
 
-    fn spoilt_table(spoil: impl FnOnce(&mut v1::Table, &mut v1::SignedPrefix)) -> Result<Option<Message>> {
+    fn spoilt_table(
+        spoil: impl FnOnce(&mut v1::Table, &mut v1::SignedPrefix),
+    ) -> Result<Option<Message>> {
         let mut table = honest_table();
         let mut signed = table.signed.take().unwrap();
         spoil(&mut table, &mut signed);
         table.signed = Some(signed);
-        from_peer_message(v1::PeerMessage { message: Some(Wire::Table(table)) })
+        from_peer_message(v1::PeerMessage {
+            message: Some(Wire::Table(table)),
+        })
     }
 
     #[test]
     fn a_table_that_no_honest_peer_sends_is_refused() {
         let bad = |field| Err(ConvertError::Bad(field));
         assert!(spoilt_table(|_, _| ()).is_ok());
-        assert_eq!(spoilt_table(|table, _| table.task = "sha256:12".to_owned()), bad("task"));
-        assert_eq!(spoilt_table(|table, _| table.size_bytes = MAX_BLOB_BYTES + 1), bad("size"));
+        assert_eq!(
+            spoilt_table(|table, _| table.task = "sha256:12".to_owned()),
+            bad("task")
+        );
+        assert_eq!(
+            spoilt_table(|table, _| table.size_bytes = MAX_BLOB_BYTES + 1),
+            bad("size")
+        );
         assert_eq!(spoilt_table(|table, _| table.first = 1), bad("values"));
-        assert_eq!(spoilt_table(|table, _| table.first = u32::MAX), bad("values"));
+        assert_eq!(
+            spoilt_table(|table, _| table.first = u32::MAX),
+            bad("values")
+        );
         assert_eq!(spoilt_table(|table, _| table.values.push(1)), bad("values"));
-        assert_eq!(spoilt_table(|table, _| table.values.extend([1; 32])), bad("values"));
-        assert_eq!(spoilt_table(|_, signed| signed.count = 10), bad("signed count"));
+        assert_eq!(
+            spoilt_table(|table, _| table.values.extend([1; 32])),
+            bad("values")
+        );
+        assert_eq!(
+            spoilt_table(|_, signed| signed.count = 10),
+            bad("signed count")
+        );
         assert_eq!(
             spoilt_table(|_, signed| signed.count = 8),
             bad("signed count"),
             "a seal covers everything"
         );
-        assert_eq!(spoilt_table(|_, signed| signed.issuer.push(1)), bad("peer id"));
-        assert_eq!(spoilt_table(|_, signed| signed.signature.clear()), bad("signature"));
-        assert_eq!(spoilt_table(|_, signed| signed.certificate.clear()), bad("issuer's certificate"));
+        assert_eq!(
+            spoilt_table(|_, signed| signed.issuer.push(1)),
+            bad("peer id")
+        );
+        assert_eq!(
+            spoilt_table(|_, signed| signed.signature.clear()),
+            bad("signature")
+        );
+        assert_eq!(
+            spoilt_table(|_, signed| signed.certificate.clear()),
+            bad("issuer's certificate")
+        );
         assert_eq!(
             spoilt_table(|_, signed| signed.certificate = vec![1; MAX_CERTIFICATE_BYTES + 1]),
             bad("issuer's certificate")
         );
         let many = vec![String::new(); MAX_REGISTRIES + 1];
         for registries in [many, vec!["a".repeat(MAX_REGISTRY_BYTES + 1)]] {
-            assert_eq!(spoilt_table(|_, signed| signed.registries = registries), bad("registries"));
+            assert_eq!(
+                spoilt_table(|_, signed| signed.registries = registries),
+                bad("registries")
+            );
         }
     }
 
@@ -716,14 +1030,32 @@ mod tests {
             (false, &[][..], &[0, 9][..], Ok(Offer::Some(vec![0, 9]))),
             (false, &[][..], &[][..], Ok(Offer::Some(vec![]))),
             (false, &[1][..], &[][..], Err(ConvertError::Bad("bits"))),
-            (false, &[1, 2, 3][..], &[][..], Err(ConvertError::Bad("bits"))),
+            (
+                false,
+                &[1, 2, 3][..],
+                &[][..],
+                Err(ConvertError::Bad("bits")),
+            ),
             (false, &[][..], &[10][..], Err(ConvertError::Bad("pieces"))),
-            (false, &[][..], &[1; 11][..], Err(ConvertError::Bad("pieces"))),
+            (
+                false,
+                &[][..],
+                &[1; 11][..],
+                Err(ConvertError::Bad("pieces")),
+            ),
             (true, &[1, 2][..], &[][..], Err(ConvertError::Bad("offer"))),
-            (false, &[1, 2][..], &[1][..], Err(ConvertError::Bad("offer"))),
+            (
+                false,
+                &[1, 2][..],
+                &[1][..],
+                Err(ConvertError::Bad("offer")),
+            ),
         ];
         for (all, bits, pieces, expected) in table {
-            assert_eq!(from_offer(10, all, bits.to_vec(), pieces.to_vec()), expected);
+            assert_eq!(
+                from_offer(10, all, bits.to_vec(), pieces.to_vec()),
+                expected
+            );
         }
     }
 
@@ -731,7 +1063,10 @@ mod tests {
     fn reasons_of_a_later_version_are_understood_as_unable() {
         assert_eq!(from_refusal(99, 0), Ok(Refusal::Unable));
         assert_eq!(from_refusal(0, 0), Ok(Refusal::Unable));
-        assert_eq!(from_refusal(v1::Refusal::Origin.into(), 404), Ok(Refusal::Origin(404)));
+        assert_eq!(
+            from_refusal(v1::Refusal::Origin.into(), 404),
+            Ok(Refusal::Origin(404))
+        );
         for status in [0, 99, 600, 65_536 + 404] {
             assert!(from_refusal(v1::Refusal::Origin.into(), status).is_err());
         }
@@ -741,7 +1076,11 @@ mod tests {
     fn a_purpose_that_an_older_version_does_not_know_of_is_the_default() {
         assert_eq!(from_purpose(None), Ok(Purpose::default()));
         let told = |application: &str, priority| {
-            from_purpose(Some(v1::Purpose { application: application.into(), tag: String::new(), priority }))
+            from_purpose(Some(v1::Purpose {
+                application: application.into(),
+                tag: String::new(),
+                priority,
+            }))
         };
         assert_eq!(told("a", Some(99)).unwrap().priority, Priority::LAST);
         assert_eq!(told("two words", None), Err(ConvertError::Bad("label")));
@@ -750,9 +1089,14 @@ mod tests {
 
     #[test]
     fn messages_that_are_not_about_pieces_are_left_to_others() {
-        let ping = v1::PeerMessage { message: Some(Wire::Ping(v1::Ping { nonce: 1 })) };
+        let ping = v1::PeerMessage {
+            message: Some(Wire::Ping(v1::Ping { nonce: 1 })),
+        };
         assert_eq!(from_peer_message(ping), Ok(None));
-        assert_eq!(from_peer_message(v1::PeerMessage { message: None }), Ok(None));
+        assert_eq!(
+            from_peer_message(v1::PeerMessage { message: None }),
+            Ok(None)
+        );
         // Field 99: a message of a later version.
         let unknown = v1::PeerMessage::decode(&[0x9a, 0x06, 0x01, 0x00][..]).unwrap();
         assert_eq!(from_peer_message(unknown), Ok(None));
@@ -760,7 +1104,13 @@ mod tests {
 
     #[test]
     fn another_major_version_is_refused_with_a_clear_word() {
-        assert_eq!(check_version(Some(v1::Version { major: 1, minor: 99 })), Ok(()));
+        assert_eq!(
+            check_version(Some(v1::Version {
+                major: 1,
+                minor: 99
+            })),
+            Ok(())
+        );
         assert_eq!(check_version(None), Err(ConvertError::Bad("version")));
         let error = check_version(Some(v1::Version { major: 2, minor: 0 })).unwrap_err();
         assert_eq!(
@@ -772,20 +1122,40 @@ mod tests {
     #[test]
     fn a_reason_is_bounded_and_has_no_control_characters() {
         assert_eq!(from_reason("a: b\n\x1b[31m"), "a: b  [31m");
-        assert_eq!(from_reason(&"é".repeat(MAX_REASON_BYTES)).len(), MAX_REASON_BYTES);
+        assert_eq!(
+            from_reason(&"é".repeat(MAX_REASON_BYTES)).len(),
+            MAX_REASON_BYTES
+        );
     }
 
     #[test]
     fn sources_are_checked_and_get_one_spelling() {
         let source = |registry: &str, repository: &str| {
-            from_source(Some(v1::Source { registry: registry.to_owned(), repository: repository.to_owned() }))
+            from_source(Some(v1::Source {
+                registry: registry.to_owned(),
+                repository: repository.to_owned(),
+            }))
         };
-        assert_eq!(source("Index.Docker.IO", "library/debian").unwrap().registry, "docker.io");
-        assert_eq!(source("quay.io/foo", "bar"), Err(ConvertError::Bad("registry")));
+        assert_eq!(
+            source("Index.Docker.IO", "library/debian")
+                .unwrap()
+                .registry,
+            "docker.io"
+        );
+        assert_eq!(
+            source("quay.io/foo", "bar"),
+            Err(ConvertError::Bad("registry"))
+        );
         assert_eq!(source("", "bar"), Err(ConvertError::Bad("registry")));
-        assert_eq!(source("quay.io", "../bar"), Err(ConvertError::Bad("repository")));
+        assert_eq!(
+            source("quay.io", "../bar"),
+            Err(ConvertError::Bad("repository"))
+        );
         assert_eq!(source("quay.io", ""), Err(ConvertError::Bad("repository")));
-        assert_eq!(source("quay.io", &"a".repeat(256)), Err(ConvertError::Bad("repository")));
+        assert_eq!(
+            source("quay.io", &"a".repeat(256)),
+            Err(ConvertError::Bad("repository"))
+        );
         assert_eq!(from_source(None), Err(ConvertError::Bad("source")));
     }
 
@@ -802,7 +1172,10 @@ mod tests {
             role: Role::Seed,
             zone: "a".to_owned(),
         };
-        assert_eq!(from_members(member_list([&honest]).members), Ok(vec![honest.clone()]));
+        assert_eq!(
+            from_members(member_list([&honest]).members),
+            Ok(vec![honest.clone()])
+        );
         let spoilt = |spoil: fn(&mut v1::Member)| {
             let mut wire = member(&honest);
             spoil(&mut wire);
@@ -813,15 +1186,40 @@ mod tests {
         assert_eq!(spoilt(|m| m.zone = "z".repeat(256)), "bad zone");
         assert_eq!(spoilt(|m| m.role = 0), "bad role");
         assert_eq!(spoilt(|m| m.role = 99), "bad role");
-        assert_eq!(spoilt(|m| m.addresses = vec!["a:1".to_owned(); 33]), "bad number of addresses");
-        for address in
-            ["", "host", "host:", "host:0", "host:65536", ":1", "fd00::1:6501", "a b:1", "a:1:1", "a/b:1"]
-        {
-            let wire = v1::Member { addresses: vec![address.to_owned()], ..member(&honest) };
-            assert_eq!(from_member(wire), Err(ConvertError::Bad("address")), "{address}");
+        assert_eq!(
+            spoilt(|m| m.addresses = vec!["a:1".to_owned(); 33]),
+            "bad number of addresses"
+        );
+        for address in [
+            "",
+            "host",
+            "host:",
+            "host:0",
+            "host:65536",
+            ":1",
+            "fd00::1:6501",
+            "a b:1",
+            "a:1:1",
+            "a/b:1",
+        ] {
+            let wire = v1::Member {
+                addresses: vec![address.to_owned()],
+                ..member(&honest)
+            };
+            assert_eq!(
+                from_member(wire),
+                Err(ConvertError::Bad("address")),
+                "{address}"
+            );
         }
-        let later = v1::Member { role: 99, ..member(&honest) };
-        assert_eq!(from_members(vec![later, member(&honest)]), Ok(vec![honest.clone()]));
+        let later = v1::Member {
+            role: 99,
+            ..member(&honest)
+        };
+        assert_eq!(
+            from_members(vec![later, member(&honest)]),
+            Ok(vec![honest.clone()])
+        );
         assert!(from_members(vec![member(&honest); MAX_MEMBERS + 1]).is_err());
     }
 

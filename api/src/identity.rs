@@ -23,7 +23,9 @@ use rustls::crypto::{CryptoProvider, ring as provider};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivatePkcs8KeyDer, ServerName, UnixTime};
 use rustls::server::danger::ClientCertVerifier;
-use rustls::server::{ClientHello, NoServerSessionStorage, ResolvesServerCert, WebPkiClientVerifier};
+use rustls::server::{
+    ClientHello, NoServerSessionStorage, ResolvesServerCert, WebPkiClientVerifier,
+};
 use rustls::sign::CertifiedKey;
 use rustls::{RootCertStore, SignatureScheme};
 use webpki::{EndEntityCert, KeyUsage};
@@ -102,30 +104,52 @@ impl Identity {
     /// What `save` wrote into `dir`; `None` when there is nothing yet.
     pub fn load(dir: &Path) -> Result<Option<Self>, IdentityError> {
         // The certificate is written last: without it nothing was completed.
-        let Some(certificate) = files::read_if_there(&dir.join(CERTIFICATE_FILE))? else { return Ok(None) };
+        let Some(certificate) = files::read_if_there(&dir.join(CERTIFICATE_FILE))? else {
+            return Ok(None);
+        };
         let key = files::read(&dir.join(KEY_FILE))?;
         let authority = files::read(&dir.join(AUTHORITY_FILE))?;
-        let key =
-            PrivatePkcs8KeyDer::from_pem_slice(&key).map_err(|_| unusable("no PKCS #8 key in key.pem"))?;
-        let identity =
-            Self::assemble(key, files::certificate(&certificate)?, files::certificate(&authority)?)?;
+        let key = PrivatePkcs8KeyDer::from_pem_slice(&key)
+            .map_err(|_| unusable("no PKCS #8 key in key.pem"))?;
+        let identity = Self::assemble(
+            key,
+            files::certificate(&certificate)?,
+            files::certificate(&authority)?,
+        )?;
         identity.load_removed(dir);
         Ok(Some(identity))
     }
 
     /// A damaged list is no reason to stay away: the next scheduler sends the whole list again.
     fn load_removed(&self, dir: &Path) {
-        let Ok(Some(text)) = files::read_if_there(&dir.join(REMOVED_FILE)) else { return };
+        let Ok(Some(text)) = files::read_if_there(&dir.join(REMOVED_FILE)) else {
+            return;
+        };
         match serde_json::from_slice::<Vec<String>>(&text) {
-            Ok(ids) => drop(self.inner.removed.add(ids.iter().filter_map(|id| id.parse().ok()))),
-            Err(error) => tracing::warn!(dir = %dir.display(), %error, "removed.json cannot be read"),
+            Ok(ids) => drop(
+                self.inner
+                    .removed
+                    .add(ids.iter().filter_map(|id| id.parse().ok())),
+            ),
+            Err(error) => {
+                tracing::warn!(dir = %dir.display(), %error, "removed.json cannot be read")
+            }
         }
     }
 
     /// Writes the list of removed members into `dir`, where [`Identity::load`] finds it.
     pub fn save_removed(&self, dir: &Path) -> Result<(), IdentityError> {
-        let ids: Vec<String> = self.inner.removed.all().iter().map(ToString::to_string).collect();
-        files::write(&dir.join(REMOVED_FILE), &serde_json::to_vec(&ids).map_err(unusable)?)
+        let ids: Vec<String> = self
+            .inner
+            .removed
+            .all()
+            .iter()
+            .map(ToString::to_string)
+            .collect();
+        files::write(
+            &dir.join(REMOVED_FILE),
+            &serde_json::to_vec(&ids).map_err(unusable)?,
+        )
     }
 
     /// The members that the authority removed. Handshakes and statements of these are refused by all that this identity checks.
@@ -137,15 +161,24 @@ impl Identity {
     pub fn request() -> Result<PendingIdentity, IdentityError> {
         let key = rcgen::KeyPair::generate_for(&rcgen::PKCS_ED25519).map_err(unusable)?;
         let certificate_request = certificate_request(&key)?;
-        Ok(PendingIdentity { certificate_request, key: PrivatePkcs8KeyDer::from(key.serialize_der()) })
+        Ok(PendingIdentity {
+            certificate_request,
+            key: PrivatePkcs8KeyDer::from(key.serialize_der()),
+        })
     }
 
     /// Writes key (mode 0600), certificate and authority, each by write, fsync, rename.
     pub fn save(&self, dir: &Path) -> Result<(), IdentityError> {
         let key = self.rcgen_key()?.serialize_pem();
         files::write(&dir.join(KEY_FILE), key.as_bytes())?;
-        files::write(&dir.join(AUTHORITY_FILE), &files::certificate_pem(&self.inner.authority))?;
-        files::write(&dir.join(CERTIFICATE_FILE), &files::certificate_pem(&self.certificate()))
+        files::write(
+            &dir.join(AUTHORITY_FILE),
+            &files::certificate_pem(&self.inner.authority),
+        )?;
+        files::write(
+            &dir.join(CERTIFICATE_FILE),
+            &files::certificate_pem(&self.certificate()),
+        )
     }
 
     /// Our id.
@@ -198,7 +231,12 @@ impl Identity {
 
     /// Puts a renewed certificate in place; connections from now on use it.
     pub fn renew(&self, certificate: CertificateDer<'static>) -> Result<(), IdentityError> {
-        let current = current(&self.inner.key, certificate, &self.inner.authority, &self.inner.roots)?;
+        let current = current(
+            &self.inner.key,
+            certificate,
+            &self.inner.authority,
+            &self.inner.roots,
+        )?;
         self.inner.current.store(Arc::new(current));
         Ok(())
     }
@@ -210,9 +248,12 @@ impl Identity {
             .expect("the ring provider has TLS 1.3")
             .dangerous()
             .with_custom_certificate_verifier(Arc::new(removed::Servers {
-                usual: WebPkiServerVerifier::builder_with_provider(Arc::clone(&self.inner.roots), crypto())
-                    .build()
-                    .expect("there is one root and no revocation list"),
+                usual: WebPkiServerVerifier::builder_with_provider(
+                    Arc::clone(&self.inner.roots),
+                    crypto(),
+                )
+                .build()
+                .expect("there is one root and no revocation list"),
                 removed: self.inner.removed.clone(),
             }))
             .with_client_cert_resolver(self.shown());
@@ -226,12 +267,22 @@ impl Identity {
     /// members, which are to be told so, get in: the caller tells these apart, by [`Identity::removed`]. The chain that is shown
     /// ends in the authority, for joiners that know no more of it than its hash.
     pub fn server_config(&self, alpn: &[u8], strangers_too: bool) -> Arc<rustls::ServerConfig> {
-        let verifier = WebPkiClientVerifier::builder_with_provider(Arc::clone(&self.inner.roots), crypto());
-        let verifier = if strangers_too { verifier.allow_unauthenticated() } else { verifier };
-        let usual = verifier.build().expect("there is one root and no revocation list");
+        let verifier =
+            WebPkiClientVerifier::builder_with_provider(Arc::clone(&self.inner.roots), crypto());
+        let verifier = if strangers_too {
+            verifier.allow_unauthenticated()
+        } else {
+            verifier
+        };
+        let usual = verifier
+            .build()
+            .expect("there is one root and no revocation list");
         let verifier: Arc<dyn ClientCertVerifier> = match strangers_too {
             true => usual,
-            false => Arc::new(removed::Clients { usual, removed: self.inner.removed.clone() }),
+            false => Arc::new(removed::Clients {
+                usual,
+                removed: self.inner.removed.clone(),
+            }),
         };
         let mut config = rustls::ServerConfig::builder_with_provider(crypto())
             .with_protocol_versions(&[&rustls::version::TLS13])
@@ -246,10 +297,19 @@ impl Identity {
 
     /// Signs all values that `table` knows, as their issuer, and attaches the statement. `registries`: those that gave this node
     /// the bytes, or proved that they have them.
-    pub fn sign(&self, table: &mut PieceTable, sealed: bool, registries: Vec<String>, now: SystemTime) {
+    pub fn sign(
+        &self,
+        table: &mut PieceTable,
+        sealed: bool,
+        registries: Vec<String>,
+        now: SystemTime,
+    ) {
         let current = self.inner.current.load();
         let signed_at_s = unix_seconds(now);
-        let signature = self.inner.signer.sign(&table.statement(sealed, signed_at_s, &registries));
+        let signature = self
+            .inner
+            .signer
+            .sign(&table.statement(sealed, signed_at_s, &registries));
         table.sign(SignedPrefix {
             count: table.values().len() as u32,
             sealed,
@@ -270,7 +330,9 @@ impl Identity {
             return None;
         }
         let end_entity = EndEntityCert::try_from(&certificate).ok()?;
-        end_entity.verify_signature(webpki::ring::ED25519, statement, &signed.signature).ok()?;
+        end_entity
+            .verify_signature(webpki::ring::ED25519, statement, &signed.signature)
+            .ok()?;
         Some(issuer.role)
     }
 
@@ -280,7 +342,9 @@ impl Identity {
         let hash = fingerprint(certificate);
         let known = self.checked_certificates().get(&hash).copied();
         if let Some(known) = known {
-            return (known.not_before_s..=known.not_after_s).contains(&at_s).then_some(known);
+            return (known.not_before_s..=known.not_after_s)
+                .contains(&at_s)
+                .then_some(known);
         }
         let checked = verify(certificate, &self.inner.roots, at_s).ok()?;
         let mut certificates = self.checked_certificates();
@@ -292,7 +356,10 @@ impl Identity {
     }
 
     fn checked_certificates(&self) -> std::sync::MutexGuard<'_, HashMap<[u8; 32], Checked>> {
-        self.inner.checked.lock().unwrap_or_else(PoisonError::into_inner)
+        self.inner
+            .checked
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     fn assemble(
@@ -302,7 +369,8 @@ impl Identity {
     ) -> Result<Self, IdentityError> {
         // Ring's strict reading wants the public key beside the private one; both forms are sound, and `current` compares
         // the key with the certificate.
-        let signer = Ed25519KeyPair::from_pkcs8_maybe_unchecked(key.secret_pkcs8_der()).map_err(unusable)?;
+        let signer =
+            Ed25519KeyPair::from_pkcs8_maybe_unchecked(key.secret_pkcs8_der()).map_err(unusable)?;
         let mut roots = RootCertStore::empty();
         roots.add(authority.clone()).map_err(unusable)?;
         let current = current(&key, certificate, &authority, &roots)?;
@@ -394,7 +462,11 @@ fn current(
     certified
         .keys_match()
         .map_err(|_| unusable("the certificate is for another key; remove both and join again"))?;
-    Ok(Current { certified: Arc::new(certified), certificate, member })
+    Ok(Current {
+        certified: Arc::new(certified),
+        certificate,
+        member,
+    })
 }
 
 /// Verifies the chain to our authority as of `at_s` and reads who the member is.
@@ -421,28 +493,43 @@ fn verify(
         .map_err(unusable)?;
     let (peer, role) = member_of(certificate)?;
     let (not_before_s, not_after_s) = validity_s(certificate)?;
-    Ok(Checked { peer, role, not_before_s, not_after_s })
+    Ok(Checked {
+        peer,
+        role,
+        not_before_s,
+        not_after_s,
+    })
 }
 
 /// From when until when a certificate holds, in seconds since 1970.
 pub fn validity_s(certificate: &CertificateDer<'_>) -> Result<(u64, u64), IdentityError> {
     let (_, parsed) = x509_parser::parse_x509_certificate(certificate).map_err(unusable)?;
     let seconds = |time: x509_parser::time::ASN1Time| u64::try_from(time.timestamp()).unwrap_or(0);
-    Ok((seconds(parsed.validity().not_before), seconds(parsed.validity().not_after)))
+    Ok((
+        seconds(parsed.validity().not_before),
+        seconds(parsed.validity().not_after),
+    ))
 }
 
 /// The cluster's name in its authority's certificate.
 fn organization(certificate: &CertificateDer<'_>) -> Result<String, IdentityError> {
     let (_, parsed) = x509_parser::parse_x509_certificate(certificate).map_err(unusable)?;
     let organization = parsed.subject().iter_organization().next();
-    Ok(organization.and_then(|name| name.as_str().ok()).unwrap_or_default().to_owned())
+    Ok(organization
+        .and_then(|name| name.as_str().ok())
+        .unwrap_or_default()
+        .to_owned())
 }
 
 /// A request carries the key only: the authority decides the names.
 fn certificate_request(key: &rcgen::KeyPair) -> Result<Vec<u8>, IdentityError> {
     let mut params = rcgen::CertificateParams::default();
     params.distinguished_name = rcgen::DistinguishedName::new();
-    Ok(params.serialize_request(key).map_err(unusable)?.der().to_vec())
+    Ok(params
+        .serialize_request(key)
+        .map_err(unusable)?
+        .der()
+        .to_vec())
 }
 
 /// Ring, said explicitly. AES-128 comes first: it takes a quarter less CPU than AES-256, and each byte of every
@@ -453,11 +540,15 @@ fn crypto() -> Arc<CryptoProvider> {
         provider::cipher_suite::TLS13_AES_256_GCM_SHA384,
         provider::cipher_suite::TLS13_CHACHA20_POLY1305_SHA256,
     ];
-    Arc::new(CryptoProvider { cipher_suites: suites, ..provider::default_provider() })
+    Arc::new(CryptoProvider {
+        cipher_suites: suites,
+        ..provider::default_provider()
+    })
 }
 
 fn unix_seconds(time: SystemTime) -> u64 {
-    time.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+    time.duration_since(UNIX_EPOCH)
+        .map_or(0, |since| since.as_secs())
 }
 
 /// Whose certificate this is: id (from the key) and role (from the names). The chain has been verified already.
@@ -466,7 +557,11 @@ pub fn member_of(certificate: &CertificateDer<'_>) -> Result<(PeerId, Role), Ide
     let peer = peer_id_of_spki(&end_entity.subject_public_key_info());
     let role = [Role::Seed, Role::Scheduler, Role::Peer]
         .into_iter()
-        .find(|role| names(peer, *role).iter().all(|name| end_entity.valid_dns_names().any(|n| n == name)))
+        .find(|role| {
+            names(peer, *role)
+                .iter()
+                .all(|name| end_entity.valid_dns_names().any(|n| n == name))
+        })
         .ok_or_else(|| unusable("the certificate does not carry its key's name"))?;
     Ok((peer, role))
 }

@@ -14,7 +14,9 @@ use rustls::client::WebPkiServerVerifier;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::{CryptoProvider, verify_tls12_signature, verify_tls13_signature};
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
-use rustls::{CertificateError, ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme};
+use rustls::{
+    CertificateError, ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme,
+};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
@@ -23,7 +25,9 @@ use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Status};
 
 use crate::convert::{self, ConvertError, Member};
-use crate::identity::{Identity, IdentityError, PendingIdentity, fingerprint, member_of, role_name};
+use crate::identity::{
+    Identity, IdentityError, PendingIdentity, fingerprint, member_of, role_name,
+};
 use crate::names::{self, NamedBy};
 use crate::v1;
 use crate::v1::authority_client::AuthorityClient;
@@ -68,7 +72,11 @@ impl Token {
             .fill(&mut id)
             .and_then(|()| random.fill(&mut secret))
             .map_err(|_| IdentityError::Unusable("the system gives no randomness".into()))?;
-        Ok(Self { id: hex(&id), secret: hex(&secret), authority: fingerprint(authority) })
+        Ok(Self {
+            id: hex(&id),
+            secret: hex(&secret),
+            authority: fingerprint(authority),
+        })
     }
 }
 
@@ -77,22 +85,39 @@ impl FromStr for Token {
 
     fn from_str(text: &str) -> Result<Self, TokenError> {
         let parts: Vec<&str> = text.trim().split('.').collect();
-        let [TOKEN_FORM, id, secret, authority] = parts[..] else { return Err(TokenError) };
+        let [TOKEN_FORM, id, secret, authority] = parts[..] else {
+            return Err(TokenError);
+        };
         let is_hex = |text: &str, digits: usize| {
-            text.len() == digits && text.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
+            text.len() == digits
+                && text
+                    .bytes()
+                    .all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
         };
         if !is_hex(id, 16) || !is_hex(secret, 64) {
             return Err(TokenError);
         }
-        let authority: Digest = format!("sha256:{authority}").parse().map_err(|_| TokenError)?;
+        let authority: Digest = format!("sha256:{authority}")
+            .parse()
+            .map_err(|_| TokenError)?;
         let authority = authority.as_bytes().try_into().map_err(|_| TokenError)?;
-        Ok(Self { id: id.to_owned(), secret: secret.to_owned(), authority })
+        Ok(Self {
+            id: id.to_owned(),
+            secret: secret.to_owned(),
+            authority,
+        })
     }
 }
 
 impl fmt::Display for Token {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{TOKEN_FORM}.{}.{}.{}", self.id, self.secret, hex(&self.authority))
+        write!(
+            f,
+            "{TOKEN_FORM}.{}.{}.{}",
+            self.id,
+            self.secret,
+            hex(&self.authority)
+        )
     }
 }
 
@@ -162,15 +187,24 @@ pub enum JoinError {
 impl JoinError {
     /// Whether it is worth trying the same again.
     pub const fn is_transient(&self) -> bool {
-        matches!(self, Self::Busy(_) | Self::Connect(ConnectError::Unreachable { .. }))
+        matches!(
+            self,
+            Self::Busy(_) | Self::Connect(ConnectError::Unreachable { .. })
+        )
     }
 
     fn from_status(status: &Status) -> Self {
         let text = status.message().to_owned();
         match status.code() {
-            Code::Unauthenticated | Code::PermissionDenied | Code::InvalidArgument => Self::Refused(text),
+            Code::Unauthenticated | Code::PermissionDenied | Code::InvalidArgument => {
+                Self::Refused(text)
+            }
             Code::FailedPrecondition => Self::NoAuthority(text),
-            _ => Self::Busy(if text.is_empty() { status.code().to_string() } else { text }),
+            _ => Self::Busy(if text.is_empty() {
+                status.code().to_string()
+            } else {
+                text
+            }),
         }
     }
 }
@@ -195,11 +229,15 @@ pub async fn join(
     name: &str,
     pending: &PendingIdentity,
 ) -> Result<(Identity, Vec<Member>, String), JoinError> {
-    let stream = dial(address, pinned_config(token.authority)?).await.map_err(|error| match error {
-        Dial::Failed(error) => error.into(),
-        Dial::Tls(error) if error == not_pinned() => JoinError::WrongAuthority { address: address.into() },
-        Dial::Tls(error) => JoinError::Connect(stranger(address, &error)),
-    })?;
+    let stream = dial(address, pinned_config(token.authority)?)
+        .await
+        .map_err(|error| match error {
+            Dial::Failed(error) => error.into(),
+            Dial::Tls(error) if error == not_pinned() => JoinError::WrongAuthority {
+                address: address.into(),
+            },
+            Dial::Tls(error) => JoinError::Connect(stranger(address, &error)),
+        })?;
     let channel = channel(address, stream).await?;
     let request = v1::JoinRequest {
         version: Some(crate::VERSION),
@@ -211,40 +249,63 @@ pub async fn join(
     let reply = call(AuthorityClient::new(channel).join(request)).await?;
     let authority = CertificateDer::from(reply.authority);
     if fingerprint(&authority) != token.authority {
-        return Err(JoinError::WrongAuthority { address: address.into() });
+        return Err(JoinError::WrongAuthority {
+            address: address.into(),
+        });
     }
     let identity = pending.complete(CertificateDer::from(reply.certificate), authority)?;
     let members = convert::from_members(reply.members.unwrap_or_default().members)?;
-    Ok((identity, members, convert::from_label(reply.cluster, "cluster")?))
+    Ok((
+        identity,
+        members,
+        convert::from_label(reply.cluster, "cluster")?,
+    ))
 }
 
 /// Asks for a new certificate for the same key and role, and puts it in place. The caller saves it.
 pub async fn renew(address: &str, identity: &Identity) -> Result<(), JoinError> {
     let connection = connect(address, identity).await?;
     let certificate_request = identity.renewal_request()?;
-    let request = v1::RenewRequest { version: Some(crate::VERSION), certificate_request };
+    let request = v1::RenewRequest {
+        version: Some(crate::VERSION),
+        certificate_request,
+    };
     let reply = call(AuthorityClient::new(connection.channel).renew(request)).await?;
     Ok(identity.renew(CertificateDer::from(reply.certificate))?)
 }
 
 /// Dials the scheduler at `address` (`host:port`, resolved now) as a member.
 pub async fn connect(address: &str, identity: &Identity) -> Result<Connection, ConnectError> {
-    let stream = dial(address, identity.client_config(ALPN)).await.map_err(|error| match error {
-        Dial::Failed(error) => error,
-        Dial::Tls(error) => stranger(address, &error),
-    })?;
+    let stream =
+        dial(address, identity.client_config(ALPN))
+            .await
+            .map_err(|error| match error {
+                Dial::Failed(error) => error,
+                Dial::Tls(error) => stranger(address, &error),
+            })?;
     let certificates = stream.get_ref().1.peer_certificates();
     let scheduler = certificates.and_then(|chain| chain.first()).map(member_of);
     let Some(Ok((peer, Role::Scheduler))) = scheduler else {
-        return Err(ConnectError::Stranger { address: address.into(), why: "it is another member".into() });
+        return Err(ConnectError::Stranger {
+            address: address.into(),
+            why: "it is another member".into(),
+        });
     };
     let local = stream.get_ref().0.local_addr();
-    let local = local
-        .map_err(|error| ConnectError::Unreachable { address: address.into(), why: error.to_string() })?;
-    Ok(Connection { channel: channel(address, stream).await?, peer, local })
+    let local = local.map_err(|error| ConnectError::Unreachable {
+        address: address.into(),
+        why: error.to_string(),
+    })?;
+    Ok(Connection {
+        channel: channel(address, stream).await?,
+        peer,
+        local,
+    })
 }
 
-async fn call<T>(call: impl Future<Output = Result<tonic::Response<T>, Status>>) -> Result<T, JoinError> {
+async fn call<T>(
+    call: impl Future<Output = Result<tonic::Response<T>, Status>>,
+) -> Result<T, JoinError> {
     match timeout(CALL_TIMEOUT, call).await {
         Ok(Ok(reply)) => Ok(reply.into_inner()),
         Ok(Err(status)) => Err(JoinError::from_status(&status)),
@@ -261,15 +322,22 @@ type Stream = TlsStream<TcpStream>;
 
 /// Resolves the name and tries its addresses in turn, up to a TLS connection with a scheduler.
 async fn dial(address: &str, config: Arc<ClientConfig>) -> Result<Stream, Dial> {
-    let unreachable =
-        |why: String| Dial::Failed(ConnectError::Unreachable { address: address.to_owned(), why });
+    let unreachable = |why: String| {
+        Dial::Failed(ConnectError::Unreachable {
+            address: address.to_owned(),
+            why,
+        })
+    };
     let resolved = names::resolve_address(address, NamedBy::Configuration).await;
     let resolved = resolved.map_err(|error| unreachable(error.to_string()))?;
     let mut last = unreachable("the name has no address".into());
     for socket_address in resolved {
         match timeout(DIAL_TIMEOUT, handshake(socket_address, Arc::clone(&config))).await {
             Ok(Ok(stream)) => return Ok(stream),
-            Ok(Err(error)) => match error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>()) {
+            Ok(Err(error)) => match error
+                .get_ref()
+                .and_then(|inner| inner.downcast_ref::<rustls::Error>())
+            {
                 Some(tls) => last = Dial::Tls(tls.clone()),
                 None => last = unreachable(error.to_string()),
             },
@@ -279,10 +347,15 @@ async fn dial(address: &str, config: Arc<ClientConfig>) -> Result<Stream, Dial> 
     Err(last)
 }
 
-async fn handshake(address: std::net::SocketAddr, config: Arc<ClientConfig>) -> std::io::Result<Stream> {
+async fn handshake(
+    address: std::net::SocketAddr,
+    config: Arc<ClientConfig>,
+) -> std::io::Result<Stream> {
     let stream = TcpStream::connect(address).await?;
     stream.set_nodelay(true)?;
-    TlsConnector::from(config).connect(role_name(Role::Scheduler), stream).await
+    TlsConnector::from(config)
+        .connect(role_name(Role::Scheduler), stream)
+        .await
 }
 
 /// gRPC over a stream that is there.
@@ -292,7 +365,10 @@ async fn channel(address: &str, stream: Stream) -> Result<Channel, ConnectError>
         let taken = stream.lock().unwrap_or_else(PoisonError::into_inner).take();
         async move { taken.ok_or_else(|| std::io::Error::from(std::io::ErrorKind::ConnectionAborted)) }
     });
-    let unreachable = |why: String| ConnectError::Unreachable { address: address.to_owned(), why };
+    let unreachable = |why: String| ConnectError::Unreachable {
+        address: address.to_owned(),
+        why,
+    };
     // The name is of no use: TLS has verified by role already, and there is one server behind the stream.
     Endpoint::from_static("http://scheduler.hawker.internal")
         .connect_timeout(DIAL_TIMEOUT)
@@ -313,16 +389,19 @@ fn stranger(address: &str, error: &rustls::Error) -> ConnectError {
             ))
         }
         // What the other side says of our certificate.
-        rustls::Error::AlertReceived(alert) => {
-            ConnectError::Ours(format!("{address} answered {alert:?}; join again with a new token"))
-        }
+        rustls::Error::AlertReceived(alert) => ConnectError::Ours(format!(
+            "{address} answered {alert:?}; join again with a new token"
+        )),
         rustls::Error::InvalidCertificate(
             CertificateError::NotValidYet | CertificateError::NotValidYetContext { .. },
         ) => ConnectError::Stranger {
             address: address.to_owned(),
             why: "its certificate is not valid yet; check this machine's clock".into(),
         },
-        error => ConnectError::Stranger { address: address.to_owned(), why: error.to_string() },
+        error => ConnectError::Stranger {
+            address: address.to_owned(),
+            why: error.to_string(),
+        },
     }
 }
 
@@ -333,7 +412,10 @@ fn pinned_config(authority: [u8; 32]) -> Result<Arc<ClientConfig>, IdentityError
         .with_protocol_versions(&[&rustls::version::TLS13])
         .map_err(|error| IdentityError::Unusable(error.to_string()))?
         .dangerous()
-        .with_custom_certificate_verifier(Arc::new(Pinned { authority, provider }))
+        .with_custom_certificate_verifier(Arc::new(Pinned {
+            authority,
+            provider,
+        }))
         .with_no_client_auth();
     config.alpn_protocols = vec![ALPN.to_vec()];
     Ok(Arc::new(config))
@@ -360,7 +442,9 @@ impl ServerCertVerifier for Pinned {
         ocsp_response: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, rustls::Error> {
-        let authority = intermediates.iter().find(|shown| fingerprint(shown) == self.authority);
+        let authority = intermediates
+            .iter()
+            .find(|shown| fingerprint(shown) == self.authority);
         let mut roots = RootCertStore::empty();
         roots.add(authority.ok_or_else(not_pinned)?.clone().into_owned())?;
         WebPkiServerVerifier::builder_with_provider(Arc::new(roots), Arc::clone(&self.provider))
@@ -398,7 +482,9 @@ impl ServerCertVerifier for Pinned {
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.provider.signature_verification_algorithms.supported_schemes()
+        self.provider
+            .signature_verification_algorithms
+            .supported_schemes()
     }
 }
 
@@ -448,7 +534,12 @@ mod tests {
         let address = free.local_addr().expect("bound").to_string();
         drop(free);
         let pending = Identity::request().expect("a key");
-        let error = join(&address, &token(), "n", &pending).await.expect_err("nobody is there");
-        assert!(error.is_transient() && error.to_string().contains(&address), "{error}");
+        let error = join(&address, &token(), "n", &pending)
+            .await
+            .expect_err("nobody is there");
+        assert!(
+            error.is_transient() && error.to_string().contains(&address),
+            "{error}"
+        );
     }
 }

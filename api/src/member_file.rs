@@ -37,19 +37,32 @@ pub fn load(path: &Path) -> io::Result<Vec<Member>> {
     match fs::metadata(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
         Err(error) => return Err(error),
-        Ok(metadata) if metadata.len() > MAX_FILE_BYTES => return Err(io::ErrorKind::FileTooLarge.into()),
+        Ok(metadata) if metadata.len() > MAX_FILE_BYTES => {
+            return Err(io::ErrorKind::FileTooLarge.into());
+        }
         Ok(_) => {}
     }
     let file: File = serde_json::from_slice(&fs::read(path)?)?;
     if file.version != VERSION {
-        return Err(io::Error::new(io::ErrorKind::InvalidData, "a member list of another version of Hawker"));
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidData,
+            "a member list of another version of Hawker",
+        ));
     }
-    Ok(file.members.into_iter().take(MAX_MEMBERS).filter_map(member).collect())
+    Ok(file
+        .members
+        .into_iter()
+        .take(MAX_MEMBERS)
+        .filter_map(member)
+        .collect())
 }
 
 /// Puts the list in place: by write, fsync, rename.
 pub fn save(path: &Path, members: &[Member]) -> io::Result<()> {
-    let file = File { version: VERSION, members: members.iter().map(entry).collect() };
+    let file = File {
+        version: VERSION,
+        members: members.iter().map(entry).collect(),
+    };
     if let Some(dir) = path.parent() {
         fs::create_dir_all(dir)?;
     }
@@ -71,10 +84,17 @@ fn entry(member: &Member) -> Entry {
 }
 
 fn member(entry: Entry) -> Option<Member> {
-    let role =
-        [Role::Peer, Role::Seed, Role::Scheduler].into_iter().find(|role| role.to_string() == entry.role)?;
+    let role = [Role::Peer, Role::Seed, Role::Scheduler]
+        .into_iter()
+        .find(|role| role.to_string() == entry.role)?;
     let peer = entry.peer_id.parse().ok()?;
-    Some(Member { peer, name: entry.name, addresses: entry.addresses, role, zone: entry.zone })
+    Some(Member {
+        peer,
+        name: entry.name,
+        addresses: entry.addresses,
+        role,
+        zone: entry.zone,
+    })
 }
 
 #[cfg(test)]

@@ -63,22 +63,37 @@ pub enum NameError {
 }
 
 /// The addresses of `host`, a name or an address (IPv6 with or without brackets), in the system's order of preference.
-pub async fn resolve(host: &str, port: u16, named_by: NamedBy) -> Result<Vec<SocketAddr>, NameError> {
+pub async fn resolve(
+    host: &str,
+    port: u16,
+    named_by: NamedBy,
+) -> Result<Vec<SocketAddr>, NameError> {
     static NAMES: LazyLock<Names> = LazyLock::new(|| Names::new(system));
     let addresses = NAMES.resolve(host, named_by).await?;
-    Ok(addresses.into_iter().map(|address| SocketAddr::new(address, port)).collect())
+    Ok(addresses
+        .into_iter()
+        .map(|address| SocketAddr::new(address, port))
+        .collect())
 }
 
 /// The same for `host:port`.
-pub async fn resolve_address(address: &str, named_by: NamedBy) -> Result<Vec<SocketAddr>, NameError> {
-    let parts = address.rsplit_once(':').and_then(|(host, port)| Some((host, port.parse().ok()?)));
+pub async fn resolve_address(
+    address: &str,
+    named_by: NamedBy,
+) -> Result<Vec<SocketAddr>, NameError> {
+    let parts = address
+        .rsplit_once(':')
+        .and_then(|(host, port)| Some((host, port.parse().ok()?)));
     let (host, port) = parts.ok_or_else(|| NameError::Failed("it is not HOST:PORT".to_owned()))?;
     resolve(host, port, named_by).await
 }
 
 /// Asks the C library. It blocks.
 fn system(name: &str) -> io::Result<Vec<IpAddr>> {
-    Ok((name, 0).to_socket_addrs()?.map(|address| address.ip()).collect())
+    Ok((name, 0)
+        .to_socket_addrs()?
+        .map(|address| address.ip())
+        .collect())
 }
 
 type Lookup = fn(&str) -> io::Result<Vec<IpAddr>>;
@@ -118,7 +133,10 @@ impl Names {
     }
 
     async fn resolve(&self, host: &str, named_by: NamedBy) -> Result<Vec<IpAddr>, NameError> {
-        let bare = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
+        let bare = host
+            .strip_prefix('[')
+            .and_then(|host| host.strip_suffix(']'))
+            .unwrap_or(host);
         if let Ok(address) = bare.parse() {
             return Ok(vec![address]);
         }
@@ -134,7 +152,11 @@ impl Names {
                 return Ok(addresses);
             }
             let old = known.answer(now, STALE);
-            let forget = if named_by == NamedBy::Client { FAILED } else { FAILED_OWN };
+            let forget = if named_by == NamedBy::Client {
+                FAILED
+            } else {
+                FAILED_OWN
+            };
             if let Some((failure, since)) = &known.failure
                 && now.duration_since(*since) < forget
             {
@@ -153,7 +175,11 @@ impl Names {
             };
             (over, old)
         };
-        let until = if old.is_some() { now + PATIENCE } else { deadline };
+        let until = if old.is_some() {
+            now + PATIENCE
+        } else {
+            deadline
+        };
         // The sender never sends: this ends with an error when the look-up is over.
         let is_over = timeout_at(until, over.changed()).await.is_ok();
         let mut all = lock(&self.known);
@@ -165,14 +191,20 @@ impl Names {
         if !is_over && known.has_begun && known.failure.is_none() {
             known.failure = Some((NameError::Slow, now));
         }
-        Err(known.failure.as_ref().map_or(NameError::Busy, |(failure, _)| failure.clone()))
+        Err(known
+            .failure
+            .as_ref()
+            .map_or(NameError::Busy, |(failure, _)| failure.clone()))
     }
 
     /// Looks a name up on a thread of its own. The look-up goes on when nobody waits any more.
     fn start(&self, name: String, kind: usize, deadline: Instant) -> watch::Receiver<()> {
         let (going_on, over) = watch::channel(());
-        let (threads, known, lookup) =
-            (Arc::clone(&self.threads[kind]), Arc::clone(&self.known), self.lookup);
+        let (threads, known, lookup) = (
+            Arc::clone(&self.threads[kind]),
+            Arc::clone(&self.known),
+            self.lookup,
+        );
         tokio::spawn(async move {
             let _going_on = going_on;
             let Ok(Ok(place)) = timeout_at(deadline, threads.acquire_owned()).await else {
@@ -182,14 +214,18 @@ impl Names {
                 known.failure = None;
                 return;
             };
-            lock(&known).get_or_insert_mut(name.clone(), Known::default).has_begun = true;
+            lock(&known)
+                .get_or_insert_mut(name.clone(), Known::default)
+                .has_begun = true;
             let (done, answer) = oneshot::channel();
             let asked = name.clone();
             let work = move || {
                 let _ = done.send(lookup(&asked));
                 drop(place);
             };
-            let thread = thread::Builder::new().name("name look-up".to_owned()).stack_size(STACK_BYTES);
+            let thread = thread::Builder::new()
+                .name("name look-up".to_owned())
+                .stack_size(STACK_BYTES);
             let answer = match thread.spawn(work) {
                 // No look-up of the C library takes longer than a few minutes.
                 Ok(_) => timeout(Duration::from_secs(600), answer).await,
@@ -200,9 +236,15 @@ impl Names {
             let known = all.get_or_insert_mut(name, Known::default);
             known.failure = None;
             match answer {
-                Ok(Ok(Ok(addresses))) if !addresses.is_empty() => known.answer = Some((addresses, now)),
-                Ok(Ok(Ok(_))) => known.failure = Some((NameError::Failed("it has no address".into()), now)),
-                Ok(Ok(Err(error))) => known.failure = Some((NameError::Failed(error.to_string()), now)),
+                Ok(Ok(Ok(addresses))) if !addresses.is_empty() => {
+                    known.answer = Some((addresses, now))
+                }
+                Ok(Ok(Ok(_))) => {
+                    known.failure = Some((NameError::Failed("it has no address".into()), now))
+                }
+                Ok(Ok(Err(error))) => {
+                    known.failure = Some((NameError::Failed(error.to_string()), now))
+                }
                 Ok(Err(_)) | Err(_) => known.failure = Some((NameError::Slow, now)),
             }
         });
@@ -236,30 +278,51 @@ mod tests {
         if name.starts_with("silent") {
             thread::sleep(Duration::from_secs(20));
         }
-        if name.starts_with("bad") { Err(io::Error::other("no such name")) } else { Ok(vec![ADDRESS]) }
+        if name.starts_with("bad") {
+            Err(io::Error::other("no such name"))
+        } else {
+            Ok(vec![ADDRESS])
+        }
     }
 
     #[tokio::test]
     async fn addresses_are_not_looked_up() {
         let names = Names::new(|name| panic!("{name} was looked up"));
-        for (host, address) in [("127.0.0.1", "127.0.0.1"), ("[::1]", "::1"), ("fd00::1", "fd00::1")] {
+        for (host, address) in [
+            ("127.0.0.1", "127.0.0.1"),
+            ("[::1]", "::1"),
+            ("fd00::1", "fd00::1"),
+        ] {
             let found = names.resolve(host, NamedBy::Client).await;
             assert_eq!(found, Ok(vec![address.parse().unwrap()]), "{host}");
         }
         for host in ["", "[]", &"a".repeat(300)] {
-            assert!(names.resolve(host, NamedBy::Client).await.is_err(), "{host}");
+            assert!(
+                names.resolve(host, NamedBy::Client).await.is_err(),
+                "{host}"
+            );
         }
     }
 
     #[tokio::test]
     async fn silent_names_of_clients_delay_no_other_kind_of_name() {
         let names = Arc::new(Names::new(scripted));
-        assert_eq!(names.resolve("seen.example", NamedBy::Client).await, Ok(vec![ADDRESS]));
-        lock(&names.known).get_mut("seen.example").unwrap().answer.as_mut().unwrap().1 -= FRESH;
+        assert_eq!(
+            names.resolve("seen.example", NamedBy::Client).await,
+            Ok(vec![ADDRESS])
+        );
+        lock(&names.known)
+            .get_mut("seen.example")
+            .unwrap()
+            .answer
+            .as_mut()
+            .unwrap()
+            .1 -= FRESH;
         let mut waiting = tokio::task::JoinSet::new();
         for i in 0..4000 {
             let names = Arc::clone(&names);
-            waiting.spawn(async move { names.resolve(&format!("silent{i}"), NamedBy::Client).await });
+            waiting
+                .spawn(async move { names.resolve(&format!("silent{i}"), NamedBy::Client).await });
         }
         tokio::time::sleep(Duration::from_millis(200)).await;
         for (name, named_by) in [
@@ -268,14 +331,29 @@ mod tests {
             ("seen.example", NamedBy::Client),
         ] {
             let begun = Instant::now();
-            assert_eq!(names.resolve(name, named_by).await, Ok(vec![ADDRESS]), "{name}");
-            assert!(begun.elapsed() < Duration::from_millis(500), "{name} {:?}", begun.elapsed());
+            assert_eq!(
+                names.resolve(name, named_by).await,
+                Ok(vec![ADDRESS]),
+                "{name}"
+            );
+            assert!(
+                begun.elapsed() < Duration::from_millis(500),
+                "{name} {:?}",
+                begun.elapsed()
+            );
         }
         let begun = Instant::now();
         assert!(waiting.join_all().await.iter().all(Result::is_err));
-        assert!(begun.elapsed() < DEADLINE + Duration::from_secs(3), "{:?}", begun.elapsed());
+        assert!(
+            begun.elapsed() < DEADLINE + Duration::from_secs(3),
+            "{:?}",
+            begun.elapsed()
+        );
         let begun = Instant::now();
-        assert_eq!(names.resolve("silent0", NamedBy::Client).await, Err(NameError::Slow));
+        assert_eq!(
+            names.resolve("silent0", NamedBy::Client).await,
+            Err(NameError::Slow)
+        );
         assert!(begun.elapsed() < Duration::from_millis(100), "remembered");
     }
 
@@ -295,7 +373,13 @@ mod tests {
                 all.spawn(async move { names.resolve(name, NamedBy::Client).await.is_ok() });
             }
             assert_eq!(all.join_all().await, [works; 20]);
-            assert_eq!(names.resolve(&name.to_uppercase(), NamedBy::Client).await.is_ok(), works);
+            assert_eq!(
+                names
+                    .resolve(&name.to_uppercase(), NamedBy::Client)
+                    .await
+                    .is_ok(),
+                works
+            );
             assert_eq!(LOOK_UPS.load(Relaxed), 1, "{name}");
         }
     }
@@ -305,11 +389,21 @@ mod tests {
         for name in ["bad.example", "silent.example"] {
             let names = Names::new(scripted);
             let long_ago = Instant::now() - FRESH;
-            let old = Known { answer: Some((vec![ADDRESS], long_ago)), ..Known::default() };
+            let old = Known {
+                answer: Some((vec![ADDRESS], long_ago)),
+                ..Known::default()
+            };
             lock(&names.known).put(name.to_owned(), old);
             let begun = Instant::now();
-            assert_eq!(names.resolve(name, NamedBy::Client).await, Ok(vec![ADDRESS]), "{name}");
-            assert!(begun.elapsed() < PATIENCE + Duration::from_millis(500), "{name}");
+            assert_eq!(
+                names.resolve(name, NamedBy::Client).await,
+                Ok(vec![ADDRESS]),
+                "{name}"
+            );
+            assert!(
+                begun.elapsed() < PATIENCE + Duration::from_millis(500),
+                "{name}"
+            );
         }
     }
 }

@@ -9,7 +9,12 @@ use crate::flags::{ProxyFlags, SchedulerFlags, UpFlags};
 
 /// Hands every node its container images: a registry mirror that takes layers from other nodes.
 #[derive(Debug, Parser)]
-#[command(name = "hawker", version, propagate_version = false, disable_help_subcommand = true)]
+#[command(
+    name = "hawker",
+    version,
+    propagate_version = false,
+    disable_help_subcommand = true
+)]
 pub(crate) struct Cli {
     #[command(subcommand)]
     pub(crate) command: Command,
@@ -86,7 +91,11 @@ pub(crate) struct ConfigShowArgs {
     #[arg(long)]
     pub(crate) json: bool,
     /// The flags that the daemon is started with, for example --config FILE
-    #[arg(value_name = "FLAGS", trailing_var_arg = true, allow_hyphen_values = true)]
+    #[arg(
+        value_name = "FLAGS",
+        trailing_var_arg = true,
+        allow_hyphen_values = true
+    )]
     pub(crate) flags: Vec<std::ffi::OsString>,
 }
 

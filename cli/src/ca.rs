@@ -16,9 +16,13 @@ pub(crate) fn print(args: &CaArgs) -> anyhow::Result<()> {
 
 /// `hawker up` keeps its proxy's data in a folder of its own.
 fn certificate(data_dir: &Path) -> anyhow::Result<String> {
-    let [own, of_up] =
-        [data_dir.to_owned(), data_dir.join("proxy")].map(|dir| authority_dir(&dir).join(CERTIFICATE_FILE));
-    let file = if of_up.exists() && !own.exists() { of_up } else { own };
+    let [own, of_up] = [data_dir.to_owned(), data_dir.join("proxy")]
+        .map(|dir| authority_dir(&dir).join(CERTIFICATE_FILE));
+    let file = if of_up.exists() && !own.exists() {
+        of_up
+    } else {
+        own
+    };
     std::fs::read_to_string(&file).map_err(|error| {
         anyhow::anyhow!(
             "{}: {error}; the daemon makes it when it first starts with --forward-proxy: look at --data-dir, and run this as root",

@@ -23,7 +23,10 @@ pub(crate) struct Answer {
 /// `GET path` at `address` (`host:port`), within five seconds.
 pub(crate) async fn get(address: &str, path: &str) -> anyhow::Result<Answer> {
     let (status, body) = get_bytes(address, path, None, TIMEOUT, BODY_MAX_BYTES).await?;
-    Ok(Answer { status, body: String::from_utf8(body.into()).context("the answer is no text")? })
+    Ok(Answer {
+        status,
+        body: String::from_utf8(body.into()).context("the answer is no text")?,
+    })
 }
 
 /// `GET path` at `address` within `timeout`: the status, and a body of at most `max_bytes`.
@@ -57,8 +60,12 @@ async fn get_untimed(
     let exchange = async move {
         let response = sender.send_request(request).await?;
         let status = response.status().as_u16();
-        let body = Limited::new(response.into_body(), max_bytes).collect().await;
-        let body = body.map_err(|error| anyhow::anyhow!("the answer broke off: {error}"))?.to_bytes();
+        let body = Limited::new(response.into_body(), max_bytes)
+            .collect()
+            .await;
+        let body = body
+            .map_err(|error| anyhow::anyhow!("the answer broke off: {error}"))?
+            .to_bytes();
         Ok((status, body))
     };
     tokio::pin!(connection);

@@ -44,7 +44,12 @@ fn show(args: &ConfigShowArgs) -> Result<()> {
     if !args.json {
         return Ok(print::line(reference::show_text(&effective).trim_end())?);
     }
-    let one = |Shown { key, value, default, origin }: Shown| serde_json::json!({ "key": key, "value": value, "default": default, "origin": origin });
+    let one = |Shown {
+                   key,
+                   value,
+                   default,
+                   origin,
+               }: Shown| serde_json::json!({ "key": key, "value": value, "default": default, "origin": origin });
     let all: Vec<_> = reference::show(&effective).into_iter().map(one).collect();
     Ok(print::line(serde_json::to_string_pretty(&all)?)?)
 }
@@ -58,18 +63,34 @@ fn warn(text: Option<&str>) {
 
 fn check(args: &ConfigCheckArgs) -> Result<()> {
     // Flags and environment of the daemon may hold the rest: a token, a cluster to join.
-    let around = Surroundings { has_identity: true, has_token: true };
+    let around = Surroundings {
+        has_identity: true,
+        has_token: true,
+    };
     let checked = |daemon: Daemon| {
         let effective = Effective::new(daemon, [Layered::file(daemon, &args.file)]);
         let problems = problems(&effective, around);
         (daemon, problems)
     };
-    let daemons = args.daemon.map_or_else(|| Daemon::ALL.to_vec(), |daemon| vec![daemon.into()]);
+    let daemons = args
+        .daemon
+        .map_or_else(|| Daemon::ALL.to_vec(), |daemon| vec![daemon.into()]);
     let all = daemons.into_iter().map(checked);
-    let best = all.min_by_key(|(_, problems)| problems.as_ref().err().map_or(0, |problems| problems.0.len()));
-    let Some((daemon, problems)) = best else { return Ok(()) };
+    let best = all.min_by_key(|(_, problems)| {
+        problems
+            .as_ref()
+            .err()
+            .map_or(0, |problems| problems.0.len())
+    });
+    let Some((daemon, problems)) = best else {
+        return Ok(());
+    };
     problems?;
-    Ok(print::line(format!("{}: no errors, as a file of `hawker {}`", args.file.display(), daemon.name()))?)
+    Ok(print::line(format!(
+        "{}: no errors, as a file of `hawker {}`",
+        args.file.display(),
+        daemon.name()
+    ))?)
 }
 
 /// All faults, also those of values that do not fit each other.

@@ -63,7 +63,9 @@ fn arguments(daemon: Daemon) -> Vec<Arg> {
             None => arg,
         }
     };
-    std::iter::once(config).chain(reference::flags(daemon).into_iter().map(flag)).collect()
+    std::iter::once(config)
+        .chain(reference::flags(daemon).into_iter().map(flag))
+        .collect()
 }
 
 /// The daemon's own layers for `argv`, its arguments alone: file, environment, flags.
@@ -71,16 +73,32 @@ fn arguments(daemon: Daemon) -> Vec<Arg> {
 /// Errors of the command line itself (an unknown flag) are clap's and end the program; all others are in the layers.
 pub(crate) fn layers(daemon: Daemon, argv: &[OsString]) -> Vec<Layered> {
     let name = format!("hawker {}", daemon.name());
-    let command = Command::new(name).no_binary_name(true).args(arguments(daemon));
-    let typed = command.try_get_matches_from(argv).unwrap_or_else(|error| error.exit());
+    let command = Command::new(name)
+        .no_binary_name(true)
+        .args(arguments(daemon));
+    let typed = command
+        .try_get_matches_from(argv)
+        .unwrap_or_else(|error| error.exit());
     let given = reference::flags(daemon).into_iter().filter_map(|flag| {
-        let is_given = typed.value_source(&flag.name) == Some(clap::parser::ValueSource::CommandLine);
+        let is_given =
+            typed.value_source(&flag.name) == Some(clap::parser::ValueSource::CommandLine);
         let values = || typed.get_raw(&flag.name).into_iter().flatten();
-        let texts = || values().map(|value| value.to_string_lossy().into_owned()).collect();
-        is_given.then(|| (flag.name.clone(), if flag.is_switch { Vec::new() } else { texts() }))
+        let texts = || {
+            values()
+                .map(|value| value.to_string_lossy().into_owned())
+                .collect()
+        };
+        is_given.then(|| {
+            (
+                flag.name.clone(),
+                if flag.is_switch { Vec::new() } else { texts() },
+            )
+        })
     });
     let flags = Layered::flags(daemon, given);
     let environment = Layered::environment(daemon, |name| std::env::var(name).ok());
-    let file = typed.get_one::<PathBuf>(CONFIG).map(|file| Layered::file(daemon, file));
+    let file = typed
+        .get_one::<PathBuf>(CONFIG)
+        .map(|file| Layered::file(daemon, file));
     file.into_iter().chain([environment, flags]).collect()
 }

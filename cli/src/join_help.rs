@@ -23,12 +23,18 @@ impl JoinHelp {
             Ok(token) => {
                 let _ = crate::print::line(self.text(&token.to_string()));
             }
-            Err(error) => tracing::warn!(%error, "no token could be made; try `hawker token create`"),
+            Err(error) => {
+                tracing::warn!(%error, "no token could be made; try `hawker token create`")
+            }
         }
     }
 
     fn text(&self, token: &str) -> String {
-        let Self { scheduler, mirror, data_dir } = self;
+        let Self {
+            scheduler,
+            mirror,
+            data_dir,
+        } = self;
         let data_dir = if data_dir == Path::new(crate::resolve::DATA_DIR) {
             String::new()
         } else {

@@ -50,7 +50,9 @@ impl LogHandle {
     /// Logs what `level` says from now on.
     pub(crate) fn set(&self, level: &str) -> anyhow::Result<()> {
         let filter = EnvFilter::try_new(level)?;
-        self.0.reload(filter).context("the log level could not be changed")
+        self.0
+            .reload(filter)
+            .context("the log level could not be changed")
     }
 }
 
@@ -60,11 +62,21 @@ pub(crate) fn start(settings: &LogSettings) -> anyhow::Result<LogHandle> {
     let layer = fmt::layer().with_writer(std::io::stderr);
     let layer = match settings.format {
         Format::Text => layer.with_ansi(std::io::stderr().is_terminal()).boxed(),
-        Format::Json => layer.json().flatten_event(true).with_span_list(false).boxed(),
+        Format::Json => layer
+            .json()
+            .flatten_event(true)
+            .with_span_list(false)
+            .boxed(),
     };
     let limit = LogLimit::default();
-    tracing_subscriber::registry().with(filter).with(limit.clone()).with(layer).try_init()?;
-    limit.tell().context("the thread that counts left-out lines could not be started")?;
+    tracing_subscriber::registry()
+        .with(filter)
+        .with(limit.clone())
+        .with(layer)
+        .try_init()?;
+    limit
+        .tell()
+        .context("the thread that counts left-out lines could not be started")?;
     Ok(LogHandle(handle))
 }
 
@@ -72,7 +84,12 @@ pub(crate) fn start(settings: &LogSettings) -> anyhow::Result<LogHandle> {
 mod tests {
     #[test]
     fn levels_and_directives_are_told_from_garbage() {
-        for good in ["info", "TRACE", "info,hawker_proxy=debug", "warn,hawker_proxy::peer=trace"] {
+        for good in [
+            "info",
+            "TRACE",
+            "info,hawker_proxy=debug",
+            "warn,hawker_proxy::peer=trace",
+        ] {
             assert!(super::level(good).is_ok(), "{good}");
         }
         for bad in ["", "loud", "info,loud", "hawker_proxy=loud"] {

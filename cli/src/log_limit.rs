@@ -53,7 +53,9 @@ impl LogLimit {
     fn take_left_out(&self) -> Vec<(String, u64)> {
         let mut places = self.places();
         let left_out = places.values_mut().filter(|place| place.left_out > 0);
-        left_out.map(|place| (place.name.clone(), std::mem::take(&mut place.left_out))).collect()
+        left_out
+            .map(|place| (place.name.clone(), std::mem::take(&mut place.left_out)))
+            .collect()
     }
 
     /// Has the log say what is left out, as long as the program runs.
@@ -71,7 +73,10 @@ impl LogLimit {
                 }
             }
         };
-        std::thread::Builder::new().name("log-limit".to_owned()).spawn(tell).map(drop)
+        std::thread::Builder::new()
+            .name("log-limit".to_owned())
+            .spawn(tell)
+            .map(drop)
     }
 }
 
@@ -83,11 +88,18 @@ impl<S: Subscriber> Layer<S> for LogLimit {
         }
         let now = Instant::now();
         let new = || Place {
-            name: format!("{}:{}", metadata.file().unwrap_or_default(), metadata.line().unwrap_or_default()),
+            name: format!(
+                "{}:{}",
+                metadata.file().unwrap_or_default(),
+                metadata.line().unwrap_or_default()
+            ),
             full_at: now,
             left_out: 0,
         };
-        self.places().entry(metadata.callsite()).or_insert_with(new).admit(now)
+        self.places()
+            .entry(metadata.callsite())
+            .or_insert_with(new)
+            .admit(now)
     }
 }
 
@@ -111,7 +123,9 @@ mod tests {
     #[test]
     fn a_flood_of_one_line_is_cut_and_counted_and_other_lines_are_not() {
         let (limit, count) = (LogLimit::default(), Count::default());
-        let subscriber = tracing_subscriber::registry().with(limit.clone()).with(count.clone());
+        let subscriber = tracing_subscriber::registry()
+            .with(limit.clone())
+            .with(count.clone());
         tracing::subscriber::with_default(subscriber, || {
             for client in 0..10_000 {
                 tracing::warn!(client, "bad input");
@@ -119,8 +133,14 @@ mod tests {
             let logged = count.0.load(Ordering::Relaxed);
             assert!((100..200).contains(&logged), "{logged}");
             let left_out = limit.take_left_out();
-            assert_eq!(left_out.iter().map(|(_, lines)| *lines).sum::<u64>(), 10_000 - logged as u64);
-            assert!(left_out.len() == 1 && left_out[0].0.contains("log_limit.rs:"), "{left_out:?}");
+            assert_eq!(
+                left_out.iter().map(|(_, lines)| *lines).sum::<u64>(),
+                10_000 - logged as u64
+            );
+            assert!(
+                left_out.len() == 1 && left_out[0].0.contains("log_limit.rs:"),
+                "{left_out:?}"
+            );
             assert_eq!(limit.take_left_out(), []);
             tracing::info!("something else");
             assert_eq!(count.0.load(Ordering::Relaxed), logged + 1);
@@ -134,7 +154,11 @@ mod tests {
     #[test]
     fn lines_come_again_at_the_rate() {
         let start = Instant::now();
-        let mut place = Place { name: String::new(), full_at: start, left_out: 0 };
+        let mut place = Place {
+            name: String::new(),
+            full_at: start,
+            left_out: 0,
+        };
         let mut admitted = |at: Duration| (0..1000).filter(|_| place.admit(start + at)).count();
         assert_eq!(admitted(Duration::ZERO), 100);
         assert_eq!(admitted(Duration::from_secs(1)), 5);

@@ -58,7 +58,9 @@ async fn main() -> ExitCode {
             Ok(false) => return ExitCode::FAILURE,
             Err(error) => Err(error),
         },
-        Command::Version => print::line(concat!("hawker ", env!("CARGO_PKG_VERSION"))).map_err(Into::into),
+        Command::Version => {
+            print::line(concat!("hawker ", env!("CARGO_PKG_VERSION"))).map_err(Into::into)
+        }
     };
     result.map_or_else(|error| report(&error), |()| ExitCode::SUCCESS)
 }
@@ -66,5 +68,9 @@ async fn main() -> ExitCode {
 #[expect(clippy::print_stderr, reason = "the last word to whoever started this")]
 fn report(error: &anyhow::Error) -> ExitCode {
     eprintln!("hawker: {error:#}");
-    if error.is::<Problems>() { ExitCode::from(2) } else { ExitCode::FAILURE }
+    if error.is::<Problems>() {
+        ExitCode::from(2)
+    } else {
+        ExitCode::FAILURE
+    }
 }

@@ -73,11 +73,18 @@ pub(crate) fn beginning(data_dir: &Path, join: Option<&Join>) -> anyhow::Result<
             Some(identity),
             "this node's certificate has expired, as after a week without a scheduler".to_owned(),
         ),
-        Ok(None) if has_identity(&dir) => {
-            (None, format!("the identity in {} is incomplete: certificate.pem is missing", dir.display()))
-        }
+        Ok(None) if has_identity(&dir) => (
+            None,
+            format!(
+                "the identity in {} is incomplete: certificate.pem is missing",
+                dir.display()
+            ),
+        ),
         Ok(None) => return join.map_or(Ok(Beginning::Alone), joining),
-        Err(error) => (None, format!("the identity in {} is damaged ({error})", dir.display())),
+        Err(error) => (
+            None,
+            format!("the identity in {} is damaged ({error})", dir.display()),
+        ),
     };
     let rejoin = match join.map(joining) {
         Some(Ok(Beginning::Joining(address, token))) => Some((address, token)),
@@ -93,13 +100,21 @@ pub(crate) fn beginning(data_dir: &Path, join: Option<&Join>) -> anyhow::Result<
                  --join and --token-file."
             .to_owned(),
     };
-    let problem = format!("{fault}: this node goes on alone, as a cache for its own runtimes. {cure}");
+    let problem =
+        format!("{fault}: this node goes on alone, as a cache for its own runtimes. {cure}");
     tracing::error!("{problem}");
-    Ok(Beginning::Impaired(Impaired { identity, problem, rejoin }))
+    Ok(Beginning::Impaired(Impaired {
+        identity,
+        problem,
+        rejoin,
+    }))
 }
 
 fn joining(how: &Join) -> anyhow::Result<Beginning> {
-    Ok(Beginning::Joining(how.address.clone(), read_token(how.token_file.as_deref())?))
+    Ok(Beginning::Joining(
+        how.address.clone(),
+        read_token(how.token_file.as_deref())?,
+    ))
 }
 
 /// The new identity of a node that joins, for the first time or again.
@@ -176,13 +191,19 @@ async fn join_patiently(
                 tokio::time::sleep(pause).await;
                 pause = (pause * 2).min(Duration::from_secs(8));
             }
-            Err(error) => return Err(error).with_context(|| format!("could not join at {address} (--join)")),
+            Err(error) => {
+                return Err(error).with_context(|| format!("could not join at {address} (--join)"));
+            }
         }
     }
 }
 
 /// Whether what this node was told to be is what its certificate allows.
-pub(crate) fn check_role(identity: Option<&Identity>, seed: bool, data_dir: &Path) -> anyhow::Result<()> {
+pub(crate) fn check_role(
+    identity: Option<&Identity>,
+    seed: bool,
+    data_dir: &Path,
+) -> anyhow::Result<()> {
     match identity.map(Identity::role) {
         Some(Role::Peer) if seed => bail!(
             "--seed: this node joined as a peer, and others would not believe it. Remove {} and join again with a token \
@@ -231,33 +252,61 @@ mod tests {
     #[test]
     fn a_node_without_identity_and_join_runs_alone() {
         let dir = tempfile::tempdir().unwrap();
-        assert!(matches!(beginning(dir.path(), None).unwrap(), Beginning::Alone));
+        assert!(matches!(
+            beginning(dir.path(), None).unwrap(),
+            Beginning::Alone
+        ));
         assert!(!has_identity(&identity_dir(dir.path())));
     }
 
     #[test]
     fn who_has_an_identity_needs_no_token_until_it_has_expired() {
         let authority = AuthorityKey::generate("test").unwrap();
-        let (file, dir) = (tempfile::NamedTempFile::new().unwrap(), tempfile::tempdir().unwrap());
-        let how = Join { address: "a:1".into(), token_file: Some(file.path().into()) };
+        let (file, dir) = (
+            tempfile::NamedTempFile::new().unwrap(),
+            tempfile::tempdir().unwrap(),
+        );
+        let how = Join {
+            address: "a:1".into(),
+            token_file: Some(file.path().into()),
+        };
         let begin = |age: Duration| {
             let (pending, begun) = (Identity::request().unwrap(), SystemTime::now() - age);
             let life = Duration::from_secs(3600);
-            let certificate = authority.issue(&pending.certificate_request, Role::Peer, life, begun).unwrap();
-            let identity = pending.complete(certificate, authority.certificate().clone()).unwrap();
+            let certificate = authority
+                .issue(&pending.certificate_request, Role::Peer, life, begun)
+                .unwrap();
+            let identity = pending
+                .complete(certificate, authority.certificate().clone())
+                .unwrap();
             identity.save(&identity_dir(dir.path())).unwrap();
             beginning(dir.path(), Some(&how)).unwrap()
         };
         let (young, old) = (Duration::ZERO, Duration::from_secs(7200));
         assert!(matches!(begin(young), Beginning::Member(_)));
         let rejoins = |beginning: Beginning| match beginning {
-            Beginning::Impaired(impaired) => (impaired.identity.is_some(), impaired.rejoin.is_some()),
+            Beginning::Impaired(impaired) => {
+                (impaired.identity.is_some(), impaired.rejoin.is_some())
+            }
             other => panic!("{other:?}"),
         };
-        assert_eq!(rejoins(begin(old)), (true, false), "without a token it goes on as it can");
-        std::fs::write(file.path(), format!("{}\nmore", Token::generate(authority.certificate()).unwrap()))
-            .unwrap();
-        assert!(matches!(begin(young), Beginning::Member(_)), "a token is not spent without need");
+        assert_eq!(
+            rejoins(begin(old)),
+            (true, false),
+            "without a token it goes on as it can"
+        );
+        std::fs::write(
+            file.path(),
+            format!(
+                "{}\nmore",
+                Token::generate(authority.certificate()).unwrap()
+            ),
+        )
+        .unwrap();
+        assert!(
+            matches!(begin(young), Beginning::Member(_)),
+            "a token is not spent without need"
+        );
         assert_eq!(rejoins(begin(old)), (true, true));
     }
 
@@ -266,7 +315,11 @@ mod tests {
         let authority = AuthorityKey::generate("test").unwrap();
         let other_key = Identity::request().unwrap();
         let life = Duration::from_secs(3600);
-        let issued = |request: &[u8]| authority.issue(request, Role::Peer, life, SystemTime::now()).unwrap();
+        let issued = |request: &[u8]| {
+            authority
+                .issue(request, Role::Peer, life, SystemTime::now())
+                .unwrap()
+        };
         type Damage<'a> = (&'a str, &'a dyn Fn(&Path));
         let cut = |file: &'static str| {
             move |dir: &Path| {
@@ -274,7 +327,8 @@ mod tests {
                 std::fs::write(dir.join(file), &text[..text.len() / 2]).unwrap();
             }
         };
-        let gone = |file: &'static str| move |dir: &Path| std::fs::remove_file(dir.join(file)).unwrap();
+        let gone =
+            |file: &'static str| move |dir: &Path| std::fs::remove_file(dir.join(file)).unwrap();
         let cases: &[Damage<'_>] = &[
             ("the key is cut", &cut("key.pem")),
             ("the certificate is cut", &cut("certificate.pem")),
@@ -296,11 +350,17 @@ mod tests {
             let dir = tempfile::tempdir().unwrap();
             let pending = Identity::request().unwrap();
             let certificate = issued(&pending.certificate_request);
-            let identity = pending.complete(certificate, authority.certificate().clone()).unwrap();
+            let identity = pending
+                .complete(certificate, authority.certificate().clone())
+                .unwrap();
             identity.save(&identity_dir(dir.path())).unwrap();
             damage(&identity_dir(dir.path()));
             match beginning(dir.path(), None).unwrap() {
-                Beginning::Impaired(Impaired { identity: None, problem, rejoin: None }) => {
+                Beginning::Impaired(Impaired {
+                    identity: None,
+                    problem,
+                    rejoin: None,
+                }) => {
                     assert!(
                         problem.contains("alone") && problem.contains("token create"),
                         "{name}: {problem}"
@@ -315,12 +375,24 @@ mod tests {
     fn what_is_no_token_is_refused_without_repeating_it() {
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), "hawker1.secret-by-mistake").unwrap();
-        let how = Join { address: "127.0.0.1:1".into(), token_file: Some(file.path().into()) };
+        let how = Join {
+            address: "127.0.0.1:1".into(),
+            token_file: Some(file.path().into()),
+        };
         let dir = tempfile::tempdir().unwrap();
         let error = format!("{:#}", beginning(dir.path(), Some(&how)).unwrap_err());
-        assert!(error.contains("no token") && !error.contains("by-mistake"), "{error}");
-        let how = Join { address: "127.0.0.1:1".into(), token_file: Some("/nonexistent/token".into()) };
+        assert!(
+            error.contains("no token") && !error.contains("by-mistake"),
+            "{error}"
+        );
+        let how = Join {
+            address: "127.0.0.1:1".into(),
+            token_file: Some("/nonexistent/token".into()),
+        };
         let error = format!("{:#}", beginning(dir.path(), Some(&how)).unwrap_err());
-        assert!(error.contains("/nonexistent/token (--token-file)"), "{error}");
+        assert!(
+            error.contains("/nonexistent/token (--token-file)"),
+            "{error}"
+        );
     }
 }

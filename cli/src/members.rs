@@ -41,7 +41,10 @@ struct Shown {
 }
 
 /// `hawker member ls`.
-#[expect(clippy::print_stderr, reason = "what is missing from the list must not get into it")]
+#[expect(
+    clippy::print_stderr,
+    reason = "what is missing from the list must not get into it"
+)]
 pub(crate) async fn list(args: &MemberListArgs) -> anyhow::Result<()> {
     let live = live(&args.data_dir).await;
     if let Err(error) = &live {
@@ -51,7 +54,9 @@ pub(crate) async fn list(args: &MemberListArgs) -> anyhow::Result<()> {
     if args.json {
         return Ok(crate::print::line(serde_json::to_string_pretty(&members)?)?);
     }
-    let now_s = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+    let now_s = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |since| since.as_secs());
     Ok(crate::print::line(render(&members, now_s).trim_end())?)
 }
 
@@ -72,10 +77,20 @@ fn render(members: &[Shown], now_s: u64) -> String {
         ]
     });
     let mut out = String::new();
-    table(&mut out, ["NAME", "ROLE", "STATE", "CERTIFICATE", "ADDRESSES", "ID"], rows.collect(), &[]);
-    for member in members.iter().filter(|member| !member.configuration_error.is_empty()) {
-        let line =
-            format!("{} refuses the pushed configuration: {}\n", member.name, member.configuration_error);
+    table(
+        &mut out,
+        ["NAME", "ROLE", "STATE", "CERTIFICATE", "ADDRESSES", "ID"],
+        rows.collect(),
+        &[],
+    );
+    for member in members
+        .iter()
+        .filter(|member| !member.configuration_error.is_empty())
+    {
+        let line = format!(
+            "{} refuses the pushed configuration: {}\n",
+            member.name, member.configuration_error
+        );
         out.push_str(&line);
     }
     out
@@ -87,17 +102,33 @@ pub(crate) async fn remove(args: &MemberRemoveArgs) -> anyhow::Result<()> {
     // Without a scheduler the authority's folder must do.
     let members = gather(data_dir, live(data_dir).await.ok())?;
     let (peer, name) = find(&members, &args.member)?;
-    for own in [data_dir.join("scheduler/identity"), data_dir.join("proxy/identity")] {
-        if Identity::load(&own).ok().flatten().is_some_and(|identity| identity.peer_id() == peer) {
-            bail!("{peer} runs with the authority itself: stop it instead, or move the authority first");
+    for own in [
+        data_dir.join("scheduler/identity"),
+        data_dir.join("proxy/identity"),
+    ] {
+        if Identity::load(&own)
+            .ok()
+            .flatten()
+            .is_some_and(|identity| identity.peer_id() == peer)
+        {
+            bail!(
+                "{peer} runs with the authority itself: stop it instead, or move the authority first"
+            );
         }
     }
     let path = authority::remove_member(data_dir, peer)?;
     let folder = path.parent().unwrap_or(data_dir);
     crate::token::hand_over(&data_dir.join("authority"), &[&path, folder]).map_err(|error| {
-        anyhow::anyhow!("the authority can't read {}: {error}; run this as its user", path.display())
+        anyhow::anyhow!(
+            "the authority can't read {}: {error}; run this as its user",
+            path.display()
+        )
     })?;
-    let name = if name.is_empty() { String::new() } else { format!("{name} ") };
+    let name = if name.is_empty() {
+        String::new()
+    } else {
+        format!("{name} ")
+    };
     Ok(crate::print::line(format!(
         "removed {name}({peer}): schedulers and nodes that are connected refuse it within seconds"
     ))?)
@@ -107,22 +138,35 @@ pub(crate) async fn remove(args: &MemberRemoveArgs) -> anyhow::Result<()> {
 fn find(members: &[Shown], text: &str) -> anyhow::Result<(PeerId, String)> {
     if let Ok(peer) = text.parse::<PeerId>() {
         let known = members.iter().find(|member| member.peer_id == text);
-        return Ok((peer, known.map(|member| member.name.clone()).unwrap_or_default()));
+        return Ok((
+            peer,
+            known.map(|member| member.name.clone()).unwrap_or_default(),
+        ));
     }
     let named = |member: &&Shown| member.name == text && member.state != "removed";
     let found: Vec<&Shown> = members.iter().filter(named).collect();
     match found[..] {
-        [one] => Ok((one.peer_id.parse().context("a member's id")?, one.name.clone())),
+        [one] => Ok((
+            one.peer_id.parse().context("a member's id")?,
+            one.name.clone(),
+        )),
         [] => bail!("no member has the name or id `{text}`: see `hawker member ls`"),
         _ => {
             let ids: Vec<&str> = found.iter().map(|member| member.peer_id.as_str()).collect();
-            bail!("{} members have the name `{text}`: give one's id, of {}", ids.len(), ids.join(", "))
+            bail!(
+                "{} members have the name `{text}`: give one's id, of {}",
+                ids.len(),
+                ids.join(", ")
+            )
         }
     }
 }
 
 /// Everybody that the authority or a scheduler knows. `live`: the schedulers' answer, if one came.
-fn gather(data_dir: &Path, live: Option<Vec<v1::MemberState>>) -> Result<Vec<Shown>, AuthorityError> {
+fn gather(
+    data_dir: &Path,
+    live: Option<Vec<v1::MemberState>>,
+) -> Result<Vec<Shown>, AuthorityError> {
     let mut members: BTreeMap<PeerId, Shown> = BTreeMap::new();
     let absent = if live.is_some() { "away" } else { "unknown" };
     for known in authority::known_members(data_dir)? {
@@ -138,9 +182,16 @@ fn gather(data_dir: &Path, live: Option<Vec<v1::MemberState>>) -> Result<Vec<Sho
         members.insert(known.peer, shown);
     }
     for state in live.into_iter().flatten() {
-        let role = state.member.as_ref().and_then(|member| hawker_api::convert::from_role(member.role).ok());
-        let Some((member, role)) = state.member.zip(role) else { continue };
-        let Some(peer) = PeerId::from_bytes(&member.peer_id) else { continue };
+        let role = state
+            .member
+            .as_ref()
+            .and_then(|member| hawker_api::convert::from_role(member.role).ok());
+        let Some((member, role)) = state.member.zip(role) else {
+            continue;
+        };
+        let Some(peer) = PeerId::from_bytes(&member.peer_id) else {
+            continue;
+        };
         let shown = members.entry(peer).or_default();
         shown.peer_id = peer.to_string();
         shown.role = role.to_string();
@@ -156,7 +207,11 @@ fn gather(data_dir: &Path, live: Option<Vec<v1::MemberState>>) -> Result<Vec<Sho
         }
         // Of several schedulers one suffices.
         let is_connected = state.certificate_until_s > 0 || role == Role::Scheduler;
-        shown.state = if is_connected || shown.state == "connected" { "connected" } else { "away" };
+        shown.state = if is_connected || shown.state == "connected" {
+            "connected"
+        } else {
+            "away"
+        };
     }
     for peer in authority::removed_members(data_dir)? {
         let shown = members.entry(peer).or_default();
@@ -170,14 +225,17 @@ fn gather(data_dir: &Path, live: Option<Vec<v1::MemberState>>) -> Result<Vec<Sho
 
 /// What the schedulers say, all that answer.
 async fn live(data_dir: &Path) -> anyhow::Result<Vec<v1::MemberState>> {
-    let authority =
-        Authority::open(data_dir, ASKING)?.ok_or_else(|| AuthorityError::Missing(data_dir.into()))?;
+    let authority = Authority::open(data_dir, ASKING)?
+        .ok_or_else(|| AuthorityError::Missing(data_dir.into()))?;
     let identity = authority.identity(Role::Peer)?;
     let file = data_dir.join("scheduler/members.json");
     let members = member_file::load(&file).with_context(|| file.display().to_string())?;
     let (mut states, mut answered) = (Vec::new(), false);
     let mut last = anyhow::anyhow!("no scheduler is known in {}", file.display());
-    for scheduler in members.into_iter().filter(|member| member.role == Role::Scheduler) {
+    for scheduler in members
+        .into_iter()
+        .filter(|member| member.role == Role::Scheduler)
+    {
         for address in &scheduler.addresses {
             match tokio::time::timeout(ANSWER_TIMEOUT, ask(address, &identity)).await {
                 Ok(Ok(members)) => {
@@ -186,7 +244,9 @@ async fn live(data_dir: &Path) -> anyhow::Result<Vec<v1::MemberState>> {
                     break;
                 }
                 Ok(Err(error)) => last = error,
-                Err(_) => last = anyhow::anyhow!("the scheduler at {address} does not answer in time"),
+                Err(_) => {
+                    last = anyhow::anyhow!("the scheduler at {address} does not answer in time")
+                }
             }
         }
     }
@@ -195,8 +255,13 @@ async fn live(data_dir: &Path) -> anyhow::Result<Vec<v1::MemberState>> {
 
 async fn ask(address: &str, identity: &Identity) -> anyhow::Result<Vec<v1::MemberState>> {
     let connection = join::connect(address, identity).await?;
-    let answer = SchedulerClient::new(connection.channel).members(v1::MembersRequest {}).await;
-    Ok(answer.map_err(|status| anyhow::anyhow!("{address}: {}", status.message()))?.into_inner().members)
+    let answer = SchedulerClient::new(connection.channel)
+        .members(v1::MembersRequest {})
+        .await;
+    Ok(answer
+        .map_err(|status| anyhow::anyhow!("{address}: {}", status.message()))?
+        .into_inner()
+        .members)
 }
 
 #[cfg(test)]
@@ -205,7 +270,13 @@ mod tests {
 
     fn shown(id: u8, name: &str, state: &'static str) -> Shown {
         let peer_id = PeerId([id; 16]).to_string();
-        Shown { peer_id, name: name.into(), role: "peer".into(), state, ..Shown::default() }
+        Shown {
+            peer_id,
+            name: name.into(),
+            role: "peer".into(),
+            state,
+            ..Shown::default()
+        }
     }
 
     #[test]
@@ -216,10 +287,18 @@ mod tests {
             shown(3, "b", "away"),
             shown(4, "a", "removed"),
         ];
-        let found = |text: &str| find(&members, text).map(|(peer, _)| peer.0[0]).map_err(|e| e.to_string());
+        let found = |text: &str| {
+            find(&members, text)
+                .map(|(peer, _)| peer.0[0])
+                .map_err(|e| e.to_string())
+        };
         assert_eq!(found("a"), Ok(1), "a removed member does not count");
         assert_eq!(found(&members[2].peer_id), Ok(3));
-        assert_eq!(found(&PeerId([9; 16]).to_string()), Ok(9), "an id need not be known");
+        assert_eq!(
+            found(&PeerId([9; 16]).to_string()),
+            Ok(9),
+            "an id need not be known"
+        );
         assert!(found("b").unwrap_err().contains(&members[1].peer_id));
         assert!(found("c").unwrap_err().contains("member ls"));
     }
@@ -234,8 +313,16 @@ mod tests {
             let token = authority::create_token(dir.path(), Role::Peer, ASKING).unwrap();
             let request = Identity::request().unwrap().certificate_request;
             let from = std::net::Ipv4Addr::LOCALHOST.into();
-            let joined =
-                authority.join(&token.id, &token.secret, &request, name, from, SystemTime::now()).unwrap();
+            let joined = authority
+                .join(
+                    &token.id,
+                    &token.secret,
+                    &request,
+                    name,
+                    from,
+                    SystemTime::now(),
+                )
+                .unwrap();
             ids.push(hawker_api::identity::member_of(&joined.0).unwrap().0);
         }
         authority::remove_member(dir.path(), ids[2]).unwrap();
@@ -252,12 +339,24 @@ mod tests {
             ..v1::MemberState::default()
         };
         let members = gather(dir.path(), Some(vec![state])).unwrap();
-        let states: Vec<_> = members.iter().map(|member| (member.name.as_str(), member.state)).collect();
-        assert_eq!(states, [("bad", "removed"), ("gone", "away"), ("here", "connected")]);
+        let states: Vec<_> = members
+            .iter()
+            .map(|member| (member.name.as_str(), member.state))
+            .collect();
+        assert_eq!(
+            states,
+            [("bad", "removed"), ("gone", "away"), ("here", "connected")]
+        );
         assert_eq!(members[2].addresses, ["10.0.0.1:6501"]);
         assert!(members.iter().all(|member| member.certificate_until_s > 1));
         let page = render(&members, members[0].certificate_until_s + 60);
-        assert!(page.contains("here refuses the pushed configuration: linger: is too long"), "{page}");
-        assert!(page.contains("expired 1 min ago") && page.contains(&ids[0].to_string()), "{page}");
+        assert!(
+            page.contains("here refuses the pushed configuration: linger: is too long"),
+            "{page}"
+        );
+        assert!(
+            page.contains("expired 1 min ago") && page.contains(&ids[0].to_string()),
+            "{page}"
+        );
     }
 }

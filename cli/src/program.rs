@@ -11,7 +11,11 @@ const QUICK: Duration = Duration::from_secs(20);
 /// Runs a command without asking anyone anything; its standard output, or the last it said about why it failed.
 pub(crate) async fn run(mut command: Command, timeout: Duration) -> anyhow::Result<String> {
     command.stdin(Stdio::null()).kill_on_drop(true);
-    let program = command.as_std().get_program().to_string_lossy().into_owned();
+    let program = command
+        .as_std()
+        .get_program()
+        .to_string_lossy()
+        .into_owned();
     let output = match tokio::time::timeout(timeout, command.output()).await {
         Ok(Ok(output)) => output,
         Ok(Err(error)) => bail!("{program} can't be run: {error}"),
@@ -19,7 +23,10 @@ pub(crate) async fn run(mut command: Command, timeout: Duration) -> anyhow::Resu
     };
     if !output.status.success() {
         let said = String::from_utf8_lossy(&output.stderr);
-        let last = said.lines().rfind(|line| !line.trim().is_empty()).unwrap_or("it failed without a word");
+        let last = said
+            .lines()
+            .rfind(|line| !line.trim().is_empty())
+            .unwrap_or("it failed without a word");
         bail!("{}", last.trim());
     }
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
@@ -43,9 +50,16 @@ mod tests {
 
     #[tokio::test]
     async fn a_command_that_hangs_or_fails_says_so() {
-        let error = run(command("sleep", ["9"]), Duration::from_millis(50)).await.unwrap_err();
+        let error = run(command("sleep", ["9"]), Duration::from_millis(50))
+            .await
+            .unwrap_err();
         assert!(error.to_string().contains("longer than"), "{error}");
-        let error = quick(command("sh", ["-c", "echo first >&2; echo last >&2; exit 3"])).await.unwrap_err();
+        let error = quick(command(
+            "sh",
+            ["-c", "echo first >&2; echo last >&2; exit 3"],
+        ))
+        .await
+        .unwrap_err();
         assert_eq!(error.to_string(), "last");
         assert!(quick(command("/nonexistent/program", [])).await.is_err());
     }

@@ -97,10 +97,14 @@ impl State {
         match self.resolve() {
             Ok((resolved, all)) => Ok((resolved, all, None)),
             Err(problems) => {
-                let own = Self { pushed: Pushed::default(), ..self.clone() };
+                let own = Self {
+                    pushed: Pushed::default(),
+                    ..self.clone()
+                };
                 // If the fault is in the node's own layers, it is there without the pushed ones too.
                 let (resolved, all) = own.resolve()?;
-                let warning = format!("the pushed configuration does not fit and does not apply: {problems}");
+                let warning =
+                    format!("the pushed configuration does not fit and does not apply: {problems}");
                 Ok((resolved, all, Some(warning)))
             }
         }
@@ -125,7 +129,10 @@ pub(crate) fn load_pushed(daemon: Daemon, own: &[Layered]) -> (Pushed, PathBuf, 
     match Pushed::load(&file) {
         Ok(pushed) => (pushed, file, None),
         Err(error) => {
-            let warning = format!("{}: the pushed configuration cannot be read: {error}", file.display());
+            let warning = format!(
+                "{}: the pushed configuration cannot be read: {error}",
+                file.display()
+            );
             (Pushed::default(), file, Some(warning))
         }
     }
@@ -135,10 +142,19 @@ pub(crate) fn load_pushed(daemon: Daemon, own: &[Layered]) -> (Pushed, PathBuf, 
 pub(crate) fn start(daemon: Daemon, argv: Vec<OsString>) -> Result<Start, Problems> {
     let own = flags::layers(daemon, &argv);
     let (pushed, file, unread) = load_pushed(daemon, &own);
-    let state = State { daemon, own, pushed, file };
+    let state = State {
+        daemon,
+        own,
+        pushed,
+        file,
+    };
     let (resolved, _, unfit) = state.resolve_own()?;
     let warnings = unread.into_iter().chain(unfit).collect();
-    Ok(Start { resolved, warnings, layers: Layers { argv, state } })
+    Ok(Start {
+        resolved,
+        warnings,
+        layers: Layers { argv, state },
+    })
 }
 
 impl Layers {
@@ -151,7 +167,14 @@ impl Layers {
     ) -> Arc<Reloader> {
         let Self { argv, state } = self;
         let started = Effective::new(state.daemon, state.own.clone());
-        Arc::new(Reloader { log, node, cluster, argv, started, state: Mutex::new(state) })
+        Arc::new(Reloader {
+            log,
+            node,
+            cluster,
+            argv,
+            started,
+            state: Mutex::new(state),
+        })
     }
 }
 
@@ -178,7 +201,10 @@ impl Reloader {
     /// Reads file and environment again; on any fault everything stays as it was.
     pub(crate) fn reload(&self) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        let fresh = State { own: flags::layers(state.daemon, &self.argv), ..state.clone() };
+        let fresh = State {
+            own: flags::layers(state.daemon, &self.argv),
+            ..state.clone()
+        };
         let resolved = match fresh.resolve_own() {
             Ok((resolved, _, warning)) => {
                 if let Some(warning) = warning {
@@ -192,7 +218,9 @@ impl Reloader {
             }
         };
         self.apply(resolved);
-        let waiting = self.started.needs_restart(&Effective::new(fresh.daemon, fresh.own.clone()));
+        let waiting = self
+            .started
+            .needs_restart(&Effective::new(fresh.daemon, fresh.own.clone()));
         *state = fresh;
         if waiting.is_empty() {
             tracing::info!("reloaded: every changed key applies now");
@@ -252,18 +280,34 @@ mod tests {
         let old = read("--name a --upload-rate 1MB");
         let live = read("--name a --upload-rate 2MB --registry a=http://a");
         assert_eq!(old.needs_restart(&live), [""; 0]);
-        assert_eq!(old.needs_restart(&read("--upload-rate 1MB --drain 5s")), ["name", "drain"]);
+        assert_eq!(
+            old.needs_restart(&read("--upload-rate 1MB --drain 5s")),
+            ["name", "drain"]
+        );
     }
 
     /// A node with these flags and its own data directory.
     fn node(dir: &Path, flags: &str) -> (Arc<ArcSwap<LiveSettings>>, Arc<Reloader>) {
         let data_dir = format!("--data-dir={}", dir.display());
-        let argv = flags.split_whitespace().chain([data_dir.as_str()]).map(OsString::from).collect();
-        let Start { resolved, warnings, layers } = start(Daemon::Proxy, argv).unwrap();
+        let argv = flags
+            .split_whitespace()
+            .chain([data_dir.as_str()])
+            .map(OsString::from)
+            .collect();
+        let Start {
+            resolved,
+            warnings,
+            layers,
+        } = start(Daemon::Proxy, argv).unwrap();
         assert_eq!(warnings, [""; 0]);
-        let Resolved::Proxy(proxy) = resolved else { panic!("a proxy") };
+        let Resolved::Proxy(proxy) = resolved else {
+            panic!("a proxy")
+        };
         let live = proxy.settings.live;
-        (Arc::clone(&live), layers.reloader(LogHandle::unused(), Some(live), None))
+        (
+            Arc::clone(&live),
+            layers.reloader(LogHandle::unused(), Some(live), None),
+        )
     }
 
     const A: PeerId = PeerId([1; 16]);
@@ -281,7 +325,11 @@ mod tests {
                 "its own flag goes before"
             );
             assert_eq!(
-                (live.rates.upload, live.cache.high_percent, live.cache.low_percent),
+                (
+                    live.rates.upload,
+                    live.cache.high_percent,
+                    live.cache.low_percent
+                ),
                 (Some(2_000_000), 60, 50)
             );
             assert_eq!(live.applications.rules().len(), 1);
@@ -292,7 +340,13 @@ mod tests {
         let (again, reloader) = node(dir.path(), "--upload-slots 5");
         is_applied(&again.load());
         reloader.push(A, &[A], "").unwrap();
-        assert_eq!((again.load().config.linger.as_secs(), again.load().rates.upload), (60, None));
+        assert_eq!(
+            (
+                again.load().config.linger.as_secs(),
+                again.load().rates.upload
+            ),
+            (60, None)
+        );
     }
 
     #[test]
@@ -301,14 +355,26 @@ mod tests {
         let (live, reloader) = node(dir.path(), "--cache-low 70");
         reloader.push(A, &[A], "linger = '7s'").unwrap();
         for (text, reason) in [
-            ("linger = '8s'\nregistries.'a.example'.insecure = true", "registries: may not be pushed"),
-            ("linger = '8s'\ncredentials = 'docker:/etc/shadow'", "credentials: may not be pushed"),
-            ("linger = '8s'\nallow_network = '0.0.0.0/0'", "allow_network: may not be pushed"),
+            (
+                "linger = '8s'\nregistries.'a.example'.insecure = true",
+                "registries: may not be pushed",
+            ),
+            (
+                "linger = '8s'\ncredentials = 'docker:/etc/shadow'",
+                "credentials: may not be pushed",
+            ),
+            (
+                "linger = '8s'\nallow_network = '0.0.0.0/0'",
+                "allow_network: may not be pushed",
+            ),
             (
                 "linger = '8s'\n[cache]\nhigh = 60",
                 "cache-low: the low mark (70 %) is not below the high mark (60 %)",
             ),
-            ("linger = '8s'\nupload_slots = 0", "upload_slots: `0` is out of range"),
+            (
+                "linger = '8s'\nupload_slots = 0",
+                "upload_slots: `0` is out of range",
+            ),
         ] {
             let refused = reloader.push(A, &[A], text).unwrap_err();
             assert!(refused.contains(reason), "{refused}");
@@ -322,11 +388,23 @@ mod tests {
     fn pushed_values_that_fit_no_more_do_not_keep_a_node_from_starting() {
         let dir = tempfile::tempdir().unwrap();
         let (_, reloader) = node(dir.path(), "");
-        reloader.push(A, &[A], "linger = '7s'\n[cache]\nhigh = 60").unwrap();
-        let argv = vec![format!("--data-dir={}", dir.path().display()).into(), "--cache-low=70".into()];
-        let Start { resolved, warnings, .. } = start(Daemon::Proxy, argv).unwrap();
-        assert!(warnings.len() == 1 && warnings[0].contains("does not fit"), "{warnings:?}");
-        let Resolved::Proxy(proxy) = resolved else { panic!("a proxy") };
+        reloader
+            .push(A, &[A], "linger = '7s'\n[cache]\nhigh = 60")
+            .unwrap();
+        let argv = vec![
+            format!("--data-dir={}", dir.path().display()).into(),
+            "--cache-low=70".into(),
+        ];
+        let Start {
+            resolved, warnings, ..
+        } = start(Daemon::Proxy, argv).unwrap();
+        assert!(
+            warnings.len() == 1 && warnings[0].contains("does not fit"),
+            "{warnings:?}"
+        );
+        let Resolved::Proxy(proxy) = resolved else {
+            panic!("a proxy")
+        };
         assert_eq!(proxy.settings.live.load().config.linger.as_secs(), 60);
     }
 
@@ -335,16 +413,34 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         std::fs::create_dir(dir.path().join("proxy")).unwrap();
         let config = dir.path().join("up.toml");
-        std::fs::write(&config, "[nodes]\nlinger = '9s'\n[[application]]\nname = 'own'").unwrap();
-        let argv = [format!("--data-dir={}", dir.path().display()), format!("--config={}", config.display())];
+        std::fs::write(
+            &config,
+            "[nodes]\nlinger = '9s'\n[[application]]\nname = 'own'",
+        )
+        .unwrap();
+        let argv = [
+            format!("--data-dir={}", dir.path().display()),
+            format!("--config={}", config.display()),
+        ];
         let argv = || argv.iter().map(OsString::from).collect();
-        let reloader = start(Daemon::Up, argv()).unwrap().layers.reloader(LogHandle::unused(), None, None);
-        reloader.push(A, &[A], "[[application]]\nname = 'other'").unwrap();
+        let reloader =
+            start(Daemon::Up, argv())
+                .unwrap()
+                .layers
+                .reloader(LogHandle::unused(), None, None);
+        reloader
+            .push(A, &[A], "[[application]]\nname = 'other'")
+            .unwrap();
         let resolved = start(Daemon::Up, argv()).unwrap().resolved;
-        let Resolved::Up(up) = resolved else { panic!("hawker up") };
+        let Resolved::Up(up) = resolved else {
+            panic!("hawker up")
+        };
         assert_eq!(up.proxy.settings.live.load().applications.rules().len(), 2);
         let document = &up.scheduler.live.document;
-        assert!(document.contains("own") && document.contains("linger = \"9s\""), "{document}");
+        assert!(
+            document.contains("own") && document.contains("linger = \"9s\""),
+            "{document}"
+        );
         assert!(!document.contains("other"), "{document}");
         assert_eq!(up.scheduler.live.applications.rules().len(), 1);
     }

@@ -15,8 +15,8 @@ use hawker_core::place::{Network, Networks, Place};
 use hawker_proxy::origin::check_identity;
 use hawker_proxy::registry::tls;
 use hawker_proxy::settings::{
-    AuthorizationMode, CacheSettings, ClientIdentity, LiveSettings, Rates, Registries, RegistrySettings,
-    Settings, Staleness,
+    AuthorizationMode, CacheSettings, ClientIdentity, LiveSettings, Rates, Registries,
+    RegistrySettings, Settings, Staleness,
 };
 use hawker_scheduler::advertise::AllowedAddresses;
 use url::Url;
@@ -103,11 +103,19 @@ pub(crate) fn proxy(effective: &Effective, around: Surroundings) -> Result<Proxy
     }
     let log = reader.log();
     let warnings = warnings(&settings);
-    reader.finish(Proxy { settings, join, log, warnings })
+    reader.finish(Proxy {
+        settings,
+        join,
+        log,
+        warnings,
+    })
 }
 
 /// Resolves `hawker scheduler`.
-pub(crate) fn scheduler(effective: &Effective, around: Surroundings) -> Result<Scheduler, Problems> {
+pub(crate) fn scheduler(
+    effective: &Effective,
+    around: Surroundings,
+) -> Result<Scheduler, Problems> {
     let mut reader = Reader::new(effective);
     let config = reader.config;
     reader.token(around);
@@ -116,7 +124,10 @@ pub(crate) fn scheduler(effective: &Effective, around: Surroundings) -> Result<S
         data_dir: config.data_dir.0.clone(),
         listen: unwrapped(&config.listen),
         advertise: unwrapped(&config.advertise),
-        admin: config.admin.as_ref().map_or_else(|| fixed(SCHEDULER_ADMIN), |admin| admin.0),
+        admin: config
+            .admin
+            .as_ref()
+            .map_or_else(|| fixed(SCHEDULER_ADMIN), |admin| admin.0),
         cluster: config.cluster.0.clone(),
         schedulers: unwrapped(&config.scheduler),
         join: reader.join(),
@@ -124,7 +135,11 @@ pub(crate) fn scheduler(effective: &Effective, around: Surroundings) -> Result<S
         allowed_addresses: allowed_addresses(config),
         log: reader.log(),
     };
-    let listeners = scheduler.listen.iter().map(|a| ("listen", *a)).chain([("admin", scheduler.admin)]);
+    let listeners = scheduler
+        .listen
+        .iter()
+        .map(|a| ("listen", *a))
+        .chain([("admin", scheduler.admin)]);
     reader.no_address_twice(listeners.collect());
     reader.finish(scheduler)
 }
@@ -142,9 +157,17 @@ pub(crate) fn up(effective: &Effective, own: &Effective) -> Result<Up, Problems>
     let mut allowed_addresses = allowed_addresses(config);
     // The node of this process advertises what its own configuration says.
     for address in &settings.advertise {
-        let host = address.rsplit_once(':').map_or(address.as_str(), |(host, _)| host);
-        let ip = host.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>();
-        match ip.ok().and_then(|ip| Network::new(ip, if ip.is_ipv4() { 32 } else { 128 })) {
+        let host = address
+            .rsplit_once(':')
+            .map_or(address.as_str(), |(host, _)| host);
+        let ip = host
+            .trim_start_matches('[')
+            .trim_end_matches(']')
+            .parse::<IpAddr>();
+        match ip
+            .ok()
+            .and_then(|ip| Network::new(ip, if ip.is_ipv4() { 32 } else { 128 }))
+        {
             Some(network) => allowed_addresses.networks.push(network),
             None => allowed_addresses.hosts.push(host.to_ascii_lowercase()),
         }
@@ -160,12 +183,28 @@ pub(crate) fn up(effective: &Effective, own: &Effective) -> Result<Up, Problems>
         live: Reader::new(own).cluster_settings(),
         log: log.clone(),
         listen: unwrapped(&config.scheduler_listen),
-        advertise: config.scheduler_advertise.iter().map(|address| address.0.clone()).collect(),
+        advertise: config
+            .scheduler_advertise
+            .iter()
+            .map(|address| address.0.clone())
+            .collect(),
     };
     let all = node_listeners(&settings).into_iter();
-    reader.no_address_twice(all.chain(scheduler.listen.iter().map(|a| ("scheduler_listen", *a))).collect());
+    reader.no_address_twice(
+        all.chain(scheduler.listen.iter().map(|a| ("scheduler_listen", *a)))
+            .collect(),
+    );
     let warnings = warnings(&settings);
-    reader.finish(Up { proxy: Proxy { settings, join: None, log, warnings }, scheduler, data_dir })
+    reader.finish(Up {
+        proxy: Proxy {
+            settings,
+            join: None,
+            log,
+            warnings,
+        },
+        scheduler,
+        data_dir,
+    })
 }
 
 /// The plain values of a list.
@@ -179,9 +218,19 @@ fn fixed(address: &str) -> SocketAddr {
 
 pub(crate) fn node_listeners(settings: &Settings) -> Vec<(&'static str, SocketAddr)> {
     let mirrors = settings.mirror.iter().map(|address| ("mirror", *address));
-    let forward = settings.forward_proxy.iter().map(|address| ("forward_proxy", *address));
-    let peers = settings.peer_listen.iter().map(|address| ("peer_listen", *address));
-    mirrors.chain(forward).chain(peers).chain([("admin", settings.admin)]).collect()
+    let forward = settings
+        .forward_proxy
+        .iter()
+        .map(|address| ("forward_proxy", *address));
+    let peers = settings
+        .peer_listen
+        .iter()
+        .map(|address| ("peer_listen", *address));
+    mirrors
+        .chain(forward)
+        .chain(peers)
+        .chain([("admin", settings.admin)])
+        .collect()
 }
 
 fn warnings(settings: &Settings) -> Vec<String> {
@@ -189,44 +238,80 @@ fn warnings(settings: &Settings) -> Vec<String> {
         (!address.ip().is_loopback()).then(|| format!("{what} {address} is not loopback: {risk}"))
     };
     let mirrors = settings.mirror.iter().filter_map(|address| {
-        open("the mirror's address", address, "whoever reaches it may pull through this node")
+        open(
+            "the mirror's address",
+            address,
+            "whoever reaches it may pull through this node",
+        )
     });
     let forward = settings.forward_proxy.iter().filter_map(|address| {
-        open("the forward proxy's address", address, "whoever reaches it may reach through it what you allow")
+        open(
+            "the forward proxy's address",
+            address,
+            "whoever reaches it may reach through it what you allow",
+        )
     });
     let unnamed = !settings.forward_proxy.is_empty() && settings.live.load().intercept.is_empty();
     let unnamed = unnamed.then(|| {
         "no [[intercept]] rule and no registry is named: the forward proxy lets everything through as it is".to_owned()
     });
-    let admin = open("the admin address", &settings.admin, "whoever reaches it may read status and metrics");
-    let modes = unsafe_modes(settings).into_iter().chain(unused_credentials(settings));
-    mirrors.chain(forward).chain(unnamed).chain(admin).chain(modes).collect()
+    let admin = open(
+        "the admin address",
+        &settings.admin,
+        "whoever reaches it may read status and metrics",
+    );
+    let modes = unsafe_modes(settings)
+        .into_iter()
+        .chain(unused_credentials(settings));
+    mirrors
+        .chain(forward)
+        .chain(unnamed)
+        .chain(admin)
+        .chain(modes)
+        .collect()
 }
 
 /// Modes that rely on nobody else reaching the mirror.
 fn unsafe_modes(settings: &Settings) -> Vec<String> {
-    if settings.mirror.iter().all(|address| address.ip().is_loopback()) {
+    if settings
+        .mirror
+        .iter()
+        .all(|address| address.ip().is_loopback())
+    {
         return Vec::new();
     }
     let risks = [
-        (AuthorizationMode::Node, "whoever reaches the mirror may pull what this node's credentials may"),
-        (AuthorizationMode::Token, "clients' passwords come to the mirror in plain HTTP"),
+        (
+            AuthorizationMode::Node,
+            "whoever reaches the mirror may pull what this node's credentials may",
+        ),
+        (
+            AuthorizationMode::Token,
+            "clients' passwords come to the mirror in plain HTTP",
+        ),
     ];
-    let used = risks.into_iter().filter(|(mode, _)| is_used(settings, *mode));
-    used.map(|(_, risk)| format!("the mirror's address is not loopback: {risk}")).collect()
+    let used = risks
+        .into_iter()
+        .filter(|(mode, _)| is_used(settings, *mode));
+    used.map(|(_, risk)| format!("the mirror's address is not loopback: {risk}"))
+        .collect()
 }
 
 fn unused_credentials(settings: &Settings) -> Option<String> {
     let given = !settings.live.load().credentials.is_empty();
     (given && !is_used(settings, AuthorizationMode::Node)).then(|| {
-        "credentials are given, but no registry has authorization = \"node\": they are not used".to_owned()
+        "credentials are given, but no registry has authorization = \"node\": they are not used"
+            .to_owned()
     })
 }
 
 fn is_used(settings: &Settings, mode: AuthorizationMode) -> bool {
     let registries = &settings.live.load().registries;
     registries.authorization == mode
-        || registries.known.values().any(|known| known.authorization == Some(mode))
+        || registries
+            .known
+            .values()
+            .any(|known| known.authorization == Some(mode))
 }
 
 /// Checks values that must fit each other, and notes all faults.
@@ -237,30 +322,56 @@ struct Reader<'a> {
 
 impl<'a> Reader<'a> {
     fn new(effective: &'a Effective) -> Self {
-        Self { config: &effective.config, effective: effective.clone() }
+        Self {
+            config: &effective.config,
+            effective: effective.clone(),
+        }
     }
 
     fn finish<T>(self, value: T) -> Result<T, Problems> {
         let problems = self.effective.problems;
-        if problems.is_empty() { Ok(value) } else { Err(Problems(problems)) }
+        if problems.is_empty() {
+            Ok(value)
+        } else {
+            Err(Problems(problems))
+        }
     }
 
     fn problem(&mut self, path: &str, what: impl Into<String>, cure: impl Into<String>) {
-        self.effective.problem(path, Wrong { what: what.into(), cure: cure.into() });
+        self.effective.problem(
+            path,
+            Wrong {
+                what: what.into(),
+                cure: cure.into(),
+            },
+        );
     }
 
     fn check<T>(&mut self, path: &str, result: Result<T, Wrong>) -> Option<T> {
-        result.map_err(|wrong| self.effective.problem(path, wrong)).ok()
+        result
+            .map_err(|wrong| self.effective.problem(path, wrong))
+            .ok()
     }
 
     fn name(&self) -> String {
-        let host = || rustix::system::uname().nodename().to_string_lossy().into_owned();
-        self.config.name.as_ref().map_or_else(host, |name| name.0.clone())
+        let host = || {
+            rustix::system::uname()
+                .nodename()
+                .to_string_lossy()
+                .into_owned()
+        };
+        self.config
+            .name
+            .as_ref()
+            .map_or_else(host, |name| name.0.clone())
     }
 
     fn join(&self) -> Option<Join> {
         let token_file = self.config.token_file.as_ref().map(|file| file.0.clone());
-        self.config.join.as_ref().map(|address| Join { address: address.0.clone(), token_file })
+        self.config.join.as_ref().map(|address| Join {
+            address: address.0.clone(),
+            token_file,
+        })
     }
 
     fn node(&mut self) -> Settings {
@@ -298,11 +409,17 @@ impl<'a> Reader<'a> {
         let settings = Settings {
             problem: None,
             name: self.name(),
-            place: Place { zone: text(&config.zone), rack: text(&config.rack) },
+            place: Place {
+                zone: text(&config.zone),
+                rack: text(&config.rack),
+            },
             data_dir: config.data_dir.0.clone(),
             mirror: unwrapped(&config.mirror),
             forward_proxy: unwrapped(&config.forward_proxy),
-            admin: config.admin.as_ref().map_or_else(|| fixed(ADMIN), |admin| admin.0),
+            admin: config
+                .admin
+                .as_ref()
+                .map_or_else(|| fixed(ADMIN), |admin| admin.0),
             peer_listen: unwrapped(&config.peer_listen),
             advertise: unwrapped(&config.advertise),
             seed: false,
@@ -332,7 +449,11 @@ impl<'a> Reader<'a> {
         let document = document.text();
         if document.len() > MAX_DOCUMENT_BYTES {
             let what = format!("has {} bytes with the applications", document.len());
-            self.problem("nodes", what, format!("push {MAX_DOCUMENT_BYTES} bytes at most"));
+            self.problem(
+                "nodes",
+                what,
+                format!("push {MAX_DOCUMENT_BYTES} bytes at most"),
+            );
         }
         hawker_scheduler::LiveSettings {
             applications: Arc::new(self.applications()),
@@ -344,10 +465,23 @@ impl<'a> Reader<'a> {
     /// The places of the members of each network: one entry for each.
     fn networks(&mut self) -> Networks {
         // The schema has reported entries that say no place.
-        let networks: Vec<_> = self.config.network.iter().filter_map(|entry| entry.place().ok()).collect();
-        let twice = |at: usize| networks[..at].iter().any(|(network, _)| *network == networks[at].0);
+        let networks: Vec<_> = self
+            .config
+            .network
+            .iter()
+            .filter_map(|entry| entry.place().ok())
+            .collect();
+        let twice = |at: usize| {
+            networks[..at]
+                .iter()
+                .any(|(network, _)| *network == networks[at].0)
+        };
         if (1..networks.len()).any(twice) {
-            self.problem("network", "there are two entries for one network", "make them one");
+            self.problem(
+                "network",
+                "there are two entries for one network",
+                "make them one",
+            );
         }
         Networks::new(networks)
     }
@@ -355,13 +489,28 @@ impl<'a> Reader<'a> {
     /// The rules of applications: one for each pair of labels.
     fn applications(&mut self) -> Applications {
         // The schema has reported entries that are no rules.
-        let rules: Vec<Rule> = self.config.application.iter().filter_map(|entry| entry.rule().ok()).collect();
+        let rules: Vec<Rule> = self
+            .config
+            .application
+            .iter()
+            .filter_map(|entry| entry.rule().ok())
+            .collect();
         if rules.len() > MAX_RULES {
             let cure = format!("write {MAX_RULES} at most; patterns may have * for any text");
-            self.problem("application", format!("there are {} entries", rules.len()), cure);
+            self.problem(
+                "application",
+                format!("there are {} entries", rules.len()),
+                cure,
+            );
         }
-        let twice = |(at, rule): (usize, &Rule)| rules[..at].iter().any(|other| other.labels == rule.labels);
-        for (_, rule) in rules.iter().enumerate().filter(|(at, rule)| twice((*at, rule))) {
+        let twice = |(at, rule): (usize, &Rule)| {
+            rules[..at].iter().any(|other| other.labels == rule.labels)
+        };
+        for (_, rule) in rules
+            .iter()
+            .enumerate()
+            .filter(|(at, rule)| twice((*at, rule)))
+        {
             let what = format!("there are two entries for {}", rule.labels);
             self.problem("application", what, "make them one; match may be a list");
         }
@@ -385,10 +534,20 @@ impl<'a> Reader<'a> {
             && !allow.iter().any(|pattern| matches(pattern, host))
         {
             let cure = format!("add {host} to the allowed registries, or choose another default");
-            self.problem("default_registry", format!("{host} is not among the allowed registries"), cure);
+            self.problem(
+                "default_registry",
+                format!("{host} is not among the allowed registries"),
+                cure,
+            );
         }
         let allow_networks = unwrapped(&self.config.allow_network);
-        Registries { default, allow, known, allow_networks, authorization: *self.config.authorization }
+        Registries {
+            default,
+            allow,
+            known,
+            allow_networks,
+            authorization: *self.config.authorization,
+        }
     }
 
     /// Node mode needs credentials; without any it would be a slow way to be anonymous.
@@ -401,8 +560,14 @@ impl<'a> Reader<'a> {
         if live.registries.authorization == AuthorizationMode::Node {
             self.problem("authorization", what, cure);
         }
-        let of_one = |known: &&RegistrySettings| known.authorization == Some(AuthorizationMode::Node);
-        if let Some((host, _)) = live.registries.known.iter().find(|(_, known)| of_one(known)) {
+        let of_one =
+            |known: &&RegistrySettings| known.authorization == Some(AuthorizationMode::Node);
+        if let Some((host, _)) = live
+            .registries
+            .known
+            .iter()
+            .find(|(_, known)| of_one(known))
+        {
             self.problem(&of_registry(host, "authorization"), what, cure);
         }
     }
@@ -410,19 +575,37 @@ impl<'a> Reader<'a> {
     /// The forward proxy's rules, and unless the configuration says otherwise those that follow from the registries. Registries
     /// that peers may answer for may be asked.
     fn intercept(&mut self, registries: &mut Registries) -> Rules {
-        let rules: Vec<_> = self.config.intercept.iter().filter_map(|entry| entry.rule().ok()).collect();
+        let rules: Vec<_> = self
+            .config
+            .intercept
+            .iter()
+            .filter_map(|entry| entry.rule().ok())
+            .collect();
         if !self.effective.is_set("forward_proxy") {
             if self.effective.is_set("intercept") && !self.config.intercept.is_empty() {
                 let cure = "add --forward-proxy 127.0.0.1:6505, or take the rules out";
-                self.problem("intercept", "there are rules for a forward proxy, and there is none", cure);
+                self.problem(
+                    "intercept",
+                    "there are rules for a forward proxy, and there is none",
+                    cure,
+                );
             }
             return Rules::default();
         }
-        let listed = registries.known.keys().chain(&registries.default).chain(&registries.allow);
-        let listed: Vec<String> = listed.filter(|_| *self.config.intercept_defaults).cloned().collect();
+        let listed = registries
+            .known
+            .keys()
+            .chain(&registries.default)
+            .chain(&registries.allow);
+        let listed: Vec<String> = listed
+            .filter(|_| *self.config.intercept_defaults)
+            .cloned()
+            .collect();
         if !registries.allow.is_empty() {
             let shared = rules.iter().filter(|rule| rule.action == Action::P2p);
-            registries.allow.extend(shared.map(|rule| rule.host.clone()));
+            registries
+                .allow
+                .extend(shared.map(|rule| rule.host.clone()));
         }
         Rules::new(rules).with_registries(listed)
     }
@@ -435,15 +618,24 @@ impl<'a> Reader<'a> {
                 let config = tls::from_files(certificate, key);
                 self.check(
                     "tls_cert",
-                    config.or_else(|what| wrong(what, "give a PEM file each of certificate and key")),
+                    config
+                        .or_else(|what| wrong(what, "give a PEM file each of certificate and key")),
                 )
             }
             (Some(_), None) => {
-                self.problem("tls_cert", "there is a certificate, but no key", "add --tls-key FILE");
+                self.problem(
+                    "tls_cert",
+                    "there is a certificate, but no key",
+                    "add --tls-key FILE",
+                );
                 None
             }
             (None, Some(_)) => {
-                self.problem("tls_key", "there is a key, but no certificate", "add --tls-cert FILE");
+                self.problem(
+                    "tls_key",
+                    "there is a key, but no certificate",
+                    "add --tls-cert FILE",
+                );
                 None
             }
         }
@@ -464,9 +656,12 @@ impl<'a> Reader<'a> {
             };
             match (&registry.client_cert, &registry.client_key) {
                 (Some(certificate), Some(key)) => {
-                    let identity = ClientIdentity { certificate: certificate.0.clone(), key: key.0.clone() };
-                    let usable =
-                        check_identity(&identity).or_else(|what| wrong(what, "give a PEM file each"));
+                    let identity = ClientIdentity {
+                        certificate: certificate.0.clone(),
+                        key: key.0.clone(),
+                    };
+                    let usable = check_identity(&identity)
+                        .or_else(|what| wrong(what, "give a PEM file each"));
                     self.check(&of_registry(host, "client_cert"), usable);
                     known.identity = Some(identity);
                 }
@@ -522,7 +717,11 @@ impl<'a> Reader<'a> {
             return;
         }
         if *self.config.seed {
-            self.problem("seed", "a seed serves a cluster, and this node is in none", HOW_TO_JOIN);
+            self.problem(
+                "seed",
+                "a seed serves a cluster, and this node is in none",
+                HOW_TO_JOIN,
+            );
         }
         let not_member = "only members may talk to it, and this node is in no cluster";
         for key in ["scheduler", "seed_address"] {
@@ -537,14 +736,25 @@ impl<'a> Reader<'a> {
         if around.has_identity {
             return;
         }
-        let (join, token_file) = (self.effective.is_set("join"), self.effective.is_set("token_file"));
+        let (join, token_file) = (
+            self.effective.is_set("join"),
+            self.effective.is_set("token_file"),
+        );
         if join && !token_file && !around.has_token {
             let cure = "make a token with `hawker token create` where the authority is, and give it by --token-file FILE, \
                         by --token-file - on standard input, or in the environment's HAWKER_TOKEN";
-            self.problem("join", "there is no token, and this node is no member yet", cure);
+            self.problem(
+                "join",
+                "there is no token, and this node is no member yet",
+                cure,
+            );
         }
         if !join && token_file {
-            self.problem("token_file", "there is a token, but nowhere to join with it", HOW_TO_JOIN);
+            self.problem(
+                "token_file",
+                "there is a token, but nowhere to join with it",
+                HOW_TO_JOIN,
+            );
         }
     }
 
@@ -560,10 +770,14 @@ impl<'a> Reader<'a> {
             };
             // An IPv4 and an IPv6 wildcard on one port are a common pair of one listener.
             let pair = |other: &SocketAddr| other.is_ipv4() != address.is_ipv4();
-            if let Some((first, other)) =
-                listeners[..i].iter().find(|(first, other)| clash(other) && !(first == key && pair(other)))
+            if let Some((first, other)) = listeners[..i]
+                .iter()
+                .find(|(first, other)| clash(other) && !(first == key && pair(other)))
             {
-                let what = format!("{address} is taken already by {} ({other})", self.effective.name(first));
+                let what = format!(
+                    "{address} is taken already by {} ({other})",
+                    self.effective.name(first)
+                );
                 let known = self.effective.problems.iter().any(|p| p.what == what);
                 if !known {
                     self.problem(key, what, "give each its own port");
@@ -574,7 +788,10 @@ impl<'a> Reader<'a> {
 
     fn log(&mut self) -> LogSettings {
         let level = self.check("log.level", crate::log::level(&self.config.log_level));
-        LogSettings { level: level.unwrap_or_else(|| "info".to_owned()), format: *self.config.log_format }
+        LogSettings {
+            level: level.unwrap_or_else(|| "info".to_owned()),
+            format: *self.config.log_format,
+        }
     }
 }
 
@@ -586,12 +803,27 @@ fn cache_marks(config: &Config) -> Result<CacheSettings, (&'static str, Wrong)> 
     let low_percent = low.unwrap_or_else(|| usual.min(high_percent.saturating_sub(10).max(1)));
     if low_percent < high_percent {
         let max_bytes = config.cache_max.as_deref().copied();
-        return Ok(CacheSettings { high_percent, low_percent, max_bytes });
+        return Ok(CacheSettings {
+            high_percent,
+            low_percent,
+            max_bytes,
+        });
     }
-    let what = format!("the low mark ({low_percent} %) is not below the high mark ({high_percent} %)");
+    let what =
+        format!("the low mark ({low_percent} %) is not below the high mark ({high_percent} %)");
     let cure = "eviction runs from the high mark down to the low one: make cache-low smaller than cache-high";
-    let key = if low.is_some() { "cache.low" } else { "cache.high" };
-    Err((key, Wrong { what, cure: cure.to_owned() }))
+    let key = if low.is_some() {
+        "cache.low"
+    } else {
+        "cache.high"
+    };
+    Err((
+        key,
+        Wrong {
+            what,
+            cure: cure.to_owned(),
+        },
+    ))
 }
 
 /// Networks and hosts that members may advertise.
@@ -613,7 +845,11 @@ fn of_registry(host: &str, field: &str) -> String {
 
 /// The endpoint of a registry of which only the name is known. Docker Hub's name is not its address.
 fn own_endpoint(host: &str) -> Option<Url> {
-    let host = if host == "docker.io" { "registry-1.docker.io" } else { host };
+    let host = if host == "docker.io" {
+        "registry-1.docker.io"
+    } else {
+        host
+    };
     Url::parse(&format!("https://{host}")).ok()
 }
 
@@ -639,10 +875,15 @@ mod tests {
     use super::*;
     use crate::flags;
 
-    const MEMBER: Surroundings = Surroundings { has_identity: true, has_token: false };
+    const MEMBER: Surroundings = Surroundings {
+        has_identity: true,
+        has_token: false,
+    };
 
     fn words(line: &str) -> Vec<OsString> {
-        line.split_whitespace().map(|word| word.replace('~', " ").into()).collect()
+        line.split_whitespace()
+            .map(|word| word.replace('~', " ").into())
+            .collect()
     }
 
     fn read(daemon: Daemon, argv: &[OsString]) -> Effective {
@@ -654,10 +895,16 @@ mod tests {
     }
 
     fn errors(line: &str, around: Surroundings) -> Vec<String> {
-        proxy(&typed(line), around).map(|_| Vec::new()).unwrap_or_else(|problems| {
-            assert!(problems.0.iter().all(|p| !p.cure.is_empty()));
-            problems.0.iter().map(|p| format!("{}: {}", p.key, p.what)).collect()
-        })
+        proxy(&typed(line), around)
+            .map(|_| Vec::new())
+            .unwrap_or_else(|problems| {
+                assert!(problems.0.iter().all(|p| !p.cure.is_empty()));
+                problems
+                    .0
+                    .iter()
+                    .map(|p| format!("{}: {}", p.key, p.what))
+                    .collect()
+            })
     }
 
     #[test]
@@ -665,24 +912,37 @@ mod tests {
         let proxy = proxy(&typed(""), Surroundings::default()).unwrap();
         let s = &proxy.settings;
         assert_eq!(s.mirror, [MIRROR.parse().unwrap()]);
-        assert_eq!((s.admin, s.peer_listen[0]), (ADMIN.parse().unwrap(), "[::]:6501".parse().unwrap()));
+        assert_eq!(
+            (s.admin, s.peer_listen[0]),
+            (ADMIN.parse().unwrap(), "[::]:6501".parse().unwrap())
+        );
         assert_eq!(s.data_dir, Path::new(DATA_DIR));
         assert_eq!(
             (*s.live.load().config.linger, s.drain),
             (Duration::from_secs(60), Duration::from_secs(30))
         );
-        assert!(!s.seed && s.schedulers.is_empty() && proxy.join.is_none() && proxy.warnings.is_empty());
+        assert!(
+            !s.seed && s.schedulers.is_empty() && proxy.join.is_none() && proxy.warnings.is_empty()
+        );
         assert!(!s.name.is_empty());
         assert_eq!(s.live.load().rates, Rates::default());
     }
 
     #[test]
     fn networks_say_where_members_stand() {
-        let resolved =
-            |line: &str| scheduler(&read(Daemon::Scheduler, &words(line)), Surroundings::default());
+        let resolved = |line: &str| {
+            scheduler(
+                &read(Daemon::Scheduler, &words(line)),
+                Surroundings::default(),
+            )
+        };
         let two = "--network cidr=10.0.0.0/8~zone=a --network cidr=10.1.0.0/16~zone=b~rack=7";
         let networks = resolved(two).unwrap().live.networks;
-        let of = |ip: &str| networks.of(ip.parse().unwrap()).map(|place| (&*place.zone, &*place.rack));
+        let of = |ip: &str| {
+            networks
+                .of(ip.parse().unwrap())
+                .map(|place| (&*place.zone, &*place.rack))
+        };
         assert_eq!(of("10.2.0.1"), Some(("a", "")));
         assert_eq!(of("10.1.0.1"), Some(("b", "7")));
         for (line, told) in [
@@ -698,16 +958,28 @@ mod tests {
             ("--network cidr=10.0.0.0/8~row=3", "nothing that is said"),
         ] {
             let problems = resolved(line).unwrap_err().0;
-            assert!(problems.iter().any(|problem| problem.what.contains(told)), "{line}: {problems:?}");
+            assert!(
+                problems.iter().any(|problem| problem.what.contains(told)),
+                "{line}: {problems:?}"
+            );
         }
     }
 
     #[test]
     fn an_application_is_said_once_and_there_are_not_too_many() {
-        let told = |line: &str| proxy(&typed(line), Surroundings::default()).unwrap_err().to_string();
+        let told = |line: &str| {
+            proxy(&typed(line), Surroundings::default())
+                .unwrap_err()
+                .to_string()
+        };
         let twice = told("--application name=a~priority=1 --application name=a");
-        assert!(twice.contains("two entries for a") && twice.contains("match may be a list"), "{twice}");
-        let many: String = (0..=MAX_RULES).map(|n| format!("--application name=a{n} ")).collect();
+        assert!(
+            twice.contains("two entries for a") && twice.contains("match may be a list"),
+            "{twice}"
+        );
+        let many: String = (0..=MAX_RULES)
+            .map(|n| format!("--application name=a{n} "))
+            .collect();
         assert!(told(&many).contains("write 64 at most"));
         assert!(told("--application priority=1").contains("names neither"));
     }
@@ -729,21 +1001,57 @@ mod tests {
                     --stale-tags 1h --public-grace 2d \
                     --forward-proxy 127.0.0.1:9 --intercept p2p~quay.io~^/v2/ --intercept direct~auth.example \
                     --log-level debug --log-format json";
-        let Proxy { settings: s, join, log, .. } = proxy(&typed(line), Surroundings::default()).unwrap();
-        assert_eq!((s.name.as_str(), &*s.place.zone, &*s.place.rack, s.seed), ("n", "z", "r", true));
+        let Proxy {
+            settings: s,
+            join,
+            log,
+            ..
+        } = proxy(&typed(line), Surroundings::default()).unwrap();
+        assert_eq!(
+            (s.name.as_str(), &*s.place.zone, &*s.place.rack, s.seed),
+            ("n", "z", "r", true)
+        );
         assert_eq!(s.mirror.len(), 2);
         assert_eq!(s.schedulers, ["t.example:7", "s.example:6"]);
-        assert_eq!((s.seeds, s.advertise), (vec!["u.example:8".to_owned()], vec!["n.example:5".to_owned()]));
-        assert_eq!(join, Some(Join { address: "s.example:6".into(), token_file: Some("-".into()) }));
-        let cache = CacheSettings { high_percent: 70, low_percent: 60, max_bytes: Some(10_000_000_000) };
+        assert_eq!(
+            (s.seeds, s.advertise),
+            (
+                vec!["u.example:8".to_owned()],
+                vec!["n.example:5".to_owned()]
+            )
+        );
+        assert_eq!(
+            join,
+            Some(Join {
+                address: "s.example:6".into(),
+                token_file: Some("-".into())
+            })
+        );
+        let cache = CacheSettings {
+            high_percent: 70,
+            low_percent: 60,
+            max_bytes: Some(10_000_000_000),
+        };
         assert_eq!(s.live.load().cache, cache);
-        assert_eq!((*s.live.load().config.upload_slots, s.memory_bytes), (8, 64 << 20));
+        assert_eq!(
+            (*s.live.load().config.upload_slots, s.memory_bytes),
+            (8, 64 << 20)
+        );
         assert_eq!(
             (*s.live.load().config.linger, s.drain),
             (Duration::from_secs(300), Duration::from_secs(10))
         );
-        assert_eq!((s.seed_uses_client_token, s.pull_grace), (false, Duration::from_secs(5)));
-        assert_eq!(log, LogSettings { level: "debug".into(), format: Format::Json });
+        assert_eq!(
+            (s.seed_uses_client_token, s.pull_grace),
+            (false, Duration::from_secs(5))
+        );
+        assert_eq!(
+            log,
+            LogSettings {
+                level: "debug".into(),
+                format: Format::Json
+            }
+        );
         let live = s.live.load();
         let rates = Rates {
             upload: Some(100_000_000),
@@ -753,19 +1061,54 @@ mod tests {
         };
         assert_eq!(live.rates, rates);
         let rules = live.applications.rules().iter();
-        let said: Vec<_> = rules.map(|r| (r.labels.to_string(), r.limits.rates.download)).collect();
-        assert_eq!(said, [("shop".to_owned(), Some(2_000_000)), ("tag night".to_owned(), None)]);
-        assert_eq!(live.task_rates, Rates { upload: Some(8_000_000), ..Rates::default() });
+        let said: Vec<_> = rules
+            .map(|r| (r.labels.to_string(), r.limits.rates.download))
+            .collect();
+        assert_eq!(
+            said,
+            [
+                ("shop".to_owned(), Some(2_000_000)),
+                ("tag night".to_owned(), None)
+            ]
+        );
+        assert_eq!(
+            live.task_rates,
+            Rates {
+                upload: Some(8_000_000),
+                ..Rates::default()
+            }
+        );
         let (hour, two_days) = (Duration::from_secs(3_600), Duration::from_secs(2 * 86_400));
-        assert_eq!(live.staleness, Staleness { tags: Some(hour), public_grace: two_days });
-        assert_eq!(live.registries.known["10.0.0.1:5000"].endpoints[0].as_str(), "http://10.0.0.1:5000/");
+        assert_eq!(
+            live.staleness,
+            Staleness {
+                tags: Some(hour),
+                public_grace: two_days
+            }
+        );
+        assert_eq!(
+            live.registries.known["10.0.0.1:5000"].endpoints[0].as_str(),
+            "http://10.0.0.1:5000/"
+        );
         assert!(live.registries.known["a.example"].insecure);
-        assert!(live.registries.known["a.example"].must_prove && !live.registries.is_believed("a.example"));
-        assert_eq!(live.registries.known["a.example"].endpoints[0].as_str(), "https://a.example/");
-        assert_eq!(live.registries.allow_networks, [Network::new("10.0.0.0".parse().unwrap(), 8).unwrap()]);
+        assert!(
+            live.registries.known["a.example"].must_prove
+                && !live.registries.is_believed("a.example")
+        );
+        assert_eq!(
+            live.registries.known["a.example"].endpoints[0].as_str(),
+            "https://a.example/"
+        );
+        assert_eq!(
+            live.registries.allow_networks,
+            [Network::new("10.0.0.0".parse().unwrap(), 8).unwrap()]
+        );
         let modes = ["a.example", "b.example"].map(|host| live.registries.authorization(host));
         assert_eq!(modes, [AuthorizationMode::Token, AuthorizationMode::Node]);
-        assert_eq!(live.registries.known["b.example"].realms[0].as_str(), "https://sso.example:8443/");
+        assert_eq!(
+            live.registries.known["b.example"].realms[0].as_str(),
+            "https://sso.example:8443/"
+        );
         let sources = [
             CredentialSource::Docker("/dev/null".into()),
             CredentialSource::Containerd("/dev/null".into()),
@@ -776,18 +1119,26 @@ mod tests {
         assert_eq!(s.forward_proxy, ["127.0.0.1:9".parse().unwrap()]);
         assert_eq!(live.intercept.way("auth.example", false), Way::Tunnel);
         assert_eq!(live.intercept.way("quay.io", false), Way::Open);
-        assert!(live.registries.allow.contains(&"quay.io".to_owned()), "what peers may answer is a registry");
+        assert!(
+            live.registries.allow.contains(&"quay.io".to_owned()),
+            "what peers may answer is a registry"
+        );
     }
 
     #[test]
     fn the_registries_named_are_shared_with_and_without_rules_until_that_is_turned_off() {
-        let line =
-            "--forward-proxy 127.0.0.1:9 --allow-registry *.example.com --registry reg:5000=http://reg:5000";
+        let line = "--forward-proxy 127.0.0.1:9 --allow-registry *.example.com --registry reg:5000=http://reg:5000";
         for (more, way) in [
             ("", Way::Open),
             (" --intercept p2p~quay.io~^/v2/", Way::Open),
-            (" --intercept direct~auth.example --intercept-defaults true", Way::Open),
-            (" --intercept p2p~quay.io~^/v2/ --intercept-defaults false", Way::Tunnel),
+            (
+                " --intercept direct~auth.example --intercept-defaults true",
+                Way::Open,
+            ),
+            (
+                " --intercept p2p~quay.io~^/v2/ --intercept-defaults false",
+                Way::Tunnel,
+            ),
         ] {
             let proxy = proxy(&typed(&format!("{line}{more}")), Surroundings::default()).unwrap();
             let live = proxy.settings.live.load();
@@ -808,19 +1159,45 @@ mod tests {
         };
         let made = || rcgen::generate_simple_self_signed(["a.example".into()]).unwrap();
         let (one, other) = (made(), made());
-        let (certificate, key) = (file("c", &one.cert.pem()), file("k", &one.signing_key.serialize_pem()));
+        let (certificate, key) = (
+            file("c", &one.cert.pem()),
+            file("k", &one.signing_key.serialize_pem()),
+        );
         let foreign = file("f", &other.signing_key.serialize_pem());
         let line = format!("--tls-cert {certificate} --tls-key {key}");
-        assert!(proxy(&typed(&line), Surroundings::default()).unwrap().settings.live.load().tls.is_some());
+        assert!(
+            proxy(&typed(&line), Surroundings::default())
+                .unwrap()
+                .settings
+                .live
+                .load()
+                .tls
+                .is_some()
+        );
         for (line, expected) in [
-            (format!("--tls-cert {certificate}"), "--tls-cert: there is a certificate, but no key"),
-            (format!("--tls-key {key}"), "--tls-key: there is a key, but no certificate"),
-            (format!("--tls-cert {certificate} --tls-key {foreign}"), "--tls-cert: "),
+            (
+                format!("--tls-cert {certificate}"),
+                "--tls-cert: there is a certificate, but no key",
+            ),
+            (
+                format!("--tls-key {key}"),
+                "--tls-key: there is a key, but no certificate",
+            ),
+            (
+                format!("--tls-cert {certificate} --tls-key {foreign}"),
+                "--tls-cert: ",
+            ),
             (format!("--tls-cert {key} --tls-key {key}"), "--tls-cert: "),
-            (format!("--tls-cert {certificate} --tls-key /nonexistent"), "--tls-cert: /nonexistent has no"),
+            (
+                format!("--tls-cert {certificate} --tls-key /nonexistent"),
+                "--tls-cert: /nonexistent has no",
+            ),
         ] {
             let told = errors(&line, Surroundings::default());
-            assert!(told.len() == 1 && told[0].starts_with(expected), "{line}: {told:?}");
+            assert!(
+                told.len() == 1 && told[0].starts_with(expected),
+                "{line}: {told:?}"
+            );
             assert!(!told[0].contains("PRIVATE"), "{told:?}");
         }
     }
@@ -829,16 +1206,40 @@ mod tests {
     fn each_bad_value_and_impossible_combination_is_named() {
         let alone = Surroundings::default();
         for (line, around, expected) in [
-            ("--mirror localhost:1", alone, "--mirror: `localhost:1` is no address"),
-            ("--cache-low 95", alone, "--cache-low: the low mark (95 %) is not below the high mark (90 %)"),
-            ("--cache-high 50 --cache-low 50", alone, "--cache-low: the low mark"),
-            ("--cache-high 100", alone, "--cache-high: `100` is no percentage"),
-            ("--cache-max 1KB", alone, "--cache-max: 1000 B is too little"),
+            (
+                "--mirror localhost:1",
+                alone,
+                "--mirror: `localhost:1` is no address",
+            ),
+            (
+                "--cache-low 95",
+                alone,
+                "--cache-low: the low mark (95 %) is not below the high mark (90 %)",
+            ),
+            (
+                "--cache-high 50 --cache-low 50",
+                alone,
+                "--cache-low: the low mark",
+            ),
+            (
+                "--cache-high 100",
+                alone,
+                "--cache-high: `100` is no percentage",
+            ),
+            (
+                "--cache-max 1KB",
+                alone,
+                "--cache-max: 1000 B is too little",
+            ),
             ("--seed", alone, "--seed: a seed serves a cluster"),
             ("--scheduler a:1", alone, "--scheduler: only members"),
             ("--seed-address a:1", alone, "--seed-address: only members"),
             ("--join a:1", alone, "--join: there is no token"),
-            ("--token-file f", alone, "--token-file: there is a token, but nowhere"),
+            (
+                "--token-file f",
+                alone,
+                "--token-file: there is a token, but nowhere",
+            ),
             (
                 "--registry a.example=http://a.example --registry-ca a.example=/dev/null",
                 alone,
@@ -854,26 +1255,58 @@ mod tests {
                 alone,
                 "--registry-insecure: a.ex",
             ),
-            ("--registry-ca a.example=/nonexistent", alone, "--registry-ca: /nonexistent: No such file"),
+            (
+                "--registry-ca a.example=/nonexistent",
+                alone,
+                "--registry-ca: /nonexistent: No such file",
+            ),
             ("--registry a.example", alone, "--registry: has no `=`"),
-            ("--registry a.example=ftp://a", alone, "--registry: `ftp://a` is no registry's address"),
+            (
+                "--registry a.example=ftp://a",
+                alone,
+                "--registry: `ftp://a` is no registry's address",
+            ),
             (
                 "--default-registry a.example --allow-registry b.example",
                 alone,
                 "--default-registry: a.example is not",
             ),
-            ("--allow-network 10.0.0.0/99", alone, "--allow-network: `10.0.0.0/99` is no network"),
-            ("--admin 127.0.0.1:6500", alone, "--admin: 127.0.0.1:6500 is taken already by --mirror"),
-            ("--mirror 127.0.0.1:7 --peer-listen [::]:7", alone, "--peer-listen: [::]:7 is taken already"),
-            ("--forward-proxy 127.0.0.1:6500", alone, "--forward-proxy: 127.0.0.1:6500 is taken already"),
-            ("--intercept p2p~quay.io", alone, "--intercept: there are rules for a forward proxy"),
+            (
+                "--allow-network 10.0.0.0/99",
+                alone,
+                "--allow-network: `10.0.0.0/99` is no network",
+            ),
+            (
+                "--admin 127.0.0.1:6500",
+                alone,
+                "--admin: 127.0.0.1:6500 is taken already by --mirror",
+            ),
+            (
+                "--mirror 127.0.0.1:7 --peer-listen [::]:7",
+                alone,
+                "--peer-listen: [::]:7 is taken already",
+            ),
+            (
+                "--forward-proxy 127.0.0.1:6500",
+                alone,
+                "--forward-proxy: 127.0.0.1:6500 is taken already",
+            ),
+            (
+                "--intercept p2p~quay.io",
+                alone,
+                "--intercept: there are rules for a forward proxy",
+            ),
             (
                 "--forward-proxy 127.0.0.1:7 --intercept quay.io",
                 alone,
                 "--intercept: `quay.io` names no action",
             ),
             ("--upload-rate 1", alone, "--upload-rate: `1` is no size"),
-            ("--upload-slots 0", alone, "--upload-slots: `0` is out of range"),
+            (
+                "--upload-slots 0",
+                alone,
+                "--upload-slots: `0` is out of range",
+            ),
             ("--memory 1MiB", alone, "--memory: 1.0 MiB is too little"),
             ("--linger 60", alone, "--linger: `60` is no duration"),
             (
@@ -881,22 +1314,74 @@ mod tests {
                 alone,
                 "--intercept-defaults: `no` is neither",
             ),
-            ("--seed-uses-client-token maybe", alone, "--seed-uses-client-token: `maybe` is neither"),
-            ("--authorization me", alone, "--authorization: `me` is no way to authorize"),
-            ("--authorization node", alone, "--authorization: node mode pulls with this node's credentials"),
-            ("--registry-authorization a.example=node", alone, "--registry-authorization: node mode"),
-            ("--registry-authorization node", alone, "--registry-authorization: has no `=`"),
-            ("--registry-realm a.example=sso", alone, "--registry-realm: `sso` is no registry's address"),
-            ("--credentials /root/x", alone, "--credentials: `/root/x` does not say what kind"),
-            ("--credentials vault:x", alone, "--credentials: `vault` is no kind"),
-            ("--credentials docker:/nonexistent", alone, "--credentials: /nonexistent: No such file"),
-            ("--credentials env:HAWKER_TEST_NOT_SET", alone, "--credentials: the environment has no HAWKER"),
+            (
+                "--seed-uses-client-token maybe",
+                alone,
+                "--seed-uses-client-token: `maybe` is neither",
+            ),
+            (
+                "--authorization me",
+                alone,
+                "--authorization: `me` is no way to authorize",
+            ),
+            (
+                "--authorization node",
+                alone,
+                "--authorization: node mode pulls with this node's credentials",
+            ),
+            (
+                "--registry-authorization a.example=node",
+                alone,
+                "--registry-authorization: node mode",
+            ),
+            (
+                "--registry-authorization node",
+                alone,
+                "--registry-authorization: has no `=`",
+            ),
+            (
+                "--registry-realm a.example=sso",
+                alone,
+                "--registry-realm: `sso` is no registry's address",
+            ),
+            (
+                "--credentials /root/x",
+                alone,
+                "--credentials: `/root/x` does not say what kind",
+            ),
+            (
+                "--credentials vault:x",
+                alone,
+                "--credentials: `vault` is no kind",
+            ),
+            (
+                "--credentials docker:/nonexistent",
+                alone,
+                "--credentials: /nonexistent: No such file",
+            ),
+            (
+                "--credentials env:HAWKER_TEST_NOT_SET",
+                alone,
+                "--credentials: the environment has no HAWKER",
+            ),
             ("--pull-grace 1d", alone, "--pull-grace: is too long"),
             ("--stale-tags 60d", alone, "--stale-tags: is too long"),
-            ("--public-grace 1", alone, "--public-grace: `1` is no duration"),
+            (
+                "--public-grace 1",
+                alone,
+                "--public-grace: `1` is no duration",
+            ),
             ("--drain 2d", alone, "--drain: is too long"),
-            ("--log-level loud", alone, "--log-level: `loud` is no log level"),
-            ("--log-format xml", alone, "--log-format: `xml` is no format"),
+            (
+                "--log-level loud",
+                alone,
+                "--log-level: `loud` is no log level",
+            ),
+            (
+                "--log-format xml",
+                alone,
+                "--log-format: `xml` is no format",
+            ),
             ("--advertise a", MEMBER, "--advertise: `a` has no port"),
             ("--data-dir=", alone, "--data-dir: is empty"),
         ] {
@@ -904,14 +1389,20 @@ mod tests {
             assert_eq!(told.len(), 1, "{line}: {told:?}");
             assert!(told[0].starts_with(expected), "{line}: {told:?}");
         }
-        let with_token = Surroundings { has_token: true, ..alone };
+        let with_token = Surroundings {
+            has_token: true,
+            ..alone
+        };
         for (line, around) in [
             ("--seed", MEMBER),
             ("--scheduler a:1 --seed-address b:2", MEMBER),
             ("--join a:1", MEMBER),
             ("--join a:1 --seed", with_token),
             ("--cache-high 60", alone),
-            ("--default-registry a.example --allow-registry *.example", alone),
+            (
+                "--default-registry a.example --allow-registry *.example",
+                alone,
+            ),
             ("--mirror 0.0.0.0:7 --mirror [::]:7", alone),
             ("--mirror 127.0.0.1:0 --admin 127.0.0.1:0", alone),
         ] {
@@ -922,12 +1413,18 @@ mod tests {
     #[test]
     fn file_and_flags_are_told_together_each_in_its_own_words() {
         let mut file = tempfile::NamedTempFile::new().unwrap();
-        file.write_all(b"nmae = 'a'\nlinger = '60'\nseed = true\n[cache]\nlow = 95\n").unwrap();
-        let told =
-            errors(&format!("--config {} --memory much", file.path().display()), Surroundings::default());
+        file.write_all(b"nmae = 'a'\nlinger = '60'\nseed = true\n[cache]\nlow = 95\n")
+            .unwrap();
+        let told = errors(
+            &format!("--config {} --memory much", file.path().display()),
+            Surroundings::default(),
+        );
         assert_eq!(told.len(), 5, "{told:?}");
         for start in ["nmae (", "linger (", "seed (", "cache.low (", "--memory:"] {
-            assert!(told.iter().any(|line| line.starts_with(start)), "{start} in {told:?}");
+            assert!(
+                told.iter().any(|line| line.starts_with(start)),
+                "{start} in {told:?}"
+            );
         }
     }
 
@@ -952,9 +1449,14 @@ mod tests {
             ("--authorization token".to_owned(), 0),
             (format!("--authorization token {open}"), 2),
             ("--credentials docker:/dev/null".to_owned(), 1),
-            ("--credentials docker:/dev/null --registry-authorization a.example=node".to_owned(), 0),
+            (
+                "--credentials docker:/dev/null --registry-authorization a.example=node".to_owned(),
+                0,
+            ),
         ] {
-            let warnings = proxy(&typed(&line), Surroundings::default()).unwrap().warnings;
+            let warnings = proxy(&typed(&line), Surroundings::default())
+                .unwrap()
+                .warnings;
             assert_eq!(warnings.len(), expected, "{line}: {warnings:?}");
         }
     }
@@ -978,18 +1480,26 @@ mod tests {
     #[test]
     fn pushed_marks_that_do_not_fit_each_other_are_told_at_the_scheduler() {
         let mut file = tempfile::NamedTempFile::new().unwrap();
-        file.write_all(b"[nodes.cache]\nlow = 70\nhigh = 60\n").unwrap();
+        file.write_all(b"[nodes.cache]\nlow = 70\nhigh = 60\n")
+            .unwrap();
         let argv = [format!("--config={}", file.path().display()).into()];
-        let problems = scheduler(&read(Daemon::Scheduler, &argv), MEMBER).unwrap_err().0;
+        let problems = scheduler(&read(Daemon::Scheduler, &argv), MEMBER)
+            .unwrap_err()
+            .0;
         assert_eq!(problems.len(), 1, "{problems:?}");
-        assert!(problems[0].key.starts_with("nodes.cache.low (") && problems[0].key.ends_with(":2)"));
+        assert!(
+            problems[0].key.starts_with("nodes.cache.low (") && problems[0].key.ends_with(":2)")
+        );
     }
 
     #[test]
     fn a_scheduler_has_its_own_ports() {
         let argv = ["--cluster", "lab"].map(OsString::from);
         let scheduler = scheduler(&read(Daemon::Scheduler, &argv), MEMBER).unwrap();
-        assert_eq!((scheduler.listen[0], scheduler.admin), (fixed("[::]:6502"), fixed(SCHEDULER_ADMIN)));
+        assert_eq!(
+            (scheduler.listen[0], scheduler.admin),
+            (fixed("[::]:6502"), fixed(SCHEDULER_ADMIN))
+        );
         assert_eq!(scheduler.cluster, "lab");
     }
 }

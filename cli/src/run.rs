@@ -29,8 +29,14 @@ use crate::{join_help, log, member, system};
 
 /// `hawker proxy`.
 pub(crate) async fn proxy(argv: Vec<OsString>) -> anyhow::Result<()> {
-    let Start { resolved, mut warnings, layers } = reload::start(Daemon::Proxy, argv)?;
-    let Resolved::Proxy(resolved) = resolved else { unreachable!("a proxy's configuration") };
+    let Start {
+        resolved,
+        mut warnings,
+        layers,
+    } = reload::start(Daemon::Proxy, argv)?;
+    let Resolved::Proxy(resolved) = resolved else {
+        unreachable!("a proxy's configuration")
+    };
     warnings.extend(resolved.warnings);
     let log = start(&resolved.log, &warnings)?;
     let mut settings = resolved.settings;
@@ -63,8 +69,13 @@ pub(crate) async fn proxy(argv: Vec<OsString>) -> anyhow::Result<()> {
         member::check_role(identity.as_ref(), settings.seed, &settings.data_dir)?;
         if let Some((address, token)) = rejoin {
             let alone = shutdown.child_token();
-            let running =
-                daemon::run(settings.clone(), identity.take(), alone.clone(), Box::new(tell_ready), None);
+            let running = daemon::run(
+                settings.clone(),
+                identity.take(),
+                alone.clone(),
+                Box::new(tell_ready),
+                None,
+            );
             tokio::pin!(running);
             tokio::select! {
                 ended = &mut running => return Ok(ended?),
@@ -79,7 +90,14 @@ pub(crate) async fn proxy(argv: Vec<OsString>) -> anyhow::Result<()> {
             running.await?;
             settings.problem = None;
         }
-        daemon::run(settings, identity, shutdown.clone(), Box::new(tell_ready), None).await?;
+        daemon::run(
+            settings,
+            identity,
+            shutdown.clone(),
+            Box::new(tell_ready),
+            None,
+        )
+        .await?;
         Ok(())
     };
     attend(signals, &shutdown, reloader, Box::pin(body)).await
@@ -87,11 +105,22 @@ pub(crate) async fn proxy(argv: Vec<OsString>) -> anyhow::Result<()> {
 
 /// `hawker scheduler`.
 pub(crate) async fn scheduler(argv: Vec<OsString>) -> anyhow::Result<()> {
-    let Start { resolved, warnings, layers } = reload::start(Daemon::Scheduler, argv)?;
-    let Resolved::Scheduler(resolved) = resolved else { unreachable!("a scheduler's configuration") };
+    let Start {
+        resolved,
+        warnings,
+        layers,
+    } = reload::start(Daemon::Scheduler, argv)?;
+    let Resolved::Scheduler(resolved) = resolved else {
+        unreachable!("a scheduler's configuration")
+    };
     let log = start(&resolved.log, &warnings)?;
     let admin = ("admin", resolved.admin);
-    let listeners: Vec<_> = resolved.listen.iter().map(|a| ("listen", *a)).chain([admin]).collect();
+    let listeners: Vec<_> = resolved
+        .listen
+        .iter()
+        .map(|a| ("listen", *a))
+        .chain([admin])
+        .collect();
     check_host(&resolved.data_dir, &listeners)?;
     let config = scheduler_config(&resolved).await?;
 
@@ -100,7 +129,10 @@ pub(crate) async fn scheduler(argv: Vec<OsString>) -> anyhow::Result<()> {
     let reloader = layers.reloader(log, None, Some(Arc::clone(&config.live)));
     let body = async {
         let page = SchedulerPage::new(&config);
-        let admin = Admin { status: page.clone(), metrics: Box::new(move || page.metrics() + "# EOF\n") };
+        let admin = Admin {
+            status: page.clone(),
+            metrics: Box::new(move || page.metrics() + "# EOF\n"),
+        };
         let admin = admin.serve(TcpListener::bind(resolved.admin).await?, shutdown.clone());
         let scheduler = async {
             // Connections wait in the listeners' queues from here on.
@@ -115,19 +147,33 @@ pub(crate) async fn scheduler(argv: Vec<OsString>) -> anyhow::Result<()> {
 
 /// `hawker up`.
 pub(crate) async fn up(argv: Vec<OsString>) -> anyhow::Result<()> {
-    let Start { resolved, mut warnings, layers } = reload::start(Daemon::Up, argv)?;
-    let Resolved::Up(resolved) = resolved else { unreachable!("the configuration of `hawker up`") };
+    let Start {
+        resolved,
+        mut warnings,
+        layers,
+    } = reload::start(Daemon::Up, argv)?;
+    let Resolved::Up(resolved) = resolved else {
+        unreachable!("the configuration of `hawker up`")
+    };
     let resolved = *resolved;
     warnings.extend(resolved.proxy.warnings);
     let log = start(&resolved.proxy.log, &warnings)?;
     let scheduler = resolved.scheduler;
     let mut settings = resolved.proxy.settings;
     let mut listeners = resolve::node_listeners(&settings);
-    listeners.extend(scheduler.listen.iter().map(|address| ("scheduler_listen", *address)));
+    listeners.extend(
+        scheduler
+            .listen
+            .iter()
+            .map(|address| ("scheduler_listen", *address)),
+    );
     check_host(&resolved.data_dir, &listeners)?;
 
-    let authority = match Authority::open_or_create(&scheduler.data_dir, &scheduler.cluster, CERTIFICATE_LIFE)
-    {
+    let authority = match Authority::open_or_create(
+        &scheduler.data_dir,
+        &scheduler.cluster,
+        CERTIFICATE_LIFE,
+    ) {
         Ok(authority) => authority,
         Err(AuthorityError::Identity(error)) => {
             let path = scheduler.data_dir.join(AUTHORITY_DIR);
@@ -137,7 +183,9 @@ pub(crate) async fn up(argv: Vec<OsString>) -> anyhow::Result<()> {
         Err(error) => return Err(error.into()),
     };
     let identity = seed_identity(&authority, &settings.data_dir)?;
-    settings.schedulers.push(local(scheduler.listen[0]).to_string());
+    settings
+        .schedulers
+        .push(local(scheduler.listen[0]).to_string());
     let config = scheduler_config(&scheduler).await?;
     let help = join_help::JoinHelp {
         scheduler: config.advertise.first().cloned().unwrap_or_default(),
@@ -147,7 +195,11 @@ pub(crate) async fn up(argv: Vec<OsString>) -> anyhow::Result<()> {
 
     let signals = Signals::new()?;
     let shutdown = CancellationToken::new();
-    let reloader = layers.reloader(log, Some(Arc::clone(&settings.live)), Some(Arc::clone(&config.live)));
+    let reloader = layers.reloader(
+        log,
+        Some(Arc::clone(&settings.live)),
+        Some(Arc::clone(&config.live)),
+    );
     settings.push = Some(Arc::clone(&reloader) as Arc<dyn Push>);
     let ready = Box::new(move || {
         tell_ready();
@@ -160,15 +212,25 @@ pub(crate) async fn up(argv: Vec<OsString>) -> anyhow::Result<()> {
         problem: Arc::new(move || of_problem.problem()),
     };
     let both = async {
-        let scheduler =
-            async { hawker_scheduler::run(config, shutdown.clone()).await.context("the scheduler ended") };
-        let proxy = async {
-            daemon::run(settings, Some(identity), shutdown.clone(), ready, Some(beside))
+        let scheduler = async {
+            hawker_scheduler::run(config, shutdown.clone())
                 .await
-                .context("the proxy ended")
+                .context("the scheduler ended")
+        };
+        let proxy = async {
+            daemon::run(
+                settings,
+                Some(identity),
+                shutdown.clone(),
+                ready,
+                Some(beside),
+            )
+            .await
+            .context("the proxy ended")
         };
         // Neither goes on without the other, and both drain at once.
-        let (scheduler, proxy) = tokio::join!(ending(&shutdown, scheduler), ending(&shutdown, proxy));
+        let (scheduler, proxy) =
+            tokio::join!(ending(&shutdown, scheduler), ending(&shutdown, proxy));
         scheduler.and(proxy)
     };
     attend(signals, &shutdown, reloader, Box::pin(both)).await
@@ -192,8 +254,16 @@ async fn without_authority(
     let identity = Identity::load(&member::identity_dir(&settings.data_dir)).unwrap_or_default();
     let identity = identity.filter(|identity| !identity.has_expired(SystemTime::now()));
     let (signals, shutdown) = (Signals::new()?, CancellationToken::new());
-    let body =
-        async { Ok(daemon::run(settings, identity, shutdown.clone(), Box::new(tell_ready), None).await?) };
+    let body = async {
+        Ok(daemon::run(
+            settings,
+            identity,
+            shutdown.clone(),
+            Box::new(tell_ready),
+            None,
+        )
+        .await?)
+    };
     attend(signals, &shutdown, reloader, Box::pin(body)).await
 }
 
@@ -226,16 +296,24 @@ fn tell_ready() {
 fn start(settings: &log::LogSettings, warnings: &[String]) -> anyhow::Result<log::LogHandle> {
     let handle = log::start(settings)?;
     tracing::info!(version = env!("CARGO_PKG_VERSION"), "hawker");
-    warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
+    warnings
+        .iter()
+        .for_each(|warning| tracing::warn!("{warning}"));
     system::raise_open_files();
     Ok(handle)
 }
 
 /// All that stands in the way on this host, at once.
 fn check_host(data_dir: &Path, listeners: &[(&str, SocketAddr)]) -> Result<(), Unable> {
-    let problems: Vec<Problem> =
-        system::check_data_dir(data_dir).into_iter().chain(system::check_listeners(listeners)).collect();
-    if problems.is_empty() { Ok(()) } else { Err(Unable(problems)) }
+    let problems: Vec<Problem> = system::check_data_dir(data_dir)
+        .into_iter()
+        .chain(system::check_listeners(listeners))
+        .collect();
+    if problems.is_empty() {
+        Ok(())
+    } else {
+        Err(Unable(problems))
+    }
 }
 
 /// The configuration makes sense, but not on this host now.
@@ -245,7 +323,9 @@ struct Unable(Vec<Problem>);
 impl std::fmt::Display for Unable {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "can't start here:")?;
-        self.0.iter().try_for_each(|problem| write!(f, "\n  {problem}"))
+        self.0
+            .iter()
+            .try_for_each(|problem| write!(f, "\n  {problem}"))
     }
 }
 
@@ -275,9 +355,10 @@ fn scheduler_identity_dir(data_dir: &Path) -> PathBuf {
 async fn scheduler_config(resolved: &resolve::Scheduler) -> anyhow::Result<SchedulerConfig> {
     let is_member = member::has_identity(&scheduler_identity_dir(&resolved.data_dir));
     let join = match &resolved.join {
-        Some(join) if !is_member => {
-            Some((join.address.clone(), member::read_token(join.token_file.as_deref())?))
-        }
+        Some(join) if !is_member => Some((
+            join.address.clone(),
+            member::read_token(join.token_file.as_deref())?,
+        )),
         Some(_) => None,
         None if is_member => None,
         None => {
@@ -285,7 +366,10 @@ async fn scheduler_config(resolved: &resolve::Scheduler) -> anyhow::Result<Sched
             None
         }
     };
-    let others = resolved.schedulers.iter().chain(resolved.join.as_ref().map(|join| &join.address));
+    let others = resolved
+        .schedulers
+        .iter()
+        .chain(resolved.join.as_ref().map(|join| &join.address));
     Ok(SchedulerConfig {
         name: resolved.name.clone(),
         cluster: resolved.cluster.clone(),

@@ -25,7 +25,12 @@ impl SchedulerPage {
     pub(crate) fn new(config: &SchedulerConfig) -> Arc<Self> {
         let numbers = Arc::clone(&config.numbers);
         let (name, cluster) = (config.name.clone(), config.cluster.clone());
-        Arc::new(Self { name, cluster, started: Instant::now(), numbers })
+        Arc::new(Self {
+            name,
+            cluster,
+            started: Instant::now(),
+            numbers,
+        })
     }
 
     /// The OpenMetrics text, without its end.
@@ -40,15 +45,30 @@ impl SchedulerPage {
         let counters = [
             ("messages_received", "Messages received", &n.received),
             ("messages_sent", "Messages sent", &n.sent),
-            ("streams_dropped", "Streams closed because their peer read too slowly", &n.dropped),
+            (
+                "streams_dropped",
+                "Streams closed because their peer read too slowly",
+                &n.dropped,
+            ),
             ("joins", "Nodes that joined", &n.joins),
-            ("joins_refused", "Attempts to join that were refused", &n.joins_refused),
+            (
+                "joins_refused",
+                "Attempts to join that were refused",
+                &n.joins_refused,
+            ),
         ];
         let mut out = String::new();
-        gauges.iter().for_each(|metric| sample(&mut out, "gauge", "", metric));
-        counters.iter().for_each(|metric| sample(&mut out, "counter", "_total", metric));
+        gauges
+            .iter()
+            .for_each(|metric| sample(&mut out, "gauge", "", metric));
+        counters
+            .iter()
+            .for_each(|metric| sample(&mut out, "counter", "_total", metric));
         let name = "hawker_scheduler_isolations";
-        let _ = writeln!(out, "# HELP {name} Peers isolated, by reason.\n# TYPE {name} counter");
+        let _ = writeln!(
+            out,
+            "# HELP {name} Peers isolated, by reason.\n# TYPE {name} counter"
+        );
         for (reason, number) in [
             ("wrong_bytes", &n.isolated_for_wrong_bytes),
             ("stalled", &n.isolated_for_stalls),
@@ -57,21 +77,46 @@ impl SchedulerPage {
             let value = number.load(Ordering::Relaxed);
             let _ = writeln!(out, "{name}_total{{reason=\"{reason}\"}} {value}");
         }
-        let refused = n.refusals.lock().unwrap_or_else(PoisonError::into_inner).len();
+        let refused = n
+            .refusals
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .len();
         let name = "hawker_scheduler_configuration_refused";
-        let _ =
-            writeln!(out, "# HELP {name} Members that refuse the pushed configuration.\n# TYPE {name} gauge");
+        let _ = writeln!(
+            out,
+            "# HELP {name} Members that refuse the pushed configuration.\n# TYPE {name} gauge"
+        );
         let _ = writeln!(out, "{name} {refused}");
-        let applications = n.applications.lock().unwrap_or_else(PoisonError::into_inner);
+        let applications = n
+            .applications
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         for (name, help, kind, end, value) in [
-            ("elections", "Peers elected now", "gauge", "", (|one| one.1 as u64) as fn(&ElectionsOf) -> u64),
-            ("postponed", "Elections that had to wait", "counter", "_total", |one| one.2),
+            (
+                "elections",
+                "Peers elected now",
+                "gauge",
+                "",
+                (|one| one.1 as u64) as fn(&ElectionsOf) -> u64,
+            ),
+            (
+                "postponed",
+                "Elections that had to wait",
+                "counter",
+                "_total",
+                |one| one.2,
+            ),
         ] {
             let name = format!("hawker_scheduler_application_{name}");
-            let _ = writeln!(out, "# HELP {name} {help}, where they are limited.\n# TYPE {name} {kind}");
+            let _ = writeln!(
+                out,
+                "# HELP {name} {help}, where they are limited.\n# TYPE {name} {kind}"
+            );
             for one in applications.iter() {
-                let text =
-                    |label: &Option<Label>| label.as_ref().map(ToString::to_string).unwrap_or_default();
+                let text = |label: &Option<Label>| {
+                    label.as_ref().map(ToString::to_string).unwrap_or_default()
+                };
                 let (application, tag) = (text(&one.0.application), text(&one.0.tag));
                 let labels = format!("application=\"{application}\",tag=\"{tag}\"");
                 let _ = writeln!(out, "{name}{end}{{{labels}}} {}", value(one));
@@ -82,7 +127,11 @@ impl SchedulerPage {
 
     /// How many elections had to wait, by application and tag.
     fn applications(&self) -> Vec<ApplicationStatus> {
-        let applications = self.numbers.applications.lock().unwrap_or_else(PoisonError::into_inner);
+        let applications = self
+            .numbers
+            .applications
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         let one = |(labels, _, postponed): &ElectionsOf| ApplicationStatus {
             name: labels.to_string(),
             refused: *postponed,
@@ -93,7 +142,11 @@ impl SchedulerPage {
 
     /// The members that refuse the pushed configuration, the first of them with its reason; empty if none does.
     pub(crate) fn problem(&self) -> String {
-        let refusals = self.numbers.refusals.lock().unwrap_or_else(PoisonError::into_inner);
+        let refusals = self
+            .numbers
+            .refusals
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         match refusals.first() {
             Some((name, reason)) => format!(
                 "{} member(s) refuse the configuration that this scheduler pushes ([nodes], [[application]]), for example {name}: \
@@ -106,24 +159,39 @@ impl SchedulerPage {
 
     /// Who is isolated, and why; the others are listed by the nodes.
     fn isolated(&self) -> Vec<MemberStatus> {
-        let isolations = self.numbers.isolations.lock().unwrap_or_else(PoisonError::into_inner);
+        let isolations = self
+            .numbers
+            .isolations
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         let member = |isolation: &Isolation| MemberStatus {
             name: isolation.name.clone(),
             peer_id: isolation.peer.to_string(),
             isolated: true,
             isolated_for: isolation.guilt.to_string(),
-            isolated_for_s: isolation.until.saturating_duration_since(Instant::now()).as_secs(),
+            isolated_for_s: isolation
+                .until
+                .saturating_duration_since(Instant::now())
+                .as_secs(),
             ..MemberStatus::default()
         };
         isolations.iter().map(member).collect()
     }
 }
 
-fn sample(out: &mut String, kind: &str, end: &str, (name, help, number): &(&str, &str, &AtomicU64)) {
+fn sample(
+    out: &mut String,
+    kind: &str,
+    end: &str,
+    (name, help, number): &(&str, &str, &AtomicU64),
+) {
     let value = number.load(Ordering::Relaxed);
     let name = format!("hawker_scheduler_{name}");
     // Writing to a string does not fail.
-    let _ = writeln!(out, "# HELP {name} {help}.\n# TYPE {name} {kind}\n{name}{end} {value}");
+    let _ = writeln!(
+        out,
+        "# HELP {name} {help}.\n# TYPE {name} {kind}\n{name}{end} {value}"
+    );
 }
 
 impl StatusSource for SchedulerPage {

@@ -15,8 +15,12 @@ pub(crate) async fn run(args: &StatusArgs) -> anyhow::Result<()> {
     if args.json {
         return Ok(print::line(json.trim_end())?);
     }
-    let status: Status = serde_json::from_str(&json)
-        .with_context(|| format!("what answers at {} is no hawker daemon (--admin)", args.admin))?;
+    let status: Status = serde_json::from_str(&json).with_context(|| {
+        format!(
+            "what answers at {} is no hawker daemon (--admin)",
+            args.admin
+        )
+    })?;
     Ok(print::line(render(&status).trim_end())?)
 }
 
@@ -49,7 +53,13 @@ fn render(status: &Status) -> String {
 fn head(out: &mut String, status: &Status) {
     let state = if status.ready { "ready" } else { "NOT READY" };
     let up = human_duration(status.uptime_s);
-    line(out, &format!("{}  {}  {state}  up {up}  version {}", status.name, status.role, status.version));
+    line(
+        out,
+        &format!(
+            "{}  {}  {state}  up {up}  version {}",
+            status.name, status.role, status.version
+        ),
+    );
     if !status.problem.is_empty() {
         line(out, &format!("PROBLEM    {}", status.problem));
     }
@@ -57,7 +67,11 @@ fn head(out: &mut String, status: &Status) {
         line(out, &format!("cluster    {}", status.cluster));
     }
     for scheduler in &status.schedulers {
-        let state = if scheduler.connected { "connected" } else { "NOT CONNECTED (pulls go on without it)" };
+        let state = if scheduler.connected {
+            "connected"
+        } else {
+            "NOT CONNECTED (pulls go on without it)"
+        };
         line(out, &format!("scheduler  {}  {state}", scheduler.address));
         if !scheduler.problem.is_empty() {
             line(out, &format!("           {}", scheduler.problem));
@@ -67,13 +81,31 @@ fn head(out: &mut String, status: &Status) {
         line(out, &format!("mirror     {}", status.mirror.join(", ")));
     }
     if !status.forward_proxy.is_empty() {
-        line(out, &format!("forward    {}", status.forward_proxy.join(", ")));
+        line(
+            out,
+            &format!("forward    {}", status.forward_proxy.join(", ")),
+        );
     }
     let store = &status.store;
-    let begun = if store.partials > 0 { format!(", {} begun", store.partials) } else { String::new() };
-    let degraded = if store.degraded { "  DEGRADED: the disk refuses writes" } else { "" };
+    let begun = if store.partials > 0 {
+        format!(", {} begun", store.partials)
+    } else {
+        String::new()
+    };
+    let degraded = if store.degraded {
+        "  DEGRADED: the disk refuses writes"
+    } else {
+        ""
+    };
     let blobs = if store.blobs == 1 { "blob" } else { "blobs" };
-    line(out, &format!("store      {} {blobs}{begun}, {}{degraded}", store.blobs, human_size(store.bytes)));
+    line(
+        out,
+        &format!(
+            "store      {} {blobs}{begun}, {}{degraded}",
+            store.blobs,
+            human_size(store.bytes)
+        ),
+    );
 }
 
 fn members(out: &mut String, status: &Status) {
@@ -91,12 +123,27 @@ fn members(out: &mut String, status: &Status) {
         let isolated = match (member.isolated, member.isolated_for.as_str()) {
             (false, _) => String::new(),
             (true, "") => "ISOLATED".to_owned(),
-            (true, why) => format!("ISOLATED for {why}, {} more", human_duration(member.isolated_for_s)),
+            (true, why) => format!(
+                "ISOLATED for {why}, {} more",
+                human_duration(member.isolated_for_s)
+            ),
         };
         let addresses = member.addresses.join(", ");
-        [&member.name, &member.role, &addresses, connection, &isolated].map(str::to_owned)
+        [
+            &member.name,
+            &member.role,
+            &addresses,
+            connection,
+            &isolated,
+        ]
+        .map(str::to_owned)
     });
-    table(out, ["NAME", "ROLE", "ADDRESS", "CONNECTION", ""], rows.collect(), &[]);
+    table(
+        out,
+        ["NAME", "ROLE", "ADDRESS", "CONNECTION", ""],
+        rows.collect(),
+        &[],
+    );
 }
 
 fn bytes(out: &mut String, bytes: &BytesStatus) {
@@ -104,9 +151,21 @@ fn bytes(out: &mut String, bytes: &BytesStatus) {
     line(out, "\nBytes");
     let served = bytes.served.max(1);
     let cached = percent(bytes.served_cache, served);
-    line(out, &format!("  served to runtimes  {} ({cached} out of the cache)", human_size(bytes.served)));
-    line(out, &format!("  sent to peers       {}", human_size(bytes.uploaded)));
-    line(out, &format!("  received            {}", human_size(received)));
+    line(
+        out,
+        &format!(
+            "  served to runtimes  {} ({cached} out of the cache)",
+            human_size(bytes.served)
+        ),
+    );
+    line(
+        out,
+        &format!("  sent to peers       {}", human_size(bytes.uploaded)),
+    );
+    line(
+        out,
+        &format!("  received            {}", human_size(received)),
+    );
     // What the cache gave was not received: all four together are where the node's content came from.
     let all = (received + bytes.served_cache).max(1);
     let sources = [
@@ -127,9 +186,23 @@ fn applications(out: &mut String, applications: &[ApplicationStatus]) {
     let rows = applications.iter().map(|one| {
         let [served, received, origin, uploaded] =
             [one.served, one.received, one.origin, one.uploaded].map(human_size);
-        [one.name.clone(), served, received, origin, uploaded, one.refused.to_string()]
+        [
+            one.name.clone(),
+            served,
+            received,
+            origin,
+            uploaded,
+            one.refused.to_string(),
+        ]
     });
-    let head = ["NAME", "SERVED", "FROM PEERS", "FROM ORIGIN", "TO PEERS", "REFUSED"];
+    let head = [
+        "NAME",
+        "SERVED",
+        "FROM PEERS",
+        "FROM ORIGIN",
+        "TO PEERS",
+        "REFUSED",
+    ];
     table(out, head, rows.collect(), &[1, 2, 3, 4, 5]);
 }
 
@@ -139,12 +212,32 @@ fn tasks(out: &mut String, tasks: &[TaskStatus]) {
     }
     line(out, &format!("\nDownloads ({})", tasks.len()));
     let rows = tasks.iter().map(|task| {
-        let size = if task.size_bytes == 0 { "?".to_owned() } else { human_size(task.size_bytes) };
-        let done = if task.of == 0 { "?".to_owned() } else { percent(task.pieces, task.of) };
+        let size = if task.size_bytes == 0 {
+            "?".to_owned()
+        } else {
+            human_size(task.size_bytes)
+        };
+        let done = if task.of == 0 {
+            "?".to_owned()
+        } else {
+            percent(task.pieces, task.of)
+        };
         let pieces = format!("{}/{}", task.pieces, task.of);
-        [short(&task.task), size, done, pieces, task.state.clone(), task.readers.to_string()]
+        [
+            short(&task.task),
+            size,
+            done,
+            pieces,
+            task.state.clone(),
+            task.readers.to_string(),
+        ]
     });
-    table(out, ["TASK", "SIZE", "DONE", "PIECES", "STATE", "READERS"], rows.collect(), &[1, 2, 3, 5]);
+    table(
+        out,
+        ["TASK", "SIZE", "DONE", "PIECES", "STATE", "READERS"],
+        rows.collect(),
+        &[1, 2, 3, 5],
+    );
 }
 
 /// A digest's first letters are enough for people.
@@ -175,8 +268,12 @@ pub(crate) fn table<const N: usize>(
     right: &[usize],
 ) {
     let all = || std::iter::once(head.map(str::to_owned)).chain(rows.iter().cloned());
-    let widths: [usize; N] =
-        std::array::from_fn(|i| all().map(|row| row[i].chars().count()).max().unwrap_or_default());
+    let widths: [usize; N] = std::array::from_fn(|i| {
+        all()
+            .map(|row| row[i].chars().count())
+            .max()
+            .unwrap_or_default()
+    });
     for row in all() {
         let mut text = String::from("  ");
         for (i, cell) in row.iter().enumerate() {
@@ -205,7 +302,11 @@ mod tests {
             addresses: vec![format!("{name}:6501")],
             connected,
             isolated,
-            isolated_for: if isolated { "wrong bytes".into() } else { String::new() },
+            isolated_for: if isolated {
+                "wrong bytes".into()
+            } else {
+                String::new()
+            },
             isolated_for_s: if isolated { 540 } else { 0 },
         };
         Status {
@@ -242,7 +343,12 @@ mod tests {
                 refused: 2,
                 ..ApplicationStatus::default()
             }],
-            store: StoreStatus { blobs: 7, partials: 1, bytes: 700 << 20, ..StoreStatus::default() },
+            store: StoreStatus {
+                blobs: 7,
+                partials: 1,
+                bytes: 700 << 20,
+                ..StoreStatus::default()
+            },
             tasks: vec![TaskStatus {
                 task: format!("sha256:{}", "ab".repeat(32)),
                 size_bytes: 64 << 20,
@@ -290,7 +396,10 @@ Downloads (1)
   TASK                    SIZE  DONE  PIECES  STATE    READERS
   sha256:abababababab  64.0 MiB  25 %   16/64  running        2
 ";
-        let expected = expected.replace("TASK                    SIZE", "TASK                     SIZE");
+        let expected = expected.replace(
+            "TASK                    SIZE",
+            "TASK                     SIZE",
+        );
         assert_eq!(render(&sample()), expected);
     }
 
@@ -300,7 +409,10 @@ Downloads (1)
         status.ready = false;
         status.store.degraded = true;
         let page = render(&status);
-        assert!(page.contains("NOT READY") && page.contains("DEGRADED"), "{page}");
+        assert!(
+            page.contains("NOT READY") && page.contains("DEGRADED"),
+            "{page}"
+        );
     }
 
     #[test]
@@ -311,8 +423,15 @@ Downloads (1)
 
     #[tokio::test]
     async fn without_a_daemon_the_error_names_the_flag() {
-        let closed = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
-        let args = StatusArgs { admin: closed, json: false };
+        let closed = std::net::TcpListener::bind("127.0.0.1:0")
+            .unwrap()
+            .local_addr()
+            .unwrap()
+            .to_string();
+        let args = StatusArgs {
+            admin: closed,
+            json: false,
+        };
         let error = run(&args).await.unwrap_err().to_string();
         assert!(error.contains("is it running? (--admin)"), "{error}");
     }

@@ -21,7 +21,10 @@ pub(crate) fn raise_open_files() {
         warn_of_few_files(limit.current);
         return;
     }
-    let raised = Rlimit { current: limit.maximum, maximum: limit.maximum };
+    let raised = Rlimit {
+        current: limit.maximum,
+        maximum: limit.maximum,
+    };
     match setrlimit(Resource::Nofile, raised) {
         Ok(()) => warn_of_few_files(limit.maximum),
         Err(error) => {
@@ -43,7 +46,9 @@ fn warn_of_few_files(limit: Option<u64>) {
 
 /// Addresses that can't be listened on, each with the flag and the cure. `keys` pairs a key with its address.
 pub(crate) fn check_listeners(keys: &[(&str, SocketAddr)]) -> Vec<Problem> {
-    keys.iter().filter_map(|(key, address)| check_listener(key, *address)).collect()
+    keys.iter()
+        .filter_map(|(key, address)| check_listener(key, *address))
+        .collect()
 }
 
 fn check_listener(key: &str, address: SocketAddr) -> Option<Problem> {
@@ -57,13 +62,18 @@ fn check_listener(key: &str, address: SocketAddr) -> Option<Problem> {
                 address.port()
             ),
         ),
-        ErrorKind::AddrNotAvailable => {
-            (format!("{address} is no address of this host"), "choose one that `ip address` shows".to_owned())
-        }
-        ErrorKind::PermissionDenied => {
-            (format!("this user may not listen on {address}"), "choose a port above 1023".to_owned())
-        }
-        _ => (format!("{address} can't be listened on: {error}"), "choose another address".to_owned()),
+        ErrorKind::AddrNotAvailable => (
+            format!("{address} is no address of this host"),
+            "choose one that `ip address` shows".to_owned(),
+        ),
+        ErrorKind::PermissionDenied => (
+            format!("this user may not listen on {address}"),
+            "choose a port above 1023".to_owned(),
+        ),
+        _ => (
+            format!("{address} can't be listened on: {error}"),
+            "choose another address".to_owned(),
+        ),
     };
     Some(Problem::new(format!("--{}", flag_of(key)), what, cure))
 }
@@ -85,7 +95,9 @@ pub(crate) fn check_data_dir(dir: &Path) -> Option<Problem> {
     }
     let what = format!("{} can't be written: {error}", dir.display());
     let cure = match error.kind() {
-        ErrorKind::PermissionDenied => "run as a user that may write there, or choose another directory",
+        ErrorKind::PermissionDenied => {
+            "run as a user that may write there, or choose another directory"
+        }
         _ => "choose another directory",
     };
     Some(Problem::new("--data-dir", what, cure))
@@ -108,7 +120,9 @@ pub(crate) fn tell_reloading() {
 
 /// Tells systemd's watchdog that the runtime still turns, at half the time it allows; never returns when it watches.
 pub(crate) async fn feed_watchdog() {
-    let Some(allowed) = sd_notify::watchdog_enabled() else { return std::future::pending().await };
+    let Some(allowed) = sd_notify::watchdog_enabled() else {
+        return std::future::pending().await;
+    };
     let mut beat = tokio::time::interval((allowed / 2).max(Duration::from_millis(100)));
     loop {
         beat.tick().await;
@@ -130,14 +144,20 @@ mod tests {
         assert_eq!(problems[0].key, "--mirror");
         assert!(problems[0].what.contains("taken") && problems[0].cure.contains("another port"));
         let strange = check_listener("admin", "203.0.113.1:9".parse().unwrap()).unwrap();
-        assert!(strange.what.contains("no address of this host"), "{strange}");
+        assert!(
+            strange.what.contains("no address of this host"),
+            "{strange}"
+        );
     }
 
     #[test]
     fn a_data_directory_is_made_or_said_to_be_impossible() {
         let dir = tempfile::tempdir().unwrap();
         assert_eq!(check_data_dir(&dir.path().join("a/b")), None);
-        assert_eq!(std::fs::read_dir(dir.path().join("a/b")).unwrap().count(), 0);
+        assert_eq!(
+            std::fs::read_dir(dir.path().join("a/b")).unwrap().count(),
+            0
+        );
         std::fs::write(dir.path().join("file"), "").unwrap();
         let problem = check_data_dir(&dir.path().join("file/below")).unwrap();
         assert_eq!(problem.key, "--data-dir");

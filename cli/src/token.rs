@@ -45,11 +45,15 @@ pub(crate) fn hand_over(authority: &Path, paths: &[&Path]) -> std::io::Result<()
 
 fn ttl(text: &str) -> Result<Duration, Problems> {
     let problem = |problem| Problems(vec![problem]);
-    let ttl =
-        hawker_config::quantity::duration(text).map_err(|wrong| problem(Problem::of("--ttl", wrong)))?;
+    let ttl = hawker_config::quantity::duration(text)
+        .map_err(|wrong| problem(Problem::of("--ttl", wrong)))?;
     if ttl.is_zero() || ttl > TTL_MOST {
         let what = format!("`{text}` is no life for a token");
-        return Err(problem(Problem::new("--ttl", what, "give more than nothing and at most 24h")));
+        return Err(problem(Problem::new(
+            "--ttl",
+            what,
+            "give more than nothing and at most 24h",
+        )));
     }
     Ok(ttl)
 }
@@ -59,6 +63,8 @@ mod tests {
     #[test]
     fn tokens_live_a_day_at_most() {
         assert!(super::ttl("1h").is_ok() && super::ttl("24h").is_ok());
-        assert!(super::ttl("25h").is_err() && super::ttl("0s").is_err() && super::ttl("soon").is_err());
+        assert!(
+            super::ttl("25h").is_err() && super::ttl("0s").is_err() && super::ttl("soon").is_err()
+        );
     }
 }

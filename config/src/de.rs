@@ -42,7 +42,11 @@ impl std::error::Error for Failure {}
 
 impl serde::de::Error for Failure {
     fn custom<T: fmt::Display>(text: T) -> Self {
-        Self { path: String::new(), wrong: Wrong::from_text(&text.to_string()), known: None }
+        Self {
+            path: String::new(),
+            wrong: Wrong::from_text(&text.to_string()),
+            known: None,
+        }
     }
 
     fn missing_field(field: &'static str) -> Self {
@@ -51,10 +55,17 @@ impl serde::de::Error for Failure {
 }
 
 /// Reads `table` as `T`. Each fault goes to `report`; the default of the faulty value stands in for it.
-pub(crate) fn read<T: DeserializeOwned + Default>(table: &Value, mut report: impl FnMut(Failure)) -> T {
+pub(crate) fn read<T: DeserializeOwned + Default>(
+    table: &Value,
+    mut report: impl FnMut(Failure),
+) -> T {
     let mut skipped = BTreeSet::new();
     loop {
-        match T::deserialize(Reader { value: table, path: "", skipped: &skipped }) {
+        match T::deserialize(Reader {
+            value: table,
+            path: "",
+            skipped: &skipped,
+        }) {
             Ok(value) => return value,
             Err(failure) => {
                 let is_new = skipped.insert(failure.path.clone());
@@ -93,10 +104,16 @@ impl<'de> Deserializer<'de> for Reader<'_> {
             Value::Float(number) => visitor.visit_f64(*number),
             Value::Boolean(truth) => visitor.visit_bool(*truth),
             Value::Datetime(time) => visitor.visit_str(&time.to_string()),
-            Value::Array(items) => visitor.visit_seq(Items { reader: self, items: items.iter().enumerate() }),
-            Value::Table(table) => {
-                visitor.visit_map(Fields { reader: self, fields: table.iter(), known: None, next: None })
-            }
+            Value::Array(items) => visitor.visit_seq(Items {
+                reader: self,
+                items: items.iter().enumerate(),
+            }),
+            Value::Table(table) => visitor.visit_map(Fields {
+                reader: self,
+                fields: table.iter(),
+                known: None,
+                next: None,
+            }),
         }
     }
 
@@ -108,14 +125,20 @@ impl<'de> Deserializer<'de> for Reader<'_> {
         if self.value.is_array() {
             return self.deserialize_any(visitor);
         }
-        Err(Failure::custom(format!("is no list of tables → write each entry as [[{}]]", self.path)))
+        Err(Failure::custom(format!(
+            "is no list of tables → write each entry as [[{}]]",
+            self.path
+        )))
     }
 
     fn deserialize_map<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Failure> {
         if self.value.is_table() {
             return self.deserialize_any(visitor);
         }
-        Err(Failure::custom(format!("is no table → write [{}.\"HOST\"]", self.path)))
+        Err(Failure::custom(format!(
+            "is no table → write [{}.\"HOST\"]",
+            self.path
+        )))
     }
 
     fn deserialize_struct<V: Visitor<'de>>(
@@ -132,9 +155,19 @@ impl<'de> Deserializer<'de> for Reader<'_> {
                 next: None,
             }),
             _ => {
-                let table = self.path.split('[').next().filter(|table| *table != self.path);
-                let table = table.map_or_else(|| format!("[{}]", self.path), |table| format!("[[{table}]]"));
-                Err(Failure::custom(format!("is no table → write it as {table} with {} below it", known[0])))
+                let table = self
+                    .path
+                    .split('[')
+                    .next()
+                    .filter(|table| *table != self.path);
+                let table = table.map_or_else(
+                    || format!("[{}]", self.path),
+                    |table| format!("[[{table}]]"),
+                );
+                Err(Failure::custom(format!(
+                    "is no table → write it as {table} with {} below it",
+                    known[0]
+                )))
             }
         }
     }
@@ -161,12 +194,22 @@ struct Items<'a> {
 impl<'de> SeqAccess<'de> for Items<'_> {
     type Error = Failure;
 
-    fn next_element_seed<T: DeserializeSeed<'de>>(&mut self, seed: T) -> Result<Option<T::Value>, Failure> {
+    fn next_element_seed<T: DeserializeSeed<'de>>(
+        &mut self,
+        seed: T,
+    ) -> Result<Option<T::Value>, Failure> {
         for (at, value) in self.items.by_ref() {
             let path = format!("{}[{at}]", self.reader.path);
             if !self.reader.skipped.contains(&path) {
-                let reader = Reader { value, path: &path, ..self.reader };
-                return seed.deserialize(reader).map(Some).map_err(|failure| failure.at(&path));
+                let reader = Reader {
+                    value,
+                    path: &path,
+                    ..self.reader
+                };
+                return seed
+                    .deserialize(reader)
+                    .map(Some)
+                    .map_err(|failure| failure.at(&path));
             }
         }
         Ok(None)
@@ -183,15 +226,25 @@ struct Fields<'a> {
 impl<'de> MapAccess<'de> for Fields<'_> {
     type Error = Failure;
 
-    fn next_key_seed<K: DeserializeSeed<'de>>(&mut self, seed: K) -> Result<Option<K::Value>, Failure> {
+    fn next_key_seed<K: DeserializeSeed<'de>>(
+        &mut self,
+        seed: K,
+    ) -> Result<Option<K::Value>, Failure> {
         for (key, value) in self.fields.by_ref() {
             let path = child(self.reader.path, key);
             if self.reader.skipped.contains(&path) {
                 continue;
             }
             if let Some(known) = self.known.filter(|known| !known.contains(&key.as_str())) {
-                let wrong = Wrong { what: "is an unknown key".to_owned(), cure: String::new() };
-                return Err(Failure { path, wrong, known: Some(known) });
+                let wrong = Wrong {
+                    what: "is an unknown key".to_owned(),
+                    cure: String::new(),
+                };
+                return Err(Failure {
+                    path,
+                    wrong,
+                    known: Some(known),
+                });
             }
             let read: Result<K::Value, Failure> = seed.deserialize(StrDeserializer::new(key));
             let read = read.map_err(|failure| failure.at(&path))?;
@@ -202,9 +255,16 @@ impl<'de> MapAccess<'de> for Fields<'_> {
     }
 
     fn next_value_seed<T: DeserializeSeed<'de>>(&mut self, seed: T) -> Result<T::Value, Failure> {
-        let Some((path, value)) = self.next.take() else { return Err(Failure::custom("has no value")) };
-        let reader = Reader { value, path: &path, ..self.reader };
-        seed.deserialize(reader).map_err(|failure| failure.at(&path))
+        let Some((path, value)) = self.next.take() else {
+            return Err(Failure::custom("has no value"));
+        };
+        let reader = Reader {
+            value,
+            path: &path,
+            ..self.reader
+        };
+        seed.deserialize(reader)
+            .map_err(|failure| failure.at(&path))
     }
 }
 

@@ -11,8 +11,8 @@ use toml::de::{DeTable, DeValue};
 use crate::de::{self, Failure, child};
 use crate::problem::{Problem, Wrong, wrong};
 use crate::schema::{
-    ApplicationEntry, Applies, Config, Daemon, Key, NetworkEntry, Registry, flag_of, registry_flag_of,
-    variable_of,
+    ApplicationEntry, Applies, Config, Daemon, Key, NetworkEntry, Registry, flag_of,
+    registry_flag_of, variable_of,
 };
 use crate::value::Shape;
 
@@ -84,7 +84,10 @@ impl Layered {
     }
 
     fn broken(place: &str, what: String, cure: &str) -> Self {
-        Self { problems: vec![Problem::new(place, what, cure)], ..Self::default() }
+        Self {
+            problems: vec![Problem::new(place, what, cure)],
+            ..Self::default()
+        }
     }
 
     /// The layer of a TOML text that stands at `place`.
@@ -101,7 +104,13 @@ impl Layered {
                 return Self::broken(place, format!("is no TOML: {error}"), "mend that line");
             }
         };
-        let mut walk = Walk { daemon, keys: Config::keys(), place, text, layer: Self::default() };
+        let mut walk = Walk {
+            daemon,
+            keys: Config::keys(),
+            place,
+            text,
+            layer: Self::default(),
+        };
         walk.table("", table.get_ref());
         walk.layer
     }
@@ -109,15 +118,27 @@ impl Layered {
     /// The layer that a pushed document makes, and its faults by path. `place` is for people.
     pub(crate) fn document(place: &str, table: &toml::Table) -> (Self, Vec<(String, Wrong)>) {
         let (mut layer, mut faults) = (Self::default(), Vec::new());
-        let origin = Origin { layer: Layer::Pushed, place: place.to_owned() };
+        let origin = Origin {
+            layer: Layer::Pushed,
+            place: place.to_owned(),
+        };
         layer.pushed("", table, &origin, &mut faults);
         let values = Value::Table(layer.values.clone().into_iter().collect());
         let config: Config = de::read(&values, |Failure { path, wrong, known }| {
             let cure = known.map(|known| nearest(&path, known.iter().copied()));
-            faults.push((path, Wrong { cure: cure.unwrap_or(wrong.cure), ..wrong }));
+            faults.push((
+                path,
+                Wrong {
+                    cure: cure.unwrap_or(wrong.cure),
+                    ..wrong
+                },
+            ));
         });
-        let rules =
-            config.application.iter().enumerate().filter_map(|(at, entry)| Some((at, entry.rule().err()?)));
+        let rules = config
+            .application
+            .iter()
+            .enumerate()
+            .filter_map(|(at, entry)| Some((at, entry.rule().err()?)));
         faults.extend(rules.map(|(at, wrong)| (format!("application[{at}]"), wrong)));
         // Directives may hold patterns of any cost.
         if config.log_level.contains(['=', '[', ',']) {
@@ -140,16 +161,21 @@ impl Layered {
         let keys = Config::keys();
         for (name, value) in table {
             let path = child(prefix, name);
-            let is_section =
-                |key: &Key| key.path.strip_prefix(&path).is_some_and(|rest| rest.starts_with('.'));
+            let is_section = |key: &Key| {
+                key.path
+                    .strip_prefix(&path)
+                    .is_some_and(|rest| rest.starts_with('.'))
+            };
             match (keys.iter().find(|key| key.path == path), value) {
                 (Some(key), _) if key.applies == Applies::Pushed => {
                     self.set(&path, value.clone(), origin.clone())
                 }
                 (Some(_), _) => {
                     let cure = "set it in each node's own configuration; docs/configuration.md lists the keys that are pushed";
-                    let wrong =
-                        Wrong { what: "may not be pushed to nodes".to_owned(), cure: cure.to_owned() };
+                    let wrong = Wrong {
+                        what: "may not be pushed to nodes".to_owned(),
+                        cure: cure.to_owned(),
+                    };
                     faults.push((path, wrong));
                 }
                 (None, Value::Table(inner)) if keys.iter().any(is_section) => {
@@ -157,7 +183,13 @@ impl Layered {
                 }
                 (None, _) => {
                     let cure = nearest(&path, keys.iter().map(|key| key.path));
-                    faults.push((path, Wrong { what: "is an unknown key".to_owned(), cure }));
+                    faults.push((
+                        path,
+                        Wrong {
+                            what: "is an unknown key".to_owned(),
+                            cure,
+                        },
+                    ));
                 }
             }
         }
@@ -166,17 +198,34 @@ impl Layered {
     /// The layer of the environment.
     pub fn environment(daemon: Daemon, variable: impl Fn(&str) -> Option<String>) -> Self {
         let mut layer = Self::default();
-        for key in Config::keys().iter().filter(|key| key.daemons.contains(&daemon)) {
-            let Some(name) = variable_of(key) else { continue };
-            let Some(text) = variable(&name) else { continue };
+        for key in Config::keys()
+            .iter()
+            .filter(|key| key.daemons.contains(&daemon))
+        {
+            let Some(name) = variable_of(key) else {
+                continue;
+            };
+            let Some(text) = variable(&name) else {
+                continue;
+            };
             let value = match key.shape {
                 Shape::Many => {
-                    let items = text.split(',').map(str::trim).filter(|item| !item.is_empty());
+                    let items = text
+                        .split(',')
+                        .map(str::trim)
+                        .filter(|item| !item.is_empty());
                     Value::Array(items.map(|item| Value::String(item.to_owned())).collect())
                 }
                 _ => Value::String(text),
             };
-            layer.set(key.path, value, Origin { layer: Layer::Environment, place: name });
+            layer.set(
+                key.path,
+                value,
+                Origin {
+                    layer: Layer::Environment,
+                    place: name,
+                },
+            );
         }
         layer
     }
@@ -186,26 +235,37 @@ impl Layered {
         let mut layer = Self::default();
         let keys = Config::keys();
         for (flag, texts) in given {
-            let origin = Origin { layer: Layer::Flag, place: format!("--{flag}") };
-            if let Some(field) = Registry::fields().iter().find(|field| registry_flag_of(field.name) == flag)
+            let origin = Origin {
+                layer: Layer::Flag,
+                place: format!("--{flag}"),
+            };
+            if let Some(field) = Registry::fields()
+                .iter()
+                .find(|field| registry_flag_of(field.name) == flag)
             {
                 layer.registry_flag(field.name, &texts, &origin);
                 continue;
             }
             let is_flag = |key: &&Key| key.daemons.contains(&daemon) && flag_of(key.path) == flag;
-            let Some(key) = keys.iter().find(is_flag) else { continue };
+            let Some(key) = keys.iter().find(is_flag) else {
+                continue;
+            };
             let value = match key.shape {
                 Shape::Switch => Value::Boolean(true),
                 Shape::Many => Value::Array(texts.into_iter().map(Value::String).collect()),
                 Shape::Entries => {
                     let entries = texts.iter().map(|text| entry(key.path, text));
                     let read = entries.filter_map(|entry| {
-                        let problem = |wrong| layer.problems.push(Problem::of(&origin.place, wrong));
+                        let problem =
+                            |wrong| layer.problems.push(Problem::of(&origin.place, wrong));
                         entry.map_err(problem).ok()
                     });
                     Value::Array(read.map(Value::Table).collect())
                 }
-                _ => texts.into_iter().next_back().map_or(Value::Boolean(true), Value::String),
+                _ => texts
+                    .into_iter()
+                    .next_back()
+                    .map_or(Value::Boolean(true), Value::String),
             };
             layer.set(key.path, value, origin);
         }
@@ -226,7 +286,11 @@ impl Layered {
                             _ => "HOST=FILE",
                         };
                         let what = format!("has no `=`, so no {shape}");
-                        self.problems.push(Problem::new(&origin.place, what, format!("write {shape}")));
+                        self.problems.push(Problem::new(
+                            &origin.place,
+                            what,
+                            format!("write {shape}"),
+                        ));
                         continue;
                     }
                 },
@@ -236,7 +300,9 @@ impl Layered {
                 .entry("registries".to_owned())
                 .or_insert_with(|| Value::Table(toml::Table::new()));
             let Value::Table(hosts) = hosts else { continue };
-            let table = hosts.entry(host).or_insert_with(|| Value::Table(toml::Table::new()));
+            let table = hosts
+                .entry(host)
+                .or_insert_with(|| Value::Table(toml::Table::new()));
             let Value::Table(table) = table else { continue };
             match (field, table.get_mut(field)) {
                 ("endpoints" | "realms", Some(Value::Array(items))) => items.push(value),
@@ -257,7 +323,8 @@ impl Layered {
 /// The words of a flag as the table that they stand for.
 fn entry(key: &str, text: &str) -> Result<toml::Table, Wrong> {
     let mut table = toml::Table::new();
-    let mut insert = |name: &str, value: &str| table.insert(name.to_owned(), Value::String(value.to_owned()));
+    let mut insert =
+        |name: &str, value: &str| table.insert(name.to_owned(), Value::String(value.to_owned()));
     if key == "intercept" {
         let words: Vec<&str> = text.split_whitespace().collect();
         match words[..] {
@@ -271,7 +338,12 @@ fn entry(key: &str, text: &str) -> Result<toml::Table, Wrong> {
                     "write quay.io or *.example.com after the action",
                 );
             }
-            _ => return wrong(format!("`{text}` names no action"), "write p2p or direct, then the host"),
+            _ => {
+                return wrong(
+                    format!("`{text}` names no action"),
+                    "write p2p or direct, then the host",
+                );
+            }
         }
         if let Some(path) = words.get(2) {
             insert("path", path);
@@ -291,9 +363,11 @@ fn entry(key: &str, text: &str) -> Result<toml::Table, Wrong> {
             "a network",
             "write cidr=10.1.0.0/16 zone=eu-1, and rack=r7 where there are racks",
         ),
-        false => {
-            (ApplicationEntry::fields(), "an application", "write name=shop match=quay.io/shop/* priority=1")
-        }
+        false => (
+            ApplicationEntry::fields(),
+            "an application",
+            "write name=shop match=quay.io/shop/* priority=1",
+        ),
     };
     for word in text.split_whitespace() {
         let Some((name, value)) = word.split_once('=') else {
@@ -310,7 +384,10 @@ fn entry(key: &str, text: &str) -> Result<toml::Table, Wrong> {
         match table.get_mut(name) {
             Some(Value::Array(items)) => items.push(value),
             Some(_) if is_network => {
-                return wrong(format!("`{text}` says something twice: {name}"), "say it once");
+                return wrong(
+                    format!("`{text}` says something twice: {name}"),
+                    "say it once",
+                );
             }
             Some(_) => return wrong(format!("`{text}` says {name} twice"), "say it once"),
             None if name == "match" => {
@@ -341,8 +418,10 @@ impl Walk<'_> {
             let key = self.keys.iter().find(|key| key.path == path);
             match (key.map(|key| key.daemons), value.get_ref()) {
                 (Some(daemons), _) if !daemons.contains(&self.daemon) => {
-                    let names: Vec<_> =
-                        daemons.iter().map(|daemon| format!("`hawker {}`", daemon.name())).collect();
+                    let names: Vec<_> = daemons
+                        .iter()
+                        .map(|daemon| format!("`hawker {}`", daemon.name()))
+                        .collect();
                     let what = format!("is no key of `hawker {}`", self.daemon.name());
                     let cure = format!("take it out; it is a key of {}", names.join(" and "));
                     self.problem(&path, &origin, Wrong { what, cure });
@@ -358,28 +437,60 @@ impl Walk<'_> {
                 (None, DeValue::Table(inner)) if self.is_section(&path) => self.table(&path, inner),
                 (None, _) if self.is_section(&path) => {
                     let cure = format!("write [{path}] and its keys below it");
-                    self.problem(&path, &origin, Wrong { what: "is a table of keys".to_owned(), cure });
+                    self.problem(
+                        &path,
+                        &origin,
+                        Wrong {
+                            what: "is a table of keys".to_owned(),
+                            cure,
+                        },
+                    );
                 }
                 (None, _) => {
-                    let known = self.keys.iter().filter(|key| key.daemons.contains(&self.daemon));
+                    let known = self
+                        .keys
+                        .iter()
+                        .filter(|key| key.daemons.contains(&self.daemon));
                     let cure = nearest(&path, known.map(|key| key.path));
-                    self.problem(&path, &origin, Wrong { what: "is an unknown key".to_owned(), cure });
+                    self.problem(
+                        &path,
+                        &origin,
+                        Wrong {
+                            what: "is an unknown key".to_owned(),
+                            cure,
+                        },
+                    );
                 }
             }
         }
     }
 
     fn is_section(&self, path: &str) -> bool {
-        self.keys.iter().any(|key| key.path.strip_prefix(path).is_some_and(|rest| rest.starts_with('.')))
+        self.keys.iter().any(|key| {
+            key.path
+                .strip_prefix(path)
+                .is_some_and(|rest| rest.starts_with('.'))
+        })
     }
 
     fn origin(&self, offset: usize) -> Origin {
-        let line = 1 + self.text.as_bytes().iter().take(offset).filter(|byte| **byte == b'\n').count();
-        Origin { layer: Layer::File, place: format!("{}:{line}", self.place) }
+        let line = 1 + self
+            .text
+            .as_bytes()
+            .iter()
+            .take(offset)
+            .filter(|byte| **byte == b'\n')
+            .count();
+        Origin {
+            layer: Layer::File,
+            place: format!("{}:{line}", self.place),
+        }
     }
 
     fn problem(&mut self, path: &str, origin: &Origin, wrong: Wrong) {
-        self.layer.problems.push(Problem::of(format!("{path} ({origin})"), wrong));
+        self.layer
+            .problems
+            .push(Problem::of(format!("{path} ({origin})"), wrong));
     }
 
     /// The lines of everything within a value.
@@ -388,14 +499,18 @@ impl Walk<'_> {
             DeValue::Table(table) => {
                 for (name, value) in table {
                     let path = child(path, name.get_ref());
-                    self.layer.origins.insert(path.clone(), self.origin(name.span().start));
+                    self.layer
+                        .origins
+                        .insert(path.clone(), self.origin(name.span().start));
                     self.origins(&path, value.get_ref());
                 }
             }
             DeValue::Array(items) => {
                 for (at, item) in items.iter().enumerate() {
                     let path = format!("{path}[{at}]");
-                    self.layer.origins.insert(path.clone(), self.origin(item.span().start));
+                    self.layer
+                        .origins
+                        .insert(path.clone(), self.origin(item.span().start));
                     self.origins(&path, item.get_ref());
                 }
             }
@@ -410,7 +525,12 @@ impl Walk<'_> {
             let defaults = rule.as_table_mut().and_then(|rule| rule.remove("defaults"));
             if let Some(defaults) = defaults {
                 let path = format!("intercept[{at}].defaults");
-                let origin = self.layer.origins.get(&path).cloned().unwrap_or_else(|| self.origin(0));
+                let origin = self
+                    .layer
+                    .origins
+                    .get(&path)
+                    .cloned()
+                    .unwrap_or_else(|| self.origin(0));
                 self.layer.set("intercept_defaults", defaults, origin);
             }
         }
@@ -431,7 +551,9 @@ fn plain(value: &DeValue<'_>) -> Value {
         },
         DeValue::Boolean(truth) => Value::Boolean(*truth),
         DeValue::Datetime(time) => Value::Datetime(*time),
-        DeValue::Array(items) => Value::Array(items.iter().map(|item| plain(item.get_ref())).collect()),
+        DeValue::Array(items) => {
+            Value::Array(items.iter().map(|item| plain(item.get_ref())).collect())
+        }
         DeValue::Table(table) => {
             let entries = table
                 .iter()
@@ -455,7 +577,11 @@ fn nearest<'k>(path: &str, known: impl Iterator<Item = &'k str>) -> String {
     match nearest {
         Some((distance, candidate)) if distance <= 1 + last.len() / 4 => {
             let is_registry = parent.starts_with("registries.");
-            let candidate = if is_registry { format!("{parent}.{candidate}") } else { candidate.to_owned() };
+            let candidate = if is_registry {
+                format!("{parent}.{candidate}")
+            } else {
+                candidate.to_owned()
+            };
             format!("did you mean `{candidate}`?")
         }
         _ => "take it out; `--help` names all flags, and each is a key".to_owned(),
@@ -483,26 +609,37 @@ impl Effective {
             all.problems.extend(layer.problems);
             // An empty list is as good as none.
             let is_empty = |value: &Value| value.as_array().is_some_and(Vec::is_empty);
-            for (key, value) in layer.values.into_iter().filter(|(_, value)| !is_empty(value)) {
+            for (key, value) in layer
+                .values
+                .into_iter()
+                .filter(|(_, value)| !is_empty(value))
+            {
                 let is_within = |path: &str| is_within(path, &key);
                 match (all.values.get_mut(&key), value) {
                     (Some(Value::Table(hosts)), Value::Table(more)) if key == "registries" => {
                         merge_hosts(hosts, more);
                     }
                     (Some(Value::Array(pushed)), Value::Array(mut entries))
-                        if key == "application" && all.origins.get(&key).is_some_and(Origin::is_pushed) =>
+                        if key == "application"
+                            && all.origins.get(&key).is_some_and(Origin::is_pushed) =>
                     {
                         // A cluster's entry counts where this node has none with the same labels.
-                        let labels = |entry: &Value| ["name", "tag"].map(|label| entry.get(label).cloned());
+                        let labels =
+                            |entry: &Value| ["name", "tag"].map(|label| entry.get(label).cloned());
                         let own: Vec<_> = entries.iter().map(labels).collect();
                         let room = MAX_RULES.saturating_sub(entries.len());
-                        let more = pushed.drain(..).filter(|entry| !own.contains(&labels(entry))).take(room);
+                        let more = pushed
+                            .drain(..)
+                            .filter(|entry| !own.contains(&labels(entry)))
+                            .take(room);
                         entries.extend(more);
                         let origin = all.origins.get(&key).cloned();
                         all.origins.retain(|path, _| !is_within(path));
                         let paths = (own.len()..entries.len()).map(|at| format!("{key}[{at}]"));
                         all.origins.extend(
-                            paths.zip(std::iter::repeat(origin)).filter_map(|(at, o)| Some((at, o?))),
+                            paths
+                                .zip(std::iter::repeat(origin))
+                                .filter_map(|(at, o)| Some((at, o?))),
                         );
                         all.values.insert(key.clone(), Value::Array(entries));
                     }
@@ -512,11 +649,22 @@ impl Effective {
                     }
                 }
                 let origins = layer.origins.iter().filter(|(path, _)| is_within(path));
-                all.origins.extend(origins.map(|(path, origin)| (path.clone(), origin.clone())));
+                all.origins
+                    .extend(origins.map(|(path, origin)| (path.clone(), origin.clone())));
             }
         }
-        let Layered { values, origins, problems } = all;
-        let mut effective = Self { daemon, config: Config::default(), problems, values, origins };
+        let Layered {
+            values,
+            origins,
+            problems,
+        } = all;
+        let mut effective = Self {
+            daemon,
+            config: Config::default(),
+            problems,
+            values,
+            origins,
+        };
         effective.read();
         effective
     }
@@ -527,14 +675,19 @@ impl Effective {
         self.config = de::read(&table, |failure| failures.push(failure));
         let (mut unread, mut faulty) = (BTreeSet::new(), BTreeSet::new());
         for Failure { path, wrong, known } in failures {
-            let (entry, _) = path.split_once("].").unwrap_or((path.strip_suffix(']').unwrap_or(""), ""));
+            let (entry, _) = path
+                .split_once("].")
+                .unwrap_or((path.strip_suffix(']').unwrap_or(""), ""));
             if path.ends_with(']') {
                 unread.insert(path.clone());
             } else if known.is_none() {
                 faulty.insert(format!("{entry}]"));
             }
             let cure = known.map(|known| nearest(&path, known.iter().copied()));
-            let wrong = Wrong { cure: cure.unwrap_or(wrong.cure), ..wrong };
+            let wrong = Wrong {
+                cure: cure.unwrap_or(wrong.cure),
+                ..wrong
+            };
             self.problem(&path, wrong);
         }
         let config = self.config.clone();
@@ -543,12 +696,35 @@ impl Effective {
             self.problem(&format!("nodes.{path}"), wrong);
         }
         let entries = [
-            ("application", config.application.iter().map(|entry| entry.rule().err()).collect::<Vec<_>>()),
-            ("network", config.network.iter().map(|entry| entry.place().err()).collect()),
-            ("intercept", config.intercept.iter().map(|entry| entry.rule().err()).collect()),
+            (
+                "application",
+                config
+                    .application
+                    .iter()
+                    .map(|entry| entry.rule().err())
+                    .collect::<Vec<_>>(),
+            ),
+            (
+                "network",
+                config
+                    .network
+                    .iter()
+                    .map(|entry| entry.place().err())
+                    .collect(),
+            ),
+            (
+                "intercept",
+                config
+                    .intercept
+                    .iter()
+                    .map(|entry| entry.rule().err())
+                    .collect(),
+            ),
         ];
         for (key, wrongs) in entries {
-            let paths = (0..).map(|at| format!("{key}[{at}]")).filter(|path| !unread.contains(path));
+            let paths = (0..)
+                .map(|at| format!("{key}[{at}]"))
+                .filter(|path| !unread.contains(path));
             for (path, wrong) in paths.zip(wrongs) {
                 if let Some(wrong) = wrong.filter(|_| !faulty.contains(&path)) {
                     self.problem(&path, wrong);
@@ -562,8 +738,10 @@ impl Effective {
         let origin = self.origin(path);
         let mut wrong = wrong;
         if origin.layer != Layer::File
-            && let Some(field) =
-                path.strip_prefix("application[").and_then(|rest| rest.split_once("].")).map(|it| it.1)
+            && let Some(field) = path
+                .strip_prefix("application[")
+                .and_then(|rest| rest.split_once("]."))
+                .map(|it| it.1)
         {
             let field = field.split('[').next().unwrap_or(field);
             if !wrong.what.starts_with(field) {
@@ -576,9 +754,18 @@ impl Effective {
 
     /// The value's origin, as near as it is known.
     pub fn origin(&self, path: &str) -> Origin {
-        let around = self.origins.iter().filter(|(outer, _)| is_within(path, outer));
+        let around = self
+            .origins
+            .iter()
+            .filter(|(outer, _)| is_within(path, outer));
         let nearest = around.max_by_key(|(outer, _)| outer.len());
-        nearest.map_or(Origin { layer: Layer::Default, place: String::new() }, |(_, origin)| origin.clone())
+        nearest.map_or(
+            Origin {
+                layer: Layer::Default,
+                place: String::new(),
+            },
+            |(_, origin)| origin.clone(),
+        )
     }
 
     /// The key at `path` as its author wrote it: `--cache-high`, `cache.high (/etc/hawker.toml:3)`.
@@ -600,7 +787,9 @@ impl Effective {
     pub fn needs_restart(&self, new: &Self) -> Vec<&'static str> {
         let text = |value: Option<&Value>| value.map(|value| value.to_string().replace('"', ""));
         let differs = |key: &Key| text(self.values.get(key.path)) != text(new.values.get(key.path));
-        let keys = Config::keys().into_iter().filter(|key| !key.applies.is_live() && differs(key));
+        let keys = Config::keys()
+            .into_iter()
+            .filter(|key| !key.applies.is_live() && differs(key));
         keys.map(|key| key.path).collect()
     }
 
@@ -612,7 +801,8 @@ impl Effective {
 
 /// Whether `path` is the value at `outer`, or within it.
 fn is_within(path: &str, outer: &str) -> bool {
-    path.strip_prefix(outer).is_some_and(|rest| rest.is_empty() || rest.starts_with(['.', '[']))
+    path.strip_prefix(outer)
+        .is_some_and(|rest| rest.is_empty() || rest.starts_with(['.', '[']))
 }
 
 fn merge_hosts(hosts: &mut toml::Table, more: toml::Table) {

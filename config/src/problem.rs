@@ -17,8 +17,13 @@ const CURE: &str = " → ";
 impl Wrong {
     /// Both parts of a text that [`Wrong`]'s `Display` wrote; other texts have a general cure.
     pub(crate) fn from_text(text: &str) -> Self {
-        let (what, cure) = text.rsplit_once(CURE).unwrap_or((text, "see docs/configuration.md"));
-        Self { what: what.to_owned(), cure: cure.to_owned() }
+        let (what, cure) = text
+            .rsplit_once(CURE)
+            .unwrap_or((text, "see docs/configuration.md"));
+        Self {
+            what: what.to_owned(),
+            cure: cure.to_owned(),
+        }
     }
 }
 
@@ -33,7 +38,10 @@ impl fmt::Display for Wrong {
 /// # Errors
 /// Always.
 pub fn wrong<T>(what: impl Into<String>, cure: impl Into<String>) -> Result<T, Wrong> {
-    Err(Wrong { what: what.into(), cure: cure.into() })
+    Err(Wrong {
+        what: what.into(),
+        cure: cure.into(),
+    })
 }
 
 /// One thing to mend.
@@ -50,12 +58,20 @@ pub struct Problem {
 impl Problem {
     /// A problem of this key.
     pub fn new(key: impl Into<String>, what: impl Into<String>, cure: impl Into<String>) -> Self {
-        Self { key: key.into(), what: what.into(), cure: cure.into() }
+        Self {
+            key: key.into(),
+            what: what.into(),
+            cure: cure.into(),
+        }
     }
 
     /// A problem with the value of this key.
     pub fn of(key: impl Into<String>, wrong: Wrong) -> Self {
-        Self { key: key.into(), what: wrong.what, cure: wrong.cure }
+        Self {
+            key: key.into(),
+            what: wrong.what,
+            cure: wrong.cure,
+        }
     }
 }
 
@@ -72,8 +88,14 @@ pub struct Problems(pub Vec<Problem>);
 impl fmt::Display for Problems {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let n = self.0.len();
-        write!(f, "the configuration has {n} {}:", if n == 1 { "error" } else { "errors" })?;
-        self.0.iter().try_for_each(|problem| write!(f, "\n  {problem}"))
+        write!(
+            f,
+            "the configuration has {n} {}:",
+            if n == 1 { "error" } else { "errors" }
+        )?;
+        self.0
+            .iter()
+            .try_for_each(|problem| write!(f, "\n  {problem}"))
     }
 }
 

@@ -38,18 +38,29 @@ impl Document {
     /// # Errors
     /// All faults: it is refused as a whole.
     pub fn parse(text: &str) -> Result<Self, Problems> {
-        let one =
-            |what: String| Problems(vec![Problem::new("the document", what, "correct it at the scheduler")]);
+        let one = |what: String| {
+            Problems(vec![Problem::new(
+                "the document",
+                what,
+                "correct it at the scheduler",
+            )])
+        };
         if text.len() > MAX_DOCUMENT_BYTES {
             return Err(one(format!("has more than {MAX_DOCUMENT_BYTES} bytes")));
         }
-        let table =
-            text.parse().map_err(|error: toml::de::Error| one(format!("is no TOML: {}", error.message())))?;
+        let table = text
+            .parse()
+            .map_err(|error: toml::de::Error| one(format!("is no TOML: {}", error.message())))?;
         let (_, faults) = Layered::document("", &table);
         if faults.is_empty() {
             return Ok(Self(table));
         }
-        Err(Problems(faults.into_iter().map(|(path, wrong)| Problem::of(path, wrong)).collect()))
+        Err(Problems(
+            faults
+                .into_iter()
+                .map(|(path, wrong)| Problem::of(path, wrong))
+                .collect(),
+        ))
     }
 
     /// The values of a node that has nothing else.
@@ -83,17 +94,28 @@ impl Pushed {
         match std::fs::metadata(path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Self::default()),
             Err(error) => return Err(error),
-            Ok(metadata) if metadata.len() > MAX_FILE_BYTES => return Err(io::ErrorKind::FileTooLarge.into()),
+            Ok(metadata) if metadata.len() > MAX_FILE_BYTES => {
+                return Err(io::ErrorKind::FileTooLarge.into());
+            }
             Ok(_) => {}
         }
         let invalid = |what: String| io::Error::new(io::ErrorKind::InvalidData, what);
-        let file: File =
-            toml::from_str(&std::fs::read_to_string(path)?).map_err(|error| invalid(error.to_string()))?;
+        let file: File = toml::from_str(&std::fs::read_to_string(path)?)
+            .map_err(|error| invalid(error.to_string()))?;
         if file.version != VERSION {
-            return Err(invalid("pushed configuration of another version of Hawker".to_owned()));
+            return Err(invalid(
+                "pushed configuration of another version of Hawker".to_owned(),
+            ));
         }
-        let document = |(id, text): (String, String)| Some((id.parse().ok()?, Document::parse(&text).ok()?));
-        Ok(Self(file.documents.into_iter().filter_map(document).take(MAX_DOCUMENTS).collect()))
+        let document =
+            |(id, text): (String, String)| Some((id.parse().ok()?, Document::parse(&text).ok()?));
+        Ok(Self(
+            file.documents
+                .into_iter()
+                .filter_map(document)
+                .take(MAX_DOCUMENTS)
+                .collect(),
+        ))
     }
 
     /// Puts the file in place: by write, fsync, rename.
@@ -101,8 +123,16 @@ impl Pushed {
     /// # Errors
     /// When the disk refuses.
     pub fn save(&self, path: &Path) -> io::Result<()> {
-        let documents = self.0.iter().map(|(id, document)| (id.to_string(), document.text())).collect();
-        let text = toml::to_string(&File { version: VERSION, documents }).map_err(io::Error::other)?;
+        let documents = self
+            .0
+            .iter()
+            .map(|(id, document)| (id.to_string(), document.text()))
+            .collect();
+        let text = toml::to_string(&File {
+            version: VERSION,
+            documents,
+        })
+        .map_err(io::Error::other)?;
         let new = path.with_extension("new");
         let mut out = std::fs::File::create(&new)?;
         out.write_all(text.as_bytes())?;
@@ -143,7 +173,8 @@ mod tests {
     fn pushed(all: &[(u8, &str)]) -> Pushed {
         let mut pushed = Pushed::default();
         let known: Vec<PeerId> = all.iter().map(|(id, _)| PeerId([*id; 16])).collect();
-        all.iter().for_each(|(id, text)| pushed.set(PeerId([*id; 16]), &known, document(text)));
+        all.iter()
+            .for_each(|(id, text)| pushed.set(PeerId([*id; 16]), &known, document(text)));
         pushed
     }
 
@@ -154,15 +185,26 @@ mod tests {
 
     #[test]
     fn pushed_values_go_before_defaults_and_after_the_file() {
-        let pushed =
-            pushed(&[(2, "linger = '5m'\nupload_slots = 3"), (1, "linger = '4m'\n[cache]\nhigh = 70")]);
+        let pushed = pushed(&[
+            (2, "linger = '5m'\nupload_slots = 3"),
+            (1, "linger = '4m'\n[cache]\nhigh = 70"),
+        ]);
         let all = effective(&pushed, "upload_slots = 5");
         assert_eq!(all.problems, []);
         assert_eq!(
-            (all.config.linger.as_secs(), *all.config.upload_slots, *all.config.cache_high),
+            (
+                all.config.linger.as_secs(),
+                *all.config.upload_slots,
+                *all.config.cache_high
+            ),
             (240, 5, 70)
         );
-        assert!(all.name("linger").starts_with("linger (pushed by scheduler 0101"), "{}", all.name("linger"));
+        assert!(
+            all.name("linger")
+                .starts_with("linger (pushed by scheduler 0101"),
+            "{}",
+            all.name("linger")
+        );
         assert_eq!(all.name("upload_slots"), "upload_slots (/f.toml:1)");
     }
 
@@ -178,24 +220,40 @@ mod tests {
             .application
             .iter()
             .map(|entry| {
-                (entry.rule().unwrap().labels.to_string(), entry.priority.as_ref().unwrap().0.level())
+                (
+                    entry.rule().unwrap().labels.to_string(),
+                    entry.priority.as_ref().unwrap().0.level(),
+                )
             })
             .collect();
         assert_eq!(levels, [("shop".to_owned(), 1), ("data".to_owned(), 5)]);
         assert!(
-            all.name("application[0]").contains("/f.toml:1") && all.name("application[1]").contains("pushed")
+            all.name("application[0]").contains("/f.toml:1")
+                && all.name("application[1]").contains("pushed")
         );
     }
 
     #[test]
     fn a_document_with_one_fault_is_refused_as_a_whole() {
         for (text, told) in [
-            ("linger = '5s'\nupload_slots = 0", "upload_slots: `0` is out of range"),
+            (
+                "linger = '5s'\nupload_slots = 0",
+                "upload_slots: `0` is out of range",
+            ),
             ("linger = '5s'\nlingr = '5s'", "lingr: is an unknown key"),
             ("linger = ", "is no TOML"),
-            ("[log]\nlevel = 'info,a[b{c=.*}]=trace'", "log.level: is more than a level"),
-            ("[[application]]\npriority = 1", "application[0]: names neither"),
-            ("[[application]]\nname = 'a'\nspeed = 1", "application[0].speed: is an unknown key"),
+            (
+                "[log]\nlevel = 'info,a[b{c=.*}]=trace'",
+                "log.level: is more than a level",
+            ),
+            (
+                "[[application]]\npriority = 1",
+                "application[0]: names neither",
+            ),
+            (
+                "[[application]]\nname = 'a'\nspeed = 1",
+                "application[0].speed: is an unknown key",
+            ),
         ] {
             let problems = Document::parse(text).unwrap_err().to_string();
             assert!(problems.contains(told), "{text}: {problems}");
@@ -230,11 +288,19 @@ mod tests {
                 )
                 || matches!(key.shape, Shape::Hosts | Shape::Table)
                 || ["public_grace", "token_file"].contains(&key.path);
-            assert!(!(is_guarded && key.applies == Applies::Pushed), "{}", key.path);
+            assert!(
+                !(is_guarded && key.applies == Applies::Pushed),
+                "{}",
+                key.path
+            );
             pushable += usize::from(key.applies == Applies::Pushed);
             if is_guarded {
-                let problems = Document::parse(&format!("linger = '5s'\n{} = 'x'", key.path)).unwrap_err();
-                assert!(problems.0[0].what.contains("may not be pushed"), "{problems}");
+                let problems =
+                    Document::parse(&format!("linger = '5s'\n{} = 'x'", key.path)).unwrap_err();
+                assert!(
+                    problems.0[0].what.contains("may not be pushed"),
+                    "{problems}"
+                );
             }
         }
         assert!(pushable > 10);
@@ -245,11 +311,21 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("pushed.toml");
         assert_eq!(Pushed::load(&path).unwrap(), Pushed::default());
-        let mut all = pushed(&[(1, "linger = '5s'\n[cache]\nhigh = 70"), (2, "[[application]]\nname = 'a'")]);
+        let mut all = pushed(&[
+            (1, "linger = '5s'\n[cache]\nhigh = 70"),
+            (2, "[[application]]\nname = 'a'"),
+        ]);
         all.save(&path).unwrap();
         assert_eq!(Pushed::load(&path).unwrap(), all);
-        all.set(PeerId([3; 16]), &[PeerId([2; 16]), PeerId([3; 16])], document("linger = '6s'"));
-        assert_eq!(all.0.keys().copied().collect::<Vec<_>>(), [PeerId([2; 16]), PeerId([3; 16])]);
+        all.set(
+            PeerId([3; 16]),
+            &[PeerId([2; 16]), PeerId([3; 16])],
+            document("linger = '6s'"),
+        );
+        assert_eq!(
+            all.0.keys().copied().collect::<Vec<_>>(),
+            [PeerId([2; 16]), PeerId([3; 16])]
+        );
         std::fs::write(&path, "version = 2\n[documents]\n").unwrap();
         assert!(Pushed::load(&path).is_err());
         std::fs::write(&path, "version = 1\n[documents]\nx = ''\n").unwrap();
@@ -264,10 +340,16 @@ mod tests {
             "[nodes]\nlinger = 'soon'\ndata_dir = '/x'\n[nodes.cache]\nhgih = 3",
         );
         let problems = Effective::new(Daemon::Scheduler, [file]).problems;
-        let keys: Vec<&str> = problems.iter().map(|problem| problem.key.as_str()).collect();
+        let keys: Vec<&str> = problems
+            .iter()
+            .map(|problem| problem.key.as_str())
+            .collect();
         assert_eq!(keys.len(), 3, "{problems:?}");
-        for key in ["nodes.linger (/s.toml:2)", "nodes.data_dir (/s.toml:3)", "nodes.cache.hgih (/s.toml:5)"]
-        {
+        for key in [
+            "nodes.linger (/s.toml:2)",
+            "nodes.data_dir (/s.toml:3)",
+            "nodes.cache.hgih (/s.toml:5)",
+        ] {
             assert!(keys.contains(&key), "{key} in {keys:?}");
         }
     }

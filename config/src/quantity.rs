@@ -25,8 +25,13 @@ const SIZE_UNITS: [(&str, u64); 9] = [
     ("TIB", 1 << 40),
 ];
 
-const DURATION_UNITS: [(&str, u64); 5] =
-    [("ms", 1), ("s", 1_000), ("m", 60_000), ("h", 3_600_000), ("d", 86_400_000)];
+const DURATION_UNITS: [(&str, u64); 5] = [
+    ("ms", 1),
+    ("s", 1_000),
+    ("m", 60_000),
+    ("h", 3_600_000),
+    ("d", 86_400_000),
+];
 
 /// Bytes: `100MB` is a hundred million, `12MiB` twelve times 1024².
 pub fn size(text: &str) -> Result<u64, Wrong> {
@@ -56,10 +61,12 @@ pub fn rate(text: &str) -> Result<u64, Wrong> {
 
 /// `60s`, `5m`, `1h30m`, `250ms`.
 pub fn duration(text: &str) -> Result<Duration, Wrong> {
-    duration_ms(text).map(Duration::from_millis).ok_or_else(|| Wrong {
-        what: format!("`{text}` is no duration"),
-        cure: "write a number and a unit: 30s, 5m, 1h30m, 250ms".to_owned(),
-    })
+    duration_ms(text)
+        .map(Duration::from_millis)
+        .ok_or_else(|| Wrong {
+            what: format!("`{text}` is no duration"),
+            cure: "write a number and a unit: 30s, 5m, 1h30m, 250ms".to_owned(),
+        })
 }
 
 fn duration_ms(text: &str) -> Option<u64> {
@@ -70,9 +77,13 @@ fn duration_ms(text: &str) -> Option<u64> {
     }
     while !rest.is_empty() {
         let (number, tail) = split_number(rest);
-        let end = tail.find(|c: char| c.is_ascii_digit()).unwrap_or(tail.len());
+        let end = tail
+            .find(|c: char| c.is_ascii_digit())
+            .unwrap_or(tail.len());
         let (unit, tail) = tail.split_at(end);
-        let (_, factor_ms) = DURATION_UNITS.iter().find(|(name, _)| *name == unit.trim())?;
+        let (_, factor_ms) = DURATION_UNITS
+            .iter()
+            .find(|(name, _)| *name == unit.trim())?;
         total_ms = total_ms.checked_add(scaled(number, *factor_ms)?)?;
         rest = tail;
     }
@@ -81,7 +92,9 @@ fn duration_ms(text: &str) -> Option<u64> {
 
 fn split_number(text: &str) -> (&str, &str) {
     let text = text.trim();
-    let end = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let end = text
+        .find(|c: char| !c.is_ascii_digit() && c != '.')
+        .unwrap_or(text.len());
     text.split_at(end)
 }
 
@@ -100,7 +113,10 @@ fn scaled(number: &str, factor: u64) -> Option<u64> {
 pub fn percent(text: &str) -> Result<u8, Wrong> {
     match text.trim().trim_end_matches('%').trim_end().parse() {
         Ok(percent @ 1..=99) => Ok(percent),
-        _ => wrong(format!("`{text}` is no percentage"), "give 1 to 99, e.g. 90"),
+        _ => wrong(
+            format!("`{text}` is no percentage"),
+            "give 1 to 99, e.g. 90",
+        ),
     }
 }
 
@@ -110,7 +126,10 @@ pub fn authorization(text: &str) -> Result<AuthorizationMode, Wrong> {
         "relay" => Ok(AuthorizationMode::Relay),
         "token" => Ok(AuthorizationMode::Token),
         "node" => Ok(AuthorizationMode::Node),
-        _ => wrong(format!("`{text}` is no way to authorize"), "write relay, token or node"),
+        _ => wrong(
+            format!("`{text}` is no way to authorize"),
+            "write relay, token or node",
+        ),
     }
 }
 
@@ -118,19 +137,27 @@ pub fn authorization(text: &str) -> Result<AuthorizationMode, Wrong> {
 pub fn credentials(text: &str) -> Result<CredentialSource, Wrong> {
     let cure = "write docker:FILE, containerd:FILE, kubernetes:FILE-OR-FOLDER or env:VARIABLE";
     let Some((kind, place)) = text.split_once(':').filter(|(_, place)| !place.is_empty()) else {
-        return wrong(format!("`{text}` does not say what kind of credentials it is"), cure);
+        return wrong(
+            format!("`{text}` does not say what kind of credentials it is"),
+            cure,
+        );
     };
     let path = PathBuf::from(place);
     let readable = || {
-        let open =
-            if path.is_dir() { std::fs::read_dir(&path).map(drop) } else { File::open(&path).map(drop) };
+        let open = if path.is_dir() {
+            std::fs::read_dir(&path).map(drop)
+        } else {
+            File::open(&path).map(drop)
+        };
         open.or_else(|error| wrong(format!("{place}: {error}"), "name what this user may read"))
     };
     match kind {
         "docker" => readable().map(|()| CredentialSource::Docker(path.clone())),
         "containerd" => readable().map(|()| CredentialSource::Containerd(path.clone())),
         "kubernetes" => readable().map(|()| CredentialSource::Kubernetes(path.clone())),
-        "env" if std::env::var_os(place).is_some() => Ok(CredentialSource::Environment(place.to_owned())),
+        "env" if std::env::var_os(place).is_some() => {
+            Ok(CredentialSource::Environment(place.to_owned()))
+        }
         "env" => wrong(
             format!("the environment has no {place}"),
             "set it to what would stand in docker's config.json, or take that out",
@@ -144,7 +171,10 @@ pub fn yes_or_no(text: &str) -> Result<bool, Wrong> {
     match text.trim() {
         "true" => Ok(true),
         "false" => Ok(false),
-        _ => wrong(format!("`{text}` is neither true nor false"), "write true or false"),
+        _ => wrong(
+            format!("`{text}` is neither true nor false"),
+            "write true or false",
+        ),
     }
 }
 
@@ -160,7 +190,8 @@ pub fn listen(text: &str) -> Result<SocketAddr, Wrong> {
 
 /// `host:port` as others dial it; the host may be a DNS name.
 pub fn host_port(text: &str) -> Result<String, Wrong> {
-    let cure = "write HOST:PORT, an IPv6 address in brackets: node1.example.com:6501, [2001:db8::1]:6501";
+    let cure =
+        "write HOST:PORT, an IPv6 address in brackets: node1.example.com:6501, [2001:db8::1]:6501";
     let Some((host, port)) = text.rsplit_once(':') else {
         return wrong(format!("`{text}` has no port"), cure);
     };
@@ -179,7 +210,10 @@ pub fn registry_host(text: &str) -> Result<String, Wrong> {
     if is_host(host) {
         return Ok(text.to_ascii_lowercase());
     }
-    wrong(format!("`{text}` is no registry's host"), "write it as in image names: docker.io, 10.0.0.1:5000")
+    wrong(
+        format!("`{text}` is no registry's host"),
+        "write it as in image names: docker.io, 10.0.0.1:5000",
+    )
 }
 
 /// A registry's host, or `*.example.com` for all below.
@@ -187,7 +221,10 @@ pub fn registry_pattern(text: &str) -> Result<String, Wrong> {
     let host = text.strip_prefix("*.").unwrap_or(text);
     match registry_host(host) {
         Ok(_) => Ok(text.to_ascii_lowercase()),
-        Err(_) => wrong(format!("`{text}` is no pattern for registries"), "write docker.io or *.example.com"),
+        Err(_) => wrong(
+            format!("`{text}` is no pattern for registries"),
+            "write docker.io or *.example.com",
+        ),
     }
 }
 
@@ -216,7 +253,10 @@ pub(crate) fn path(text: &str) -> Result<String, Wrong> {
     }
     match path_pattern(text) {
         Ok(_) => Ok(text.to_owned()),
-        Err(why) => wrong(format!("`{text}` has a pattern that is none: {why}"), "mend the pattern"),
+        Err(why) => wrong(
+            format!("`{text}` has a pattern that is none: {why}"),
+            "mend the pattern",
+        ),
     }
 }
 
@@ -235,14 +275,20 @@ pub(crate) fn pattern(text: &str) -> Result<Pattern, Wrong> {
 pub(crate) fn priority(text: &str) -> Result<Priority, Wrong> {
     match text.parse().ok().and_then(Priority::new) {
         Some(priority) => Ok(priority),
-        None => wrong(format!("priority `{text}` is none"), "write 0 (first) to 6 (last); 3 is usual"),
+        None => wrong(
+            format!("priority `{text}` is none"),
+            "write 0 (first) to 6 (last); 3 is usual",
+        ),
     }
 }
 
 /// A name for people, of a member or of where it stands.
 pub fn printable(text: &str) -> Result<String, Wrong> {
     if text.is_empty() || text.len() > 128 || text.chars().any(|c| c.is_control()) {
-        return wrong("is empty, too long or holds control characters", "give 1 to 128 printable characters");
+        return wrong(
+            "is empty, too long or holds control characters",
+            "give 1 to 128 printable characters",
+        );
     }
     Ok(text.to_owned())
 }
@@ -262,12 +308,19 @@ pub fn network(text: &str) -> Result<Network, Wrong> {
     let (address, length) = text.split_once('/').unwrap_or((text, ""));
     let parsed = address.parse::<IpAddr>().ok().and_then(|ip| {
         let all = if ip.is_ipv4() { 32 } else { 128 };
-        let length = if length.is_empty() && !text.contains('/') { all } else { length.parse().ok()? };
+        let length = if length.is_empty() && !text.contains('/') {
+            all
+        } else {
+            length.parse().ok()?
+        };
         Network::new(ip, length)
     });
     match parsed {
         Some(network) => Ok(network),
-        None => wrong(format!("`{text}` is no network"), "write ADDRESS/LENGTH: 10.0.0.0/8, fd00::/8"),
+        None => wrong(
+            format!("`{text}` is no network"),
+            "write ADDRESS/LENGTH: 10.0.0.0/8, fd00::/8",
+        ),
     }
 }
 
@@ -302,7 +355,10 @@ pub fn endpoint(text: &str) -> Result<Url, Wrong> {
         _ => return wrong(format!("`{text}` is no registry's address"), cure),
     };
     if !url.username().is_empty() || url.password().is_some() {
-        return wrong("the address carries credentials".to_owned(), "take user and password out of it");
+        return wrong(
+            "the address carries credentials".to_owned(),
+            "take user and password out of it",
+        );
     }
     if url.query().is_some() || url.fragment().is_some() {
         return wrong(format!("`{text}` has a query or a fragment"), cure);
@@ -314,9 +370,10 @@ pub fn endpoint(text: &str) -> Result<Url, Wrong> {
 pub fn count(text: &str, least: u32, most: u32) -> Result<u32, Wrong> {
     match text.trim().parse() {
         Ok(n) if (least..=most).contains(&n) => Ok(n),
-        _ => {
-            wrong(format!("`{text}` is out of range"), format!("give a whole number from {least} to {most}"))
-        }
+        _ => wrong(
+            format!("`{text}` is out of range"),
+            format!("give a whole number from {least} to {most}"),
+        ),
     }
 }
 
@@ -329,7 +386,9 @@ fn is_host(host: &str) -> bool {
         && host.split('.').all(|label| {
             !label.is_empty()
                 && label.len() <= 63
-                && label.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_')
+                && label
+                    .bytes()
+                    .all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_')
                 && !label.starts_with('-')
                 && !label.ends_with('-')
         })
@@ -380,7 +439,17 @@ mod tests {
         ] {
             assert_eq!(size(text), Ok(bytes), "{text}");
         }
-        for text in ["", "MB", "12", "12 parsecs", "-1MB", "1.MB.", "99999999999TiB", "1e3MB", ".5MB"] {
+        for text in [
+            "",
+            "MB",
+            "12",
+            "12 parsecs",
+            "-1MB",
+            "1.MB.",
+            "99999999999TiB",
+            "1e3MB",
+            ".5MB",
+        ] {
             assert!(size(text).is_err(), "{text}");
         }
         assert_eq!(rate("100MB/s"), Ok(100_000_000));
@@ -389,33 +458,70 @@ mod tests {
 
     #[test]
     fn durations_need_a_unit() {
-        for (text, ms) in
-            [("60s", 60_000), ("5m", 300_000), ("1h30m", 5_400_000), ("250ms", 250), ("1.5s", 1_500)]
-        {
+        for (text, ms) in [
+            ("60s", 60_000),
+            ("5m", 300_000),
+            ("1h30m", 5_400_000),
+            ("250ms", 250),
+            ("1.5s", 1_500),
+        ] {
             assert_eq!(duration(text), Ok(Duration::from_millis(ms)), "{text}");
         }
-        for text in ["", "60", "s", "5 minutes", "-5s", "1h30", "99999999999999999999d"] {
+        for text in [
+            "",
+            "60",
+            "s",
+            "5 minutes",
+            "-5s",
+            "1h30",
+            "99999999999999999999d",
+        ] {
             assert!(duration(text).is_err(), "{text}");
         }
     }
 
     #[test]
     fn addresses_and_hosts_are_told_from_garbage() {
-        for text in ["a.example.com:6501", "10.0.0.1:1", "[2001:db8::1]:6501", "node_1:65535"] {
+        for text in [
+            "a.example.com:6501",
+            "10.0.0.1:1",
+            "[2001:db8::1]:6501",
+            "node_1:65535",
+        ] {
             assert_eq!(host_port(text).as_deref(), Ok(text));
         }
-        for text in ["a", "a:0", "a:65536", ":1", "2001:db8::1:6501", "http://a:1", "a b:1", "[::1]"] {
+        for text in [
+            "a",
+            "a:0",
+            "a:65536",
+            ":1",
+            "2001:db8::1:6501",
+            "http://a:1",
+            "a b:1",
+            "[::1]",
+        ] {
             assert!(host_port(text).is_err(), "{text}");
         }
-        for text in ["docker.io", "10.0.0.1:5000", "[fd00::1]:5000", "localhost:5000"] {
+        for text in [
+            "docker.io",
+            "10.0.0.1:5000",
+            "[fd00::1]:5000",
+            "localhost:5000",
+        ] {
             assert!(registry_host(text).is_ok(), "{text}");
         }
         for text in ["", "http://a", "a/b", "*.a", "a:b"] {
             assert!(registry_host(text).is_err(), "{text}");
         }
         assert!(registry_pattern("*.example.com").is_ok() && registry_pattern("a.*.com").is_err());
-        assert_eq!(network("10.0.0.0/8"), Ok(Network::new("10.0.0.0".parse().unwrap(), 8).unwrap()));
-        assert_eq!(network("fd00::1"), Ok(Network::new("fd00::1".parse().unwrap(), 128).unwrap()));
+        assert_eq!(
+            network("10.0.0.0/8"),
+            Ok(Network::new("10.0.0.0".parse().unwrap(), 8).unwrap())
+        );
+        assert_eq!(
+            network("fd00::1"),
+            Ok(Network::new("fd00::1".parse().unwrap(), 128).unwrap())
+        );
         for text in ["10.0.0.0/33", "10.0.0.0/", "x/8", "fd00::/129"] {
             assert!(network(text).is_err(), "{text}");
         }
@@ -425,7 +531,11 @@ mod tests {
     fn an_endpoint_with_a_password_is_refused_without_repeating_it() {
         let wrong = endpoint("https://me:hunter2@a.example").unwrap_err();
         assert!(!format!("{wrong:?}").contains("hunter2"));
-        assert!(endpoint("ftp://a").is_err() && endpoint("https://a?b").is_err() && endpoint("a").is_err());
+        assert!(
+            endpoint("ftp://a").is_err()
+                && endpoint("https://a?b").is_err()
+                && endpoint("a").is_err()
+        );
         assert!(endpoint("http://10.0.0.1:5000").is_ok());
     }
 

@@ -7,8 +7,8 @@ use toml::Value;
 use crate::de::child;
 use crate::layers::{Effective, Layer};
 use crate::schema::{
-    ApplicationEntry, Applies, Config, Daemon, Field, Group, InterceptEntry, Key, NetworkEntry, Registry,
-    flag_of, registry_flag_of,
+    ApplicationEntry, Applies, Config, Daemon, Field, Group, InterceptEntry, Key, NetworkEntry,
+    Registry, flag_of, registry_flag_of,
 };
 use crate::value::Shape;
 
@@ -22,18 +22,27 @@ pub fn markdown() -> String {
     let mut out = String::new();
     let keys = Config::keys();
     let _ = writeln!(out, "{BEGIN}\n\n## A node: `hawker proxy` and `hawker up`");
-    let node = |key: &&Key| key.daemons.iter().any(|daemon| *daemon != Daemon::Scheduler);
+    let node = |key: &&Key| {
+        key.daemons
+            .iter()
+            .any(|daemon| *daemon != Daemon::Scheduler)
+    };
     for group in Group::ALL {
         let _ = writeln!(out, "\n### {}\n", group.title());
         head(&mut out);
-        keys.iter().filter(node).filter(|key| key.group == group).for_each(|key| {
-            row(&mut out, key, true);
-        });
+        keys.iter()
+            .filter(node)
+            .filter(|key| key.group == group)
+            .for_each(|key| {
+                row(&mut out, key, true);
+            });
     }
     let _ = writeln!(out, "\n## A scheduler: `hawker scheduler`\n");
     head(&mut out);
     let scheduler = |key: &&Key| key.daemons.contains(&Daemon::Scheduler);
-    keys.iter().filter(scheduler).for_each(|key| row(&mut out, key, false));
+    keys.iter()
+        .filter(scheduler)
+        .for_each(|key| row(&mut out, key, false));
     let tables = [
         ("registries.\"HOST\"", "registry", Registry::fields()),
         ("[[application]]", "application", ApplicationEntry::fields()),
@@ -41,12 +50,23 @@ pub fn markdown() -> String {
         ("[[intercept]]", "rule", InterceptEntry::fields()),
     ];
     for (table, of, fields) in tables {
-        let table = if table.starts_with('[') { table.to_owned() } else { format!("[{table}]") };
+        let table = if table.starts_with('[') {
+            table.to_owned()
+        } else {
+            format!("[{table}]")
+        };
         let _ = writeln!(
             out,
             "\n## The keys of a {of}: `{table}`\n\n| key | type | default | meaning |\n|---|---|---|---|"
         );
-        for Field { name, kind, shape, default, doc } in fields {
+        for Field {
+            name,
+            kind,
+            shape,
+            default,
+            doc,
+        } in fields
+        {
             let kind = kind_of(kind, shape);
             let _ = writeln!(out, "| `{name}` | {kind} | {default} | {doc} |");
         }
@@ -56,7 +76,10 @@ pub fn markdown() -> String {
 }
 
 fn head(out: &mut String) {
-    let _ = writeln!(out, "| key | type | default | live | meaning |\n|---|---|---|---|---|");
+    let _ = writeln!(
+        out,
+        "| key | type | default | live | meaning |\n|---|---|---|---|---|"
+    );
 }
 
 fn kind_of(kind: &str, shape: Shape) -> String {
@@ -85,7 +108,10 @@ fn row(out: &mut String, key: &Key, is_node: bool) {
         _ => String::new(),
     };
     let (kind, default, doc) = (kind_of(key.kind, key.shape), key.default, &key.doc);
-    let _ = writeln!(out, "| `{name}` | {kind} | {default} | {live} | {doc}{only} |");
+    let _ = writeln!(
+        out,
+        "| `{name}` | {kind} | {default} | {live} | {doc}{only} |"
+    );
 }
 
 /// A flag of a daemon's command line.
@@ -108,13 +134,20 @@ pub struct Flag {
 /// All flags of a daemon.
 pub fn flags(daemon: Daemon) -> Vec<Flag> {
     let mut flags = Vec::new();
-    for key in Config::keys().into_iter().filter(|key| key.daemons.contains(&daemon)) {
+    for key in Config::keys()
+        .into_iter()
+        .filter(|key| key.daemons.contains(&daemon))
+    {
         let heading = (key.group != Group::Node).then(|| key.group.title());
         if key.shape == Shape::Table {
             continue;
         }
         if key.shape == Shape::Hosts {
-            flags.extend(Registry::fields().into_iter().map(|field| registry_flag(&field, heading)));
+            flags.extend(
+                Registry::fields()
+                    .into_iter()
+                    .map(|field| registry_flag(&field, heading)),
+            );
             continue;
         }
         let is_list = matches!(key.shape, Shape::Many | Shape::Entries);
@@ -124,8 +157,16 @@ pub fn flags(daemon: Daemon) -> Vec<Flag> {
             _ => None,
         };
         let keys: Vec<&str> = keys.iter().flatten().map(|field| field.name).collect();
-        let keys = if keys.is_empty() { String::new() } else { format!("; keys: {}", keys.join(", ")) };
-        let default = if key.shape == Shape::Switch { "" } else { key.default };
+        let keys = if keys.is_empty() {
+            String::new()
+        } else {
+            format!("; keys: {}", keys.join(", "))
+        };
+        let default = if key.shape == Shape::Switch {
+            ""
+        } else {
+            key.default
+        };
         flags.push(Flag {
             name: flag_of(key.path),
             help: help(&format!("{}{keys}", key.doc), is_list, default),
@@ -145,7 +186,11 @@ fn registry_flag(field: &Field, heading: Option<&'static str>) -> Flag {
         "insecure" | "must_prove" => "HOST",
         _ => "HOST=FILE",
     };
-    let default = if field.shape == Shape::Switch { "" } else { field.default };
+    let default = if field.shape == Shape::Switch {
+        ""
+    } else {
+        field.default
+    };
     Flag {
         name: registry_flag_of(field.name),
         help: help(&format!("of one registry: {}", field.doc), true, default),
@@ -199,17 +244,27 @@ pub struct Shown {
 /// The effective values of all keys of the daemon.
 pub fn show(effective: &Effective) -> Vec<Shown> {
     let mut all = Vec::new();
-    for key in Config::keys().into_iter().filter(|key| key.daemons.contains(&effective.daemon)) {
+    for key in Config::keys()
+        .into_iter()
+        .filter(|key| key.daemons.contains(&effective.daemon))
+    {
         let mut one = |path: String, value: Option<String>| {
             let origin = effective.origin(&path).to_string();
-            all.push(Shown { key: path, value, default: key.default, origin });
+            all.push(Shown {
+                key: path,
+                value,
+                default: key.default,
+                origin,
+            });
         };
         match (key.shape, effective.value(key.path)) {
             (Shape::Hosts, Some(Value::Table(hosts))) => {
                 for (host, fields) in hosts {
                     let host = child(key.path, host);
                     let fields = fields.as_table().into_iter().flatten();
-                    fields.for_each(|(field, value)| one(child(&host, field), Some(value.to_string())));
+                    fields.for_each(|(field, value)| {
+                        one(child(&host, field), Some(value.to_string()))
+                    });
                 }
             }
             (Shape::Entries, Some(Value::Array(entries))) => {
@@ -228,12 +283,23 @@ pub fn show(effective: &Effective) -> Vec<Shown> {
 pub fn show_text(effective: &Effective) -> String {
     let lines: Vec<(String, String)> = show(effective)
         .into_iter()
-        .map(|Shown { key, value, default, origin }| match value {
-            Some(value) => (format!("{key} = {value}"), origin),
-            None => (format!("{key}: {default}"), Layer::Default.to_string()),
-        })
+        .map(
+            |Shown {
+                 key,
+                 value,
+                 default,
+                 origin,
+             }| match value {
+                Some(value) => (format!("{key} = {value}"), origin),
+                None => (format!("{key}: {default}"), Layer::Default.to_string()),
+            },
+        )
         .collect();
-    let width = lines.iter().map(|(line, _)| line.chars().count().min(60)).max().unwrap_or(0);
+    let width = lines
+        .iter()
+        .map(|(line, _)| line.chars().count().min(60))
+        .max()
+        .unwrap_or(0);
     let text = |(line, origin): &(String, String)| format!("{line:<width$}  # {origin}\n");
     lines.iter().map(text).collect()
 }

@@ -13,10 +13,10 @@ use serde::Deserialize;
 use crate::de;
 use crate::problem::{Wrong, wrong};
 use crate::value::{
-    ActionText, AnyFile, AtOnce, Cidr, CidrOrHost, Credentials, Directory, DiskSize, Endpoint, Format, Host,
-    HostPattern, HostPort, LabelText, Level, Listen, LogLevel, Many, MemorySize, Mode, PathPattern,
-    PatternText, PemFile, PemPair, Percent, Rate, Shape, Slots, Switch, Text, Timeout, Truth, UpToADay,
-    UpToAMonth, UpToAnHour, Value,
+    ActionText, AnyFile, AtOnce, Cidr, CidrOrHost, Credentials, Directory, DiskSize, Endpoint,
+    Format, Host, HostPattern, HostPort, LabelText, Level, Listen, LogLevel, Many, MemorySize,
+    Mode, PathPattern, PatternText, PemFile, PemPair, Percent, Rate, Shape, Slots, Switch, Text,
+    Timeout, Truth, UpToADay, UpToAMonth, UpToAnHour, Value,
 };
 
 /// The daemons that have a configuration.
@@ -151,7 +151,8 @@ fn doc(lines: &[&str]) -> String {
 
 macro_rules! initial {
     (default $ty:ty, $text:literal) => {
-        de::from_text::<$ty>($text).expect("the schema's defaults are values; a test reads them all")
+        de::from_text::<$ty>($text)
+            .expect("the schema's defaults are values; a test reads them all")
     };
     (unset $ty:ty, $text:literal) => {
         <$ty>::default()
@@ -469,8 +470,15 @@ impl ApplicationEntry {
         let at_once = |count: &Option<AtOnce>| count.as_ref().map(|count| count.0);
         let label = |label: &Option<LabelText>| label.as_ref().map(|label| label.0.clone());
         let rule = Rule {
-            labels: Labels { application: label(&self.name), tag: label(&self.tag) },
-            patterns: self.patterns.iter().map(|pattern| pattern.0.clone()).collect(),
+            labels: Labels {
+                application: label(&self.name),
+                tag: label(&self.tag),
+            },
+            patterns: self
+                .patterns
+                .iter()
+                .map(|pattern| pattern.0.clone())
+                .collect(),
             priority: self.priority.as_ref().map(|level| level.0),
             limits: Limits {
                 rates: Rates {
@@ -492,7 +500,10 @@ impl ApplicationEntry {
         }
         if rule.patterns.len() > MAX_PATTERNS {
             let what = format!("{} has {} patterns", rule.labels, rule.patterns.len());
-            return wrong(what, format!("write {MAX_PATTERNS} at most; * stands for any text"));
+            return wrong(
+                what,
+                format!("write {MAX_PATTERNS} at most; * stands for any text"),
+            );
         }
         Ok(rule)
     }
@@ -505,12 +516,20 @@ impl NetworkEntry {
     /// When one of them is missing.
     pub fn place(&self) -> Result<(Network, Place), Wrong> {
         const EXAMPLE: &str = "write cidr=10.1.0.0/16 zone=eu-1, and rack=r7 where there are racks";
-        let Some(cidr) = &self.cidr else { return wrong("names no network", EXAMPLE) };
+        let Some(cidr) = &self.cidr else {
+            return wrong("names no network", EXAMPLE);
+        };
         if self.zone.is_none() && self.rack.is_none() {
             return wrong("says not where its members stand", EXAMPLE);
         }
         let name = |text: &Option<Text>| text.as_ref().map_or("", |text| text.0.as_str()).into();
-        Ok((cidr.0, Place { zone: name(&self.zone), rack: name(&self.rack) }))
+        Ok((
+            cidr.0,
+            Place {
+                zone: name(&self.zone),
+                rack: name(&self.rack),
+            },
+        ))
     }
 }
 
@@ -521,10 +540,20 @@ impl InterceptEntry {
     /// When it has no host or no action.
     pub fn rule(&self) -> Result<intercept::Rule, Wrong> {
         let (Some(action), Some(host)) = (&self.action, &self.host) else {
-            return wrong("lacks its action or its host", "write host = \"…\" and action = \"p2p\"");
+            return wrong(
+                "lacks its action or its host",
+                "write host = \"…\" and action = \"p2p\"",
+            );
         };
-        let path = self.path.as_ref().and_then(|path| intercept::path_pattern(path).ok());
-        Ok(intercept::Rule { host: host.0.clone(), path, action: action.0 })
+        let path = self
+            .path
+            .as_ref()
+            .and_then(|path| intercept::path_pattern(path).ok());
+        Ok(intercept::Rule {
+            host: host.0.clone(),
+            path,
+            action: action.0,
+        })
     }
 }
 
@@ -576,7 +605,12 @@ pub fn flag_of(path: &str) -> String {
 /// The variable of the environment for a key; `None` for keys that hold tables.
 pub fn variable_of(key: &Key) -> Option<String> {
     let is_plain = !matches!(key.shape, Shape::Entries | Shape::Hosts | Shape::Table);
-    is_plain.then(|| format!("HAWKER_{}", flag_of(key.path).replace('-', "_").to_ascii_uppercase()))
+    is_plain.then(|| {
+        format!(
+            "HAWKER_{}",
+            flag_of(key.path).replace('-', "_").to_ascii_uppercase()
+        )
+    })
 }
 
 /// The flag of a key of `[registries."HOST"]`, without `--`.

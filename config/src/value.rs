@@ -108,10 +108,14 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for Many<T> {
             }
 
             fn visit_map<A: MapAccess<'de>>(self, _: A) -> Result<Vec<T>, A::Error> {
-                Err(A::Error::custom("is no list of texts → write [\"…\", \"…\"]"))
+                Err(A::Error::custom(
+                    "is no list of texts → write [\"…\", \"…\"]",
+                ))
             }
         }
-        deserializer.deserialize_any(OneOrMany(PhantomData)).map(Many)
+        deserializer
+            .deserialize_any(OneOrMany(PhantomData))
+            .map(Many)
     }
 }
 
@@ -141,7 +145,11 @@ impl<'de> Visitor<'de> for Scalar {
     }
 
     fn visit_bool<E: Error>(self, truth: bool) -> Result<String, E> {
-        if self.takes_truth { Ok(truth.to_string()) } else { Err(not_single()) }
+        if self.takes_truth {
+            Ok(truth.to_string())
+        } else {
+            Err(not_single())
+        }
     }
 
     fn visit_seq<A: SeqAccess<'de>>(self, _: A) -> Result<String, A::Error> {
@@ -286,7 +294,11 @@ values! {
 
 fn at_most(text: &str, most: Duration, cure: &str) -> Result<Duration, Wrong> {
     let duration = quantity::duration(text)?;
-    if duration > most { wrong("is too long", cure) } else { Ok(duration) }
+    if duration > most {
+        wrong("is too long", cure)
+    } else {
+        Ok(duration)
+    }
 }
 
 fn timeout(text: &str) -> Result<Duration, Wrong> {
@@ -301,7 +313,10 @@ fn timeout(text: &str) -> Result<Duration, Wrong> {
 fn at_least(text: &str, least: u64, cure: &str) -> Result<u64, Wrong> {
     let bytes = quantity::size(text)?;
     if bytes < least {
-        return wrong(format!("{} is too little", quantity::human_size(bytes)), cure);
+        return wrong(
+            format!("{} is too little", quantity::human_size(bytes)),
+            cure,
+        );
     }
     Ok(bytes)
 }
@@ -311,11 +326,19 @@ fn disk_size(text: &str) -> Result<u64, Wrong> {
 }
 
 fn memory_size(text: &str) -> Result<u64, Wrong> {
-    at_least(text, 16 << 20, "16MiB holds one of the longest pieces; give that or more")
+    at_least(
+        text,
+        16 << 20,
+        "16MiB holds one of the longest pieces; give that or more",
+    )
 }
 
 fn directory(text: &str) -> Result<PathBuf, Wrong> {
-    if text.is_empty() { wrong("is empty", "name a directory") } else { Ok(PathBuf::from(text)) }
+    if text.is_empty() {
+        wrong("is empty", "name a directory")
+    } else {
+        Ok(PathBuf::from(text))
+    }
 }
 
 fn anything<T: From<String>>(text: &str) -> Result<T, Wrong> {
@@ -325,7 +348,10 @@ fn anything<T: From<String>>(text: &str) -> Result<T, Wrong> {
 fn readable(text: &str) -> Result<PathBuf, Wrong> {
     match std::fs::File::open(text) {
         Ok(_) => Ok(PathBuf::from(text)),
-        Err(error) => wrong(format!("{text}: {error}"), "name a PEM file that this user may read"),
+        Err(error) => wrong(
+            format!("{text}: {error}"),
+            "name a PEM file that this user may read",
+        ),
     }
 }
 

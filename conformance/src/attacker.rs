@@ -68,10 +68,18 @@ impl Attacker {
         let joined = runtime.spawn(async move {
             let request = Identity::request()?;
             let joining = join::join(&scheduler, &token, "attacker", &request);
-            anyhow::Ok(tokio::time::timeout(DEADLINE, joining).await.context("joining")??.0)
+            anyhow::Ok(
+                tokio::time::timeout(DEADLINE, joining)
+                    .await
+                    .context("joining")??
+                    .0,
+            )
         });
         let identity = runtime.block_on(joined)??;
-        Ok(Self { membership: Membership { identity }, runtime })
+        Ok(Self {
+            membership: Membership { identity },
+            runtime,
+        })
     }
 
     /// Its key and certificate.
@@ -87,7 +95,10 @@ impl Attacker {
     pub fn connect(&self, to: &Hawker) -> Result<Line> {
         let (peer, address): (PeerId, _) = (to.status()?.peer_id.parse()?, to.peer());
         let membership = self.membership.clone();
-        self.runtime.block_on(self.runtime.spawn(async move { membership.connect(address, peer).await }))?
+        self.runtime.block_on(
+            self.runtime
+                .spawn(async move { membership.connect(address, peer).await }),
+        )?
     }
 
     /// See [`Membership::table`].
@@ -104,7 +115,9 @@ impl Membership {
     /// When it is turned away, or the deadline.
     pub async fn connect(&self, address: SocketAddr, peer: PeerId) -> Result<Line> {
         let greeting = self.greet(address, peer);
-        let (mut reader, out) = tokio::time::timeout(DEADLINE, greeting).await.context("connecting")??;
+        let (mut reader, out) = tokio::time::timeout(DEADLINE, greeting)
+            .await
+            .context("connecting")??;
         let (out, refusals) = (Arc::new(Mutex::new(out)), Arc::new(AtomicU64::new(0)));
         let (answers, refused) = (Arc::clone(&out), Arc::clone(&refusals));
         let listener = tokio::spawn(async move {
@@ -113,14 +126,22 @@ impl Membership {
                     Some(Wire::Unavailable(_)) => drop(refused.fetch_add(1, Ordering::Relaxed)),
                     Some(Wire::Ping(v1::Ping { nonce })) => {
                         // If it cannot be written, nothing is heard either.
-                        let _ =
-                            write(&mut *answers.lock().await, &encoded(Wire::Pong(v1::Pong { nonce }))).await;
+                        let _ = write(
+                            &mut *answers.lock().await,
+                            &encoded(Wire::Pong(v1::Pong { nonce })),
+                        )
+                        .await;
                     }
                     _ => {}
                 }
             }
         });
-        Ok(Line { out, refusals, listener, runtime: tokio::runtime::Handle::current() })
+        Ok(Line {
+            out,
+            refusals,
+            listener,
+            runtime: tokio::runtime::Handle::current(),
+        })
     }
 
     async fn greet(
@@ -133,7 +154,9 @@ impl Membership {
         let tls = connector.connect(identity::peer_name(peer), tcp).await?;
         let (mut reader, mut out) = tokio::io::split(tls);
         write(&mut out, &encoded(Wire::Hello(hello()))).await?;
-        let Wire::Hello(_) = hear(&mut reader).await?.context("no hello")? else { bail!("no hello") };
+        let Wire::Hello(_) = hear(&mut reader).await?.context("no hello")? else {
+            bail!("no hello")
+        };
         Ok((reader, out))
     }
 
@@ -158,9 +181,16 @@ impl Membership {
     pub fn table(&self, task: Digest, size_bytes: u64) -> Message {
         let mut table = PieceTable::new(task, PieceLayout::new(size_bytes));
         (0..table.full_count()).for_each(|_| table.push(ChainValue::initial(Algorithm::Sha256)));
-        self.identity.sign(&mut table, true, Vec::new(), std::time::SystemTime::now());
+        self.identity
+            .sign(&mut table, true, Vec::new(), std::time::SystemTime::now());
         let (values, signed) = (table.values().to_vec(), table.signed().cloned());
-        Message::Table { task, size_bytes, first: 0, values, signed }
+        Message::Table {
+            task,
+            size_bytes,
+            first: 0,
+            values,
+            signed,
+        }
     }
 }
 
@@ -178,7 +208,9 @@ impl Line {
     /// # Errors
     /// As [`Line::say`].
     pub async fn tell(&self, message: &Message, within: Duration) -> Result<()> {
-        let message = convert::peer_message(message).message.context("a message")?;
+        let message = convert::peer_message(message)
+            .message
+            .context("a message")?;
         self.put(&encoded(message), within).await
     }
 
@@ -192,7 +224,9 @@ impl Line {
 
     async fn put(&self, bytes: &[u8], within: Duration) -> Result<()> {
         let writing = async { write(&mut *self.out.lock().await, bytes).await };
-        tokio::time::timeout(within, writing).await.context("writing")?
+        tokio::time::timeout(within, writing)
+            .await
+            .context("writing")?
     }
 
     /// Tasks that it was told not to wait for.
@@ -225,7 +259,10 @@ impl Drop for Line {
 pub fn interest(task: Digest, registry: &str, repository: &str) -> Message {
     Message::Interest {
         task,
-        source: Source { registry: registry.to_owned(), repository: repository.to_owned() },
+        source: Source {
+            registry: registry.to_owned(),
+            repository: repository.to_owned(),
+        },
         size_bytes: None,
         token: None,
         purpose: Purpose::default(),
@@ -243,11 +280,19 @@ pub fn invented(n: u32) -> Digest {
 
 fn hello() -> v1::Hello {
     let (version, name) = (Some(hawker_api::VERSION), "attacker".into());
-    v1::Hello { version, name, addresses: Vec::new(), instance: 1 }
+    v1::Hello {
+        version,
+        name,
+        addresses: Vec::new(),
+        instance: 1,
+    }
 }
 
 fn encoded(message: Wire) -> Vec<u8> {
-    let payload = v1::PeerMessage { message: Some(message) }.encode_to_vec();
+    let payload = v1::PeerMessage {
+        message: Some(message),
+    }
+    .encode_to_vec();
     let length = (payload.len() as u32 + 1).to_be_bytes();
     [&length[..], &[CONTROL], &payload].concat()
 }

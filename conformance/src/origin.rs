@@ -50,7 +50,11 @@ pub struct OriginConfig {
 impl OriginConfig {
     /// Plain HTTP here, without a control port.
     pub const fn http(listen: SocketAddr) -> Self {
-        Self { listen, control: None, tls: None }
+        Self {
+            listen,
+            control: None,
+            tls: None,
+        }
     }
 }
 
@@ -82,20 +86,28 @@ impl Origin {
         let (stop, stopped) = tokio::sync::oneshot::channel();
         let (ready, started) = mpsc::sync_channel(1);
         let theirs = Arc::clone(&state);
-        let thread = std::thread::Builder::new().name("origin".to_owned()).spawn(move || {
-            let outcome = Listeners::open(config, theirs);
-            let (report, listeners) = match outcome {
-                Ok(listeners) => (listeners.addresses(), Some(listeners)),
-                Err(error) => (Err(error), None),
-            };
-            // Nobody waits for the report only when `start` itself is gone.
-            let _ = ready.send(report);
-            if let Some(listeners) = listeners {
-                listeners.run(stopped);
-            }
-        })?;
+        let thread = std::thread::Builder::new()
+            .name("origin".to_owned())
+            .spawn(move || {
+                let outcome = Listeners::open(config, theirs);
+                let (report, listeners) = match outcome {
+                    Ok(listeners) => (listeners.addresses(), Some(listeners)),
+                    Err(error) => (Err(error), None),
+                };
+                // Nobody waits for the report only when `start` itself is gone.
+                let _ = ready.send(report);
+                if let Some(listeners) = listeners {
+                    listeners.run(stopped);
+                }
+            })?;
         let (address, control_address) = started.recv().map_err(io::Error::other)??;
-        Ok(Self { state, address, control_address, stop: Some(stop), thread: Some(thread) })
+        Ok(Self {
+            state,
+            address,
+            control_address,
+            stop: Some(stop),
+            thread: Some(thread),
+        })
     }
 
     /// Where registry clients connect.
@@ -118,20 +130,34 @@ impl Origin {
 
     /// Adds content under a digest that it need not have: a blob too long to be read for its digest.
     pub fn add_claimed_blob(&self, repository: &str, digest: &Digest, content: Content) {
-        lock(&self.state.shelves).blobs.insert((repository.to_owned(), digest.to_string()), content);
+        lock(&self.state.shelves)
+            .blobs
+            .insert((repository.to_owned(), digest.to_string()), content);
     }
 
     /// Adds a blob whose digest is by this algorithm.
     ///
     /// # Errors
     /// When its file cannot be read.
-    pub fn add_blob_by(&self, algorithm: Algorithm, repository: &str, content: Content) -> io::Result<Blob> {
+    pub fn add_blob_by(
+        &self,
+        algorithm: Algorithm,
+        repository: &str,
+        content: Content,
+    ) -> io::Result<Blob> {
         self.state.add_blob(repository, content, algorithm)
     }
 
     /// Adds a manifest to a repository, under its digest and under `reference` (a tag; its digest does no harm).
-    pub fn add_manifest(&self, repository: &str, reference: &str, media_type: &str, text: &[u8]) -> Blob {
-        self.state.add_manifest(repository, reference, media_type, text)
+    pub fn add_manifest(
+        &self,
+        repository: &str,
+        reference: &str,
+        media_type: &str,
+        text: &[u8],
+    ) -> Blob {
+        self.state
+            .add_manifest(repository, reference, media_type, text)
     }
 
     /// Adds an image of these layers: an empty configuration and a manifest, tagged `tag`. Returns the manifest.
@@ -142,14 +168,19 @@ impl Origin {
         let describe = |blob: Blob, media_type: MediaType| {
             let digest: oci_spec::image::Digest =
                 blob.digest.to_string().parse().map_err(io::Error::other)?;
-            let builder =
-                DescriptorBuilder::default().media_type(media_type).digest(digest).size(blob.size_bytes);
+            let builder = DescriptorBuilder::default()
+                .media_type(media_type)
+                .digest(digest)
+                .size(blob.size_bytes);
             builder.build().map_err(io::Error::other)
         };
         let config = self.add_blob(repository, Content::bytes(*b"{}"))?;
-        let layers = layers
-            .iter()
-            .map(|layer| describe(self.add_blob(repository, layer.clone())?, MediaType::ImageLayer));
+        let layers = layers.iter().map(|layer| {
+            describe(
+                self.add_blob(repository, layer.clone())?,
+                MediaType::ImageLayer,
+            )
+        });
         let manifest = ImageManifestBuilder::default()
             .schema_version(2_u32)
             .media_type(MediaType::ImageManifest)
@@ -158,7 +189,12 @@ impl Origin {
             .build()
             .and_then(|manifest| manifest.to_string())
             .map_err(io::Error::other)?;
-        Ok(self.add_manifest(repository, tag, MediaType::ImageManifest.as_ref(), manifest.as_bytes()))
+        Ok(self.add_manifest(
+            repository,
+            tag,
+            MediaType::ImageManifest.as_ref(),
+            manifest.as_bytes(),
+        ))
     }
 
     /// Puts a fault in force; the id ends it again.
@@ -229,20 +265,45 @@ struct Manifest {
 }
 
 impl State {
-    fn add_blob(&self, repository: &str, content: Content, algorithm: Algorithm) -> io::Result<Blob> {
-        let blob = Blob { digest: content.digest_by(algorithm)?, size_bytes: content.size_bytes() };
-        lock(&self.shelves).blobs.insert((repository.to_owned(), blob.digest.to_string()), content);
+    fn add_blob(
+        &self,
+        repository: &str,
+        content: Content,
+        algorithm: Algorithm,
+    ) -> io::Result<Blob> {
+        let blob = Blob {
+            digest: content.digest_by(algorithm)?,
+            size_bytes: content.size_bytes(),
+        };
+        lock(&self.shelves)
+            .blobs
+            .insert((repository.to_owned(), blob.digest.to_string()), content);
         Ok(blob)
     }
 
-    fn add_manifest(&self, repository: &str, reference: &str, media_type: &str, text: &[u8]) -> Blob {
+    fn add_manifest(
+        &self,
+        repository: &str,
+        reference: &str,
+        media_type: &str,
+        text: &[u8],
+    ) -> Blob {
         let digest = Digest::of(Algorithm::Sha256, text);
-        let manifest = Manifest { media_type: media_type.to_owned(), digest, content: Content::bytes(text) };
+        let manifest = Manifest {
+            media_type: media_type.to_owned(),
+            digest,
+            content: Content::bytes(text),
+        };
         let mut shelves = lock(&self.shelves);
         for reference in [reference.to_owned(), digest.to_string()] {
-            shelves.manifests.insert((repository.to_owned(), reference), manifest.clone());
+            shelves
+                .manifests
+                .insert((repository.to_owned(), reference), manifest.clone());
         }
-        Blob { digest, size_bytes: text.len() as u64 }
+        Blob {
+            digest,
+            size_bytes: text.len() as u64,
+        }
     }
 
     fn change_rules<T>(&self, change: impl FnOnce(&mut fault::Rules) -> T) -> T {
@@ -269,21 +330,41 @@ struct Listeners {
 
 impl Listeners {
     fn open(config: OriginConfig, state: Arc<State>) -> io::Result<Self> {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()?;
         let registry = runtime.block_on(TcpListener::bind(config.listen))?;
-        let control =
-            config.control.map(|address| runtime.block_on(TcpListener::bind(address))).transpose()?;
-        Ok(Self { runtime, registry, control, tls: config.tls.map(TlsAcceptor::from), state })
+        let control = config
+            .control
+            .map(|address| runtime.block_on(TcpListener::bind(address)))
+            .transpose()?;
+        Ok(Self {
+            runtime,
+            registry,
+            control,
+            tls: config.tls.map(TlsAcceptor::from),
+            state,
+        })
     }
 
     fn addresses(&self) -> io::Result<(SocketAddr, Option<SocketAddr>)> {
-        let control = self.control.as_ref().map(TcpListener::local_addr).transpose()?;
+        let control = self
+            .control
+            .as_ref()
+            .map(TcpListener::local_addr)
+            .transpose()?;
         Ok((self.registry.local_addr()?, control))
     }
 
     /// Serves until the other end of `stopped` is dropped.
     fn run(self, stopped: tokio::sync::oneshot::Receiver<()>) {
-        let Self { runtime, registry, control, tls, state } = self;
+        let Self {
+            runtime,
+            registry,
+            control,
+            tls,
+            state,
+        } = self;
         runtime.block_on(async {
             if let Some(control) = control {
                 tokio::spawn(control::serve(control, Arc::clone(&state)));

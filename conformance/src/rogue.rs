@@ -85,15 +85,22 @@ impl Rogue {
         blob: &Blob,
         content: &Content,
     ) -> Result<Self> {
-        ensure!(content.size_bytes() == blob.size_bytes, "its bytes must be as many as the blob's");
+        ensure!(
+            content.size_bytes() == blob.size_bytes,
+            "its bytes must be as many as the blob's"
+        );
         let token: Token = authority.token(role)?.parse()?;
-        let (scheduler, address, content) =
-            (authority.scheduler().to_string(), host.at(PORT), content.clone());
+        let (scheduler, address, content) = (
+            authority.scheduler().to_string(),
+            host.at(PORT),
+            content.clone(),
+        );
         let runtime = host.runtime(1)?;
         let (name, blob) = (host.name().to_owned(), *blob);
         // Spawned: the runtime's own threads are on the host, this one is not.
         let started = runtime.spawn(async move {
-            let (identity, _, _) = join::join(&scheduler, &token, &name, &Identity::request()?).await?;
+            let (identity, _, _) =
+                join::join(&scheduler, &token, &name, &Identity::request()?).await?;
             let layout = PieceLayout::new(blob.size_bytes);
             let lies = (conduct == Conduct::SignsLies)
                 .then(|| lies(&identity, &blob, layout, &content))
@@ -116,7 +123,10 @@ impl Rogue {
             anyhow::Ok(shared)
         });
         let shared = runtime.block_on(started)??;
-        Ok(Self { shared, _runtime: runtime })
+        Ok(Self {
+            shared,
+            _runtime: runtime,
+        })
     }
 
     /// Its id.
@@ -137,9 +147,17 @@ impl Rogue {
             bytes: 0,
             reporter: Vec::new(),
         };
-        let reports = v1::Reports { reports: others.iter().map(report).collect() };
-        let say = self.shared.say.get().context("it has not announced itself")?;
-        Ok(say.try_send(v1::FromPeer { event: Some(Say::Reports(reports)) })?)
+        let reports = v1::Reports {
+            reports: others.iter().map(report).collect(),
+        };
+        let say = self
+            .shared
+            .say
+            .get()
+            .context("it has not announced itself")?;
+        Ok(say.try_send(v1::FromPeer {
+            event: Some(Say::Reports(reports)),
+        })?)
     }
 
     /// Asks the scheduler who else has its blob: from then on it has been told of those.
@@ -148,9 +166,19 @@ impl Rogue {
     /// When its stream is over.
     pub fn want(&self) -> Result<()> {
         let Blob { digest, size_bytes } = self.shared.blob;
-        let want = v1::Want { task: digest.to_string(), size_bytes, ..v1::Want::default() };
-        let say = self.shared.say.get().context("it has not announced itself")?;
-        Ok(say.try_send(v1::FromPeer { event: Some(Say::Want(want)) })?)
+        let want = v1::Want {
+            task: digest.to_string(),
+            size_bytes,
+            ..v1::Want::default()
+        };
+        let say = self
+            .shared
+            .say
+            .get()
+            .context("it has not announced itself")?;
+        Ok(say.try_send(v1::FromPeer {
+            event: Some(Say::Want(want)),
+        })?)
     }
 
     /// Pieces that it was asked for.
@@ -161,7 +189,12 @@ impl Rogue {
 }
 
 /// The table of `content` as that of `blob`, signed and sealed.
-fn lies(identity: &Identity, blob: &Blob, layout: PieceLayout, content: &Content) -> Result<PieceTable> {
+fn lies(
+    identity: &Identity,
+    blob: &Blob,
+    layout: PieceLayout,
+    content: &Content,
+) -> Result<PieceTable> {
     let mut table = PieceTable::new(blob.digest, layout);
     let mut chain = Chain::new(blob.digest.algorithm());
     for piece in 0..table.full_count() {
@@ -199,13 +232,22 @@ impl Shared {
             pieces: self.layout.count(),
             complete: true,
         };
-        let holdings = v1::Holdings { replaces_all: true, holdings: vec![holding] };
+        let holdings = v1::Holdings {
+            replaces_all: true,
+            holdings: vec![holding],
+        };
         for event in [Say::Register(register), Say::Holdings(holdings)] {
             say.send(v1::FromPeer { event: Some(event) }).await?;
         }
         let mut client = SchedulerClient::new(connection.channel);
-        let mut stream = client.track(ReceiverStream::new(outgoing)).await?.into_inner();
-        stream.message().await?.context("the scheduler closed the stream")?;
+        let mut stream = client
+            .track(ReceiverStream::new(outgoing))
+            .await?
+            .into_inner();
+        stream
+            .message()
+            .await?
+            .context("the scheduler closed the stream")?;
         let _ = self.say.set(say);
         tokio::spawn(async move { while let Ok(Some(_)) = stream.message().await {} });
         Ok(())
@@ -231,13 +273,16 @@ impl Shared {
         say(&mut tls, Wire::Hello(hello)).await?;
         loop {
             match hear(&mut tls).await? {
-                Some(Wire::Ping(ping)) => say(&mut tls, Wire::Pong(v1::Pong { nonce: ping.nonce })).await?,
+                Some(Wire::Ping(ping)) => {
+                    say(&mut tls, Wire::Pong(v1::Pong { nonce: ping.nonce })).await?
+                }
                 Some(Wire::Interest(interest)) if interest.task == self.blob.digest.to_string() => {
                     self.offer(&mut tls).await?;
                 }
                 Some(Wire::Request(request)) => {
                     self.asked.fetch_add(1, Ordering::Relaxed);
-                    self.misserve(&mut tls, request.request, request.piece).await?;
+                    self.misserve(&mut tls, request.request, request.piece)
+                        .await?;
                 }
                 _ => {}
             }
@@ -248,12 +293,35 @@ impl Shared {
         let (task, size_bytes) = (self.blob.digest, self.blob.size_bytes);
         if let Some(table) = &self.lies {
             let (values, signed) = (table.values().to_vec(), table.signed().cloned());
-            say_of_pieces(tls, &Message::Table { task, size_bytes, first: 0, values, signed }).await?;
+            say_of_pieces(
+                tls,
+                &Message::Table {
+                    task,
+                    size_bytes,
+                    first: 0,
+                    values,
+                    signed,
+                },
+            )
+            .await?;
         }
-        say_of_pieces(tls, &Message::Have { task, size_bytes, offer: Offer::All }).await
+        say_of_pieces(
+            tls,
+            &Message::Have {
+                task,
+                size_bytes,
+                offer: Offer::All,
+            },
+        )
+        .await
     }
 
-    async fn misserve(&self, tls: &mut TlsStream<TcpStream>, request: u32, piece: PieceIndex) -> Result<()> {
+    async fn misserve(
+        &self,
+        tls: &mut TlsStream<TcpStream>,
+        request: u32,
+        piece: PieceIndex,
+    ) -> Result<()> {
         let bytes = bytes_of(self.layout, &self.content, piece)?;
         let half = &bytes[..bytes.len() / 2];
         match self.conduct {
@@ -280,7 +348,10 @@ async fn say_of_pieces(tls: &mut TlsStream<TcpStream>, message: &Message) -> Res
 }
 
 async fn say(tls: &mut TlsStream<TcpStream>, message: Wire) -> Result<()> {
-    let payload = v1::PeerMessage { message: Some(message) }.encode_to_vec();
+    let payload = v1::PeerMessage {
+        message: Some(message),
+    }
+    .encode_to_vec();
     frame(tls, CONTROL, &payload).await
 }
 
@@ -302,9 +373,16 @@ async fn frame(tls: &mut TlsStream<TcpStream>, kind: u8, payload: &[u8]) -> Resu
 /// The next message; `None` for a frame of another kind.
 async fn hear(tls: &mut TlsStream<TcpStream>) -> Result<Option<Wire>> {
     let length = tls.read_u32().await? as usize;
-    ensure!((1..=CONTROL_AT_MOST_BYTES).contains(&length), "a frame of {length} bytes");
+    ensure!(
+        (1..=CONTROL_AT_MOST_BYTES).contains(&length),
+        "a frame of {length} bytes"
+    );
     let kind = tls.read_u8().await?;
     let mut payload = vec![0; length - 1];
     tls.read_exact(&mut payload).await?;
-    Ok(if kind == CONTROL { v1::PeerMessage::decode(&payload[..])?.message } else { None })
+    Ok(if kind == CONTROL {
+        v1::PeerMessage::decode(&payload[..])?.message
+    } else {
+        None
+    })
 }

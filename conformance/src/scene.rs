@@ -43,7 +43,10 @@ impl Plan {
     /// A seed and this many nodes.
     #[must_use]
     pub fn nodes(nodes: usize) -> Self {
-        Self { nodes, ..Self::default() }
+        Self {
+            nodes,
+            ..Self::default()
+        }
     }
 
     /// With links of this rate in each direction, the origin's too.
@@ -81,7 +84,8 @@ impl Plan {
     pub fn play(self, play: impl FnOnce(&mut Scene) -> Result<()>) -> Result<()> {
         let lab = Arc::new(Lab::new()?);
         let origin_host = lab.host("origin")?;
-        self.link.map_or(Ok(()), |rate| origin_host.shape(rate, rate))?;
+        self.link
+            .map_or(Ok(()), |rate| origin_host.shape(rate, rate))?;
         let origin = start_origin(&origin_host)?;
         let plan = ClusterPlan {
             nodes: self.nodes,
@@ -93,7 +97,12 @@ impl Plan {
             name_server: None,
         };
         let cluster = lab.explain(Cluster::start(&lab, &plan))?;
-        let mut scene = Scene { cluster, origin, origin_host, lab };
+        let mut scene = Scene {
+            cluster,
+            origin,
+            origin_host,
+            lab,
+        };
         let outcome = play(&mut scene);
         scene.lab.explain(outcome)
     }
@@ -104,7 +113,8 @@ impl Plan {
 /// # Errors
 /// When it cannot listen there.
 pub fn start_origin(host: &Host) -> Result<Origin> {
-    host.enter(|| Origin::start(OriginConfig::http(host.at(5000))))?.context("starting the origin")
+    host.enter(|| Origin::start(OriginConfig::http(host.at(5000))))?
+        .context("starting the origin")
 }
 
 /// A lab with an origin, in which the caller starts its daemons. What these log is shown where it fails.
@@ -135,8 +145,13 @@ impl Configured {
     pub fn start(plan: HawkerPlan, host: &Host, origin: &Origin, settings: &str) -> Result<Self> {
         let config = host.dir().join("settings.toml");
         std::fs::write(&config, settings)?;
-        let plan = plan.flag("--config", config.display().to_string()).plain_registry(origin.address());
-        Ok(Self { node: plan.start()?, config })
+        let plan = plan
+            .flag("--config", config.display().to_string())
+            .plain_registry(origin.address());
+        Ok(Self {
+            node: plan.start()?,
+            config,
+        })
     }
 
     /// A node in the cluster of this one.
@@ -145,7 +160,12 @@ impl Configured {
     /// When it does not start.
     pub fn join(&self, lab: &Lab, origin: &Origin, name: &str, settings: &str) -> Result<Self> {
         let host = lab.host(name)?;
-        Self::start(HawkerPlan::proxy(&host).join_to(&self.node)?, &host, origin, settings)
+        Self::start(
+            HawkerPlan::proxy(&host).join_to(&self.node)?,
+            &host,
+            origin,
+            settings,
+        )
     }
 
     /// Other settings from now on.
@@ -169,7 +189,9 @@ impl Scene {
     pub fn blob(&self, size_bytes: u64) -> Result<Blob> {
         static SEED: AtomicU64 = AtomicU64::new(1);
         let seed = SEED.fetch_add(1, Ordering::Relaxed);
-        Ok(self.origin.add_blob(REPOSITORY, Content::generated(seed, size_bytes))?)
+        Ok(self
+            .origin
+            .add_blob(REPOSITORY, Content::generated(seed, size_bytes))?)
     }
 
     /// The first node.
@@ -212,8 +234,13 @@ impl Scene {
     /// When one is not.
     pub fn pull_on_all(&self, nodes: &[Hawker], blob: &Blob) -> Result<()> {
         std::thread::scope(|scope| {
-            let pulls: Vec<_> = nodes.iter().map(|node| scope.spawn(|| self.pull(node, blob))).collect();
-            pulls.into_iter().try_for_each(|pull| join(pull.join()).map(drop))
+            let pulls: Vec<_> = nodes
+                .iter()
+                .map(|node| scope.spawn(|| self.pull(node, blob)))
+                .collect();
+            pulls
+                .into_iter()
+                .try_for_each(|pull| join(pull.join()).map(drop))
         })
     }
 
@@ -227,7 +254,10 @@ impl Scene {
     #[must_use]
     pub fn origin_bytes(&self, blob: &Blob) -> u64 {
         let (log, digest) = (self.origin.log(), blob.digest.to_string());
-        log.iter().filter(|entry| entry.target.contains(&digest)).map(|entry| entry.body_bytes).sum()
+        log.iter()
+            .filter(|entry| entry.target.contains(&digest))
+            .map(|entry| entry.body_bytes)
+            .sum()
     }
 }
 
@@ -243,7 +273,9 @@ pub fn blob_path(blob: &Blob) -> String {
 /// When it is not.
 pub fn right(answer: Answer, blob: &Blob) -> Result<Answer> {
     ensure!(
-        answer.status == 200 && answer.end == End::Complete && answer.digest == blob.digest.to_string(),
+        answer.status == 200
+            && answer.end == End::Complete
+            && answer.digest == blob.digest.to_string(),
         "not the blob: {} {:?}, {} of {} bytes after {:?}, {} for {}{}",
         answer.status,
         answer.end,
@@ -252,7 +284,11 @@ pub fn right(answer: Answer, blob: &Blob) -> Result<Answer> {
         answer.total,
         answer.digest,
         blob.digest,
-        if answer.status >= 400 { format!(": {}", answer.text()) } else { String::new() }
+        if answer.status >= 400 {
+            format!(": {}", answer.text())
+        } else {
+            String::new()
+        }
     );
     Ok(answer)
 }
@@ -278,14 +314,20 @@ pub fn withheld(answer: Answer) -> Result<Answer> {
 /// # Errors
 /// When it does not in time.
 pub fn until_committed(node: &Hawker, blob: &Blob) -> Result<()> {
-    until(COMMIT, "the commit", || Ok(committed_path(node, blob).is_file()))
+    until(COMMIT, "the commit", || {
+        Ok(committed_path(node, blob).is_file())
+    })
 }
 
 /// Where a node keeps the blob once it is committed.
 #[must_use]
 pub fn committed_path(node: &Hawker, blob: &Blob) -> PathBuf {
     let hex = blob.digest.hex();
-    node.store_dir().join("blobs").join(blob.digest.algorithm().name()).join(&hex[..2]).join(hex)
+    node.store_dir()
+        .join("blobs")
+        .join(blob.digest.algorithm().name())
+        .join(&hex[..2])
+        .join(hex)
 }
 
 /// Where a node keeps what it has of a blob until then.

@@ -5,7 +5,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, ensure};
 use hawker_conformance::lab::{Hawker, HawkerPlan, Request};
 use hawker_conformance::origin::{Blob, Content, Origin};
-use hawker_conformance::scene::{Configured, REPOSITORY, blob_path, join, right, until, with_origin};
+use hawker_conformance::scene::{
+    Configured, REPOSITORY, blob_path, join, right, until, with_origin,
+};
 
 const MIB: u64 = 1 << 20;
 
@@ -14,8 +16,13 @@ const TAG: &str = "X-Hawker-Tag";
 const PRIORITY: &str = "X-Hawker-Priority";
 
 fn ask(node: &Hawker, origin: &Origin, blob: &Blob, headers: &[(&str, &str)]) -> Request {
-    let request = node.request(origin.address(), &blob_path(blob)).discard().within(Duration::from_secs(90));
-    headers.iter().fold(request, |request, (name, value)| request.header(name, *value))
+    let request = node
+        .request(origin.address(), &blob_path(blob))
+        .discard()
+        .within(Duration::from_secs(90));
+    headers.iter().fold(request, |request, (name, value)| {
+        request.header(name, *value)
+    })
 }
 
 /// How long it takes to get a blob.
@@ -47,9 +54,15 @@ fn a_seed_sends_what_is_urgent_first_and_the_rest_goes_on() -> Result<()> {
             std::thread::sleep(Duration::from_secs(2));
             // 16 MiB at 4 MB/s are 4.2 s alone, and twice that at half the rate.
             let urgent = pull(&shop, origin, &short, &[(APPLICATION, "shop")])?;
-            ensure!(urgent < Duration::from_millis(6500), "the urgent one takes {urgent:?}");
+            ensure!(
+                urgent < Duration::from_millis(6500),
+                "the urgent one takes {urgent:?}"
+            );
             let slow = join(slow.join())?;
-            ensure!(slow < Duration::from_secs(30), "the other one takes {slow:?}");
+            ensure!(
+                slow < Duration::from_secs(30),
+                "the other one takes {slow:?}"
+            );
             Ok(())
         })
     })
@@ -61,7 +74,10 @@ fn an_application_and_a_tag_keep_to_their_rates_at_the_node_and_at_the_seed_and_
     with_origin(|lab, origin| {
         // 8 MiB at 2 MB/s are 4 s.
         let held = |what: &str, took: Duration| {
-            ensure!((3..7).contains(&took.as_secs()), "{what}: it takes {took:?}");
+            ensure!(
+                (3..7).contains(&took.as_secs()),
+                "{what}: it takes {took:?}"
+            );
             Ok(())
         };
         let free = |what: &str, took: Duration| {
@@ -72,33 +88,63 @@ fn an_application_and_a_tag_keep_to_their_rates_at_the_node_and_at_the_seed_and_
         let host = lab.host("seed")?;
         let rules = "[[application]]\nname = \"batch\"\norigin = \"2MB\"\n";
         let mut seed = Configured::start(HawkerPlan::up(&host), &host, origin, rules)?;
-        let all = (0..5).map(|seed| blob(origin, seed, 8 * MIB)).collect::<Result<Vec<_>>>()?;
-        held("the origin of batch", pull(&seed.node, origin, &all[0], &batch)?)?;
-        free("the origin of others", pull(&seed.node, origin, &all[1], &[])?)?;
+        let all = (0..5)
+            .map(|seed| blob(origin, seed, 8 * MIB))
+            .collect::<Result<Vec<_>>>()?;
+        held(
+            "the origin of batch",
+            pull(&seed.node, origin, &all[0], &batch)?,
+        )?;
+        free(
+            "the origin of others",
+            pull(&seed.node, origin, &all[1], &[])?,
+        )?;
 
         seed.set("[[application]]\ntag = \"night\"\nupload = \"2MB\"\n")?;
         for blob in &all[2..] {
             pull(&seed.node, origin, blob, &batch)?;
         }
         let mut node = seed.join(lab, origin, "node", "")?;
-        held("the seed's upload of a tag", pull(&node.node, origin, &all[0], &[(TAG, "night")])?)?;
-        free("the seed's upload of others", pull(&node.node, origin, &all[1], &[(TAG, "day")])?)?;
+        held(
+            "the seed's upload of a tag",
+            pull(&node.node, origin, &all[0], &[(TAG, "night")])?,
+        )?;
+        free(
+            "the seed's upload of others",
+            pull(&node.node, origin, &all[1], &[(TAG, "day")])?,
+        )?;
 
         let registry = origin.address();
         node.set(&format!(
             "[[application]]\nname = \"batch\"\nmatch = \"{registry}/*\"\ndownload = \"2MB\"\n"
         ))?;
-        held("the node's download by its repository", pull(&node.node, origin, &all[2], &[])?)?;
-        free("what says that it is another's", pull(&node.node, origin, &all[3], &[(APPLICATION, "shop")])?)?;
+        held(
+            "the node's download by its repository",
+            pull(&node.node, origin, &all[2], &[])?,
+        )?;
+        free(
+            "what says that it is another's",
+            pull(&node.node, origin, &all[3], &[(APPLICATION, "shop")])?,
+        )?;
         node.set("")?;
         free("without rules", pull(&node.node, origin, &all[4], &batch)?)?;
 
-        let counted =
-            seed.node.metric("hawker_application_bytes_total", &["application=\"batch\"", "origin"])?;
-        ensure!(counted >= 8e6, "{counted} bytes are counted for batch at the seed");
-        let counted =
-            node.node.metric("hawker_application_bytes_total", &["application=\"batch\"", "served"])?;
-        ensure!(counted >= 8e6, "{counted} bytes are counted for batch at the node");
+        let counted = seed.node.metric(
+            "hawker_application_bytes_total",
+            &["application=\"batch\"", "origin"],
+        )?;
+        ensure!(
+            counted >= 8e6,
+            "{counted} bytes are counted for batch at the seed"
+        );
+        let counted = node.node.metric(
+            "hawker_application_bytes_total",
+            &["application=\"batch\"", "served"],
+        )?;
+        ensure!(
+            counted >= 8e6,
+            "{counted} bytes are counted for batch at the node"
+        );
         Ok(())
     })
 }
@@ -121,22 +167,45 @@ fn an_application_with_as_many_requests_as_it_may_is_told_to_come_again_and_no_r
                 Ok(node.metric("hawker_application_bytes_total", &["served"])? > 0.0)
             })?;
             let refused = ask(&node, origin, &short, &all).send(node.host())?;
-            ensure!(begun.elapsed() < Duration::from_secs(4), "the first one may be over");
-            ensure!(refused.status == 429 && refused.header("retry-after").is_some(), "{refused:?}");
+            ensure!(
+                begun.elapsed() < Duration::from_secs(4),
+                "the first one may be over"
+            );
+            ensure!(
+                refused.status == 429 && refused.header("retry-after").is_some(),
+                "{refused:?}"
+            );
             pull(&node, origin, &short, &[(APPLICATION, "shop")])?;
             right(join(slow.join())?, &long)?;
             Ok(())
         })?;
         pull(&node, origin, &short, &all)?;
-        let refused = node.metric("hawker_application_refused_total", &["application=\"batch\""])?;
+        let refused = node.metric(
+            "hawker_application_refused_total",
+            &["application=\"batch\""],
+        )?;
         ensure!(refused == 1.0, "{refused} refused");
         for (name, value) in [(PRIORITY, "7"), (APPLICATION, "two words")] {
             let answer = ask(&node, origin, &short, &[(name, value)]).send(node.host())?;
-            ensure!(answer.status == 400 && answer.text().contains(name), "{name}: {answer:?}");
+            ensure!(
+                answer.status == 400 && answer.text().contains(name),
+                "{name}: {answer:?}"
+            );
         }
-        let told: Vec<_> = origin.log().into_iter().flat_map(|entry| entry.fields).collect();
-        ensure!(told.iter().any(|name| name == "user-agent" || name == "via"), "fields are noted: {told:?}");
-        ensure!(!told.iter().any(|name| name.starts_with("x-hawker")), "{told:?}");
+        let told: Vec<_> = origin
+            .log()
+            .into_iter()
+            .flat_map(|entry| entry.fields)
+            .collect();
+        ensure!(
+            told.iter()
+                .any(|name| name == "user-agent" || name == "via"),
+            "fields are noted: {told:?}"
+        );
+        ensure!(
+            !told.iter().any(|name| name.starts_with("x-hawker")),
+            "{told:?}"
+        );
         Ok(())
     })
 }

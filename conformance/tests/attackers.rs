@@ -23,7 +23,11 @@ fn honest_pulls_go_on(scene: &Scene, what: &str) -> Result<()> {
     for _ in 0..4 {
         let blob = scene.blob(SIZE_BYTES)?;
         let answer = scene.pull(scene.node(), &blob)?;
-        ensure!(answer.total < SOON, "{what}: a pull took {:?}", answer.total);
+        ensure!(
+            answer.total < SOON,
+            "{what}: a pull took {:?}",
+            answer.total
+        );
     }
     Ok(())
 }
@@ -38,9 +42,11 @@ fn second_seed(scene: &Scene) -> Result<Hawker> {
     let plan = HawkerPlan::seed(&host).plain_registry(scene.origin.address());
     let seed = plan.join_to(&scene.cluster.seed)?.start()?;
     let known = seed.status()?.peer_id;
-    scene.node().wait_status(Duration::from_secs(10), |status| {
-        status.members.iter().any(|member| member.peer_id == known)
-    })?;
+    scene
+        .node()
+        .wait_status(Duration::from_secs(10), |status| {
+            status.members.iter().any(|member| member.peer_id == known)
+        })?;
     Ok(seed)
 }
 
@@ -53,8 +59,13 @@ fn huge_blobs_of_one_member_slow_nobody_down_and_end_with_it() -> Result<()> {
             let content = Content::generated(u64::from(n), 2 << 40);
             scene.origin.add_claimed_blob(THEIRS, &invented(n), content);
         }
-        let slow = Fault::SlowBody { bytes_per_s: 1 << 20 };
-        scene.origin.add_fault(Rule { path_contains: THEIRS.into(), ..Rule::always(slow) });
+        let slow = Fault::SlowBody {
+            bytes_per_s: 1 << 20,
+        };
+        scene.origin.add_fault(Rule {
+            path_contains: THEIRS.into(),
+            ..Rule::always(slow)
+        });
         let registry = scene.registry();
         let mut lines = Vec::new();
         for seed in [&scene.cluster.seed, &other] {
@@ -67,7 +78,11 @@ fn huge_blobs_of_one_member_slow_nobody_down_and_end_with_it() -> Result<()> {
         drop(lines);
         drop(attacker);
         let is_rid = |seed: &Hawker| -> Result<bool> {
-            Ok(seed.status()?.tasks.iter().all(|task| task.size_bytes < 1 << 40 || task.state == "paused"))
+            Ok(seed
+                .status()?
+                .tasks
+                .iter()
+                .all(|task| task.size_bytes < 1 << 40 || task.state == "paused"))
         };
         until(Duration::from_secs(15), "the end of its downloads", || {
             Ok(is_rid(&scene.cluster.seed)? && is_rid(&other)?)
@@ -95,7 +110,11 @@ fn tables_of_invented_digests_take_no_memory() -> Result<()> {
         }
         honest_pulls_go_on(scene, "beside the tables")?;
         most_bytes = most_bytes.max(scene.cluster.seed.anonymous_bytes()?);
-        ensure!(most_bytes < MEMORY_BYTES, "the seed took {} MiB", most_bytes >> 20);
+        ensure!(
+            most_bytes < MEMORY_BYTES,
+            "the seed took {} MiB",
+            most_bytes >> 20
+        );
         Ok(())
     })
 }
@@ -106,7 +125,10 @@ fn thousands_of_interests_lead_to_few_requests_and_files() -> Result<()> {
         let attacker = Attacker::join(&scene.lab.host("attacker")?, &scene.cluster.seed)?;
         let mut line = attacker.connect(&scene.cluster.seed)?;
         let registry = scene.registry();
-        let hang = Rule { path_contains: THEIRS.into(), ..Rule::always(Fault::Hang) };
+        let hang = Rule {
+            path_contains: THEIRS.into(),
+            ..Rule::always(Fault::Hang)
+        };
         scene.origin.add_fault(hang);
         // An address that the configuration does not name is not asked at all.
         let flood = |line: &mut Line, first: u32, registry: &str| {
@@ -114,14 +136,21 @@ fn thousands_of_interests_lead_to_few_requests_and_files() -> Result<()> {
             (first..first + 3000)
                 .take_while(|n| {
                     start.elapsed() < Duration::from_secs(8)
-                        && line.say(&interest(invented(*n), registry, THEIRS), WRITE).is_ok()
+                        && line
+                            .say(&interest(invented(*n), registry, THEIRS), WRITE)
+                            .is_ok()
                 })
                 .count()
         };
-        let said =
-            flood(&mut line, 0, &registry) + flood(&mut line, 3000, &registry.replace(":5000", ":5001"));
+        let said = flood(&mut line, 0, &registry)
+            + flood(&mut line, 3000, &registry.replace(":5000", ":5001"));
         honest_pulls_go_on(scene, "beside the interests")?;
-        let asked = scene.origin.log().iter().filter(|entry| entry.target.contains(THEIRS)).count();
+        let asked = scene
+            .origin
+            .log()
+            .iter()
+            .filter(|entry| entry.target.contains(THEIRS))
+            .count();
         ensure!(said > 1000, "only {said} were said");
         ensure!(asked <= 100, "the registry was asked {asked} times");
         ensure!(line.refusals() > 300, "{} were refused", line.refusals());
@@ -145,8 +174,11 @@ fn connections_of_one_member_and_of_strangers_keep_nobody_out() -> Result<()> {
         let open = lines.iter().filter(|line| !line.is_over()).count();
         ensure!(open <= 4, "{open} are open");
         let address = scene.cluster.seed.peer();
-        let idle: Vec<TcpStream> =
-            host.enter(|| (0..512).filter_map(|_| TcpStream::connect(address).ok()).collect())?;
+        let idle: Vec<TcpStream> = host.enter(|| {
+            (0..512)
+                .filter_map(|_| TcpStream::connect(address).ok())
+                .collect()
+        })?;
         let node = &mut scene.cluster.nodes[0];
         node.kill()?;
         node.restart()?;
@@ -154,7 +186,10 @@ fn connections_of_one_member_and_of_strangers_keep_nobody_out() -> Result<()> {
         let blob = scene.blob(SIZE_BYTES)?;
         scene.pull(scene.node(), &blob)?;
         let from_seeds = scene.node().metric("hawker_peers_connected", &[])?;
-        ensure!(from_seeds >= 1.0, "the node has no connection with the seed");
+        ensure!(
+            from_seeds >= 1.0,
+            "the node has no connection with the seed"
+        );
         drop(idle);
         Ok(())
     })
@@ -168,9 +203,18 @@ fn a_member_that_breaks_the_protocol_is_refused_and_logged_once() -> Result<()> 
         line.write(&[0, 0, 0, 4, 1, 0xff, 0xff, 0xff], WRITE)?;
         until(SOON, "the end of its connection", || Ok(line.is_over()))?;
         for _ in 0..50 {
-            ensure!(attacker.connect(&scene.cluster.seed).is_err(), "it was let in again");
+            ensure!(
+                attacker.connect(&scene.cluster.seed).is_err(),
+                "it was let in again"
+            );
         }
-        let lines = scene.cluster.seed.log().lines().filter(|line| line.contains("protocol")).count();
+        let lines = scene
+            .cluster
+            .seed
+            .log()
+            .lines()
+            .filter(|line| line.contains("protocol"))
+            .count();
         ensure!((1..=20).contains(&lines), "{lines} lines");
         honest_pulls_go_on(scene, "beside a refused member")
     })

@@ -6,7 +6,9 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use hawker_conformance::lab::{Answer, DockerRegistry, Hawker, HawkerPlan, Image, Lab, Request, run};
+use hawker_conformance::lab::{
+    Answer, DockerRegistry, Hawker, HawkerPlan, Image, Lab, Request, run,
+};
 use hawker_conformance::origin::Content;
 use hawker_conformance::scene::{Plan, REPOSITORY, blob_path, right};
 
@@ -36,17 +38,33 @@ fn play(scene: impl FnOnce(&mut Stage) -> Result<()>) -> Result<()> {
     let image = Image::noise(41, &[300_000, 4000]);
     registry.push(&image, "team/app", "v1")?;
     let layout = lab.dir().join("layout");
-    Image::write_index(&layout, &[Image::noise(42, &[3000]), Image::noise(43, &[2000])])?;
+    Image::write_index(
+        &layout,
+        &[Image::noise(42, &[3000]), Image::noise(43, &[2000])],
+    )?;
     let layout = format!("oci:{}:latest", layout.display());
     let copy = |from: &str, to: &str, flags: &[&str]| -> Result<String> {
         let mut skopeo = registry.host().command("skopeo");
-        skopeo.args(["--insecure-policy", "copy", "--quiet", "--src-tls-verify=false"]);
-        run(skopeo.arg("--dest-tls-verify=false").args(flags).args([from, to]))
+        skopeo.args([
+            "--insecure-policy",
+            "copy",
+            "--quiet",
+            "--src-tls-verify=false",
+        ]);
+        run(skopeo
+            .arg("--dest-tls-verify=false")
+            .args(flags)
+            .args([from, to]))
     };
     let tagged = |tag: &str| format!("docker://{}/team/app:{tag}", registry.authority());
     copy(&layout, &tagged("index"), &["--all", "--preserve-digests"])?;
     copy(&tagged("v1"), &tagged("old"), &["--format", "v2s2"])?;
-    let mut stage = Stage { registry, node, image, _lab: lab };
+    let mut stage = Stage {
+        registry,
+        node,
+        image,
+        _lab: lab,
+    };
     let outcome = scene(&mut stage);
     stage._lab.explain(outcome)
 }
@@ -57,7 +75,9 @@ impl Stage {
         let ns = self.registry.authority().replace(':', "%3A");
         let of = |address, target: String| {
             let request = Request::new(method, address, target);
-            let request = headers.iter().fold(request, |request, (name, value)| request.header(name, *value));
+            let request = headers.iter().fold(request, |request, (name, value)| {
+                request.header(name, *value)
+            });
             request.send(self.node.host())
         };
         let separator = if path.contains('?') { '&' } else { '?' };
@@ -74,18 +94,32 @@ impl Stage {
     }
 
     fn digest_of(&self, tag: &str, accept: &str) -> Result<String> {
-        let (direct, _) =
-            self.both("HEAD", &format!("/v2/team/app/manifests/{tag}"), &[("accept", accept)])?;
-        Ok(direct.header("docker-content-digest").context("the registry tells no digest")?.to_owned())
+        let (direct, _) = self.both(
+            "HEAD",
+            &format!("/v2/team/app/manifests/{tag}"),
+            &[("accept", accept)],
+        )?;
+        Ok(direct
+            .header("docker-content-digest")
+            .context("the registry tells no digest")?
+            .to_owned())
     }
 }
 
 /// That both say the same about the content, in head and body.
 fn alike(what: &str, (direct, mirrored): &(Answer, Answer)) -> Result<()> {
-    ensure!(direct.status == mirrored.status, "{what}: {} became {}", direct.status, mirrored.status);
+    ensure!(
+        direct.status == mirrored.status,
+        "{what}: {} became {}",
+        direct.status,
+        mirrored.status
+    );
     for name in ["content-type", "content-length", "docker-content-digest"] {
         let (direct, mirrored) = (direct.header(name), mirrored.header(name));
-        ensure!(direct == mirrored, "{what}: {name} {direct:?} became {mirrored:?}");
+        ensure!(
+            direct == mirrored,
+            "{what}: {name} {direct:?} became {mirrored:?}"
+        );
     }
     ensure!(direct.body == mirrored.body, "{what}: another body");
     Ok(())
@@ -96,10 +130,19 @@ fn the_ping_is_200_under_every_path_even_while_the_registry_is_down() -> Result<
     play(|stage| {
         let ns = stage.registry.authority().replace(':', "%3A");
         for down in [false, true] {
-            for target in ["/v2/", "/v2", &format!("/v2/?ns={ns}"), &format!("/{ALIAS}/v2/")] {
+            for target in [
+                "/v2/",
+                "/v2",
+                &format!("/v2/?ns={ns}"),
+                &format!("/{ALIAS}/v2/"),
+            ] {
                 for method in ["GET", "HEAD"] {
                     let answer = stage.mirror(method, target)?;
-                    ensure!(answer.status == 200, "{method} {target}, down {down}: {}", answer.status);
+                    ensure!(
+                        answer.status == 200,
+                        "{method} {target}, down {down}: {}",
+                        answer.status
+                    );
                     let version = answer.header("docker-distribution-api-version");
                     ensure!(version == Some("registry/2.0"), "{target}: {version:?}");
                 }
@@ -123,20 +166,32 @@ fn heads_and_bodies_are_the_registry_s_own_cold_and_cached() -> Result<()> {
         ];
         for round in ["cold", "cached"] {
             for path in &paths {
-                let headers = [("accept", MANIFEST), ("accept-encoding", "zstd, gzip, deflate")];
+                let headers = [
+                    ("accept", MANIFEST),
+                    ("accept-encoding", "zstd, gzip, deflate"),
+                ];
                 for method in ["HEAD", "GET"] {
                     let both = stage.both(method, path, &headers)?;
                     let what = format!("{method} {path}, {round}");
                     alike(&what, &both)?;
                     let mirrored = both.1;
                     ensure!(mirrored.status == 200, "{what}: {}", mirrored.status);
-                    ensure!(mirrored.header("content-length").is_some(), "{what}: no length");
+                    ensure!(
+                        mirrored.header("content-length").is_some(),
+                        "{what}: no length"
+                    );
                     for absent in ["transfer-encoding", "content-encoding"] {
                         ensure!(mirrored.header(absent).is_none(), "{what}: {absent}");
                     }
-                    ensure!(mirrored.header("oci-namespace") == Some(&stage.registry.authority()), "{what}");
+                    ensure!(
+                        mirrored.header("oci-namespace") == Some(&stage.registry.authority()),
+                        "{what}"
+                    );
                     let named = mirrored.header("docker-content-digest");
-                    ensure!(method == "HEAD" || named == Some(&mirrored.digest), "{what}: {named:?}");
+                    ensure!(
+                        method == "HEAD" || named == Some(&mirrored.digest),
+                        "{what}: {named:?}"
+                    );
                 }
             }
         }
@@ -166,7 +221,8 @@ fn one_tag_is_several_manifests_and_accept_says_which() -> Result<()> {
             ] {
                 let headers: Vec<_> = accepts.iter().map(|accept| ("accept", *accept)).collect();
                 for method in ["HEAD", "GET"] {
-                    let both = stage.both(method, &format!("/v2/team/app/manifests/{tag}"), &headers)?;
+                    let both =
+                        stage.both(method, &format!("/v2/team/app/manifests/{tag}"), &headers)?;
                     let (direct, mirrored) = &both;
                     ensure!(
                         direct.status == mirrored.status,
@@ -177,12 +233,18 @@ fn one_tag_is_several_manifests_and_accept_says_which() -> Result<()> {
                     if direct.status == 200 {
                         alike(&format!("{method} {tag} {accepts:?}"), &both)?;
                     }
-                    outcomes.insert((tag, direct.status, direct.header("content-type").map(str::to_owned)));
+                    outcomes.insert((
+                        tag,
+                        direct.status,
+                        direct.header("content-type").map(str::to_owned),
+                    ));
                 }
             }
             ensure!(
                 outcomes.contains(&("index", 200, Some(INDEX.into())))
-                    && outcomes.iter().any(|(tag, status, _)| *tag == "index" && *status == 404),
+                    && outcomes
+                        .iter()
+                        .any(|(tag, status, _)| *tag == "index" && *status == 404),
                 "the registry does not look at Accept: {outcomes:?}"
             );
         }
@@ -206,11 +268,23 @@ fn not_modified_is_said_to_those_only_who_have_it_already() -> Result<()> {
             };
             for round in ["cold", "cached"] {
                 let whole = ask(&[])?;
-                ensure!(whole.status == 200 && whole.digest == *digest, "{path}, {round}: {}", whole.status);
+                ensure!(
+                    whole.status == 200 && whole.digest == *digest,
+                    "{path}, {round}: {}",
+                    whole.status
+                );
                 let have = ask(&[("if-none-match", &format!("\"{digest}\""))])?;
-                ensure!(have.status == 304 && have.body.is_empty(), "{path}, {round}: {}", have.status);
+                ensure!(
+                    have.status == 304 && have.body.is_empty(),
+                    "{path}, {round}: {}",
+                    have.status
+                );
                 let other = ask(&[("if-none-match", "\"sha256:0\"")])?;
-                ensure!(other.status == 200 && other.digest == *digest, "{path}, {round}: {}", other.status);
+                ensure!(
+                    other.status == 200 && other.digest == *digest,
+                    "{path}, {round}: {}",
+                    other.status
+                );
             }
         }
         Ok(())
@@ -222,20 +296,41 @@ fn what_the_registry_does_not_have_is_unknown_and_says_what() -> Result<()> {
     play(|stage| {
         let nobody = format!("sha256:{}", "0".repeat(64));
         for (path, status, code) in [
-            ("/v2/team/app/manifests/none".to_owned(), 404, "MANIFEST_UNKNOWN"),
-            (format!("/v2/team/app/manifests/{nobody}"), 404, "MANIFEST_UNKNOWN"),
+            (
+                "/v2/team/app/manifests/none".to_owned(),
+                404,
+                "MANIFEST_UNKNOWN",
+            ),
+            (
+                format!("/v2/team/app/manifests/{nobody}"),
+                404,
+                "MANIFEST_UNKNOWN",
+            ),
             (format!("/v2/team/app/blobs/{nobody}"), 404, "BLOB_UNKNOWN"),
             ("/v2/no/where/manifests/v1".to_owned(), 404, "_UNKNOWN"),
             (format!("/v2/no/where/blobs/{nobody}"), 404, "_UNKNOWN"),
-            ("/v2/team/app/blobs/sha256:12".to_owned(), 400, "DIGEST_INVALID"),
-            ("/v2/team/app/manifests/sha256:12".to_owned(), 400, "DIGEST_INVALID"),
+            (
+                "/v2/team/app/blobs/sha256:12".to_owned(),
+                400,
+                "DIGEST_INVALID",
+            ),
+            (
+                "/v2/team/app/manifests/sha256:12".to_owned(),
+                400,
+                "DIGEST_INVALID",
+            ),
         ] {
             let (_, answer) = stage.both("GET", &path, &[])?;
             ensure!(answer.status == status, "{path}: {}", answer.status);
-            let error: serde_json::Value = serde_json::from_str(&answer.text()).context(path.clone())?;
+            let error: serde_json::Value =
+                serde_json::from_str(&answer.text()).context(path.clone())?;
             let said = error["errors"][0]["code"].as_str().unwrap_or_default();
             ensure!(said.ends_with(code), "{path}: {}", answer.text());
-            ensure!(answer.header("content-type").is_some_and(|kind| kind.starts_with("application/json")));
+            ensure!(
+                answer
+                    .header("content-type")
+                    .is_some_and(|kind| kind.starts_with("application/json"))
+            );
         }
         Ok(())
     })
@@ -246,14 +341,28 @@ fn referrers_that_the_registry_has_no_list_of_are_found_by_the_tag() -> Result<(
     play(|stage| {
         let subject = stage.digest_of("v1", MANIFEST)?;
         let (_, listed) = stage.both("GET", &format!("/v2/team/app/referrers/{subject}"), &[])?;
-        ensure!(listed.status == 404, "docker-registry has no such API: {}", listed.status);
+        ensure!(
+            listed.status == 404,
+            "docker-registry has no such API: {}",
+            listed.status
+        );
         let tag = subject.replace(':', "-");
         let mut skopeo: Command = stage.registry.host().command("skopeo");
-        skopeo.args(["--insecure-policy", "copy", "--quiet", "--all", "--preserve-digests"]);
+        skopeo.args([
+            "--insecure-policy",
+            "copy",
+            "--quiet",
+            "--all",
+            "--preserve-digests",
+        ]);
         skopeo.args(["--src-tls-verify=false", "--dest-tls-verify=false"]);
         let tagged = |tag: &str| format!("docker://{}/team/app:{tag}", stage.registry.authority());
         run(skopeo.args([tagged("index"), tagged(&tag)]))?;
-        let both = stage.both("GET", &format!("/v2/team/app/manifests/{tag}"), &[("accept", INDEX)])?;
+        let both = stage.both(
+            "GET",
+            &format!("/v2/team/app/manifests/{tag}"),
+            &[("accept", INDEX)],
+        )?;
         alike("the fall-back tag", &both)?;
         ensure!(both.1.status == 200, "{}", both.1.status);
         Ok(())
@@ -268,21 +377,46 @@ fn requests_without_ns_go_to_the_path_s_registry_or_to_the_default_one() -> Resu
         for target in [
             format!("/v2/team/app/blobs/{}", layer.digest),
             format!("/v2/{ALIAS}/team/app/blobs/{}", layer.digest),
-            format!("/v2/{}/team/app/blobs/{}", stage.registry.authority(), layer.digest),
+            format!(
+                "/v2/{}/team/app/blobs/{}",
+                stage.registry.authority(),
+                layer.digest
+            ),
             format!("/{ALIAS}/v2/team/app/blobs/{}", layer.digest),
             // What containerd makes of a host with a path, whose ns is another registry's.
-            format!("/{ALIAS}/v2/team/app/blobs/{}?ns=elsewhere.test", layer.digest),
-            format!("/v2/team/app/blobs/{}?ns={}", layer.digest, stage.registry.authority()),
+            format!(
+                "/{ALIAS}/v2/team/app/blobs/{}?ns=elsewhere.test",
+                layer.digest
+            ),
+            format!(
+                "/v2/team/app/blobs/{}?ns={}",
+                layer.digest,
+                stage.registry.authority()
+            ),
             format!("/v2/team/app/blobs/{}?x=1&ns={ns}", layer.digest),
-            format!("/v2/team/app/blobs/{}?ns={ns}", layer.digest.replace(':', "%3A")),
+            format!(
+                "/v2/team/app/blobs/{}?ns={ns}",
+                layer.digest.replace(':', "%3A")
+            ),
         ] {
             let answer = stage.mirror("GET", &target)?;
-            ensure!(answer.status == 200 && answer.body == layer.data, "{target}: {}", answer.status);
+            ensure!(
+                answer.status == 200 && answer.body == layer.data,
+                "{target}: {}",
+                answer.status
+            );
         }
         let deep = Image::noise(44, &[1000]);
         stage.registry.push(&deep, "a/b-b/c__c/d.d/e", "v1")?;
-        let answer = stage.mirror("GET", &format!("/v2/a/b-b/c__c/d.d/e/blobs/{}", deep.layers[0].digest))?;
-        ensure!(answer.status == 200 && answer.body == deep.layers[0].data, "{}", answer.status);
+        let answer = stage.mirror(
+            "GET",
+            &format!("/v2/a/b-b/c__c/d.d/e/blobs/{}", deep.layers[0].digest),
+        )?;
+        ensure!(
+            answer.status == 200 && answer.body == deep.layers[0].data,
+            "{}",
+            answer.status
+        );
         Ok(())
     })
 }
@@ -295,11 +429,19 @@ fn who_pushes_through_the_mirror_is_refused_and_the_registry_hears_nothing() -> 
             ("POST", "/v2/team/app/blobs/uploads/".to_owned()),
             ("PUT", "/v2/team/app/manifests/v2".to_owned()),
             ("PATCH", "/v2/team/app/blobs/uploads/1".to_owned()),
-            ("DELETE", format!("/v2/team/app/blobs/{}", stage.image.layers[0].digest)),
+            (
+                "DELETE",
+                format!("/v2/team/app/blobs/{}", stage.image.layers[0].digest),
+            ),
         ] {
             let answer = stage.mirror(method, &path)?;
             ensure!(answer.status == 405, "{method} {path}: {}", answer.status);
-            ensure!(answer.header("allow").is_some_and(|allowed| allowed.contains("GET")), "{method}");
+            ensure!(
+                answer
+                    .header("allow")
+                    .is_some_and(|allowed| allowed.contains("GET")),
+                "{method}"
+            );
         }
         let mut skopeo = stage.node.host().command("skopeo");
         skopeo.args([
@@ -312,7 +454,12 @@ fn who_pushes_through_the_mirror_is_refused_and_the_registry_hears_nothing() -> 
         skopeo.arg(format!("docker://{}/team/app:index", stage.node.mirror()));
         ensure!(run(skopeo.arg(format!("docker://{}/team/app:v2", stage.node.mirror()))).is_err());
         let writes = stage.registry.requests().split_off(before.len());
-        ensure!(writes.iter().all(|line| line.contains("\"GET ") || line.contains("\"HEAD ")), "{writes:?}");
+        ensure!(
+            writes
+                .iter()
+                .all(|line| line.contains("\"GET ") || line.contains("\"HEAD ")),
+            "{writes:?}"
+        );
         Ok(())
     })
 }
@@ -325,11 +472,21 @@ fn a_manifest_of_4_mib_works_and_a_longer_one_is_refused() -> Result<()> {
             format!("{head}{}\"}}", "x".repeat(bytes - head.len() - 2))
         };
         for (tag, bytes, status) in [("max", 4 << 20, 200), ("over", (4 << 20) + 1, 502)] {
-            let blob = scene.origin.add_manifest(REPOSITORY, tag, MANIFEST, manifest(bytes).as_bytes());
+            let blob =
+                scene
+                    .origin
+                    .add_manifest(REPOSITORY, tag, MANIFEST, manifest(bytes).as_bytes());
             for reference in [tag.to_owned(), blob.digest.to_string()] {
                 let path = format!("/v2/{REPOSITORY}/manifests/{reference}");
-                let answer = scene.node().request(scene.registry(), &path).send(scene.node().host())?;
-                ensure!(answer.status == status, "{tag}, {reference}: {}", answer.status);
+                let answer = scene
+                    .node()
+                    .request(scene.registry(), &path)
+                    .send(scene.node().host())?;
+                ensure!(
+                    answer.status == status,
+                    "{tag}, {reference}: {}",
+                    answer.status
+                );
                 if status == 200 {
                     right(answer, &blob)?;
                 }
@@ -346,7 +503,9 @@ fn converse(node: &Hawker, requests: &str) -> Result<String> {
         stream.set_read_timeout(Some(Duration::from_secs(10)))?;
         stream.write_all(requests.as_bytes())?;
         let mut heard = Vec::new();
-        stream.read_to_end(&mut heard).with_context(|| String::from_utf8_lossy(&heard).into_owned())?;
+        stream
+            .read_to_end(&mut heard)
+            .with_context(|| String::from_utf8_lossy(&heard).into_owned())?;
         Ok(String::from_utf8_lossy(&heard).into_owned())
     })?
 }

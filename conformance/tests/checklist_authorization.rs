@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use hawker_conformance::lab::{
-    Answer, Cluster, ClusterPlan, Containerd, DockerRegistry, Hawker, HawkerPlan, Image, Lab, Layer, Mbit,
-    RegistryPlan, Request, TokenServer, run,
+    Answer, Cluster, ClusterPlan, Containerd, DockerRegistry, Hawker, HawkerPlan, Image, Lab,
+    Layer, Mbit, RegistryPlan, Request, TokenServer, run,
 };
 use hawker_conformance::origin::{Content, Fault, Rule};
 use hawker_conformance::scene::{Plan, REPOSITORY, blob_path, join, right, until, until_committed};
@@ -31,7 +31,11 @@ struct Tenants {
     lab: Lab,
 }
 
-fn tenants(nodes: usize, flags: &[&str], play: impl FnOnce(&mut Tenants) -> Result<()>) -> Result<()> {
+fn tenants(
+    nodes: usize,
+    flags: &[&str],
+    play: impl FnOnce(&mut Tenants) -> Result<()>,
+) -> Result<()> {
     let lab = Lab::new()?;
     let host = lab.host("origin")?;
     let tokens = TokenServer::start(&host)?;
@@ -44,7 +48,9 @@ fn tenants(nodes: usize, flags: &[&str], play: impl FnOnce(&mut Tenants) -> Resu
     let registry = RegistryPlan::on(&host).tokens(&tokens).start()?;
     let [shared, anns, bobs] =
         [(51, 700_000), (52, 300_000), (53, 400_000)].map(|(seed, size)| Layer::noise(seed, size));
-    let image = |own: &Layer| Image { layers: vec![shared.clone(), own.clone()] };
+    let image = |own: &Layer| Image {
+        layers: vec![shared.clone(), own.clone()],
+    };
     let references = [
         registry.push_as(ANN, &image(&anns), "ann/app", "v1")?,
         registry.push_as(BOB, &image(&bobs), "bob/app", "v1")?,
@@ -58,7 +64,16 @@ fn tenants(nodes: usize, flags: &[&str], play: impl FnOnce(&mut Tenants) -> Resu
     };
     let cluster = lab.explain(Cluster::start(&lab, &plan))?;
     tokens.clear_log();
-    let mut scene = Tenants { cluster, tokens, registry, shared, anns, bobs, references, lab };
+    let mut scene = Tenants {
+        cluster,
+        tokens,
+        registry,
+        shared,
+        anns,
+        bobs,
+        references,
+        lab,
+    };
     let outcome = play(&mut scene);
     scene.lab.explain(outcome)
 }
@@ -66,16 +81,22 @@ fn tenants(nodes: usize, flags: &[&str], play: impl FnOnce(&mut Tenants) -> Resu
 impl Tenants {
     /// Asks a node's mirror for something of a repository, with this `Authorization` if there is one.
     fn ask(&self, node: &Hawker, path: &str, authorization: Option<&str>) -> Result<Answer> {
-        let request = node.request(self.registry.authority(), path).within(Duration::from_secs(20));
+        let request = node
+            .request(self.registry.authority(), path)
+            .within(Duration::from_secs(20));
         let request = request.header("accept", MANIFEST);
-        let request =
-            authorization.iter().fold(request, |request, value| request.header("authorization", *value));
+        let request = authorization.iter().fold(request, |request, value| {
+            request.header("authorization", *value)
+        });
         request.send(node.host())
     }
 
     /// An `Authorization` by a fresh token of a user's, for pulling from a repository: good for nothing where the user may not.
     fn bearer(&self, user: Option<(&str, &str)>, repository: &str) -> String {
-        format!("Bearer {}", self.tokens.token(user.map(|(name, _)| name), repository))
+        format!(
+            "Bearer {}",
+            self.tokens.token(user.map(|(name, _)| name), repository)
+        )
     }
 
     /// A containerd beside a node, whose only mirror is that node.
@@ -96,13 +117,25 @@ fn blob(repository: &str, layer: &Layer) -> String {
 
 fn is_cached(node: &Hawker, layer: &Layer) -> bool {
     let hex = layer.digest.trim_start_matches("sha256:");
-    node.store_dir().join("blobs/sha256").join(&hex[..2]).join(hex).is_file()
+    node.store_dir()
+        .join("blobs/sha256")
+        .join(&hex[..2])
+        .join(hex)
+        .is_file()
 }
 
 /// That an answer says no, and has nothing of the layer in it.
 fn denied(what: &str, answer: &Answer, statuses: &[u16]) -> Result<()> {
-    ensure!(statuses.contains(&answer.status), "{what}: {} is not one of {statuses:?}", answer.status);
-    ensure!(answer.body_bytes < 2000, "{what}: {} bytes", answer.body_bytes);
+    ensure!(
+        statuses.contains(&answer.status),
+        "{what}: {} is not one of {statuses:?}",
+        answer.status
+    );
+    ensure!(
+        answer.body_bytes < 2000,
+        "{what}: {} bytes",
+        answer.body_bytes
+    );
     Ok(())
 }
 
@@ -110,10 +143,17 @@ fn denied(what: &str, answer: &Answer, statuses: &[u16]) -> Result<()> {
 fn matrix(scene: &Tenants, node: &Hawker, round: &str) -> Result<()> {
     let anns = scene.bearer(Some(ANN), "ann/app");
     let bobs = scene.bearer(Some(BOB), "bob/app");
-    let [ann_at_bobs, nobody_at_anns] = [scene.bearer(Some(ANN), "bob/app"), scene.bearer(None, "ann/app")];
+    let [ann_at_bobs, nobody_at_anns] = [
+        scene.bearer(Some(ANN), "bob/app"),
+        scene.bearer(None, "ann/app"),
+    ];
     // Not the last letter of the signature: most of its bits are padding, which nobody looks at.
     let (head, tail) = anns.split_at(anns.len() - 20);
-    let forged = format!("{head}{}{}", if tail.starts_with('A') { 'B' } else { 'A' }, &tail[1..]);
+    let forged = format!(
+        "{head}{}{}",
+        if tail.starts_with('A') { 'B' } else { 'A' },
+        &tail[1..]
+    );
     let [shared, own_of_ann, own_of_bob] = scene.layers();
     let nobodys: [Option<&str>; 7] = [
         None,
@@ -125,14 +165,33 @@ fn matrix(scene: &Tenants, node: &Hawker, round: &str) -> Result<()> {
         Some(""),
     ];
     for (repository, owner, strangers, own, others) in [
-        ("ann/app", &anns, [&bobs, &nobody_at_anns], own_of_ann, own_of_bob),
-        ("bob/app", &bobs, [&anns, &ann_at_bobs], own_of_bob, own_of_ann),
+        (
+            "ann/app",
+            &anns,
+            [&bobs, &nobody_at_anns],
+            own_of_ann,
+            own_of_bob,
+        ),
+        (
+            "bob/app",
+            &bobs,
+            [&anns, &ann_at_bobs],
+            own_of_bob,
+            own_of_ann,
+        ),
     ] {
         let strangers_are_denied = |path: &str| {
-            let mut all = strangers.into_iter().map(|token| Some(token.as_str())).chain(nobodys);
+            let mut all = strangers
+                .into_iter()
+                .map(|token| Some(token.as_str()))
+                .chain(nobodys);
             all.try_for_each(|stranger| {
                 let answer = scene.ask(node, path, stranger)?;
-                denied(&format!("{round}: a stranger at {path}"), &answer, &[400, 401, 403])
+                denied(
+                    &format!("{round}: a stranger at {path}"),
+                    &answer,
+                    &[400, 401, 403],
+                )
             })
         };
         for layer in [shared, own] {
@@ -150,8 +209,14 @@ fn matrix(scene: &Tenants, node: &Hawker, round: &str) -> Result<()> {
                 .send(node.host())?;
             denied(&format!("{round}: a range of {path}"), &part, &[401])?;
             let challenge = part.header("www-authenticate").context("no challenge")?;
-            ensure!(challenge.contains(&format!("realm=\"{}\"", scene.tokens.realm())), "{challenge}");
-            ensure!(challenge.contains(&format!("scope=\"repository:{repository}:pull\"")), "{challenge}");
+            ensure!(
+                challenge.contains(&format!("realm=\"{}\"", scene.tokens.realm())),
+                "{challenge}"
+            );
+            ensure!(
+                challenge.contains(&format!("scope=\"repository:{repository}:pull\"")),
+                "{challenge}"
+            );
             // Other spellings of the same place.
             let registry = scene.registry.authority();
             for target in [
@@ -166,15 +231,30 @@ fn matrix(scene: &Tenants, node: &Hawker, round: &str) -> Result<()> {
         }
         // What is another tenant's is not here, though it is on this very node.
         let elsewhere = blob(repository, others);
-        denied(&format!("{round}: {elsewhere}"), &scene.ask(node, &elsewhere, Some(owner))?, &[404])?;
+        denied(
+            &format!("{round}: {elsewhere}"),
+            &scene.ask(node, &elsewhere, Some(owner))?,
+            &[404],
+        )?;
         for reference in ["v1".to_owned(), scene.manifest_of(repository)?] {
             let path = format!("/v2/{repository}/manifests/{reference}");
-            ensure!(scene.ask(node, &path, Some(owner))?.status == 200, "{round}: the owner at {path}");
+            ensure!(
+                scene.ask(node, &path, Some(owner))?.status == 200,
+                "{round}: the owner at {path}"
+            );
             strangers_are_denied(&path)?;
         }
-        let others = if repository == "ann/app" { "bob/app" } else { "ann/app" };
+        let others = if repository == "ann/app" {
+            "bob/app"
+        } else {
+            "ann/app"
+        };
         let foreign = format!("/v2/{repository}/manifests/{}", scene.manifest_of(others)?);
-        denied(&format!("{round}: {foreign}"), &scene.ask(node, &foreign, Some(owner))?, &[404])?;
+        denied(
+            &format!("{round}: {foreign}"),
+            &scene.ask(node, &foreign, Some(owner))?,
+            &[404],
+        )?;
     }
     Ok(())
 }
@@ -188,32 +268,51 @@ impl Tenants {
             .header("accept", MANIFEST)
             .header("authorization", self.bearer(Some(owner), repository));
         let answer = request.send(self.registry.host())?;
-        Ok(answer.header("docker-content-digest").context("no digest")?.to_owned())
+        Ok(answer
+            .header("docker-content-digest")
+            .context("no digest")?
+            .to_owned())
     }
 }
 
 #[test]
-fn each_tenant_reads_its_own_and_what_is_shared_through_its_own_repository_and_nothing_else() -> Result<()> {
+fn each_tenant_reads_its_own_and_what_is_shared_through_its_own_repository_and_nothing_else()
+-> Result<()> {
     tenants(2, &["--log-level", "trace"], |scene| {
         let nodes = &scene.cluster.nodes;
         let [anns, bobs] = &scene.references;
-        let [one, other] = [scene.containerd(&nodes[0], "one")?, scene.containerd(&nodes[0], "other")?];
+        let [one, other] = [
+            scene.containerd(&nodes[0], "one")?,
+            scene.containerd(&nodes[0], "other")?,
+        ];
         one.fetch_as(ANN, anns)?;
         other.pull_as_kubelet(bobs, Some(BOB))?;
         until(Duration::from_secs(10), "all layers to be cached", || {
-            Ok(scene.layers().iter().all(|layer| is_cached(&nodes[0], layer)))
+            Ok(scene
+                .layers()
+                .iter()
+                .all(|layer| is_cached(&nodes[0], layer)))
         })?;
-        for (containerd, user, reference) in
-            [(&one, ANN, bobs), (&one, (ANN.0, "wrong"), anns), (&other, BOB, anns)]
-        {
-            ensure!(containerd.fetch_as(user, reference).is_err(), "{} fetched {reference}", user.0);
+        for (containerd, user, reference) in [
+            (&one, ANN, bobs),
+            (&one, (ANN.0, "wrong"), anns),
+            (&other, BOB, anns),
+        ] {
+            ensure!(
+                containerd.fetch_as(user, reference).is_err(),
+                "{} fetched {reference}",
+                user.0
+            );
             ensure!(
                 containerd.pull_as_kubelet(reference, Some(user)).is_err(),
                 "{} pulled {reference}",
                 user.0
             );
         }
-        ensure!(scene.containerd(&nodes[0], "third")?.fetch(anns).is_err(), "nobody fetched {anns}");
+        ensure!(
+            scene.containerd(&nodes[0], "third")?.fetch(anns).is_err(),
+            "nobody fetched {anns}"
+        );
         matrix(scene, &nodes[0], "cached here")?;
         // The other node has nothing yet: what it gets comes from the seed and from the first one.
         matrix(scene, &nodes[1], "cached elsewhere")?;
@@ -227,7 +326,15 @@ fn nothing_shows(scene: &Tenants) -> Result<()> {
     // All tokens begin alike; a password's Basic form is searched for as well.
     let token = scene.tokens.token(None, "x");
     let jwt = token.get(..24).context("a token is long")?;
-    let secrets = [ANN.1, BOB.1, "Passw0rd", jwt, "YW5uOlBhc3N3MHJk", "Ym9iOlBhc3N3MHJk", "YW5uOndyb25n"];
+    let secrets = [
+        ANN.1,
+        BOB.1,
+        "Passw0rd",
+        jwt,
+        "YW5uOlBhc3N3MHJk",
+        "Ym9iOlBhc3N3MHJk",
+        "YW5uOndyb25n",
+    ];
     for member in scene.cluster.nodes.iter().chain([&scene.cluster.seed]) {
         let name = member.host().name();
         let pid = member.pid().context("it runs")?;
@@ -235,14 +342,26 @@ fn nothing_shows(scene: &Tenants) -> Result<()> {
         for path in ["/status", "/metrics", "/readyz", "/healthy"] {
             places.push((path, member.admin_get(path)?.text()));
         }
-        places.push(("its command line", std::fs::read_to_string(format!("/proc/{pid}/cmdline"))?));
-        ensure!(places[0].1.contains("TRACE"), "{name} logs too little for this to mean anything");
+        places.push((
+            "its command line",
+            std::fs::read_to_string(format!("/proc/{pid}/cmdline"))?,
+        ));
+        ensure!(
+            places[0].1.contains("TRACE"),
+            "{name} logs too little for this to mean anything"
+        );
         for secret in secrets {
             for (place, text) in &places {
                 let line = text.lines().find(|line| line.contains(secret));
-                ensure!(line.is_none(), "{secret:?} of {name} shows in {place}: {line:?}");
+                ensure!(
+                    line.is_none(),
+                    "{secret:?} of {name} shows in {place}: {line:?}"
+                );
             }
-            ensure!(!is_below(member.data_dir(), secret)?, "{secret:?} is on {name}'s disk");
+            ensure!(
+                !is_below(member.data_dir(), secret)?,
+                "{secret:?} is on {name}'s disk"
+            );
         }
     }
     Ok(())
@@ -250,18 +369,25 @@ fn nothing_shows(scene: &Tenants) -> Result<()> {
 
 /// Whether a file below `dir` has these bytes in it.
 fn is_below(dir: &Path, text: &str) -> Result<bool> {
-    let found = std::process::Command::new("grep").args(["-rqaF", "-e", text]).arg(dir).status()?;
+    let found = std::process::Command::new("grep")
+        .args(["-rqaF", "-e", text])
+        .arg(dir)
+        .status()?;
     ensure!(found.code().is_some_and(|code| code < 2), "grep failed");
     Ok(found.success())
 }
 
 #[test]
-fn while_the_registry_is_down_its_last_word_counts_as_long_as_the_token_lives_and_no_longer() -> Result<()> {
+fn while_the_registry_is_down_its_last_word_counts_as_long_as_the_token_lives_and_no_longer()
+-> Result<()> {
     tenants(1, &["--pull-grace", "2s"], |scene| {
         let node = &scene.cluster.nodes[0];
         let life = Duration::from_secs(6);
         scene.tokens.life(life);
-        let (anns, bobs) = (scene.bearer(Some(ANN), "ann/app"), scene.bearer(Some(BOB), "bob/app"));
+        let (anns, bobs) = (
+            scene.bearer(Some(ANN), "ann/app"),
+            scene.bearer(Some(BOB), "bob/app"),
+        );
         let unused = scene.bearer(Some(ANN), "ann/app");
         let given = Instant::now();
         let [shared, own_of_ann, own_of_bob] = scene.layers().map(Clone::clone);
@@ -273,7 +399,11 @@ fn while_the_registry_is_down_its_last_word_counts_as_long_as_the_token_lives_an
         ];
         for (repository, token, layer) in owned {
             let answer = scene.ask(node, &blob(repository, layer), Some(token))?;
-            ensure!(answer.status == 200 && answer.body == layer.data, "{repository}: {}", answer.status);
+            ensure!(
+                answer.status == 200 && answer.body == layer.data,
+                "{repository}: {}",
+                answer.status
+            );
         }
         until(Duration::from_secs(10), "all layers to be cached", || {
             Ok(scene.layers().iter().all(|layer| is_cached(node, layer)))
@@ -288,14 +418,22 @@ fn while_the_registry_is_down_its_last_word_counts_as_long_as_the_token_lives_an
                 answer.status
             );
         }
-        ensure!(given.elapsed() < life, "too slow a machine for this test: {:?}", given.elapsed());
+        ensure!(
+            given.elapsed() < life,
+            "too slow a machine for this test: {:?}",
+            given.elapsed()
+        );
         let errors: Vec<u16> = (400..600).collect();
         let refused = |what: &str, repository: &str, token: Option<&str>| -> Result<()> {
             for layer in scene.layers() {
                 let start = Instant::now();
                 let answer = scene.ask(node, &blob(repository, layer), token)?;
                 denied(&format!("down, {what} at {repository}"), &answer, &errors)?;
-                ensure!(start.elapsed() < Duration::from_secs(10), "{what} waited {:?}", start.elapsed());
+                ensure!(
+                    start.elapsed() < Duration::from_secs(10),
+                    "{what} waited {:?}",
+                    start.elapsed()
+                );
             }
             Ok(())
         };
@@ -303,20 +441,35 @@ fn while_the_registry_is_down_its_last_word_counts_as_long_as_the_token_lives_an
         refused("bob", "ann/app", Some(&bobs))?;
         refused("ann", "bob/app", Some(&anns))?;
         refused("a token never seen before", "ann/app", Some(&unused))?;
-        for (repository, token, others) in [("ann/app", &anns, &own_of_bob), ("bob/app", &bobs, &own_of_ann)]
-        {
+        for (repository, token, others) in [
+            ("ann/app", &anns, &own_of_bob),
+            ("bob/app", &bobs, &own_of_ann),
+        ] {
             let answer = scene.ask(node, &blob(repository, others), Some(token))?;
-            denied(&format!("down, another's at {repository}"), &answer, &errors)?;
+            denied(
+                &format!("down, another's at {repository}"),
+                &answer,
+                &errors,
+            )?;
         }
-        std::thread::sleep((life + PULL_GRACE + Duration::from_millis(1500)).saturating_sub(given.elapsed()));
+        std::thread::sleep(
+            (life + PULL_GRACE + Duration::from_millis(1500)).saturating_sub(given.elapsed()),
+        );
         refused("ann, whose token has run out,", "ann/app", Some(&anns))?;
         refused("bob, whose token has run out,", "bob/app", Some(&bobs))?;
         scene.registry.restart()?;
         let node = &scene.cluster.nodes[0];
         let anew = scene.bearer(Some(ANN), "ann/app");
-        until(Duration::from_secs(20), "the registry to be asked again", || {
-            Ok(scene.ask(node, &blob("ann/app", &scene.anns), Some(&anew))?.status == 200)
-        })
+        until(
+            Duration::from_secs(20),
+            "the registry to be asked again",
+            || {
+                Ok(scene
+                    .ask(node, &blob("ann/app", &scene.anns), Some(&anew))?
+                    .status
+                    == 200)
+            },
+        )
     })
 }
 
@@ -329,13 +482,19 @@ fn what_a_user_may_no_longer_have_is_denied_though_it_is_cached() -> Result<()> 
         ensure!(scene.ask(node, &path, Some(&before))?.status == 200);
         scene.tokens.private("ann/app", &[]);
         let after = scene.bearer(Some(ANN), "ann/app");
-        denied("after it was taken away", &scene.ask(node, &path, Some(&after))?, &[401, 403])?;
+        denied(
+            "after it was taken away",
+            &scene.ask(node, &path, Some(&after))?,
+            &[401, 403],
+        )?;
         let containerd = scene.containerd(node, "containerd")?;
         ensure!(containerd.fetch_as(ANN, &scene.references[0]).is_err());
         // What everybody may have, anybody gets.
         containerd.fetch(&format!("{}/base:v1", scene.registry.authority()))?;
         scene.tokens.oauth(false);
-        scene.containerd(node, "other")?.fetch_as(BOB, &scene.references[1])
+        scene
+            .containerd(node, "other")?
+            .fetch_as(BOB, &scene.references[1])
     })
 }
 
@@ -343,7 +502,11 @@ fn what_a_user_may_no_longer_have_is_denied_though_it_is_cached() -> Result<()> 
 fn a_private_image_costs_the_registry_one_copy_for_many_nodes() -> Result<()> {
     for lent in ["true", "false"] {
         tenants(3, &["--seed-uses-client-token", lent], |scene| {
-            let runtimes = scene.cluster.nodes.iter().map(|node| scene.containerd(node, "containerd"));
+            let runtimes = scene
+                .cluster
+                .nodes
+                .iter()
+                .map(|node| scene.containerd(node, "containerd"));
             let runtimes = runtimes.collect::<Result<Vec<_>>>()?;
             std::thread::scope(|scope| {
                 let pulls: Vec<_> = runtimes
@@ -373,14 +536,20 @@ fn a_private_image_costs_the_registry_one_copy_for_many_nodes() -> Result<()> {
 }
 
 #[test]
-fn a_password_goes_to_its_registry_alone_and_one_of_those_who_have_it_fetches_for_all() -> Result<()> {
+fn a_password_goes_to_its_registry_alone_and_one_of_those_who_have_it_fetches_for_all() -> Result<()>
+{
     let lab = Lab::new()?;
     lab.explain((|| {
-        let registry = RegistryPlan::on(&lab.host("origin")?).basic(&[ANN, BOB]).start()?;
+        let registry = RegistryPlan::on(&lab.host("origin")?)
+            .basic(&[ANN, BOB])
+            .start()?;
         let image = Image::noise(55, &[900_000, 50_000]);
         let reference = registry.push_as(ANN, &image, "ann/app", "v1")?;
-        let plan =
-            ClusterPlan { nodes: 2, plain_registries: vec![registry.authority()], ..ClusterPlan::default() };
+        let plan = ClusterPlan {
+            nodes: 2,
+            plain_registries: vec![registry.authority()],
+            ..ClusterPlan::default()
+        };
         let cluster = Cluster::start(&lab, &plan)?;
         let runtimes = cluster.nodes.iter().map(|node| {
             let containerd = Containerd::start(node.host(), "containerd")?;
@@ -389,21 +558,41 @@ fn a_password_goes_to_its_registry_alone_and_one_of_those_who_have_it_fetches_fo
         });
         let runtimes = runtimes.collect::<Result<Vec<_>>>()?;
         for wrong in [(ANN.0, "wrong"), ("eve", ANN.1)] {
-            ensure!(runtimes[0].fetch_as(wrong, &reference).is_err(), "{wrong:?}, not cached");
+            ensure!(
+                runtimes[0].fetch_as(wrong, &reference).is_err(),
+                "{wrong:?}, not cached"
+            );
         }
         runtimes[0].fetch_as(ANN, &reference)?;
         runtimes[1].fetch_as(BOB, &reference)?;
         let anew = Containerd::start(cluster.nodes[0].host(), "other")?;
-        anew.mirrors("_default", &[format!("http://{}", cluster.nodes[0].mirror())], None)?;
+        anew.mirrors(
+            "_default",
+            &[format!("http://{}", cluster.nodes[0].mirror())],
+            None,
+        )?;
         for wrong in [(ANN.0, "wrong"), ("eve", ANN.1)] {
-            ensure!(anew.fetch_as(wrong, &reference).is_err(), "{wrong:?}, cached");
+            ensure!(
+                anew.fetch_as(wrong, &reference).is_err(),
+                "{wrong:?}, cached"
+            );
         }
-        ensure!(anew.fetch(&reference).is_err(), "without credentials, cached");
+        ensure!(
+            anew.fetch(&reference).is_err(),
+            "without credentials, cached"
+        );
         for layer in &image.layers {
             let reads = registry.blob_reads(Some(&layer.digest));
-            ensure!(reads.body_bytes == layer.data.len() as u64, "{} was sent in {reads:?}", layer.digest);
+            ensure!(
+                reads.body_bytes == layer.data.len() as u64,
+                "{} was sent in {reads:?}",
+                layer.digest
+            );
         }
-        ensure!(cluster.seed.status()?.bytes.received_origin == 0, "a password was lent to the seed");
+        ensure!(
+            cluster.seed.status()?.bytes.received_origin == 0,
+            "a password was lent to the seed"
+        );
         for member in cluster.nodes.iter().chain([&cluster.seed]) {
             for secret in [ANN.1, BOB.1, "YW5uOlBhc3N3MHJk", "Ym9iOlBhc3N3MHJk"] {
                 ensure!(
@@ -425,78 +614,120 @@ fn a_password_goes_to_its_registry_alone_and_one_of_those_who_have_it_fetches_fo
 #[test]
 fn a_pull_outlives_its_token_and_no_other_does() -> Result<()> {
     let life = Duration::from_secs(3);
-    Plan::nodes(1).link(Mbit(20)).flag("--pull-grace", "2s").play(|scene| {
-        let bearer = |life_s| Fault::Bearer {
-            anonymous: false,
-            user: ANN.0.into(),
-            password: ANN.1.into(),
-            life_s: Some(life_s),
-        };
-        scene.origin.add_fault(Rule::always(bearer(life.as_secs())));
-        let blob = scene.blob(14 << 20)?;
-        let node = scene.node();
-        let token = || -> Result<String> {
-            use base64::Engine as _;
-            let basic = base64::engine::general_purpose::STANDARD.encode(format!("{}:{}", ANN.0, ANN.1));
-            let request = Request::get(scene.origin.address(), "/token")
-                .header("authorization", format!("Basic {basic}"));
-            let answer: serde_json::Value = serde_json::from_str(&request.send(node.host())?.text())?;
-            Ok(format!("Bearer {}", answer["token"].as_str().context("no token")?))
-        };
-        let given = Instant::now();
-        let mine = token()?;
-        let ask = |authorization: &str| {
-            scene.request(node, &blob).header("authorization", authorization).send(node.host())
-        };
-        right(ask(&mine)?, &blob)?;
-        ensure!(given.elapsed() > life, "it was over before the token was: {:?}", given.elapsed());
-        until_committed(node, &blob)?;
-        // It read no manifest that names the blob: its token was all it had.
-        ensure!(ask(&mine)?.status == 401, "it lives on");
-        right(ask(&token()?)?, &blob)?;
+    Plan::nodes(1)
+        .link(Mbit(20))
+        .flag("--pull-grace", "2s")
+        .play(|scene| {
+            let bearer = |life_s| Fault::Bearer {
+                anonymous: false,
+                user: ANN.0.into(),
+                password: ANN.1.into(),
+                life_s: Some(life_s),
+            };
+            scene.origin.add_fault(Rule::always(bearer(life.as_secs())));
+            let blob = scene.blob(14 << 20)?;
+            let node = scene.node();
+            let token = || -> Result<String> {
+                use base64::Engine as _;
+                let basic = base64::engine::general_purpose::STANDARD
+                    .encode(format!("{}:{}", ANN.0, ANN.1));
+                let request = Request::get(scene.origin.address(), "/token")
+                    .header("authorization", format!("Basic {basic}"));
+                let answer: serde_json::Value =
+                    serde_json::from_str(&request.send(node.host())?.text())?;
+                Ok(format!(
+                    "Bearer {}",
+                    answer["token"].as_str().context("no token")?
+                ))
+            };
+            let given = Instant::now();
+            let mine = token()?;
+            let ask = |authorization: &str| {
+                scene
+                    .request(node, &blob)
+                    .header("authorization", authorization)
+                    .send(node.host())
+            };
+            right(ask(&mine)?, &blob)?;
+            ensure!(
+                given.elapsed() > life,
+                "it was over before the token was: {:?}",
+                given.elapsed()
+            );
+            until_committed(node, &blob)?;
+            // It read no manifest that names the blob: its token was all it had.
+            ensure!(ask(&mine)?.status == 401, "it lives on");
+            right(ask(&token()?)?, &blob)?;
 
-        // The blobs of a manifest that it read in time come after that, each once and while bytes go out.
-        let few = [70, 71, 72].map(|seed| Content::generated(seed, 1 << 20));
-        let layers = few.iter().map(|content| scene.origin.add_blob(REPOSITORY, content.clone()));
-        let layers = layers.collect::<std::io::Result<Vec<_>>>()?;
-        scene.origin.add_image(REPOSITORY, "few", &few)?;
-        // The node has them already: at the registry a token that has run out opens nothing.
-        let earlier = token()?;
-        for layer in &layers {
-            let request = scene.request(node, layer).header("authorization", &earlier);
-            right(request.send(node.host())?, layer)?;
-            until_committed(node, layer)?;
-        }
-        // Tokens of one second may be alike.
-        std::thread::sleep(Duration::from_millis(1100));
-        let mine = token()?;
-        let given = Instant::now();
-        let get = |path: &str| {
-            node.request(scene.registry(), path).header("authorization", &mine).send(node.host())
-        };
-        ensure!(get(&format!("/v2/{REPOSITORY}/manifests/few"))?.status == 200);
-        until(life + Duration::from_secs(2), "the end of the token's life", || {
-            get(&blob_path(&layers[0]))?;
-            Ok(given.elapsed() > life)
-        })?;
-        ensure!(get(&blob_path(&layers[0]))?.status == 401, "it went out whole");
-        ensure!(get(&blob_path(&layers[1]))?.status == 200, "it is of the same manifest");
-        std::thread::sleep(Duration::from_millis(100));
-        ensure!(get(&blob_path(&layers[1]))?.status == 401, "it went out whole");
-        ensure!(get(&format!("/v2/{REPOSITORY}/manifests/few"))?.status == 401, "no manifest");
-        std::thread::sleep(PULL_GRACE + Duration::from_secs(1));
-        ensure!(get(&blob_path(&layers[2]))?.status == 401, "no byte went out for longer than the grace");
+            // The blobs of a manifest that it read in time come after that, each once and while bytes go out.
+            let few = [70, 71, 72].map(|seed| Content::generated(seed, 1 << 20));
+            let layers = few
+                .iter()
+                .map(|content| scene.origin.add_blob(REPOSITORY, content.clone()));
+            let layers = layers.collect::<std::io::Result<Vec<_>>>()?;
+            scene.origin.add_image(REPOSITORY, "few", &few)?;
+            // The node has them already: at the registry a token that has run out opens nothing.
+            let earlier = token()?;
+            for layer in &layers {
+                let request = scene.request(node, layer).header("authorization", &earlier);
+                right(request.send(node.host())?, layer)?;
+                until_committed(node, layer)?;
+            }
+            // Tokens of one second may be alike.
+            std::thread::sleep(Duration::from_millis(1100));
+            let mine = token()?;
+            let given = Instant::now();
+            let get = |path: &str| {
+                node.request(scene.registry(), path)
+                    .header("authorization", &mine)
+                    .send(node.host())
+            };
+            ensure!(get(&format!("/v2/{REPOSITORY}/manifests/few"))?.status == 200);
+            until(
+                life + Duration::from_secs(2),
+                "the end of the token's life",
+                || {
+                    get(&blob_path(&layers[0]))?;
+                    Ok(given.elapsed() > life)
+                },
+            )?;
+            ensure!(
+                get(&blob_path(&layers[0]))?.status == 401,
+                "it went out whole"
+            );
+            ensure!(
+                get(&blob_path(&layers[1]))?.status == 200,
+                "it is of the same manifest"
+            );
+            std::thread::sleep(Duration::from_millis(100));
+            ensure!(
+                get(&blob_path(&layers[1]))?.status == 401,
+                "it went out whole"
+            );
+            ensure!(
+                get(&format!("/v2/{REPOSITORY}/manifests/few"))?.status == 401,
+                "no manifest"
+            );
+            std::thread::sleep(PULL_GRACE + Duration::from_secs(1));
+            ensure!(
+                get(&blob_path(&layers[2]))?.status == 401,
+                "no byte went out for longer than the grace"
+            );
 
-        // containerd gets no new token in mid-pull: all of an image that takes longer than its token lives.
-        let layers = [60, 61, 62].map(|seed| Content::generated(seed, 5 << 20));
-        scene.origin.add_image(REPOSITORY, "v1", &layers)?;
-        let containerd = Containerd::start(node.host(), "containerd")?;
-        containerd.mirrors("_default", &[format!("http://{}", node.mirror())], None)?;
-        let start = Instant::now();
-        containerd.fetch_as(ANN, &format!("{}/{REPOSITORY}:v1", scene.registry()))?;
-        ensure!(start.elapsed() > life, "it was over before the token was: {:?}", start.elapsed());
-        Ok(())
-    })
+            // containerd gets no new token in mid-pull: all of an image that takes longer than its token lives.
+            let layers = [60, 61, 62].map(|seed| Content::generated(seed, 5 << 20));
+            scene.origin.add_image(REPOSITORY, "v1", &layers)?;
+            let containerd = Containerd::start(node.host(), "containerd")?;
+            containerd.mirrors("_default", &[format!("http://{}", node.mirror())], None)?;
+            let start = Instant::now();
+            containerd.fetch_as(ANN, &format!("{}/{REPOSITORY}:v1", scene.registry()))?;
+            ensure!(
+                start.elapsed() > life,
+                "it was over before the token was: {:?}",
+                start.elapsed()
+            );
+            Ok(())
+        })
 }
 
 /// Whoever may push to a repository writes its manifests: what they name need not have been the writer's to read.
@@ -653,9 +884,14 @@ fn a_challenge_through_the_mirror_leads_to_a_token_that_the_mirror_takes() -> Re
     tenants(1, &[], |scene| {
         let node = &scene.cluster.nodes[0];
         let answer = scene.ask(node, &blob("ann/app", &scene.anns), None)?;
-        let challenge = answer.header("www-authenticate").context("no challenge")?.to_owned();
+        let challenge = answer
+            .header("www-authenticate")
+            .context("no challenge")?
+            .to_owned();
         let part = |name: &str| -> Result<&str> {
-            let (_, rest) = challenge.split_once(&format!("{name}=\"")).with_context(|| challenge.clone())?;
+            let (_, rest) = challenge
+                .split_once(&format!("{name}=\""))
+                .with_context(|| challenge.clone())?;
             Ok(rest.split('"').next().unwrap_or_default())
         };
         let service = format!("service={}", part("service")?);
@@ -664,11 +900,21 @@ fn a_challenge_through_the_mirror_leads_to_a_token_that_the_mirror_takes() -> Re
             .host()
             .command("curl")
             .args(["-sSf", "-G", "-u", &format!("{}:{}", ANN.0, ANN.1)])
-            .args(["--data-urlencode", &service, "--data-urlencode", &scope, part("realm")?]))?;
+            .args([
+                "--data-urlencode",
+                &service,
+                "--data-urlencode",
+                &scope,
+                part("realm")?,
+            ]))?;
         let said: serde_json::Value = serde_json::from_str(&said)?;
         let token = format!("Bearer {}", said["token"].as_str().context("no token")?);
         let answer = scene.ask(node, &blob("ann/app", &scene.anns), Some(&token))?;
-        ensure!(answer.status == 200 && answer.body == scene.anns.data, "{}", answer.status);
+        ensure!(
+            answer.status == 200 && answer.body == scene.anns.data,
+            "{}",
+            answer.status
+        );
         Ok(())
     })
 }

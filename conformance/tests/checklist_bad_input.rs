@@ -26,7 +26,10 @@ fn say(node: &Hawker, bytes: &[u8], hang_up: bool, deadline: Duration) -> Result
         let mut heard = Vec::new();
         match stream.read_to_end(&mut heard) {
             Err(error) if error.kind() == ErrorKind::WouldBlock => {
-                anyhow::bail!("still open after {deadline:?}, said {:?}", String::from_utf8_lossy(&heard))
+                anyhow::bail!(
+                    "still open after {deadline:?}, said {:?}",
+                    String::from_utf8_lossy(&heard)
+                )
             }
             _ => Ok(String::from_utf8_lossy(&heard).into_owned()),
         }
@@ -48,10 +51,19 @@ fn memory_mib(node: &Hawker) -> Result<u64> {
 fn readers_that_stand_still_hold_no_manifest_in_memory() -> Result<()> {
     Plan::nodes(1).play(|scene| {
         let node = scene.node();
-        let manifest = format!("{{\"schemaVersion\":2,\"padding\":\"{}\"}}", "x".repeat((4 << 20) - 40));
+        let manifest = format!(
+            "{{\"schemaVersion\":2,\"padding\":\"{}\"}}",
+            "x".repeat((4 << 20) - 40)
+        );
         let media_type = "application/vnd.oci.image.manifest.v1+json";
-        let blob = scene.origin.add_manifest(REPOSITORY, "long", media_type, manifest.as_bytes());
-        let target = format!("/v2/{REPOSITORY}/manifests/{}?ns={}", blob.digest, scene.registry());
+        let blob = scene
+            .origin
+            .add_manifest(REPOSITORY, "long", media_type, manifest.as_bytes());
+        let target = format!(
+            "/v2/{REPOSITORY}/manifests/{}?ns={}",
+            blob.digest,
+            scene.registry()
+        );
         let request = format!("GET {target} HTTP/1.1\r\nHost: mirror\r\nConnection: close\r\n\r\n");
         let begin = || {
             node.host().enter(|| -> Result<TcpStream> {
@@ -60,7 +72,11 @@ fn readers_that_stand_still_hold_no_manifest_in_memory() -> Result<()> {
                 stream.write_all(request.as_bytes())?;
                 let mut head = [0; 12];
                 stream.read_exact(&mut head)?;
-                ensure!(&head == b"HTTP/1.1 200", "{}", String::from_utf8_lossy(&head));
+                ensure!(
+                    &head == b"HTTP/1.1 200",
+                    "{}",
+                    String::from_utf8_lossy(&head)
+                );
                 Ok(stream)
             })?
         };
@@ -71,17 +87,26 @@ fn readers_that_stand_still_hold_no_manifest_in_memory() -> Result<()> {
         ensure!(grown < 60, "60 readers of 4 MiB hold {grown} MiB");
         // The last of them goes on, and gets all of it.
         let mut rest = Vec::new();
-        standing.pop().context("60 of them")?.read_to_end(&mut rest)?;
-        ensure!(rest.ends_with(manifest.as_bytes()), "it is another one, or a part of it");
+        standing
+            .pop()
+            .context("60 of them")?
+            .read_to_end(&mut rest)?;
+        ensure!(
+            rest.ends_with(manifest.as_bytes()),
+            "it is another one, or a part of it"
+        );
         is_well(node)
     })
 }
 
 /// Manifests as long as they may be, each another one, in shapes that take far more memory than bytes to whoever believes them.
 fn hungry_manifests() -> Vec<String> {
-    let (digest, url) =
-        (format!("sha256:{}", "a".repeat(64)), format!("http://u.example/{}", "u".repeat(900)));
-    let layer = format!("{{\"digest\":\"{digest}\",\"urls\":[\"{url}\",\"{url}\",\"{url}\",\"{url}\"]}},");
+    let (digest, url) = (
+        format!("sha256:{}", "a".repeat(64)),
+        format!("http://u.example/{}", "u".repeat(900)),
+    );
+    let layer =
+        format!("{{\"digest\":\"{digest}\",\"urls\":[\"{url}\",\"{url}\",\"{url}\",\"{url}\"]}},");
     let shapes = [
         ("\"x\":", "[", ""),
         ("\"x\":", "{\"a\":", ""),
@@ -96,7 +121,10 @@ fn hungry_manifests() -> Vec<String> {
     ];
     let closing = [("[", "]"), ("{\"a\":", "}")];
     let of = |number: usize, (open, unit, end): (&str, &str, &str)| {
-        let close = closing.iter().find(|(open, _)| *open == unit).map_or("", |(_, close)| close);
+        let close = closing
+            .iter()
+            .find(|(open, _)| *open == unit)
+            .map_or("", |(_, close)| close);
         let mut text = format!("{{\"schemaVersion\":2,\"number\":{number},{open}");
         let times = ((4 << 20) - text.len() - end.len() - 2) / (unit.len() + close.len());
         text += &unit.repeat(times);
@@ -104,36 +132,68 @@ fn hungry_manifests() -> Vec<String> {
         text += &close.repeat(times);
         text + end + "}"
     };
-    (0..30).map(|number| of(number, shapes[number % shapes.len()])).collect()
+    (0..30)
+        .map(|number| of(number, shapes[number % shapes.len()]))
+        .collect()
 }
 
 #[test]
 fn manifests_made_to_fill_memory_do_not() -> Result<()> {
     Plan::nodes(1).play(|scene| {
         let media_type = "application/vnd.oci.image.manifest.v1+json";
-        let add = |text: String| scene.origin.add_manifest(REPOSITORY, "hungry", media_type, text.as_bytes());
+        let add = |text: String| {
+            scene
+                .origin
+                .add_manifest(REPOSITORY, "hungry", media_type, text.as_bytes())
+        };
         let blobs: Vec<Blob> = hungry_manifests().into_iter().map(add).collect();
-        ensure!(blobs.iter().all(|blob| (4 << 20) - 4096 < blob.size_bytes && blob.size_bytes <= 4 << 20));
+        ensure!(
+            blobs
+                .iter()
+                .all(|blob| (4 << 20) - 4096 < blob.size_bytes && blob.size_bytes <= 4 << 20)
+        );
         // Their bytes are on their way for a while, to the node and from it.
-        scene.origin.add_fault(Rule::always(Fault::SlowBody { bytes_per_s: 4 << 20 }).on("/manifests/"));
+        scene.origin.add_fault(
+            Rule::always(Fault::SlowBody {
+                bytes_per_s: 4 << 20,
+            })
+            .on("/manifests/"),
+        );
         let node = scene.node();
         let daemons = [("node", node), ("seed", &scene.cluster.seed)];
         let before = daemons.map(|(_, daemon)| mib(daemon, Memory::Resident));
         let pull = |blob: &Blob| -> Result<()> {
             let path = format!("/v2/{REPOSITORY}/manifests/{}", blob.digest);
-            let request = node.request(scene.registry(), &path).slowly(1 << 20).discard();
+            let request = node
+                .request(scene.registry(), &path)
+                .slowly(1 << 20)
+                .discard();
             right(request.send(node.host())?, blob).map(drop)
         };
         std::thread::scope(|scope| {
-            let pulls: Vec<_> = blobs.iter().chain(&blobs).map(|blob| scope.spawn(|| pull(blob))).collect();
+            let pulls: Vec<_> = blobs
+                .iter()
+                .chain(&blobs)
+                .map(|blob| scope.spawn(|| pull(blob)))
+                .collect();
             pulls.into_iter().try_for_each(|pull| join(pull.join()))
         })?;
         for ((name, daemon), before) in daemons.into_iter().zip(before) {
-            let (before, peak, after) = (before?, mib(daemon, Memory::Peak)?, mib(daemon, Memory::Resident)?);
+            let (before, peak, after) = (
+                before?,
+                mib(daemon, Memory::Peak)?,
+                mib(daemon, Memory::Resident)?,
+            );
             println!("{name}: {before} MiB before, {peak} at most, {after} after");
-            ensure!(peak < before + 128, "the {name} went from {before} to {peak} MiB");
+            ensure!(
+                peak < before + 128,
+                "the {name} went from {before} to {peak} MiB"
+            );
             // What the C library keeps for the next time.
-            ensure!(after < before + 96, "the {name} went from {before} MiB to {after}, and stays there");
+            ensure!(
+                after < before + 96,
+                "the {name} went from {before} MiB to {after}, and stays there"
+            );
             is_well(daemon)?;
         }
         Ok(())
@@ -142,7 +202,9 @@ fn manifests_made_to_fill_memory_do_not() -> Result<()> {
 
 /// That a node is well after what it was told: it answers, its memory is bounded, and nothing in it panicked.
 fn is_well(node: &Hawker) -> Result<()> {
-    let answer = Request::get(node.mirror(), "/v2/").within(PROMPT).send(node.host())?;
+    let answer = Request::get(node.mirror(), "/v2/")
+        .within(PROMPT)
+        .send(node.host())?;
     ensure!(answer.status == 200, "{}", answer.status);
     ensure!(!node.log().contains("panicked"), "it panicked");
     let held = memory_mib(node)?;
@@ -152,7 +214,11 @@ fn is_well(node: &Hawker) -> Result<()> {
 
 /// The statuses of the answers in what was heard.
 fn statuses(heard: &str) -> Vec<u16> {
-    heard.split("HTTP/1.1 ").skip(1).filter_map(|answer| answer.get(..3)?.parse().ok()).collect()
+    heard
+        .split("HTTP/1.1 ")
+        .skip(1)
+        .filter_map(|answer| answer.get(..3)?.parse().ok())
+        .collect()
 }
 
 #[test]
@@ -160,21 +226,34 @@ fn floods_of_headers_are_refused_in_bounded_memory() -> Result<()> {
     Plan::nodes(1).play(|scene| {
         let node = scene.node();
         let request = |rest: &str| format!("GET /v2/ HTTP/1.1\r\nHost: m\r\n{rest}\r\n");
-        let (many, wide) = ("A: b\r\n".repeat(20_000), format!("A: {}\r\n", "b".repeat(2 << 20)));
-        let long = format!("GET /v2/{}/manifests/v1 HTTP/1.1\r\nHost: m\r\n\r\n", "a/".repeat(1 << 20));
+        let (many, wide) = (
+            "A: b\r\n".repeat(20_000),
+            format!("A: {}\r\n", "b".repeat(2 << 20)),
+        );
+        let long = format!(
+            "GET /v2/{}/manifests/v1 HTTP/1.1\r\nHost: m\r\n\r\n",
+            "a/".repeat(1 << 20)
+        );
         for (what, bytes) in [
             ("many headers", request(&many)),
             ("a wide header", request(&wide)),
             ("a long target", long),
-            ("a header's name without end", format!("GET / HTTP/1.1\r\n{}", "a".repeat(2 << 20))),
+            (
+                "a header's name without end",
+                format!("GET / HTTP/1.1\r\n{}", "a".repeat(2 << 20)),
+            ),
             ("line ends without end", "\r\n".repeat(1 << 20)),
         ] {
             std::thread::scope(|scope| -> Result<()> {
-                let all: Vec<_> =
-                    (0..8).map(|_| scope.spawn(|| say(node, bytes.as_bytes(), true, PROMPT))).collect();
+                let all: Vec<_> = (0..8)
+                    .map(|_| scope.spawn(|| say(node, bytes.as_bytes(), true, PROMPT)))
+                    .collect();
                 for heard in all {
                     let heard = join(heard.join()).context(what)?;
-                    ensure!(statuses(&heard).iter().all(|s| (400..500).contains(s)), "{what}: {heard}");
+                    ensure!(
+                        statuses(&heard).iter().all(|s| (400..500).contains(s)),
+                        "{what}: {heard}"
+                    );
                 }
                 Ok(())
             })?;
@@ -234,7 +313,10 @@ fn shapes_of_request_smuggling_are_refused_and_nothing_after_them_is_answered() 
 fn tricks_with_paths_reach_nothing() -> Result<()> {
     Plan::nodes(1).play(|scene| {
         let node = scene.node();
-        let (ns, hex) = (format!("ns={}", scene.registry().replace(':', "%3A")), "0".repeat(64));
+        let (ns, hex) = (
+            format!("ns={}", scene.registry().replace(':', "%3A")),
+            "0".repeat(64),
+        );
         let long = "a/".repeat(200);
         let deep = "a".repeat(250);
         let before = scene.origin.log().len();
@@ -277,7 +359,11 @@ fn tricks_with_paths_reach_nothing() -> Result<()> {
             for target in [format!("{path}?{ns}"), path.clone()] {
                 let request = Request::get(node.mirror(), &target).within(Duration::from_secs(10));
                 let answer = request.send(node.host())?;
-                ensure!((400..500).contains(&answer.status), "{target}: {}", answer.status);
+                ensure!(
+                    (400..500).contains(&answer.status),
+                    "{target}: {}",
+                    answer.status
+                );
             }
         }
         let asked = scene.origin.log().split_off(before);
@@ -291,18 +377,28 @@ fn slow_half_open_and_silent_clients_are_let_go() -> Result<()> {
     Plan::nodes(1).play(|scene| {
         let node = scene.node();
         let blob = scene.blob(1 << 20)?;
-        let target = format!("{}?ns={}", hawker_conformance::scene::blob_path(&blob), scene.registry());
+        let target = format!(
+            "{}?ns={}",
+            hawker_conformance::scene::blob_path(&blob),
+            scene.registry()
+        );
         // Whoever hangs up half of a connection counts as gone: runtimes never do. The rest ends as soon as that is seen.
         let request = format!("GET {target} HTTP/1.1\r\nHost: m\r\n\r\n");
         say(node, request.as_bytes(), true, PROMPT)?;
         for (what, bytes) in [
             ("half a request", "GET /v2/ HTTP/1.1\r\nHost: m"),
             ("nothing at all", ""),
-            ("a body that never comes", "GET /v2/ HTTP/1.1\r\nHost: m\r\nContent-Length: 10\r\n\r\nx"),
+            (
+                "a body that never comes",
+                "GET /v2/ HTTP/1.1\r\nHost: m\r\nContent-Length: 10\r\n\r\nx",
+            ),
         ] {
-            let heard =
-                say(node, bytes.as_bytes(), true, PROMPT).with_context(|| format!("{what}, hung up"))?;
-            ensure!(statuses(&heard).iter().all(|status| *status < 500), "{what}: {heard}");
+            let heard = say(node, bytes.as_bytes(), true, PROMPT)
+                .with_context(|| format!("{what}, hung up"))?;
+            ensure!(
+                statuses(&heard).iter().all(|status| *status < 500),
+                "{what}: {heard}"
+            );
         }
         slow_loris(scene)?;
         is_well(node)
@@ -322,13 +418,25 @@ fn slow_loris(scene: &Scene) -> Result<()> {
         let mut slow = (0..300).map(|_| connect()).collect::<Result<Vec<_>>>()?;
         let start = Instant::now();
         while !slow.is_empty() {
-            ensure!(start.elapsed() < Duration::from_secs(20), "{} are still there", slow.len());
-            let proper = Request::get(node.mirror(), "/v2/").within(PROMPT).send_here()?;
-            ensure!(proper.status == 200 && proper.total < PROMPT, "{}", proper.status);
+            ensure!(
+                start.elapsed() < Duration::from_secs(20),
+                "{} are still there",
+                slow.len()
+            );
+            let proper = Request::get(node.mirror(), "/v2/")
+                .within(PROMPT)
+                .send_here()?;
+            ensure!(
+                proper.status == 200 && proper.total < PROMPT,
+                "{}",
+                proper.status
+            );
             std::thread::sleep(Duration::from_millis(500));
             slow.retain_mut(|stream| {
                 let mut byte = [0; 256];
-                let open = stream.read(&mut byte).is_err_and(|error| error.kind() == ErrorKind::WouldBlock);
+                let open = stream
+                    .read(&mut byte)
+                    .is_err_and(|error| error.kind() == ErrorKind::WouldBlock);
                 open && stream.write_all(b"x").is_ok()
             });
         }
@@ -362,16 +470,31 @@ fn conditions_and_ranges_of_any_shape_bring_no_wrong_answer() -> Result<()> {
             ("authorization", "Nonsense"),
             ("expect", "200-maybe"),
         ] {
-            let answer = scene.request(scene.node(), &blob).header(name, value).send(scene.node().host())?;
+            let answer = scene
+                .request(scene.node(), &blob)
+                .header(name, value)
+                .send(scene.node().host())?;
             let shown = &value[..value.len().min(40)];
             match answer.status {
-                200 => ensure!(answer.digest == blob.digest.to_string(), "{name}: {shown}: other bytes"),
-                206 => ensure!(answer.header("content-range").is_some(), "{name}: {shown}: no Content-Range"),
-                304 => ensure!(name == "if-none-match" && value.starts_with('*'), "{name}: {shown}: 304"),
+                200 => ensure!(
+                    answer.digest == blob.digest.to_string(),
+                    "{name}: {shown}: other bytes"
+                ),
+                206 => ensure!(
+                    answer.header("content-range").is_some(),
+                    "{name}: {shown}: no Content-Range"
+                ),
+                304 => ensure!(
+                    name == "if-none-match" && value.starts_with('*'),
+                    "{name}: {shown}: 304"
+                ),
                 status => ensure!((400..500).contains(&status), "{name}: {shown}: {status}"),
             }
         }
-        let unknown = scene.node().request(scene.registry(), &format!("/v2/{REPOSITORY}/manifests/none"));
+        let unknown = scene.node().request(
+            scene.registry(),
+            &format!("/v2/{REPOSITORY}/manifests/none"),
+        );
         ensure!(unknown.send(scene.node().host())?.status == 404);
         is_well(scene.node())
     })

@@ -29,7 +29,10 @@ impl System {
     fn new(host: &Host) -> Result<Self> {
         let root = host.dir().join("system");
         fs::create_dir(&root)?;
-        Ok(Self { host: host.clone(), root })
+        Ok(Self {
+            host: host.clone(),
+            root,
+        })
     }
 
     fn write(&self, path: &str, text: &str) -> Result<()> {
@@ -41,13 +44,27 @@ impl System {
     /// `program`, with `/etc/FOLDER` from this root. The mount is the program's alone, and gone with it.
     fn command(&self, folder: &str, program: impl AsRef<std::ffi::OsStr>) -> Command {
         let mut command = self.host.command("unshare");
-        command.args(["--mount", "--", "sh", "-c", "mount --bind \"$0\" \"$1\" && shift && exec \"$@\""]);
-        command.arg(self.root.join("etc").join(folder)).arg(Path::new("/etc").join(folder)).arg(program);
+        command.args([
+            "--mount",
+            "--",
+            "sh",
+            "-c",
+            "mount --bind \"$0\" \"$1\" && shift && exec \"$@\"",
+        ]);
+        command
+            .arg(self.root.join("etc").join(folder))
+            .arg(Path::new("/etc").join(folder))
+            .arg(program);
         command
     }
 
     fn configure(&self, node: &Hawker, line: &str) -> Result<String> {
-        run(node.cli()?.arg("configure").args(line.split(' ')).arg("--root").arg(&self.root))
+        run(node
+            .cli()?
+            .arg("configure")
+            .args(line.split(' '))
+            .arg("--root")
+            .arg(&self.root))
     }
 
     /// All files below the root.
@@ -76,7 +93,11 @@ fn start(
     let registry = DockerRegistry::start(&lab.host("origin")?)?;
     let authority = registry.authority();
     let plan = HawkerPlan::proxy(&lab.host("node")?).plain_registry(&authority);
-    let node = args(plan.flag("--registry", format!("{ALIAS}=http://{authority}")), &authority).start()?;
+    let node = args(
+        plan.flag("--registry", format!("{ALIAS}=http://{authority}")),
+        &authority,
+    )
+    .start()?;
     let system = System::new(node.host())?;
     Ok((registry, node, system))
 }
@@ -91,8 +112,13 @@ fn start_containerd(system: &System) -> Result<Process> {
     let log = system.host.dir().join("containerd.log");
     let mut containerd = Process::start(&mut system.command("containerd", "containerd"), log)?;
     let mut probe = system.host.command("ctr");
-    probe.arg("--address").arg(system.root.join("containerd.sock")).arg("version");
-    containerd.wait_ready(READY, || run(&mut probe).is_ok()).context("containerd")?;
+    probe
+        .arg("--address")
+        .arg(system.root.join("containerd.sock"))
+        .arg("version");
+    containerd
+        .wait_ready(READY, || run(&mut probe).is_ok())
+        .context("containerd")?;
     Ok(containerd)
 }
 
@@ -161,8 +187,10 @@ fn podman_buildah_and_skopeo_go_through_hawker_until_that_is_undone() -> Result<
             "etc/containers/policy.json",
             "{\"default\": [{\"type\": \"insecureAcceptAnything\"}]}\n",
         )?;
-        system
-            .write("etc/containers/registries.conf", "unqualified-search-registries = [\"docker.io\"]\n")?;
+        system.write(
+            "etc/containers/registries.conf",
+            "unqualified-search-registries = [\"docker.io\"]\n",
+        )?;
         let before = system.files()?;
         let scratch = node.host().dir();
         let pull = |name: &str, round: &str| -> Result<()> {
@@ -170,9 +198,15 @@ fn podman_buildah_and_skopeo_go_through_hawker_until_that_is_undone() -> Result<
             let mut command = system.command("containers", name);
             if name == "skopeo" {
                 command.args(["copy", "--quiet", "--src-tls-verify=false"]);
-                command.arg(format!("docker://{reference}")).arg(format!("dir:{}", dir("copy").display()));
+                command
+                    .arg(format!("docker://{reference}"))
+                    .arg(format!("dir:{}", dir("copy").display()));
             } else {
-                command.arg("--root").arg(dir("root")).arg("--runroot").arg(dir("run"));
+                command
+                    .arg("--root")
+                    .arg(dir("root"))
+                    .arg("--runroot")
+                    .arg(dir("run"));
                 command.args([
                     "--storage-driver",
                     "vfs",
@@ -184,16 +218,26 @@ fn podman_buildah_and_skopeo_go_through_hawker_until_that_is_undone() -> Result<
             }
             run(&mut command).map(drop)
         };
-        system.configure(&node, &format!("podman --registry {}={ALIAS}", registry.authority()))?;
+        system.configure(
+            &node,
+            &format!("podman --registry {}={ALIAS}", registry.authority()),
+        )?;
         for name in ["podman", "buildah", "skopeo"] {
             let already = asked(&node)?;
             pull(name, "configured")?;
             ensure!(asked(&node)? > already, "{name} went past Hawker");
         }
         let reads = registry.blob_reads(Some(&image.layers[0].digest));
-        ensure!(reads.body_bytes == image.size_bytes(), "the registry sent more than one copy: {reads:?}");
+        ensure!(
+            reads.body_bytes == image.size_bytes(),
+            "the registry sent more than one copy: {reads:?}"
+        );
         system.configure(&node, "podman --remove")?;
-        ensure!(system.files()? == before, "it is not what it was: {:?}", system.files()?.keys());
+        ensure!(
+            system.files()? == before,
+            "it is not what it was: {:?}",
+            system.files()?.keys()
+        );
         let through = asked(&node)?;
         pull("podman", "removed")?;
         ensure!(asked(&node)? == through, "podman asked Hawker all the same");
@@ -219,22 +263,29 @@ fn sign(layout: &Path, repository: &str, digest: &str) -> Result<()> {
     let write = |text: &str, media_type: &str| -> Result<serde_json::Value> {
         let digest = Digest::of(Algorithm::Sha256, text.as_bytes());
         fs::write(blobs.join(digest.hex()), text)?;
-        Ok(serde_json::json!({ "mediaType": media_type, "digest": digest.to_string(), "size": text.len() }))
+        Ok(
+            serde_json::json!({ "mediaType": media_type, "digest": digest.to_string(), "size": text.len() }),
+        )
     };
     let mut layer = write(&payload, "application/vnd.dev.cosign.simplesigning.v1+json")?;
     let config = serde_json::json!({
         "architecture": "", "os": "", "config": {}, "rootfs": { "type": "layers", "diff_ids": [layer["digest"]] },
     });
     layer["annotations"] = serde_json::json!({ "dev.cosignproject.cosign/signature": signature });
-    let config = write(&config.to_string(), "application/vnd.oci.image.config.v1+json")?;
+    let config = write(
+        &config.to_string(),
+        "application/vnd.oci.image.config.v1+json",
+    )?;
     let kind = "application/vnd.oci.image.manifest.v1+json";
-    let manifest =
-        serde_json::json!({ "schemaVersion": 2, "mediaType": kind, "config": config, "layers": [layer] });
+    let manifest = serde_json::json!({ "schemaVersion": 2, "mediaType": kind, "config": config, "layers": [layer] });
     let mut root = write(&manifest.to_string(), kind)?;
     root["annotations"] = serde_json::json!({ "org.opencontainers.image.ref.name": "latest" });
     let index = serde_json::json!({ "schemaVersion": 2, "manifests": [root] });
     fs::write(layout.join("index.json"), index.to_string())?;
-    Ok(fs::write(layout.join("oci-layout"), r#"{"imageLayoutVersion":"1.0.0"}"#)?)
+    Ok(fs::write(
+        layout.join("oci-layout"),
+        r#"{"imageLayoutVersion":"1.0.0"}"#,
+    )?)
 }
 
 #[test]
@@ -246,11 +297,17 @@ fn attached_signatures_are_found_at_the_mirror() -> Result<()> {
         let reference = registry.push(&Image::noise(85, &[100_000]), "team/app", "v1")?;
         let mut inspect = system.host.command("skopeo");
         inspect.args(["inspect", "--tls-verify=false", "--format", "{{.Digest}}"]);
-        let digest = run(inspect.arg(format!("docker://{reference}")))?.trim().to_owned();
+        let digest = run(inspect.arg(format!("docker://{reference}")))?
+            .trim()
+            .to_owned();
         let layout = node.host().dir().join("signature");
         sign(&layout, &format!("{authority}/team/app"), &digest)?;
         let layout = format!("oci:{}:latest", layout.display());
-        registry.push_layout(&layout, "team/app", &format!("{}.sig", digest.replace(':', "-")))?;
+        registry.push_layout(
+            &layout,
+            "team/app",
+            &format!("{}.sig", digest.replace(':', "-")),
+        )?;
         let policy = "{\"default\": [{\"type\": \"insecureAcceptAnything\"}]}\n";
         system.write("etc/containers/policy.json", policy)?;
         let attached = format!("docker:\n  {authority}:\n    use-sigstore-attachments: true\n");
@@ -259,7 +316,12 @@ fn attached_signatures_are_found_at_the_mirror() -> Result<()> {
         // Whether the signature came with the image.
         let pull = |round: &str| -> Result<bool> {
             let mut command = system.command("containers", "skopeo");
-            command.args(["copy", "--quiet", "--src-tls-verify=false", &format!("docker://{reference}")]);
+            command.args([
+                "copy",
+                "--quiet",
+                "--src-tls-verify=false",
+                &format!("docker://{reference}"),
+            ]);
             let copy = node.host().dir().join(format!("copy-{round}"));
             run(command.arg(format!("dir:{}", copy.display())))?;
             Ok(copy.join("signature-1").exists())
@@ -267,19 +329,34 @@ fn attached_signatures_are_found_at_the_mirror() -> Result<()> {
         ensure!(pull("direct")?, "skopeo takes no attached signatures");
         let line = format!("podman --registry {authority}={ALIAS}");
         let said = system.configure(&node, &format!("{line} --dry-run"))?;
-        ensure!(said.contains(&format!("+  \"{}/{ALIAS}\":", node.mirror())), "{said}");
+        ensure!(
+            said.contains(&format!("+  \"{}/{ALIAS}\":", node.mirror())),
+            "{said}"
+        );
         ensure!(system.files()? == before, "a dry run wrote something");
         system.configure(&node, &line)?;
-        ensure!(pull("configured")?, "the signature was not found at the mirror");
+        ensure!(
+            pull("configured")?,
+            "the signature was not found at the mirror"
+        );
         ensure!(asked(&node)? > 0.0, "skopeo went past Hawker");
         // The file is what does it.
-        let ours = system.root.join("etc/containers/registries.d/50-hawker.yaml");
+        let ours = system
+            .root
+            .join("etc/containers/registries.d/50-hawker.yaml");
         let text = fs::read(&ours)?;
         fs::remove_file(&ours)?;
-        ensure!(!pull("without")?, "the signature was found without the file");
+        ensure!(
+            !pull("without")?,
+            "the signature was found without the file"
+        );
         fs::write(&ours, text)?;
         system.configure(&node, "podman --remove")?;
-        ensure!(system.files()? == before, "it is not what it was: {:?}", system.files()?.keys());
+        ensure!(
+            system.files()? == before,
+            "it is not what it was: {:?}",
+            system.files()?.keys()
+        );
         ensure!(pull("removed")?, "the signature is gone");
         Ok(())
     })())
@@ -347,10 +424,17 @@ fn a_dry_run_shows_the_difference_and_errors_name_file_cause_and_cure() -> Resul
     let before = system.files()?;
     let configure = |line: &str| -> Result<(Option<i32>, String)> {
         let mut command = host.command(hawker_conformance::lab::hawker_binary()?);
-        let output =
-            command.arg("configure").args(line.split(' ')).arg("--root").arg(&system.root).output()?;
+        let output = command
+            .arg("configure")
+            .args(line.split(' '))
+            .arg("--root")
+            .arg(&system.root)
+            .output()?;
         let said = [output.stdout, output.stderr].concat();
-        Ok((output.status.code(), String::from_utf8_lossy(&said).into_owned()))
+        Ok((
+            output.status.code(),
+            String::from_utf8_lossy(&said).into_owned(),
+        ))
     };
     let (code, said) = configure("containerd --dry-run")?;
     ensure!(code == Some(0), "exit {code:?}: {said}");
@@ -377,6 +461,9 @@ fn a_dry_run_shows_the_difference_and_errors_name_file_cause_and_cure() -> Resul
         "exit {code:?}: {said}"
     );
     let (code, said) = configure("docker --remove")?;
-    ensure!(code == Some(0) && said.contains("Nothing to undo"), "exit {code:?}: {said}");
+    ensure!(
+        code == Some(0) && said.contains("Nothing to undo"),
+        "exit {code:?}: {said}"
+    );
     Ok(())
 }

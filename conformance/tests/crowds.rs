@@ -8,7 +8,9 @@ use anyhow::{Context as _, Result, ensure};
 use hawker_conformance::attacker::invented;
 use hawker_conformance::lab::{End, Hawker, HawkerPlan, Host};
 use hawker_conformance::origin::Content;
-use hawker_conformance::scene::{Plan, REPOSITORY, Scene, blob_path, right, until_committed, with_origin};
+use hawker_conformance::scene::{
+    Plan, REPOSITORY, Scene, blob_path, right, until_committed, with_origin,
+};
 use hawker_core::digest::Digest;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -30,7 +32,13 @@ const SAYINGS: [&[u8]; 4] = [
 
 fn allow_many_files() -> Result<()> {
     let maximum = getrlimit(Resource::Nofile).maximum;
-    Ok(setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum })?)
+    Ok(setrlimit(
+        Resource::Nofile,
+        Rlimit {
+            current: maximum,
+            maximum,
+        },
+    )?)
 }
 
 async fn connect(to: SocketAddr, from: Option<Ipv4Addr>) -> Result<TcpStream> {
@@ -52,7 +60,9 @@ fn crowd(
     host.block_on(async move {
         let mut crowd = Vec::new();
         for one in 0..CROWD {
-            let mut connection = connect(to, from(one)).await.with_context(|| format!("connection {one}"))?;
+            let mut connection = connect(to, from(one))
+                .await
+                .with_context(|| format!("connection {one}"))?;
             // One that is turned away may be gone already.
             let _ = connection.write_all(SAYINGS[one % SAYINGS.len()]).await;
             crowd.push(connection.into_std()?);
@@ -61,13 +71,23 @@ fn crowd(
     })?
 }
 
-fn pulls_go_on(scene: &Scene, node: &Hawker, cached: &hawker_conformance::origin::Blob) -> Result<()> {
+fn pulls_go_on(
+    scene: &Scene,
+    node: &Hawker,
+    cached: &hawker_conformance::origin::Blob,
+) -> Result<()> {
     let new = scene.blob(SIZE_BYTES)?;
     for (what, blob) in [("cached", cached), ("new", &new), ("cached again", cached)] {
         let started = Instant::now();
-        let answer = scene.get(node, blob).with_context(|| format!("a {what} blob"))?;
+        let answer = scene
+            .get(node, blob)
+            .with_context(|| format!("a {what} blob"))?;
         right(answer, blob).with_context(|| format!("a {what} blob"))?;
-        ensure!(started.elapsed() < Duration::from_secs(5), "a {what} blob took {:?}", started.elapsed());
+        ensure!(
+            started.elapsed() < Duration::from_secs(5),
+            "a {what} blob took {:?}",
+            started.elapsed()
+        );
     }
     Ok(())
 }
@@ -112,36 +132,61 @@ fn hundreds_of_clients_that_do_not_read_huge_blobs_hold_little_memory() -> Resul
             for digest in &huge {
                 let mut client = connect(node.mirror(), None).await?;
                 let path = format!("/v2/{REPOSITORY}/blobs/{digest}?ns={registry}");
-                client.write_all(format!("GET {path} HTTP/1.1\r\nHost: m\r\n\r\n").as_bytes()).await?;
+                client
+                    .write_all(format!("GET {path} HTTP/1.1\r\nHost: m\r\n\r\n").as_bytes())
+                    .await?;
                 clients.push(client);
             }
             for client in &mut clients {
                 let mut first = [0; 12];
                 client.read_exact(&mut first).await?;
-                ensure!(first.ends_with(b"200"), "{}", String::from_utf8_lossy(&first));
+                ensure!(
+                    first.ends_with(b"200"),
+                    "{}",
+                    String::from_utf8_lossy(&first)
+                );
             }
-            clients.into_iter().map(|client| Ok(client.into_std()?)).collect::<Result<Vec<_>>>()
+            clients
+                .into_iter()
+                .map(|client| Ok(client.into_std()?))
+                .collect::<Result<Vec<_>>>()
         })??;
         std::thread::sleep(Duration::from_secs(5));
         let held_mib = node.anonymous_bytes()? >> 20;
         ensure!(held_mib <= ALLOWED_MIB, "the node holds {held_mib} MiB");
         let started = Instant::now();
         scene.pull(node, &cached).context("a cached blob")?;
-        ensure!(started.elapsed() < Duration::from_secs(5), "a cached blob took {:?}", started.elapsed());
+        ensure!(
+            started.elapsed() < Duration::from_secs(5),
+            "a cached blob took {:?}",
+            started.elapsed()
+        );
         let (new, started) = (scene.blob(SIZE_BYTES)?, Instant::now());
         scene.pull(node, &new).context("a new blob")?;
         // Where memory is short, the tasks of such blobs look for nothing: neither origin nor scheduler nor seed is kept busy by them.
-        ensure!(started.elapsed() < Duration::from_secs(20), "a new blob took {:?}", started.elapsed());
+        ensure!(
+            started.elapsed() < Duration::from_secs(20),
+            "a new blob took {:?}",
+            started.elapsed()
+        );
         // A client that comes back gets the bytes that it would have got.
         let mut back = stalled.into_iter().next().context("none")?;
         back.set_nonblocking(false)?;
         back.set_read_timeout(Some(Duration::from_secs(10)))?;
         let mut body = Vec::new();
         std::io::Read::take(&mut back, 8 << 20).read_to_end(&mut body)?;
-        let head = body.windows(4).position(|end| end == b"\r\n\r\n").context("no head")? + 4;
+        let head = body
+            .windows(4)
+            .position(|end| end == b"\r\n\r\n")
+            .context("no head")?
+            + 4;
         let mut expected = vec![0; body.len() - head];
         Content::generated(0, 2 << 40).read_at(0, &mut expected)?;
-        ensure!(expected.len() > 4 << 20 && body[head..] == expected[..], "{} other bytes", expected.len());
+        ensure!(
+            expected.len() > 4 << 20 && body[head..] == expected[..],
+            "{} other bytes",
+            expected.len()
+        );
         Ok(())
     })
 }
@@ -169,7 +214,10 @@ fn a_node_with_few_files_serves_beside_silent_and_stalled_connections() -> Resul
         pull().context("beside silent connections")?;
         drop(silent);
 
-        let (address, path) = (node.mirror(), format!("{}?ns={}", blob_path(&blob), origin.address()));
+        let (address, path) = (
+            node.mirror(),
+            format!("{}?ns={}", blob_path(&blob), origin.address()),
+        );
         let stalled = host.block_on(async {
             let mut stalled = Vec::new();
             for _ in 0..128 {
@@ -185,7 +233,11 @@ fn a_node_with_few_files_serves_beside_silent_and_stalled_connections() -> Resul
             }
             anyhow::Ok(stalled)
         })??;
-        ensure!((64..128).contains(&stalled.len()), "{} connections fill all places", stalled.len());
+        ensure!(
+            (64..128).contains(&stalled.len()),
+            "{} connections fill all places",
+            stalled.len()
+        );
         // They count as stalled after 20 s.
         std::thread::sleep(Duration::from_secs(22));
         let answer = pull().context("beside stalled connections")?;

@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use hawker_conformance::lab::{
-    Cluster, ClusterPlan, Containerd, DockerRegistry, Dockerd, Hawker, HawkerPlan, Host, Image, Lab, Layer,
-    PrivateCa, RegistryPlan, Request, run,
+    Cluster, ClusterPlan, Containerd, DockerRegistry, Dockerd, Hawker, HawkerPlan, Host, Image,
+    Lab, Layer, PrivateCa, RegistryPlan, Request, run,
 };
 use hawker_conformance::origin::{Content, Origin, OriginConfig};
 use hawker_conformance::scene::{REPOSITORY, blob_path, join, right, start_origin};
@@ -35,8 +35,17 @@ fn dockerd_pulls_from_any_registry_at_once_on_all_nodes_and_pushes_through() -> 
         let ca = PrivateCa::new(&lab)?;
         let registry = RegistryPlan::on(&lab.host("origin")?).tls(&ca)?.start()?;
         let own_ca = format!("{}={}", registry.authority(), ca.certificate().display());
-        let args = ["--registry-ca", &own_ca, "--forward-proxy", FORWARD].map(str::to_owned).to_vec();
-        let cluster = Cluster::start(&lab, &ClusterPlan { nodes: 2, args, ..ClusterPlan::default() })?;
+        let args = ["--registry-ca", &own_ca, "--forward-proxy", FORWARD]
+            .map(str::to_owned)
+            .to_vec();
+        let cluster = Cluster::start(
+            &lab,
+            &ClusterPlan {
+                nodes: 2,
+                args,
+                ..ClusterPlan::default()
+            },
+        )?;
         let image = Image::noise(41, &[3 << 20, 400_000, 2000]);
         let reference = registry.push(&image, "team/app", "v1")?;
 
@@ -47,22 +56,37 @@ fn dockerd_pulls_from_any_registry_at_once_on_all_nodes_and_pushes_through() -> 
             Ok((containerd, dockerd))
         };
         let runtimes = std::thread::scope(|scope| -> Result<Vec<_>> {
-            let starting: Vec<_> =
-                cluster.nodes.iter().map(|node| scope.spawn(move || runtime(node))).collect();
-            starting.into_iter().map(|runtime| join(runtime.join())).collect()
+            let starting: Vec<_> = cluster
+                .nodes
+                .iter()
+                .map(|node| scope.spawn(move || runtime(node)))
+                .collect();
+            starting
+                .into_iter()
+                .map(|runtime| join(runtime.join()))
+                .collect()
         })?;
         registry.gave_once(&image)?;
         for node in &cluster.nodes {
             let bytes = node.status()?.bytes;
-            ensure!(bytes.received_peers + bytes.received_seeds >= image.size_bytes(), "{bytes:?}");
+            ensure!(
+                bytes.received_peers + bytes.received_seeds >= image.size_bytes(),
+                "{bytes:?}"
+            );
             ensure!(bytes.served >= image.size_bytes(), "{bytes:?}");
         }
 
         let archive = lab.dir().join("layer.tar");
         std::fs::write(&archive, &Layer::noise(42, 2 << 20).data)?;
         let pushed = format!("{}/team/pushed:v1", registry.authority());
-        runtimes[0].1.push(&archive, &pushed).context("docker push")?;
-        runtimes[1].1.pull(&pushed).context("docker pull of what was pushed")
+        runtimes[0]
+            .1
+            .push(&archive, &pushed)
+            .context("docker push")?;
+        runtimes[1]
+            .1
+            .pull(&pushed)
+            .context("docker pull of what was pushed")
     })())
 }
 
@@ -77,13 +101,31 @@ fn curl(host: &Host, args: &[&str]) -> Result<Curled> {
     let body = host.dir().join("curled");
     let _ = std::fs::remove_file(&body);
     let mut command = host.command("curl");
-    command.args(["--silent", "--max-time", "20", "--noproxy", "", "--proxy", &format!("http://{FORWARD}")]);
-    command.args(["--write-out", "%{http_code} %{http_connect}", "--output"]).arg(&body).args(args);
+    command.args([
+        "--silent",
+        "--max-time",
+        "20",
+        "--noproxy",
+        "",
+        "--proxy",
+        &format!("http://{FORWARD}"),
+    ]);
+    command
+        .args(["--write-out", "%{http_code} %{http_connect}", "--output"])
+        .arg(&body)
+        .args(args);
     // It fails where the proxy refuses, which is looked at here.
     let said = String::from_utf8(command.output()?.stdout)?;
-    let (status, connect) = said.trim().split_once(' ').with_context(|| format!("{args:?}: {said}"))?;
+    let (status, connect) = said
+        .trim()
+        .split_once(' ')
+        .with_context(|| format!("{args:?}: {said}"))?;
     let body = std::fs::read(&body).unwrap_or_default();
-    Ok(Curled { status: status.into(), connect: connect.into(), body })
+    Ok(Curled {
+        status: status.into(),
+        connect: connect.into(),
+        body,
+    })
 }
 
 #[test]
@@ -91,7 +133,8 @@ fn curl_gets_blobs_from_peers_tunnels_where_it_may_and_nothing_else() -> Result<
     let lab = Lab::new()?;
     lab.explain((|| {
         let ca = PrivateCa::new(&lab)?;
-        let (origin_host, other_host, host) = (lab.host("origin")?, lab.host("other")?, lab.host("node")?);
+        let (origin_host, other_host, host) =
+            (lab.host("origin")?, lab.host("other")?, lab.host("node")?);
         let origin = start_origin(&origin_host)?;
         let blob = origin.add_blob(REPOSITORY, Content::generated(43, 1_500_000))?;
         let tls = OriginConfig {
@@ -114,8 +157,10 @@ fn curl_gets_blobs_from_peers_tunnels_where_it_may_and_nothing_else() -> Result<
         let company = ca.certificate().display().to_string();
 
         let path = blob_path(&blob);
-        let (plain, opened) =
-            (format!("http://{}{path}", origin.address()), format!("https://{}{path}", origin.address()));
+        let (plain, opened) = (
+            format!("http://{}{path}", origin.address()),
+            format!("https://{}{path}", origin.address()),
+        );
         for args in [
             &[plain.as_str()][..],
             &["--cacert", &own, &opened],
@@ -123,17 +168,34 @@ fn curl_gets_blobs_from_peers_tunnels_where_it_may_and_nothing_else() -> Result<
             &["--cacert", &own, "--tls-max", "1.2", &opened],
         ] {
             let got = curl(&host, args)?;
-            let digest = hawker_core::digest::Digest::of(hawker_core::digest::Algorithm::Sha256, &got.body);
-            ensure!(got.status == "200" && digest == blob.digest, "{args:?}: {}", got.status);
+            let digest =
+                hawker_core::digest::Digest::of(hawker_core::digest::Algorithm::Sha256, &got.body);
+            ensure!(
+                got.status == "200" && digest == blob.digest,
+                "{args:?}: {}",
+                got.status
+            );
         }
-        let sent: u64 =
-            origin.log().iter().filter(|e| e.target.contains("/blobs/")).map(|e| e.body_bytes).sum();
+        let sent: u64 = origin
+            .log()
+            .iter()
+            .filter(|e| e.target.contains("/blobs/"))
+            .map(|e| e.body_bytes)
+            .sum();
         ensure!(sent == blob.size_bytes, "the origin sent {sent} bytes");
 
         let there = format!("https://{}{}", other.address(), blob_path(&text));
         let got = curl(&host, &["--cacert", &company, &there])?;
-        ensure!(got.connect == "200" && got.body == b"through a tunnel", "{} {}", got.connect, got.status);
-        ensure!(curl(&host, &["--cacert", &own, &there])?.status == "000", "a tunnel was opened");
+        ensure!(
+            got.connect == "200" && got.body == b"through a tunnel",
+            "{} {}",
+            got.connect,
+            got.status
+        );
+        ensure!(
+            curl(&host, &["--cacert", &own, &there])?.status == "000",
+            "a tunnel was opened"
+        );
 
         for target in [
             format!("https://{}/", other_host.at(8444)),
@@ -147,7 +209,11 @@ fn curl_gets_blobs_from_peers_tunnels_where_it_may_and_nothing_else() -> Result<
             ensure!(refused, "{target}: {} {}", got.connect, got.status);
         }
         let admin = curl(&host, &["http://127.0.0.1:6503/status"])?;
-        ensure!(admin.status == "403", "the admin server was reached: {}", admin.status);
+        ensure!(
+            admin.status == "403",
+            "the admin server was reached: {}",
+            admin.status
+        );
         ensure!(node.status()?.ready);
         Ok(())
     })())
@@ -163,28 +229,53 @@ fn a_lazy_loaders_ranges_come_by_whole_addresses_from_a_registry_with_tls() -> R
         let image = Image::noise(44, &[3 << 20]);
         registry.push(&image, "team/lazy", "v1")?;
         let node = HawkerPlan::proxy(&lab.host("node")?)
-            .flag("--registry-ca", format!("{}={}", registry.authority(), ca.certificate().display()))
+            .flag(
+                "--registry-ca",
+                format!("{}={}", registry.authority(), ca.certificate().display()),
+            )
             .flag("--forward-proxy", FORWARD)
             .start()?;
         let layer = &image.layers[0];
-        let target = format!("http://{}/v2/team/lazy/blobs/{}", registry.authority(), layer.digest);
+        let target = format!(
+            "http://{}/v2/team/lazy/blobs/{}",
+            registry.authority(),
+            layer.digest
+        );
         let ask = |range: Option<(usize, usize)>| {
             let request = Request::get(forward()?, &target).header("host", registry.authority());
-            let request = request.header("accept", "*/*").header("content-length", "0");
-            let ranged =
-                range.map(|(from, to)| request.clone().header("range", format!("bytes={from}-{to}")));
+            let request = request
+                .header("accept", "*/*")
+                .header("content-length", "0");
+            let ranged = range.map(|(from, to)| {
+                request
+                    .clone()
+                    .header("range", format!("bytes={from}-{to}"))
+            });
             ranged.unwrap_or(request).send(node.host())
         };
         let last = layer.data.len() - 1;
         for (from, to) in [(last - 9_999, last), (0, 99), (1_000_000, 1_999_999)] {
             let answer = ask(Some((from, to)))?;
             let told = format!("bytes {from}-{to}/{}", layer.data.len());
-            ensure!(answer.status == 206, "{from}-{to}: {} {}", answer.status, answer.text());
-            ensure!(answer.header("content-range") == Some(&told), "{:?}", answer.headers);
+            ensure!(
+                answer.status == 206,
+                "{from}-{to}: {} {}",
+                answer.status,
+                answer.text()
+            );
+            ensure!(
+                answer.header("content-range") == Some(&told),
+                "{:?}",
+                answer.headers
+            );
             ensure!(answer.body == layer.data[from..=to], "{from}-{to}");
         }
         let whole = ask(None)?;
-        ensure!(whole.status == 200 && whole.digest == layer.digest, "{}", whole.status);
+        ensure!(
+            whole.status == 200 && whole.digest == layer.digest,
+            "{}",
+            whole.status
+        );
         Ok(())
     })())
 }
@@ -199,7 +290,10 @@ fn say(node: &Hawker, bytes: &[u8], within: Duration) -> Result<String> {
         let mut heard = Vec::new();
         match stream.read_to_end(&mut heard) {
             Err(error) if error.kind() == ErrorKind::WouldBlock => {
-                anyhow::bail!("still open after {within:?}, said {:?}", String::from_utf8_lossy(&heard))
+                anyhow::bail!(
+                    "still open after {within:?}, said {:?}",
+                    String::from_utf8_lossy(&heard)
+                )
             }
             _ => Ok(String::from_utf8_lossy(&heard).into_owned()),
         }
@@ -207,7 +301,11 @@ fn say(node: &Hawker, bytes: &[u8], within: Duration) -> Result<String> {
 }
 
 fn statuses(heard: &str) -> Vec<u16> {
-    heard.split("HTTP/1.1 ").skip(1).filter_map(|answer| answer.get(..3)?.parse().ok()).collect()
+    heard
+        .split("HTTP/1.1 ")
+        .skip(1)
+        .filter_map(|answer| answer.get(..3)?.parse().ok())
+        .collect()
 }
 
 #[test]
@@ -302,7 +400,10 @@ fn runtimes_reach_the_mirror_by_tls() -> Result<()> {
         let mirror = host.at(6500);
         let node = HawkerPlan::proxy(&host)
             .flag("--mirror", mirror.to_string())
-            .flag("--registry", format!("origin.test=http://{}", registry.authority()))
+            .flag(
+                "--registry",
+                format!("origin.test=http://{}", registry.authority()),
+            )
             .flag("--tls-cert", server.certificate.display().to_string())
             .flag("--tls-key", server.key.display().to_string())
             .start()?;
@@ -310,23 +411,32 @@ fn runtimes_reach_the_mirror_by_tls() -> Result<()> {
         for (name, verify) in [("tls", true), ("plain", false)] {
             let target = host.dir().join(name);
             let mut skopeo = host.command("skopeo");
-            skopeo.args(["--insecure-policy", "copy", "--quiet", &format!("--src-tls-verify={verify}")]);
+            skopeo.args([
+                "--insecure-policy",
+                "copy",
+                "--quiet",
+                &format!("--src-tls-verify={verify}"),
+            ]);
             skopeo
                 .arg("--src-cert-dir")
                 .arg(trusted)
                 .arg(format!("docker://{mirror}/origin.test/team/app:v1"));
             run(skopeo.arg(format!("dir:{}", target.display())))?;
             for layer in &image.layers {
-                let copied = std::fs::read(target.join(layer.digest.trim_start_matches("sha256:")))?;
+                let copied =
+                    std::fs::read(target.join(layer.digest.trim_start_matches("sha256:")))?;
                 ensure!(copied == layer.data, "{} differs", layer.digest);
             }
         }
         registry.gave_once(&image)?;
         // Without ALPN; and a client that has hung up half of the connection before its greeting.
         let mut curl = host.command("curl");
-        curl.args(["--silent", "--fail", "--no-alpn", "--cacert"]).arg(ca.certificate());
+        curl.args(["--silent", "--fail", "--no-alpn", "--cacert"])
+            .arg(ca.certificate());
         ensure!(run(curl.arg(format!("https://{mirror}/v2/")))? == "{}");
-        host.enter(|| TcpStream::connect(mirror).and_then(|stream| stream.shutdown(Shutdown::Write)))??;
+        host.enter(|| {
+            TcpStream::connect(mirror).and_then(|stream| stream.shutdown(Shutdown::Write))
+        })??;
         ensure!(node.status()?.ready);
         Ok(())
     })())

@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use hawker_conformance::lab::{
-    BlobReads, Containerd, DockerRegistry, End, Families, Host, Image, Lab, Mbit, ObjectStore, PrivateCa,
-    RegistryPlan, Request, TokenServer, packaged_image, run,
+    BlobReads, Containerd, DockerRegistry, End, Families, Host, Image, Lab, Mbit, ObjectStore,
+    PrivateCa, RegistryPlan, Request, TokenServer, packaged_image, run,
 };
 
 /// Sends `size_bytes` from one host to another; gives the rate in Mbit/s as the receiver sees it.
@@ -15,8 +15,11 @@ fn transfer(from: &Host, to: &Host, size_bytes: usize) -> Result<f64> {
     let listener = from.enter(|| TcpListener::bind(from.at(0)))??;
     let address = listener.local_addr()?;
     std::thread::scope(|scope| {
-        scope.spawn(move || -> Result<()> { Ok(listener.accept()?.0.write_all(&vec![7; size_bytes])?) });
-        let mut stream = to.enter(|| TcpStream::connect_timeout(&address, Duration::from_secs(5)))??;
+        scope.spawn(move || -> Result<()> {
+            Ok(listener.accept()?.0.write_all(&vec![7; size_bytes])?)
+        });
+        let mut stream =
+            to.enter(|| TcpStream::connect_timeout(&address, Duration::from_secs(5)))??;
         let start = Instant::now();
         let mut received = Vec::new();
         stream.read_to_end(&mut received)?;
@@ -32,11 +35,20 @@ fn a_shaped_link_carries_its_rate_and_no_more() -> Result<()> {
     fast.shape(Mbit(400), Mbit(400))?;
     slow.shape(Mbit(50), Mbit(100))?;
     let before = slow.link_counters()?;
-    let (up, down) = (transfer(&slow, &fast, 6 << 20)?, transfer(&fast, &slow, 12 << 20)?);
-    ensure!((42.0..52.0).contains(&up) && (84.0..104.0).contains(&down), "up {up}, down {down}");
+    let (up, down) = (
+        transfer(&slow, &fast, 6 << 20)?,
+        transfer(&fast, &slow, 12 << 20)?,
+    );
+    ensure!(
+        (42.0..52.0).contains(&up) && (84.0..104.0).contains(&down),
+        "up {up}, down {down}"
+    );
     let after = slow.link_counters()?;
     ensure!(after.sent_bytes - before.sent_bytes > 6 << 20, "{after:?}");
-    ensure!(after.received_bytes - before.received_bytes > 12 << 20, "{after:?}");
+    ensure!(
+        after.received_bytes - before.received_bytes > 12 << 20,
+        "{after:?}"
+    );
     Ok(())
 }
 
@@ -73,7 +85,10 @@ fn hosts_of_different_labs_do_not_see_each_other_and_nothing_is_left_behind() ->
     ensure!(a.ip() == b.ip(), "labs are alike");
     let c = other.host("c")?;
     let listener = c.enter(|| TcpListener::bind(c.at(80)))??;
-    ensure!(a.enter(|| TcpStream::connect_timeout(&c.at(80), Duration::from_millis(200)))?.is_err());
+    ensure!(
+        a.enter(|| TcpStream::connect_timeout(&c.at(80), Duration::from_millis(200)))?
+            .is_err()
+    );
     b.enter(|| TcpStream::connect_timeout(&c.at(80), Duration::from_secs(5)))??;
     drop(listener);
 
@@ -110,7 +125,9 @@ fn the_client_tells_a_short_body_from_a_reset_one() -> Result<()> {
             Ok(())
         });
         let answer = Request::get(address, "/").send(&host)?;
-        server.join().map_err(|_| anyhow::anyhow!("the server panicked"))??;
+        server
+            .join()
+            .map_err(|_| anyhow::anyhow!("the server panicked"))??;
         ensure!(answer.text() == "hello");
         Ok(answer.end)
     };
@@ -133,9 +150,18 @@ fn containerd_pulls_a_synthetic_image_and_the_registry_tells_what_it_sent() -> R
     for layer in &image.layers {
         let size = layer.data.len() as u64;
         ensure!(containerd.content_bytes(&layer.digest) == Some(size));
-        ensure!(registry.blob_reads(Some(&layer.digest)) == BlobReads { requests: 1, body_bytes: size });
+        ensure!(
+            registry.blob_reads(Some(&layer.digest))
+                == BlobReads {
+                    requests: 1,
+                    body_bytes: size
+                }
+        );
     }
-    ensure!(registry.blob_reads(None).requests == 3, "two layers and the configuration");
+    ensure!(
+        registry.blob_reads(None).requests == 3,
+        "two layers and the configuration"
+    );
     Ok(())
 }
 
@@ -145,9 +171,15 @@ fn a_container_of_an_image_made_from_packages_runs() -> Result<()> {
     let registry = DockerRegistry::start(&lab.host("origin")?)?;
     let reference = registry.push_layout(&packaged_image(true)?, "debian/small", "latest")?;
     let containerd = Containerd::start(&lab.host("node")?, "containerd")?;
-    containerd.mirrors("_default", &[format!("http://{}", registry.authority())], None)?;
+    containerd.mirrors(
+        "_default",
+        &[format!("http://{}", registry.authority())],
+        None,
+    )?;
     containerd.pull(&reference)?;
-    let said = containerd.run(&reference, &["/bin/sh", "-c", "echo from inside"]).context("running it")?;
+    let said = containerd
+        .run(&reference, &["/bin/sh", "-c", "echo from inside"])
+        .context("running it")?;
     ensure!(said.trim() == "from inside", "{said}");
     Ok(())
 }
@@ -155,10 +187,14 @@ fn a_container_of_an_image_made_from_packages_runs() -> Result<()> {
 /// Whether skopeo gets an image from a registry as it is, as a user (`name:password`) if there is one.
 fn skopeo_gets(host: &Host, reference: &str, user: Option<&str>, flags: &[&str]) -> bool {
     let mut command = host.command("skopeo");
-    command.args(["--insecure-policy", "copy", "--quiet"]).args(flags);
+    command
+        .args(["--insecure-policy", "copy", "--quiet"])
+        .args(flags);
     command.args(user.iter().flat_map(|user| ["--src-creds", user]));
     let target = host.dir().join("copied");
-    let copied = run(command.arg(format!("docker://{reference}")).arg(format!("dir:{}", target.display())));
+    let copied = run(command
+        .arg(format!("docker://{reference}"))
+        .arg(format!("dir:{}", target.display())));
     // What is there already would not be asked for again.
     let _ = std::fs::remove_dir_all(target);
     copied.is_ok()
@@ -180,7 +216,12 @@ fn docker_registry_believes_the_token_server_and_clients_find_their_way() -> Res
         let image = Image::noise(2, &[50_000]);
         let private = registry.push_as(ann, &image, "ann/app", "v1")?;
         let public = registry.push_as(ann, &image, "base", "v1")?;
-        ensure!(registry.push_as(("bob", "builder"), &image, "base", "v2").is_err(), "bob pushed");
+        ensure!(
+            registry
+                .push_as(("bob", "builder"), &image, "base", "v2")
+                .is_err(),
+            "bob pushed"
+        );
 
         let node = lab.host("node")?;
         let anns = format!("{}:{}", ann.0, ann.1);
@@ -194,23 +235,43 @@ fn docker_registry_believes_the_token_server_and_clients_find_their_way() -> Res
             let got = skopeo_gets(&node, reference, user, &["--src-tls-verify=false"]);
             ensure!(got == gets, "skopeo got {reference} as {user:?}: {got}");
         }
-        let posts =
-            || tokens.log().iter().filter(|asked| asked.method == "POST" && asked.status == 200).count();
+        let posts = || {
+            tokens
+                .log()
+                .iter()
+                .filter(|asked| asked.method == "POST" && asked.status == 200)
+                .count()
+        };
         ensure!(posts() == 0, "skopeo asks by GET: {:#?}", tokens.log());
 
         let containerd = Containerd::start(&node, "containerd")?;
-        containerd.mirrors("_default", &[format!("http://{}", registry.authority())], None)?;
+        containerd.mirrors(
+            "_default",
+            &[format!("http://{}", registry.authority())],
+            None,
+        )?;
         ensure!(
             containerd.fetch_as(("ann", "wrong"), &private).is_err(),
             "containerd got it with a wrong password"
         );
-        ensure!(containerd.fetch(&private).is_err(), "containerd got it without credentials");
+        ensure!(
+            containerd.fetch(&private).is_err(),
+            "containerd got it without credentials"
+        );
         containerd.fetch_as(ann, &private)?;
-        ensure!(posts() > 0, "containerd asks by POST first: {:#?}", tokens.log());
+        ensure!(
+            posts() > 0,
+            "containerd asks by POST first: {:#?}",
+            tokens.log()
+        );
         containerd.fetch(&public)?;
         tokens.oauth(false);
         Containerd::start(&node, "other").and_then(|other| {
-            other.mirrors("_default", &[format!("http://{}", registry.authority())], None)?;
+            other.mirrors(
+                "_default",
+                &[format!("http://{}", registry.authority())],
+                None,
+            )?;
             other.fetch_as(ann, &private)
         })
     })())
@@ -220,19 +281,28 @@ fn docker_registry_believes_the_token_server_and_clients_find_their_way() -> Res
 fn a_registry_behind_a_private_ca_wants_the_ca_and_the_password() -> Result<()> {
     let lab = Lab::new()?;
     lab.explain((|| {
-        let (ca, host, node) = (PrivateCa::new(&lab)?, lab.host("origin")?, lab.host("node")?);
+        let (ca, host, node) = (
+            PrivateCa::new(&lab)?,
+            lab.host("origin")?,
+            lab.host("node")?,
+        );
         let users = [("ann", "gables"), ("bob", "builder")];
         let registry = RegistryPlan::on(&host).basic(&users).tls(&ca)?.start()?;
         let reference = registry.push_as(users[0], &Image::noise(3, &[50_000]), "ann/app", "v1")?;
-        let trusting =
-            format!("--src-cert-dir={}", ca.certificate().parent().context("its folder")?.display());
+        let trusting = format!(
+            "--src-cert-dir={}",
+            ca.certificate().parent().context("its folder")?.display()
+        );
         for (user, flags, gets) in [
             (Some("bob:builder"), &[trusting.as_str()][..], true),
             (Some("bob:wrong"), &[trusting.as_str()], false),
             (None, &[trusting.as_str()], false),
             (Some("bob:builder"), &[], false),
         ] {
-            ensure!(skopeo_gets(&node, &reference, user, flags) == gets, "{user:?} {flags:?}");
+            ensure!(
+                skopeo_gets(&node, &reference, user, flags) == gets,
+                "{user:?} {flags:?}"
+            );
         }
         Ok(())
     })())
@@ -242,15 +312,31 @@ fn a_registry_behind_a_private_ca_wants_the_ca_and_the_password() -> Result<()> 
 fn tokens_by_https_are_as_good() -> Result<()> {
     let lab = Lab::new()?;
     lab.explain((|| {
-        let (ca, host, node) = (PrivateCa::new(&lab)?, lab.host("origin")?, lab.host("node")?);
+        let (ca, host, node) = (
+            PrivateCa::new(&lab)?,
+            lab.host("origin")?,
+            lab.host("node")?,
+        );
         let tokens = TokenServer::start_tls(&host, &ca.issue(&host)?)?;
         tokens.user("ann", "gables");
         tokens.private("ann/app", &["ann"]);
         let registry = RegistryPlan::on(&host).tokens(&tokens).tls(&ca)?.start()?;
-        let reference = registry.push_as(("ann", "gables"), &Image::noise(4, &[50_000]), "ann/app", "v1")?;
-        let trusting =
-            format!("--src-cert-dir={}", ca.certificate().parent().context("its folder")?.display());
-        ensure!(skopeo_gets(&node, &reference, Some("ann:gables"), &[&trusting]));
+        let reference = registry.push_as(
+            ("ann", "gables"),
+            &Image::noise(4, &[50_000]),
+            "ann/app",
+            "v1",
+        )?;
+        let trusting = format!(
+            "--src-cert-dir={}",
+            ca.certificate().parent().context("its folder")?.display()
+        );
+        ensure!(skopeo_gets(
+            &node,
+            &reference,
+            Some("ann:gables"),
+            &[&trusting]
+        ));
         ensure!(!skopeo_gets(&node, &reference, None, &[&trusting]));
         Ok(())
     })())
@@ -260,16 +346,33 @@ fn tokens_by_https_are_as_good() -> Result<()> {
 fn a_registry_that_redirects_leaves_the_bytes_to_its_object_store() -> Result<()> {
     let lab = Lab::new()?;
     lab.explain((|| {
-        let (host, elsewhere, node) = (lab.host("origin")?, lab.host("objects")?, lab.host("node")?);
-        let registry = RegistryPlan::on(&host).basic(&[("ann", "gables")]).redirect_to(&elsewhere).start()?;
+        let (host, elsewhere, node) =
+            (lab.host("origin")?, lab.host("objects")?, lab.host("node")?);
+        let registry = RegistryPlan::on(&host)
+            .basic(&[("ann", "gables")])
+            .redirect_to(&elsewhere)
+            .start()?;
         let store = ObjectStore::start(&elsewhere, &registry.storage())?;
         let image = Image::noise(5, &[50_000]);
         let reference = registry.push_as(("ann", "gables"), &image, "ann/app", "v1")?;
-        ensure!(skopeo_gets(&node, &reference, Some("ann:gables"), &["--src-tls-verify=false"]));
-        ensure!(registry.blob_reads(None) == BlobReads::default(), "it sent blobs itself");
+        ensure!(skopeo_gets(
+            &node,
+            &reference,
+            Some("ann:gables"),
+            &["--src-tls-verify=false"]
+        ));
+        ensure!(
+            registry.blob_reads(None) == BlobReads::default(),
+            "it sent blobs itself"
+        );
         let reads = store.reads();
-        let of_layer = reads.iter().filter(|read| read.body_bytes == image.size_bytes());
-        ensure!(of_layer.count() == 1 && reads.iter().all(|read| !read.authorization), "{reads:?}");
+        let of_layer = reads
+            .iter()
+            .filter(|read| read.body_bytes == image.size_bytes());
+        ensure!(
+            of_layer.count() == 1 && reads.iter().all(|read| !read.authorization),
+            "{reads:?}"
+        );
         Ok(())
     })())
 }

@@ -36,13 +36,23 @@ fn overcome(rule: impl FnOnce(&Blob) -> Rule) -> Result<()> {
 }
 
 /// A fault under which the blob cannot come out: the answer says so in time, and once the fault is over all is well.
-fn refused(rule: impl FnOnce(&Blob) -> Rule, look: impl FnOnce(&Answer) -> Result<()>) -> Result<()> {
+fn refused(
+    rule: impl FnOnce(&Blob) -> Rule,
+    look: impl FnOnce(&Answer) -> Result<()>,
+) -> Result<()> {
     with_fault(rule, |scene, blob| {
         let start = Instant::now();
         let answer = withheld(scene.get(scene.node(), blob)?)?;
-        ensure!(start.elapsed() < HEADERS + Duration::from_secs(5), "it took {:?}", start.elapsed());
+        ensure!(
+            start.elapsed() < HEADERS + Duration::from_secs(5),
+            "it took {:?}",
+            start.elapsed()
+        );
         look(&answer)?;
-        ensure!(!committed_path(scene.node(), blob).exists(), "committed what it refused");
+        ensure!(
+            !committed_path(scene.node(), blob).exists(),
+            "committed what it refused"
+        );
         scene.origin.clear_faults();
         recovers(scene, scene.node(), blob)
     })
@@ -75,7 +85,10 @@ fn status_is(codes: &'static [u16]) -> impl Fn(&Answer) -> Result<()> {
 }
 
 fn status(code: u16) -> Rule {
-    Rule::always(Fault::Status { code, retry_after_s: None })
+    Rule::always(Fault::Status {
+        code,
+        retry_after_s: None,
+    })
 }
 
 #[test]
@@ -86,7 +99,11 @@ fn an_origin_that_is_down_is_a_fast_error() -> Result<()> {
             let start = Instant::now();
             let answer = withheld(scene.get(scene.node(), blob)?)?;
             ensure!(answer.status >= 500, "{}", answer.status);
-            ensure!(start.elapsed() < Duration::from_secs(12), "it took {:?}", start.elapsed());
+            ensure!(
+                start.elapsed() < Duration::from_secs(12),
+                "it took {:?}",
+                start.elapsed()
+            );
             scene.origin.clear_faults();
             recovers(scene, scene.node(), blob)
         },
@@ -129,11 +146,24 @@ fn late_headers_are_waited_for() -> Result<()> {
 #[test]
 fn a_slow_body_is_streamed_while_it_trickles() -> Result<()> {
     with_fault(
-        |blob| Rule::always(Fault::SlowBody { bytes_per_s: 1 << 20 }).on(blob.digest),
+        |blob| {
+            Rule::always(Fault::SlowBody {
+                bytes_per_s: 1 << 20,
+            })
+            .on(blob.digest)
+        },
         |scene, blob| {
             let answer = scene.pull(scene.node(), blob)?;
-            ensure!(answer.first_byte < Duration::from_secs(2), "headers after {:?}", answer.first_byte);
-            ensure!(answer.total < Duration::from_secs(10), "done after {:?}", answer.total);
+            ensure!(
+                answer.first_byte < Duration::from_secs(2),
+                "headers after {:?}",
+                answer.first_byte
+            );
+            ensure!(
+                answer.total < Duration::from_secs(10),
+                "done after {:?}",
+                answer.total
+            );
             Ok(())
         },
     )
@@ -142,26 +172,40 @@ fn a_slow_body_is_streamed_while_it_trickles() -> Result<()> {
 #[test]
 fn a_reset_in_mid_body_is_overcome() -> Result<()> {
     overcome(|blob| {
-        Rule::always(Fault::ResetAfter { bytes: 1_500_000 }).on(blob.digest).method("GET").times(2)
+        Rule::always(Fault::ResetAfter { bytes: 1_500_000 })
+            .on(blob.digest)
+            .method("GET")
+            .times(2)
     })
 }
 
 #[test]
 fn a_reset_in_place_of_headers_is_overcome() -> Result<()> {
-    overcome(|blob| Rule::always(Fault::ResetAfter { bytes: 0 }).on(blob.digest).times(2))
+    overcome(|blob| {
+        Rule::always(Fault::ResetAfter { bytes: 0 })
+            .on(blob.digest)
+            .times(2)
+    })
 }
 
 #[test]
 fn a_truncated_body_is_overcome() -> Result<()> {
     overcome(|blob| {
-        Rule::always(Fault::TruncateAfter { bytes: 1_500_000 }).on(blob.digest).method("GET").times(2)
+        Rule::always(Fault::TruncateAfter { bytes: 1_500_000 })
+            .on(blob.digest)
+            .method("GET")
+            .times(2)
     })
 }
 
 #[test]
 fn an_origin_that_always_truncates_at_the_same_byte_never_completes_wrong_bytes() -> Result<()> {
     with_fault(
-        |blob| Rule::always(Fault::TruncateAfter { bytes: 1_000_000 }).on(blob.digest).method("GET"),
+        |blob| {
+            Rule::always(Fault::TruncateAfter { bytes: 1_000_000 })
+                .on(blob.digest)
+                .method("GET")
+        },
         |scene, blob| {
             // Each attempt goes on where the last one ended, so this may well come out right.
             let answer = scene.get(scene.node(), blob)?;
@@ -203,9 +247,15 @@ fn a_transfer_that_breaks_off_is_completed_whatever_the_origin_makes_of_ranges()
         with_fault(
             |blob| Rule::always(fault.clone()).on(blob.digest),
             |scene, blob| {
-                let broken = Fault::TruncateAfter { bytes: SIZE_BYTES / 2 };
-                scene.origin.add_fault(Rule::always(broken).on(blob.digest).method("GET").times(1));
-                scene.pull(scene.node(), blob).with_context(|| format!("{fault:?}"))?;
+                let broken = Fault::TruncateAfter {
+                    bytes: SIZE_BYTES / 2,
+                };
+                scene
+                    .origin
+                    .add_fault(Rule::always(broken).on(blob.digest).method("GET").times(1));
+                scene
+                    .pull(scene.node(), blob)
+                    .with_context(|| format!("{fault:?}"))?;
                 until_committed(scene.node(), blob)
             },
         )?;
@@ -225,9 +275,16 @@ fn a_range_is_the_right_range_whatever_the_origin_makes_of_ranges() -> Result<()
             |blob| Rule::always(fault.clone()).on(blob.digest),
             |scene, blob| {
                 let request = || scene.node().request(scene.registry(), &blob_path(blob));
-                let answer = request().header("range", "bytes=100-199").send(scene.node().host())?;
+                let answer = request()
+                    .header("range", "bytes=100-199")
+                    .send(scene.node().host())?;
                 let content_range = format!("bytes 100-199/{SIZE_BYTES}");
-                ensure!(answer.status == 206, "{fault:?}: {}: {}", answer.status, answer.text());
+                ensure!(
+                    answer.status == 206,
+                    "{fault:?}: {}: {}",
+                    answer.status,
+                    answer.text()
+                );
                 ensure!(
                     answer.header("content-range") == Some(content_range.as_str()),
                     "{:?}",
@@ -244,18 +301,34 @@ fn a_range_is_the_right_range_whatever_the_origin_makes_of_ranges() -> Result<()
 
 #[test]
 fn a_length_told_too_long_never_completes_wrong_bytes() -> Result<()> {
-    refused(|blob| Rule::always(Fault::LieLength { off_by_bytes: 1000 }).on(blob.digest), |_| Ok(()))
+    refused(
+        |blob| Rule::always(Fault::LieLength { off_by_bytes: 1000 }).on(blob.digest),
+        |_| Ok(()),
+    )
 }
 
 #[test]
 fn a_length_told_too_short_never_completes_wrong_bytes() -> Result<()> {
-    refused(|blob| Rule::always(Fault::LieLength { off_by_bytes: -1000 }).on(blob.digest), |_| Ok(()))
+    refused(
+        |blob| {
+            Rule::always(Fault::LieLength {
+                off_by_bytes: -1000,
+            })
+            .on(blob.digest)
+        },
+        |_| Ok(()),
+    )
 }
 
 #[test]
 fn a_length_that_no_blob_has_costs_no_memory() -> Result<()> {
     with_fault(
-        |blob| Rule::always(Fault::LieLength { off_by_bytes: i64::MAX - (8 << 20) }).on(blob.digest),
+        |blob| {
+            Rule::always(Fault::LieLength {
+                off_by_bytes: i64::MAX - (8 << 20),
+            })
+            .on(blob.digest)
+        },
         |scene, blob| {
             withheld(
                 scene
@@ -274,36 +347,64 @@ fn a_length_that_no_blob_has_costs_no_memory() -> Result<()> {
 fn blobs_that_trickle_do_not_keep_memory_from_the_others() -> Result<()> {
     Plan::nodes(1).flag("--memory", "16MiB").play(|scene| {
         // Their first pieces alone take all the memory of seed and node.
-        let slow: Vec<Blob> = (0..80).map(|_| scene.blob(300_000)).collect::<Result<_>>()?;
+        let slow: Vec<Blob> = (0..80)
+            .map(|_| scene.blob(300_000))
+            .collect::<Result<_>>()?;
         for blob in &slow {
-            scene.origin.add_fault(Rule::always(Fault::SlowBody { bytes_per_s: 1000 }).on(blob.digest));
+            scene
+                .origin
+                .add_fault(Rule::always(Fault::SlowBody { bytes_per_s: 1000 }).on(blob.digest));
         }
         let scene = &*scene;
         std::thread::scope(|scope| {
             for blob in &slow {
                 // Whoever leaves soon has a download that goes on for a while.
-                let request = scene.request(scene.node(), blob).within(Duration::from_secs(2));
+                let request = scene
+                    .request(scene.node(), blob)
+                    .within(Duration::from_secs(2));
                 scope.spawn(move || request.send(scene.node().host()));
             }
         });
         let start = Instant::now();
         scene.pull(scene.node(), &scene.blob(SIZE_BYTES)?)?;
-        ensure!(start.elapsed() < Duration::from_secs(25), "it took {:?}", start.elapsed());
+        ensure!(
+            start.elapsed() < Duration::from_secs(25),
+            "it took {:?}",
+            start.elapsed()
+        );
         Ok(())
     })
 }
 
 #[test]
 fn wrong_bytes_in_the_middle_end_short_and_are_never_cached() -> Result<()> {
-    refused(|blob| Rule::always(Fault::WrongBytes { offset: 2 << 20, length: 3 }).on(blob.digest), |_| Ok(()))
+    refused(
+        |blob| {
+            Rule::always(Fault::WrongBytes {
+                offset: 2 << 20,
+                length: 3,
+            })
+            .on(blob.digest)
+        },
+        |_| Ok(()),
+    )
 }
 
 #[test]
 fn a_wrong_last_byte_ends_short_and_is_never_cached() -> Result<()> {
     refused(
-        |blob| Rule::always(Fault::WrongBytes { offset: SIZE_BYTES - 1, length: 1 }).on(blob.digest),
+        |blob| {
+            Rule::always(Fault::WrongBytes {
+                offset: SIZE_BYTES - 1,
+                length: 1,
+            })
+            .on(blob.digest)
+        },
         |answer| {
-            ensure!(answer.status >= 400 || answer.body_bytes < SIZE_BYTES, "all bytes went out");
+            ensure!(
+                answer.status >= 400 || answer.body_bytes < SIZE_BYTES,
+                "all bytes went out"
+            );
             Ok(())
         },
     )
@@ -313,10 +414,13 @@ fn a_wrong_last_byte_ends_short_and_is_never_cached() -> Result<()> {
 fn bytes_that_were_wrong_once_are_read_again() -> Result<()> {
     with_fault(
         |blob| {
-            Rule::always(Fault::WrongBytes { offset: 1 << 20, length: 1 })
-                .on(blob.digest)
-                .method("GET")
-                .times(1)
+            Rule::always(Fault::WrongBytes {
+                offset: 1 << 20,
+                length: 1,
+            })
+            .on(blob.digest)
+            .method("GET")
+            .times(1)
         },
         |scene, blob| {
             // What was already sent cannot be taken back, so the first answer may be short; it is not wrong.
@@ -333,13 +437,19 @@ fn bytes_that_were_wrong_once_are_read_again() -> Result<()> {
 
 #[test]
 fn a_challenge_passes_through_with_its_realm() -> Result<()> {
-    let basic = Fault::Basic { user: "robot".into(), password: "secret".into() };
+    let basic = Fault::Basic {
+        user: "robot".into(),
+        password: "secret".into(),
+    };
     refused(
         |_| Rule::always(basic),
         |answer| {
             ensure!(answer.status == 401, "{}", answer.status);
             let challenge = answer.header("www-authenticate").unwrap_or_default();
-            ensure!(challenge.to_ascii_lowercase().starts_with("basic"), "{challenge:?}");
+            ensure!(
+                challenge.to_ascii_lowercase().starts_with("basic"),
+                "{challenge:?}"
+            );
             Ok(())
         },
     )
@@ -347,25 +457,39 @@ fn a_challenge_passes_through_with_its_realm() -> Result<()> {
 
 #[test]
 fn what_a_password_got_is_cached_and_given_to_nobody_without_it() -> Result<()> {
-    let basic = || Fault::Basic { user: "robot".into(), password: "secret".into() };
+    let basic = || Fault::Basic {
+        user: "robot".into(),
+        password: "secret".into(),
+    };
     with_fault(
         |_| Rule::always(basic()),
         |scene, blob| {
             let with = |credentials: &str| {
-                let request = scene.request(scene.node(), blob).header("authorization", credentials);
+                let request = scene
+                    .request(scene.node(), blob)
+                    .header("authorization", credentials);
                 request.send(scene.node().host())
             };
             // robot:secret and robot:wrong
             for _ in 0..2 {
                 right(with("Basic cm9ib3Q6c2VjcmV0")?, blob)?;
                 ensure!(with("Basic cm9ib3Q6d3Jvbmc=")?.status == 401);
-                ensure!(scene.get(scene.node(), blob)?.status == 401, "it was cached for everybody");
+                ensure!(
+                    scene.get(scene.node(), blob)?.status == 401,
+                    "it was cached for everybody"
+                );
                 until_committed(scene.node(), blob)?;
             }
-            ensure!(!committed_path(&scene.cluster.seed, blob).exists(), "a password was lent to the seed");
+            ensure!(
+                !committed_path(&scene.cluster.seed, blob).exists(),
+                "a password was lent to the seed"
+            );
             for member in [&scene.cluster.seed, scene.node()] {
                 let log = member.log();
-                ensure!(!log.contains("cm9ib3Q6") && !log.contains("secret"), "credentials are in a log");
+                ensure!(
+                    !log.contains("cm9ib3Q6") && !log.contains("secret"),
+                    "credentials are in a log"
+                );
             }
             Ok(())
         },
@@ -396,7 +520,12 @@ fn not_found_passes_through_as_blob_unknown() -> Result<()> {
 #[test]
 fn too_many_requests_passes_through_with_retry_after_and_is_not_multiplied() -> Result<()> {
     with_fault(
-        |_| Rule::always(Fault::Status { code: 429, retry_after_s: Some(2) }),
+        |_| {
+            Rule::always(Fault::Status {
+                code: 429,
+                retry_after_s: Some(2),
+            })
+        },
         |scene, blob| {
             for _ in 0..6 {
                 // As containerd does: six at once, without a pause.
@@ -460,7 +589,14 @@ fn unknown_length(chunked: bool) -> Result<()> {
 #[test]
 fn a_redirect_is_followed_and_an_expired_one_resolved_again() -> Result<()> {
     with_fault(
-        |blob| Rule::always(Fault::Redirect { status: 307, base: String::new(), expired: 1 }).on(blob.digest),
+        |blob| {
+            Rule::always(Fault::Redirect {
+                status: 307,
+                base: String::new(),
+                expired: 1,
+            })
+            .on(blob.digest)
+        },
         |scene, blob| scene.pull(scene.node(), blob).map(drop),
     )
 }
@@ -470,12 +606,21 @@ fn without_a_seed_the_faults_are_overcome_as_well() -> Result<()> {
     Plan::nodes(1).play(|scene| {
         scene.cluster.seed.kill()?;
         let blob = scene.blob(SIZE_BYTES)?;
-        for fault in [Fault::ResetAfter { bytes: 600_000 }, Fault::TruncateAfter { bytes: 900_000 }] {
-            scene.origin.add_fault(Rule::always(fault).on(blob.digest).method("GET").times(1));
+        for fault in [
+            Fault::ResetAfter { bytes: 600_000 },
+            Fault::TruncateAfter { bytes: 900_000 },
+        ] {
+            scene
+                .origin
+                .add_fault(Rule::always(fault).on(blob.digest).method("GET").times(1));
         }
         let start = Instant::now();
         scene.pull(scene.node(), &blob)?;
-        ensure!(start.elapsed() < Duration::from_secs(25), "it took {:?}", start.elapsed());
+        ensure!(
+            start.elapsed() < Duration::from_secs(25),
+            "it took {:?}",
+            start.elapsed()
+        );
         Ok(())
     })
 }
@@ -484,14 +629,31 @@ fn without_a_seed_the_faults_are_overcome_as_well() -> Result<()> {
 fn manifests_of_a_failing_origin_are_errors_too() -> Result<()> {
     Plan::nodes(1).play(|scene| {
         let node = scene.node();
-        let manifest =
-            || node.request(scene.registry(), &format!("/v2/{REPOSITORY}/manifests/none")).send(node.host());
+        let manifest = || {
+            node.request(
+                scene.registry(),
+                &format!("/v2/{REPOSITORY}/manifests/none"),
+            )
+            .send(node.host())
+        };
         let answer = manifest()?;
-        ensure!(answer.status == 404 && answer.text().contains("MANIFEST_UNKNOWN"), "{}", answer.text());
-        for (rule, least) in [(status(500), 500), (status(403), 403), (Rule::always(Fault::Refuse), 500)] {
+        ensure!(
+            answer.status == 404 && answer.text().contains("MANIFEST_UNKNOWN"),
+            "{}",
+            answer.text()
+        );
+        for (rule, least) in [
+            (status(500), 500),
+            (status(403), 403),
+            (Rule::always(Fault::Refuse), 500),
+        ] {
             scene.origin.add_fault(rule);
             let answer = manifest()?;
-            ensure!(answer.status >= least && answer.end == End::Complete, "{}", answer.status);
+            ensure!(
+                answer.status >= least && answer.end == End::Complete,
+                "{}",
+                answer.status
+            );
             scene.origin.clear_faults();
         }
         Ok(())

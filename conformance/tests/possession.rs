@@ -7,7 +7,9 @@ use std::sync::Arc;
 use anyhow::{Result, ensure};
 use hawker_conformance::lab::{Cluster, ClusterPlan, Hawker, Host, Lab};
 use hawker_conformance::origin::{Blob, Content, Origin};
-use hawker_conformance::scene::{REPOSITORY, Scene, blob_path, right, start_origin, until_committed};
+use hawker_conformance::scene::{
+    REPOSITORY, Scene, blob_path, right, start_origin, until_committed,
+};
 
 const SIZE_BYTES: u64 = (8 << 20) + 4321;
 
@@ -30,7 +32,9 @@ fn start_claimant(host: &Host) -> Result<SocketAddr> {
                     let target = text.split(' ').nth(1).unwrap_or_default();
                     let digest = target.rsplit('/').next().unwrap_or_default();
                     let answer = match text.starts_with("HEAD ") {
-                        true => format!("HTTP/1.1 200 OK\r\nDocker-Content-Digest: {digest}\r\n\r\n"),
+                        true => {
+                            format!("HTTP/1.1 200 OK\r\nDocker-Content-Digest: {digest}\r\n\r\n")
+                        }
                         false => "HTTP/1.1 404 Not Found\r\nContent-Length: 2\r\n\r\n{}".to_owned(),
                     };
                     if stream.write_all(answer.as_bytes()).is_err() {
@@ -68,7 +72,16 @@ fn world(nodes: usize, play: impl FnOnce(&mut World) -> Result<()>) -> Result<()
         ..ClusterPlan::default()
     };
     let cluster = lab.explain(Cluster::start(&lab, &plan))?;
-    let mut world = World { scene: Scene { cluster, origin, origin_host, lab }, claimant, second };
+    let mut world = World {
+        scene: Scene {
+            cluster,
+            origin,
+            origin_host,
+            lab,
+        },
+        claimant,
+        second,
+    };
     let outcome = play(&mut world);
     world.scene.lab.explain(outcome)
 }
@@ -82,9 +95,16 @@ impl World {
 
     /// That the claimant's clients get nothing of a blob from this node.
     fn is_withheld(&self, node: &Hawker, blob: &Blob) -> Result<()> {
-        for range in [None, Some("bytes=0-0"), Some("bytes=1000-1999,5000-5999"), Some("bytes=-1")] {
+        for range in [
+            None,
+            Some("bytes=0-0"),
+            Some("bytes=1000-1999,5000-5999"),
+            Some("bytes=-1"),
+        ] {
             let request = node.request(self.claimant, &blob_path(blob));
-            let request = range.iter().fold(request, |request, range| request.header("range", *range));
+            let request = range
+                .iter()
+                .fold(request, |request, range| request.header("range", *range));
             let answer = request.send(node.host())?;
             ensure!(
                 matches!(answer.status, 404 | 416 | 502) && answer.body_bytes < 1000,
@@ -93,7 +113,10 @@ impl World {
                 answer.body_bytes
             );
             let size = blob.size_bytes.to_string();
-            ensure!(!answer.text().contains(&size), "{range:?}: it tells the size");
+            ensure!(
+                !answer.text().contains(&size),
+                "{range:?}: it tells the size"
+            );
         }
         Ok(())
     }
@@ -103,14 +126,21 @@ impl World {
 fn gets(origin: &Origin, blob: &Blob) -> (usize, u64) {
     let digest = blob.digest.to_string();
     let log = origin.log();
-    let gets = log.iter().filter(|entry| entry.method == "GET" && entry.target.contains(&digest));
-    (gets.clone().count(), gets.map(|entry| entry.body_bytes).sum())
+    let gets = log
+        .iter()
+        .filter(|entry| entry.method == "GET" && entry.target.contains(&digest));
+    (
+        gets.clone().count(),
+        gets.map(|entry| entry.body_bytes).sum(),
+    )
 }
 
 #[test]
 fn a_registry_gets_nothing_of_a_blob_that_it_only_claims_to_have() -> Result<()> {
     world(3, |world| {
-        let [holder, _, stranger] = &world.scene.cluster.nodes[..] else { unreachable!("three nodes") };
+        let [holder, _, stranger] = &world.scene.cluster.nodes[..] else {
+            unreachable!("three nodes")
+        };
         let blob = world.blob(1)?;
         world.scene.pull(holder, &blob)?;
         until_committed(holder, &blob)?;
@@ -152,7 +182,11 @@ fn a_cold_pull_asks_the_registry_for_nothing_more_and_neither_does_a_restart() -
         world.scene.cluster.nodes[0].kill()?;
         world.scene.cluster.nodes[0].restart()?;
         world.scene.pull(world.scene.node(), &blob)?;
-        ensure!(gets(&world.scene.origin, &blob).0 == 1, "{:?}", gets(&world.scene.origin, &blob));
+        ensure!(
+            gets(&world.scene.origin, &blob).0 == 1,
+            "{:?}",
+            gets(&world.scene.origin, &blob)
+        );
         Ok(())
     })
 }
@@ -161,22 +195,42 @@ fn a_cold_pull_asks_the_registry_for_nothing_more_and_neither_does_a_restart() -
 fn another_registry_that_has_the_blob_sends_a_small_part_of_it_once_for_each_node() -> Result<()> {
     world(2, |world| {
         let blob = world.blob(5)?;
-        let [holder, other] = &world.scene.cluster.nodes[..] else { unreachable!("two nodes") };
+        let [holder, other] = &world.scene.cluster.nodes[..] else {
+            unreachable!("two nodes")
+        };
         world.scene.pull(holder, &blob)?;
         until_committed(holder, &blob)?;
         for _ in 0..3 {
             right(
-                holder.request(world.second.address(), &blob_path(&blob)).discard().send(holder.host())?,
+                holder
+                    .request(world.second.address(), &blob_path(&blob))
+                    .discard()
+                    .send(holder.host())?,
                 &blob,
             )?;
         }
         let (asked, bytes) = gets(&world.second, &blob);
-        ensure!(asked == 1 && bytes <= 4096, "{asked} requests, {bytes} bytes");
+        ensure!(
+            asked == 1 && bytes <= 4096,
+            "{asked} requests, {bytes} bytes"
+        );
         // And where the bytes come from peers only.
-        right(other.request(world.second.address(), &blob_path(&blob)).discard().send(other.host())?, &blob)?;
+        right(
+            other
+                .request(world.second.address(), &blob_path(&blob))
+                .discard()
+                .send(other.host())?,
+            &blob,
+        )?;
         let (asked, bytes) = gets(&world.second, &blob);
-        ensure!(asked <= 12 && bytes <= 12 * 4096, "{asked} requests, {bytes} bytes");
-        ensure!(gets(&world.scene.origin, &blob).0 == 1, "the first registry was asked again");
+        ensure!(
+            asked <= 12 && bytes <= 12 * 4096,
+            "{asked} requests, {bytes} bytes"
+        );
+        ensure!(
+            gets(&world.scene.origin, &blob).0 == 1,
+            "the first registry was asked again"
+        );
         Ok(())
     })
 }

@@ -4,7 +4,8 @@ use std::process::Command;
 
 use anyhow::{Context as _, Result, ensure};
 use hawker_conformance::lab::{
-    BlobReads, Cluster, ClusterPlan, Containerd, DockerRegistry, Hawker, Image, Lab, packaged_image, run,
+    BlobReads, Cluster, ClusterPlan, Containerd, DockerRegistry, Hawker, Image, Lab,
+    packaged_image, run,
 };
 use hawker_conformance::scene::join;
 
@@ -17,7 +18,12 @@ fn start(lab: &Lab, nodes: usize) -> Result<(DockerRegistry, Cluster)> {
     let plain_registries = vec![registry.authority()];
     let alias = format!("{ALIAS}=http://{}", registry.authority());
     let args = vec!["--registry".to_owned(), alias];
-    let plan = ClusterPlan { nodes, plain_registries, args, ..ClusterPlan::default() };
+    let plan = ClusterPlan {
+        nodes,
+        plain_registries,
+        args,
+        ..ClusterPlan::default()
+    };
     let cluster = Cluster::start(lab, &plan)?;
     Ok((registry, cluster))
 }
@@ -31,8 +37,13 @@ fn runtime(node: &Hawker, name: &str) -> Result<Containerd> {
 
 fn pull_at_once(runtimes: &[Containerd], reference: &str) -> Result<()> {
     std::thread::scope(|scope| {
-        let pulls: Vec<_> = runtimes.iter().map(|runtime| scope.spawn(|| runtime.pull(reference))).collect();
-        pulls.into_iter().try_for_each(|pull| join(pull.join()).map(drop))
+        let pulls: Vec<_> = runtimes
+            .iter()
+            .map(|runtime| scope.spawn(|| runtime.pull(reference)))
+            .collect();
+        pulls
+            .into_iter()
+            .try_for_each(|pull| join(pull.join()).map(drop))
     })
 }
 
@@ -44,10 +55,17 @@ fn each_layer_is_whole_and_came_once(
     for layer in &image.layers {
         let size = layer.data.len() as u64;
         for runtime in runtimes {
-            ensure!(runtime.content_bytes(&layer.digest) == Some(size), "{} is not whole", layer.digest);
+            ensure!(
+                runtime.content_bytes(&layer.digest) == Some(size),
+                "{} is not whole",
+                layer.digest
+            );
         }
         let reads = registry.blob_reads(Some(&layer.digest));
-        ensure!(reads.body_bytes == size, "the origin sent {reads:?} of a layer of {size} bytes");
+        ensure!(
+            reads.body_bytes == size,
+            "the origin sent {reads:?} of a layer of {size} bytes"
+        );
     }
     Ok(())
 }
@@ -59,14 +77,23 @@ fn containerd_on_every_node_pulls_at_once_and_the_origin_gives_each_blob_once() 
         let (registry, cluster) = start(&lab, 3)?;
         let image = Image::noise(11, &[9 << 20, 3 << 20, 700_000, 2000]);
         let reference = registry.push(&image, "team/app", "v1")?;
-        let runtimes: Vec<_> =
-            cluster.nodes.iter().map(|node| runtime(node, "containerd")).collect::<Result<_>>()?;
+        let runtimes: Vec<_> = cluster
+            .nodes
+            .iter()
+            .map(|node| runtime(node, "containerd"))
+            .collect::<Result<_>>()?;
         pull_at_once(&runtimes, &reference)?;
         each_layer_is_whole_and_came_once(&image, &runtimes, &registry)?;
         for node in &cluster.nodes {
             let bytes = node.status()?.bytes;
-            ensure!(bytes.received_origin < 10_000, "only manifests may come past the seed: {bytes:?}");
-            ensure!(bytes.received_peers + bytes.received_seeds >= image.size_bytes(), "{bytes:?}");
+            ensure!(
+                bytes.received_origin < 10_000,
+                "only manifests may come past the seed: {bytes:?}"
+            );
+            ensure!(
+                bytes.received_peers + bytes.received_seeds >= image.size_bytes(),
+                "{bytes:?}"
+            );
         }
         Ok(())
     })())
@@ -99,7 +126,10 @@ fn two_runtimes_on_a_node_share_one_download() -> Result<()> {
         each_layer_is_whole_and_came_once(&image, &runtimes, &registry)?;
         let bytes = node.status()?.bytes;
         let received = bytes.received_peers + bytes.received_seeds + bytes.received_origin;
-        ensure!(received < image.size_bytes() * 11 / 10, "received twice: {bytes:?}");
+        ensure!(
+            received < image.size_bytes() * 11 / 10,
+            "received twice: {bytes:?}"
+        );
         ensure!(bytes.served >= image.size_bytes() * 2, "{bytes:?}");
         Ok(())
     })())
@@ -116,7 +146,13 @@ fn skopeo_copies_through_the_path_prefix() -> Result<()> {
         let source = format!("docker://{}/{ALIAS}/team/deep/er/app:v1", node.mirror());
         let target = node.host().dir().join("copied");
         let mut skopeo: Command = node.host().command("skopeo");
-        skopeo.args(["--insecure-policy", "copy", "--quiet", "--src-tls-verify=false", &source]);
+        skopeo.args([
+            "--insecure-policy",
+            "copy",
+            "--quiet",
+            "--src-tls-verify=false",
+            &source,
+        ]);
         run(skopeo.arg(format!("dir:{}", target.display())))?;
         for layer in &image.layers {
             let copied = std::fs::read(target.join(layer.digest.trim_start_matches("sha256:")))?;
@@ -134,10 +170,19 @@ fn a_multi_platform_index_is_copied_whole() -> Result<()> {
         let node = &cluster.nodes[0];
         // Two images under one index, made in a layout by hand and pushed as a whole.
         let layout = lab.dir().join("layout");
-        Image::write_index(&layout, &[Image::noise(14, &[2 << 20]), Image::noise(15, &[300_000])])?;
+        Image::write_index(
+            &layout,
+            &[Image::noise(14, &[2 << 20]), Image::noise(15, &[300_000])],
+        )?;
         let push = |from: &str, to: &str| -> Result<String> {
             let mut skopeo = node.host().command("skopeo");
-            skopeo.args(["--insecure-policy", "copy", "--quiet", "--all", "--preserve-digests"]);
+            skopeo.args([
+                "--insecure-policy",
+                "copy",
+                "--quiet",
+                "--all",
+                "--preserve-digests",
+            ]);
             skopeo.arg("--src-tls-verify=false");
             run(skopeo.args(["--dest-tls-verify=false", from, to]))
         };
@@ -151,7 +196,9 @@ fn a_multi_platform_index_is_copied_whole() -> Result<()> {
         let blobs = |layout: &std::path::Path| -> Result<Vec<_>> {
             let dir = layout.join("blobs/sha256");
             let names = std::fs::read_dir(&dir).with_context(|| dir.display().to_string())?;
-            let mut names: Vec<_> = names.map(|entry| Ok(entry?.file_name())).collect::<Result<_>>()?;
+            let mut names: Vec<_> = names
+                .map(|entry| Ok(entry?.file_name()))
+                .collect::<Result<_>>()?;
             names.sort();
             Ok(names)
         };
@@ -171,11 +218,22 @@ fn a_mirror_that_is_down_costs_a_runtime_nothing_but_the_saving() -> Result<()> 
         let node = &mut cluster.nodes[0];
         let containerd = Containerd::start(node.host(), "containerd")?;
         let fallback = format!("http://{}", registry.authority());
-        containerd.mirrors(&registry.authority(), &[format!("http://{}", node.mirror())], Some(&fallback))?;
+        containerd.mirrors(
+            &registry.authority(),
+            &[format!("http://{}", node.mirror())],
+            Some(&fallback),
+        )?;
         node.kill()?;
         containerd.pull(&reference)?;
         let reads = registry.blob_reads(Some(&image.layers[0].digest));
-        ensure!(reads == BlobReads { requests: 1, body_bytes: image.size_bytes() }, "{reads:?}");
+        ensure!(
+            reads
+                == BlobReads {
+                    requests: 1,
+                    body_bytes: image.size_bytes()
+                },
+            "{reads:?}"
+        );
         Ok(())
     })())
 }

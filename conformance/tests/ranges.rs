@@ -11,18 +11,33 @@ use hawker_conformance::scene::{Plan, REPOSITORY, blob_path, start_origin, until
 const SIZE_BYTES: u64 = (8 << 20) + 77;
 
 fn get(node: &Hawker, registry: &str, blob: &Blob, ranges: &[Range<u64>]) -> Result<Answer> {
-    let specs: Vec<String> = ranges.iter().map(|r| format!("{}-{}", r.start, r.end - 1)).collect();
+    let specs: Vec<String> = ranges
+        .iter()
+        .map(|r| format!("{}-{}", r.start, r.end - 1))
+        .collect();
     let range = format!("bytes={}", specs.join(","));
-    node.request(registry, &blob_path(blob)).header("range", range).send(node.host())
+    node.request(registry, &blob_path(blob))
+        .header("range", range)
+        .send(node.host())
 }
 
 /// That the answer has just these parts, in this order.
 fn right_parts(answer: &Answer, content: &Content, ranges: &[Range<u64>]) -> Result<()> {
     ensure!(answer.status == 206, "{}: {}", answer.status, answer.text());
     let parts = answer.parts()?;
-    ensure!(parts.len() == ranges.len(), "{} parts for {} ranges", parts.len(), ranges.len());
+    ensure!(
+        parts.len() == ranges.len(),
+        "{} parts for {} ranges",
+        parts.len(),
+        ranges.len()
+    );
     for ((told, bytes), range) in parts.iter().zip(ranges) {
-        let expected = format!("bytes {}-{}/{}", range.start, range.end - 1, content.size_bytes());
+        let expected = format!(
+            "bytes {}-{}/{}",
+            range.start,
+            range.end - 1,
+            content.size_bytes()
+        );
         ensure!(*told == expected, "{told} in place of {expected}");
         let mut original = vec![0; (range.end - range.start) as usize];
         content.read_at(range.start, &mut original)?;
@@ -55,7 +70,12 @@ fn a_thousand_ranges_are_served_cold_and_cached_and_more_are_refused() -> Result
         ranges.push(0..1);
         for ranges in [&ranges[..], &[0..SIZE_BYTES, 0..1]] {
             let refused = get(node, &registry, &blob, ranges)?;
-            ensure!(refused.status == 400, "{}: {}", refused.status, refused.text());
+            ensure!(
+                refused.status == 400,
+                "{}: {}",
+                refused.status,
+                refused.text()
+            );
         }
         Ok(())
     })
@@ -70,11 +90,26 @@ fn what_lies_between_the_ranges_is_not_fetched_from_peers() -> Result<()> {
         until_committed(&scene.cluster.seed, &blob)?;
         let sent = scene.origin_bytes(&blob);
         let (node, mib) = (scene.node(), 1 << 20);
-        let ranges = [20 * mib..20 * mib + 9, 5 * mib - 5..5 * mib + 5, 30 * mib..30 * mib + 100];
-        right_parts(&get(node, &scene.registry(), &blob, &ranges)?, &content, &ranges)?;
+        let ranges = [
+            20 * mib..20 * mib + 9,
+            5 * mib - 5..5 * mib + 5,
+            30 * mib..30 * mib + 100,
+        ];
+        right_parts(
+            &get(node, &scene.registry(), &blob, &ranges)?,
+            &content,
+            &ranges,
+        )?;
         let bytes = node.status()?.bytes;
-        ensure!((1..6 * mib).contains(&bytes.received_seeds), "{} bytes from the seed", bytes.received_seeds);
-        ensure!(scene.origin_bytes(&blob) == sent, "the origin was asked for what the seed has");
+        ensure!(
+            (1..6 * mib).contains(&bytes.received_seeds),
+            "{} bytes from the seed",
+            bytes.received_seeds
+        );
+        ensure!(
+            scene.origin_bytes(&blob) == sent,
+            "the origin was asked for what the seed has"
+        );
         Ok(())
     })
 }
@@ -87,13 +122,19 @@ fn alone(fault: Option<Fault>, ranges: &[Range<u64>], requests: u64, copies: f64
         let content = Content::generated(79, SIZE_BYTES);
         let blob = origin.add_blob(REPOSITORY, content.clone())?;
         let registry = origin.address().to_string();
-        let node = HawkerPlan::proxy(&lab.host("node")?).plain_registry(&registry).start()?;
+        let node = HawkerPlan::proxy(&lab.host("node")?)
+            .plain_registry(&registry)
+            .start()?;
         if let Some(fault) = fault {
             origin.add_fault(Rule::always(fault).on(blob.digest));
         }
         right_parts(&get(&node, &registry, &blob, ranges)?, &content, ranges)?;
         let totals = origin.totals();
-        ensure!(totals.blob_gets <= requests, "{} requests for blobs", totals.blob_gets);
+        ensure!(
+            totals.blob_gets <= requests,
+            "{} requests for blobs",
+            totals.blob_gets
+        );
         let sent = totals.blob_bytes as f64 / SIZE_BYTES as f64;
         ensure!(sent < copies, "{sent} copies");
         Ok(())
@@ -108,6 +149,9 @@ fn an_origin_that_knows_single_ranges_only_is_not_asked_once_a_range() -> Result
 
 #[test]
 fn ranges_are_served_when_the_origin_knows_none_and_cost_one_copy() -> Result<()> {
-    let ranges: Vec<_> = (0..1000).rev().map(|i| i * 8000 + 1..i * 8000 + 11).collect();
+    let ranges: Vec<_> = (0..1000)
+        .rev()
+        .map(|i| i * 8000 + 1..i * 8000 + 11)
+        .collect();
     alone(Some(Fault::IgnoreRange), &ranges, 2, 1.5)
 }

@@ -56,7 +56,10 @@ fn a_node_killed_in_mid_pull_goes_on_from_its_pieces() -> Result<()> {
         scene.pull(scene.node(), &blob)?;
         let bytes = scene.node().status()?.bytes;
         let received = bytes.received_origin + bytes.received_peers + bytes.received_seeds;
-        ensure!(received <= SIZE_BYTES - SOME_BYTES / 2, "it fetched verified pieces again: {bytes:?}");
+        ensure!(
+            received <= SIZE_BYTES - SOME_BYTES / 2,
+            "it fetched verified pieces again: {bytes:?}"
+        );
         until_committed(scene.node(), &blob)?;
         scene.pull(scene.node(), &blob).map(drop)
     })
@@ -128,7 +131,11 @@ fn with_seed_and_scheduler_dead_pulls_go_on() -> Result<()> {
         let late = scene.blob(SIZE_BYTES)?;
         for (node, blob) in [(0, &late), (1, &late), (1, &early)] {
             let answer = scene.pull(&scene.cluster.nodes[node], blob)?;
-            ensure!(answer.total < Duration::from_secs(20), "node {node} took {:?}", answer.total);
+            ensure!(
+                answer.total < Duration::from_secs(20),
+                "node {node} took {:?}",
+                answer.total
+            );
         }
         Ok(())
     })
@@ -152,11 +159,21 @@ fn nodes_announce_again_what_they_hold_after_the_scheduler_restarts() -> Result<
         scene.pull(scene.node(), &blob)?;
         until_committed(scene.node(), &blob)?;
 
-        scene.cluster.scheduler.as_mut().context("it is apart")?.kill()?;
+        scene
+            .cluster
+            .scheduler
+            .as_mut()
+            .context("it is apart")?
+            .kill()?;
         // A pull that is under way does not notice.
         let during = scene.blob(SIZE_BYTES)?;
         scene.pull(scene.node(), &during)?;
-        scene.cluster.scheduler.as_mut().context("it is apart")?.restart()?;
+        scene
+            .cluster
+            .scheduler
+            .as_mut()
+            .context("it is apart")?
+            .restart()?;
         for node in &scene.cluster.nodes {
             node.wait_status(Duration::from_secs(20), |status| {
                 status.schedulers.iter().any(|s| s.connected)
@@ -168,7 +185,10 @@ fn nodes_announce_again_what_they_hold_after_the_scheduler_restarts() -> Result<
         let before = scene.origin_bytes(&blob);
         scene.pull(&scene.cluster.nodes[1], &blob)?;
         let again = scene.origin_bytes(&blob) - before;
-        ensure!(again < SIZE_BYTES / 10, "the origin was asked again for {again} bytes");
+        ensure!(
+            again < SIZE_BYTES / 10,
+            "the origin was asked again for {again} bytes"
+        );
         ensure!(scene.cluster.nodes[1].status()?.bytes.received_peers > SIZE_BYTES * 9 / 10);
         Ok(())
     })
@@ -208,19 +228,29 @@ fn a_parent_whose_cable_is_pulled_never_shows() -> Result<()> {
         until_under_way(scene.node())?;
         scene.cluster.seed.host().unplug()?;
         let answer = join(client.join())?;
-        ensure!(answer.total < Duration::from_secs(40), "it took {:?}", answer.total);
+        ensure!(
+            answer.total < Duration::from_secs(40),
+            "it took {:?}",
+            answer.total
+        );
         Ok(())
     })
 }
 
 #[test]
-fn a_blob_s_last_bytes_come_from_the_origin_when_the_seed_is_gone_that_gave_a_node_its_table() -> Result<()> {
+fn a_blob_s_last_bytes_come_from_the_origin_when_the_seed_is_gone_that_gave_a_node_its_table()
+-> Result<()> {
     Plan::nodes(1).play(|scene| {
         let blob = scene.blob(SIZE_BYTES)?;
         let part = |scene: &Scene, range: &str| {
-            let answer =
-                scene.request(scene.node(), &blob).header("range", range).send(scene.node().host())?;
-            ensure!(answer.status == 206 && answer.end == End::Complete, "{range}: {answer:?}");
+            let answer = scene
+                .request(scene.node(), &blob)
+                .header("range", range)
+                .send(scene.node().host())?;
+            ensure!(
+                answer.status == 206 && answer.end == End::Complete,
+                "{range}: {answer:?}"
+            );
             Ok(answer.total)
         };
         part(scene, "bytes=0-9")?;
@@ -240,16 +270,22 @@ fn a_token_is_spent_at_first_use_and_a_restart_needs_none() -> Result<()> {
     lab.explain((|| {
         let up = HawkerPlan::up(&lab.host("seed")?).start()?;
         let token = up.token("peer")?;
-        let mut first =
-            HawkerPlan::proxy(&lab.host("one")?).join(up.scheduler(), &token, TokenFrom::Stdin).start()?;
+        let mut first = HawkerPlan::proxy(&lab.host("one")?)
+            .join(up.scheduler(), &token, TokenFrom::Stdin)
+            .start()?;
         let (code, said) = HawkerPlan::proxy(&lab.host("two")?)
             .join(up.scheduler(), &token, TokenFrom::File)
             .refused(Duration::from_secs(20))?;
-        ensure!(code != 0 && said.to_lowercase().contains("token"), "exit {code}: {said}");
+        ensure!(
+            code != 0 && said.to_lowercase().contains("token"),
+            "exit {code}: {said}"
+        );
         ensure!(!said.contains(&token), "the token is in the log");
         first.kill()?;
         first.restart()?;
-        first.wait_status(Duration::from_secs(10), |status| status.schedulers.iter().any(|s| s.connected))?;
+        first.wait_status(Duration::from_secs(10), |status| {
+            status.schedulers.iter().any(|s| s.connected)
+        })?;
         let third = HawkerPlan::proxy(&lab.host("three")?).join(
             up.scheduler(),
             &up.token("peer")?,

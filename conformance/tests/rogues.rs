@@ -7,7 +7,8 @@ use hawker_conformance::lab::{End, Hawker, HawkerPlan, Lab};
 use hawker_conformance::origin::{Blob, Content};
 use hawker_conformance::rogue::{Conduct, Rogue};
 use hawker_conformance::scene::{
-    Plan, REPOSITORY, Scene, blob_path, committed_path, right, start_origin, until, until_committed, withheld,
+    Plan, REPOSITORY, Scene, blob_path, committed_path, right, start_origin, until,
+    until_committed, withheld,
 };
 use hawker_core::digest::{Algorithm, Digest};
 use hawker_core::piece::PeerId;
@@ -24,13 +25,21 @@ fn lie() -> Content {
 }
 
 /// A rogue peer beside a seed and a node: the pull is right, the rogue was asked, and most of it came from the seed.
-fn beside_a_seed(conduct: Conduct, content: &Content, look: impl FnOnce(&Scene) -> Result<()>) -> Result<()> {
+fn beside_a_seed(
+    conduct: Conduct,
+    content: &Content,
+    look: impl FnOnce(&Scene) -> Result<()>,
+) -> Result<()> {
     Plan::nodes(1).play(|scene| {
         let blob = scene.origin.add_blob(REPOSITORY, truth(0))?;
         let host = scene.lab.host("rogue")?;
         let rogue = Rogue::start(&host, &scene.cluster.seed, "peer", conduct, &blob, content)?;
         let answer = scene.pull(scene.node(), &blob)?;
-        ensure!(answer.total < Duration::from_secs(40), "it took {:?}", answer.total);
+        ensure!(
+            answer.total < Duration::from_secs(40),
+            "it took {:?}",
+            answer.total
+        );
         until_committed(scene.node(), &blob)?;
         is_right_on_disk(scene.node(), &blob)?;
         let copies = scene.origin_copies(&blob);
@@ -45,7 +54,10 @@ fn beside_a_seed(conduct: Conduct, content: &Content, look: impl FnOnce(&Scene) 
 
 fn is_right_on_disk(node: &Hawker, blob: &Blob) -> Result<()> {
     let bytes = std::fs::read(committed_path(node, blob)).context("the committed blob")?;
-    ensure!(Digest::of(Algorithm::Sha256, &bytes) == blob.digest, "the disk has wrong bytes");
+    ensure!(
+        Digest::of(Algorithm::Sha256, &bytes) == blob.digest,
+        "the disk has wrong bytes"
+    );
     Ok(())
 }
 
@@ -84,7 +96,11 @@ fn a_table_that_an_ordinary_peer_signed_does_not_count() -> Result<()> {
 
 /// The node got a poisoned table that counts: no wrong bytes complete, and in the end the blob is right.
 fn recovers(node: &Hawker, registry: &str, blob: &Blob) -> Result<()> {
-    let get = || node.request(registry, &blob_path(blob)).discard().send(node.host());
+    let get = || {
+        node.request(registry, &blob_path(blob))
+            .discard()
+            .send(node.host())
+    };
     let first = get()?;
     if first.end == End::Complete && first.status == 200 {
         right(first, blob)?;
@@ -116,14 +132,23 @@ fn from_a_seed_s_poisoned_table_a_node_recovers_by_the_origin() -> Result<()> {
         for attempt in 0..8 {
             let blob = scene.origin.add_blob(REPOSITORY, truth(attempt))?;
             let host = scene.lab.host(&format!("rogue{attempt}"))?;
-            let rogue = Rogue::start(&host, &scene.cluster.seed, "seed", Conduct::SignsLies, &blob, &lie())?;
+            let rogue = Rogue::start(
+                &host,
+                &scene.cluster.seed,
+                "seed",
+                Conduct::SignsLies,
+                &blob,
+                &lie(),
+            )?;
             if rendezvous::owner(&blob.digest, [up, rogue.peer_id()]) != Some(rogue.peer_id()) {
                 continue;
             }
             let known = rogue.peer_id().to_string();
-            scene.node().wait_status(Duration::from_secs(10), |status| {
-                status.members.iter().any(|member| member.peer_id == known)
-            })?;
+            scene
+                .node()
+                .wait_status(Duration::from_secs(10), |status| {
+                    status.members.iter().any(|member| member.peer_id == known)
+                })?;
             recovers(scene.node(), &scene.registry(), &blob)?;
             ensure!(rogue.asked() > 0, "nobody asked it");
             return Ok(());
@@ -144,7 +169,14 @@ fn from_an_elected_peer_s_poisoned_table_a_node_recovers_by_the_origin() -> Resu
             .join_to(&scheduler)?
             .start()?;
         let blob = origin.add_blob(REPOSITORY, truth(0))?;
-        let rogue = Rogue::start(&lab.host("rogue")?, &scheduler, "peer", Conduct::SignsLies, &blob, &lie())?;
+        let rogue = Rogue::start(
+            &lab.host("rogue")?,
+            &scheduler,
+            "peer",
+            Conduct::SignsLies,
+            &blob,
+            &lie(),
+        )?;
         // A scheduler that has just started waits for those who may be reading already before it elects anybody.
         std::thread::sleep(hawker_core::swarm::WARM_UP + Duration::from_secs(1));
         recovers(&node, &origin.address().to_string(), &blob)?;

@@ -36,7 +36,11 @@ impl ZeroRegistry {
     fn ask_and_read_nothing(self, node: &Hawker, digest: &str) -> Result<TcpStream> {
         let mut stream = node.host().enter(|| TcpStream::connect(node.mirror()))??;
         let path = format!("/v2/{REPOSITORY}/blobs/{digest}?ns={}", self.address);
-        write!(stream, "GET {path} HTTP/1.1\r\nHost: {}\r\n\r\n", node.mirror())?;
+        write!(
+            stream,
+            "GET {path} HTTP/1.1\r\nHost: {}\r\n\r\n",
+            node.mirror()
+        )?;
         Ok(stream)
     }
 }
@@ -74,7 +78,12 @@ fn serve(stream: TcpStream, size_bytes: u64, bytes_per_s: Option<u64>) -> Result
     }
 }
 
-fn beside(lab: &Lab, origin: &Origin, size_bytes: u64, rate: Option<u64>) -> Result<(Hawker, ZeroRegistry)> {
+fn beside(
+    lab: &Lab,
+    origin: &Origin,
+    size_bytes: u64,
+    rate: Option<u64>,
+) -> Result<(Hawker, ZeroRegistry)> {
     let other = ZeroRegistry::start(&lab.host("other")?, size_bytes, rate)?;
     let plan = HawkerPlan::proxy(&lab.host("node")?).plain_registry(origin.address());
     Ok((plan.plain_registry(other.address).start()?, other))
@@ -83,7 +92,10 @@ fn beside(lab: &Lab, origin: &Origin, size_bytes: u64, rate: Option<u64>) -> Res
 fn pull(node: &Hawker, origin: &Origin, blob: &Blob) -> Result<Duration> {
     let begun = Instant::now();
     let request = node.request(origin.address(), &blob_path(blob)).discard();
-    right(request.within(Duration::from_secs(30)).send(node.host())?, blob)?;
+    right(
+        request.within(Duration::from_secs(30)).send(node.host())?,
+        blob,
+    )?;
     Ok(begun.elapsed())
 }
 
@@ -96,12 +108,17 @@ fn readers_of_enormous_blobs_that_do_not_read_hold_up_nobody() -> Result<()> {
     with_origin(|lab, origin| {
         let (node, huge) = beside(lab, origin, 2_000_000_000_000, None)?;
         let stalled: Vec<TcpStream> = (0..6)
-            .map(|n| huge.ask_and_read_nothing(&node, &format!("sha256:{}", format!("a{n}").repeat(32))))
+            .map(|n| {
+                huge.ask_and_read_nothing(&node, &format!("sha256:{}", format!("a{n}").repeat(32)))
+            })
             .collect::<Result<_>>()?;
         std::thread::sleep(Duration::from_secs(4));
         for seed in 1..=3 {
             let took = pull(&node, origin, &honest_blob(origin, 500 + seed)?)?;
-            ensure!(took < Duration::from_secs(8), "an honest pull took {took:?}");
+            ensure!(
+                took < Duration::from_secs(8),
+                "an honest pull took {took:?}"
+            );
             std::thread::sleep(Duration::from_secs(3));
         }
         drop(stalled);
@@ -122,10 +139,14 @@ fn a_registry_that_lies_about_a_size_blocks_the_blob_for_nobody_else() -> Result
                 for _ in 0..3 {
                     pull(&node, origin, &blob)?;
                 }
-                until(Duration::from_secs(20), "the commit beside the liar", || {
-                    pull(&node, origin, &blob)?;
-                    Ok(committed_path(&node, &blob).is_file())
-                })?;
+                until(
+                    Duration::from_secs(20),
+                    "the commit beside the liar",
+                    || {
+                        pull(&node, origin, &blob)?;
+                        Ok(committed_path(&node, &blob).is_file())
+                    },
+                )?;
                 drop(lie);
             }
             Ok(())
@@ -139,7 +160,9 @@ fn a_registry_that_lies_about_a_size_spoils_no_download_under_way() -> Result<()
     with_origin(|lab, origin| {
         let (node, liar) = beside(lab, origin, WRONG_SIZE_BYTES, Some(50_000))?;
         let blob = honest_blob(origin, 520)?;
-        let slow = Fault::SlowBody { bytes_per_s: 1_500_000 };
+        let slow = Fault::SlowBody {
+            bytes_per_s: 1_500_000,
+        };
         origin.add_fault(Rule::always(slow).on(blob.digest).method("GET"));
         std::thread::scope(|scope| {
             let honest = scope.spawn(|| pull(&node, origin, &blob));
@@ -148,6 +171,8 @@ fn a_registry_that_lies_about_a_size_spoils_no_download_under_way() -> Result<()
             hawker_conformance::scene::join(honest.join())?;
             lie.map(drop)
         })?;
-        until(Duration::from_secs(10), "the commit", || Ok(committed_path(&node, &blob).is_file()))
+        until(Duration::from_secs(10), "the commit", || {
+            Ok(committed_path(&node, &blob).is_file())
+        })
     })
 }

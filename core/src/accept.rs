@@ -25,7 +25,11 @@ impl Accept {
             if bytes > MAX_ACCEPT_BYTES {
                 return None;
             }
-            for element in line.split(',').map(str::trim).filter(|element| !element.is_empty()) {
+            for element in line
+                .split(',')
+                .map(str::trim)
+                .filter(|element| !element.is_empty())
+            {
                 let (range, weight) = range_and_weight(element)?;
                 let most = accepted.entry(range).or_insert(weight);
                 *most = weight.max(*most);
@@ -69,7 +73,11 @@ fn range_and_weight(element: &str) -> Option<(String, u16)> {
 fn thousandths(q: &str) -> Option<u16> {
     let (whole, fraction) = q.split_once('.').unwrap_or((q, ""));
     let digits = fraction.len() <= 3 && fraction.bytes().all(|b| b.is_ascii_digit());
-    let thousandths: u16 = if digits { format!("{fraction:0<3}").parse().ok()? } else { return None };
+    let thousandths: u16 = if digits {
+        format!("{fraction:0<3}").parse().ok()?
+    } else {
+        return None;
+    };
     match (whole, thousandths) {
         ("0", thousandths) => Some(thousandths),
         ("1", 0) => Some(FULL),
@@ -99,7 +107,11 @@ mod tests {
             (&[], &["*/*"]),
             (&[""], &["*/*"]),
         ] {
-            assert_eq!(accept(one).unwrap(), accept(other).unwrap(), "{one:?} {other:?}");
+            assert_eq!(
+                accept(one).unwrap(),
+                accept(other).unwrap(),
+                "{one:?} {other:?}"
+            );
         }
     }
 
@@ -126,9 +138,16 @@ mod tests {
     #[test]
     fn what_is_too_long_or_weighs_nonsense_is_not_understood() {
         let long = "a/b, ".repeat(MAX_ACCEPT_BYTES);
-        for line in
-            ["a/b;q=2", "a/b;q=1.1", "a/b;q=-1", "a/b;q=", "a/b;q=.5", "a/b;q=0.1234", "a/b;q=x", &long]
-        {
+        for line in [
+            "a/b;q=2",
+            "a/b;q=1.1",
+            "a/b;q=-1",
+            "a/b;q=",
+            "a/b;q=.5",
+            "a/b;q=0.1234",
+            "a/b;q=x",
+            &long,
+        ] {
             assert_eq!(accept(&[line]), None, "{}", &line[..line.len().min(20)]);
         }
     }

@@ -50,10 +50,15 @@ impl Handshakes {
         let address = network_of(address);
         let own = self.of_address.get(&address).copied().unwrap_or(0);
         let instead_of = if own >= HANDSHAKES_AN_ADDRESS {
-            Some(self.oldest_of(address).filter(|oldest| self.is_slow(now, *oldest))?)
+            Some(
+                self.oldest_of(address)
+                    .filter(|oldest| self.is_slow(now, *oldest))?,
+            )
         } else if self.open.len() >= HANDSHAKES {
-            let (fullest, most) =
-                self.of_address.iter().max_by_key(|(address, count)| (**count, **address))?;
+            let (fullest, most) = self
+                .of_address
+                .iter()
+                .max_by_key(|(address, count)| (**count, **address))?;
             let victim = self.oldest_of(*fullest);
             Some(victim.filter(|oldest| *most > own + 1 || self.is_slow(now, *oldest))?)
         } else {
@@ -66,12 +71,17 @@ impl Handshakes {
         self.next += 1;
         self.open.insert(handshake, (address, now));
         *self.of_address.entry(address).or_default() += 1;
-        Some(Begun { handshake, instead_of })
+        Some(Begun {
+            handshake,
+            instead_of,
+        })
     }
 
     /// A handshake has ended, however it did.
     pub fn over(&mut self, handshake: u64) {
-        let Some((address, _)) = self.open.remove(&handshake) else { return };
+        let Some((address, _)) = self.open.remove(&handshake) else {
+            return;
+        };
         if let Some(count) = self.of_address.get_mut(&address) {
             *count -= 1;
             if *count == 0 {
@@ -81,11 +91,16 @@ impl Handshakes {
     }
 
     fn oldest_of(&self, address: IpAddr) -> Option<u64> {
-        self.open.iter().find(|(_, (theirs, _))| *theirs == address).map(|(handshake, _)| *handshake)
+        self.open
+            .iter()
+            .find(|(_, (theirs, _))| *theirs == address)
+            .map(|(handshake, _)| *handshake)
     }
 
     fn is_slow(&self, now: Time, handshake: u64) -> bool {
-        self.open.get(&handshake).is_some_and(|(_, at)| now.since(*at) >= HANDSHAKE_USUALLY)
+        self.open
+            .get(&handshake)
+            .is_some_and(|(_, at)| now.since(*at) >= HANDSHAKE_USUALLY)
     }
 }
 
@@ -110,27 +125,44 @@ struct Breach {
 impl Refusals {
     /// A member broke the protocol; for how long it is refused.
     pub fn broke_protocol(&mut self, now: Time, peer: PeerId) -> Duration {
-        self.0.retain(|_, breach| now.since(breach.at) < FORGIVEN_AFTER);
-        if let Some(breach) = self.0.get(&peer).filter(|breach| now.since(breach.at) < breach.refused_for) {
+        self.0
+            .retain(|_, breach| now.since(breach.at) < FORGIVEN_AFTER);
+        if let Some(breach) = self
+            .0
+            .get(&peer)
+            .filter(|breach| now.since(breach.at) < breach.refused_for)
+        {
             // Another of its connections, which stood already.
             return breach.refused_for;
         }
         if self.0.len() >= REMEMBERED
-            && let Some(oldest) =
-                self.0.iter().min_by_key(|(peer, breach)| (breach.at, **peer)).map(|(peer, _)| *peer)
+            && let Some(oldest) = self
+                .0
+                .iter()
+                .min_by_key(|(peer, breach)| (breach.at, **peer))
+                .map(|(peer, _)| *peer)
         {
             self.0.remove(&oldest);
         }
         let before = self.0.get(&peer).map(|breach| breach.refused_for * 2);
         let refused_for = before.unwrap_or(FIRST_REFUSAL).min(LONGEST_REFUSAL);
-        self.0.insert(peer, Breach { at: now, refused_for });
+        self.0.insert(
+            peer,
+            Breach {
+                at: now,
+                refused_for,
+            },
+        );
         refused_for
     }
 
     /// How long a member is still refused.
     pub fn refused_for(&self, now: Time, peer: PeerId) -> Option<Duration> {
         let breach = self.0.get(&peer)?;
-        breach.refused_for.checked_sub(now.since(breach.at)).filter(|left| !left.is_zero())
+        breach
+            .refused_for
+            .checked_sub(now.since(breach.at))
+            .filter(|left| !left.is_zero())
     }
 }
 
@@ -146,7 +178,12 @@ pub struct Allowance {
 impl Allowance {
     /// Nothing of it has been used.
     pub const fn new(at_once: f64, a_second: f64, now: Time) -> Self {
-        Self { at_once, a_second, left: at_once, at: now }
+        Self {
+            at_once,
+            a_second,
+            left: at_once,
+            at: now,
+        }
     }
 
     /// How much is left; below zero, so much is owed.
@@ -187,18 +224,38 @@ mod tests {
         for _ in 0..HANDSHAKES_AN_ADDRESS {
             assert_eq!(handshakes.begin(at(0), ip(1)).unwrap().instead_of, None);
         }
-        assert_eq!(handshakes.begin(at(10), ip(2)).unwrap().instead_of, None, "another address has room");
-        assert_eq!(handshakes.begin(at(10), ip(1)), None, "all of them are young");
-        assert_eq!(handshakes.begin(at(300), ip(1)).unwrap().instead_of, Some(0), "the oldest gives way");
+        assert_eq!(
+            handshakes.begin(at(10), ip(2)).unwrap().instead_of,
+            None,
+            "another address has room"
+        );
+        assert_eq!(
+            handshakes.begin(at(10), ip(1)),
+            None,
+            "all of them are young"
+        );
+        assert_eq!(
+            handshakes.begin(at(300), ip(1)).unwrap().instead_of,
+            Some(0),
+            "the oldest gives way"
+        );
     }
 
     #[test]
     fn a_host_with_few_handshakes_gets_the_place_of_one_with_many() {
         let mut handshakes = Handshakes::default();
         for n in 0..HANDSHAKES {
-            handshakes.begin(at(0), ip((n / HANDSHAKES_AN_ADDRESS) as u8)).unwrap();
+            handshakes
+                .begin(at(0), ip((n / HANDSHAKES_AN_ADDRESS) as u8))
+                .unwrap();
         }
-        assert!(handshakes.begin(at(1), ip(99)).unwrap().instead_of.is_some());
+        assert!(
+            handshakes
+                .begin(at(1), ip(99))
+                .unwrap()
+                .instead_of
+                .is_some()
+        );
         assert_eq!(handshakes.open.len(), HANDSHAKES);
     }
 
@@ -238,7 +295,11 @@ mod tests {
         }
         assert_eq!(refusals.0.len(), REMEMBERED);
         assert_eq!(refusals.refused_for(at(5000), peer(0)), None);
-        assert!(refusals.refused_for(at(5000), peer(REMEMBERED as u16)).is_some());
+        assert!(
+            refusals
+                .refused_for(at(5000), peer(REMEMBERED as u16))
+                .is_some()
+        );
     }
 
     #[test]

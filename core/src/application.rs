@@ -35,7 +35,10 @@ impl Priority {
 
     /// `None`: there is no such level.
     pub fn new(level: u32) -> Option<Self> {
-        u8::try_from(level).ok().map(Self).filter(|priority| *priority <= Self::LAST)
+        u8::try_from(level)
+            .ok()
+            .map(Self)
+            .filter(|priority| *priority <= Self::LAST)
     }
 
     /// 0 to 6.
@@ -178,7 +181,11 @@ impl Pattern {
         };
         // As it is said to others, with what was left out.
         let whole = format!("{host}/{repository}");
-        if whole.len() <= MAX_PATTERN_BYTES { Ok(Self(whole)) } else { Err("is too long") }
+        if whole.len() <= MAX_PATTERN_BYTES {
+            Ok(Self(whole))
+        } else {
+            Err("is too long")
+        }
     }
 
     /// As it is written.
@@ -187,7 +194,10 @@ impl Pattern {
     }
 
     fn fits(&self, source: &Source) -> bool {
-        glob(self.0.as_bytes(), format!("{}/{}", source.registry, source.repository).as_bytes())
+        glob(
+            self.0.as_bytes(),
+            format!("{}/{}", source.registry, source.repository).as_bytes(),
+        )
     }
 }
 
@@ -246,7 +256,13 @@ impl Applications {
     /// These rules; of two with the same labels the first one counts, and none beyond [`MAX_RULES`].
     pub fn new(rules: impl IntoIterator<Item = Rule>) -> Self {
         let mut seen = BTreeSet::new();
-        Self(rules.into_iter().filter(|rule| seen.insert(rule.labels.clone())).take(MAX_RULES).collect())
+        Self(
+            rules
+                .into_iter()
+                .filter(|rule| seen.insert(rule.labels.clone()))
+                .take(MAX_RULES)
+                .collect(),
+        )
     }
 
     /// These, and those of the `cluster` that they do not replace.
@@ -262,20 +278,33 @@ impl Applications {
     /// What a pull from `source` is for, of which its client has told something.
     pub fn purpose(&self, source: &Source, told: &Told) -> Purpose {
         let fits = |rule: &&Rule| rule.patterns.iter().any(|pattern| pattern.fits(source));
-        let found = self.0.iter().find(fits).map(|rule| rule.labels.clone()).unwrap_or_default();
+        let found = self
+            .0
+            .iter()
+            .find(fits)
+            .map(|rule| rule.labels.clone())
+            .unwrap_or_default();
         let labels = match &told.labels.application {
             // Another application's tag says nothing about this one.
             Some(_) => told.labels.clone(),
-            None => Labels { application: found.application, tag: told.labels.tag.clone().or(found.tag) },
+            None => Labels {
+                application: found.application,
+                tag: told.labels.tag.clone().or(found.tag),
+            },
         };
-        let priority = told.priority.or_else(|| self.priority(&labels)).unwrap_or_default();
+        let priority = told
+            .priority
+            .or_else(|| self.priority(&labels))
+            .unwrap_or_default();
         Purpose { labels, priority }
     }
 
     /// What the rule says that is closest to these labels and says anything.
     fn priority(&self, labels: &Labels) -> Option<Priority> {
         let rules = self.of(labels).filter(|rule| rule.priority.is_some());
-        rules.max_by_key(|rule| rule.labels.weight()).and_then(|rule| rule.priority)
+        rules
+            .max_by_key(|rule| rule.labels.weight())
+            .and_then(|rule| rule.priority)
     }
 
     /// The rules that hold for pulls with these labels.
@@ -287,7 +316,10 @@ impl Applications {
     /// none is none.
     pub fn name<'a>(&self, labels: &'a Labels) -> Option<&'a str> {
         let label = labels.application.as_ref()?;
-        let is_named = self.0.iter().any(|rule| rule.labels.application.as_ref() == Some(label));
+        let is_named = self
+            .0
+            .iter()
+            .any(|rule| rule.labels.application.as_ref() == Some(label));
         Some(if is_named { label.as_str() } else { "other" })
     }
 }
@@ -303,32 +335,52 @@ pub(crate) mod tests {
     }
 
     fn labels(application: &str, tag: &str) -> Labels {
-        Labels { application: label(application), tag: label(tag) }
+        Labels {
+            application: label(application),
+            tag: label(tag),
+        }
     }
 
     /// What a pull for an application is for.
     pub(crate) fn purpose(application: &str, level: u32) -> Purpose {
-        let labels = Labels { application: Label::new(application), tag: None };
-        Purpose { labels, priority: Priority::new(level).unwrap() }
+        let labels = Labels {
+            application: Label::new(application),
+            tag: None,
+        };
+        Purpose {
+            labels,
+            priority: Priority::new(level).unwrap(),
+        }
     }
 
     /// One rule: what pulls for an application may do.
     pub(crate) fn limited(application: &str, limits: Limits) -> Arc<Applications> {
         let labels = purpose(application, 3).labels;
-        Arc::new(Applications::new([Rule { labels, limits, ..Rule::default() }]))
+        Arc::new(Applications::new([Rule {
+            labels,
+            limits,
+            ..Rule::default()
+        }]))
     }
 
     fn rule(application: &str, tag: &str, pattern: &str, priority: Option<u32>) -> Rule {
         Rule {
             labels: labels(application, tag),
-            patterns: if pattern.is_empty() { Vec::new() } else { vec![Pattern::new(pattern).unwrap()] },
+            patterns: if pattern.is_empty() {
+                Vec::new()
+            } else {
+                vec![Pattern::new(pattern).unwrap()]
+            },
             priority: priority.and_then(Priority::new),
             limits: Limits::default(),
         }
     }
 
     fn source(registry: &str, repository: &str) -> Source {
-        Source { registry: registry.into(), repository: repository.into() }
+        Source {
+            registry: registry.into(),
+            repository: repository.into(),
+        }
     }
 
     #[test]
@@ -350,7 +402,10 @@ pub(crate) mod tests {
 
     #[test]
     fn there_are_seven_levels_and_the_middle_one_goes_without_saying() {
-        let levels: Vec<u8> = (0..20).filter_map(Priority::new).map(Priority::level).collect();
+        let levels: Vec<u8> = (0..20)
+            .filter_map(Priority::new)
+            .map(Priority::level)
+            .collect();
         assert_eq!(levels, [0, 1, 2, 3, 4, 5, 6]);
         assert_eq!(Priority::default().level(), 3);
         assert!(Priority::FIRST < Priority::default() && Priority::default() < Priority::LAST);
@@ -392,7 +447,9 @@ pub(crate) mod tests {
             assert_eq!(said.is_ok(), len + "/*".len() <= MAX_PATTERN_BYTES, "{len}");
             assert!(
                 said.is_err()
-                    || said.as_ref().is_ok_and(|said| Pattern::new(said.as_str()).as_ref() == Ok(said))
+                    || said
+                        .as_ref()
+                        .is_ok_and(|said| Pattern::new(said.as_str()).as_ref() == Ok(said))
             );
         }
     }
@@ -413,12 +470,37 @@ pub(crate) mod tests {
             ("other/x", told("", "", None), labels("", ""), 3),
             ("other/x", told("", "", Some(0)), labels("", ""), 0),
             ("shop/cart", told("", "", None), labels("shop", ""), 1),
-            ("shop/nightly", told("", "", None), labels("shop", "night"), 1),
-            ("shop/cart", told("", "day", Some(4)), labels("shop", "day"), 4),
-            ("shop/nightly", told("data", "", None), labels("data", ""), 3),
-            ("shop/cart", told("data", "night", None), labels("data", "night"), 5),
+            (
+                "shop/nightly",
+                told("", "", None),
+                labels("shop", "night"),
+                1,
+            ),
+            (
+                "shop/cart",
+                told("", "day", Some(4)),
+                labels("shop", "day"),
+                4,
+            ),
+            (
+                "shop/nightly",
+                told("data", "", None),
+                labels("data", ""),
+                3,
+            ),
+            (
+                "shop/cart",
+                told("data", "night", None),
+                labels("data", "night"),
+                5,
+            ),
             ("other/x", told("", "night", None), labels("", "night"), 6),
-            ("other/x", told("unknown", "night", None), labels("unknown", "night"), 6),
+            (
+                "other/x",
+                told("unknown", "night", None),
+                labels("unknown", "night"),
+                6,
+            ),
         ] {
             let purpose = rules.purpose(&source("quay.io", repository), &told);
             assert_eq!(
@@ -428,17 +510,32 @@ pub(crate) mod tests {
             );
         }
         let name = |application| rules.name(&labels(application, "")).map(str::to_owned);
-        assert_eq!(["shop", "unknown", ""].map(name), [Some("shop".into()), Some("other".into()), None]);
+        assert_eq!(
+            ["shop", "unknown", ""].map(name),
+            [Some("shop".into()), Some("other".into()), None]
+        );
     }
 
     #[test]
     fn a_nodes_own_rule_takes_the_place_of_the_clusters() {
         let own = Applications::new([rule("shop", "", "", Some(0))]);
-        let cluster =
-            Applications::new([rule("shop", "", "quay.io", Some(6)), rule("data", "", "", Some(5))]);
+        let cluster = Applications::new([
+            rule("shop", "", "quay.io", Some(6)),
+            rule("data", "", "", Some(5)),
+        ]);
         let all = own.before(&cluster);
-        let said: Vec<_> = all.rules().iter().map(|rule| (rule.labels.to_string(), rule.priority)).collect();
-        assert_eq!(said, [("shop".into(), Priority::new(0)), ("data".into(), Priority::new(5))]);
+        let said: Vec<_> = all
+            .rules()
+            .iter()
+            .map(|rule| (rule.labels.to_string(), rule.priority))
+            .collect();
+        assert_eq!(
+            said,
+            [
+                ("shop".into(), Priority::new(0)),
+                ("data".into(), Priority::new(5))
+            ]
+        );
         let many = (0..200).map(|n| rule(&format!("app{n}"), "", "", None));
         assert_eq!(Applications::new(many).rules().len(), MAX_RULES);
     }

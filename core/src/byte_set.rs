@@ -21,7 +21,12 @@ impl ByteSet {
         }
         let (mut start, mut end) = (range.start, range.end);
         // Every interval that touches the new one melts into it.
-        while let Some((&from, &to)) = self.ends.range(..=end).next_back().filter(|(_, to)| **to >= start) {
+        while let Some((&from, &to)) = self
+            .ends
+            .range(..=end)
+            .next_back()
+            .filter(|(_, to)| **to >= start)
+        {
             start = start.min(from);
             end = end.max(to);
             self.ends.remove(&from);
@@ -34,8 +39,11 @@ impl ByteSet {
         if range.is_empty() {
             return;
         }
-        while let Some((&from, &to)) =
-            self.ends.range(..range.end).next_back().filter(|(_, to)| **to > range.start)
+        while let Some((&from, &to)) = self
+            .ends
+            .range(..range.end)
+            .next_back()
+            .filter(|(_, to)| **to > range.start)
         {
             self.ends.remove(&from);
             if to > range.end {
@@ -54,7 +62,10 @@ impl ByteSet {
 
     /// The end of the interval that holds `at`; `at` itself when it is not in the set.
     pub fn end_of(&self, at: u64) -> u64 {
-        self.ends.range(..=at).next_back().map_or(at, |(_, end)| at.max(*end))
+        self.ends
+            .range(..=at)
+            .next_back()
+            .map_or(at, |(_, end)| at.max(*end))
     }
 
     /// The first stretch of `within` that is not in the set.
@@ -63,7 +74,11 @@ impl ByteSet {
         if start >= within.end {
             return None;
         }
-        let end = self.ends.range(start..).next().map_or(within.end, |(next, _)| within.end.min(*next));
+        let end = self
+            .ends
+            .range(start..)
+            .next()
+            .map_or(within.end, |(next, _)| within.end.min(*next));
         Some(start..end)
     }
 

@@ -65,7 +65,13 @@ impl<K: Clone + Ord> Cache<K> {
     pub fn insert(&mut self, key: K, size_bytes: u64, now: Time) {
         self.remove(&key);
         let last_use = self.next_use(now);
-        self.entries.insert(key.clone(), Entry { size_bytes, last_use });
+        self.entries.insert(
+            key.clone(),
+            Entry {
+                size_bytes,
+                last_use,
+            },
+        );
         self.by_use.insert(last_use, key);
         self.total_bytes = self.total_bytes.saturating_add(size_bytes);
     }
@@ -81,7 +87,9 @@ impl<K: Clone + Ord> Cache<K> {
     /// Notes that an entry was used now; `false` when there is none.
     pub fn touch(&mut self, key: &K, now: Time) -> bool {
         let last_use = self.next_use(now);
-        let Some(entry) = self.entries.get_mut(key) else { return false };
+        let Some(entry) = self.entries.get_mut(key) else {
+            return false;
+        };
         self.by_use.remove(&entry.last_use);
         entry.last_use = last_use;
         self.by_use.insert(last_use, key.clone());
@@ -105,7 +113,9 @@ impl<K: Clone + Ord> Cache<K> {
 
     /// Gives a lease back. Nothing happens when none is out.
     pub fn release(&mut self, key: &K) {
-        let Some(count) = self.leases.get_mut(key) else { return };
+        let Some(count) = self.leases.get_mut(key) else {
+            return;
+        };
         *count -= 1;
         if *count == 0 {
             self.leases.remove(key);
@@ -139,7 +149,11 @@ impl<K: Clone + Ord> Cache<K> {
 
     /// The sizes together of all entries that could go now.
     pub fn evictable_bytes(&self) -> u64 {
-        let leased = self.leases.keys().filter_map(|key| self.entries.get(key)).map(|entry| entry.size_bytes);
+        let leased = self
+            .leases
+            .keys()
+            .filter_map(|key| self.entries.get(key))
+            .map(|entry| entry.size_bytes);
         self.total_bytes.saturating_sub(leased.sum())
     }
 
@@ -152,7 +166,8 @@ impl<K: Clone + Ord> Cache<K> {
             if gained >= free_bytes_wanted {
                 break;
             }
-            gained = gained.saturating_add(self.entries.get(key).map_or(0, |entry| entry.size_bytes));
+            gained =
+                gained.saturating_add(self.entries.get(key).map_or(0, |entry| entry.size_bytes));
             victims.push(key.clone());
         }
         victims
@@ -200,7 +215,9 @@ pub fn admits(
     max_bytes: Option<u64>,
 ) -> bool {
     let reserved = total_bytes.saturating_sub(percent_of(total_bytes, high_percent));
-    let room = available_bytes.saturating_add(evictable_bytes).saturating_sub(reserved);
+    let room = available_bytes
+        .saturating_add(evictable_bytes)
+        .saturating_sub(reserved);
     size_bytes <= room && max_bytes.is_none_or(|max| size_bytes <= max)
 }
 
@@ -224,13 +241,17 @@ pub struct Recheck<C: Hash + Eq, K: Hash + Eq> {
 impl<C: Hash + Eq, K: Hash + Eq> Recheck<C, K> {
     /// A memory of at most `capacity` questions.
     pub fn new(capacity: NonZeroUsize) -> Self {
-        Self { asked: LruCache::new(capacity), sound: LruCache::new(capacity) }
+        Self {
+            asked: LruCache::new(capacity),
+            sound: LruCache::new(capacity),
+        }
     }
 
     /// Notes that `client` asks for these bytes of `task`. `true`: hash them first.
     pub fn asked(&mut self, client: C, task: K, bytes: &Range<u64>, now: Time) -> bool {
         let sound = self.found(&task, now);
-        let sound = sound.is_some_and(|(sound, _)| sound.start <= bytes.start && bytes.end <= sound.end);
+        let sound =
+            sound.is_some_and(|(sound, _)| sound.start <= bytes.start && bytes.end <= sound.end);
         let before = self.asked.put((client, task, bytes.clone()), now);
         before.is_some_and(|at| now.since(at) < RECHECK_WITHIN) && !sound
     }
@@ -249,7 +270,10 @@ impl<C: Hash + Eq, K: Hash + Eq> Recheck<C, K> {
 
     /// What was found right lately, and when.
     fn found(&self, task: &K, now: Time) -> Option<(Range<u64>, Time)> {
-        self.sound.peek(task).filter(|(_, at)| now.since(*at) < SOUND_FOR).cloned()
+        self.sound
+            .peek(task)
+            .filter(|(_, at)| now.since(*at) < SOUND_FOR)
+            .cloned()
     }
 }
 
@@ -340,7 +364,10 @@ mod tests {
         ];
         for (total, available, held, high, low, max, expected) in table {
             let freed = bytes_to_free(total, available, held, high, low, max);
-            assert_eq!(freed, expected, "{total} {available} {held} {high} {low} {max:?}");
+            assert_eq!(
+                freed, expected,
+                "{total} {available} {held} {high} {low} {max:?}"
+            );
         }
     }
 
@@ -358,7 +385,10 @@ mod tests {
         ];
         for (size, total, available, evictable, high, max, expected) in table {
             let admitted = admits(size, total, available, evictable, high, max);
-            assert_eq!(admitted, expected, "{size} {total} {available} {evictable} {high} {max:?}");
+            assert_eq!(
+                admitted, expected,
+                "{size} {total} {available} {evictable} {high} {max:?}"
+            );
         }
     }
 
@@ -375,7 +405,10 @@ mod tests {
             recheck.asked("a", 1, &(0..9), at(2 * window - 2)),
             "the window starts anew with each question"
         );
-        assert!(!recheck.asked("a", 1, &(0..9), at(3 * window - 2)), "too long ago");
+        assert!(
+            !recheck.asked("a", 1, &(0..9), at(3 * window - 2)),
+            "too long ago"
+        );
     }
 
     #[test]
@@ -387,10 +420,19 @@ mod tests {
         recheck.found_sound(1, 2..8, at(10));
         let later = 10 + SOUND_FOR.as_secs();
         assert!(!recheck.asked("a", 1, &(2..8), at(later - 1)));
-        assert!(!recheck.asked("a", 1, &(3..7), at(later - 1)), "a part of it");
-        assert!(recheck.asked("a", 1, &(2..9), at(later - 1)), "more than that");
+        assert!(
+            !recheck.asked("a", 1, &(3..7), at(later - 1)),
+            "a part of it"
+        );
+        assert!(
+            recheck.asked("a", 1, &(2..9), at(later - 1)),
+            "more than that"
+        );
         recheck.found_sound(1, 7..9, at(later - 1));
-        assert!(!recheck.asked("a", 1, &(2..9), at(later - 1)), "both together");
+        assert!(
+            !recheck.asked("a", 1, &(2..9), at(later - 1)),
+            "both together"
+        );
         assert!(recheck.asked("a", 1, &(2..8), at(later)));
     }
 
@@ -402,8 +444,14 @@ mod tests {
             recheck.found_sound(task, 0..9, at(0));
         }
         assert_eq!((recheck.asked.len(), recheck.sound.len()), (8, 8));
-        assert!(!recheck.asked("a", 0, &(0..9), at(SOUND_FOR.as_secs())), "forgotten");
-        assert!(recheck.asked("a", 999, &(0..9), at(SOUND_FOR.as_secs())), "remembered");
+        assert!(
+            !recheck.asked("a", 0, &(0..9), at(SOUND_FOR.as_secs())),
+            "forgotten"
+        );
+        assert!(
+            recheck.asked("a", 999, &(0..9), at(SOUND_FOR.as_secs())),
+            "remembered"
+        );
     }
 
     #[derive(Clone, Debug)]
@@ -468,10 +516,17 @@ mod tests {
         }
 
         fn victims(&self, wanted: u64) -> Vec<u8> {
-            let free: Vec<_> = self.entries.iter().filter(|(key, _)| !self.leases.contains(key)).collect();
-            let enough =
-                (0..=free.len()).find(|n| free[..*n].iter().map(|(_, size)| size).sum::<u64>() >= wanted);
-            free[..enough.unwrap_or(free.len())].iter().map(|(key, _)| *key).collect()
+            let free: Vec<_> = self
+                .entries
+                .iter()
+                .filter(|(key, _)| !self.leases.contains(key))
+                .collect();
+            let enough = (0..=free.len())
+                .find(|n| free[..*n].iter().map(|(_, size)| size).sum::<u64>() >= wanted);
+            free[..enough.unwrap_or(free.len())]
+                .iter()
+                .map(|(key, _)| *key)
+                .collect()
         }
     }
 

@@ -40,7 +40,11 @@ impl Bearer {
     /// The rights to ask for in order to read `repository`: what the challenge says, and the repository's own where it says
     /// nothing of repositories. Empty for `/v2/` (an empty name), where it says nothing at all.
     pub fn scopes(&self, repository: &str) -> Vec<String> {
-        let said = self.scope.as_deref().unwrap_or_default().split_ascii_whitespace();
+        let said = self
+            .scope
+            .as_deref()
+            .unwrap_or_default()
+            .split_ascii_whitespace();
         let mut scopes: Vec<String> = said.map(str::to_owned).collect();
         if !repository.is_empty() && !scopes.iter().any(|scope| repository_of(scope).is_some()) {
             scopes.push(pull_scope(repository));
@@ -67,7 +71,11 @@ impl fmt::Display for Challenge {
             Challenge::Basic { realm } => write!(f, "Basic realm={}", Quoted(realm)),
             Challenge::Bearer(bearer) => {
                 write!(f, "Bearer realm={}", Quoted(&bearer.realm))?;
-                let more = [("service", &bearer.service), ("scope", &bearer.scope), ("error", &bearer.error)];
+                let more = [
+                    ("service", &bearer.service),
+                    ("scope", &bearer.scope),
+                    ("error", &bearer.error),
+                ];
                 more.iter()
                     .filter_map(|(name, value)| value.as_ref().map(|value| (name, value)))
                     .try_for_each(|(name, value)| write!(f, ",{name}={}", Quoted(value)))
@@ -81,15 +89,26 @@ struct Quoted<'a>(&'a str);
 
 impl fmt::Display for Quoted<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "\"{}\"", self.0.replace('\\', "\\\\").replace('"', "\\\""))
+        write!(
+            f,
+            "\"{}\"",
+            self.0.replace('\\', "\\\\").replace('"', "\\\"")
+        )
     }
 }
 
 /// The challenges in all lines of a response, in order. What can't be understood is left out, with what follows it in its
 /// line; so is a challenge that says one thing twice.
 pub fn parse<'a>(lines: impl IntoIterator<Item = &'a [u8]>) -> Vec<Challenge> {
-    let lines = lines.into_iter().filter(|line| line.len() <= MAX_LINE_BYTES).take(MAX_CHALLENGES);
-    lines.flat_map(|line| Cursor(line).take(MAX_CHALLENGES)).flatten().take(MAX_CHALLENGES).collect()
+    let lines = lines
+        .into_iter()
+        .filter(|line| line.len() <= MAX_LINE_BYTES)
+        .take(MAX_CHALLENGES);
+    lines
+        .flat_map(|line| Cursor(line).take(MAX_CHALLENGES))
+        .flatten()
+        .take(MAX_CHALLENGES)
+        .collect()
 }
 
 /// What is left of a line. Each step yields one challenge, `None` for one that is left out.
@@ -121,7 +140,11 @@ impl<'a> Cursor<'a> {
 
     /// Takes what `what` holds for.
     fn span(&mut self, what: impl Fn(u8) -> bool) -> &'a [u8] {
-        let end = self.0.iter().position(|c| !what(*c)).unwrap_or(self.0.len());
+        let end = self
+            .0
+            .iter()
+            .position(|c| !what(*c))
+            .unwrap_or(self.0.len());
         let (taken, rest) = self.0.split_at(end);
         self.0 = rest;
         taken
@@ -129,7 +152,9 @@ impl<'a> Cursor<'a> {
 
     fn token(&mut self) -> Option<&'a str> {
         let token = self.span(is_token);
-        std::str::from_utf8(token).ok().filter(|token| !token.is_empty())
+        std::str::from_utf8(token)
+            .ok()
+            .filter(|token| !token.is_empty())
     }
 
     /// A parameter's name with its `=`. What is none is the next challenge, and stays.
@@ -209,14 +234,27 @@ impl Parameters {
     }
 
     fn challenge(self, scheme: &str) -> Option<Challenge> {
-        let Parameters { realm, service, scope, error, contradictory } = self;
+        let Parameters {
+            realm,
+            service,
+            scope,
+            error,
+            contradictory,
+        } = self;
         match scheme {
             _ if contradictory => None,
             "bearer" => {
                 let realm = realm.filter(|realm| !realm.is_empty())?;
-                Some(Challenge::Bearer(Bearer { realm, service, scope, error }))
+                Some(Challenge::Bearer(Bearer {
+                    realm,
+                    service,
+                    scope,
+                    error,
+                }))
             }
-            "basic" => Some(Challenge::Basic { realm: realm.unwrap_or_default() }),
+            "basic" => Some(Challenge::Basic {
+                realm: realm.unwrap_or_default(),
+            }),
             _ => None,
         }
     }
@@ -245,8 +283,10 @@ const SHARED: [&str; 15] = [
 ];
 
 /// Second-level labels below which anybody gets a name, in countries that have them; so do all labels of one or two letters.
-const HANDED_OUT: [&str; 14] =
-    ["asn", "biz", "com", "edu", "gob", "gov", "ltd", "mil", "net", "nom", "org", "plc", "sch", "web"];
+const HANDED_OUT: [&str; 14] = [
+    "asn", "biz", "com", "edu", "gob", "gov", "ltd", "mil", "net", "nom", "org", "plc", "sch",
+    "web",
+];
 
 /// Whether a realm at the host `realm` may give rights for a registry, both without or with ports, in lower case: secrets for
 /// the registry go there, and clients are sent there.
@@ -287,9 +327,9 @@ fn common_domain<'a>(a: &'a str, b: &str) -> &'a str {
 
 /// Whether a domain of two labels may be one where everybody gets a name, like `co.uk`.
 fn is_handed_out(domain: &str) -> bool {
-    domain
-        .split_once('.')
-        .is_some_and(|(label, top)| top.len() == 2 && (label.len() <= 2 || HANDED_OUT.contains(&label)))
+    domain.split_once('.').is_some_and(|(label, top)| {
+        top.len() == 2 && (label.len() <= 2 || HANDED_OUT.contains(&label))
+    })
 }
 
 #[cfg(test)]
@@ -309,7 +349,9 @@ mod tests {
     }
 
     fn basic(realm: &str) -> Challenge {
-        Challenge::Basic { realm: realm.to_owned() }
+        Challenge::Basic {
+            realm: realm.to_owned(),
+        }
     }
 
     #[test]
@@ -328,33 +370,71 @@ mod tests {
                     "repository:library/debian:pull",
                 )],
             ),
-            (&["bEARER Realm = \"https://r/\" , SERVICE=s"], vec![bearer("https://r/", "s", "")]),
-            (&["Bearer realm=https://r/t?a=b,service=x y"], vec![bearer("https://r/t?a=b", "x", "")]),
-            (&["Bearer realm=\"r\" service=\"s\" scope=\"t\""], vec![bearer("r", "s", "t")]),
-            (&["Basic realm=\"Registry Realm\""], vec![basic("Registry Realm")]),
+            (
+                &["bEARER Realm = \"https://r/\" , SERVICE=s"],
+                vec![bearer("https://r/", "s", "")],
+            ),
+            (
+                &["Bearer realm=https://r/t?a=b,service=x y"],
+                vec![bearer("https://r/t?a=b", "x", "")],
+            ),
+            (
+                &["Bearer realm=\"r\" service=\"s\" scope=\"t\""],
+                vec![bearer("r", "s", "t")],
+            ),
+            (
+                &["Basic realm=\"Registry Realm\""],
+                vec![basic("Registry Realm")],
+            ),
             (&["Basic"], vec![basic("")]),
-            (&["Basic, Bearer realm=\"r\""], vec![basic(""), bearer("r", "", "")]),
+            (
+                &["Basic, Bearer realm=\"r\""],
+                vec![basic(""), bearer("r", "", "")],
+            ),
             (
                 &["Bearer realm=\"r\",service=\"a, b\",Basic realm=\"x\""],
                 vec![bearer("r", "a, b", ""), basic("x")],
             ),
-            (&["Bearer realm=\"r\"", "Basic realm=\"x\""], vec![bearer("r", "", ""), basic("x")]),
-            (&["Bearer realm=\"a\\\"b\\\\c\""], vec![bearer("a\"b\\c", "", "")]),
-            (&["Negotiate", "Bearer realm=\"r\""], vec![bearer("r", "", "")]),
-            (&["NTLM TlRMTVNTUAAB==, Basic realm=\"x\""], vec![basic("x")]),
+            (
+                &["Bearer realm=\"r\"", "Basic realm=\"x\""],
+                vec![bearer("r", "", ""), basic("x")],
+            ),
+            (
+                &["Bearer realm=\"a\\\"b\\\\c\""],
+                vec![bearer("a\"b\\c", "", "")],
+            ),
+            (
+                &["Negotiate", "Bearer realm=\"r\""],
+                vec![bearer("r", "", "")],
+            ),
+            (
+                &["NTLM TlRMTVNTUAAB==, Basic realm=\"x\""],
+                vec![basic("x")],
+            ),
             (&["Bearer service=\"s\""], vec![]),
             (&["Bearer realm=\"\""], vec![]),
             (&["Bearer realm=\"r\",realm=\"evil\""], vec![]),
             (&["Bearer realm=\"r"], vec![]),
             (&["Bearer realm=\"r\\"], vec![]),
-            (&["Basic realm=\"x\", Bearer realm=\"r\u{7}\", Basic realm=\"y\""], vec![basic("x")]),
+            (
+                &["Basic realm=\"x\", Bearer realm=\"r\u{7}\", Basic realm=\"y\""],
+                vec![basic("x")],
+            ),
             (&["Bearer realm=\"r\",error=\"invalid_token\",x=\"y\""], {
                 let error = Some("invalid_token".to_owned());
-                vec![Challenge::Bearer(Bearer { realm: "r".to_owned(), error, ..Bearer::default() })]
+                vec![Challenge::Bearer(Bearer {
+                    realm: "r".to_owned(),
+                    error,
+                    ..Bearer::default()
+                })]
             }),
         ];
         for (lines, expected) in table {
-            assert_eq!(parse(lines.iter().map(|line| line.as_bytes())), expected, "{lines:?}");
+            assert_eq!(
+                parse(lines.iter().map(|line| line.as_bytes())),
+                expected,
+                "{lines:?}"
+            );
         }
     }
 
@@ -374,12 +454,23 @@ mod tests {
             (None, "a/b", vec![own]),
             (Some(""), "a/b", vec![own]),
             (Some(own), "a/b", vec![own]),
-            (Some("repository:library/b:pull"), "a/b", vec!["repository:library/b:pull"]),
+            (
+                Some("repository:library/b:pull"),
+                "a/b",
+                vec!["repository:library/b:pull"],
+            ),
             (Some("aws"), "a/b", vec!["aws", own]),
-            (Some("registry:catalog:*  x"), "a/b", vec!["registry:catalog:*", "x", own]),
+            (
+                Some("registry:catalog:*  x"),
+                "a/b",
+                vec!["registry:catalog:*", "x", own],
+            ),
             (None, "", vec![]),
         ] {
-            let challenge = Bearer { scope: said.map(str::to_owned), ..Bearer::default() };
+            let challenge = Bearer {
+                scope: said.map(str::to_owned),
+                ..Bearer::default()
+            };
             assert_eq!(challenge.scopes(repository), expected, "{said:?}");
         }
     }
@@ -388,7 +479,10 @@ mod tests {
     fn a_scope_names_its_repository() {
         for (scope, expected) in [
             ("repository:a/b:pull", Some("a/b")),
-            ("repository:quay.io:8443/a:pull,push", Some("quay.io:8443/a")),
+            (
+                "repository:quay.io:8443/a:pull,push",
+                Some("quay.io:8443/a"),
+            ),
             ("repository:a", None),
             ("repository::pull", None),
             ("registry:catalog:*", None),
@@ -431,11 +525,23 @@ mod tests {
             ("good.org.br", "evil.org.br", false),
             ("good.azurecr.io", "evil.azurecr.io", false),
             ("good.azurecr.io", "good.azurecr.io", true),
-            ("harbor.mine.svc.cluster.local", "auth.theirs.svc.cluster.local", false),
+            (
+                "harbor.mine.svc.cluster.local",
+                "auth.theirs.svc.cluster.local",
+                false,
+            ),
             ("mine.herokuapp.com", "theirs.herokuapp.com", false),
-            ("mine.eu.cloudapp.azure.com", "theirs.eu.cloudapp.azure.com", false),
+            (
+                "mine.eu.cloudapp.azure.com",
+                "theirs.eu.cloudapp.azure.com",
+                false,
+            ),
             ("mine.a.run.app", "theirs.a.run.app", false),
-            ("1.dkr.ecr.us-east-1.amazonaws.com", "bucket.s3.us-east-1.amazonaws.com", false),
+            (
+                "1.dkr.ecr.us-east-1.amazonaws.com",
+                "bucket.s3.us-east-1.amazonaws.com",
+                false,
+            ),
             ("", "", true),
             ("", "evil.com", false),
         ] {
@@ -452,17 +558,30 @@ mod tests {
     }
 
     fn style() -> impl Strategy<Value = Style> {
-        (" {0,2}", " ?,[ \t]?,?", any::<bool>(), any::<bool>())
-            .prop_map(|(blank, comma, quoted, upper)| Style { blank, comma, quoted, upper })
+        (" {0,2}", " ?,[ \t]?,?", any::<bool>(), any::<bool>()).prop_map(
+            |(blank, comma, quoted, upper)| Style {
+                blank,
+                comma,
+                quoted,
+                upper,
+            },
+        )
     }
 
     fn challenges() -> impl Strategy<Value = Vec<Challenge>> {
         let word = || proptest::option::of("[a-z:/.]{1,9}|[ -~é]{0,9}");
         let one = (any::<bool>(), "[!-~]{1,9}", word(), word(), word());
-        let one = one.prop_map(|(is_bearer, realm, service, scope, error)| match is_bearer {
-            true => Challenge::Bearer(Bearer { realm, service, scope, error }),
-            false => Challenge::Basic { realm },
-        });
+        let one = one.prop_map(
+            |(is_bearer, realm, service, scope, error)| match is_bearer {
+                true => Challenge::Bearer(Bearer {
+                    realm,
+                    service,
+                    scope,
+                    error,
+                }),
+                false => Challenge::Basic { realm },
+            },
+        );
         proptest::collection::vec(one, 0..MAX_CHALLENGES)
     }
 
@@ -470,18 +589,29 @@ mod tests {
     fn written(challenge: &Challenge, style: &Style) -> String {
         let (scheme, realm, more) = match challenge {
             Challenge::Basic { realm } => ("Basic", realm, [None, None, None]),
-            Challenge::Bearer(b) => {
-                ("Bearer", &b.realm, [b.scope.as_ref(), b.error.as_ref(), b.service.as_ref()])
-            }
+            Challenge::Bearer(b) => (
+                "Bearer",
+                &b.realm,
+                [b.scope.as_ref(), b.error.as_ref(), b.service.as_ref()],
+            ),
         };
-        let named =
-            [Some(realm), more[0], more[1], more[2]].into_iter().zip(["realm", "scope", "error", "service"]);
+        let named = [Some(realm), more[0], more[1], more[2]]
+            .into_iter()
+            .zip(["realm", "scope", "error", "service"]);
         let parameters: Vec<String> = named
             .filter_map(|(value, name)| {
                 let value = value?;
                 let bare = !style.quoted && !value.is_empty() && value.bytes().all(is_token);
-                let value = if bare { value.clone() } else { Quoted(value).to_string() };
-                let name = if style.upper { name.to_ascii_uppercase() } else { name.to_owned() };
+                let value = if bare {
+                    value.clone()
+                } else {
+                    Quoted(value).to_string()
+                };
+                let name = if style.upper {
+                    name.to_ascii_uppercase()
+                } else {
+                    name.to_owned()
+                };
                 Some(format!("{name}{}={}{value}", style.blank, style.blank))
             })
             .collect();

@@ -72,7 +72,12 @@ impl Places {
         let half = open_files.saturating_sub(OWN_FILES) / 2;
         let all = if half < most { half } else { most };
         let remote = all / 4 * 3;
-        Self { all, remote, one_remote: remote / 3, waiting: all / 4 }
+        Self {
+            all,
+            remote,
+            one_remote: remote / 3,
+            waiting: all / 4,
+        }
     }
 
     /// Where it is too crowded for a connection that comes; `None`: there is room.
@@ -95,7 +100,11 @@ pub fn give_way<Id>(mut crowd: Vec<Occupant<Id>>) -> Vec<Id> {
     let count = crowd.len() / SHARE + 1;
     crowd.retain(|occupant| occupant.doing != Doing::Moving);
     crowd.sort_by_key(|occupant| (occupant.doing, occupant.since));
-    crowd.into_iter().take(count).map(|occupant| occupant.id).collect()
+    crowd
+        .into_iter()
+        .take(count)
+        .map(|occupant| occupant.id)
+        .collect()
 }
 
 /// Which of these connections must leave since too many wait for a request: those that have waited longest.
@@ -103,7 +112,11 @@ pub fn too_many_waiting<Id>(mut connections: Vec<Occupant<Id>>, most: usize) -> 
     connections.retain(|occupant| occupant.doing == Doing::Waiting);
     connections.sort_by_key(|occupant| occupant.since);
     let excess = connections.len().saturating_sub(most);
-    connections.into_iter().take(excess).map(|occupant| occupant.id).collect()
+    connections
+        .into_iter()
+        .take(excess)
+        .map(|occupant| occupant.id)
+        .collect()
 }
 
 #[cfg(test)]
@@ -116,28 +129,78 @@ mod tests {
 
     #[test]
     fn places_follow_the_limit_on_open_files() {
-        assert_eq!(PLACES, Places { all: 4096, remote: 3072, one_remote: 1024, waiting: 1024 });
-        let few = Places { all: 96, remote: 72, one_remote: 24, waiting: 24 };
+        assert_eq!(
+            PLACES,
+            Places {
+                all: 4096,
+                remote: 3072,
+                one_remote: 1024,
+                waiting: 1024
+            }
+        );
+        let few = Places {
+            all: 96,
+            remote: 72,
+            one_remote: 24,
+            waiting: 24,
+        };
         assert_eq!(Places::within(4096, 256), few);
     }
 
     #[test]
     fn remote_clients_leave_room_for_this_host() {
-        let taken = Taken { all: 3072, remote: 3072, same_client: 0 };
+        let taken = Taken {
+            all: 3072,
+            remote: 3072,
+            same_client: 0,
+        };
         assert_eq!(PLACES.crowd(taken, true), Some(Crowd::Remote));
         assert_eq!(PLACES.crowd(taken, false), None);
-        let one = Taken { all: 1024, remote: 1024, same_client: 1024 };
+        let one = Taken {
+            all: 1024,
+            remote: 1024,
+            same_client: 1024,
+        };
         assert_eq!(PLACES.crowd(one, true), Some(Crowd::SameClient));
-        assert_eq!(PLACES.crowd(Taken { same_client: 1023, ..one }, true), None);
-        let own = Taken { all: 4095, remote: 0, same_client: 4095 };
+        assert_eq!(
+            PLACES.crowd(
+                Taken {
+                    same_client: 1023,
+                    ..one
+                },
+                true
+            ),
+            None
+        );
+        let own = Taken {
+            all: 4095,
+            remote: 0,
+            same_client: 4095,
+        };
         assert_eq!(PLACES.crowd(own, false), None);
-        assert_eq!(PLACES.crowd(Taken { all: 4096, ..own }, false), Some(Crowd::All));
-        assert_eq!(PLACES.crowd(Taken { all: 4096, ..Taken::default() }, true), Some(Crowd::All));
+        assert_eq!(
+            PLACES.crowd(Taken { all: 4096, ..own }, false),
+            Some(Crowd::All)
+        );
+        assert_eq!(
+            PLACES.crowd(
+                Taken {
+                    all: 4096,
+                    ..Taken::default()
+                },
+                true
+            ),
+            Some(Crowd::All)
+        );
     }
 
     #[test]
     fn waiting_connections_go_before_stalled_ones_and_moving_ones_stay() {
-        let occupant = |id, doing, s| Occupant { id, doing, since: Time(Duration::from_secs(s)) };
+        let occupant = |id, doing, s| Occupant {
+            id,
+            doing,
+            since: Time(Duration::from_secs(s)),
+        };
         let crowd = vec![
             occupant(1, Doing::Moving, 0),
             occupant(2, Doing::Stalled, 1),
@@ -149,7 +212,13 @@ mod tests {
         assert_eq!(give_way(crowd[..1].to_vec()), [] as [i32; 0]);
         assert_eq!(too_many_waiting(crowd.clone(), 1), [4]);
         assert_eq!(too_many_waiting(crowd, 2), [] as [i32; 0]);
-        let many = (0..640).map(|id| occupant(id, Doing::Waiting, 640 - id as u64)).collect();
-        assert_eq!(give_way(many), (629..640).rev().collect::<Vec<i32>>(), "the oldest, several at once");
+        let many = (0..640)
+            .map(|id| occupant(id, Doing::Waiting, 640 - id as u64))
+            .collect();
+        assert_eq!(
+            give_way(many),
+            (629..640).rev().collect::<Vec<i32>>(),
+            "the oldest, several at once"
+        );
     }
 }

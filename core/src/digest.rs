@@ -10,8 +10,16 @@ use std::str::FromStr;
 use sha2::block_api::{compress256, compress512};
 
 /// Initial state of SHA-256 (FIPS 180-4, 5.3.3).
-const INITIAL_256: [u32; 8] =
-    [0x6a09_e667, 0xbb67_ae85, 0x3c6e_f372, 0xa54f_f53a, 0x510e_527f, 0x9b05_688c, 0x1f83_d9ab, 0x5be0_cd19];
+const INITIAL_256: [u32; 8] = [
+    0x6a09_e667,
+    0xbb67_ae85,
+    0x3c6e_f372,
+    0xa54f_f53a,
+    0x510e_527f,
+    0x9b05_688c,
+    0x1f83_d9ab,
+    0x5be0_cd19,
+];
 
 /// Initial state of SHA-512 (FIPS 180-4, 5.3.5).
 const INITIAL_512: [u64; 8] = [
@@ -70,7 +78,9 @@ pub enum DigestError {
     #[error("only sha256 and sha512 digests are supported")]
     Algorithm,
     /// The hex part is not lower-case hex of the algorithm's length.
-    #[error("the digest's hex part has the wrong length or characters (lower-case hex is required)")]
+    #[error(
+        "the digest's hex part has the wrong length or characters (lower-case hex is required)"
+    )]
     Hex,
 }
 
@@ -161,7 +171,12 @@ pub fn hex(bytes: &[u8]) -> String {
     const DIGITS: &[u8; 16] = b"0123456789abcdef";
     bytes
         .iter()
-        .flat_map(|b| [DIGITS[usize::from(b >> 4)] as char, DIGITS[usize::from(b & 15)] as char])
+        .flat_map(|b| {
+            [
+                DIGITS[usize::from(b >> 4)] as char,
+                DIGITS[usize::from(b & 15)] as char,
+            ]
+        })
         .collect()
 }
 
@@ -210,8 +225,12 @@ impl ChainValue {
     /// Appends the value's big-endian bytes.
     pub fn write_to(&self, out: &mut Vec<u8>) {
         match &self.0 {
-            State::Sha256(state) => state.iter().for_each(|w| out.extend_from_slice(&w.to_be_bytes())),
-            State::Sha512(state) => state.iter().for_each(|w| out.extend_from_slice(&w.to_be_bytes())),
+            State::Sha256(state) => state
+                .iter()
+                .for_each(|w| out.extend_from_slice(&w.to_be_bytes())),
+            State::Sha512(state) => state
+                .iter()
+                .for_each(|w| out.extend_from_slice(&w.to_be_bytes())),
         }
     }
 }
@@ -242,7 +261,12 @@ impl Chain {
 
     /// A hash that goes on after `bytes_before` bytes, a multiple of the block length, whose value was `value`.
     pub const fn resume(value: ChainValue, bytes_before: u64) -> Self {
-        Self { state: value.0, pending: [0; 128], pending_bytes: 0, total_bytes: bytes_before }
+        Self {
+            state: value.0,
+            pending: [0; 128],
+            pending_bytes: 0,
+            total_bytes: bytes_before,
+        }
     }
 
     /// Takes in more data.
@@ -251,7 +275,8 @@ impl Chain {
         self.total_bytes += data.len() as u64;
         if self.pending_bytes > 0 {
             let take = data.len().min(block - self.pending_bytes);
-            self.pending[self.pending_bytes..self.pending_bytes + take].copy_from_slice(&data[..take]);
+            self.pending[self.pending_bytes..self.pending_bytes + take]
+                .copy_from_slice(&data[..take]);
             self.pending_bytes += take;
             data = &data[take..];
             if self.pending_bytes < block {
@@ -286,14 +311,21 @@ impl Chain {
         let mut tail = [0; 256];
         tail[..self.pending_bytes].copy_from_slice(&self.pending[..self.pending_bytes]);
         tail[self.pending_bytes] = 0x80;
-        let end = if self.pending_bytes + 1 + length_bytes <= block { block } else { 2 * block };
+        let end = if self.pending_bytes + 1 + length_bytes <= block {
+            block
+        } else {
+            2 * block
+        };
         tail[end - length_bytes..end].copy_from_slice(&bits.to_be_bytes()[16 - length_bytes..]);
         self.compress(&tail[..end]);
         let mut raw = Vec::with_capacity(64);
         ChainValue(self.state).write_to(&mut raw);
         let mut bytes = [0; 64];
         bytes[..raw.len()].copy_from_slice(&raw);
-        Digest { algorithm: self.algorithm(), bytes }
+        Digest {
+            algorithm: self.algorithm(),
+            bytes,
+        }
     }
 
     const fn algorithm(&self) -> Algorithm {
@@ -341,8 +373,16 @@ mod tests {
     fn published_examples() {
         // FIPS 180 examples: no bytes, and "abc".
         let table = [
-            (Algorithm::Sha256, "", "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"),
-            (Algorithm::Sha256, "abc", "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"),
+            (
+                Algorithm::Sha256,
+                "",
+                "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855",
+            ),
+            (
+                Algorithm::Sha256,
+                "abc",
+                "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad",
+            ),
             (
                 Algorithm::Sha512,
                 "abc",
@@ -351,7 +391,11 @@ mod tests {
             ),
         ];
         for (algorithm, data, expected) in table {
-            assert_eq!(Digest::of(algorithm, data.as_bytes()).hex(), expected, "{data}");
+            assert_eq!(
+                Digest::of(algorithm, data.as_bytes()).hex(),
+                expected,
+                "{data}"
+            );
         }
     }
 
@@ -361,7 +405,11 @@ mod tests {
         for algorithm in BOTH {
             for length in 0..data.len() {
                 let digest = Digest::of(algorithm, &data[..length]);
-                assert_eq!(digest.as_bytes(), oracle(algorithm, &data[..length]), "{algorithm:?} {length}");
+                assert_eq!(
+                    digest.as_bytes(),
+                    oracle(algorithm, &data[..length]),
+                    "{algorithm:?} {length}"
+                );
             }
         }
     }
@@ -381,7 +429,10 @@ mod tests {
             (format!(" sha256:{hex_256}"), Err(DigestError::Algorithm)),
             (format!(":{hex_256}"), Err(DigestError::Algorithm)),
             ("sha256:".to_owned(), Err(DigestError::Hex)),
-            (format!("sha256:{}", hex_256.to_uppercase()), Err(DigestError::Hex)),
+            (
+                format!("sha256:{}", hex_256.to_uppercase()),
+                Err(DigestError::Hex),
+            ),
             (format!("sha256:{}", &hex_256[1..]), Err(DigestError::Hex)),
             (format!("sha256:{hex_256}0"), Err(DigestError::Hex)),
             (format!("sha256:{hex_512}"), Err(DigestError::Hex)),
@@ -392,7 +443,8 @@ mod tests {
         ];
         for (text, expected) in table {
             assert_eq!(
-                text.parse::<Digest>().map(|digest| assert_eq!(digest.to_string(), text)),
+                text.parse::<Digest>()
+                    .map(|digest| assert_eq!(digest.to_string(), text)),
                 expected,
                 "{text}"
             );
@@ -418,7 +470,10 @@ mod tests {
     #[test]
     fn the_value_before_any_byte_is_the_initial_one() {
         for algorithm in BOTH {
-            assert_eq!(Chain::new(algorithm).value(), Some(ChainValue::initial(algorithm)));
+            assert_eq!(
+                Chain::new(algorithm).value(),
+                Some(ChainValue::initial(algorithm))
+            );
         }
     }
 

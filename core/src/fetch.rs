@@ -83,7 +83,11 @@ impl Reader {
     }
 
     fn wants(&self, piece: PieceIndex) -> bool {
-        self.pieces.contains(&piece) || self.ahead.as_ref().is_some_and(|ahead| ahead.contains(piece))
+        self.pieces.contains(&piece)
+            || self
+                .ahead
+                .as_ref()
+                .is_some_and(|ahead| ahead.contains(piece))
     }
 }
 
@@ -204,7 +208,15 @@ impl Fetch {
     pub fn reader(&mut self, now: Time, id: u64, pieces: Option<Range<PieceIndex>>, partial: bool) {
         match pieces {
             Some(pieces) => {
-                self.readers.insert(id, Reader { pieces, partial, ahead: None, moved: now });
+                self.readers.insert(
+                    id,
+                    Reader {
+                        pieces,
+                        partial,
+                        ahead: None,
+                        moved: now,
+                    },
+                );
             }
             None => {
                 self.readers.remove(&id);
@@ -243,13 +255,20 @@ impl Fetch {
 
     /// The first piece that is still to be got.
     pub fn first_wanted(&self) -> Option<PieceIndex> {
-        let after =
-            |from: PieceIndex, end: PieceIndex| Some(self.held.first_missing(from)).filter(|p| *p < end);
+        let after = |from: PieceIndex, end: PieceIndex| {
+            Some(self.held.first_missing(from)).filter(|p| *p < end)
+        };
         if self.whole {
             return after(0, self.layout.count());
         }
-        let next = self.readers.values().filter_map(|r| after(r.pieces.start, r.pieces.end));
-        let ahead = self.readers.values().filter_map(|r| r.ahead.as_ref()?.minus(&self.held).next());
+        let next = self
+            .readers
+            .values()
+            .filter_map(|r| after(r.pieces.start, r.pieces.end));
+        let ahead = self
+            .readers
+            .values()
+            .filter_map(|r| r.ahead.as_ref()?.minus(&self.held).next());
         next.chain(ahead).min()
     }
 
@@ -269,13 +288,27 @@ impl Fetch {
 
     /// Whether a reader that moves still reads `piece`. A reader stands still when it leaves a piece lying that is there for it:
     /// `since` says since when a piece has been.
-    pub fn is_read(&self, now: Time, piece: PieceIndex, since: impl Fn(PieceIndex) -> Option<Time>) -> bool {
-        self.readers.values().any(|reader| reader.wants(piece) && !reader.stands_still(now, &since))
+    pub fn is_read(
+        &self,
+        now: Time,
+        piece: PieceIndex,
+        since: impl Fn(PieceIndex) -> Option<Time>,
+    ) -> bool {
+        self.readers
+            .values()
+            .any(|reader| reader.wants(piece) && !reader.stands_still(now, &since))
     }
 
     /// The first piece that a reader which moves still reads.
-    pub fn read_first(&self, now: Time, since: impl Fn(PieceIndex) -> Option<Time>) -> Option<PieceIndex> {
-        let moving = self.readers.values().filter(|reader| !reader.stands_still(now, &since));
+    pub fn read_first(
+        &self,
+        now: Time,
+        since: impl Fn(PieceIndex) -> Option<Time>,
+    ) -> Option<PieceIndex> {
+        let moving = self
+            .readers
+            .values()
+            .filter(|reader| !reader.stands_still(now, &since));
         moving.map(|reader| reader.pieces.start).min()
     }
 
@@ -298,16 +331,18 @@ impl Fetch {
             .iter()
             .filter(|(peer, _)| will_do(**peer))
             .for_each(|(_, parent)| offered.unite(&parent.offered));
-        self.held.missing().find(|piece| *piece >= verifiable || !offered.contains(*piece))
+        self.held
+            .missing()
+            .find(|piece| *piece >= verifiable || !offered.contains(*piece))
     }
 
     /// `peer` offers these pieces, in addition to what it offered before.
     pub fn offered(&mut self, peer: PeerId, pieces: impl IntoIterator<Item = PieceIndex>) {
         let count = self.layout.count();
-        let parent = self
-            .parents
-            .entry(peer)
-            .or_insert_with(|| Parent { offered: PieceSet::empty(count), rests_until: Time::default() });
+        let parent = self.parents.entry(peer).or_insert_with(|| Parent {
+            offered: PieceSet::empty(count),
+            rests_until: Time::default(),
+        });
         for piece in pieces {
             if parent.offered.insert(piece) {
                 let offers = self.offers.add(piece);
@@ -324,7 +359,11 @@ impl Fetch {
 
     /// `peer` offers this one no more.
     pub fn withdrawn(&mut self, peer: PeerId, piece: PieceIndex) {
-        if self.parents.get_mut(&peer).is_some_and(|p| p.offered.remove(piece)) {
+        if self
+            .parents
+            .get_mut(&peer)
+            .is_some_and(|p| p.offered.remove(piece))
+        {
             self.one_fewer(piece);
         }
     }
@@ -347,12 +386,19 @@ impl Fetch {
     /// A parent is gone, and with it its requests.
     pub fn parent_lost(&mut self, peer: PeerId) {
         if let Some(parent) = self.parents.remove(&peer) {
-            parent.offered.iter().for_each(|piece| self.one_fewer(piece));
+            parent
+                .offered
+                .iter()
+                .for_each(|piece| self.one_fewer(piece));
         }
         let theirs: Vec<(PieceIndex, u32)> = self
             .asked
             .iter()
-            .flat_map(|(piece, all)| all.iter().filter(|a| a.peer == peer).map(|a| (*piece, a.request)))
+            .flat_map(|(piece, all)| {
+                all.iter()
+                    .filter(|a| a.peer == peer)
+                    .map(|a| (*piece, a.request))
+            })
             .collect();
         for (piece, request) in theirs {
             self.failed(piece, peer, request);
@@ -372,12 +418,17 @@ impl Fetch {
     /// Whether a parent, of those that will do, offers something that is wanted.
     pub fn has_useful_parent(&self, will_do: impl Fn(PeerId) -> bool) -> bool {
         let wanted = self.open(self.layout.count(), None);
-        self.parents.iter().any(|(peer, p)| p.offered.meets(&wanted) && will_do(*peer))
+        self.parents
+            .iter()
+            .any(|(peer, p)| p.offered.meets(&wanted) && will_do(*peer))
     }
 
     /// Whether a piece is under way from a parent that can be counted on.
     pub fn is_moving(&self, now: Time, parents: &Parents) -> bool {
-        self.asked.values().flatten().any(|asked| parents.trusted(now, asked.peer))
+        self.asked
+            .values()
+            .flatten()
+            .any(|asked| parents.trusted(now, asked.peer))
     }
 
     /// A request was sent.
@@ -391,7 +442,9 @@ impl Fetch {
 
     /// A request came to nothing.
     pub fn failed(&mut self, piece: PieceIndex, peer: PeerId, request: u32) {
-        let Some(all) = self.asked.get_mut(&piece) else { return };
+        let Some(all) = self.asked.get_mut(&piece) else {
+            return;
+        };
         let before = all.len();
         all.retain(|a| (a.peer, a.request) != (peer, request));
         let gone = all.len() < before;
@@ -405,7 +458,9 @@ impl Fetch {
     }
 
     fn settle(&mut self, piece: PieceIndex) {
-        self.asked_bytes = self.asked_bytes.saturating_sub(self.layout.len_bytes(piece));
+        self.asked_bytes = self
+            .asked_bytes
+            .saturating_sub(self.layout.len_bytes(piece));
     }
 
     /// The next request to make, if any: of whom, and which piece. `under_way`: requests at each parent, for whatever task: a
@@ -451,12 +506,19 @@ impl Fetch {
         overdue.iter().for_each(|(piece, _)| {
             useful.insert(*piece);
         });
-        let fastest = free.iter().filter_map(|(.., rate)| *rate).fold(1.0, f64::max);
+        let fastest = free
+            .iter()
+            .filter_map(|(.., rate)| *rate)
+            .fold(1.0, f64::max);
         let near = self.near();
         let mut ready: Vec<Ready<'_>> = free
             .into_iter()
-            .map(|(peer, parent, asked, rate)| (peer, self.from(peer, parent, near.as_ref()), asked, rate))
-            .filter(|(_, offered, asked, _)| offered.meets(if *asked < a_parent { &useful } else { &lone }))
+            .map(|(peer, parent, asked, rate)| {
+                (peer, self.from(peer, parent, near.as_ref()), asked, rate)
+            })
+            .filter(|(_, offered, asked, _)| {
+                offered.meets(if *asked < a_parent { &useful } else { &lone })
+            })
             .map(|(peer, offered, asked, rate)| Ready {
                 peer: *peer,
                 // Least busy first, and by lot among equals, so that children do not all start at the same parent: who brings twice
@@ -479,7 +541,8 @@ impl Fetch {
         }
         ready.sort_unstable_by_key(|parent| parent.rank);
         let with_room = |piece: PieceIndex, but: Option<PeerId>| {
-            let fits = |p: &&Ready<'_>| p.has_room && Some(p.peer) != but && p.offered.contains(piece);
+            let fits =
+                |p: &&Ready<'_>| p.has_room && Some(p.peer) != but && p.offered.contains(piece);
             ready.iter().find(fits).map(|p| (p.peer, piece))
         };
         let rarest_of = |parent: &Ready<'_>, wanted: &PieceSet, rng: &mut R| {
@@ -487,7 +550,9 @@ impl Fetch {
             theirs.intersect(&parent.offered);
             self.rarest(&theirs, rng).map(|piece| (parent.peer, piece))
         };
-        let needed = self.needed_first(now, &unasked).find_map(|piece| with_room(piece, None));
+        let needed = self
+            .needed_first(now, &unasked)
+            .find_map(|piece| with_room(piece, None));
         if needed.is_some() {
             return needed;
         }
@@ -500,7 +565,11 @@ impl Fetch {
                 let mut busy = ready.iter().filter(|parent| !parent.has_room);
                 busy.find_map(|parent| rarest_of(parent, &lone, rng))
             })
-            .or_else(|| overdue.iter().find_map(|(piece, slow)| with_room(*piece, Some(*slow))))
+            .or_else(|| {
+                overdue
+                    .iter()
+                    .find_map(|(piece, slow)| with_room(*piece, Some(*slow)))
+            })
     }
 
     /// Requests to have under way at all parents together.
@@ -515,16 +584,26 @@ impl Fetch {
         }
         let count = self.layout.count();
         let mut near = PieceSet::empty(count);
-        (0..count).filter(|piece| !self.share.contains(*piece)).for_each(|piece| {
-            near.insert(piece);
-        });
-        let here = self.parents.iter().filter(|(peer, _)| !self.far.contains(*peer));
+        (0..count)
+            .filter(|piece| !self.share.contains(*piece))
+            .for_each(|piece| {
+                near.insert(piece);
+            });
+        let here = self
+            .parents
+            .iter()
+            .filter(|(peer, _)| !self.far.contains(*peer));
         here.for_each(|(_, parent)| near.unite(&parent.offered));
         Some(near)
     }
 
     /// Of what a parent offers, what may be asked of it.
-    fn from<'a>(&self, peer: &PeerId, parent: &'a Parent, near: Option<&PieceSet>) -> Cow<'a, PieceSet> {
+    fn from<'a>(
+        &self,
+        peer: &PeerId,
+        parent: &'a Parent,
+        near: Option<&PieceSet>,
+    ) -> Cow<'a, PieceSet> {
         match near.filter(|_| self.far.contains(peer)) {
             None => Cow::Borrowed(&parent.offered),
             Some(near) => {
@@ -566,7 +645,9 @@ impl Fetch {
     fn needed_first(&self, now: Time, unasked: &PieceSet) -> impl Iterator<Item = PieceIndex> {
         self.readers
             .values()
-            .filter(move |r| r.partial || r.pieces.start == 0 || now.since(r.moved) >= READER_PATIENCE)
+            .filter(move |r| {
+                r.partial || r.pieces.start == 0 || now.since(r.moved) >= READER_PATIENCE
+            })
             .flat_map(|r| {
                 let from = self.held.first_missing(r.pieces.start);
                 from..from.saturating_add(IN_ORDER_WINDOW).min(r.pieces.end)
@@ -577,7 +658,11 @@ impl Fetch {
     /// The piece that the fewest offer; among equals the first when there is one parent, by lot when there are several.
     fn rarest<R: Rng + ?Sized>(&self, offered: &PieceSet, rng: &mut R) -> Option<PieceIndex> {
         let alone = self.parents.len() < 2;
-        let from = if alone { 0 } else { rng.random_range(0..self.layout.count().max(1)) };
+        let from = if alone {
+            0
+        } else {
+            rng.random_range(0..self.layout.count().max(1))
+        };
         offered
             .iter_from(from)
             .take(if alone { 1 } else { CANDIDATES })
@@ -593,17 +678,28 @@ impl Fetch {
             .filter(|(piece, all)| all.len() == 1 && open.contains(**piece))
             .map(|(piece, all)| (now.since(all[0].at), *piece, all[0].peer))
             .filter(|(waited, piece, peer)| {
-                *waited >= if endgame { self.hedge_after(*piece, *peer, parents) } else { STALLED_AFTER }
+                *waited
+                    >= if endgame {
+                        self.hedge_after(*piece, *peer, parents)
+                    } else {
+                        STALLED_AFTER
+                    }
             })
             .collect();
         overdue.sort_unstable_by(|a, b| b.cmp(a));
-        overdue.into_iter().map(|(_, piece, peer)| (piece, peer)).collect()
+        overdue
+            .into_iter()
+            .map(|(_, piece, peer)| (piece, peer))
+            .collect()
     }
 
     fn hedge_after(&self, piece: PieceIndex, peer: PeerId, parents: &Parents) -> Duration {
-        let expected =
-            parents.rate_bytes(peer).map_or(0.0, |rate| self.layout.len_bytes(piece) as f64 / rate);
-        HEDGE_AFTER_MIN.max(Duration::from_secs_f64((expected * HEDGE_AFTER_FACTOR).min(20.0)))
+        let expected = parents
+            .rate_bytes(peer)
+            .map_or(0.0, |rate| self.layout.len_bytes(piece) as f64 / rate);
+        HEDGE_AFTER_MIN.max(Duration::from_secs_f64(
+            (expected * HEDGE_AFTER_FACTOR).min(20.0),
+        ))
     }
 }
 
@@ -612,7 +708,9 @@ impl Fetch {
 /// would be what a download waits for at its end. Who has brought nothing yet counts as the fastest.
 fn lot<R: Rng + ?Sized>(rate_bytes: Option<f64>, fastest: f64, rng: &mut R) -> u64 {
     let chance: f64 = 1.0 - rng.random::<f64>();
-    let weight = (rate_bytes.unwrap_or(fastest) / fastest).max(SLOWEST).powi(2);
+    let weight = (rate_bytes.unwrap_or(fastest) / fastest)
+        .max(SLOWEST)
+        .powi(2);
     // Large enough to tell lots of the fastest apart.
     (-chance.ln() / weight * 1e9) as u64
 }
@@ -651,9 +749,19 @@ mod tests {
     }
 
     fn chosen(fetch: &Fetch, under_way: &[(u8, usize)], seed: u64) -> Option<(PeerId, PieceIndex)> {
-        let under_way = under_way.iter().map(|(parent, n)| (peer(*parent), *n)).collect();
+        let under_way = under_way
+            .iter()
+            .map(|(parent, n)| (peer(*parent), *n))
+            .collect();
         let mut rng = StdRng::seed_from_u64(seed);
-        fetch.choose(Time::default(), &Parents::default(), &under_way, fetch.layout().count(), None, &mut rng)
+        fetch.choose(
+            Time::default(),
+            &Parents::default(),
+            &under_way,
+            fetch.layout().count(),
+            None,
+            &mut rng,
+        )
     }
 
     #[test]
@@ -663,9 +771,15 @@ mod tests {
         for seed in 0..200 {
             all.extend(chosen(&fetch, &[], seed));
             let (asked, piece) = chosen(&fetch, &[(3, 4)], seed).unwrap();
-            assert!(asked != peer(3) && [5, 7].contains(&piece), "{asked} {piece}: the third is busy");
+            assert!(
+                asked != peer(3) && [5, 7].contains(&piece),
+                "{asked} {piece}: the third is busy"
+            );
         }
-        assert_eq!(all, BTreeSet::from([(peer(1), 5), (peer(1), 7), (peer(2), 5), (peer(3), 8)]));
+        assert_eq!(
+            all,
+            BTreeSet::from([(peer(1), 5), (peer(1), 7), (peer(2), 5), (peer(3), 8)])
+        );
     }
 
     #[test]
@@ -677,8 +791,8 @@ mod tests {
         let mut rng = StdRng::seed_from_u64(1);
         let first = |parents: &Parents, rng: &mut StdRng| {
             let free = BTreeMap::new();
-            let asked =
-                (0..2000).filter_map(|_| fetch.choose(Time::default(), parents, &free, 20, None, rng));
+            let asked = (0..2000)
+                .filter_map(|_| fetch.choose(Time::default(), parents, &free, 20, None, rng));
             asked.filter(|(asked, _)| *asked == peer(1)).count()
         };
         let often = first(&parents, &mut rng);
@@ -686,7 +800,10 @@ mod tests {
         let mut parents = Parents::default();
         parents.served(peer(1), 30 * MIB, Duration::from_secs(1));
         let often = first(&parents, &mut rng);
-        assert!((900..1100).contains(&often), "{often}: who is not known yet counts as the fastest");
+        assert!(
+            (900..1100).contains(&often),
+            "{often}: who is not known yet counts as the fastest"
+        );
         parents.served(peer(2), 1, Duration::from_secs(1));
         let often = first(&parents, &mut rng);
         assert!(often < 1995, "{often}: nobody is given up");
@@ -699,7 +816,10 @@ mod tests {
         fetch.offered(peer(2), [8]);
         assert!((0..20).all(|seed| chosen(&fetch, &[], seed) == Some((peer(2), 8))));
         fetch.got(8);
-        assert!((0..20).any(|seed| chosen(&fetch, &[], seed).unwrap().0 != peer(2)), "it has nothing new");
+        assert!(
+            (0..20).any(|seed| chosen(&fetch, &[], seed).unwrap().0 != peer(2)),
+            "it has nothing new"
+        );
     }
 
     #[test]
@@ -715,16 +835,41 @@ mod tests {
     fn a_slow_piece_is_doubled_at_another_parent_once_when_few_are_missing() {
         let mut fetch = fetch(&[(1, &[19]), (2, &[19])]);
         (0..19).for_each(|piece| drop(fetch.got(piece)));
-        fetch.ask(19, Asked { peer: peer(1), request: 1, at: Time::default() });
+        fetch.ask(
+            19,
+            Asked {
+                peer: peer(1),
+                request: 1,
+                at: Time::default(),
+            },
+        );
         let choose = |fetch: &Fetch, now| {
             let under_way = BTreeMap::from([(peer(1), 1)]);
-            fetch.choose(now, &Parents::default(), &under_way, 20, None, &mut StdRng::seed_from_u64(1))
+            fetch.choose(
+                now,
+                &Parents::default(),
+                &under_way,
+                20,
+                None,
+                &mut StdRng::seed_from_u64(1),
+            )
         };
         assert_eq!(choose(&fetch, Time::default()), None, "it is not late");
         let late = Time(HEDGE_AFTER_MIN);
         assert_eq!(choose(&fetch, late), Some((peer(2), 19)));
-        fetch.ask(19, Asked { peer: peer(2), request: 2, at: late });
-        assert_eq!(choose(&fetch, Time(2 * HEDGE_AFTER_MIN)), None, "two are enough");
+        fetch.ask(
+            19,
+            Asked {
+                peer: peer(2),
+                request: 2,
+                at: late,
+            },
+        );
+        assert_eq!(
+            choose(&fetch, Time(2 * HEDGE_AFTER_MIN)),
+            None,
+            "two are enough"
+        );
         assert_eq!(fetch.duplicates(), 1);
     }
 
@@ -732,11 +877,25 @@ mod tests {
     fn nothing_is_asked_for_that_is_held_asked_for_unverifiable_or_outside_the_window() {
         let mut fetch = fetch(&[(1, &[2, 3, 4, 9])]);
         fetch.got(2);
-        fetch.ask(3, Asked { peer: peer(1), request: 1, at: Time::default() });
+        fetch.ask(
+            3,
+            Asked {
+                peer: peer(1),
+                request: 1,
+                at: Time::default(),
+            },
+        );
         let choose = |fetch: &Fetch, verifiable, taken| {
             let mut rng = StdRng::seed_from_u64(1);
             let free = BTreeMap::new();
-            fetch.choose(Time::default(), &Parents::default(), &free, verifiable, taken, &mut rng)
+            fetch.choose(
+                Time::default(),
+                &Parents::default(),
+                &free,
+                verifiable,
+                taken,
+                &mut rng,
+            )
         };
         assert_eq!(choose(&fetch, 9, None), Some((peer(1), 4)));
         assert_eq!(choose(&fetch, 4, None), None);
@@ -754,7 +913,11 @@ mod tests {
             assert_eq!(chosen(&fetch, &[], seed).map(|(_, piece)| piece), Some(0));
         }
         fetch.reader(Time::default(), 1, Some(8..20), false);
-        assert_eq!(chosen(&fetch, &[], 0), None, "nobody reads what is on offer");
+        assert_eq!(
+            chosen(&fetch, &[], 0),
+            None,
+            "nobody reads what is on offer"
+        );
     }
 
     #[test]
@@ -766,9 +929,16 @@ mod tests {
         let (now, later) = (Time::default(), Time(Duration::from_secs(2)));
         fetch.rest(peer(1), Time(Duration::from_secs(1)));
         assert_eq!(fetch.choose(now, &parents, &free, 20, None, &mut rng), None);
-        assert!(fetch.choose(later, &parents, &free, 20, None, &mut rng).is_some());
+        assert!(
+            fetch
+                .choose(later, &parents, &free, 20, None, &mut rng)
+                .is_some()
+        );
         parents.punish(later, peer(1), crate::parents::Fault::WrongBytes);
-        assert_eq!(fetch.choose(later, &parents, &free, 20, None, &mut rng), None);
+        assert_eq!(
+            fetch.choose(later, &parents, &free, 20, None, &mut rng),
+            None
+        );
     }
 
     #[test]
@@ -777,11 +947,18 @@ mod tests {
         fetch.is_far(peer(2), true);
         fetch.share(Share::of([1]));
         let all = |fetch: &Fetch, busy| {
-            (0..50).filter_map(|seed| chosen(fetch, busy, seed)).collect::<BTreeSet<_>>()
+            (0..50)
+                .filter_map(|seed| chosen(fetch, busy, seed))
+                .collect::<BTreeSet<_>>()
         };
         let busy = [(1, fetch.requests_aim())];
         assert_eq!(all(&fetch, &busy), BTreeSet::from([(peer(2), 17)]));
-        assert!(all(&fetch, &[]).iter().all(|(parent, _)| *parent == peer(1)), "near ones go first");
+        assert!(
+            all(&fetch, &[])
+                .iter()
+                .all(|(parent, _)| *parent == peer(1)),
+            "near ones go first"
+        );
         fetch.share(Share::NONE);
         assert_eq!(all(&fetch, &busy), BTreeSet::new());
         fetch.share(Share::ALL);

@@ -44,7 +44,10 @@ pub struct Rules(Vec<Rule>);
 
 /// A path's pattern; the error is for people. Matching takes time linear in the path, whatever the pattern.
 pub fn path_pattern(text: &str) -> Result<Regex, String> {
-    RegexBuilder::new(text).size_limit(PATTERN_BYTES).build().map_err(|error| error.to_string())
+    RegexBuilder::new(text)
+        .size_limit(PATTERN_BYTES)
+        .build()
+        .map_err(|error| error.to_string())
 }
 
 impl Rules {
@@ -57,7 +60,11 @@ impl Rules {
     #[must_use]
     pub fn with_registries(mut self, hosts: impl IntoIterator<Item = String>) -> Self {
         let path = path_pattern("^/v2/").ok();
-        let rule = |host| Rule { host, path: path.clone(), action: Action::P2p };
+        let rule = |host| Rule {
+            host,
+            path: path.clone(),
+            action: Action::P2p,
+        };
         self.0.extend(hosts.into_iter().map(rule));
         self
     }
@@ -73,13 +80,23 @@ impl Rules {
                 Action::Direct => {}
             }
         }
-        if allowed || self.of(host).next().is_some() { Way::Tunnel } else { Way::Refuse }
+        if allowed || self.of(host).next().is_some() {
+            Way::Tunnel
+        } else {
+            Way::Refuse
+        }
     }
 
     /// What becomes of a request for `path` at `host`.
     pub fn action(&self, host: &str, path: &str) -> Action {
-        let fits = |rule: &&Rule| rule.path.as_ref().is_none_or(|pattern| pattern.is_match(path));
-        self.of(host).find(fits).map_or(Action::Direct, |rule| rule.action)
+        let fits = |rule: &&Rule| {
+            rule.path
+                .as_ref()
+                .is_none_or(|pattern| pattern.is_match(path))
+        };
+        self.of(host)
+            .find(fits)
+            .map_or(Action::Direct, |rule| rule.action)
     }
 
     /// Whether there are none.
@@ -88,7 +105,9 @@ impl Rules {
     }
 
     fn of(&self, host: &str) -> impl Iterator<Item = &Rule> {
-        self.0.iter().filter(move |rule| host_matches(&rule.host, host))
+        self.0
+            .iter()
+            .filter(move |rule| host_matches(&rule.host, host))
     }
 }
 
@@ -100,7 +119,11 @@ mod tests {
 
     fn rule(action: Action, host: &str, path: &str) -> Rule {
         let path = (!path.is_empty()).then(|| path_pattern(path).unwrap());
-        Rule { host: host.to_owned(), path, action }
+        Rule {
+            host: host.to_owned(),
+            path,
+            action,
+        }
     }
 
     fn rules() -> Rules {
@@ -154,17 +177,28 @@ mod tests {
     fn registries_have_their_pull_api_shared() {
         let hosts = ["quay.io".to_owned(), "*.example.com".to_owned()];
         let rules = Rules::default().with_registries(hosts.clone());
-        assert_eq!((rules.way("quay.io", true), rules.way("a.example.com", true)), (Way::Open, Way::Open));
+        assert_eq!(
+            (rules.way("quay.io", true), rules.way("a.example.com", true)),
+            (Way::Open, Way::Open)
+        );
         assert_eq!(rules.action("quay.io", "/v2/a/manifests/v1"), Action::P2p);
         assert_eq!(rules.action("quay.io", "/token"), Action::Direct);
         assert_eq!(rules.way("example.com", false), Way::Refuse);
         // Written rules come first, and leave the sharing of all others as it is.
-        let written =
-            vec![rule(Action::Direct, "git.example.com", ""), rule(Action::Direct, "quay.io", "/private/")];
+        let written = vec![
+            rule(Action::Direct, "git.example.com", ""),
+            rule(Action::Direct, "quay.io", "/private/"),
+        ];
         let rules = Rules::new(written).with_registries(hosts);
-        assert_eq!((rules.way("quay.io", true), rules.way("a.example.com", true)), (Way::Open, Way::Open));
+        assert_eq!(
+            (rules.way("quay.io", true), rules.way("a.example.com", true)),
+            (Way::Open, Way::Open)
+        );
         assert_eq!(rules.way("git.example.com", true), Way::Tunnel);
-        assert_eq!(rules.action("quay.io", "/v2/private/a/manifests/v1"), Action::Direct);
+        assert_eq!(
+            rules.action("quay.io", "/v2/private/a/manifests/v1"),
+            Action::Direct
+        );
         assert_eq!(rules.action("quay.io", "/v2/a/manifests/v1"), Action::P2p);
     }
 

@@ -45,8 +45,11 @@ pub struct TokenBucket {
 impl TokenBucket {
     /// A bucket with its burst saved up. `rate_bytes` is in bytes a second; `None`, and zero, mean no limit.
     pub fn new(rate_bytes: Option<u64>, now: Time) -> Self {
-        let mut bucket =
-            Self { rate_bytes: rate_bytes.filter(|rate| *rate > 0), balance: 0, refilled_at: now };
+        let mut bucket = Self {
+            rate_bytes: rate_bytes.filter(|rate| *rate > 0),
+            balance: 0,
+            refilled_at: now,
+        };
         bucket.balance = bucket.full();
         bucket
     }
@@ -74,7 +77,9 @@ impl TokenBucket {
 
     /// Takes `bytes` out and says how long to wait before sending them; zero: now.
     pub fn reserve(&mut self, now: Time, bytes: u64) -> Duration {
-        let Some(rate) = self.rate_bytes else { return Duration::ZERO };
+        let Some(rate) = self.rate_bytes else {
+            return Duration::ZERO;
+        };
         self.refill(now);
         self.balance -= i128::from(bytes) * NANOS_PER_SECOND;
         let owed = u128::try_from(-self.balance).unwrap_or(0);
@@ -124,10 +129,19 @@ mod tests {
 
     #[test]
     fn bursts_are_fifty_milliseconds_and_at_least_a_frame() {
-        let table =
-            [(None, 0), (Some(0), 0), (Some(1), 65_536), (Some(MIB), 65_536), (Some(100_000_000), 5_000_000)];
+        let table = [
+            (None, 0),
+            (Some(0), 0),
+            (Some(1), 65_536),
+            (Some(MIB), 65_536),
+            (Some(100_000_000), 5_000_000),
+        ];
         for (rate, burst) in table {
-            assert_eq!(TokenBucket::new(rate, millis(0)).burst_bytes(), burst, "{rate:?}");
+            assert_eq!(
+                TokenBucket::new(rate, millis(0)).burst_bytes(),
+                burst,
+                "{rate:?}"
+            );
         }
     }
 
@@ -141,7 +155,9 @@ mod tests {
     #[test]
     fn who_reserves_first_waits_shortest() {
         let mut bucket = TokenBucket::new(Some(1_000_000), millis(0));
-        let waits: Vec<_> = (0..4).map(|_| bucket.reserve(millis(0), 65_536).as_micros()).collect();
+        let waits: Vec<_> = (0..4)
+            .map(|_| bucket.reserve(millis(0), 65_536).as_micros())
+            .collect();
         assert_eq!(waits, [0, 65_536, 131_072, 196_608]);
     }
 
@@ -149,19 +165,29 @@ mod tests {
     fn a_long_pause_saves_up_no_more_than_the_burst() {
         let mut bucket = TokenBucket::new(Some(100_000_000), millis(0));
         assert_eq!(bucket.reserve(millis(3_600_000), 5_000_000), Duration::ZERO);
-        assert_eq!(bucket.reserve(millis(3_600_000), 100_000), Duration::from_millis(1));
+        assert_eq!(
+            bucket.reserve(millis(3_600_000), 100_000),
+            Duration::from_millis(1)
+        );
     }
 
     #[test]
     fn a_new_rate_holds_for_what_is_owed_too() {
         let mut bucket = TokenBucket::new(Some(1_000_000), millis(0));
-        assert_eq!(bucket.reserve(millis(0), 65_536 + 1_000_000), Duration::from_secs(1));
+        assert_eq!(
+            bucket.reserve(millis(0), 65_536 + 1_000_000),
+            Duration::from_secs(1)
+        );
         bucket.set_rate(Some(10_000_000), millis(500));
         assert_eq!(bucket.reserve(millis(500), 0), Duration::from_millis(50));
         bucket.set_rate(None, millis(500));
         assert_eq!(bucket.reserve(millis(500), MIB), Duration::ZERO);
         bucket.set_rate(Some(1_000_000), millis(500));
-        assert_eq!(bucket.reserve(millis(500), 1_000), Duration::from_millis(1), "no burst out of nothing");
+        assert_eq!(
+            bucket.reserve(millis(500), 1_000),
+            Duration::from_millis(1),
+            "no burst out of nothing"
+        );
     }
 
     #[test]
@@ -171,7 +197,11 @@ mod tests {
         bucket.refund(1_000_000);
         assert_eq!(bucket.reserve(millis(0), 0), Duration::ZERO);
         bucket.refund(u64::MAX);
-        assert_eq!(bucket.reserve(millis(0), 65_537), Duration::from_micros(1), "never above the burst");
+        assert_eq!(
+            bucket.reserve(millis(0), 65_537),
+            Duration::from_micros(1),
+            "never above the burst"
+        );
     }
 
     #[test]
@@ -179,7 +209,10 @@ mod tests {
         let mut bucket = TokenBucket::new(Some(1_000_000), millis(1_000));
         bucket.reserve(millis(1_000), 65_536);
         assert_eq!(bucket.reserve(millis(0), 1_000), Duration::from_millis(1));
-        assert_eq!(bucket.reserve(millis(1_000), 1_000), Duration::from_millis(2));
+        assert_eq!(
+            bucket.reserve(millis(1_000), 1_000),
+            Duration::from_millis(2)
+        );
     }
 
     /// When each frame is sent, `(time in ns, bytes)`, by streams that pause after each.

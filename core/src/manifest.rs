@@ -14,13 +14,17 @@ pub const MAX_PARTS: usize = 1024;
 pub const MAX_URLS: usize = 4;
 
 /// What manifests of one image are called, where the body says it.
-const OF_IMAGES: [&str; 2] =
-    ["application/vnd.oci.image.manifest.v1+json", "application/vnd.docker.distribution.manifest.v2+json"];
+const OF_IMAGES: [&str; 2] = [
+    "application/vnd.oci.image.manifest.v1+json",
+    "application/vnd.docker.distribution.manifest.v2+json",
+];
 
 /// What an image's configuration and its layers are called. Some registries look at an artifact's blobs less closely, or at those of
 /// layers that are not to be distributed (zot checks neither).
-const CONFIGURATIONS: [&str; 2] =
-    ["application/vnd.oci.image.config.v1+json", "application/vnd.docker.container.image.v1+json"];
+const CONFIGURATIONS: [&str; 2] = [
+    "application/vnd.oci.image.config.v1+json",
+    "application/vnd.docker.container.image.v1+json",
+];
 const LAYERS: [&str; 6] = [
     "application/vnd.oci.image.layer.v1.tar",
     "application/vnd.oci.image.layer.v1.tar+gzip",
@@ -48,13 +52,21 @@ pub struct Part {
 
 /// The configuration and the layers that a manifest names, the first [`MAX_PARTS`]. Nothing for what is no manifest.
 pub fn parts(body: &[u8]) -> Vec<Part> {
-    let Ok(named) = serde_json::from_slice::<Named>(body) else { return Vec::new() };
+    let Ok(named) = serde_json::from_slice::<Named>(body) else {
+        return Vec::new();
+    };
     let media_type = named.media_type.as_deref();
-    let is_configured =
-        named.config.as_ref().is_some_and(|config| config.plain && config.is(&CONFIGURATIONS));
-    let is_image = named.plain && is_configured && media_type.is_none_or(|given| OF_IMAGES.contains(&given));
+    let is_configured = named
+        .config
+        .as_ref()
+        .is_some_and(|config| config.plain && config.is(&CONFIGURATIONS));
+    let is_image =
+        named.plain && is_configured && media_type.is_none_or(|given| OF_IMAGES.contains(&given));
     let layers = named.layers.map_or_else(Vec::new, |layers| layers.0);
-    let configuration = named.config.into_iter().map(|config| (config, CONFIGURATIONS.as_slice()));
+    let configuration = named
+        .config
+        .into_iter()
+        .map(|config| (config, CONFIGURATIONS.as_slice()));
     let layers = layers.into_iter().map(|layer| (layer, LAYERS.as_slice()));
     let descriptors = configuration.chain(layers).take(MAX_PARTS);
     descriptors
@@ -63,7 +75,12 @@ pub fn parts(body: &[u8]) -> Vec<Part> {
             let urls = descriptor.urls.map_or_else(Vec::new, |urls| urls.0);
             let vouched = is_image && descriptor.plain && kind && urls.is_empty();
             let digest = descriptor.digest?.parse().ok()?;
-            Some(Part { digest, size_bytes: descriptor.size, urls, vouched })
+            Some(Part {
+                digest,
+                size_bytes: descriptor.size,
+                urls,
+                vouched,
+            })
         })
         .collect()
 }
@@ -87,7 +104,9 @@ struct Descriptor {
 
 impl Descriptor {
     fn is(&self, kinds: &[&str]) -> bool {
-        self.media_type.as_deref().is_some_and(|given| kinds.contains(&given))
+        self.media_type
+            .as_deref()
+            .is_some_and(|given| kinds.contains(&given))
     }
 }
 
@@ -117,7 +136,12 @@ impl<'de> Deserialize<'de> for Named {
             }
 
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Named, A::Error> {
-                let mut named = Named { media_type: None, config: None, layers: None, plain: true };
+                let mut named = Named {
+                    media_type: None,
+                    config: None,
+                    layers: None,
+                    plain: true,
+                };
                 while let Some(key) = map.next_key::<Cow<'de, str>>()? {
                     named.plain &= match &*key {
                         "mediaType" => put(&mut named.media_type, &mut map)?,
@@ -148,8 +172,13 @@ impl<'de> Deserialize<'de> for Descriptor {
             }
 
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Descriptor, A::Error> {
-                let mut told =
-                    Descriptor { media_type: None, digest: None, size: None, urls: None, plain: true };
+                let mut told = Descriptor {
+                    media_type: None,
+                    digest: None,
+                    size: None,
+                    urls: None,
+                    plain: true,
+                };
                 while let Some(key) = map.next_key::<Cow<'de, str>>()? {
                     told.plain &= match &*key {
                         "mediaType" => put(&mut told.media_type, &mut map)?,
@@ -232,11 +261,25 @@ mod tests {
         });
         let named = parts_of(&manifest);
         let foreign = part(2, Some(2), &["https://x.example/l"], false);
-        assert_eq!(named, [part(1, Some(1), &[], true), foreign, part(3, None, &[], true)]);
-        assert!(
-            parts_of(&serde_json::json!({ "manifests": [{ "digest": digest(3).to_string() }] })).is_empty()
+        assert_eq!(
+            named,
+            [
+                part(1, Some(1), &[], true),
+                foreign,
+                part(3, None, &[], true)
+            ]
         );
-        for text in ["no manifest", "[1, 2]", "{\"layers\":7}", "{\"config\":{\"digest\":7}}", ""] {
+        assert!(
+            parts_of(&serde_json::json!({ "manifests": [{ "digest": digest(3).to_string() }] }))
+                .is_empty()
+        );
+        for text in [
+            "no manifest",
+            "[1, 2]",
+            "{\"layers\":7}",
+            "{\"config\":{\"digest\":7}}",
+            "",
+        ] {
             assert!(parts(text.as_bytes()).is_empty(), "{text}");
         }
     }
@@ -245,7 +288,8 @@ mod tests {
     #[test]
     fn nothing_is_vouched_for_in_what_can_be_read_in_two_ways() {
         let (own, bait) = (digest(1), digest(2));
-        let of = |kind: &str, of: &Digest| format!("{{\"mediaType\":\"{kind}\",\"digest\":\"{of}\"}}");
+        let of =
+            |kind: &str, of: &Digest| format!("{{\"mediaType\":\"{kind}\",\"digest\":\"{of}\"}}");
         let config = format!("\"config\":{}", of(CONFIGURATIONS[0], &digest(3)));
         let (own, bait) = (of(LAYERS[0], &own), of(LAYERS[0], &bait));
         let plain = format!("{{\"mediaType\":\"{OCI}\",{config},\"layers\":[{bait}]}}");
@@ -258,9 +302,18 @@ mod tests {
             format!("{{{config},\"layers\":[{own}],\"layers\":[{bait}]}}"),
             format!("{{{config},\"layers\":[{bait}],\"la\\u0079ers\":[{own}]}}"),
             format!("{{{config},\"Config\":{own},\"layers\":[{bait}]}}"),
-            format!("{{{config},\"layers\":[{}]}}", bait.replace('}', ",\"Digest\":\"x\"}")),
-            format!("{{{config},\"layers\":[{}]}}", bait.replace('}', ",\"URLs\":[\"http://x\"]}")),
-            format!("{{{config},\"layers\":[{}]}}", bait.replace('}', ",\"MediaType\":\"x\"}")),
+            format!(
+                "{{{config},\"layers\":[{}]}}",
+                bait.replace('}', ",\"Digest\":\"x\"}")
+            ),
+            format!(
+                "{{{config},\"layers\":[{}]}}",
+                bait.replace('}', ",\"URLs\":[\"http://x\"]}")
+            ),
+            format!(
+                "{{{config},\"layers\":[{}]}}",
+                bait.replace('}', ",\"MediaType\":\"x\"}")
+            ),
             format!("{{{config},\"layers\":[{bait}],\"fsLayers\":[]}}"),
             format!("{{{config},\"layers\":[{bait}],\"manifests\":[]}}"),
             format!("{{{config},\"layers\":[{bait}],\"Manifests\":null}}"),
@@ -271,10 +324,18 @@ mod tests {
             format!("{{\"mediaType\":\"application/x\",{config},\"layers\":[{bait}]}}"),
         ] {
             let named = parts(text.as_bytes());
-            assert!(!named.iter().any(|part| part.digest == digest(2) && part.vouched), "{text}");
+            assert!(
+                !named
+                    .iter()
+                    .any(|part| part.digest == digest(2) && part.vouched),
+                "{text}"
+            );
         }
         let old = format!("{{\"fsLayers\":[{{\"blobSum\":\"{}\"}}]}}", digest(2));
-        assert!(parts(old.as_bytes()).is_empty(), "only what was signed of the first schema was looked at");
+        assert!(
+            parts(old.as_bytes()).is_empty(),
+            "only what was signed of the first schema was looked at"
+        );
     }
 
     /// zot takes an artifact without a look at its blobs, and an image without one at its layers that are not to be distributed.
@@ -289,15 +350,24 @@ mod tests {
             (Some(CONFIGURATIONS[0]), Some(LAYERS[1]), [true, true]),
             (Some(CONFIGURATIONS[1]), Some(LAYERS[4]), [true, true]),
             (Some(CONFIGURATIONS[0]), Some(hidden), [true, false]),
-            (Some(CONFIGURATIONS[0]), Some("application/x"), [true, false]),
+            (
+                Some(CONFIGURATIONS[0]),
+                Some("application/x"),
+                [true, false],
+            ),
             (Some(CONFIGURATIONS[0]), None, [true, false]),
-            (Some(CONFIGURATIONS[0]), Some(CONFIGURATIONS[0]), [true, false]),
+            (
+                Some(CONFIGURATIONS[0]),
+                Some(CONFIGURATIONS[0]),
+                [true, false],
+            ),
             (Some("application/x"), Some(LAYERS[1]), [false, false]),
             (Some(LAYERS[1]), Some(LAYERS[1]), [false, false]),
             (None, Some(LAYERS[1]), [false, false]),
         ] {
-            let named =
-                parts_of(&serde_json::json!({ "config": part(config, 1), "layers": [part(layer, 2)] }));
+            let named = parts_of(
+                &serde_json::json!({ "config": part(config, 1), "layers": [part(layer, 2)] }),
+            );
             let told: Vec<bool> = named.iter().map(|part| part.vouched).collect();
             assert_eq!(told, vouched, "{config:?} {layer:?}");
         }

@@ -66,9 +66,19 @@ pub fn normal(told: &str) -> Option<String> {
 
 /// Whether a type (in its normal form) can be a manifest's, and not one that servers give to whatever they do not know.
 pub fn is_specific(normal: &str) -> bool {
-    let generic =
-        ["octet-stream", "json", "xml", "x-gzip", "gzip", "x-www-form-urlencoded", "x-tar", "problem+json"];
-    normal.strip_prefix("application/").is_some_and(|name| !generic.contains(&name))
+    let generic = [
+        "octet-stream",
+        "json",
+        "xml",
+        "x-gzip",
+        "gzip",
+        "x-www-form-urlencoded",
+        "x-tar",
+        "problem+json",
+    ];
+    normal
+        .strip_prefix("application/")
+        .is_some_and(|name| !generic.contains(&name))
 }
 
 /// Whether content of this type (in its normal form) is for people to read: a page that asks for a login, not content.
@@ -88,7 +98,9 @@ pub fn media_type(body: &[u8], told: Option<&str>) -> String {
         return own;
     }
     let by_looks = match (document.shape(), specific) {
-        (Some(shape), Some(told)) if Shape::of_type(told).is_some_and(|of_told| of_told != shape) => {
+        (Some(shape), Some(told))
+            if Shape::of_type(told).is_some_and(|of_told| of_told != shape) =>
+        {
             Some(shape.default_type())
         }
         (_, Some(told)) => Some(told),
@@ -137,8 +149,15 @@ struct Document {
     is_ambiguous: bool,
 }
 
-const KEYS: [&str; 7] =
-    ["mediaType", "schemaVersion", "config", "layers", "manifests", "fsLayers", "signatures"];
+const KEYS: [&str; 7] = [
+    "mediaType",
+    "schemaVersion",
+    "config",
+    "layers",
+    "manifests",
+    "fsLayers",
+    "signatures",
+];
 
 impl Document {
     fn of(body: &[u8]) -> Option<Self> {
@@ -159,7 +178,15 @@ impl Document {
         if self.is_ambiguous {
             return None;
         }
-        let [_, version, config, layers, manifests, old_layers, signatures] = &self.values;
+        let [
+            _,
+            version,
+            config,
+            layers,
+            manifests,
+            old_layers,
+            signatures,
+        ] = &self.values;
         let has = |value: &Value| *value != Value::Absent;
         match () {
             () if manifests.is_list() => {
@@ -168,8 +195,14 @@ impl Document {
             () if layers.is_list() && *config == Value::Map => {
                 (!has(manifests) && !has(old_layers)).then_some(Shape::Image)
             }
-            () if old_layers.is_list() && *version == Value::Number(1) && !has(layers) && !has(manifests) => {
-                Some(Shape::Old { signed: *signatures == Value::List { is_empty: false } })
+            () if old_layers.is_list()
+                && *version == Value::Number(1)
+                && !has(layers)
+                && !has(manifests) =>
+            {
+                Some(Shape::Old {
+                    signed: *signatures == Value::List { is_empty: false },
+                })
             }
             () => None,
         }
@@ -219,7 +252,11 @@ impl<'de> Deserialize<'de> for Value {
 
             fn visit_str<E>(self, text: &str) -> Result<Value, E> {
                 // A longer one is no media type.
-                let text = if text.len() <= MAX_TYPE_BYTES { text } else { "" };
+                let text = if text.len() <= MAX_TYPE_BYTES {
+                    text
+                } else {
+                    ""
+                };
                 Ok(Value::Text(text.to_owned()))
             }
 
@@ -271,8 +308,13 @@ mod tests {
     #[test]
     fn the_bodys_own_type_counts_before_the_registrys_word() {
         let index = format!(r#"{{"schemaVersion":2,"mediaType":"{OCI_INDEX}","manifests":[]}}"#);
-        for told in [None, Some("application/octet-stream"), Some(DOCKER_LIST), Some("text/plain"), Some("")]
-        {
+        for told in [
+            None,
+            Some("application/octet-stream"),
+            Some(DOCKER_LIST),
+            Some("text/plain"),
+            Some(""),
+        ] {
             assert_eq!(media_type(index.as_bytes(), told), OCI_INDEX, "{told:?}");
         }
         let upper = index.replace("application/vnd.oci", "Application/Vnd.OCI");
@@ -289,7 +331,11 @@ mod tests {
             (index, None, OCI_INDEX),
             (index, Some(DOCKER_LIST), DOCKER_LIST),
             (index, Some(DOCKER_IMAGE), OCI_INDEX),
-            (index, Some("Application/Vnd.OCI.image.index.v1+json; charset=utf-8"), OCI_INDEX),
+            (
+                index,
+                Some("Application/Vnd.OCI.image.index.v1+json; charset=utf-8"),
+                OCI_INDEX,
+            ),
             (image, Some("text/plain; charset=utf-8"), OCI_IMAGE),
             (image, Some("application/json"), OCI_IMAGE),
             (image, Some(DOCKER_IMAGE), DOCKER_IMAGE),
@@ -299,12 +345,20 @@ mod tests {
             (old, Some(SIGNED_SCHEMA_1), SCHEMA_1),
             (signed, Some("application/json"), SIGNED_SCHEMA_1),
             (r#"{"blobs":[]}"#, Some(ARTIFACT), ARTIFACT),
-            (r#"{"blobs":[]}"#, Some("application/json"), "application/json"),
+            (
+                r#"{"blobs":[]}"#,
+                Some("application/json"),
+                "application/json",
+            ),
             (r#"{"blobs":[]}"#, Some("no type"), UNKNOWN),
             (r#"{"blobs":[]}"#, None, UNKNOWN),
             ("no JSON", Some("text/plain"), "text/plain"),
         ] {
-            assert_eq!(media_type(body.as_bytes(), told), expected, "{body} {told:?}");
+            assert_eq!(
+                media_type(body.as_bytes(), told),
+                expected,
+                "{body} {told:?}"
+            );
         }
     }
 
@@ -323,7 +377,11 @@ mod tests {
             r#"{"mediaType":"application/vnd.x\r\nSet-Cookie: a"}"#.to_owned(),
             format!(r#"{{"mediaType":"application/{}"}}"#, "x".repeat(128)),
         ] {
-            assert_eq!(media_type(body.as_bytes(), Some(ARTIFACT)), ARTIFACT, "{body}");
+            assert_eq!(
+                media_type(body.as_bytes(), Some(ARTIFACT)),
+                ARTIFACT,
+                "{body}"
+            );
             assert_eq!(media_type(body.as_bytes(), None), UNKNOWN, "{body}");
         }
     }

@@ -14,7 +14,9 @@ pub fn shares(total_bytes: u64, most_bytes: u64, pieces_bytes: &[u64]) -> Vec<u6
     by_need.sort_by_key(|at| needs_bytes(*at));
     let fits = |count: &usize| {
         let share_bytes = (total_bytes / *count as u64).min(most_bytes);
-        by_need.get(count - 1).is_some_and(|at| needs_bytes(*at) <= share_bytes)
+        by_need
+            .get(count - 1)
+            .is_some_and(|at| needs_bytes(*at) <= share_bytes)
     };
     // With each further task the share shrinks and the longest piece grows: the first count that does not fit ends it.
     let admitted = (1..=by_need.len()).take_while(fits).last().unwrap_or(0);

@@ -412,7 +412,9 @@ impl<N: Notary> Node<N> {
         }
         self.task_rates = each_task;
         self.prefetch.set_rate(prefetch, now);
-        self.tasks.values_mut().for_each(|task| task.pace.set(&each_task, now));
+        self.tasks
+            .values_mut()
+            .for_each(|task| task.pace.set(&each_task, now));
         self.outputs.push_back(Output::RatesChanged);
     }
 
@@ -434,7 +436,9 @@ impl<N: Notary> Node<N> {
         for peer in self.isolated.clone() {
             self.forget_parent(now, peer);
         }
-        self.tasks.values_mut().for_each(|task| task.offers.disbelieve(&self.isolated));
+        self.tasks
+            .values_mut()
+            .for_each(|task| task.offers.disbelieve(&self.isolated));
     }
 
     /// A connection stands.
@@ -460,7 +464,8 @@ impl<N: Notary> Node<N> {
         for (digest, task) in self.tasks.iter_mut().filter(|(_, t)| t.is_running()) {
             if let Some(link) = task.links.get_mut(&peer) {
                 link.unavailable = true;
-                self.outputs.push_back(Output::Report(peer, *digest, Fault::Failed));
+                self.outputs
+                    .push_back(Output::Report(peer, *digest, Fault::Failed));
             }
         }
     }
@@ -471,7 +476,10 @@ impl<N: Notary> Node<N> {
         self.uploads.peer_gone(peer);
         self.forget_parent(now, peer);
         self.waits.peer_gone(peer);
-        let with_it = self.tasks.iter().filter(|(_, task)| task.links.contains_key(&peer));
+        let with_it = self
+            .tasks
+            .iter()
+            .filter(|(_, task)| task.links.contains_key(&peer));
         for digest in with_it.map(|(digest, _)| *digest).collect::<Vec<_>>() {
             self.leaves(&digest, peer);
             if let Some(task) = self.tasks.get_mut(&digest) {
@@ -489,7 +497,9 @@ impl<N: Notary> Node<N> {
     /// Changes something about a task, and tells those who were asked for it if that changes whether anybody waits for it here.
     fn change(&mut self, digest: &Digest, change: impl FnOnce(&mut Task)) {
         let role = self.config.role;
-        let Some(task) = self.tasks.get_mut(digest) else { return };
+        let Some(task) = self.tasks.get_mut(digest) else {
+            return;
+        };
         let before = task.is_passive(role);
         change(task);
         if task.is_passive(role) != before {
@@ -569,7 +579,8 @@ impl<N: Notary> Node<N> {
             if self.config.role == Role::Seed {
                 task.issue(&self.notary);
             }
-            self.outputs.push_back(Output::Sized(digest, task.size_bytes().unwrap_or(0)));
+            self.outputs
+                .push_back(Output::Sized(digest, task.size_bytes().unwrap_or(0)));
             task.show(&digest, &mut self.outputs);
             if opening.is_committed {
                 task.enter(Change::Committed);
@@ -585,12 +596,18 @@ impl<N: Notary> Node<N> {
     /// Outputs about it that wait are dropped: the shell may open the task anew before it carries them out.
     fn close(&mut self, digest: &Digest) {
         self.stop(digest);
-        self.outputs.retain(|output| output.task_here() != Some(digest));
+        self.outputs
+            .retain(|output| output.task_here() != Some(digest));
         self.orders.remove(digest);
         self.waits.task_gone(digest);
         if let Some(task) = self.tasks.remove(digest) {
-            for peer in task.links.keys().filter(|peer| self.connected.contains_key(*peer)) {
-                self.outputs.push_back(Output::Send(*peer, Message::Leave { task: *digest }));
+            for peer in task
+                .links
+                .keys()
+                .filter(|peer| self.connected.contains_key(*peer))
+            {
+                self.outputs
+                    .push_back(Output::Send(*peer, Message::Leave { task: *digest }));
             }
         }
         self.uploads.task_gone(digest);
@@ -603,7 +620,9 @@ impl<N: Notary> Node<N> {
 
     /// Whether a member waits for this task here. A passive interest does not count as waiting.
     pub fn is_waited_for(&self, digest: &Digest) -> bool {
-        self.tasks.get(digest).is_some_and(|t| t.waiting().next().is_some())
+        self.tasks
+            .get(digest)
+            .is_some_and(|t| t.waiting().next().is_some())
     }
 
     /// Whether any peer still hears of this task from us.
@@ -613,12 +632,16 @@ impl<N: Notary> Node<N> {
 
     /// Whether a peer that hears of this task from us still lacks some of it.
     pub fn has_hungry_children(&self, digest: &Digest) -> bool {
-        self.tasks.get(digest).is_some_and(|t| t.offers.hungry() > 0)
+        self.tasks
+            .get(digest)
+            .is_some_and(|t| t.offers.hungry() > 0)
     }
 
     /// Where a task can be had, and with what right: the newest counts, and seeds that did without are asked again with it.
     fn authorize(&mut self, digest: &Digest, source: Source, right: Right) {
-        let Some(task) = self.tasks.get_mut(digest) else { return };
+        let Some(task) = self.tasks.get_mut(digest) else {
+            return;
+        };
         if (&task.source, &task.right) == (&source, &right) {
             return;
         }
@@ -633,17 +656,27 @@ impl<N: Notary> Node<N> {
     /// Starts or resumes downloading. `whole`: everything, not only what readers read. `as_owner`: another seed asks for it,
     /// so the origin is read here, whoever owns the task by rendezvous (else two seeds with different lists wait for each other).
     fn run(&mut self, now: Time, digest: Digest, whole: bool, as_owner: bool) {
-        let Some(task) = self.tasks.get_mut(&digest) else { return };
+        let Some(task) = self.tasks.get_mut(&digest) else {
+            return;
+        };
         if whole && !task.whole {
             self.want_whole(&digest);
         }
-        let Some(task) = self.tasks.get_mut(&digest) else { return };
+        let Some(task) = self.tasks.get_mut(&digest) else {
+            return;
+        };
         if task.is_complete() || task.is_running() {
             return;
         }
-        task.enter(Change::Started { is_sized: task.fetch.is_some() });
+        task.enter(Change::Started {
+            is_sized: task.fetch.is_some(),
+        });
         let is_own = task.is_read || self.config.role != Role::Seed;
-        task.admission = if is_own { Admission::Own } else { Admission::Held(now) };
+        task.admission = if is_own {
+            Admission::Own
+        } else {
+            Admission::Held(now)
+        };
         task.moved = now;
         task.in_vain = false;
         task.advice = Advice::NotAsked;
@@ -654,7 +687,14 @@ impl<N: Notary> Node<N> {
             link.unavailable = false;
         }
         // What a scheduler said of another download of it is over; what it says of this one is waited for.
-        self.take(&digest, if self.scheduler && whole { Share::NONE } else { Share::ALL });
+        self.take(
+            &digest,
+            if self.scheduler && whole {
+                Share::NONE
+            } else {
+                Share::ALL
+            },
+        );
         // A seed that owns the task reads the origin at once; everybody else asks the owner.
         let owner = rendezvous::owner(&digest, self.candidates());
         if owner == Some(self.config.me) || self.config.role == Role::Seed && as_owner {
@@ -671,7 +711,9 @@ impl<N: Notary> Node<N> {
     /// Stops downloading; what is held stays on offer. Parents are told, so that a seed does not go on for nobody.
     fn pause(&mut self, digest: &Digest) {
         self.stop(digest);
-        let Some(task) = self.tasks.get_mut(digest) else { return };
+        let Some(task) = self.tasks.get_mut(digest) else {
+            return;
+        };
         task.enter(Change::Paused);
         task.whole = false;
         if let Some(fetch) = &mut task.fetch {
@@ -679,19 +721,26 @@ impl<N: Notary> Node<N> {
         }
         for (peer, link) in &mut task.links {
             if link.asked.take().is_some() && self.connected.contains_key(peer) {
-                self.outputs.push_back(Output::Send(*peer, Message::Leave { task: *digest }));
+                self.outputs
+                    .push_back(Output::Send(*peer, Message::Leave { task: *digest }));
             }
         }
     }
 
     fn stop(&mut self, digest: &Digest) {
-        let Some(task) = self.tasks.get_mut(digest) else { return };
+        let Some(task) = self.tasks.get_mut(digest) else {
+            return;
+        };
         if let Reading::At(_) = task.reading {
             self.outputs.push_back(Output::StopOrigin(*digest));
         }
         task.reading = Reading::No;
-        let theirs: Vec<(PeerId, u32)> =
-            self.asked.iter().filter(|(_, (d, ..))| d == digest).map(|(key, _)| *key).collect();
+        let theirs: Vec<(PeerId, u32)> = self
+            .asked
+            .iter()
+            .filter(|(_, (d, ..))| d == digest)
+            .map(|(key, _)| *key)
+            .collect();
         for (peer, request) in theirs {
             if let Some((_, piece, _)) = self.asked.remove(&(peer, request))
                 && let Some(fetch) = &mut task.fetch
@@ -711,8 +760,12 @@ impl<N: Notary> Node<N> {
         pieces: Option<Range<PieceIndex>>,
         partial: bool,
     ) {
-        let Some(task) = self.tasks.get_mut(digest) else { return };
-        let (Some(fetch), Some(table)) = (&mut task.fetch, &task.table) else { return };
+        let Some(task) = self.tasks.get_mut(digest) else {
+            return;
+        };
+        let (Some(fetch), Some(table)) = (&mut task.fetch, &task.table) else {
+            return;
+        };
         if !fetch.is_wanting() {
             // What it newly wants has not been waited for yet.
             task.moved = now;
@@ -725,14 +778,20 @@ impl<N: Notary> Node<N> {
         {
             self.want_whole(digest);
         }
-        if let Some(fetch) = self.tasks.get_mut(digest).and_then(|task| task.fetch.as_mut()) {
+        if let Some(fetch) = self
+            .tasks
+            .get_mut(digest)
+            .and_then(|task| task.fetch.as_mut())
+        {
             fetch.reader(now, id, pieces, partial);
         }
     }
 
     /// All of a task is wanted from now on, not only what readers read. The peers that were asked are told so.
     fn want_whole(&mut self, digest: &Digest) {
-        let Some(task) = self.tasks.get_mut(digest).filter(|task| !task.whole) else { return };
+        let Some(task) = self.tasks.get_mut(digest).filter(|task| !task.whole) else {
+            return;
+        };
         task.whole = true;
         if let Some(fetch) = &mut task.fetch {
             fetch.want_whole(true);
@@ -749,7 +808,9 @@ impl<N: Notary> Node<N> {
     /// What the clients here want it for, all of them together. Whoever was asked already is told.
     fn purpose(&mut self, digest: &Digest, purpose: Purpose) {
         let role = self.config.role;
-        let Some(task) = self.tasks.get_mut(digest) else { return };
+        let Some(task) = self.tasks.get_mut(digest) else {
+            return;
+        };
         let before = task.purpose(role);
         task.purpose = purpose;
         if task.purpose(role) == before {
@@ -760,9 +821,15 @@ impl<N: Notary> Node<N> {
 
     /// Says again to those who were asked, and are meant, what is asked for and how: that has changed.
     fn ask_again(&mut self, digest: &Digest, meant: impl Fn(&PeerId, &task::Link) -> bool) {
-        let Some(task) = self.tasks.get(digest).filter(|task| task.is_running()) else { return };
-        let asked = task.links.iter().filter(|(peer, link)| link.asked.is_some() && meant(peer, link));
-        for (peer, role) in asked.filter_map(|(peer, _)| Some((*peer, *self.connected.get(peer)?))) {
+        let Some(task) = self.tasks.get(digest).filter(|task| task.is_running()) else {
+            return;
+        };
+        let asked = task
+            .links
+            .iter()
+            .filter(|(peer, link)| link.asked.is_some() && meant(peer, link));
+        for (peer, role) in asked.filter_map(|(peer, _)| Some((*peer, *self.connected.get(peer)?)))
+        {
             let interest = task.interest(*digest, self.config.role, peer, role);
             self.outputs.push_back(Output::Send(peer, interest));
         }
@@ -770,18 +837,27 @@ impl<N: Notary> Node<N> {
 
     /// For whom a child wants a task.
     pub fn childs_labels(&self, digest: &Digest, peer: PeerId) -> Labels {
-        let link = self.tasks.get(digest).and_then(|task| task.links.get(&peer));
-        link.map(|link| link.purpose.labels.clone()).unwrap_or_default()
+        let link = self
+            .tasks
+            .get(digest)
+            .and_then(|task| task.links.get(&peer));
+        link.map(|link| link.purpose.labels.clone())
+            .unwrap_or_default()
     }
 
     /// For whom a task is fetched, and how urgent that is.
     pub fn purpose_of(&self, digest: &Digest) -> Purpose {
-        self.tasks.get(digest).map(|task| task.purpose(self.config.role)).unwrap_or_default()
+        self.tasks
+            .get(digest)
+            .map(|task| task.purpose(self.config.role))
+            .unwrap_or_default()
     }
 
     /// Whether a task goes on though nobody waits for it.
     pub fn is_prefetch(&self, digest: &Digest) -> bool {
-        self.tasks.get(digest).is_some_and(|t| t.is_prefetch(self.config.role))
+        self.tasks
+            .get(digest)
+            .is_some_and(|t| t.is_prefetch(self.config.role))
     }
 
     /// What a reader, who has just been told of, reads after that.
@@ -793,7 +869,9 @@ impl<N: Notary> Node<N> {
 
     /// The shell has learned the size (from the origin's headers or a manifest).
     fn sized(&mut self, now: Time, digest: Digest, size_bytes: u64) {
-        let Some(task) = self.tasks.get_mut(&digest) else { return };
+        let Some(task) = self.tasks.get_mut(&digest) else {
+            return;
+        };
         if task.fetch.is_none() {
             task.set_size(&digest, (self.config.layout)(size_bytes), None);
             if task.brings(self.config.role) {
@@ -814,11 +892,17 @@ impl<N: Notary> Node<N> {
         elected: bool,
         share: Share,
     ) {
-        let Some(task) = self.tasks.get_mut(&digest) else { return };
+        let Some(task) = self.tasks.get_mut(&digest) else {
+            return;
+        };
         task.advice.give();
         task.issuer = issuer;
         // Who reads ranges brings nothing into its zone, and its zone may never have them all.
-        let share = if !task.whole || task.takes_all(now) { Share::ALL } else { share };
+        let share = if !task.whole || task.takes_all(now) {
+            Share::ALL
+        } else {
+            share
+        };
         if elected && !task.elected {
             self.elect(&digest);
         } else if self.config.role != Role::Seed {
@@ -829,7 +913,11 @@ impl<N: Notary> Node<N> {
         if self.tasks.get(&digest).is_some_and(Task::is_running) {
             let me = self.config.me;
             for named in parents.iter().copied().filter(|named| named.peer != me) {
-                if let Some(link) = self.tasks.get_mut(&digest).and_then(|t| t.links.get_mut(&named.peer)) {
+                if let Some(link) = self
+                    .tasks
+                    .get_mut(&digest)
+                    .and_then(|t| t.links.get_mut(&named.peer))
+                {
                     link.unavailable = false;
                 }
                 self.approach(now, digest, named);
@@ -839,7 +927,13 @@ impl<N: Notary> Node<N> {
 
     /// What is taken of a task from other zones is this from now on; those who were asked there are told.
     pub(super) fn take(&mut self, digest: &Digest, share: Share) {
-        let Some(task) = self.tasks.get_mut(digest).filter(|task| task.share != share) else { return };
+        let Some(task) = self
+            .tasks
+            .get_mut(digest)
+            .filter(|task| task.share != share)
+        else {
+            return;
+        };
         task.share = share;
         if let Some(fetch) = &mut task.fetch {
             fetch.share(share);
@@ -857,32 +951,54 @@ impl<N: Notary> Node<N> {
     /// This node is to read the origin and issue the table.
     fn elect(&mut self, digest: &Digest) {
         self.change(digest, |task| task.elected = true);
-        if let Some(task) = self.tasks.get_mut(digest).filter(|task| task.fetch.is_some()) {
+        if let Some(task) = self
+            .tasks
+            .get_mut(digest)
+            .filter(|task| task.fetch.is_some())
+        {
             task.issue(&self.notary);
         }
     }
 
     /// All children of a task are told not to wait.
     fn turn_away(&mut self, digest: &Digest, reason: Refusal) {
-        let children: Vec<PeerId> =
-            self.tasks.get(digest).map(|task| task.offers.children().collect()).unwrap_or_default();
+        let children: Vec<PeerId> = self
+            .tasks
+            .get(digest)
+            .map(|task| task.offers.children().collect())
+            .unwrap_or_default();
         for peer in children {
             self.leaves(digest, peer);
-            self.outputs.push_back(Output::Send(peer, Message::Unavailable { task: *digest, reason }));
+            self.outputs.push_back(Output::Send(
+                peer,
+                Message::Unavailable {
+                    task: *digest,
+                    reason,
+                },
+            ));
         }
     }
 
     /// A peer that asked could not be helped: the shell has nothing and may get nothing.
     fn refuse(&mut self, peer: PeerId, task: Digest, reason: Refusal) {
         self.leaves(&task, peer);
-        self.outputs.push_back(Output::Send(peer, Message::Unavailable { task, reason }));
+        self.outputs
+            .push_back(Output::Send(peer, Message::Unavailable { task, reason }));
     }
 
     /// A peer that asked, for whatever purpose, is now a child.
     fn adopt(&mut self, now: Time, digest: &Digest, child: &Child) {
-        let Child { peer, far, passive, partial, .. } = *child;
+        let Child {
+            peer,
+            far,
+            passive,
+            partial,
+            ..
+        } = *child;
         // It may have gone while the disk was looked at.
-        let Some(role) = self.connected.get(&peer).copied() else { return };
+        let Some(role) = self.connected.get(&peer).copied() else {
+            return;
+        };
         let me = self.config.role;
         let Some(task) = self.tasks.get_mut(digest) else {
             return self.refuse(peer, *digest, Refusal::NotHeld);
@@ -910,7 +1026,8 @@ impl<N: Notary> Node<N> {
         self.waits.enter(peer, digest);
         link.purpose.clone_from(&child.purpose);
         // Who leaves is not taken out of it again, before all have left: a task does not live for long.
-        task.childrens_purpose = Purpose::common(task.childrens_purpose.iter().chain([&child.purpose]));
+        task.childrens_purpose =
+            Purpose::common(task.childrens_purpose.iter().chain([&child.purpose]));
         if task.is_passive(me) != was_passive {
             self.ask_again(digest, |_, _| true);
         }
@@ -927,8 +1044,14 @@ impl<N: Notary> Node<N> {
 
     /// A piece was sent to the last byte: a child of a task without disk has it.
     fn delivered(&mut self, now: Time, peer: PeerId, request: u32) {
-        let Some((task, piece)) = self.uploads.what(peer, request) else { return };
-        if let Some(task) = self.tasks.get_mut(&task).filter(|task| task.memory.is_some()) {
+        let Some((task, piece)) = self.uploads.what(peer, request) else {
+            return;
+        };
+        if let Some(task) = self
+            .tasks
+            .get_mut(&task)
+            .filter(|task| task.memory.is_some())
+        {
             task.offers.sent(now, peer, piece);
         }
     }
@@ -957,12 +1080,18 @@ impl<N: Notary> Node<N> {
 
     /// The pieces held of a task.
     pub fn held(&self, digest: &Digest) -> Option<&PieceSet> {
-        self.tasks.get(digest).and_then(|t| t.fetch.as_ref()).map(Fetch::held)
+        self.tasks
+            .get(digest)
+            .and_then(|t| t.fetch.as_ref())
+            .map(Fetch::held)
     }
 
     /// Requests of a task that were doubled in the endgame so far.
     pub fn duplicates(&self, digest: &Digest) -> u64 {
-        self.tasks.get(digest).and_then(|t| t.fetch.as_ref()).map_or(0, Fetch::duplicates)
+        self.tasks
+            .get(digest)
+            .and_then(|t| t.fetch.as_ref())
+            .map_or(0, Fetch::duplicates)
     }
 
     /// Whether a task is being downloaded.
@@ -977,11 +1106,15 @@ impl<N: Notary> Node<N> {
 
     /// How far the download of a task is.
     pub fn phase(&self, digest: &Digest) -> Phase {
-        self.tasks.get(digest).map_or(Phase::Idle, |task| task.phase)
+        self.tasks
+            .get(digest)
+            .map_or(Phase::Idle, |task| task.phase)
     }
 
     /// Whether a task's pieces may go to peers.
     pub fn is_shared(&self, digest: &Digest) -> bool {
-        self.tasks.get(digest).is_some_and(|t| t.may_announce(self.config.role) && t.may_share())
+        self.tasks
+            .get(digest)
+            .is_some_and(|t| t.may_announce(self.config.role) && t.may_share())
     }
 }

@@ -160,7 +160,10 @@ impl Offers {
     /// The same children for a task that turned out to be cut so; what they hold of it is not known yet.
     pub fn anew(&self, layout: PieceLayout) -> Self {
         let quota_of_all = QUOTA_OF_ALL.min(QUOTA_OF_ALL_BYTES / layout.piece_bytes());
-        let mut offers = Self { joined: self.joined, ..Self::of(layout.count(), quota_of_all as usize) };
+        let mut offers = Self {
+            joined: self.joined,
+            ..Self::of(layout.count(), quota_of_all as usize)
+        };
         for (peer, child) in &self.children {
             offers.join(*peer, child.believed, child.far);
             offers.reads_parts(*peer, child.reads_parts);
@@ -172,7 +175,9 @@ impl Offers {
     /// share, as long as it says no other.
     pub fn join(&mut self, peer: PeerId, believed: bool, far: Option<Share>) {
         let count = self.count;
-        let Entry::Vacant(place) = self.children.entry(peer) else { return };
+        let Entry::Vacant(place) = self.children.entry(peer) else {
+            return;
+        };
         let none = PieceSet::empty(count);
         let told = none.clone();
         let child = place.insert(Child {
@@ -194,12 +199,19 @@ impl Offers {
 
     /// A child says that it stands in another zone and takes this share, or (`None`) that it stands in this one.
     pub fn takes(&mut self, peer: PeerId, far: Option<Share>) {
-        let Some(child) = self.children.get_mut(&peer).filter(|child| child.far != far) else { return };
+        let Some(child) = self
+            .children
+            .get_mut(&peer)
+            .filter(|child| child.far != far)
+        else {
+            return;
+        };
         child.know_told(&self.told);
         child.far = far;
         self.joined += 1;
         // What it was dealt and does not take any more is for others.
-        self.pending.retain(|piece, (to, _)| *to != peer || child.takes(*piece));
+        self.pending
+            .retain(|piece, (to, _)| *to != peer || child.takes(*piece));
     }
 
     /// A child is gone; what was on offer to it is new again.
@@ -222,7 +234,11 @@ impl Offers {
             }
         }
         self.pending.retain(|_, (to, _)| !liars.contains(to));
-        self.hungry = self.children.values().filter(|child| child.is_hungry()).count();
+        self.hungry = self
+            .children
+            .values()
+            .filter(|child| child.is_hungry())
+            .count();
     }
 
     /// Who hears of this task.
@@ -237,7 +253,9 @@ impl Offers {
 
     /// A child says that it holds these pieces.
     pub fn holds(&mut self, peer: PeerId, pieces: impl IntoIterator<Item = PieceIndex>) {
-        let Some(child) = self.children.get_mut(&peer).filter(|child| child.believed) else { return };
+        let Some(child) = self.children.get_mut(&peer).filter(|child| child.believed) else {
+            return;
+        };
         let was_hungry = child.is_hungry();
         child.has_no_disk = false;
         for piece in pieces {
@@ -260,7 +278,13 @@ impl Offers {
 
     /// A child brings the task to all: it hears also of what it holds.
     pub fn hears_all(&mut self, peer: PeerId) {
-        let Some(child) = self.children.get_mut(&peer).filter(|child| !child.hears_all) else { return };
+        let Some(child) = self
+            .children
+            .get_mut(&peer)
+            .filter(|child| !child.hears_all)
+        else {
+            return;
+        };
         child.know_told(&self.told);
         child.hears_all = true;
         self.joined += 1;
@@ -269,7 +293,10 @@ impl Offers {
     /// A child's clients read ranges only, or (`false`) the child wants all pieces. A reader of ranges takes few pieces and passes
     /// on none of the others: a piece that is dealt to it alone would reach nobody.
     pub fn reads_parts(&mut self, peer: PeerId, reads_parts: bool) {
-        let Some(child) = self.children.get_mut(&peer).filter(|child| child.reads_parts != reads_parts)
+        let Some(child) = self
+            .children
+            .get_mut(&peer)
+            .filter(|child| child.reads_parts != reads_parts)
         else {
             return;
         };
@@ -281,7 +308,13 @@ impl Offers {
 
     /// A child without disk passes nothing on: new pieces are dealt to others.
     pub fn has_no_disk(&mut self, peer: PeerId) {
-        let Some(child) = self.children.get_mut(&peer).filter(|child| !child.has_no_disk) else { return };
+        let Some(child) = self
+            .children
+            .get_mut(&peer)
+            .filter(|child| !child.has_no_disk)
+        else {
+            return;
+        };
         child.has_no_disk = true;
         self.pending.retain(|_, (to, _)| *to != peer);
     }
@@ -290,13 +323,19 @@ impl Offers {
     pub fn sent(&mut self, now: Time, peer: PeerId, piece: PieceIndex) {
         if let Some(child) = self.children.get_mut(&peer).filter(|_| piece < self.count) {
             child.sent_at = Some(now);
-            child.sent.get_or_insert_with(|| PieceSet::empty(self.count)).insert(piece);
+            child
+                .sent
+                .get_or_insert_with(|| PieceSet::empty(self.count))
+                .insert(piece);
         }
     }
 
     /// Children that take `piece`, do not say that they hold it, and were not sent it.
     pub fn needing(&self, piece: PieceIndex) -> usize {
-        self.children.values().filter(|child| child.needs(piece)).count()
+        self.children
+            .values()
+            .filter(|child| child.needs(piece))
+            .count()
     }
 
     /// Whether any child has `piece`.
@@ -307,7 +346,10 @@ impl Offers {
 
     /// Children without disk that need `piece`.
     pub fn without_disk_needing(&self, piece: PieceIndex) -> impl Iterator<Item = PeerId> + '_ {
-        let needing = self.children.iter().filter(move |(_, child)| child.has_no_disk && child.needs(piece));
+        let needing = self
+            .children
+            .iter()
+            .filter(move |(_, child)| child.has_no_disk && child.needs(piece));
         needing.map(|(peer, _)| *peer)
     }
 
@@ -321,13 +363,20 @@ impl Offers {
         let straggles = |(_, child): &(&PeerId, &Child)| {
             stands_still(child) && kept.iter().any(|piece| told(child, piece))
         };
-        self.children.iter().filter(straggles).map(|(peer, _)| *peer).collect()
+        self.children
+            .iter()
+            .filter(straggles)
+            .map(|(peer, _)| *peer)
+            .collect()
     }
 
     /// Whether a child that says what it holds needs `piece`, and no other child could give it.
     pub fn is_lost(&self, piece: PieceIndex) -> bool {
         self.spread(piece) == 0
-            && self.children.values().any(|child| !child.has_no_disk && child.needs(piece))
+            && self
+                .children
+                .values()
+                .any(|child| !child.has_no_disk && child.needs(piece))
     }
 
     /// How many children hold `piece`.
@@ -353,7 +402,9 @@ impl Offers {
     }
 
     fn hungry_without_disk(&self) -> bool {
-        self.children.values().any(|child| child.has_no_disk && child.is_hungry())
+        self.children
+            .values()
+            .any(|child| child.has_no_disk && child.is_hungry())
     }
 
     /// To whom new pieces are dealt: to hungry children here, and where there are none, to those elsewhere.
@@ -404,10 +455,20 @@ impl Offers {
     }
 
     /// Each reader of ranges is told of everything: nobody knows what its clients read next.
-    fn tell_readers_of_parts(&mut self, held: &PieceSet, told: &mut BTreeMap<PeerId, Vec<PieceIndex>>) {
-        for (peer, child) in self.children.iter_mut().filter(|(_, child)| child.reads_parts) {
-            let new: Vec<PieceIndex> =
-                child.untold(held).filter(|piece| !child.holds.contains(*piece)).collect();
+    fn tell_readers_of_parts(
+        &mut self,
+        held: &PieceSet,
+        told: &mut BTreeMap<PeerId, Vec<PieceIndex>>,
+    ) {
+        for (peer, child) in self
+            .children
+            .iter_mut()
+            .filter(|(_, child)| child.reads_parts)
+        {
+            let new: Vec<PieceIndex> = child
+                .untold(held)
+                .filter(|piece| !child.holds.contains(*piece))
+                .collect();
             for piece in &new {
                 child.told.insert(*piece);
             }
@@ -422,8 +483,10 @@ impl Offers {
         // Mostly there are a few new pieces, the same for all: what each was told is not looked at.
         let new: Vec<PieceIndex> = held.minus(&self.told).collect();
         self.told.clone_from(held);
-        let children =
-            self.children.iter_mut().filter(|(_, child)| child.hears_all || !child.holds.is_full());
+        let children = self
+            .children
+            .iter_mut()
+            .filter(|(_, child)| child.hears_all || !child.holds.is_full());
         let told = children.map(|(peer, child)| {
             let lacks = |piece: &PieceIndex| {
                 child.takes(*piece) && (child.hears_all || !child.holds.contains(*piece))
@@ -440,11 +503,14 @@ impl Offers {
 
     /// From now on each is told other pieces.
     fn keep_apart(&mut self) {
-        self.children.values_mut().for_each(|child| child.know_told(&self.told));
+        self.children
+            .values_mut()
+            .for_each(|child| child.know_told(&self.told));
     }
 
     fn expire(&mut self, now: Time) {
-        self.pending.retain(|_, (_, at)| now.since(*at) < OFFER_LIFE);
+        self.pending
+            .retain(|_, (_, at)| now.since(*at) < OFFER_LIFE);
     }
 
     /// Deals new pieces out, each to the child with the fewest on offer.
@@ -457,14 +523,28 @@ impl Offers {
     ) {
         let mut dealt = elsewhere.clone();
         self.add_dealt(&mut dealt);
-        let children = || self.dealt_to().map(|(peer, child)| (*peer, f64::from(child.holds.len())));
+        let children = || {
+            self.dealt_to()
+                .map(|(peer, child)| (*peer, f64::from(child.holds.len())))
+        };
         let count = children().count().max(1);
         let usual = children().map(|(_, holds)| holds).sum::<f64>() / count as f64;
         let mut loads: BTreeMap<PeerId, Load> = children()
             .map(|(peer, holds)| {
                 let keeps_up = holds + FEW_PIECES >= usual * KEEPS_UP;
-                let quota = if keeps_up { QUOTA.max(self.quota_of_all / count) } else { QUOTA };
-                (peer, Load { dealt: dealt.remove(&peer).unwrap_or_default(), keeps_up, quota })
+                let quota = if keeps_up {
+                    QUOTA.max(self.quota_of_all / count)
+                } else {
+                    QUOTA
+                };
+                (
+                    peer,
+                    Load {
+                        dealt: dealt.remove(&peer).unwrap_or_default(),
+                        keeps_up,
+                        quota,
+                    },
+                )
             })
             .collect();
         for piece in held.iter().filter(|p| self.spread.get(*p) == 0) {
@@ -477,11 +557,18 @@ impl Offers {
             // Who keeps up first; of these fewest on offer, then fewest ever, since each passes on what it got and all uplinks are to
             // be busy: over all tasks, else layers that come in step would all start at the same children. One that let this
             // very offer lapse comes after all others.
-            let open =
-                loads.iter_mut().filter(|(peer, load)| !load.is_full() && self.children[*peer].takes(piece));
+            let open = loads
+                .iter_mut()
+                .filter(|(peer, load)| !load.is_full() && self.children[*peer].takes(piece));
             let Some((to, load)) = open.min_by_key(|(peer, load)| {
                 let lapsed = self.children[*peer].told.contains(piece);
-                (lapsed, !load.keeps_up, load.dealt.pending, load.dealt.ever, **peer)
+                (
+                    lapsed,
+                    !load.keeps_up,
+                    load.dealt.pending,
+                    load.dealt.ever,
+                    **peer,
+                )
             }) else {
                 continue;
             };
@@ -502,12 +589,18 @@ impl Offers {
         // What is new will come, and is not to wait behind many of these.
         let at_once = if held.is_full() { REVEALED_TO } else { 1 };
         let mut spread = self.spread.clone();
-        let mut children: Vec<(&PeerId, &mut Child)> =
-            self.children.iter_mut().filter(|(_, child)| !child.holds.is_full()).collect();
+        let mut children: Vec<(&PeerId, &mut Child)> = self
+            .children
+            .iter_mut()
+            .filter(|(_, child)| !child.holds.is_full())
+            .collect();
         // Who has least comes first: else those who come first would be told again and again, and the last ones of nothing.
         children.sort_unstable_by_key(|(peer, child)| (child.holds.len(), **peer));
         for (peer, child) in children {
-            let open = child.untold(held).filter(|p| !child.holds.contains(*p)).count();
+            let open = child
+                .untold(held)
+                .filter(|p| !child.holds.contains(*p))
+                .count();
             let revealed = child.told.minus(&child.holds).count();
             if open == 0 || revealed >= QUOTA + REVEAL {
                 continue;
@@ -560,13 +653,23 @@ mod tests {
         let told = offers.next(Time::default(), &held, false, true, &BTreeMap::new());
         assert_eq!(told.len(), 3);
         assert!(told.iter().all(|(_, pieces)| pieces.len() == 10));
-        assert!(offers.next(Time::default(), &held, false, true, &BTreeMap::new()).is_empty());
+        assert!(
+            offers
+                .next(Time::default(), &held, false, true, &BTreeMap::new())
+                .is_empty()
+        );
     }
 
     #[test]
     fn the_issuer_offers_each_new_piece_to_one_child() {
         let mut offers = offers(4, 8);
-        let told = offers.next(Time::default(), &PieceSet::full(8), true, true, &BTreeMap::new());
+        let told = offers.next(
+            Time::default(),
+            &PieceSet::full(8),
+            true,
+            true,
+            &BTreeMap::new(),
+        );
         let mut all: Vec<PieceIndex> = told.iter().flat_map(|(_, p)| p.clone()).collect();
         all.sort_unstable();
         assert_eq!(all, (0..8).collect::<Vec<_>>());
@@ -577,21 +680,47 @@ mod tests {
     fn few_children_have_enough_on_offer_to_keep_the_holder_busy_and_many_two_each() {
         for (children, each) in [(2, 16), (5, 6), (16, QUOTA), (40, QUOTA)] {
             let mut offers = offers(children, 200);
-            let told = offers.next(Time::default(), &PieceSet::full(200), true, false, &BTreeMap::new());
+            let told = offers.next(
+                Time::default(),
+                &PieceSet::full(200),
+                true,
+                false,
+                &BTreeMap::new(),
+            );
             assert_eq!(told.len(), usize::from(children));
-            assert!(told.iter().all(|(_, pieces)| pieces.len() == each), "{children} children");
+            assert!(
+                told.iter().all(|(_, pieces)| pieces.len() == each),
+                "{children} children"
+            );
         }
         let gib = PieceLayout::new(3 << 30);
         let mut long = offers(2, 9).anew(gib);
-        let told = long.next(Time::default(), &PieceSet::full(gib.count()), true, false, &BTreeMap::new());
-        assert!(told.iter().all(|(_, pieces)| pieces.len() == 2), "no more bytes than go in an offer's life");
+        let told = long.next(
+            Time::default(),
+            &PieceSet::full(gib.count()),
+            true,
+            false,
+            &BTreeMap::new(),
+        );
+        assert!(
+            told.iter().all(|(_, pieces)| pieces.len() == 2),
+            "no more bytes than go in an offer's life"
+        );
     }
 
     #[test]
     fn the_issuer_with_one_hungry_child_holds_nothing_back() {
         let mut offers = offers(1, 50);
         assert_eq!(
-            offers.next(Time::default(), &PieceSet::full(50), true, false, &BTreeMap::new())[0].1.len(),
+            offers.next(
+                Time::default(),
+                &PieceSet::full(50),
+                true,
+                false,
+                &BTreeMap::new()
+            )[0]
+            .1
+            .len(),
             50
         );
     }
@@ -599,11 +728,33 @@ mod tests {
     #[test]
     fn a_child_that_took_its_piece_gets_the_next() {
         let mut offers = offers(2, 100);
-        offers.next(Time::default(), &PieceSet::full(100), true, false, &BTreeMap::new());
-        assert!(offers.next(Time::default(), &PieceSet::full(100), true, false, &BTreeMap::new()).is_empty());
+        offers.next(
+            Time::default(),
+            &PieceSet::full(100),
+            true,
+            false,
+            &BTreeMap::new(),
+        );
+        assert!(
+            offers
+                .next(
+                    Time::default(),
+                    &PieceSet::full(100),
+                    true,
+                    false,
+                    &BTreeMap::new()
+                )
+                .is_empty()
+        );
         offers.holds(peer(0), [0]);
         assert_eq!(
-            offers.next(Time::default(), &PieceSet::full(100), true, false, &BTreeMap::new()),
+            offers.next(
+                Time::default(),
+                &PieceSet::full(100),
+                true,
+                false,
+                &BTreeMap::new()
+            ),
             [(peer(0), vec![OF_ALL as u32])]
         );
     }
@@ -611,7 +762,13 @@ mod tests {
     #[test]
     fn an_offer_that_leads_to_nothing_goes_to_another_child() {
         let mut offers = offers(2, 1);
-        let first = offers.next(Time::default(), &PieceSet::full(1), true, false, &BTreeMap::new());
+        let first = offers.next(
+            Time::default(),
+            &PieceSet::full(1),
+            true,
+            false,
+            &BTreeMap::new(),
+        );
         let later = Time(OFFER_LIFE);
         let second = offers.next(later, &PieceSet::full(1), true, false, &BTreeMap::new());
         assert_ne!(first[0].0, second[0].0);
@@ -620,9 +777,21 @@ mod tests {
     #[test]
     fn what_was_on_offer_to_a_lost_child_is_offered_again() {
         let mut offers = offers(3, 2);
-        let first = offers.next(Time::default(), &PieceSet::full(2), true, false, &BTreeMap::new());
+        let first = offers.next(
+            Time::default(),
+            &PieceSet::full(2),
+            true,
+            false,
+            &BTreeMap::new(),
+        );
         offers.leave(first[0].0);
-        let again = offers.next(Time::default(), &PieceSet::full(2), true, false, &BTreeMap::new());
+        let again = offers.next(
+            Time::default(),
+            &PieceSet::full(2),
+            true,
+            false,
+            &BTreeMap::new(),
+        );
         assert_eq!(again.len(), 1);
         assert_eq!(again[0].1, first[0].1);
     }
@@ -630,11 +799,33 @@ mod tests {
     #[test]
     fn an_idle_issuer_reveals_what_has_spread() {
         let mut offers = offers(2, 2);
-        offers.next(Time::default(), &PieceSet::full(2), true, false, &BTreeMap::new());
+        offers.next(
+            Time::default(),
+            &PieceSet::full(2),
+            true,
+            false,
+            &BTreeMap::new(),
+        );
         offers.holds(peer(0), [0]);
         offers.holds(peer(1), [1]);
-        assert!(offers.next(Time::default(), &PieceSet::full(2), true, false, &BTreeMap::new()).is_empty());
-        let told = offers.next(Time::default(), &PieceSet::full(2), true, true, &BTreeMap::new());
+        assert!(
+            offers
+                .next(
+                    Time::default(),
+                    &PieceSet::full(2),
+                    true,
+                    false,
+                    &BTreeMap::new()
+                )
+                .is_empty()
+        );
+        let told = offers.next(
+            Time::default(),
+            &PieceSet::full(2),
+            true,
+            true,
+            &BTreeMap::new(),
+        );
         assert_eq!(told, [(peer(0), vec![1]), (peer(1), vec![0])]);
     }
 
@@ -644,14 +835,25 @@ mod tests {
         let liars = BTreeSet::from([peer(0)]);
         offers.holds(peer(0), 0..8);
         let deal = |offers: &mut Offers| {
-            let told = offers.next(Time::default(), &PieceSet::full(8), true, false, &BTreeMap::new());
-            told.iter().map(|(to, pieces)| (*to, pieces.len())).collect::<Vec<_>>()
+            let told = offers.next(
+                Time::default(),
+                &PieceSet::full(8),
+                true,
+                false,
+                &BTreeMap::new(),
+            );
+            told.iter()
+                .map(|(to, pieces)| (*to, pieces.len()))
+                .collect::<Vec<_>>()
         };
         assert_eq!(deal(&mut offers), [], "all has spread, by what it says");
         offers.disbelieve(&liars);
         offers.holds(peer(0), [1]);
         assert_eq!(offers.spread(1), 0);
-        assert_eq!(deal(&mut offers), [(peer(1), 3), (peer(2), 3), (peer(3), 2)]);
+        assert_eq!(
+            deal(&mut offers),
+            [(peer(1), 3), (peer(2), 3), (peer(3), 2)]
+        );
         offers.disbelieve(&BTreeSet::new());
         offers.holds(peer(0), [1]);
         assert_eq!(offers.spread(1), 1, "it is let back");
@@ -660,12 +862,32 @@ mod tests {
     #[test]
     fn what_a_child_has_on_offer_of_other_tasks_counts_as_well() {
         let mut offers = offers(2, 8);
-        let elsewhere = BTreeMap::from([(peer(0), Dealt { pending: OF_ALL / 2, ever: 0 })]);
+        let elsewhere = BTreeMap::from([(
+            peer(0),
+            Dealt {
+                pending: OF_ALL / 2,
+                ever: 0,
+            },
+        )]);
         let told = offers.next(Time::default(), &PieceSet::full(8), true, false, &elsewhere);
-        assert_eq!(told.iter().map(|(to, pieces)| (*to, pieces.len())).collect::<Vec<_>>(), [(peer(1), 8)]);
+        assert_eq!(
+            told.iter()
+                .map(|(to, pieces)| (*to, pieces.len()))
+                .collect::<Vec<_>>(),
+            [(peer(1), 8)]
+        );
         let mut dealt = BTreeMap::new();
         offers.add_dealt(&mut dealt);
-        assert_eq!(dealt, BTreeMap::from([(peer(1), Dealt { pending: 8, ever: 8 })]));
+        assert_eq!(
+            dealt,
+            BTreeMap::from([(
+                peer(1),
+                Dealt {
+                    pending: 8,
+                    ever: 8
+                }
+            )])
+        );
     }
 
     #[test]
@@ -678,12 +900,21 @@ mod tests {
         held.insert_range(0..12 + 3 * quota as u32);
         let next = |offers: &mut Offers| {
             let told = offers.next(Time::default(), &held, true, false, &BTreeMap::new());
-            told.iter().map(|(to, pieces)| (*to, pieces.len())).collect::<Vec<_>>()
+            told.iter()
+                .map(|(to, pieces)| (*to, pieces.len()))
+                .collect::<Vec<_>>()
         };
-        assert_eq!(next(&mut offers), [(peer(0), quota), (peer(1), quota), (peer(2), quota)]);
+        assert_eq!(
+            next(&mut offers),
+            [(peer(0), quota), (peer(1), quota), (peer(2), quota)]
+        );
         let held = PieceSet::full(64);
         let told = offers.next(Time::default(), &held, true, false, &BTreeMap::new());
-        assert_eq!(told, [(peer(3), vec![36, 37])], "better late than not at all");
+        assert_eq!(
+            told,
+            [(peer(3), vec![36, 37])],
+            "better late than not at all"
+        );
     }
 
     #[test]
@@ -697,7 +928,8 @@ mod tests {
                 layers[other].add_dealt(&mut elsewhere);
                 let told = layers[layer].next(Time::default(), &held, true, false, &elsewhere);
                 assert_eq!(told.len(), 1);
-                told.iter().for_each(|(to, pieces)| layers[layer].holds(*to, [pieces[0]]));
+                told.iter()
+                    .for_each(|(to, pieces)| layers[layer].holds(*to, [pieces[0]]));
             }
         }
         let mut dealt = BTreeMap::new();
@@ -711,9 +943,17 @@ mod tests {
     fn children_elsewhere_take_their_share_after_those_here_have_got_it() {
         let mut offers = Offers::of(16, OF_ALL);
         let shares = [None, None, Some(Share::of([1])), Some(Share::NONE)];
-        (0..).zip(shares).for_each(|(n, far)| offers.join(peer(n), true, far));
+        (0..)
+            .zip(shares)
+            .for_each(|(n, far)| offers.join(peer(n), true, far));
         let next = |offers: &mut Offers, idle| {
-            offers.next(Time::default(), &PieceSet::full(16), true, idle, &BTreeMap::new())
+            offers.next(
+                Time::default(),
+                &PieceSet::full(16),
+                true,
+                idle,
+                &BTreeMap::new(),
+            )
         };
         let dealt: Vec<PeerId> = next(&mut offers, true).iter().map(|(to, _)| *to).collect();
         assert_eq!(dealt, [peer(0), peer(1)], "to those here alone");
@@ -722,11 +962,19 @@ mod tests {
             .into_iter()
             .map(|(to, pieces)| (to, pieces.into_iter().collect()))
             .collect();
-        assert_eq!(told[&peer(2)], BTreeSet::from([1, 9]), "what it is to bring to its own zone");
+        assert_eq!(
+            told[&peer(2)],
+            BTreeSet::from([1, 9]),
+            "what it is to bring to its own zone"
+        );
         assert_eq!(told.get(&peer(3)), None, "it has all from those there");
         (0..16).for_each(|piece| (0..2).for_each(|n| offers.holds(peer(n), [piece])));
         offers.takes(peer(3), Some(Share::ALL));
-        assert_eq!(next(&mut offers, true), [(peer(3), vec![0, 1])], "until these do not suffice");
+        assert_eq!(
+            next(&mut offers, true),
+            [(peer(3), vec![0, 1])],
+            "until these do not suffice"
+        );
     }
 
     #[test]
@@ -736,11 +984,20 @@ mod tests {
         offers.join(peer(1), true, None);
         let next = |offers: &mut Offers| -> BTreeMap<PeerId, Vec<PieceIndex>> {
             offers
-                .next(Time::default(), &PieceSet::full(16), false, false, &BTreeMap::new())
+                .next(
+                    Time::default(),
+                    &PieceSet::full(16),
+                    false,
+                    false,
+                    &BTreeMap::new(),
+                )
                 .into_iter()
                 .collect()
         };
-        assert_eq!(next(&mut offers).keys().copied().collect::<Vec<_>>(), [peer(1)]);
+        assert_eq!(
+            next(&mut offers).keys().copied().collect::<Vec<_>>(),
+            [peer(1)]
+        );
         let joined = offers.joined();
         offers.takes(peer(0), Some(Share::of([3])));
         assert!(offers.joined() > joined, "there is something to tell");
@@ -759,7 +1016,13 @@ mod tests {
         let mut offers = Offers::of(16, OF_ALL);
         (0..3).for_each(|n| offers.join(peer(n), true, Some(Share::ALL)));
         let next = |offers: &mut Offers| {
-            offers.next(Time::default(), &PieceSet::full(2), true, false, &BTreeMap::new())
+            offers.next(
+                Time::default(),
+                &PieceSet::full(2),
+                true,
+                false,
+                &BTreeMap::new(),
+            )
         };
         let told = next(&mut offers);
         assert_eq!(told, [(peer(0), vec![0]), (peer(1), vec![1])]);
@@ -771,7 +1034,13 @@ mod tests {
     fn where_all_children_are_elsewhere_new_pieces_are_dealt_by_their_shares() {
         let mut offers = Offers::of(16, OF_ALL);
         (0..8).for_each(|n| offers.join(peer(n), true, Some(Share::of([usize::from(n)]))));
-        let told = offers.next(Time::default(), &PieceSet::full(16), true, false, &BTreeMap::new());
+        let told = offers.next(
+            Time::default(),
+            &PieceSet::full(16),
+            true,
+            false,
+            &BTreeMap::new(),
+        );
         let expected: Vec<_> = (0..8).map(|n| (peer(n as u8), vec![n, n + 8])).collect();
         assert_eq!(told, expected);
     }

@@ -23,7 +23,9 @@ const WHOLE_BYTES: u64 = 16 << 20;
 /// The range that the first request for a blob of unknown size names; `None`: a plain request. `guess`: the size that somebody told
 /// who need not be right.
 pub fn first_range(guess: Option<u64>) -> Option<Range<u64>> {
-    guess.filter(|size| *size > WHOLE_BYTES).map(|_| 0..FIRST_LONE_SPAN_BYTES)
+    guess
+        .filter(|size| *size > WHOLE_BYTES)
+        .map(|_| 0..FIRST_LONE_SPAN_BYTES)
 }
 
 /// The length of a span before any rate is known: where several connections read, and where one does.
@@ -137,7 +139,10 @@ pub struct Experience {
 
 impl Default for Experience {
     fn default() -> Self {
-        Self { takes_ranges: false, width: 1 }
+        Self {
+            takes_ranges: false,
+            width: 1,
+        }
     }
 }
 
@@ -167,13 +172,20 @@ pub struct OriginReads {
 impl OriginReads {
     /// No reads yet of a blob of this size.
     pub fn new(size_bytes: u64, experience: Experience) -> Self {
-        let support = if experience.takes_ranges { RangeSupport::Honoured } else { RangeSupport::Unknown };
+        let support = if experience.takes_ranges {
+            RangeSupport::Honoured
+        } else {
+            RangeSupport::Unknown
+        };
         Self {
             size_bytes,
             open: BTreeMap::new(),
             next_id: 0,
             support,
-            width: Width { width: experience.width.clamp(1, WIDTH_MAX), ..Width::default() },
+            width: Width {
+                width: experience.width.clamp(1, WIDTH_MAX),
+                ..Width::default()
+            },
             failures: 0,
             progress_bytes: 0,
             rests_until: Time::default(),
@@ -198,12 +210,23 @@ impl OriginReads {
             return None;
         }
         let mut taken = demand.present.clone();
-        self.open.values().for_each(|open| taken.insert(open.at..open.end));
+        self.open
+            .values()
+            .for_each(|open| taken.insert(open.at..open.end));
         let width = if demand.lone { 1 } else { self.width.current() };
-        let nearly_done = self.open.values().filter(|open| open.end - open.at < NEARLY_DONE_BYTES).count();
-        let bytes = match self.gap_of_readers(demand, &taken).or_else(|| self.cut_for_reader(demand)) {
+        let nearly_done = self
+            .open
+            .values()
+            .filter(|open| open.end - open.at < NEARLY_DONE_BYTES)
+            .count();
+        let bytes = match self
+            .gap_of_readers(demand, &taken)
+            .or_else(|| self.cut_for_reader(demand))
+        {
             Some(gap) => gap,
-            None if reading.saturating_sub(nearly_done) < width => self.gap_of_rest(demand, &taken, 0)?,
+            None if reading.saturating_sub(nearly_done) < width => {
+                self.gap_of_rest(demand, &taken, 0)?
+            }
             None => return None,
         };
         let wants_all = demand.rest.start == 0 && demand.rest.end >= self.size_bytes;
@@ -220,14 +243,25 @@ impl OriginReads {
 
     /// The request that told the size is under way: a range request for the first bytes, or a plain one; this is its span.
     pub fn adopt_first(&mut self, now: Time, plain: bool) -> Span {
-        let end = if plain { self.size_bytes } else { self.size_bytes.min(FIRST_LONE_SPAN_BYTES) };
+        let end = if plain {
+            self.size_bytes
+        } else {
+            self.size_bytes.min(FIRST_LONE_SPAN_BYTES)
+        };
         self.start(now, 0..end, plain)
     }
 
     fn start(&mut self, now: Time, bytes: Range<u64>, plain: bool) -> Span {
         let id = SpanId(self.next_id);
         self.next_id = self.next_id.wrapping_add(1);
-        self.open.insert(id, Open { at: bytes.start, end: bytes.end, plain });
+        self.open.insert(
+            id,
+            Open {
+                at: bytes.start,
+                end: bytes.end,
+                plain,
+            },
+        );
         self.width.measure(now, self.open.len());
         Span { id, bytes, plain }
     }
@@ -241,19 +275,28 @@ impl OriginReads {
             let distance = gap.start - at;
             (distance < SOON_BYTES).then_some((distance, gap))
         };
-        let (_, gap) =
-            demand.readers.iter().filter_map(soon).min_by_key(|(distance, gap)| (*distance, gap.start))?;
+        let (_, gap) = demand
+            .readers
+            .iter()
+            .filter_map(soon)
+            .min_by_key(|(distance, gap)| (*distance, gap.start))?;
         // Where the rest is wanted anyway, the reader only says where to begin.
-        self.gap_of_rest(demand, taken, gap.start).filter(|rest| rest.start == gap.start).or_else(|| {
-            let end = gap.end.min(gap.start.saturating_add(self.span_bytes(demand)));
-            Some(gap.start..end)
-        })
+        self.gap_of_rest(demand, taken, gap.start)
+            .filter(|rest| rest.start == gap.start)
+            .or_else(|| {
+                let end = gap
+                    .end
+                    .min(gap.start.saturating_add(self.span_bytes(demand)));
+                Some(gap.start..end)
+            })
     }
 
     fn gap_of_rest(&self, demand: &Demand<'_>, taken: &ByteSet, from: u64) -> Option<Range<u64>> {
         let start = demand.rest.start.max(from);
         let gap = taken.first_gap(start..demand.rest.end.min(self.size_bytes).max(start))?;
-        let end = gap.end.min(gap.start.saturating_add(self.span_bytes(demand)));
+        let end = gap
+            .end
+            .min(gap.start.saturating_add(self.span_bytes(demand)));
         Some(gap.start..end)
     }
 
@@ -262,14 +305,23 @@ impl OriginReads {
         if self.support != RangeSupport::Honoured {
             return None;
         }
-        let needs = |reader: &Range<u64>| demand.present.first_gap(reader.clone()).map(|gap| gap.start);
+        let needs = |reader: &Range<u64>| {
+            demand
+                .present
+                .first_gap(reader.clone())
+                .map(|gap| gap.start)
+        };
         let far = |at: &u64| {
             self.open
                 .iter()
                 .find(|(_, open)| (open.at.saturating_add(FAR_BYTES)..open.end).contains(at))
                 .map(|(id, _)| *id)
         };
-        let (at, id) = demand.readers.iter().filter_map(needs).find_map(|at| Some((at, far(&at)?)))?;
+        let (at, id) = demand
+            .readers
+            .iter()
+            .filter_map(needs)
+            .find_map(|at| Some((at, far(&at)?)))?;
         let span_bytes = self.span_bytes(demand);
         let open = self.open.get_mut(&id)?;
         let end = std::mem::replace(&mut open.end, at);
@@ -280,7 +332,11 @@ impl OriginReads {
     pub fn became_plain(&mut self, id: SpanId) {
         self.support = RangeSupport::Ignored;
         if let Some(open) = self.open.get_mut(&id) {
-            *open = Open { at: 0, end: self.size_bytes, plain: true };
+            *open = Open {
+                at: 0,
+                end: self.size_bytes,
+                plain: true,
+            };
         }
     }
 
@@ -295,17 +351,27 @@ impl OriginReads {
         if demand.lone || demand.connections <= 1 {
             return u64::MAX;
         }
-        let (first, takes, least, most) = match self.width.current() == 1 && demand.readers.len() <= 1 {
-            true => (FIRST_LONE_SPAN_BYTES, LONE_SPAN_TAKES, LONE_SPAN_BYTES_MIN, LONE_SPAN_BYTES_MAX),
-            false => (FIRST_SPAN_BYTES, SPAN_TAKES, SPAN_BYTES_MIN, SPAN_BYTES_MAX),
+        let (first, takes, least, most) =
+            match self.width.current() == 1 && demand.readers.len() <= 1 {
+                true => (
+                    FIRST_LONE_SPAN_BYTES,
+                    LONE_SPAN_TAKES,
+                    LONE_SPAN_BYTES_MIN,
+                    LONE_SPAN_BYTES_MAX,
+                ),
+                false => (FIRST_SPAN_BYTES, SPAN_TAKES, SPAN_BYTES_MIN, SPAN_BYTES_MAX),
+            };
+        let Some(rate) = self.width.rate_of_one() else {
+            return first;
         };
-        let Some(rate) = self.width.rate_of_one() else { return first };
         ((rate * takes.as_secs_f64()) as u64).clamp(least, most)
     }
 
     /// Bytes of a span came. Whether it may pay to ask [`OriginReads::next`] again.
     pub fn moved(&mut self, now: Time, id: SpanId, bytes: u64) -> bool {
-        let Some(open) = self.open.get_mut(&id) else { return false };
+        let Some(open) = self.open.get_mut(&id) else {
+            return false;
+        };
         let is_nearly_done = |open: &Open| open.end - open.at < NEARLY_DONE_BYTES;
         let was_nearly_done = is_nearly_done(open);
         open.at = open.at.saturating_add(bytes).min(open.end);
@@ -371,7 +437,10 @@ impl OriginReads {
     /// What these reads have shown of the origin.
     pub fn experience(&self) -> Experience {
         let width = self.width.current() / if self.width.is_trial { 2 } else { 1 };
-        Experience { takes_ranges: self.support == RangeSupport::Honoured, width }
+        Experience {
+            takes_ranges: self.support == RangeSupport::Honoured,
+            width,
+        }
     }
 
     /// When [`OriginReads::next`] may answer otherwise though nothing else happens.
@@ -406,7 +475,14 @@ struct Sample {
 
 impl Default for Width {
     fn default() -> Self {
-        Self { width: 1, paid: None, is_trial: false, holds_until: Time::default(), sample: None, last: None }
+        Self {
+            width: 1,
+            paid: None,
+            is_trial: false,
+            holds_until: Time::default(),
+            sample: None,
+            last: None,
+        }
     }
 }
 
@@ -417,13 +493,22 @@ impl Width {
 
     /// The rate of one connection as last measured, in bytes a second.
     fn rate_of_one(&self) -> Option<f64> {
-        self.last.map(|(rate, connections)| rate / connections.max(1) as f64)
+        self.last
+            .map(|(rate, connections)| rate / connections.max(1) as f64)
     }
 
     /// So many connections read from now on.
     fn measure(&mut self, now: Time, connections: usize) {
-        if self.sample.as_ref().is_none_or(|sample| sample.connections < connections) {
-            self.sample = Some(Sample { began: now, connections, bytes: 0 });
+        if self
+            .sample
+            .as_ref()
+            .is_none_or(|sample| sample.connections < connections)
+        {
+            self.sample = Some(Sample {
+                began: now,
+                connections,
+                bytes: 0,
+            });
         }
     }
 
@@ -439,7 +524,11 @@ impl Width {
         }
         let (rate, at) = (sample.bytes as f64 / took.as_secs_f64(), sample.connections);
         self.last = Some((rate, at));
-        self.sample = Some(Sample { began: now, connections, bytes: 0 });
+        self.sample = Some(Sample {
+            began: now,
+            connections,
+            bytes: 0,
+        });
         if at < self.width {
             return;
         }
@@ -464,7 +553,11 @@ impl Width {
     }
 
     fn throttle(&mut self, now: Time) {
-        *self = Self { holds_until: now + THROTTLED_FOR, last: self.last, ..Self::default() };
+        *self = Self {
+            holds_until: now + THROTTLED_FOR,
+            last: self.last,
+            ..Self::default()
+        };
     }
 }
 
@@ -475,7 +568,10 @@ mod tests {
     use super::*;
 
     const MIB: u64 = 1 << 20;
-    const KNOWN: Experience = Experience { takes_ranges: true, width: 1 };
+    const KNOWN: Experience = Experience {
+        takes_ranges: true,
+        width: 1,
+    };
 
     fn at_ms(ms: u64) -> Time {
         Time(Duration::from_millis(ms))
@@ -483,7 +579,14 @@ mod tests {
 
     /// All of a blob of 100 MiB is wanted, over as many connections as pay.
     fn wanted<'a>(present: &'a ByteSet, readers: &'a [Range<u64>]) -> Demand<'a> {
-        Demand { present, readers, rest: 0..100 * MIB, connections: 16, lone: false, paused: 0 }
+        Demand {
+            present,
+            readers,
+            rest: 0..100 * MIB,
+            connections: 16,
+            lone: false,
+            paused: 0,
+        }
     }
 
     /// An origin of which each connection is limited, and all of them together.
@@ -513,9 +616,18 @@ mod tests {
         let (mut sent_bytes, mut connections) = (0, 0);
         for step in 0..100_000 {
             let now = at_ms(10 * step);
-            let open: Vec<_> = readers.iter().filter(|r| !present.contains(r)).cloned().collect();
+            let open: Vec<_> = readers
+                .iter()
+                .filter(|r| !present.contains(r))
+                .cloned()
+                .collect();
             if open.is_empty() && present.contains(&rest) {
-                return Outcome { took_ms: 10 * step, sent_bytes, connections, present };
+                return Outcome {
+                    took_ms: 10 * step,
+                    sent_bytes,
+                    connections,
+                    present,
+                };
             }
             let demand = Demand {
                 present: &present,
@@ -529,7 +641,10 @@ mod tests {
                 for id in spans.keys() {
                     let other: &Span = &spans[id];
                     let bytes = other.bytes.start..reads.end_of(*id).unwrap_or(other.bytes.start);
-                    assert!(bytes.end <= span.bytes.start || span.bytes.end <= bytes.start, "spans overlap");
+                    assert!(
+                        bytes.end <= span.bytes.start || span.bytes.end <= bytes.start,
+                        "spans overlap"
+                    );
                 }
                 if !origin.honours_ranges && !span.plain {
                     reads.ended(now, span.id, SpanEnd::RangeIgnored);
@@ -540,9 +655,13 @@ mod tests {
             }
             connections = connections.max(spans.len());
             assert!(!spans.is_empty(), "something is wanted and nothing is read");
-            let share = (origin.of_one / 100).min(origin.of_all / 100 / spans.len() as u64).max(1);
+            let share = (origin.of_one / 100)
+                .min(origin.of_all / 100 / spans.len() as u64)
+                .max(1);
             for (id, mut span) in std::mem::take(&mut spans) {
-                let Some(end) = reads.end_of(id) else { continue };
+                let Some(end) = reads.end_of(id) else {
+                    continue;
+                };
                 span.bytes.end = end;
                 let bytes = share.min(span.bytes.end - span.bytes.start);
                 sent_bytes += bytes;
@@ -562,17 +681,31 @@ mod tests {
 
     #[test]
     fn a_slow_connection_is_multiplied_until_the_link_is_full() {
-        let origin = FakeOrigin { of_one: 10 * MIB, of_all: 1 << 40, honours_ranges: true };
+        let origin = FakeOrigin {
+            of_one: 10 * MIB,
+            of_all: 1 << 40,
+            honours_ranges: true,
+        };
         let read = read(256 * MIB, &origin, &[], 0..256 * MIB, 16);
         assert_eq!(read.sent_bytes, 256 * MIB);
         // The next span begins before the one before it has ended.
-        assert!((WIDTH_MAX..=CONNECTIONS_MAX).contains(&read.connections), "{}", read.connections);
+        assert!(
+            (WIDTH_MAX..=CONNECTIONS_MAX).contains(&read.connections),
+            "{}",
+            read.connections
+        );
         assert!(read.took_ms < 25_600 / 4, "{} ms", read.took_ms);
     }
 
     #[test]
     fn the_next_blob_begins_with_the_width_that_paid() {
-        let mut reads = OriginReads::new(100 * MIB, Experience { takes_ranges: true, width: 4 });
+        let mut reads = OriginReads::new(
+            100 * MIB,
+            Experience {
+                takes_ranges: true,
+                width: 4,
+            },
+        );
         let present = ByteSet::default();
         let demand = wanted(&present, &[]);
         let spans: Vec<Span> = std::iter::from_fn(|| reads.next(at_ms(0), &demand)).collect();
@@ -583,14 +716,24 @@ mod tests {
             }
         }
         // A doubling on trial has not paid yet.
-        assert_eq!(reads.experience(), Experience { takes_ranges: true, width: 4 });
+        assert_eq!(
+            reads.experience(),
+            Experience {
+                takes_ranges: true,
+                width: 4
+            }
+        );
         reads.ended(at_ms(700), spans[0].id, SpanEnd::Throttled);
         assert_eq!(reads.experience().width, 1);
     }
 
     #[test]
     fn a_small_blob_of_which_a_part_is_here_is_not_read_whole() {
-        let origin = FakeOrigin { of_one: 10 * MIB, of_all: 1 << 40, honours_ranges: true };
+        let origin = FakeOrigin {
+            of_one: 10 * MIB,
+            of_all: 1 << 40,
+            honours_ranges: true,
+        };
         let reader = 1..2;
         let read = read(38, &origin, std::slice::from_ref(&reader), 0..38, 1);
         assert_eq!(read.sent_bytes, 38);
@@ -598,31 +741,63 @@ mod tests {
 
     #[test]
     fn a_full_link_keeps_two_connections_at_most() {
-        let origin = FakeOrigin { of_one: 12 * MIB, of_all: 12 * MIB, honours_ranges: true };
+        let origin = FakeOrigin {
+            of_one: 12 * MIB,
+            of_all: 12 * MIB,
+            honours_ranges: true,
+        };
         let read = read(256 * MIB, &origin, &[], 0..256 * MIB, 16);
-        assert!(read.sent_bytes == 256 * MIB && read.connections <= 4, "{}", read.connections);
+        assert!(
+            read.sent_bytes == 256 * MIB && read.connections <= 4,
+            "{}",
+            read.connections
+        );
     }
 
     #[test]
     fn a_small_blob_is_one_plain_request() {
-        let origin = FakeOrigin { of_one: 10 * MIB, of_all: 1 << 40, honours_ranges: false };
+        let origin = FakeOrigin {
+            of_one: 10 * MIB,
+            of_all: 1 << 40,
+            honours_ranges: false,
+        };
         let read = read(16 * MIB, &origin, &[], 0..16 * MIB, 16);
         assert_eq!((read.sent_bytes, read.connections), (16 * MIB, 1));
     }
 
     #[test]
     fn an_origin_that_ignores_ranges_is_read_once_over_one_connection() {
-        let origin = FakeOrigin { of_one: 10 * MIB, of_all: 1 << 40, honours_ranges: false };
-        let read = read(64 * MIB, &origin, &[5 * MIB..6 * MIB, 40 * MIB..41 * MIB], 0..64 * MIB, 16);
+        let origin = FakeOrigin {
+            of_one: 10 * MIB,
+            of_all: 1 << 40,
+            honours_ranges: false,
+        };
+        let read = read(
+            64 * MIB,
+            &origin,
+            &[5 * MIB..6 * MIB, 40 * MIB..41 * MIB],
+            0..64 * MIB,
+            16,
+        );
         assert_eq!((read.sent_bytes, read.connections), (64 * MIB, 1));
     }
 
     #[test]
     fn scattered_ranges_are_read_at_once_and_nothing_beside_them() {
-        let origin = FakeOrigin { of_one: 10 * MIB, of_all: 1 << 40, honours_ranges: true };
-        let readers: Vec<_> = (0..16).map(|i| i * 10 * MIB..i * 10 * MIB + 128 * 1024).collect();
+        let origin = FakeOrigin {
+            of_one: 10 * MIB,
+            of_all: 1 << 40,
+            honours_ranges: true,
+        };
+        let readers: Vec<_> = (0..16)
+            .map(|i| i * 10 * MIB..i * 10 * MIB + 128 * 1024)
+            .collect();
         let read = read(200 * MIB, &origin, &readers, 0..0, 16);
-        assert_eq!((read.sent_bytes, read.connections), (16 * 128 * 1024, 16), "all at once");
+        assert_eq!(
+            (read.sent_bytes, read.connections),
+            (16 * 128 * 1024, 16),
+            "all at once"
+        );
         assert!(read.took_ms <= 100, "{} ms", read.took_ms);
         assert!(readers.iter().all(|range| read.present.contains(range)));
     }
@@ -633,8 +808,15 @@ mod tests {
         let present = ByteSet::default();
         let reader = 50 * MIB..51 * MIB;
         let demand = wanted(&present, std::slice::from_ref(&reader));
-        assert_eq!(reads.next(at_ms(0), &demand).map(|span| span.bytes), Some(50 * MIB..58 * MIB));
-        assert_eq!(reads.next(at_ms(0), &demand), None, "one connection until more are known to pay");
+        assert_eq!(
+            reads.next(at_ms(0), &demand).map(|span| span.bytes),
+            Some(50 * MIB..58 * MIB)
+        );
+        assert_eq!(
+            reads.next(at_ms(0), &demand),
+            None,
+            "one connection until more are known to pay"
+        );
     }
 
     #[test]
@@ -656,7 +838,9 @@ mod tests {
         let demand = wanted(&present, &[]);
         for second in 0..TRIES {
             assert!(!reads.is_failed());
-            let span = reads.next(at_ms(u64::from(second) * 5000), &demand).expect("a span");
+            let span = reads
+                .next(at_ms(u64::from(second) * 5000), &demand)
+                .expect("a span");
             reads.ended(at_ms(u64::from(second) * 5000), span.id, SpanEnd::Broken);
         }
         assert!(reads.is_failed() && reads.next(at_ms(60_000), &demand).is_none());

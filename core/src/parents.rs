@@ -107,8 +107,8 @@ impl Parents {
             self.banned_until = now + BAN;
         }
         let record = self.record(peer);
-        let same_cause =
-            matches!(fault, Fault::Stalled | Fault::Failed) && now.since(record.faults_at) < AT_ONCE;
+        let same_cause = matches!(fault, Fault::Stalled | Fault::Failed)
+            && now.since(record.faults_at) < AT_ONCE;
         let counted = if same_cause { record.last } else { 0.0 };
         if fault.weight() <= counted {
             return;
@@ -123,12 +123,20 @@ impl Parents {
     /// Whether nothing may be asked of it.
     pub fn banned(&self, now: Time, peer: PeerId) -> bool {
         now < self.banned_until
-            && self.records.get(&peer).and_then(|r| r.banned_until).is_some_and(|until| now < until)
+            && self
+                .records
+                .get(&peer)
+                .and_then(|r| r.banned_until)
+                .is_some_and(|until| now < until)
     }
 
     /// Whether it is asked only when nobody else will do.
     pub fn shunned(&self, now: Time, peer: PeerId) -> bool {
-        self.faulty && self.records.get(&peer).is_some_and(|r| r.faults(now) >= SHUNNED)
+        self.faulty
+            && self
+                .records
+                .get(&peer)
+                .is_some_and(|r| r.faults(now) >= SHUNNED)
     }
 
     /// Whether it may be counted on: what is asked of it most likely comes.
@@ -138,13 +146,19 @@ impl Parents {
 
     /// Measured bytes a second; `None` before the first piece.
     pub fn rate_bytes(&self, peer: PeerId) -> Option<f64> {
-        self.records.get(&peer).filter(|r| r.seconds > 0.0).map(|r| r.bytes / r.seconds)
+        self.records
+            .get(&peer)
+            .filter(|r| r.seconds > 0.0)
+            .map(|r| r.bytes / r.seconds)
     }
 
     fn record(&mut self, peer: PeerId) -> &mut Record {
         if self.records.len() >= REMEMBERED && !self.records.contains_key(&peer) {
-            let mildest =
-                self.records.iter().min_by(|a, b| a.1.faults.total_cmp(&b.1.faults)).map(|(peer, _)| *peer);
+            let mildest = self
+                .records
+                .iter()
+                .min_by(|a, b| a.1.faults.total_cmp(&b.1.faults))
+                .map(|(peer, _)| *peer);
             if let Some(mildest) = mildest {
                 self.records.remove(&mildest);
             }
@@ -191,11 +205,17 @@ mod tests {
         }
         assert!(parents.trusted(at(0), PEER));
         (0..2).for_each(|_| parents.punish(at(0), PEER, Fault::Stalled));
-        assert!(parents.trusted(at(0), PEER), "what breaks off and what stalls");
+        assert!(
+            parents.trusted(at(0), PEER),
+            "what breaks off and what stalls"
+        );
         for _ in 0..16 {
             parents.punish(at(1), PEER, Fault::NotHeld);
         }
-        assert!(parents.shunned(at(1), PEER), "each refusal of what was offered is one of its own");
+        assert!(
+            parents.shunned(at(1), PEER),
+            "each refusal of what was offered is one of its own"
+        );
     }
 
     #[test]
@@ -217,7 +237,11 @@ mod tests {
         let rate = parents.rate_bytes(PEER).unwrap();
         assert!(rate > 0.9 * (100 << 20) as f64, "{rate}");
         parents.did_not_serve(PEER, 10 << 20, Duration::from_millis(900));
-        assert_eq!(parents.rate_bytes(PEER), Some(rate), "it was not waited for long");
+        assert_eq!(
+            parents.rate_bytes(PEER),
+            Some(rate),
+            "it was not waited for long"
+        );
         parents.did_not_serve(PEER, 10 << 20, Duration::from_secs(4));
         assert!(parents.rate_bytes(PEER).unwrap() < rate / 10.0);
     }

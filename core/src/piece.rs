@@ -49,14 +49,24 @@ impl PieceLayout {
         } else {
             16 * MIB
         };
-        Self { size_bytes, piece_bytes }
+        Self {
+            size_bytes,
+            piece_bytes,
+        }
     }
 
     /// The same in pieces of at least 4 MiB: for simulations of so many nodes that all of a blob's real pieces take too long to work
     /// out.
     pub const fn long(size_bytes: u64) -> Self {
         let Self { piece_bytes, .. } = Self::new(size_bytes);
-        Self { size_bytes, piece_bytes: if piece_bytes < 4 * MIB { 4 * MIB } else { piece_bytes } }
+        Self {
+            size_bytes,
+            piece_bytes: if piece_bytes < 4 * MIB {
+                4 * MIB
+            } else {
+                piece_bytes
+            },
+        }
     }
 
     /// The blob's size.
@@ -83,7 +93,8 @@ impl PieceLayout {
     /// Where piece `index` starts; the blob's size for an index past the last.
     pub fn start(&self, index: PieceIndex) -> u64 {
         let small = u64::from(index.min(SMALL_PIECES)) * SMALL_BYTES;
-        let large = u64::from(index.saturating_sub(SMALL_PIECES)).saturating_mul(self.piece_bytes());
+        let large =
+            u64::from(index.saturating_sub(SMALL_PIECES)).saturating_mul(self.piece_bytes());
         small.saturating_add(large).min(self.size_bytes)
     }
 
@@ -137,7 +148,8 @@ pub struct PieceSet {
 
 impl PartialEq for PieceSet {
     fn eq(&self, other: &Self) -> bool {
-        (self.count, self.held) == (other.count, other.held) && (self.held == 0 || self.words == other.words)
+        (self.count, self.held) == (other.count, other.held)
+            && (self.held == 0 || self.words == other.words)
     }
 }
 
@@ -146,7 +158,11 @@ impl Eq for PieceSet {}
 impl PieceSet {
     /// No pieces out of `count`.
     pub fn empty(count: u32) -> Self {
-        Self { words: Vec::new(), count, held: 0 }
+        Self {
+            words: Vec::new(),
+            count,
+            held: 0,
+        }
     }
 
     /// The bits, to be written.
@@ -207,7 +223,9 @@ impl PieceSet {
     /// Whether piece `index` is in the set; `false` past the count.
     #[inline]
     pub fn contains(&self, index: PieceIndex) -> bool {
-        self.words.get(index as usize / 64).is_some_and(|w| w >> (index % 64) & 1 == 1)
+        self.words
+            .get(index as usize / 64)
+            .is_some_and(|w| w >> (index % 64) & 1 == 1)
     }
 
     /// Puts piece `index` in; `true` when it was not there. Past the count nothing happens.
@@ -266,7 +284,10 @@ impl PieceSet {
     /// Whether there is a piece that both have.
     #[inline]
     pub fn meets(&self, other: &PieceSet) -> bool {
-        self.words.iter().zip(&other.words).any(|(own, other)| own & other != 0)
+        self.words
+            .iter()
+            .zip(&other.words)
+            .any(|(own, other)| own & other != 0)
     }
 
     /// What `other` has past this set's count does not count.
@@ -301,7 +322,11 @@ impl PieceSet {
         let first = (from / 64) as usize;
         (0..=words).flat_map(move |step| {
             // The first word is visited twice: its upper part first, its lower part last.
-            let at = if words == 0 { 0 } else { (first + step) % words };
+            let at = if words == 0 {
+                0
+            } else {
+                (first + step) % words
+            };
             let below = (1u64 << (from % 64)) - 1;
             let mask = if step == 0 {
                 !below
@@ -482,7 +507,10 @@ pub struct PieceCounts {
 impl PieceCounts {
     /// Zero for each of `count` pieces.
     pub fn new(count: u32) -> Self {
-        Self { counts: Vec::new(), of: count }
+        Self {
+            counts: Vec::new(),
+            of: count,
+        }
     }
 
     /// The number of a piece; zero past the count.
@@ -505,7 +533,9 @@ impl PieceCounts {
     }
 
     fn change(&mut self, piece: PieceIndex, change: impl FnOnce(u16) -> u16) -> u16 {
-        let Some(number) = self.counts.get_mut(piece as usize) else { return 0 };
+        let Some(number) = self.counts.get_mut(piece as usize) else {
+            return 0;
+        };
         *number = change(*number);
         *number
     }
@@ -519,7 +549,12 @@ pub struct Contradiction(pub PieceIndex);
 impl PieceTable {
     /// A table that knows nothing yet.
     pub const fn new(task: Digest, layout: PieceLayout) -> Self {
-        Self { task, layout, values: Vec::new(), signed: None }
+        Self {
+            task,
+            layout,
+            values: Vec::new(),
+            signed: None,
+        }
     }
 
     /// The task.
@@ -555,7 +590,11 @@ impl PieceTable {
     /// How many pieces can be verified: those whose value before and after is known.
     pub fn verifiable(&self) -> u32 {
         let known = self.values.len() as u32;
-        if known == self.full_count() { self.layout.count() } else { known }
+        if known == self.full_count() {
+            self.layout.count()
+        } else {
+            known
+        }
     }
 
     /// A hash that starts where piece `index` starts; `None` when the value there is not known.
@@ -571,10 +610,13 @@ impl PieceTable {
     pub fn verify(&self, index: PieceIndex, chain: &Chain) -> Option<bool> {
         if Some(index) == self.layout.last() {
             return Some(
-                chain.total_bytes() == self.layout.size_bytes() && chain.clone().finish() == self.task,
+                chain.total_bytes() == self.layout.size_bytes()
+                    && chain.clone().finish() == self.task,
             );
         }
-        self.values.get(index as usize).map(|value| chain.value() == Some(*value))
+        self.values
+            .get(index as usize)
+            .map(|value| chain.value() == Some(*value))
     }
 
     /// Notes the value after piece `values().len()`, which this node computed from the origin's bytes.
@@ -598,15 +640,21 @@ impl PieceTable {
             return Ok(false);
         }
         for (at, value) in values.iter().enumerate() {
-            if self.values.get(first + at).is_some_and(|ours| ours != value) {
+            if self
+                .values
+                .get(first + at)
+                .is_some_and(|ours| ours != value)
+            {
                 return Err(Contradiction((first + at) as u32));
             }
         }
         self.values.extend(values.iter().skip(known - first));
         let mut grew = self.values.len() > known;
         if let Some(new) = signed {
-            let better =
-                self.signed.as_ref().is_none_or(|old| (new.sealed, new.count) > (old.sealed, old.count));
+            let better = self
+                .signed
+                .as_ref()
+                .is_none_or(|old| (new.sealed, new.count) > (old.sealed, old.count));
             if better && new.count as usize <= self.values.len() {
                 self.signed = Some(new);
                 grew = true;
@@ -618,7 +666,14 @@ impl PieceTable {
     /// The statement an issuer would sign now over all values known.
     pub fn statement(&self, sealed: bool, signed_at_s: u64, registries: &[String]) -> Vec<u8> {
         let size_bytes = self.layout.size_bytes();
-        SignedPrefix::statement(&self.task, size_bytes, &self.values, sealed, signed_at_s, registries)
+        SignedPrefix::statement(
+            &self.task,
+            size_bytes,
+            &self.values,
+            sealed,
+            signed_at_s,
+            registries,
+        )
     }
 
     /// The statement that `signed`, which came with this table, must have been made over.
@@ -670,7 +725,11 @@ mod tests {
             (16 * GIB, 4 * MIB),
             (u64::MAX, 16 * MIB),
         ];
-        let large = sizes.into_iter().find(|(at_most, _)| size <= *at_most).unwrap().1;
+        let large = sizes
+            .into_iter()
+            .find(|(at_most, _)| size <= *at_most)
+            .unwrap()
+            .1;
         let mut pieces = Vec::new();
         let mut at = 0;
         while at < size {
@@ -684,8 +743,18 @@ mod tests {
 
     /// Sizes of all kinds, many of them near where the rule changes.
     fn size() -> impl Strategy<Value = u64> {
-        let edge =
-            prop::sample::select(&[0, 256 * KIB, MIB, 2 * MIB, 128 * MIB, 256 * MIB, 2 * GIB, 16 * GIB][..]);
+        let edge = prop::sample::select(
+            &[
+                0,
+                256 * KIB,
+                MIB,
+                2 * MIB,
+                128 * MIB,
+                256 * MIB,
+                2 * GIB,
+                16 * GIB,
+            ][..],
+        );
         prop_oneof![
             0..8 * MIB,
             0..3 * GIB,
@@ -718,7 +787,11 @@ mod tests {
         for (size, count, last) in table {
             let layout = PieceLayout::new(size);
             assert_eq!(layout.count(), count, "{size}");
-            assert_eq!(layout.last().map_or(0, |piece| layout.len_bytes(piece)), last, "{size}");
+            assert_eq!(
+                layout.last().map_or(0, |piece| layout.len_bytes(piece)),
+                last,
+                "{size}"
+            );
         }
     }
 
@@ -735,16 +808,34 @@ mod tests {
     fn a_statement_covers_every_word_in_it() {
         let task = Digest::of(Algorithm::Sha256, b"a");
         let value = |n: u8| ChainValue::from_bytes(Algorithm::Sha256, &[n; 32]).unwrap();
-        let names = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>();
+        let names = |names: &[&str]| {
+            names
+                .iter()
+                .map(|name| (*name).to_owned())
+                .collect::<Vec<_>>()
+        };
         let from = |registries: &[&str]| {
-            SignedPrefix::statement(&task, 9, &[value(1), value(2)], false, 5, &names(registries))
+            SignedPrefix::statement(
+                &task,
+                9,
+                &[value(1), value(2)],
+                false,
+                5,
+                &names(registries),
+            )
         };
         let statement = |task, size, values: &[ChainValue], sealed, at| {
             SignedPrefix::statement(task, size, values, sealed, at, &[])
         };
         let all = [
             statement(&task, 9, &[value(1), value(2)], false, 5),
-            statement(&Digest::of(Algorithm::Sha256, b"b"), 9, &[value(1), value(2)], false, 5),
+            statement(
+                &Digest::of(Algorithm::Sha256, b"b"),
+                9,
+                &[value(1), value(2)],
+                false,
+                5,
+            ),
             statement(&task, 8, &[value(1), value(2)], false, 5),
             statement(&task, 9, &[value(2), value(1)], false, 5),
             statement(&task, 9, &[value(1)], false, 5),
@@ -763,8 +854,9 @@ mod tests {
         let table = |task: &[u8], size, n: u8, sealed, issuer: u8| {
             let layout = PieceLayout::new(size);
             let mut table = PieceTable::new(Digest::of(Algorithm::Sha256, task), layout);
-            (1..layout.count())
-                .for_each(|_| table.push(ChainValue::from_bytes(Algorithm::Sha256, &[n; 32]).unwrap()));
+            (1..layout.count()).for_each(|_| {
+                table.push(ChainValue::from_bytes(Algorithm::Sha256, &[n; 32]).unwrap())
+            });
             table.sign(SignedPrefix {
                 count: table.full_count(),
                 sealed,
@@ -799,9 +891,15 @@ mod tests {
     fn a_peer_id_survives_text() {
         let id = PeerId([0xab; 16]);
         assert_eq!(id.to_string().parse(), Ok(id));
-        for text in
-            ["", "ab", &"AB".repeat(16), &"ab".repeat(17), &"ab".repeat(32), "sha256:", &"é".repeat(16)]
-        {
+        for text in [
+            "",
+            "ab",
+            &"AB".repeat(16),
+            &"ab".repeat(17),
+            &"ab".repeat(32),
+            "sha256:",
+            &"é".repeat(16),
+        ] {
             assert!(text.parse::<PeerId>().is_err(), "{text}");
         }
     }
@@ -825,12 +923,20 @@ mod tests {
     fn check(set: &PieceSet, model: &BTreeSet<u32>, count: u32) -> Result<(), TestCaseError> {
         prop_assert_eq!(set.count(), count);
         prop_assert_eq!(set.len() as usize, model.len());
-        prop_assert_eq!((set.is_empty(), set.is_full()), (model.is_empty(), model.len() == count as usize));
+        prop_assert_eq!(
+            (set.is_empty(), set.is_full()),
+            (model.is_empty(), model.len() == count as usize)
+        );
         prop_assert!(set.iter().eq(model.iter().copied()));
-        prop_assert!(set.missing().eq((0..count).filter(|index| !model.contains(index))));
+        prop_assert!(
+            set.missing()
+                .eq((0..count).filter(|index| !model.contains(index)))
+        );
         for index in 0..count + 70 {
             prop_assert_eq!(set.contains(index), model.contains(&index));
-            let missing = (index..count).find(|index| !model.contains(index)).unwrap_or(count);
+            let missing = (index..count)
+                .find(|index| !model.contains(index))
+                .unwrap_or(count);
             prop_assert_eq!(set.first_missing(index), missing);
         }
         Ok(())
@@ -934,7 +1040,15 @@ mod tests {
     fn signed(count: u32, sealed: bool) -> Option<SignedPrefix> {
         let (certificate, signature) = (Vec::new().into(), Vec::new());
         let (issuer, registries) = (PeerId([0; 16]), Vec::new());
-        Some(SignedPrefix { count, sealed, signed_at_s: 0, issuer, registries, certificate, signature })
+        Some(SignedPrefix {
+            count,
+            sealed,
+            signed_at_s: 0,
+            issuer,
+            registries,
+            certificate,
+            signature,
+        })
     }
 
     #[test]
@@ -947,12 +1061,20 @@ mod tests {
                 assert_eq!(table.verifiable(), layout.count());
                 for index in (0..layout.count()).rev() {
                     let piece = slice(&blob, layout.range(index));
-                    assert_eq!(verify(&table, index, piece), Some(true), "{algorithm:?} {size} {index}");
+                    assert_eq!(
+                        verify(&table, index, piece),
+                        Some(true),
+                        "{algorithm:?} {size} {index}"
+                    );
                     let mut wrong = piece.to_vec();
                     *wrong.last_mut().unwrap() ^= 1;
                     assert_eq!(verify(&table, index, &wrong), Some(false));
                     assert_eq!(verify(&table, index, &piece[1..]), Some(false), "short");
-                    assert_eq!(verify(&table, index, &[piece, &[0]].concat()), Some(false), "long");
+                    assert_eq!(
+                        verify(&table, index, &[piece, &[0]].concat()),
+                        Some(false),
+                        "long"
+                    );
                     assert_eq!(verify(&table, index, &[]), Some(false));
                 }
             }
@@ -962,7 +1084,10 @@ mod tests {
     #[test]
     fn a_blob_of_no_bytes_has_nothing_to_verify() {
         let (_, table) = issued(Algorithm::Sha256, 0);
-        assert_eq!((table.verifiable(), table.full_count(), table.values().len()), (0, 0, 0));
+        assert_eq!(
+            (table.verifiable(), table.full_count(), table.values().len()),
+            (0, 0, 0)
+        );
         assert_eq!(verify(&table, 0, b""), None);
     }
 
@@ -971,11 +1096,18 @@ mod tests {
         let (blob, full) = issued(Algorithm::Sha256, 3 * MIB);
         for known in 0..full.values().len() {
             let mut table = PieceTable::new(*full.task(), full.layout());
-            assert_eq!(table.extend(0, &full.values()[..known], None), Ok(known > 0));
+            assert_eq!(
+                table.extend(0, &full.values()[..known], None),
+                Ok(known > 0)
+            );
             assert_eq!(table.verifiable() as usize, known);
             for index in 0..full.layout().count() {
                 let verdict = verify(&table, index, slice(&blob, full.layout().range(index)));
-                assert_eq!(verdict, ((index as usize) < known).then_some(true), "{known} {index}");
+                assert_eq!(
+                    verdict,
+                    ((index as usize) < known).then_some(true),
+                    "{known} {index}"
+                );
             }
         }
     }
@@ -994,10 +1126,16 @@ mod tests {
             poisoned.push(chain.value().unwrap());
         }
         for index in 0..layout.count() - 1 {
-            assert_eq!(verify(&poisoned, index, slice(&lie, layout.range(index))), Some(true));
+            assert_eq!(
+                verify(&poisoned, index, slice(&lie, layout.range(index))),
+                Some(true)
+            );
         }
         let last = layout.last().unwrap();
-        assert_eq!(verify(&poisoned, last, slice(&lie, layout.range(last))), Some(false));
+        assert_eq!(
+            verify(&poisoned, last, slice(&lie, layout.range(last))),
+            Some(false)
+        );
     }
 
     #[test]
@@ -1005,16 +1143,34 @@ mod tests {
         let (_, full) = issued(Algorithm::Sha256, 3 * MIB);
         let mut table = PieceTable::new(*full.task(), full.layout());
         let values = full.values();
-        assert_eq!(table.extend(0, &[], signed(1, false)), Ok(false), "covers what is not known");
+        assert_eq!(
+            table.extend(0, &[], signed(1, false)),
+            Ok(false),
+            "covers what is not known"
+        );
         assert_eq!(table.extend(0, &values[..2], signed(2, false)), Ok(true));
-        assert_eq!(table.extend(0, &values[..2], signed(2, false)), Ok(false), "nothing new");
-        assert_eq!(table.extend(0, &values[..1], signed(1, false)), Ok(false), "an older one");
+        assert_eq!(
+            table.extend(0, &values[..2], signed(2, false)),
+            Ok(false),
+            "nothing new"
+        );
+        assert_eq!(
+            table.extend(0, &values[..1], signed(1, false)),
+            Ok(false),
+            "an older one"
+        );
         assert_eq!(table.signed().map(|signed| signed.count), Some(2));
         assert_eq!(table.extend(2, &values[2..], None), Ok(true));
         assert!(!table.is_sealed());
-        assert_eq!(table.extend(table.full_count(), &[], signed(table.full_count(), true)), Ok(true));
+        assert_eq!(
+            table.extend(table.full_count(), &[], signed(table.full_count(), true)),
+            Ok(true)
+        );
         assert!(table.is_sealed());
-        assert_eq!(table.extend(0, &[], signed(table.full_count(), false)), Ok(false));
+        assert_eq!(
+            table.extend(0, &[], signed(table.full_count(), false)),
+            Ok(false)
+        );
         assert!(table.is_sealed());
         assert_eq!(table.statement(true, 3, &[]), full.statement(true, 3, &[]));
     }

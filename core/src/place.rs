@@ -31,7 +31,10 @@ impl Place {
 
     /// How near it is to another. Who tells no zone stands with all others who don't; who tells no rack stands in none.
     pub fn nearness(&self, other: &Self) -> Nearness {
-        match (self.zone == other.zone, !self.rack.is_empty() && self.rack == other.rack) {
+        match (
+            self.zone == other.zone,
+            !self.rack.is_empty() && self.rack == other.rack,
+        ) {
             (false, _) => Nearness::Elsewhere,
             (true, false) => Nearness::Zone,
             (true, true) => Nearness::Rack,
@@ -54,9 +57,10 @@ impl Network {
         let length = Some(length).filter(|length| *length <= bits)?;
         match address.to_canonical() {
             // Written as IPv6, an IPv4 network is 96 bits longer.
-            v4 @ IpAddr::V4(_) if address.is_ipv6() => {
-                Some(Self { address: v4, length: length.checked_sub(96)? })
-            }
+            v4 @ IpAddr::V4(_) if address.is_ipv6() => Some(Self {
+                address: v4,
+                length: length.checked_sub(96)?,
+            }),
             _ => Some(Self { address, length }),
         }
     }
@@ -76,7 +80,9 @@ impl Network {
             (IpAddr::V4(n), IpAddr::V4(i)) => {
                 same_prefix(n.to_bits().into(), i.to_bits().into(), 32, self.length)
             }
-            (IpAddr::V6(n), IpAddr::V6(i)) => same_prefix(n.to_bits(), i.to_bits(), 128, self.length),
+            (IpAddr::V6(n), IpAddr::V6(i)) => {
+                same_prefix(n.to_bits(), i.to_bits(), 128, self.length)
+            }
             _ => false,
         }
     }
@@ -95,7 +101,10 @@ impl Networks {
 
     /// Where a member with this address stands.
     pub fn of(&self, ip: IpAddr) -> Option<&Place> {
-        self.0.iter().find(|(network, _)| network.contains(ip)).map(|(_, place)| place)
+        self.0
+            .iter()
+            .find(|(network, _)| network.contains(ip))
+            .map(|(_, place)| place)
     }
 }
 
@@ -104,7 +113,10 @@ mod tests {
     use super::*;
 
     fn place(zone: &str, rack: &str) -> Place {
-        Place { zone: zone.into(), rack: rack.into() }
+        Place {
+            zone: zone.into(),
+            rack: rack.into(),
+        }
     }
 
     fn network(text: &str) -> Network {
@@ -130,9 +142,17 @@ mod tests {
 
     #[test]
     fn the_smallest_network_says_where_an_address_is() {
-        let places =
-            [("10.0.0.0/8", "all"), ("10.1.2.0/24", "small"), ("10.1.0.0/16", "big"), ("fd00::/8", "six")];
-        let places = Networks::new(places.map(|(text, zone)| (network(text), place(zone, ""))).into());
+        let places = [
+            ("10.0.0.0/8", "all"),
+            ("10.1.2.0/24", "small"),
+            ("10.1.0.0/16", "big"),
+            ("fd00::/8", "six"),
+        ];
+        let places = Networks::new(
+            places
+                .map(|(text, zone)| (network(text), place(zone, "")))
+                .into(),
+        );
         for (ip, zone) in [
             ("10.1.2.3", Some("small")),
             ("::ffff:10.1.2.3", Some("small")),
@@ -142,7 +162,11 @@ mod tests {
             ("192.168.0.1", None),
             ("2001:db8::1", None),
         ] {
-            assert_eq!(places.of(ip.parse().unwrap()).map(|place| &*place.zone), zone, "{ip}");
+            assert_eq!(
+                places.of(ip.parse().unwrap()).map(|place| &*place.zone),
+                zone,
+                "{ip}"
+            );
         }
         assert!(network("0.0.0.0/0").contains("8.8.8.8".parse().unwrap()));
         assert_eq!(Network::new("10.0.0.0".parse().unwrap(), 33), None);

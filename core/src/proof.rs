@@ -17,7 +17,10 @@ const BLOCKS_PER_DISTINCT: usize = 8;
 /// Each byte that is held is equally likely to be where the part begins, and the part stays within one of the ranges.
 /// `random` must come from the operating system: a registry that can predict the part needs to have no more than that.
 pub fn window(held: &[Range<u64>], random: u64) -> Option<Range<u64>> {
-    let total: u64 = held.iter().map(|range| range.end.saturating_sub(range.start)).sum();
+    let total: u64 = held
+        .iter()
+        .map(|range| range.end.saturating_sub(range.start))
+        .sum();
     let mut offset = random.checked_rem(total)?;
     for range in held {
         let len = range.end.saturating_sub(range.start);
@@ -49,17 +52,23 @@ mod tests {
         for random in (0..100_000).chain([u64::MAX, u64::MAX - 1]) {
             let window = window(&held, random).unwrap();
             assert!(
-                held.iter().any(|range| range.start <= window.start && window.end <= range.end),
+                held.iter()
+                    .any(|range| range.start <= window.start && window.end <= range.end),
                 "{window:?}"
             );
-            assert!(!window.is_empty() && window.end - window.start <= WINDOW_BYTES, "{window:?}");
+            assert!(
+                !window.is_empty() && window.end - window.start <= WINDOW_BYTES,
+                "{window:?}"
+            );
         }
     }
 
     #[test]
     fn every_byte_can_be_compared() {
         let held = [5..9, 20_000..30_000];
-        let all: HashSet<u64> = (0..10_004).flat_map(|random| window(&held, random).unwrap()).collect();
+        let all: HashSet<u64> = (0..10_004)
+            .flat_map(|random| window(&held, random).unwrap())
+            .collect();
         assert_eq!(all.len(), 10_004);
     }
 
@@ -79,7 +88,9 @@ mod tests {
         let mut noise = Vec::new();
         let mut x = 1_u64;
         while noise.len() < WINDOW_BYTES as usize {
-            x = x.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            x = x
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
             noise.extend_from_slice(&x.to_be_bytes());
         }
         assert!(is_hard_to_guess(&noise));
@@ -88,6 +99,9 @@ mod tests {
         assert!(!is_hard_to_guess(&b"abcdefgh".repeat(512)));
         assert!(!is_hard_to_guess(&[]));
         noise[..3900].fill(0);
-        assert!(!is_hard_to_guess(&noise), "a header of a tar member and its padding");
+        assert!(
+            !is_hard_to_guess(&noise),
+            "a header of a tar member and its padding"
+        );
     }
 }

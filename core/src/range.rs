@@ -75,9 +75,14 @@ impl Ranges {
             return Err(RangeError::Malformed);
         }
         // A list may have empty elements and blanks around the commas (RFC 9110, 5.6.1).
-        let elements =
-            set.split(',').map(|element| element.trim_matches([' ', '\t'])).filter(|e| !e.is_empty());
-        let specs = elements.map(Spec::parse).take(MAX_RANGES + 1).collect::<Result<Vec<_>, _>>()?;
+        let elements = set
+            .split(',')
+            .map(|element| element.trim_matches([' ', '\t']))
+            .filter(|e| !e.is_empty());
+        let specs = elements
+            .map(Spec::parse)
+            .take(MAX_RANGES + 1)
+            .collect::<Result<Vec<_>, _>>()?;
         match specs.len() {
             0 => Err(RangeError::Malformed),
             1..=MAX_RANGES => Ok(Self(specs)),
@@ -108,7 +113,8 @@ impl Ranges {
             Spec::Between(_, last) => last.saturating_add(1),
             Spec::From(_) | Spec::Suffix(_) => u64::MAX,
         };
-        self.0.iter().map(first).min().unwrap_or(0)..self.0.iter().map(end).max().unwrap_or(u64::MAX)
+        self.0.iter().map(first).min().unwrap_or(0)
+            ..self.0.iter().map(end).max().unwrap_or(u64::MAX)
     }
 
     /// The one range `FIRST-` that a resuming client asks for; such a client may stop reading anywhere.
@@ -126,8 +132,15 @@ impl Ranges {
         if size_bytes == 0 && self.0.iter().any(|spec| spec.includes_start()) {
             return Resolved::Whole;
         }
-        let mut ranges: Vec<_> = self.0.iter().filter_map(|spec| spec.resolve(size_bytes)).collect();
-        let total: u128 = ranges.iter().map(|range| u128::from(range.end - range.start)).sum();
+        let mut ranges: Vec<_> = self
+            .0
+            .iter()
+            .filter_map(|spec| spec.resolve(size_bytes))
+            .collect();
+        let total: u128 = ranges
+            .iter()
+            .map(|range| u128::from(range.end - range.start))
+            .sum();
         match ranges.len() {
             0 => Resolved::Unsatisfiable,
             1 => ranges.pop().map_or(Resolved::Unsatisfiable, Resolved::One),
@@ -172,14 +185,20 @@ impl Spec {
 fn position(digits: &str) -> Result<Option<u64>, RangeError> {
     match digits {
         "" => Ok(None),
-        _ if digits.bytes().all(|b| b.is_ascii_digit()) => Ok(Some(digits.parse().unwrap_or(u64::MAX))),
+        _ if digits.bytes().all(|b| b.is_ascii_digit()) => {
+            Ok(Some(digits.parse().unwrap_or(u64::MAX)))
+        }
         _ => Err(RangeError::Malformed),
     }
 }
 
 /// The Content-Range of a part (RFC 9110, 14.4). `range` is not empty.
 pub fn content_range(range: &Range<u64>, size_bytes: u64) -> String {
-    format!("bytes {}-{}/{size_bytes}", range.start, range.end.saturating_sub(1))
+    format!(
+        "bytes {}-{}/{size_bytes}",
+        range.start,
+        range.end.saturating_sub(1)
+    )
 }
 
 /// The Content-Range of a 416 (RFC 9110, 15.5.17).
@@ -194,10 +213,18 @@ pub fn parse_content_range(header: &str) -> Option<(Range<u64>, Option<u64>)> {
     let (unit, rest) = header.trim().split_once([' ', '='])?;
     let (range, size) = rest.trim_start().split_once('/')?;
     let (first, last) = range.split_once('-')?;
-    let strict =
-        |digits: &str| digits.bytes().all(|b| b.is_ascii_digit()).then(|| digits.parse::<u64>().ok())?;
+    let strict = |digits: &str| {
+        digits
+            .bytes()
+            .all(|b| b.is_ascii_digit())
+            .then(|| digits.parse::<u64>().ok())?
+    };
     let range = strict(first)?..strict(last)?.checked_add(1)?;
-    let size = if size == "*" { None } else { Some(strict(size)?) };
+    let size = if size == "*" {
+        None
+    } else {
+        Some(strict(size)?)
+    };
     let inside = !range.is_empty() && size.is_none_or(|size| range.end <= size);
     (unit.eq_ignore_ascii_case("bytes") && inside).then_some((range, size))
 }
@@ -255,7 +282,11 @@ mod tests {
             ("bytes=,0-1", One(0..2)),
         ];
         for (header, expected) in table {
-            assert_eq!(Ranges::parse(header).unwrap().resolve(100), expected, "{header}");
+            assert_eq!(
+                Ranges::parse(header).unwrap().resolve(100),
+                expected,
+                "{header}"
+            );
         }
     }
 
@@ -285,7 +316,11 @@ mod tests {
             "bytes=１-２",
         ];
         for header in table {
-            assert_eq!(Ranges::parse(header), Err(RangeError::Malformed), "{header}");
+            assert_eq!(
+                Ranges::parse(header),
+                Err(RangeError::Malformed),
+                "{header}"
+            );
         }
         assert_eq!(RangeError::Malformed.status(), 416);
     }
@@ -293,8 +328,9 @@ mod tests {
     #[test]
     fn a_thousand_and_twenty_four_ranges_are_accepted_and_no_more() {
         let header = |n: u64| {
-            let specs: Vec<_> =
-                (0..n).map(|at| format!("{}-{}", at * 1_000_000_000, at * 1_000_000_000 + 9)).collect();
+            let specs: Vec<_> = (0..n)
+                .map(|at| format!("{}-{}", at * 1_000_000_000, at * 1_000_000_000 + 9))
+                .collect();
             format!("bytes={}", specs.join(","))
         };
         let ranges = Ranges::parse(&header(1024)).unwrap();
@@ -317,7 +353,11 @@ mod tests {
             ("bytes=-0", Resolved::Unsatisfiable),
         ];
         for (header, expected) in table {
-            assert_eq!(Ranges::parse(header).unwrap().resolve(0), expected, "{header}");
+            assert_eq!(
+                Ranges::parse(header).unwrap().resolve(0),
+                expected,
+                "{header}"
+            );
         }
     }
 
@@ -331,7 +371,11 @@ mod tests {
         ];
         for (header, start, open) in table {
             let ranges = Ranges::parse(header).unwrap();
-            assert_eq!((ranges.start_hint(), ranges.open_from()), (start, open), "{header}");
+            assert_eq!(
+                (ranges.start_hint(), ranges.open_from()),
+                (start, open),
+                "{header}"
+            );
         }
     }
 

@@ -171,7 +171,13 @@ pub struct Reader {
 
 impl Reader {
     /// A reader of these ranges, one after the other. `partial`: the client asked for ranges with an end of their own.
-    pub fn new(now: Time, ranges: Vec<Range<u64>>, layout: PieceLayout, partial: bool, epoch: u64) -> Self {
+    pub fn new(
+        now: Time,
+        ranges: Vec<Range<u64>>,
+        layout: PieceLayout,
+        partial: bool,
+        epoch: u64,
+    ) -> Self {
         let mut ahead = Ahead::new(ranges, layout);
         let first = ahead.next().unwrap_or(0..0);
         let shows_end = first.start > 0 && ahead.ranges().all(|range| range.start > 0);
@@ -180,7 +186,11 @@ impl Reader {
             at: first.start,
             end: first.end.min(layout.size_bytes()),
             ahead,
-            extent: if partial { Extent::Ranges { shows_end } } else { Extent::Whole },
+            extent: if partial {
+                Extent::Ranges { shows_end }
+            } else {
+                Extent::Whole
+            },
             way: Way::Download,
             has_begun: false,
             epoch,
@@ -271,7 +281,11 @@ impl Reader {
         if waited >= STALLED {
             return Step::GiveUp(Reason::Stalled);
         }
-        let until = if in_vain < patience { self.given + patience } else { self.moved + STALLED };
+        let until = if in_vain < patience {
+            self.given + patience
+        } else {
+            self.moved + STALLED
+        };
         Step::Wait(until.min(now + LOOK_EVERY))
     }
 
@@ -293,7 +307,11 @@ impl Reader {
         let is_left_to_download = facts.has_failed || self.way == Way::WholeOnly;
         // Bytes that another registry gave are not shown to this reader, and not read twice for the others.
         if has_disk && (facts.here != Here::HiddenLoose || is_left_to_download) {
-            return if is_left_to_download { None } else { self.ask_origin(facts.origin_failures) };
+            return if is_left_to_download {
+                None
+            } else {
+                self.ask_origin(facts.origin_failures)
+            };
         }
         if has_disk && !facts.is_direct && self.at >= self.last_start() {
             return Some(self.want_whole());
@@ -311,11 +329,20 @@ impl Reader {
         self.way = Way::Origin { failures };
         let readable = self.readable_end();
         let aligned = |range: Range<u64>| {
-            let end = range.end.checked_next_multiple_of(LOOSE_GRAIN_BYTES).unwrap_or(range.end);
+            let end = range
+                .end
+                .checked_next_multiple_of(LOOSE_GRAIN_BYTES)
+                .unwrap_or(range.end);
             range.start / LOOSE_GRAIN_BYTES * LOOSE_GRAIN_BYTES..end.min(readable)
         };
-        let ranges = self.ahead.to_read(self.at..self.end).into_iter().map(aligned);
-        Some(Step::AskOrigin(ranges.filter(|range| !range.is_empty()).collect()))
+        let ranges = self
+            .ahead
+            .to_read(self.at..self.end)
+            .into_iter()
+            .map(aligned);
+        Some(Step::AskOrigin(
+            ranges.filter(|range| !range.is_empty()).collect(),
+        ))
     }
 
     const fn want_whole(&mut self) -> Step {
@@ -326,9 +353,18 @@ impl Reader {
     fn stretch(&self, has_disk: bool) -> Stretch {
         let last_start = self.last_start();
         let is_proved = !has_disk && self.end > last_start;
-        let range = if is_proved { self.at..self.end } else { self.at..self.end.min(last_start) };
+        let range = if is_proved {
+            self.at..self.end
+        } else {
+            self.at..self.end.min(last_start)
+        };
         let until = self.ahead.stretch(range.end).min(last_start).max(range.end);
-        Stretch { range, until, is_proved, may_skip: !has_disk }
+        Stretch {
+            range,
+            until,
+            is_proved,
+            may_skip: !has_disk,
+        }
     }
 
     /// The end of the bytes that can be shown without the whole digest.

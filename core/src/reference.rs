@@ -154,7 +154,11 @@ pub fn parse(method: &str, path: &str, query: Option<&str>) -> Result<Asked, Ref
         [name @ .., kind, what] => {
             let content = content(kind, what, query)?;
             let (registry, name) = split_host(registry, name)?;
-            Ok(Asked::Content(Request { registry, repository: repository(name)?, content }))
+            Ok(Asked::Content(Request {
+                registry,
+                repository: repository(name)?,
+                content,
+            }))
         }
         _ => Err(Refused::Endpoint),
     }
@@ -162,14 +166,23 @@ pub fn parse(method: &str, path: &str, query: Option<&str>) -> Result<Asked, Ref
 
 /// Understands a request as `registry` itself (given as [`canonical_host`] writes it) would take it: nothing in it names
 /// another one.
-pub fn parse_at(registry: &str, method: &str, path: &str, query: Option<&str>) -> Result<Asked, Refused> {
+pub fn parse_at(
+    registry: &str,
+    method: &str,
+    path: &str,
+    query: Option<&str>,
+) -> Result<Asked, Refused> {
     let (parts, query) = looked_at(method, path, query)?;
     let registry = Some(registry.to_owned());
     match parts.as_slice() {
         ["v2"] | ["v2", ""] => Ok(Asked::Ping { registry }),
         ["v2", name @ .., kind, what] => {
             let content = content(kind, what, query)?;
-            Ok(Asked::Content(Request { registry, repository: repository(name)?, content }))
+            Ok(Asked::Content(Request {
+                registry,
+                repository: repository(name)?,
+                content,
+            }))
         }
         _ => Err(Refused::Endpoint),
     }
@@ -188,19 +201,31 @@ fn looked_at<'a>(
     if path.len().max(query.len()) > MAX_TARGET_BYTES {
         return Err(Refused::TooLong);
     }
-    Ok((path.strip_prefix('/').ok_or(Refused::Endpoint)?.split('/').collect(), query))
+    Ok((
+        path.strip_prefix('/')
+            .ok_or(Refused::Endpoint)?
+            .split('/')
+            .collect(),
+        query,
+    ))
 }
 
 impl Request {
     /// Where this is to be had, `default_registry` being the upstream of requests that name none. A name of one part is Docker
     /// Hub's `library/` of that name: clients that put a mirror's host before `docker.io/nginx` leave `library/` out.
     pub fn source(&self, default_registry: &str) -> Source {
-        let registry = self.registry.clone().unwrap_or_else(|| default_registry.to_owned());
+        let registry = self
+            .registry
+            .clone()
+            .unwrap_or_else(|| default_registry.to_owned());
         let repository = match is_hub(&registry) && !self.repository.contains('/') {
             true => format!("library/{}", self.repository),
             false => self.repository.clone(),
         };
-        Source { registry, repository }
+        Source {
+            registry,
+            repository,
+        }
     }
 
     /// Path and query of the same request to the registry itself.
@@ -208,7 +233,9 @@ impl Request {
         let name = &self.repository;
         match &self.content {
             Content::Manifest(ManifestRef::Tag(tag)) => format!("/v2/{name}/manifests/{tag}"),
-            Content::Manifest(ManifestRef::Digest(digest)) => format!("/v2/{name}/manifests/{digest}"),
+            Content::Manifest(ManifestRef::Digest(digest)) => {
+                format!("/v2/{name}/manifests/{digest}")
+            }
             Content::Blob(digest) => format!("/v2/{name}/blobs/{digest}"),
             Content::Tags { query } => with_query(format!("/v2/{name}/tags/list"), query),
             Content::Referrers { digest, query } => {
@@ -223,7 +250,9 @@ fn namespace(query: &str) -> Result<Option<String>, Refused> {
     let mut values = query.split('&').filter_map(|pair| pair.strip_prefix("ns="));
     match (values.next(), values.next()) {
         (None, _) => Ok(None),
-        (Some(value), None) => Ok(Some(canonical_host(&decode(value).ok_or(HostError::Form)?)?)),
+        (Some(value), None) => Ok(Some(canonical_host(
+            &decode(value).ok_or(HostError::Form)?,
+        )?)),
         (Some(_), Some(_)) => Err(HostError::Form.into()),
     }
 }
@@ -233,8 +262,13 @@ fn content(kind: &str, what: &str, query: &str) -> Result<Content, Refused> {
     Ok(match (kind, what) {
         ("manifests", what) => Content::Manifest(manifest_ref(what)?),
         ("blobs", what) => Content::Blob(digest(what)?),
-        ("referrers", what) => Content::Referrers { digest: digest(what)?, query: for_registry(query) },
-        ("tags", "list") => Content::Tags { query: for_registry(query) },
+        ("referrers", what) => Content::Referrers {
+            digest: digest(what)?,
+            query: for_registry(query),
+        },
+        ("tags", "list") => Content::Tags {
+            query: for_registry(query),
+        },
         _ => return Err(Refused::Endpoint),
     })
 }
@@ -244,8 +278,12 @@ fn split_host<'a>(
     registry: Option<String>,
     name: &'a [&'a str],
 ) -> Result<(Option<String>, &'a [&'a str]), Refused> {
-    let [first, rest @ ..] = name else { return Ok((registry, name)) };
-    let Ok(first) = decode_host(first) else { return Ok((registry, name)) };
+    let [first, rest @ ..] = name else {
+        return Ok((registry, name));
+    };
+    let Ok(first) = decode_host(first) else {
+        return Ok((registry, name));
+    };
     if rest.is_empty() || !(first.contains(['.', ':']) || first == "localhost") {
         return Ok((registry, name));
     }
@@ -259,7 +297,11 @@ fn split_host<'a>(
 /// Joins and checks a repository's name: `[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*(\/[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*)*`.
 fn repository(parts: &[&str]) -> Result<String, Refused> {
     let name = parts.join("/");
-    if name.len() <= MAX_NAME_BYTES && is_repository(&name) { Ok(name) } else { Err(Refused::Name) }
+    if name.len() <= MAX_NAME_BYTES && is_repository(&name) {
+        Ok(name)
+    } else {
+        Err(Refused::Name)
+    }
 }
 
 /// Whether this is a repository's name of the distribution spec's grammar, of any length.
@@ -270,9 +312,15 @@ pub fn is_repository(name: &str) -> bool {
 fn is_name_component(component: &str) -> bool {
     let word = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit();
     // What stands between the words; before the first and after the last stands nothing.
-    let separators: Vec<&str> = component.split(word).filter(|separator| !separator.is_empty()).collect();
+    let separators: Vec<&str> = component
+        .split(word)
+        .filter(|separator| !separator.is_empty())
+        .collect();
     let ends_in_words = component.starts_with(word) && component.ends_with(word);
-    ends_in_words && separators.iter().all(|s| matches!(*s, "." | "_" | "__") || s.bytes().all(|b| b == b'-'))
+    ends_in_words
+        && separators
+            .iter()
+            .all(|s| matches!(*s, "." | "_" | "__") || s.bytes().all(|b| b == b'-'))
 }
 
 /// Whether this is a tag: `[a-zA-Z0-9_][a-zA-Z0-9._-]{0,127}`.
@@ -304,7 +352,9 @@ fn is_namespace(pair: &str) -> bool {
 
 /// What a registry gets of a query: every parameter as the client wrote it, except `ns`. The result is printable ASCII.
 fn for_registry(query: &str) -> String {
-    let pairs = query.split('&').filter(|pair| !pair.is_empty() && !is_namespace(pair));
+    let pairs = query
+        .split('&')
+        .filter(|pair| !pair.is_empty() && !is_namespace(pair));
     let mut kept = String::with_capacity(query.len());
     for pair in pairs {
         if !kept.is_empty() {
@@ -339,7 +389,11 @@ pub fn next_page(target_path: &str, target_query: Option<&str>, link: &str) -> O
     if next.is_empty() {
         return None;
     }
-    for namespace in target_query.unwrap_or_default().split('&').filter(|pair| is_namespace(pair)) {
+    for namespace in target_query
+        .unwrap_or_default()
+        .split('&')
+        .filter(|pair| is_namespace(pair))
+    {
         next.push('&');
         next.push_str(namespace);
     }
@@ -353,10 +407,16 @@ fn decode_host(text: &str) -> Result<String, Refused> {
 /// Decodes one part of a path. Only `:`, `[` and `]` may be escaped: whatever else a legal path contains needs no escape,
 /// so that an escaped dot or slash never means anything here.
 fn decode_path(part: &str) -> Option<String> {
-    let escapes = part.match_indices('%').map(|(at, _)| part.get(at + 1..at + 3));
-    let mut legal =
-        escapes.map(|hex| hex.is_some_and(|hex| matches!(&*hex.to_ascii_uppercase(), "3A" | "5B" | "5D")));
-    if legal.all(|legal| legal) { decode(part) } else { None }
+    let escapes = part
+        .match_indices('%')
+        .map(|(at, _)| part.get(at + 1..at + 3));
+    let mut legal = escapes
+        .map(|hex| hex.is_some_and(|hex| matches!(&*hex.to_ascii_uppercase(), "3A" | "5B" | "5D")));
+    if legal.all(|legal| legal) {
+        decode(part)
+    } else {
+        None
+    }
 }
 
 /// Percent-decoding (RFC 3986, 2.1); `None` for a bad escape, for control characters and for what is not UTF-8.
@@ -377,7 +437,9 @@ fn decode(text: &str) -> Option<String> {
 }
 
 fn hex_digit(c: u8) -> Option<u8> {
-    char::from(c).to_digit(16).and_then(|digit| u8::try_from(digit).ok())
+    char::from(c)
+        .to_digit(16)
+        .and_then(|digit| u8::try_from(digit).ok())
 }
 
 #[cfg(test)]
@@ -422,33 +484,96 @@ mod tests {
             ("/v2/?ns=quay.io", "quay.io ping"),
             ("/quay.io/v2/", "quay.io ping"),
             // containerd: ns
-            ("/v2/library/debian/manifests/12?ns=docker.io", "docker.io library/debian manifests/12"),
-            ("/v2/foo/manifests/v1?ns=reg%3A5000", "reg:5000 foo manifests/v1"),
-            ("/v2/foo/manifests/v1?ns=reg:5000", "reg:5000 foo manifests/v1"),
-            ("/v2/foo/manifests/v1?ns=%5B%3A%3A1%5D%3A5000", "[::1]:5000 foo manifests/v1"),
-            ("/v2/foo/manifests/v1?ns=[::1]:5000", "[::1]:5000 foo manifests/v1"),
-            ("/v2/foo/blobs/sha256:HEX?ns=quay.io", "quay.io foo blobs/sha256:HEX"),
-            ("/v2/foo/blobs/sha256%3aHEX?x=y&ns=quay.io", "quay.io foo blobs/sha256:HEX"),
-            ("/v2/foo/manifests/sha256:HEX?ns=quay.io", "quay.io foo manifests/sha256:HEX"),
+            (
+                "/v2/library/debian/manifests/12?ns=docker.io",
+                "docker.io library/debian manifests/12",
+            ),
+            (
+                "/v2/foo/manifests/v1?ns=reg%3A5000",
+                "reg:5000 foo manifests/v1",
+            ),
+            (
+                "/v2/foo/manifests/v1?ns=reg:5000",
+                "reg:5000 foo manifests/v1",
+            ),
+            (
+                "/v2/foo/manifests/v1?ns=%5B%3A%3A1%5D%3A5000",
+                "[::1]:5000 foo manifests/v1",
+            ),
+            (
+                "/v2/foo/manifests/v1?ns=[::1]:5000",
+                "[::1]:5000 foo manifests/v1",
+            ),
+            (
+                "/v2/foo/blobs/sha256:HEX?ns=quay.io",
+                "quay.io foo blobs/sha256:HEX",
+            ),
+            (
+                "/v2/foo/blobs/sha256%3aHEX?x=y&ns=quay.io",
+                "quay.io foo blobs/sha256:HEX",
+            ),
+            (
+                "/v2/foo/manifests/sha256:HEX?ns=quay.io",
+                "quay.io foo manifests/sha256:HEX",
+            ),
             // containerd: path prefix, and override_path
-            ("/quay.io/v2/foo/bar/manifests/v1?ns=quay.io", "quay.io foo/bar manifests/v1"),
-            ("/mirror.example/v2/foo/manifests/v1?ns=quay.io", "mirror.example foo manifests/v1"),
-            ("/reg%3A5000/v2/foo/manifests/v1", "reg:5000 foo manifests/v1"),
-            ("/v2/quay.io/foo/bar/manifests/v1?ns=quay.io", "quay.io foo/bar manifests/v1"),
-            ("/v2/registry-1.docker.io/foo/manifests/v1?ns=docker.io", "docker.io foo manifests/v1"),
-            ("/v2/quay.io/foo/manifests/v1?ns=other.example", "other.example quay.io/foo manifests/v1"),
+            (
+                "/quay.io/v2/foo/bar/manifests/v1?ns=quay.io",
+                "quay.io foo/bar manifests/v1",
+            ),
+            (
+                "/mirror.example/v2/foo/manifests/v1?ns=quay.io",
+                "mirror.example foo manifests/v1",
+            ),
+            (
+                "/reg%3A5000/v2/foo/manifests/v1",
+                "reg:5000 foo manifests/v1",
+            ),
+            (
+                "/v2/quay.io/foo/bar/manifests/v1?ns=quay.io",
+                "quay.io foo/bar manifests/v1",
+            ),
+            (
+                "/v2/registry-1.docker.io/foo/manifests/v1?ns=docker.io",
+                "docker.io foo manifests/v1",
+            ),
+            (
+                "/v2/quay.io/foo/manifests/v1?ns=other.example",
+                "other.example quay.io/foo manifests/v1",
+            ),
             // containers/image
-            ("/v2/quay.io/foo/bar/blobs/sha256:HEX", "quay.io foo/bar blobs/sha256:HEX"),
-            ("/v2/docker.io/debian/manifests/12", "docker.io debian manifests/12"),
-            ("/v2/localhost/foo/manifests/v1", "localhost foo manifests/v1"),
-            ("/v2/localhost:5000/foo/manifests/v1", "localhost:5000 foo manifests/v1"),
-            ("/v2/[fd00::1]:5000/foo/manifests/v1", "[fd00::1]:5000 foo manifests/v1"),
+            (
+                "/v2/quay.io/foo/bar/blobs/sha256:HEX",
+                "quay.io foo/bar blobs/sha256:HEX",
+            ),
+            (
+                "/v2/docker.io/debian/manifests/12",
+                "docker.io debian manifests/12",
+            ),
+            (
+                "/v2/localhost/foo/manifests/v1",
+                "localhost foo manifests/v1",
+            ),
+            (
+                "/v2/localhost:5000/foo/manifests/v1",
+                "localhost:5000 foo manifests/v1",
+            ),
+            (
+                "/v2/[fd00::1]:5000/foo/manifests/v1",
+                "[fd00::1]:5000 foo manifests/v1",
+            ),
             ("/v2/Quay.IO/foo/manifests/v1", "quay.io foo manifests/v1"),
             // dockerd, and the default upstream
-            ("/v2/library/debian/manifests/12", "- library/debian manifests/12"),
+            (
+                "/v2/library/debian/manifests/12",
+                "- library/debian manifests/12",
+            ),
             ("/v2/foo.bar/manifests/v1", "- foo.bar manifests/v1"),
             ("/v2/a/b/c/d/e/manifests/v1", "- a/b/c/d/e manifests/v1"),
-            ("/v2/a/manifests/b/manifests/blobs", "- a/manifests/b manifests/blobs"),
+            (
+                "/v2/a/manifests/b/manifests/blobs",
+                "- a/manifests/b manifests/blobs",
+            ),
             ("/v2/v2/blobs/sha256:HEX", "- v2 blobs/sha256:HEX"),
         ]);
     }
@@ -458,29 +583,43 @@ mod tests {
         for (target, expected) in [
             ("/v2/", Ok(("ping", ""))),
             ("/v2/a/b/manifests/v1", Ok(("a/b", "/v2/a/b/manifests/v1"))),
-            ("/v2/a/b/manifests/v1?ns=evil.example", Ok(("a/b", "/v2/a/b/manifests/v1"))),
-            ("/v2/quay.io/b/manifests/v1", Ok(("quay.io/b", "/v2/quay.io/b/manifests/v1"))),
+            (
+                "/v2/a/b/manifests/v1?ns=evil.example",
+                Ok(("a/b", "/v2/a/b/manifests/v1")),
+            ),
+            (
+                "/v2/quay.io/b/manifests/v1",
+                Ok(("quay.io/b", "/v2/quay.io/b/manifests/v1")),
+            ),
             ("/evil.example/v2/b/manifests/v1", Err(Refused::Endpoint)),
             ("/v2/../b/manifests/v1", Err(Refused::Name)),
         ] {
-            let (path, query) = target.split_once('?').map_or((target, None), |(path, q)| (path, Some(q)));
+            let (path, query) = target
+                .split_once('?')
+                .map_or((target, None), |(path, q)| (path, Some(q)));
             let asked = parse_at("quay.io", "GET", path, query);
             let summary = asked.map(|asked| match asked {
                 Asked::Ping { registry } => (registry, "ping".to_owned(), String::new()),
                 Asked::Content(r) => (r.registry.clone(), r.repository.clone(), r.origin_path()),
             });
-            let expected =
-                expected.map(|(name, path)| (Some("quay.io".to_owned()), name.to_owned(), path.to_owned()));
+            let expected = expected
+                .map(|(name, path)| (Some("quay.io".to_owned()), name.to_owned(), path.to_owned()));
             assert_eq!(summary, expected, "{target}");
         }
-        assert_eq!(parse_at("quay.io", "PUT", "/v2/a/manifests/v1", None), Err(Refused::Method));
+        assert_eq!(
+            parse_at("quay.io", "PUT", "/v2/a/manifests/v1", None),
+            Err(Refused::Method)
+        );
     }
 
     #[test]
     fn lists_and_referrers() {
         check(&[
             ("/v2/foo/tags/list", "- foo tags/list"),
-            ("/v2/foo/tags/list?n=10&last=v1&ns=quay.io", "quay.io foo tags/list?n=10&last=v1"),
+            (
+                "/v2/foo/tags/list?n=10&last=v1&ns=quay.io",
+                "quay.io foo tags/list?n=10&last=v1",
+            ),
             ("/v2/foo/tags/list?last=a%26b", "- foo tags/list?last=a%26b"),
             // What is wrong with a query is for the registry to say.
             ("/v2/foo/tags/list?n=ten", "- foo tags/list?n=ten"),
@@ -489,9 +628,15 @@ mod tests {
                 "/v2/foo/tags/list?next_page=gAAA%2F%3D%3D&n=50",
                 "- foo tags/list?next_page=gAAA%2F%3D%3D&n=50",
             ),
-            ("/v2/foo/tags/list?ns=quay.io&token", "quay.io foo tags/list?token"),
+            (
+                "/v2/foo/tags/list?ns=quay.io&token",
+                "quay.io foo tags/list?token",
+            ),
             ("/v2/foo/tags/list?&&ns=quay.io&", "quay.io foo tags/list"),
-            ("/v2/foo/tags/list?n%73=evil.example&a=%zz&b=é", "- foo tags/list?a=%zz&b=%C3%A9"),
+            (
+                "/v2/foo/tags/list?n%73=evil.example&a=%zz&b=é",
+                "- foo tags/list?a=%zz&b=%C3%A9",
+            ),
             ("/v2/foo/tags/list?ns", "- foo tags/list"),
             ("/v2/foo/referrers/sha256:HEX", "- foo referrers/sha256:HEX"),
             (
@@ -508,8 +653,16 @@ mod tests {
     #[test]
     fn the_next_page_leads_the_same_way_as_this_one() {
         for (target, link, next) in [
-            ("/v2/q.io/a/tags/list", "/v2/a/tags/list?page=2%3D", Some("/v2/q.io/a/tags/list?page=2%3D")),
-            ("/v2/q.io/a/tags/list?page=1", "?page=2", Some("/v2/q.io/a/tags/list?page=2")),
+            (
+                "/v2/q.io/a/tags/list",
+                "/v2/a/tags/list?page=2%3D",
+                Some("/v2/q.io/a/tags/list?page=2%3D"),
+            ),
+            (
+                "/v2/q.io/a/tags/list?page=1",
+                "?page=2",
+                Some("/v2/q.io/a/tags/list?page=2"),
+            ),
             (
                 "/v2/a/tags/list?n=1&ns=q.io%3A5000",
                 "https://q.io:5000/v2/a/tags/list?last=x&n=1#top",
@@ -525,8 +678,14 @@ mod tests {
             ("/v2/a/tags/list", "/v2/a/tags/list?", None),
             ("/v2/a/tags/list", "", None),
         ] {
-            let (path, query) = target.split_once('?').map_or((target, None), |(path, q)| (path, Some(q)));
-            assert_eq!(next_page(path, query, link).as_deref(), next, "{target} {link}");
+            let (path, query) = target
+                .split_once('?')
+                .map_or((target, None), |(path, q)| (path, Some(q)));
+            assert_eq!(
+                next_page(path, query, link).as_deref(),
+                next,
+                "{target} {link}"
+            );
         }
     }
 
@@ -581,7 +740,9 @@ mod tests {
 
     #[test]
     fn only_reads_are_served() {
-        for method in ["PUT", "POST", "PATCH", "DELETE", "OPTIONS", "CONNECT", "get", ""] {
+        for method in [
+            "PUT", "POST", "PATCH", "DELETE", "OPTIONS", "CONNECT", "get", "",
+        ] {
             let refused = parse(method, "/v2/foo/blobs/uploads/", None).unwrap_err();
             assert_eq!((refused.status(), refused.code()), (405, "UNSUPPORTED"));
         }
@@ -595,7 +756,10 @@ mod tests {
         assert_eq!(manifest(&"a".repeat(256), "t"), Err(Refused::Name));
         assert_eq!(manifest("a", &"t".repeat(129)), Err(Refused::Tag));
         assert_eq!(manifest(&"a/".repeat(4096), "t"), Err(Refused::TooLong));
-        assert_eq!(get(&format!("/v2/?x={}", "y".repeat(4096))), Err(Refused::TooLong));
+        assert_eq!(
+            get(&format!("/v2/?x={}", "y".repeat(4096))),
+            Err(Refused::TooLong)
+        );
         assert!(
             manifest(&format!("quay.io/{}", "a".repeat(255)), "t").is_ok(),
             "the host is no part of the name"
@@ -607,25 +771,61 @@ mod tests {
         let Ok(Asked::Content(request)) = get("/v2/library/debian/manifests/12") else {
             panic!("no content")
         };
-        let source = Source { registry: "docker.io".to_owned(), repository: "library/debian".to_owned() };
+        let source = Source {
+            registry: "docker.io".to_owned(),
+            repository: "library/debian".to_owned(),
+        };
         assert_eq!(request.source("docker.io"), source);
     }
 
     #[test]
     fn names_of_one_part_are_in_docker_hubs_library() {
         for (target, registry, repository) in [
-            ("/v2/docker.io/nginx/manifests/1", "docker.io", "library/nginx"),
-            ("/v2/index.docker.io/nginx/manifests/1", "docker.io", "library/nginx"),
-            ("/v2/nginx/manifests/1?ns=registry-1.docker.io", "docker.io", "library/nginx"),
+            (
+                "/v2/docker.io/nginx/manifests/1",
+                "docker.io",
+                "library/nginx",
+            ),
+            (
+                "/v2/index.docker.io/nginx/manifests/1",
+                "docker.io",
+                "library/nginx",
+            ),
+            (
+                "/v2/nginx/manifests/1?ns=registry-1.docker.io",
+                "docker.io",
+                "library/nginx",
+            ),
             ("/v2/nginx/manifests/1", "docker.io", "library/nginx"),
-            ("/docker.io/v2/nginx/tags/list", "docker.io", "library/nginx"),
-            ("/v2/docker.io/library/nginx/manifests/1", "docker.io", "library/nginx"),
-            ("/v2/docker.io/bitnami/nginx/manifests/1", "docker.io", "bitnami/nginx"),
+            (
+                "/docker.io/v2/nginx/tags/list",
+                "docker.io",
+                "library/nginx",
+            ),
+            (
+                "/v2/docker.io/library/nginx/manifests/1",
+                "docker.io",
+                "library/nginx",
+            ),
+            (
+                "/v2/docker.io/bitnami/nginx/manifests/1",
+                "docker.io",
+                "bitnami/nginx",
+            ),
             ("/v2/quay.io/nginx/manifests/1", "quay.io", "nginx"),
-            ("/v2/nginx/manifests/1?ns=docker.io:5000", "docker.io:5000", "nginx"),
+            (
+                "/v2/nginx/manifests/1?ns=docker.io:5000",
+                "docker.io:5000",
+                "nginx",
+            ),
         ] {
-            let Ok(Asked::Content(request)) = get(target) else { panic!("{target}") };
-            let source = Source { registry: registry.to_owned(), repository: repository.to_owned() };
+            let Ok(Asked::Content(request)) = get(target) else {
+                panic!("{target}")
+            };
+            let source = Source {
+                registry: registry.to_owned(),
+                repository: repository.to_owned(),
+            };
             assert_eq!(request.source("docker.io"), source, "{target}");
         }
     }

@@ -6,8 +6,10 @@ use crate::piece::PeerId;
 
 /// The members in the order in which to try them for `task`: the owner first.
 pub fn order(task: &Digest, members: impl IntoIterator<Item = PeerId>) -> Vec<PeerId> {
-    let mut ranked: Vec<(Digest, PeerId)> =
-        members.into_iter().map(|member| (weight(task, member), member)).collect();
+    let mut ranked: Vec<(Digest, PeerId)> = members
+        .into_iter()
+        .map(|member| (weight(task, member), member))
+        .collect();
     ranked.sort_unstable_by(|a, b| b.cmp(a));
     ranked.dedup();
     ranked.into_iter().map(|(_, member)| member).collect()
@@ -15,7 +17,9 @@ pub fn order(task: &Digest, members: impl IntoIterator<Item = PeerId>) -> Vec<Pe
 
 /// The member that owns `task`.
 pub fn owner(task: &Digest, members: impl IntoIterator<Item = PeerId>) -> Option<PeerId> {
-    members.into_iter().max_by_key(|member| (weight(task, *member), *member))
+    members
+        .into_iter()
+        .max_by_key(|member| (weight(task, *member), *member))
 }
 
 /// The member that `asker` asks where `task` is spread over the first `spread` members of its order: each of them gets its
@@ -32,7 +36,10 @@ pub fn share(
     let mut own = Chain::new(Algorithm::Sha256);
     own.update(task.as_bytes());
     own.update(&asker.0);
-    owner(&own.finish(), order(task, members).into_iter().take(spread as usize))
+    owner(
+        &own.finish(),
+        order(task, members).into_iter().take(spread as usize),
+    )
 }
 
 fn weight(task: &Digest, member: PeerId) -> Digest {
@@ -61,7 +68,10 @@ mod tests {
             if before != Some(member(4)) {
                 assert_eq!(before, after);
             }
-            assert_eq!(before, order(&task, (0..5).rev().map(member)).first().copied());
+            assert_eq!(
+                before,
+                order(&task, (0..5).rev().map(member)).first().copied()
+            );
         }
     }
 

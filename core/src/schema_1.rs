@@ -32,7 +32,13 @@ fn payload(body: &[u8]) -> Option<Vec<u8>> {
     let signed: Signed = serde_json::from_slice(body).ok()?;
     let protected = decode(&signed.signatures.first()?.protected)?;
     let protected: Protected = serde_json::from_slice(&protected).ok()?;
-    Some([body.get(..protected.format_length)?, &decode(&protected.format_tail)?].concat())
+    Some(
+        [
+            body.get(..protected.format_length)?,
+            &decode(&protected.format_tail)?,
+        ]
+        .concat(),
+    )
 }
 
 fn decode(text: &str) -> Option<Vec<u8>> {
@@ -52,9 +58,12 @@ mod tests {
     /// A signed document and its payload.
     fn signed(format_length: usize, tail: &str) -> (String, String) {
         let head = "{\"schemaVersion\":1,\"fsLayers\":[]";
-        let protected = serde_json::json!({ "formatLength": format_length, "formatTail": tail }).to_string();
+        let protected =
+            serde_json::json!({ "formatLength": format_length, "formatTail": tail }).to_string();
         let protected = URL_SAFE_NO_PAD.encode(protected);
-        let body = format!("{head},\"signatures\":[{{\"protected\":\"{protected}\",\"signature\":\"x\"}}]}}");
+        let body = format!(
+            "{head},\"signatures\":[{{\"protected\":\"{protected}\",\"signature\":\"x\"}}]}}"
+        );
         (body, format!("{head}}}"))
     }
 
@@ -72,6 +81,9 @@ mod tests {
             assert_eq!(of(&signed(length, tail).0), None, "{length} {tail}");
         }
         assert_eq!(of(&body.replace("protected", "other")), None);
-        assert_eq!(of(&body.replace("\"schemaVersion\":1", "\"schemaVersion\":2")), None);
+        assert_eq!(
+            of(&body.replace("\"schemaVersion\":1", "\"schemaVersion\":2")),
+            None
+        );
     }
 }

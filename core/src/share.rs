@@ -31,7 +31,11 @@ impl Share {
 
     /// These, by number.
     pub fn of(shares: impl IntoIterator<Item = usize>) -> Self {
-        Self::from_bits(shares.into_iter().fold(0, |bits, share| bits | 1 << (share as u32 % SHARES)))
+        Self::from_bits(
+            shares
+                .into_iter()
+                .fold(0, |bits, share| bits | 1 << (share as u32 % SHARES)),
+        )
     }
 
     /// Whether a piece is in it.
@@ -54,7 +58,11 @@ mod tests {
     fn the_shares_of_a_zone_are_all_pieces_and_none_twice() {
         let shares: Vec<Share> = (0..SHARES as usize).map(|n| Share::of([n])).collect();
         for piece in 0..100 {
-            assert_eq!(shares.iter().filter(|share| share.contains(piece)).count(), 1, "{piece}");
+            assert_eq!(
+                shares.iter().filter(|share| share.contains(piece)).count(),
+                1,
+                "{piece}"
+            );
             assert!(Share::ALL.contains(piece) && !Share::NONE.contains(piece));
         }
         assert_eq!(Share::of(0..SHARES as usize), Share::ALL);

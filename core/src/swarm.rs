@@ -43,8 +43,9 @@ use crate::share::Share;
 
 use conduct::{Conduct, Standing};
 pub use conduct::{
-    EVIDENCE_WINDOW, Guilt, ISOLATION, LONE_ACCUSATIONS, REPORTERS_TO_ISOLATE, REPORTERS_TO_ISOLATE_SEED,
-    STALL_ISOLATION, STALL_WINDOW, SUSPICION_HALF_LIFE, VERDICTS_PER_REPORTER,
+    EVIDENCE_WINDOW, Guilt, ISOLATION, LONE_ACCUSATIONS, REPORTERS_TO_ISOLATE,
+    REPORTERS_TO_ISOLATE_SEED, STALL_ISOLATION, STALL_WINDOW, SUSPICION_HALF_LIFE,
+    VERDICTS_PER_REPORTER,
 };
 use slab::{Slab, Slot};
 use task::Task;
@@ -345,7 +346,9 @@ impl Peer {
 fn meeting(peer: PeerId, task: &Digest) -> u32 {
     let bytes = peer.0.iter().chain(task.as_bytes());
     // FNV-1a. Ids and digests are hashes already.
-    bytes.fold(0x811c_9dc5, |hash, byte| (hash ^ u32::from(*byte)).wrapping_mul(0x0100_0193))
+    bytes.fold(0x811c_9dc5, |hash, byte| {
+        (hash ^ u32::from(*byte)).wrapping_mul(0x0100_0193)
+    })
 }
 
 /// Something to look at when its time has come. What it was set for may be over by then: whoever handles it checks.
@@ -424,16 +427,29 @@ impl Swarm {
 
     /// What each application may have from now on.
     pub fn applications(&mut self, applications: Arc<Applications>) {
-        self.postponements.retain(|labels, _| applications.rules().iter().any(|rule| rule.labels == *labels));
+        self.postponements.retain(|labels, _| {
+            applications
+                .rules()
+                .iter()
+                .any(|rule| rule.labels == *labels)
+        });
         self.applications = applications;
     }
 
     /// Of each rule that limits how many are elected at once: how many are, and how many had to wait so far.
     pub fn application_elections(&self) -> Vec<(Labels, usize, u64)> {
-        let limited = self.applications.rules().iter().filter(|rule| rule.limits.origins.is_some());
+        let limited = self
+            .applications
+            .rules()
+            .iter()
+            .filter(|rule| rule.limits.origins.is_some());
         let figures = limited.map(|rule| {
             let postponed = self.postponements.get(&rule.labels).copied().unwrap_or(0);
-            (rule.labels.clone(), self.elections(&rule.labels).count(), postponed)
+            (
+                rule.labels.clone(),
+                self.elections(&rule.labels).count(),
+                postponed,
+            )
         });
         figures.collect()
     }
@@ -445,14 +461,29 @@ impl Swarm {
             Input::Joined(about) => self.joined(now, rng, about),
             Input::Expected(about, wait) => self.expected(now, about, wait),
             Input::Left(peer) => self.left(now, peer),
-            Input::Holdings { peer, replaces_all, holdings } => {
+            Input::Holdings {
+                peer,
+                replaces_all,
+                holdings,
+            } => {
                 self.holdings(now, rng, peer, replaces_all, &holdings);
             }
-            Input::Want { peer, task, size_bytes, again, reads, terms } => {
-                self.want(now, rng, peer, task, size_bytes, again, reads, terms)
-            }
+            Input::Want {
+                peer,
+                task,
+                size_bytes,
+                again,
+                reads,
+                terms,
+            } => self.want(now, rng, peer, task, size_bytes, again, reads, terms),
             Input::Forget { peer, task } => self.forget(now, rng, peer, &task),
-            Input::Report { reporter, peer, task, kind, is_vouched_for } => {
+            Input::Report {
+                reporter,
+                peer,
+                task,
+                kind,
+                is_vouched_for,
+            } => {
                 self.report(now, rng, reporter, peer, &task, kind, is_vouched_for);
             }
             Input::Removed(peer) => {
@@ -481,11 +512,15 @@ impl Swarm {
             }
         }
         if self.conduct.sweep(now) {
-            self.outputs.push_back(Output::Isolated(self.conduct.isolated(now)));
+            self.outputs
+                .push_back(Output::Isolated(self.conduct.isolated(now)));
             self.ensure_sources(now, rng);
         }
-        while let Some((touched, task)) =
-            self.idle.first().copied().filter(|(at, _)| now.since(*at) >= IDLE_TTL)
+        while let Some((touched, task)) = self
+            .idle
+            .first()
+            .copied()
+            .filter(|(at, _)| now.since(*at) >= IDLE_TTL)
         {
             match self.tasks.get(task).is_some_and(|task| task.wanting > 0) {
                 true => self.touch(now, task),
@@ -499,7 +534,10 @@ impl Swarm {
     pub fn deadline(&self) -> Option<Time> {
         let timer = self.timers.first().map(|(due, _)| *due);
         let idle = self.idle.first().map(|(touched, _)| *touched + IDLE_TTL);
-        [timer, idle, self.conduct.deadline()].into_iter().flatten().min()
+        [timer, idle, self.conduct.deadline()]
+            .into_iter()
+            .flatten()
+            .min()
     }
 
     /// The next thing to tell.
@@ -588,7 +626,9 @@ impl Swarm {
     }
 
     fn leave_zone(&mut self, slot: Slot) {
-        let Some(zone) = self.peers.get(slot).map(|peer| &peer.about.place.zone) else { return };
+        let Some(zone) = self.peers.get(slot).map(|peer| &peer.about.place.zone) else {
+            return;
+        };
         if let Some(peers) = self.zones.get_mut(zone) {
             *peers -= 1;
             if *peers == 0 {
@@ -611,7 +651,13 @@ impl Swarm {
     }
 
     fn gone<R: Rng + ?Sized>(&mut self, now: Time, rng: &mut R, due: Time, slot: Slot) {
-        let Some(peer) = self.peers.get_mut(slot).filter(|peer| peer.gone_at == Some(due)) else { return };
+        let Some(peer) = self
+            .peers
+            .get_mut(slot)
+            .filter(|peer| peer.gone_at == Some(due))
+        else {
+            return;
+        };
         let (id, tasks) = (peer.about.peer, std::mem::take(&mut peer.tasks));
         let was_seed = self.seeds.remove(&id).is_some();
         for task in tasks {
@@ -628,7 +674,11 @@ impl Swarm {
     /// A seed has come: whoever waits without a source gets it with the next news.
     fn offer_seed(&mut self, now: Time) {
         for task in self.wanted.iter().copied().collect::<Vec<_>>() {
-            if self.tasks.get(task).is_some_and(|task| task.election.is_none()) {
+            if self
+                .tasks
+                .get(task)
+                .is_some_and(|task| task.election.is_none())
+            {
                 self.tell_all(now, task, PUSH_DELAY);
             }
         }
@@ -636,14 +686,25 @@ impl Swarm {
 
     /// A peer that came back has said again what it wants; the rest is over.
     fn drop_stale_wants<R: Rng + ?Sized>(&mut self, now: Time, rng: &mut R, slot: Slot) {
-        let Some(peer) = self.peers.get(slot) else { return };
+        let Some(peer) = self.peers.get(slot) else {
+            return;
+        };
         let joined_at = peer.joined_at;
         let is_stale = |task: &Slot| {
-            let want =
-                self.tasks.get(*task).and_then(|task| task.copy(slot)).and_then(|copy| copy.want.as_deref());
+            let want = self
+                .tasks
+                .get(*task)
+                .and_then(|task| task.copy(slot))
+                .and_then(|copy| copy.want.as_deref());
             want.is_some_and(|want| want.said_at < joined_at)
         };
-        for task in peer.tasks.iter().copied().filter(is_stale).collect::<Vec<_>>() {
+        for task in peer
+            .tasks
+            .iter()
+            .copied()
+            .filter(is_stale)
+            .collect::<Vec<_>>()
+        {
             self.end_want(now, rng, task, slot);
         }
     }
@@ -658,7 +719,9 @@ impl Swarm {
         replaces_all: bool,
         holdings: &[Holding],
     ) {
-        let Some(slot) = self.by_id.get(&peer).copied() else { return };
+        let Some(slot) = self.by_id.get(&peer).copied() else {
+            return;
+        };
         if replaces_all {
             self.withdraw_others(now, rng, slot, holdings);
         }
@@ -668,10 +731,20 @@ impl Swarm {
     }
 
     /// Nothing is held any more but what `holdings` says.
-    fn withdraw_others<R: Rng + ?Sized>(&mut self, now: Time, rng: &mut R, slot: Slot, holdings: &[Holding]) {
-        let named: BTreeSet<Slot> =
-            holdings.iter().filter_map(|holding| self.by_digest.get(&holding.task).copied()).collect();
-        let Some(peer) = self.peers.get(slot) else { return };
+    fn withdraw_others<R: Rng + ?Sized>(
+        &mut self,
+        now: Time,
+        rng: &mut R,
+        slot: Slot,
+        holdings: &[Holding],
+    ) {
+        let named: BTreeSet<Slot> = holdings
+            .iter()
+            .filter_map(|holding| self.by_digest.get(&holding.task).copied())
+            .collect();
+        let Some(peer) = self.peers.get(slot) else {
+            return;
+        };
         for task in peer.tasks.difference(&named).copied().collect::<Vec<_>>() {
             self.withdraw(now, rng, task, slot);
         }
@@ -684,18 +757,32 @@ impl Swarm {
             }
             return;
         }
-        let Some(task_slot) = self.take_part(now, slot, &holding.task) else { return };
-        let Some(task) = self.tasks.get_mut(task_slot) else { return };
+        let Some(task_slot) = self.take_part(now, slot, &holding.task) else {
+            return;
+        };
+        let Some(task) = self.tasks.get_mut(task_slot) else {
+            return;
+        };
         task.size_bytes = Some(holding.size_bytes);
         let copy = task.copy_or_empty(slot);
         let is_new = copy.pieces == 0 && copy.want.is_none();
-        let (grew, completed) = (holding.pieces > copy.pieces, holding.complete && !copy.complete);
+        let (grew, completed) = (
+            holding.pieces > copy.pieces,
+            holding.complete && !copy.complete,
+        );
         (copy.pieces, copy.complete) = (holding.pieces, holding.complete);
-        if let Some(election) = task.election.as_mut().filter(|election| election.peer == slot && grew) {
+        if let Some(election) = task
+            .election
+            .as_mut()
+            .filter(|election| election.peer == slot && grew)
+        {
             election.progress_at = now;
         }
         // Its zone suffices after all.
-        let recovers = grew && task.want_mut(slot).is_some_and(|want| std::mem::take(&mut want.again));
+        let recovers = grew
+            && task
+                .want_mut(slot)
+                .is_some_and(|want| std::mem::take(&mut want.again));
         if recovers && self.has_zones() {
             self.tell_soon(now, task_slot, slot);
         }
@@ -711,7 +798,10 @@ impl Swarm {
         }
     }
 
-    #[expect(clippy::too_many_arguments, reason = "they are what the peer said, one by one")]
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "they are what the peer said, one by one"
+    )]
     fn want<R: Rng + ?Sized>(
         &mut self,
         now: Time,
@@ -723,9 +813,15 @@ impl Swarm {
         reads: bool,
         terms: Terms,
     ) {
-        let Some(slot) = self.by_id.get(&peer).copied() else { return };
-        let Some(task_slot) = self.begin_want(now, rng, slot, &task) else { return };
-        let Some(task) = self.tasks.get_mut(task_slot) else { return };
+        let Some(slot) = self.by_id.get(&peer).copied() else {
+            return;
+        };
+        let Some(task_slot) = self.begin_want(now, rng, slot, &task) else {
+            return;
+        };
+        let Some(task) = self.tasks.get_mut(task_slot) else {
+            return;
+        };
         task.size_bytes = size_bytes.or(task.size_bytes);
         let mut tried = Vec::new();
         task.change_want(slot, |want| {
@@ -735,7 +831,9 @@ impl Swarm {
             want.guest = terms.guest;
             want.again |= again;
             want.partial = terms.partial;
-            want.purpose = Some(terms.purpose).filter(|p| *p != Purpose::default()).map(Box::new);
+            want.purpose = Some(terms.purpose)
+                .filter(|p| *p != Purpose::default())
+                .map(Box::new);
             if again {
                 tried = std::mem::take(&mut want.parents);
             }
@@ -788,9 +886,13 @@ impl Swarm {
 
     /// A peer no longer fetches: because it is done, or because it gave up.
     fn end_want<R: Rng + ?Sized>(&mut self, now: Time, rng: &mut R, task_slot: Slot, slot: Slot) {
-        let Some(task) = self.tasks.get_mut(task_slot) else { return };
+        let Some(task) = self.tasks.get_mut(task_slot) else {
+            return;
+        };
         let was_private = task.is_private();
-        let Some(want) = task.take_want(slot) else { return };
+        let Some(want) = task.take_want(slot) else {
+            return;
+        };
         let Some(copy) = task.copy(slot) else { return };
         let (complete, empty) = (copy.complete, copy.is_empty());
         if task.wanting == 0 {
@@ -818,7 +920,13 @@ impl Swarm {
 
     /// A peer holds nothing of a task any more; it may still want it.
     fn withdraw<R: Rng + ?Sized>(&mut self, now: Time, rng: &mut R, task_slot: Slot, slot: Slot) {
-        let Some(copy) = self.tasks.get_mut(task_slot).and_then(|task| task.copy_mut(slot)) else { return };
+        let Some(copy) = self
+            .tasks
+            .get_mut(task_slot)
+            .and_then(|task| task.copy_mut(slot))
+        else {
+            return;
+        };
         (copy.pieces, copy.complete) = (0, false);
         if copy.want.is_none() {
             self.remove_copy(now, rng, task_slot, slot);
@@ -829,7 +937,9 @@ impl Swarm {
     fn take_part(&mut self, now: Time, slot: Slot, digest: &Digest) -> Option<Slot> {
         let known = self.by_digest.get(digest).copied();
         let peer = self.peers.get(slot)?;
-        if peer.tasks.len() >= MAX_TASKS_PER_PEER && known.is_none_or(|task| !peer.tasks.contains(&task)) {
+        if peer.tasks.len() >= MAX_TASKS_PER_PEER
+            && known.is_none_or(|task| !peer.tasks.contains(&task))
+        {
             return None;
         }
         let task = known.unwrap_or_else(|| self.insert_task(now, digest));
@@ -839,10 +949,20 @@ impl Swarm {
         Some(task)
     }
 
-    fn remove_copy<R: Rng + ?Sized>(&mut self, now: Time, rng: &mut R, task_slot: Slot, slot: Slot) {
-        let Some(task) = self.tasks.get_mut(task_slot) else { return };
+    fn remove_copy<R: Rng + ?Sized>(
+        &mut self,
+        now: Time,
+        rng: &mut R,
+        task_slot: Slot,
+        slot: Slot,
+    ) {
+        let Some(task) = self.tasks.get_mut(task_slot) else {
+            return;
+        };
         let was_private = task.is_private();
-        let Some(copy) = task.take_copy(slot) else { return };
+        let Some(copy) = task.take_copy(slot) else {
+            return;
+        };
         if task.wanting == 0 {
             self.wanted.remove(&task_slot);
         }
@@ -856,7 +976,11 @@ impl Swarm {
         }
         self.unlink(now, task_slot, slot, copy.children);
         self.dismiss(now, rng, task_slot, slot);
-        if self.tasks.get(task_slot).is_some_and(|task| task.copies.is_empty()) {
+        if self
+            .tasks
+            .get(task_slot)
+            .is_some_and(|task| task.copies.is_empty())
+        {
             self.remove_task(task_slot);
         } else if was_private {
             // As where it ends its want.
@@ -879,7 +1003,9 @@ impl Swarm {
     }
 
     fn remove_task(&mut self, slot: Slot) {
-        let Some(task) = self.tasks.remove(slot) else { return };
+        let Some(task) = self.tasks.remove(slot) else {
+            return;
+        };
         self.by_digest.remove(&task.digest);
         self.idle.remove(&(task.touched, slot));
         self.wanted.remove(&slot);
@@ -893,7 +1019,11 @@ impl Swarm {
     }
 
     fn touch(&mut self, now: Time, slot: Slot) {
-        let Some(task) = self.tasks.get_mut(slot).filter(|task| now.since(task.touched) >= IDLE_GRAIN) else {
+        let Some(task) = self
+            .tasks
+            .get_mut(slot)
+            .filter(|task| now.since(task.touched) >= IDLE_GRAIN)
+        else {
             return;
         };
         self.idle.remove(&(task.touched, slot));

@@ -19,9 +19,16 @@ fuzz_target!(|body: &[u8]| {
     for part in named {
         let digest = part.digest.to_string();
         assert_eq!(digest.parse::<Digest>().as_ref(), Ok(&part.digest));
-        let holds = |text: &str| body.windows(text.len()).any(|window| window == text.as_bytes());
+        let holds = |text: &str| {
+            body.windows(text.len())
+                .any(|window| window == text.as_bytes())
+        };
         // JSON can say the same letters by escapes.
         assert!(!plain || holds(&digest), "{digest}");
-        assert!(!plain || part.urls.iter().all(|url| url.is_empty() || holds(url)), "{:?}", part.urls);
+        assert!(
+            !plain || part.urls.iter().all(|url| url.is_empty() || holds(url)),
+            "{:?}",
+            part.urls
+        );
     }
 });

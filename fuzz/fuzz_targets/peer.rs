@@ -10,7 +10,9 @@ fuzz_target!(|stream: &[u8]| {
     // Most inputs are better spent on one message than on frames.
     let alone = v1::PeerMessage::decode(stream).ok();
     for wire in messages(stream).into_iter().chain(alone) {
-        let Ok(Some(message)) = convert::from_peer_message(wire) else { continue };
+        let Ok(Some(message)) = convert::from_peer_message(wire) else {
+            continue;
+        };
         let again = convert::peer_message(&message).encode_to_vec();
         let again = v1::PeerMessage::decode(&*again).map(convert::from_peer_message);
         assert_eq!(again, Ok(Ok(Some(message))));

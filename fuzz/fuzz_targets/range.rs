@@ -6,20 +6,38 @@ use hawker_core::range::{MAX_RANGES, Ranges, Resolved, Spec, content_range, pars
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|input: &[u8]| {
-    let Some((size, header)) = input.split_first_chunk() else { return };
-    let (size, Ok(header)) = (u64::from_le_bytes(*size), std::str::from_utf8(header)) else { return };
+    let Some((size, header)) = input.split_first_chunk() else {
+        return;
+    };
+    let (size, Ok(header)) = (u64::from_le_bytes(*size), std::str::from_utf8(header)) else {
+        return;
+    };
     if let Some((range, told)) = parse_content_range(header) {
-        assert!(!range.is_empty() && told.is_none_or(|size| range.end <= size), "{range:?} {told:?}");
+        assert!(
+            !range.is_empty() && told.is_none_or(|size| range.end <= size),
+            "{range:?} {told:?}"
+        );
     }
-    let Ok(ranges) = Ranges::parse(header) else { return };
+    let Ok(ranges) = Ranges::parse(header) else {
+        return;
+    };
     let specs = ranges.specs();
     assert!((1..=MAX_RANGES).contains(&specs.len()));
-    let wanted: Vec<_> = specs.iter().filter_map(|spec| wanted(*spec, size)).collect();
+    let wanted: Vec<_> = specs
+        .iter()
+        .filter_map(|spec| wanted(*spec, size))
+        .collect();
     let resolved = match ranges.resolve(size) {
         Resolved::Whole => return assert_eq!(size, 0, "{specs:?}"),
         Resolved::TooMuch => {
-            let all: u128 = wanted.iter().map(|range| u128::from(range.end - range.start)).sum();
-            return assert!(wanted.len() > 1 && all > u128::from(size), "{specs:?} of {size}");
+            let all: u128 = wanted
+                .iter()
+                .map(|range| u128::from(range.end - range.start))
+                .sum();
+            return assert!(
+                wanted.len() > 1 && all > u128::from(size),
+                "{specs:?} of {size}"
+            );
         }
         Resolved::One(range) => vec![range],
         Resolved::Many(ranges) => ranges,
@@ -27,7 +45,11 @@ fuzz_target!(|input: &[u8]| {
     };
     for range in &resolved {
         let header = content_range(range, size);
-        assert_eq!(parse_content_range(&header), Some((range.clone(), Some(size))), "{header}");
+        assert_eq!(
+            parse_content_range(&header),
+            Some((range.clone(), Some(size))),
+            "{header}"
+        );
     }
     assert_eq!(resolved, wanted, "{specs:?} of {size}");
 });

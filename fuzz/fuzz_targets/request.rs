@@ -13,16 +13,30 @@ fuzz_target!(|line: &str| {
     };
     let asked = match parse(method, path, query) {
         Ok(Asked::Content(asked)) => asked,
-        Ok(Asked::Ping { registry }) => return assert!(registry.is_none_or(|host| is_canonical(&host))),
-        Err(refused) => return assert!((400..500).contains(&refused.status()) && !refused.code().is_empty()),
+        Ok(Asked::Ping { registry }) => {
+            return assert!(registry.is_none_or(|host| is_canonical(&host)));
+        }
+        Err(refused) => {
+            return assert!((400..500).contains(&refused.status()) && !refused.code().is_empty());
+        }
     };
     assert!(method == "GET" || method == "HEAD", "{method}");
     assert!(is_repository(&asked.repository), "{}", asked.repository);
     let origin = asked.origin_path();
-    assert!(origin.bytes().all(|byte| byte.is_ascii_graphic()), "{origin}");
+    assert!(
+        origin.bytes().all(|byte| byte.is_ascii_graphic()),
+        "{origin}"
+    );
     let (path, query) = origin.split_once('?').unwrap_or((&origin, ""));
-    assert!(path.split('/').skip(1).all(|part| !matches!(part, "" | "." | "..")), "{path}");
-    let Some(registry) = &asked.registry else { return };
+    assert!(
+        path.split('/')
+            .skip(1)
+            .all(|part| !matches!(part, "" | "." | "..")),
+        "{path}"
+    );
+    let Some(registry) = &asked.registry else {
+        return;
+    };
     assert!(is_canonical(registry), "{registry}");
     if asked.repository.split('/').next() == Some(registry) {
         // Said again, that first part would count as the registry, as containers/image means it.
@@ -33,7 +47,11 @@ fuzz_target!(|line: &str| {
     if again.len() > MAX_TARGET_BYTES {
         return;
     }
-    assert_eq!(parse("GET", path, Some(&again)), Ok(Asked::Content(asked)), "{path}?{again}");
+    assert_eq!(
+        parse("GET", path, Some(&again)),
+        Ok(Asked::Content(asked)),
+        "{path}?{again}"
+    );
 });
 
 fn is_canonical(host: &str) -> bool {

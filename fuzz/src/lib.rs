@@ -25,23 +25,33 @@ const VERSION: v1::Version = v1::Version { major: 1, minor: 0 };
 /// # Panics
 /// When a reader takes more than the bytes that came would justify.
 pub fn messages(mut stream: &[u8]) -> Vec<v1::PeerMessage> {
-    let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime without drivers");
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .build()
+        .expect("a runtime without drivers");
     let bound = 2 * stream.len().max(frame::DATA_AT_MOST_BYTES);
     runtime.block_on(async {
         let mut reader = frame::FrameReader::new(&mut stream);
         let (mut messages, mut piece) = (Vec::new(), Vec::new());
         while let Ok(Some(next)) = reader.next().await {
             let read = match next {
-                frame::Frame::Control(len) => {
-                    reader.control(len, || (), |_| true).await.map(|message| messages.push(message))
-                }
+                frame::Frame::Control(len) => reader
+                    .control(len, || (), |_| true)
+                    .await
+                    .map(|message| messages.push(message)),
                 frame::Frame::Unknown(len) => reader.skip(len).await,
                 frame::Frame::Data { len, .. } => {
                     piece.clear();
-                    reader.data(&mut piece, len).await.map(|read| assert!((1..=len).contains(&read)))
+                    reader
+                        .data(&mut piece, len)
+                        .await
+                        .map(|read| assert!((1..=len).contains(&read)))
                 }
             };
-            assert!(piece.capacity() <= bound, "{} bytes for a piece", piece.capacity());
+            assert!(
+                piece.capacity() <= bound,
+                "{} bytes for a piece",
+                piece.capacity()
+            );
             if read.is_err() {
                 break;
             }

@@ -259,7 +259,10 @@ impl Admin {
         let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
         let accepting = async {
             loop {
-                let slot = Arc::clone(&slots).acquire_owned().await.expect("the semaphore is never closed");
+                let slot = Arc::clone(&slots)
+                    .acquire_owned()
+                    .await
+                    .expect("the semaphore is never closed");
                 match listener.accept().await {
                     Ok((stream, from)) => {
                         let admin = Arc::clone(&admin);
@@ -300,13 +303,18 @@ impl Admin {
     }
 
     fn full_status(&self) -> Status {
-        Status { process: ProcessStatus::now(), ..self.status.status() }
+        Status {
+            process: ProcessStatus::now(),
+            ..self.status.status()
+        }
     }
 
     fn answer<B>(&self, request: &Request<B>) -> Response<Full<Bytes>> {
         if request.method() != Method::GET && request.method() != Method::HEAD {
             let mut response = text(StatusCode::METHOD_NOT_ALLOWED, "only GET and HEAD\n");
-            response.headers_mut().insert(header::ALLOW, header::HeaderValue::from_static("GET, HEAD"));
+            response
+                .headers_mut()
+                .insert(header::ALLOW, header::HeaderValue::from_static("GET, HEAD"));
             return response;
         }
         match request.uri().path() {
@@ -319,7 +327,10 @@ impl Admin {
                 Some(page) => json(&page),
                 None => text(StatusCode::NOT_FOUND, "this daemon has no mirror\n"),
             },
-            _ => text(StatusCode::NOT_FOUND, "here are /healthy, /readyz, /metrics, /status and /requests\n"),
+            _ => text(
+                StatusCode::NOT_FOUND,
+                "here are /healthy, /readyz, /metrics, /status and /requests\n",
+            ),
         }
     }
 }
@@ -329,7 +340,9 @@ const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=
 /// The number in `after=N`; 0 without it.
 fn number_after(query: Option<&str>) -> u64 {
     let mut pairs = query.unwrap_or_default().split('&');
-    pairs.find_map(|pair| pair.strip_prefix("after=")?.parse().ok()).unwrap_or(0)
+    pairs
+        .find_map(|pair| pair.strip_prefix("after=")?.parse().ok())
+        .unwrap_or(0)
 }
 
 fn json(page: &impl Serialize) -> Response<Full<Bytes>> {
@@ -347,7 +360,10 @@ fn text(status: StatusCode, body: &str) -> Response<Full<Bytes>> {
 
 fn typed(content_type: &'static str, body: String) -> Response<Full<Bytes>> {
     let mut response = Response::new(Full::new(Bytes::from(body)));
-    response.headers_mut().insert(header::CONTENT_TYPE, header::HeaderValue::from_static(content_type));
+    response.headers_mut().insert(
+        header::CONTENT_TYPE,
+        header::HeaderValue::from_static(content_type),
+    );
     response
 }
 
@@ -367,7 +383,11 @@ mod tests {
     impl StatusSource for Node {
         fn status(&self) -> Status {
             let ready = self.ready.load(Ordering::Relaxed);
-            Status { name: "a".into(), ready, ..Status::default() }
+            Status {
+                name: "a".into(),
+                ready,
+                ..Status::default()
+            }
         }
     }
 
@@ -381,12 +401,22 @@ mod tests {
     async fn start() -> Running {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        let node = Arc::new(Node { ready: AtomicBool::new(false) });
+        let node = Arc::new(Node {
+            ready: AtomicBool::new(false),
+        });
         let metrics = Metrics::new();
-        let admin = Admin { status: node.clone(), metrics: Box::new(move || metrics.encode()) };
+        let admin = Admin {
+            status: node.clone(),
+            metrics: Box::new(move || metrics.encode()),
+        };
         let shutdown = CancellationToken::new();
         let task = tokio::spawn(admin.serve(listener, shutdown.clone()));
-        Running { address, node, shutdown, task }
+        Running {
+            address,
+            node,
+            shutdown,
+            task,
+        }
     }
 
     /// Sends `request` as it is and returns all that comes back.
@@ -405,12 +435,27 @@ mod tests {
     #[tokio::test]
     async fn each_page_says_what_it_is_for() {
         let running = start().await;
-        assert!(get(running.address, "/healthy").await.starts_with("HTTP/1.1 200"));
-        assert!(get(running.address, "/readyz").await.starts_with("HTTP/1.1 503"));
+        assert!(
+            get(running.address, "/healthy")
+                .await
+                .starts_with("HTTP/1.1 200")
+        );
+        assert!(
+            get(running.address, "/readyz")
+                .await
+                .starts_with("HTTP/1.1 503")
+        );
         running.node.ready.store(true, Ordering::Relaxed);
-        assert!(get(running.address, "/readyz").await.starts_with("HTTP/1.1 200"));
+        assert!(
+            get(running.address, "/readyz")
+                .await
+                .starts_with("HTTP/1.1 200")
+        );
         let metrics = get(running.address, "/metrics").await;
-        assert!(metrics.contains("application/openmetrics-text"), "{metrics}");
+        assert!(
+            metrics.contains("application/openmetrics-text"),
+            "{metrics}"
+        );
         assert!(metrics.ends_with("# EOF\n"), "{metrics}");
         let status = get(running.address, "/status").await;
         let json = status.split("\r\n\r\n").nth(1).unwrap();
@@ -424,11 +469,17 @@ mod tests {
     #[tokio::test]
     async fn nothing_but_reading_is_allowed() {
         let running = start().await;
-        let answer =
-            raw(running.address, "POST /status HTTP/1.1\r\nhost: a\r\ncontent-length: 0\r\n\r\n").await;
+        let answer = raw(
+            running.address,
+            "POST /status HTTP/1.1\r\nhost: a\r\ncontent-length: 0\r\n\r\n",
+        )
+        .await;
         assert!(answer.starts_with("HTTP/1.1 405"), "{answer}");
         let head = raw(running.address, "HEAD /status HTTP/1.1\r\nhost: a\r\n\r\n").await;
-        assert!(head.starts_with("HTTP/1.1 200") && head.ends_with("\r\n\r\n"), "{head}");
+        assert!(
+            head.starts_with("HTTP/1.1 200") && head.ends_with("\r\n\r\n"),
+            "{head}"
+        );
     }
 
     #[tokio::test]
@@ -436,10 +487,17 @@ mod tests {
         let running = start().await;
         let _silent = TcpStream::connect(running.address).await.unwrap();
         let garbage = raw(running.address, "\x01\x02\r\n\r\n").await;
-        assert!(garbage.is_empty() || garbage.starts_with("HTTP/1.1 400"), "{garbage}");
+        assert!(
+            garbage.is_empty() || garbage.starts_with("HTTP/1.1 400"),
+            "{garbage}"
+        );
         let long = format!("GET /{} HTTP/1.1\r\nhost: a\r\n\r\n", "x".repeat(12_000));
         assert!(raw(running.address, &long).await.starts_with("HTTP/1.1 4"));
-        assert!(get(running.address, "/healthy").await.starts_with("HTTP/1.1 200"));
+        assert!(
+            get(running.address, "/healthy")
+                .await
+                .starts_with("HTTP/1.1 200")
+        );
     }
 
     #[tokio::test]
@@ -452,7 +510,8 @@ mod tests {
 
     #[test]
     fn a_status_of_another_version_is_still_read() {
-        let status: Status = serde_json::from_str(r#"{"name":"a","news":1,"bytes":{"served":3}}"#).unwrap();
+        let status: Status =
+            serde_json::from_str(r#"{"name":"a","news":1,"bytes":{"served":3}}"#).unwrap();
         assert_eq!((status.name.as_str(), status.bytes.served), ("a", 3));
     }
 }

@@ -59,7 +59,13 @@ impl BufferPool {
         let total_blocks = (bytes as usize / BLOCK_BYTES).clamp(1, most);
         let budget = Arc::new(Semaphore::new(total_blocks));
         let long = Arc::new(Semaphore::new((total_blocks / 2).max(1)));
-        Self { budget, total_blocks, long, spare: Arc::default(), wanting: Arc::default() }
+        Self {
+            budget,
+            total_blocks,
+            long,
+            spare: Arc::default(),
+            wanting: Arc::default(),
+        }
     }
 
     /// A buffer for a piece of `len` bytes; waits until there is room. A piece longer than the whole pool gets all of it.
@@ -85,9 +91,17 @@ impl BufferPool {
         };
         let mut bytes = reused.unwrap_or_else(|| Vec::with_capacity(capacity));
         bytes.clear();
-        let home =
-            Home { spare: Arc::clone(&self.spare), budget: Arc::clone(&self.budget), permit, _long: long };
-        PieceBuffer { bytes, len, home: Some(home) }
+        let home = Home {
+            spare: Arc::clone(&self.spare),
+            budget: Arc::clone(&self.budget),
+            permit,
+            _long: long,
+        };
+        PieceBuffer {
+            bytes,
+            len,
+            home: Some(home),
+        }
     }
 
     /// Permits for a buffer. A long one takes its turn among the long ones first, so that it does not stand in the way of others.
@@ -98,10 +112,19 @@ impl BufferPool {
         let is_long = blocks > self.total_blocks / LONG_PART;
         let long_blocks = blocks.min((self.total_blocks / 2).max(1));
         let long = match is_long {
-            true => Some(Arc::clone(&self.long).acquire_many_owned(long_blocks as u32).await?),
+            true => Some(
+                Arc::clone(&self.long)
+                    .acquire_many_owned(long_blocks as u32)
+                    .await?,
+            ),
             false => None,
         };
-        Ok((Arc::clone(&self.budget).acquire_many_owned(blocks as u32).await?, long))
+        Ok((
+            Arc::clone(&self.budget)
+                .acquire_many_owned(blocks as u32)
+                .await?,
+            long,
+        ))
     }
 
     /// Waits until somebody has waited for memory for long, and for `patience` at least.
@@ -133,7 +156,10 @@ struct Spare {
 impl Spare {
     /// A buffer of just this capacity: a larger one would take more than its permits say.
     fn take(&mut self, capacity: usize) -> Option<Vec<u8>> {
-        let at = self.buffers.iter().rposition(|buffer| buffer.capacity() == capacity)?;
+        let at = self
+            .buffers
+            .iter()
+            .rposition(|buffer| buffer.capacity() == capacity)?;
         let buffer = self.buffers.swap_remove(at);
         self.blocks -= blocks_of(&buffer);
         Some(buffer)
@@ -252,7 +278,10 @@ mod tests {
     const BLOCK: u64 = BLOCK_BYTES as u64;
 
     fn runtime() -> tokio::runtime::Runtime {
-        tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap()
+        tokio::runtime::Builder::new_current_thread()
+            .enable_time()
+            .build()
+            .unwrap()
     }
 
     fn spare_blocks(pool: &BufferPool) -> usize {
@@ -285,10 +314,18 @@ mod tests {
             let share = first.clone();
             drop(first);
             assert_eq!(pool.free_bytes(), BLOCK);
-            assert!(timeout(Duration::from_millis(20), pool.get(2 * BLOCK_BYTES)).await.is_err());
+            assert!(
+                timeout(Duration::from_millis(20), pool.get(2 * BLOCK_BYTES))
+                    .await
+                    .is_err()
+            );
             drop(share);
             assert_eq!(pool.free_bytes(), 4 * BLOCK);
-            assert!(timeout(Duration::from_secs(5), pool.get(2 * BLOCK_BYTES)).await.is_ok());
+            assert!(
+                timeout(Duration::from_secs(5), pool.get(2 * BLOCK_BYTES))
+                    .await
+                    .is_ok()
+            );
         });
     }
 
@@ -305,7 +342,11 @@ mod tests {
             tokio::task::yield_now().await;
             let mut short = Vec::new();
             for _ in 0..8 {
-                short.push(timeout(Duration::from_secs(1), pool.get(4 * BLOCK_BYTES)).await.unwrap());
+                short.push(
+                    timeout(Duration::from_secs(1), pool.get(4 * BLOCK_BYTES))
+                        .await
+                        .unwrap(),
+                );
             }
             assert_eq!(pool.free_bytes(), 0);
             drop((long, short));

@@ -29,7 +29,10 @@ impl<K: Clone + Eq + Hash, V: Clone> Coalesced<K, V> {
 
     fn join(&self, key: K) -> (Arc<OnceCell<V>>, Waiting<'_, K, V>) {
         let mut all = self.all();
-        let fetch = all.entry(key.clone()).or_insert_with(|| Fetch { waiting: 0, result: Arc::default() });
+        let fetch = all.entry(key.clone()).or_insert_with(|| Fetch {
+            waiting: 0,
+            result: Arc::default(),
+        });
         fetch.waiting += 1;
         (Arc::clone(&fetch.result), Waiting { all: self, key })
     }

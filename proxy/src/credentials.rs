@@ -87,7 +87,10 @@ impl Credential {
         match user.as_str() {
             "" if password.is_empty() => None,
             TOKEN_USER => Some(Self::IdentityToken(Secret(password))),
-            _ => Some(Self::Password { user, password: Secret(password) }),
+            _ => Some(Self::Password {
+                user,
+                password: Secret(password),
+            }),
         }
     }
 
@@ -110,7 +113,9 @@ impl Credential {
 
     /// As `Authorization: Basic …`; an identity token can't be sent like that.
     pub fn to_basic(&self) -> Option<HeaderValue> {
-        let Credential::Password { user, password } = self else { return None };
+        let Credential::Password { user, password } = self else {
+            return None;
+        };
         let encoded = BASE64.encode(format!("{user}:{}", password.0));
         let mut value = HeaderValue::try_from(format!("Basic {encoded}")).ok()?;
         value.set_sensitive(true);
@@ -138,15 +143,22 @@ enum Found<'a> {
 impl Entries {
     /// In the order docker looks: a registry's own helper, the helper for all, what is written here.
     fn find(&self, registry: &str, repository: &str) -> Vec<Found<'_>> {
-        let own = self.helpers.iter().filter(|(pattern, _)| pattern.matches(registry, repository).is_some());
-        let helpers = own.map(|(_, helper)| helper).chain(&self.store).map(|helper| Found::AtHelper(helper));
-        let listed = self
-            .listed
+        let own = self
+            .helpers
             .iter()
-            .filter_map(|(pattern, credential)| Some((pattern.matches(registry, repository)?, credential)));
+            .filter(|(pattern, _)| pattern.matches(registry, repository).is_some());
+        let helpers = own
+            .map(|(_, helper)| helper)
+            .chain(&self.store)
+            .map(|helper| Found::AtHelper(helper));
+        let listed = self.listed.iter().filter_map(|(pattern, credential)| {
+            Some((pattern.matches(registry, repository)?, credential))
+        });
         // The first of those that match most closely.
         let best = listed.reduce(|best, next| if next.0 > best.0 { next } else { best });
-        helpers.chain(best.map(|(_, credential)| Found::Here(credential))).collect()
+        helpers
+            .chain(best.map(|(_, credential)| Found::Here(credential)))
+            .collect()
     }
 }
 
@@ -169,7 +181,11 @@ impl Stamp {
     /// That of a file; `None` where there is none that may be looked at.
     pub(crate) fn of(file: &Path) -> Option<Self> {
         let about = std::fs::metadata(file).ok()?;
-        Some(Self { modified: about.modified().ok(), inode: about.ino(), len_bytes: about.len() })
+        Some(Self {
+            modified: about.modified().ok(),
+            inode: about.ino(),
+            len_bytes: about.len(),
+        })
     }
 }
 
@@ -194,7 +210,11 @@ impl Keychain {
     /// A keychain that reads nothing before it is asked.
     pub fn new(sources: Vec<CredentialSource>) -> Self {
         let loaded = Mutex::new(sources.iter().map(|_| None).collect());
-        Self { sources, loaded, helped: Mutex::new(LruCache::new(HELPED_CAPACITY)) }
+        Self {
+            sources,
+            loaded,
+            helped: Mutex::new(LruCache::new(HELPED_CAPACITY)),
+        }
     }
 
     /// What to show for `repository` at `registry`: the closest entry of the first source that has one. What can't be read is
@@ -217,7 +237,10 @@ impl Keychain {
     /// What helpers said about `registry` was refused: they are asked again.
     pub async fn doubt(&self, registry: &str) {
         let mut helped = self.helped.lock().await;
-        let doubted = helped.iter().filter(|((_, r), _)| r == registry).map(|(key, _)| key.clone());
+        let doubted = helped
+            .iter()
+            .filter(|((_, r), _)| r == registry)
+            .map(|(key, _)| key.clone());
         for key in doubted.collect::<Vec<_>>() {
             helped.pop(&key);
         }
@@ -226,14 +249,25 @@ impl Keychain {
     async fn helped(&self, helper: &str, registry: &str) -> Option<Credential> {
         let key = (helper.to_owned(), registry.to_owned());
         let mut helped = self.helped.lock().await;
-        if let Some(said) = helped.get(&key).filter(|said| said.since.elapsed() < HELPED) {
+        if let Some(said) = helped
+            .get(&key)
+            .filter(|said| said.since.elapsed() < HELPED)
+        {
             return said.credential.clone();
         }
-        let credential = helper::get(helper, registry).await.unwrap_or_else(|reason| {
-            tracing::warn!(helper, registry, %reason, "a credential helper gave nothing");
-            None
-        });
-        helped.put(key, Helped { credential: credential.clone(), since: Instant::now() });
+        let credential = helper::get(helper, registry)
+            .await
+            .unwrap_or_else(|reason| {
+                tracing::warn!(helper, registry, %reason, "a credential helper gave nothing");
+                None
+            });
+        helped.put(
+            key,
+            Helped {
+                credential: credential.clone(),
+                since: Instant::now(),
+            },
+        );
         credential
     }
 
@@ -250,7 +284,11 @@ impl Keychain {
         };
         // It does not fail: what can't be read is logged and empty. If it did, all is read anew next time.
         *loaded = lanes::run(Lane::Upkeep, read).await.unwrap_or_default();
-        loaded.iter().flatten().map(|loaded| Arc::clone(&loaded.entries)).collect()
+        loaded
+            .iter()
+            .flatten()
+            .map(|loaded| Arc::clone(&loaded.entries))
+            .collect()
     }
 }
 
@@ -261,11 +299,17 @@ fn refresh(source: &CredentialSource, loaded: &mut Option<Loaded>) {
         (file, stamp)
     };
     let stamps: Vec<_> = files(source).into_iter().map(stamp).collect();
-    if loaded.as_ref().is_some_and(|loaded| loaded.stamps == stamps) {
+    if loaded
+        .as_ref()
+        .is_some_and(|loaded| loaded.stamps == stamps)
+    {
         return;
     }
     let entries = entries(source, &stamps);
-    *loaded = Some(Loaded { stamps, entries: Arc::new(entries) });
+    *loaded = Some(Loaded {
+        stamps,
+        entries: Arc::new(entries),
+    });
 }
 
 /// The files of a source, as they are now.
@@ -284,10 +328,16 @@ fn entries(source: &CredentialSource, stamps: &[(PathBuf, Option<Stamp>)]) -> En
         CredentialSource::Kubernetes(_) => kubernetes::parse,
         CredentialSource::Environment(name) => {
             let text = std::env::var(name).map_err(|_| "it is not set, or no text".to_owned());
-            return text.and_then(|text| docker::parse(&text)).unwrap_or_else(|reason| {
-                tracing::warn!(variable = name, reason, "credentials can't be read from the environment");
-                Entries::default()
-            });
+            return text
+                .and_then(|text| docker::parse(&text))
+                .unwrap_or_else(|reason| {
+                    tracing::warn!(
+                        variable = name,
+                        reason,
+                        "credentials can't be read from the environment"
+                    );
+                    Entries::default()
+                });
         }
     };
     let mut all = Entries::default();
@@ -298,7 +348,9 @@ fn entries(source: &CredentialSource, stamps: &[(PathBuf, Option<Stamp>)]) -> En
                 all.helpers.extend(entries.helpers);
                 all.store = all.store.or(entries.store);
             }
-            Err(reason) => tracing::warn!(file = %file.display(), reason, "credentials can't be read"),
+            Err(reason) => {
+                tracing::warn!(file = %file.display(), reason, "credentials can't be read")
+            }
         }
     }
     all
@@ -307,7 +359,9 @@ fn entries(source: &CredentialSource, stamps: &[(PathBuf, Option<Stamp>)]) -> En
 fn read(file: &Path) -> Result<String, String> {
     let mut text = String::new();
     let open = File::open(file).map_err(|e| e.to_string())?;
-    open.take(MAX_FILE_BYTES + 1).read_to_string(&mut text).map_err(|e| e.to_string())?;
+    open.take(MAX_FILE_BYTES + 1)
+        .read_to_string(&mut text)
+        .map_err(|e| e.to_string())?;
     if text.len() as u64 > MAX_FILE_BYTES {
         return Err(format!("it is longer than {MAX_FILE_BYTES} bytes"));
     }
@@ -316,7 +370,11 @@ fn read(file: &Path) -> Result<String, String> {
 
 /// Where JSON went wrong; the parser's own words may quote what is there.
 fn json_error(error: &serde_json::Error) -> String {
-    format!("it is not what it should be at line {}, column {}", error.line(), error.column())
+    format!(
+        "it is not what it should be at line {}, column {}",
+        error.line(),
+        error.column()
+    )
 }
 
 #[cfg(test)]

@@ -14,8 +14,8 @@ use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
 use crate::admin::{
-    Admin, CertificateStatus, MemberStatus, SchedulerStatus, Status, StatusSource, StoreStatus, TaskStatus,
-    disk_used_percent,
+    Admin, CertificateStatus, MemberStatus, SchedulerStatus, Status, StatusSource, StoreStatus,
+    TaskStatus, disk_used_percent,
 };
 use crate::applications::Desk;
 use crate::driver::{Driver, DriverConfig, EVENTS, Event, Members, Running};
@@ -56,7 +56,9 @@ const PEER_DRAIN: Duration = Duration::from_secs(3);
 #[derive(Debug, thiserror::Error)]
 pub enum DaemonError {
     /// An address can't be listened on.
-    #[error("can't listen on {address} for {what}: {source}; choose another with {flag}, or stop who has it")]
+    #[error(
+        "can't listen on {address} for {what}: {source}; choose another with {flag}, or stop who has it"
+    )]
     Listen {
         /// Which.
         address: SocketAddr,
@@ -99,7 +101,11 @@ pub async fn run(
     beside: Option<Beside>,
 ) -> Result<(), DaemonError> {
     let mirrors = listen(&settings.mirror, "the mirror", "--mirror")?;
-    let forward_listeners = listen(&settings.forward_proxy, "the forward proxy", "--forward-proxy")?;
+    let forward_listeners = listen(
+        &settings.forward_proxy,
+        "the forward proxy",
+        "--forward-proxy",
+    )?;
     let admin = listen(&[settings.admin], "metrics and status", "--admin")?;
     let peer_listeners = match identity {
         Some(_) => listen(&settings.peer_listen, "peers", "--peer-listen")?,
@@ -112,8 +118,12 @@ pub async fn run(
     let (mirror_addresses, forward_addresses) = (bound(&mirrors), bound(&forward_listeners));
     let own = [mirror_addresses.clone(), forward_addresses.clone()].concat();
     let metrics = Arc::new(Metrics::new());
-    let origin =
-        Origin::beside(Arc::clone(&settings.live), limits.clone(), own.clone(), Arc::clone(&metrics));
+    let origin = Origin::beside(
+        Arc::clone(&settings.live),
+        limits.clone(),
+        own.clone(),
+        Arc::clone(&metrics),
+    );
     let desk = Desk::new(Arc::clone(&settings.live), Arc::clone(&metrics));
     let members = Arc::new(Members::of(settings.place.zone.to_string()));
     let (events, heard) = mpsc::channel(EVENTS);
@@ -130,7 +140,8 @@ pub async fn run(
         flights,
         origin: origin.clone(),
         proofs: Arc::clone(&proofs),
-        seeds: (identity.is_some() && !settings.seed).then(|| Arc::clone(&seeds) as Arc<dyn SeedManifests>),
+        seeds: (identity.is_some() && !settings.seed)
+            .then(|| Arc::clone(&seeds) as Arc<dyn SeedManifests>),
         live: Arc::clone(&settings.live),
         metrics: Arc::clone(&metrics),
         desk: Arc::clone(&desk),
@@ -139,8 +150,12 @@ pub async fn run(
     let forward_proxy = match forward_listeners.is_empty() {
         true => None,
         false => {
-            let (dir, name) = (intercept::authority_dir(&settings.data_dir), settings.name.clone());
-            let (mirror, origin, live) = (mirror.clone(), origin.clone(), Arc::clone(&settings.live));
+            let (dir, name) = (
+                intercept::authority_dir(&settings.data_dir),
+                settings.name.clone(),
+            );
+            let (mirror, origin, live) =
+                (mirror.clone(), origin.clone(), Arc::clone(&settings.live));
             Some(blocking(move || ForwardProxy::open(&dir, &name, mirror, origin, live)).await?)
         }
     };
@@ -193,7 +208,13 @@ pub async fn run(
         store: Arc::new(store.clone()),
         sources: {
             let origin = origin.clone();
-            Arc::new(move |task, grants| Arc::new(RegistryBlob { origin: origin.clone(), task, grants }))
+            Arc::new(move |task, grants| {
+                Arc::new(RegistryBlob {
+                    origin: origin.clone(),
+                    task,
+                    grants,
+                })
+            })
         },
         origin: origin.clone(),
         proofs,
@@ -204,10 +225,15 @@ pub async fn run(
         events: events.clone(),
     });
     let driving = tokio::spawn(driver.run(heard, stop_driver.clone()));
-    let seeking =
-        peers.clone().map(|peers| tokio::spawn(static_seeds(settings.seeds.clone(), peers, events.clone())));
-    let evicting =
-        tokio::spawn(evict(store.clone(), Arc::clone(&settings.live), events.clone(), Arc::clone(&metrics)));
+    let seeking = peers
+        .clone()
+        .map(|peers| tokio::spawn(static_seeds(settings.seeds.clone(), peers, events.clone())));
+    let evicting = tokio::spawn(evict(
+        store.clone(),
+        Arc::clone(&settings.live),
+        events.clone(),
+        Arc::clone(&metrics),
+    ));
 
     let status = Arc::new(Overview {
         settings: settings.clone(),
@@ -234,7 +260,9 @@ pub async fn run(
             let admin = Admin {
                 status: Arc::clone(&status) as Arc<dyn StatusSource>,
                 metrics: Box::new(move || {
-                    more.as_ref().map_or_else(String::new, |more| (more.metrics)()) + &metrics.encode()
+                    more.as_ref()
+                        .map_or_else(String::new, |more| (more.metrics)())
+                        + &metrics.encode()
                 }),
             };
             tokio::spawn(admin.serve(listener, stop_admin.clone()))
@@ -248,7 +276,9 @@ pub async fn run(
     });
     let forwarding = forward_listeners.into_iter().filter_map(|listener| {
         let (proxy, stop, drain) = (forward_proxy.clone()?, shutdown.clone(), settings.drain);
-        Some(tokio::spawn(async move { proxy.serve(listener, stop, drain).await }))
+        Some(tokio::spawn(async move {
+            proxy.serve(listener, stop, drain).await
+        }))
     });
     for served in serving.chain(forwarding).collect::<Vec<_>>() {
         let _ = served.await;
@@ -269,7 +299,11 @@ pub async fn run(
     for admin in admins {
         let _ = admin.await;
     }
-    if unexpected { Err(DaemonError::Ended("the driver")) } else { Ok(()) }
+    if unexpected {
+        Err(DaemonError::Ended("the driver"))
+    } else {
+        Ok(())
+    }
 }
 
 /// Listens at once, so that a port that is taken is told before anything else is done.
@@ -279,7 +313,11 @@ fn listen(
     flag: &'static str,
 ) -> Result<Vec<TcpListener>, DaemonError> {
     let listen = |address: SocketAddr| {
-        let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+        let socket = if address.is_ipv4() {
+            TcpSocket::new_v4()
+        } else {
+            TcpSocket::new_v6()
+        }?;
         socket.set_reuseaddr(true)?;
         socket.bind(address)?;
         socket.listen(BACKLOG)
@@ -287,14 +325,22 @@ fn listen(
     addresses
         .iter()
         .map(|address| {
-            listen(*address).map_err(|source| DaemonError::Listen { address: *address, what, flag, source })
+            listen(*address).map_err(|source| DaemonError::Listen {
+                address: *address,
+                what,
+                flag,
+                source,
+            })
         })
         .collect()
 }
 
 /// The addresses that listeners got.
 fn bound(listeners: &[TcpListener]) -> Vec<SocketAddr> {
-    listeners.iter().filter_map(|listener| listener.local_addr().ok()).collect()
+    listeners
+        .iter()
+        .filter_map(|listener| listener.local_addr().ok())
+        .collect()
 }
 
 /// How peers are told to reach this node: as told, else the addresses listened on, else the host's own.
@@ -302,7 +348,11 @@ fn advertised(settings: &Settings, listeners: &[TcpListener]) -> Vec<String> {
     if !settings.advertise.is_empty() {
         return settings.advertise.clone();
     }
-    listeners.iter().filter_map(|l| l.local_addr().ok()).map(hawker_api::address::advertised).collect()
+    listeners
+        .iter()
+        .filter_map(|l| l.local_addr().ok())
+        .map(hawker_api::address::advertised)
+        .collect()
 }
 
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
@@ -331,14 +381,23 @@ pub(crate) fn forward<T: Send + 'static>(
 
 fn holdings(store: &Store) -> Vec<Holding> {
     let held = store.holdings().into_iter();
-    held.map(|(task, size_bytes, pieces, complete)| Holding { task, size_bytes, pieces, complete }).collect()
+    held.map(|(task, size_bytes, pieces, complete)| Holding {
+        task,
+        size_bytes,
+        pieces,
+        complete,
+    })
+    .collect()
 }
 
 /// Keeps dialling the seeds that the configuration names, each name resolved again every time.
 async fn static_seeds(seeds: Vec<String>, peers: TlsPeers, events: mpsc::Sender<Event>) {
     loop {
         for address in &seeds {
-            let dial = Dial { peer: None, addresses: vec![address.clone()] };
+            let dial = Dial {
+                peer: None,
+                addresses: vec![address.clone()],
+            };
             match peers.dial(&dial).await {
                 Ok(peer) => {
                     let _ = events.send(Event::StaticSeed { peer }).await;
@@ -381,7 +440,9 @@ async fn evict(
             continue;
         }
         tracing::info!(tasks = gone.len(), "evicted");
-        metrics.evicted_bytes.inc_by(before.saturating_sub(usage.bytes));
+        metrics
+            .evicted_bytes
+            .inc_by(before.saturating_sub(usage.bytes));
         let _ = events.send(Event::Gone(gone)).await;
     }
 }
@@ -399,10 +460,17 @@ impl SeedManifests for Seeds {
             let peers = self.peers.get()?;
             let right = grant.right(self.lends_tokens);
             // The owner, and one more should it be gone: the origin comes soon enough.
-            for seed in rendezvous::order(digest, self.members.seeds()).into_iter().take(2) {
-                let Some(dial) = self.members.dial(seed) else { continue };
+            for seed in rendezvous::order(digest, self.members.seeds())
+                .into_iter()
+                .take(2)
+            {
+                let Some(dial) = self.members.dial(seed) else {
+                    continue;
+                };
                 if peers.dial(&dial).await.is_ok()
-                    && let Ok(answer) = peers.manifest(seed, &grant.source, digest, right.token()).await
+                    && let Ok(answer) = peers
+                        .manifest(seed, &grant.source, digest, right.token())
+                        .await
                 {
                     return Some(answer);
                 }
@@ -439,7 +507,10 @@ async fn watch(overview: Arc<Overview>, events: mpsc::Sender<Event>) {
             return;
         }
         if let Ok(running) = answer.await {
-            *overview.running.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = running;
+            *overview
+                .running
+                .lock()
+                .unwrap_or_else(std::sync::PoisonError::into_inner) = running;
         }
         tokio::time::sleep(WATCH_EVERY).await;
     }
@@ -449,7 +520,10 @@ impl Overview {
     /// The reason why this node serves alone though it was a member, else the problem of the scheduler beside it; empty if there
     /// is none.
     fn problem(&self) -> String {
-        let expired = self.identity.as_ref().is_some_and(|identity| identity.has_expired(SystemTime::now()));
+        let expired = self
+            .identity
+            .as_ref()
+            .is_some_and(|identity| identity.has_expired(SystemTime::now()));
         match &self.settings.problem {
             Some(problem) => problem.clone(),
             None if expired => "this node's certificate has expired: other members refuse it, and pulls go on without them. \
@@ -468,7 +542,11 @@ impl StatusSource for Overview {
 
     fn status(&self) -> Status {
         let usage = self.store.usage();
-        let connected = self.tracker.as_ref().map(Tracker::connected).unwrap_or_default();
+        let connected = self
+            .tracker
+            .as_ref()
+            .map(Tracker::connected)
+            .unwrap_or_default();
         let mut schedulers: Vec<SchedulerStatus> = connected
             .iter()
             .map(|address| SchedulerStatus {
@@ -477,12 +555,28 @@ impl StatusSource for Overview {
                 problem: String::new(),
             })
             .collect();
-        for address in self.settings.schedulers.iter().filter(|a| !connected.contains(a)) {
-            let problem = self.tracker.as_ref().and_then(|tracker| tracker.problem(address));
+        for address in self
+            .settings
+            .schedulers
+            .iter()
+            .filter(|a| !connected.contains(a))
+        {
+            let problem = self
+                .tracker
+                .as_ref()
+                .and_then(|tracker| tracker.problem(address));
             let problem = problem.unwrap_or_default();
-            schedulers.push(SchedulerStatus { address: address.clone(), connected: false, problem });
+            schedulers.push(SchedulerStatus {
+                address: address.clone(),
+                connected: false,
+                problem,
+            });
         }
-        let running = self.running.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone();
+        let running = self
+            .running
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
+            .clone();
         let role = match (&self.identity, self.settings.seed) {
             (None, _) => "alone".to_owned(),
             (Some(_), true) => Role::Seed.to_string(),
@@ -490,9 +584,17 @@ impl StatusSource for Overview {
         };
         Status {
             name: self.settings.name.clone(),
-            peer_id: self.identity.as_ref().map(|i| i.peer_id().to_string()).unwrap_or_default(),
+            peer_id: self
+                .identity
+                .as_ref()
+                .map(|i| i.peer_id().to_string())
+                .unwrap_or_default(),
             role,
-            cluster: self.identity.as_ref().map(Identity::cluster).unwrap_or_default(),
+            cluster: self
+                .identity
+                .as_ref()
+                .map(Identity::cluster)
+                .unwrap_or_default(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             uptime_s: self.started.elapsed().as_secs(),
             ready: !self.stopping.is_cancelled(),
@@ -512,8 +614,9 @@ impl StatusSource for Overview {
                     connected,
                     isolated: isolated.is_some(),
                     isolated_for: isolated.as_ref().map(|i| i.why.clone()).unwrap_or_default(),
-                    isolated_for_s: isolated
-                        .map_or(0, |i| i.until.saturating_duration_since(Instant::now()).as_secs()),
+                    isolated_for_s: isolated.map_or(0, |i| {
+                        i.until.saturating_duration_since(Instant::now()).as_secs()
+                    }),
                 })
                 .collect(),
             bytes: self.metrics.bytes(),
@@ -539,7 +642,10 @@ impl StatusSource for Overview {
                 .collect(),
             certificate: self.identity.as_ref().map(|identity| {
                 let (not_before_s, not_after_s) = identity.validity_s();
-                CertificateStatus { not_before_s, not_after_s }
+                CertificateStatus {
+                    not_before_s,
+                    not_after_s,
+                }
             }),
             ..Status::default()
         }

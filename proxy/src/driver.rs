@@ -102,7 +102,11 @@ pub(crate) enum Event {
         partial: bool,
     },
     /// The disk has been looked at for a task.
-    Found { task: Digest, generation: u64, found: Found },
+    Found {
+        task: Digest,
+        generation: u64,
+        found: Found,
+    },
     /// A connection did something.
     Peer(PeerEvent),
     /// The scheduler said something.
@@ -112,9 +116,19 @@ pub(crate) enum Event {
     /// A dial is over.
     Dialled { peer: PeerId, reached: bool },
     /// A request to a peer is over.
-    Piece { task: Digest, peer: PeerId, request: u32, outcome: Result<Received, PeerError> },
+    Piece {
+        task: Digest,
+        peer: PeerId,
+        request: u32,
+        outcome: Result<Received, PeerError>,
+    },
     /// The origin told the size.
-    OriginSized { task: Digest, generation: u64, size_bytes: u64, registry: String },
+    OriginSized {
+        task: Digest,
+        generation: u64,
+        size_bytes: u64,
+        registry: String,
+    },
     /// The origin gave a piece.
     OriginPiece {
         task: Digest,
@@ -130,31 +144,68 @@ pub(crate) enum Event {
     /// The in-order read of the origin is over.
     OriginOver { task: Digest, generation: u64 },
     /// The origin gives no more, in order (then with a generation) or at all.
-    OriginFailed { task: Digest, generation: Option<u64>, failure: Failure, reason: String },
+    OriginFailed {
+        task: Digest,
+        generation: Option<u64>,
+        failure: Failure,
+        reason: String,
+    },
     /// The origin knows no ranges: it sends all of the blob to whoever asks for any of it.
     OriginWholeOnly { task: Digest },
     /// The disk takes no loose bytes.
     DiskRefused { task: Digest, error: StoreError },
     /// A reader waits for these bytes, and only the origin can give them.
-    ReadAtOrigin { task: Digest, reader: u64, ranges: Vec<Range<u64>> },
+    ReadAtOrigin {
+        task: Digest,
+        reader: u64,
+        ranges: Vec<Range<u64>>,
+    },
     /// The origin is so slow that its stream took memory from others: it is over.
     OriginHogging { task: Digest, generation: u64 },
     /// A piece is on disk, or not.
-    Written { task: Digest, generation: u64, piece: PieceIndex, outcome: Result<(), StoreError> },
+    Written {
+        task: Digest,
+        generation: u64,
+        piece: PieceIndex,
+        outcome: Result<(), StoreError>,
+    },
     /// The disk was tried after it had refused.
     DiskTried { takes_writes: bool },
     /// A task is committed, or not.
-    Committed { task: Digest, generation: u64, outcome: Result<Blob, StoreError> },
+    Committed {
+        task: Digest,
+        generation: u64,
+        outcome: Result<Blob, StoreError>,
+    },
     /// A client doubts these bytes of a task.
-    Recheck { task: Digest, bytes: Range<u64>, reply: oneshot::Sender<bool> },
+    Recheck {
+        task: Digest,
+        bytes: Range<u64>,
+        reply: oneshot::Sender<bool>,
+    },
     /// A blob was streamed from an origin, without pieces, and matched its digest.
     SizeProven { task: Digest, size_bytes: u64 },
     /// What the disk has of a task was hashed again: of the task as it was `seen` in play then, if it was.
-    Rechecked { task: Digest, seen: Option<Arc<Shared>>, right: bool, reply: Option<oneshot::Sender<bool>> },
+    Rechecked {
+        task: Digest,
+        seen: Option<Arc<Shared>>,
+        right: bool,
+        reply: Option<oneshot::Sender<bool>>,
+    },
     /// A committed blob has wrong bytes, and the store has let it go.
-    Rotten { blob: Blob, reply: oneshot::Sender<()> },
+    Rotten {
+        blob: Blob,
+        reply: oneshot::Sender<()>,
+    },
     /// A piece of a committed blob was hashed before it is uploaded for the first time.
-    Checked { task: Digest, peer: PeerId, request: u32, piece: PieceIndex, blob: Blob, right: bool },
+    Checked {
+        task: Digest,
+        peer: PeerId,
+        request: u32,
+        piece: PieceIndex,
+        blob: Blob,
+        right: bool,
+    },
     /// The store let these tasks go.
     Gone(Vec<Digest>),
     /// The disk needs room: what nobody reads should not be kept from being evicted.
@@ -207,7 +258,11 @@ impl Notary for Keys {
 
     fn sign(&self, table: &mut PieceTable, sealed: bool) {
         if let Some(identity) = &self.identity {
-            let pieces = if sealed { table.layout().count() } else { table.values().len() as u32 };
+            let pieces = if sealed {
+                table.layout().count()
+            } else {
+                table.values().len() as u32
+            };
             let registries = self.proofs.givers(table.task(), pieces);
             identity.sign(table, sealed, registries, SystemTime::now());
         }
@@ -215,8 +270,9 @@ impl Notary for Keys {
 }
 
 /// The place that a task can be had from, with the rights of the clients who want it.
-pub(crate) type Sources =
-    Arc<dyn Fn(Digest, watch::Receiver<Vec<Grant>>) -> Arc<dyn crate::source::Source> + Send + Sync>;
+pub(crate) type Sources = Arc<
+    dyn Fn(Digest, watch::Receiver<Vec<Grant>>) -> Arc<dyn crate::source::Source> + Send + Sync,
+>;
 
 /// How to run the driver.
 pub(crate) struct DriverConfig {
@@ -261,7 +317,10 @@ pub(crate) struct Driver {
 
 impl Driver {
     pub(crate) fn new(config: DriverConfig) -> Self {
-        let me = config.identity.as_ref().map_or(PeerId([0; 16]), Identity::peer_id);
+        let me = config
+            .identity
+            .as_ref()
+            .map_or(PeerId([0; 16]), Identity::peer_id);
         let role = if config.seed { Role::Seed } else { Role::Peer };
         let core = Config {
             me,
@@ -274,7 +333,10 @@ impl Driver {
         Self {
             node: Node::new(
                 core,
-                Keys { identity: config.identity.clone(), proofs: Arc::clone(&config.proofs) },
+                Keys {
+                    identity: config.identity.clone(),
+                    proofs: Arc::clone(&config.proofs),
+                },
                 StdRng::from_rng(&mut rand::rng()),
             ),
             started: Instant::now(),
@@ -297,9 +359,16 @@ impl Driver {
     }
 
     /// Runs until `shutdown`.
-    pub(crate) async fn run(mut self, mut events: mpsc::Receiver<Event>, shutdown: CancellationToken) {
+    pub(crate) async fn run(
+        mut self,
+        mut events: mpsc::Receiver<Event>,
+        shutdown: CancellationToken,
+    ) {
         loop {
-            let deadline = self.node.deadline(self.now()).map_or(SWEEP_EVERY, |at| at.since(self.now()));
+            let deadline = self
+                .node
+                .deadline(self.now())
+                .map_or(SWEEP_EVERY, |at| at.since(self.now()));
             tokio::select! {
                 () = shutdown.cancelled() => break,
                 event = events.recv() => match event {
@@ -313,7 +382,11 @@ impl Driver {
                 self.apply(event);
             }
             self.sweep();
-            let listens = self.config.tracker.as_ref().is_some_and(|t| !t.connected().is_empty());
+            let listens = self
+                .config
+                .tracker
+                .as_ref()
+                .is_some_and(|t| !t.connected().is_empty());
             self.tell(Input::Scheduler(listens));
             self.set_rates();
             self.share_memory();
@@ -323,7 +396,8 @@ impl Driver {
             }
         }
         for task in self.tasks.values() {
-            task.shared.update(|state| state.failed = Some(FlightError::Stopping));
+            task.shared
+                .update(|state| state.failed = Some(FlightError::Stopping));
         }
     }
 
@@ -331,7 +405,10 @@ impl Driver {
     fn set_rates(&mut self) {
         let live = self.config.live.load_full();
         self.tell(Input::UploadSlots(*live.config.upload_slots as usize));
-        self.tell(Input::Rates { each_task: live.task_rates, prefetch: live.rates.prefetch });
+        self.tell(Input::Rates {
+            each_task: live.task_rates,
+            prefetch: live.rates.prefetch,
+        });
         self.tell(Input::Applications(self.config.desk.rules()));
     }
 
@@ -346,29 +423,59 @@ impl Driver {
     fn apply(&mut self, event: Event) {
         let now = self.now();
         match event {
-            Event::Open { task, grant, purpose, size_hint, partial, reader, reply } => {
+            Event::Open {
+                task,
+                grant,
+                purpose,
+                size_hint,
+                partial,
+                reader,
+                reply,
+            } => {
                 // A registry that says another size has no part in this download, until one of them is proved right.
                 if let Some(state) = self.tasks.get(&task)
-                    && state.shared.lock().is_other_size(size_hint, &grant.source.registry)
+                    && state
+                        .shared
+                        .lock()
+                        .is_other_size(size_hint, &grant.source.registry)
                 {
                     let _ = reply.send(Arc::clone(&state.shared));
                     return;
                 }
                 let state = self.enter(task, grant, size_hint);
-                state.readers.insert(reader, Reading { pieces: None, at_origin: Vec::new(), purpose });
+                state.readers.insert(
+                    reader,
+                    Reading {
+                        pieces: None,
+                        at_origin: Vec::new(),
+                        purpose,
+                    },
+                );
                 state.whole |= !partial;
                 state.was_read = true;
                 let _ = reply.send(Arc::clone(&state.shared));
                 self.opened(task);
             }
-            Event::Position { task, reader, pieces, ahead, partial } => {
+            Event::Position {
+                task,
+                reader,
+                pieces,
+                ahead,
+                partial,
+            } => {
                 self.position(task, reader, pieces, ahead, partial);
             }
-            Event::Found { task, generation, found } => self.found(task, generation, found),
+            Event::Found {
+                task,
+                generation,
+                found,
+            } => self.found(task, generation, found),
             Event::Peer(event) => self.peer(event),
             Event::Tracker(event) => self.tracker(event),
             Event::StaticSeed { peer } => {
-                self.config.members.with(|state| state.static_seeds.insert(peer));
+                self.config
+                    .members
+                    .with(|state| state.static_seeds.insert(peer));
                 self.tell(Input::Seeds(self.config.members.named_seeds()));
             }
             Event::Dialled { peer, reached } => {
@@ -376,8 +483,18 @@ impl Driver {
                     self.node.handle(now, Input::DialFailed(peer));
                 }
             }
-            Event::Piece { task, peer, request, outcome } => self.piece(task, peer, request, outcome),
-            Event::OriginSized { task, generation, size_bytes, registry } => {
+            Event::Piece {
+                task,
+                peer,
+                request,
+                outcome,
+            } => self.piece(task, peer, request, outcome),
+            Event::OriginSized {
+                task,
+                generation,
+                size_bytes,
+                registry,
+            } => {
                 if self.reading(&task, generation) {
                     if let Some(state) = self.tasks.get(&task) {
                         let mut shared = state.shared.lock();
@@ -388,13 +505,28 @@ impl Driver {
                     self.node.handle(now, Input::Sized { task, size_bytes });
                 }
             }
-            Event::OriginPiece { task, generation, registry, piece, buffer, chain, is_on_disk } => {
+            Event::OriginPiece {
+                task,
+                generation,
+                registry,
+                piece,
+                buffer,
+                chain,
+                is_on_disk,
+            } => {
                 if self.reading(&task, generation) {
                     // Before the piece counts: an issuer signs at once, and readers see it at once.
-                    let count = self.node.table(&task).map_or(0, |table| table.layout().count());
-                    self.config.proofs.gave(&task, &registry, piece..piece + 1, count);
+                    let count = self
+                        .node
+                        .table(&task)
+                        .map_or(0, |table| table.layout().count());
+                    self.config
+                        .proofs
+                        .gave(&task, &registry, piece..piece + 1, count);
                     self.moved(&task, Moved::Origin, buffer.filled().len() as u64);
-                    let verdict = self.node.handle(now, Input::OriginPiece { task, piece, chain });
+                    let verdict = self
+                        .node
+                        .handle(now, Input::OriginPiece { task, piece, chain });
                     let verdict = verdict.unwrap_or(Verdict::Drop);
                     if verdict == Verdict::Wrong {
                         self.config.proofs.forget(&task);
@@ -414,10 +546,21 @@ impl Driver {
                     if let Some(state) = self.tasks.get_mut(&task) {
                         state.reading = None;
                     }
-                    self.node.handle(now, Input::OriginOver { task, failure: None });
+                    self.node.handle(
+                        now,
+                        Input::OriginOver {
+                            task,
+                            failure: None,
+                        },
+                    );
                 }
             }
-            Event::OriginFailed { task, generation, failure, reason } => {
+            Event::OriginFailed {
+                task,
+                generation,
+                failure,
+                reason,
+            } => {
                 self.origin_failed(task, generation, failure, reason);
             }
             Event::OriginWholeOnly { task } => {
@@ -427,20 +570,36 @@ impl Driver {
                 }
             }
             Event::DiskRefused { task, error } => self.disk_refused(task, &error),
-            Event::ReadAtOrigin { task, reader, ranges } => self.read_at_origin(task, reader, ranges),
+            Event::ReadAtOrigin {
+                task,
+                reader,
+                ranges,
+            } => self.read_at_origin(task, reader, ranges),
             Event::OriginHogging { task, generation } => {
                 if self.reading(&task, generation) {
                     self.starve(now, &task);
                 }
             }
-            Event::Written { task, generation, piece, outcome } => {
-                self.written(task, generation, piece, outcome)
-            }
+            Event::Written {
+                task,
+                generation,
+                piece,
+                outcome,
+            } => self.written(task, generation, piece, outcome),
             Event::DiskTried { takes_writes } => self.disk_tried(takes_writes),
-            Event::Committed { task, generation, outcome } => self.committed(task, generation, outcome),
+            Event::Committed {
+                task,
+                generation,
+                outcome,
+            } => self.committed(task, generation, outcome),
             Event::SizeProven { task, size_bytes } => self.size_proven(task, size_bytes),
             Event::Recheck { task, bytes, reply } => self.recheck(task, bytes, Some(reply)),
-            Event::Rechecked { task, seen, right, reply } => {
+            Event::Rechecked {
+                task,
+                seen,
+                right,
+                reply,
+            } => {
                 if !right {
                     self.rotten(task, seen);
                 }
@@ -450,7 +609,14 @@ impl Driver {
                 self.rotten_blob(&blob);
                 let _ = reply.send(());
             }
-            Event::Checked { task, peer, request, piece, blob, right } => {
+            Event::Checked {
+                task,
+                peer,
+                request,
+                piece,
+                blob,
+                right,
+            } => {
                 if !right {
                     self.rotten_blob(&blob);
                 }
@@ -466,7 +632,11 @@ impl Driver {
 
     /// The store let a task go. A download of it that has begun anew since goes on.
     fn evicted(&mut self, task: &Digest) {
-        if self.tasks.get(task).is_some_and(|state| state.generation > 0 && state.disk.blob().is_none()) {
+        if self
+            .tasks
+            .get(task)
+            .is_some_and(|state| state.generation > 0 && state.disk.blob().is_none())
+        {
             return;
         }
         self.gone(task);
@@ -477,22 +647,30 @@ impl Driver {
         self.tell(Input::Close(*task));
         self.config.proofs.forget(task);
         if let Some(state) = self.tasks.remove(task) {
-            state.shared.update(|s| s.failed = Some(FlightError::Rotten(*task)));
+            state
+                .shared
+                .update(|s| s.failed = Some(FlightError::Rotten(*task)));
         }
         self.holding(task, 0, 0, false);
     }
 
     fn reading(&self, task: &Digest, generation: u64) -> bool {
-        self.tasks.get(task).is_some_and(|t| t.reading == Some(generation))
+        self.tasks
+            .get(task)
+            .is_some_and(|t| t.reading == Some(generation))
     }
 
     /// A client has come to read a task.
     fn opened(&mut self, task: Digest) {
-        let Some(state) = self.tasks.get_mut(&task) else { return };
+        let Some(state) = self.tasks.get_mut(&task) else {
+            return;
+        };
         state.idle_since = None;
         state.shared.update(|s| s.failed = None);
         self.claim_memory(task);
-        let Some(state) = self.tasks.get(&task) else { return };
+        let Some(state) = self.tasks.get(&task) else {
+            return;
+        };
         if state.is_ready() {
             self.run_task(task, false);
         }
@@ -515,7 +693,10 @@ impl Driver {
     fn enter_for_peer(&mut self, task: Digest, grant: Grant) -> &mut TaskState {
         let lends_tokens = self.config.lends_tokens;
         self.state_of(task, None).add_peers_grant(grant);
-        let best = self.tasks.get(&task).and_then(|state| state.grants.borrow().last().cloned());
+        let best = self
+            .tasks
+            .get(&task)
+            .and_then(|state| state.grants.borrow().last().cloned());
         if let Some(best) = best {
             self.tell(Input::Authorize {
                 task,
@@ -528,33 +709,53 @@ impl Driver {
 
     fn state_of(&mut self, task: Digest, size_hint: Option<(u64, String)>) -> &mut TaskState {
         if !self.tasks.contains_key(&task) {
-            self.look(task, 0, size_hint.as_ref().map(|(size_bytes, _)| *size_bytes), |_| {});
+            self.look(
+                task,
+                0,
+                size_hint.as_ref().map(|(size_bytes, _)| *size_bytes),
+                |_| {},
+            );
         }
         let alone = self.config.peers.is_none();
         self.tasks.entry(task).or_insert_with(|| {
             let shared = Arc::new(Shared::new(task));
             shared.update(|s| s.is_alone = alone);
-            TaskState { size_hint, ..TaskState::new(shared) }
+            TaskState {
+                size_hint,
+                ..TaskState::new(shared)
+            }
         })
     }
 
     fn found(&mut self, task: Digest, generation: u64, found: Found) {
         let now = self.now();
-        let Some(state) = self.tasks.get_mut(&task).filter(|t| t.generation == generation) else { return };
-        let Some(grant) = state.grants.borrow().last().cloned() else { return };
+        let Some(state) = self
+            .tasks
+            .get_mut(&task)
+            .filter(|t| t.generation == generation)
+        else {
+            return;
+        };
+        let Some(grant) = state.grants.borrow().last().cloned() else {
+            return;
+        };
         if let Found::Refused(error, size) = &found
             && error.is_for_want_of_room()
         {
             // Blobs that nobody reads any more may still be held here, and are not evicted as long as they are.
             let has_let_go = self.let_idle_go(Some(&task));
-            let Some(state) = self.tasks.get_mut(&task) else { return };
+            let Some(state) = self.tasks.get_mut(&task) else {
+                return;
+            };
             if !std::mem::replace(&mut state.has_made_room, true) && has_let_go {
                 let size_bytes = *size;
                 self.look(task, generation, size_bytes, |_| {});
                 return;
             }
         }
-        let Some(state) = self.tasks.get_mut(&task) else { return };
+        let Some(state) = self.tasks.get_mut(&task) else {
+            return;
+        };
         let early = state.disk.take_early();
         let is_first = early.is_some();
         let mut opening = Opening {
@@ -592,7 +793,10 @@ impl Driver {
                 if let Some(size) = size {
                     let layout = PieceLayout::new(size);
                     state.adopt_memory(layout);
-                    opening.known = Some((PieceTable::new(task, layout), PieceSet::empty(layout.count())));
+                    opening.known = Some((
+                        PieceTable::new(task, layout),
+                        PieceSet::empty(layout.count()),
+                    ));
                 }
             }
         }
@@ -620,7 +824,13 @@ impl Driver {
             }
             return;
         };
-        self.node.handle(now, Input::Open { task, opening: Box::new(opening) });
+        self.node.handle(
+            now,
+            Input::Open {
+                task,
+                opening: Box::new(opening),
+            },
+        );
         if refused {
             self.enter_memory(task);
         }
@@ -628,13 +838,26 @@ impl Driver {
             let me = self.config.identity.as_ref().map(Identity::peer_id);
             self.node.handle(
                 now,
-                Input::Parents { task, parents: Vec::new(), issuer: me, elected: true, share: Share::ALL },
+                Input::Parents {
+                    task,
+                    parents: Vec::new(),
+                    issuer: me,
+                    elected: true,
+                    share: Share::ALL,
+                },
             );
         }
-        if self.tasks.get(&task).is_some_and(|state| !state.readers.is_empty()) {
+        if self
+            .tasks
+            .get(&task)
+            .is_some_and(|state| !state.readers.is_empty())
+        {
             self.run_task(task, false);
         }
-        early.asking.iter().for_each(|child| self.adopt(task, child));
+        early
+            .asking
+            .iter()
+            .for_each(|child| self.adopt(task, child));
     }
 
     /// A peer asks for a task that is ready here.
@@ -646,31 +869,59 @@ impl Driver {
         }
         let held = self.node.held(&task).is_some_and(|held| !held.is_empty());
         if self.config.seed {
-            let as_owner =
-                self.config.members.with(|s| s.listed.iter().any(|m| m.peer == peer && m.role == Role::Seed));
+            let as_owner = self.config.members.with(|s| {
+                s.listed
+                    .iter()
+                    .any(|m| m.peer == peer && m.role == Role::Seed)
+            });
             if let Some(state) = self.tasks.get_mut(&task) {
                 state.whole = true;
                 state.for_peers = true;
             }
             self.run_task(task, as_owner);
         } else if !held && !self.node.is_running(&task) {
-            self.tell(Input::Refuse { peer, task, reason: Refusal::NotHeld });
+            self.tell(Input::Refuse {
+                peer,
+                task,
+                reason: Refusal::NotHeld,
+            });
             return;
         }
         self.claim_memory(task);
-        self.node.handle(now, Input::Adopt { task, child: child.clone() });
+        self.node.handle(
+            now,
+            Input::Adopt {
+                task,
+                child: child.clone(),
+            },
+        );
     }
 
     fn run_task(&mut self, task: Digest, as_owner: bool) {
         let now = self.now();
         if let Some(state) = self.tasks.get_mut(&task) {
             state.idle_since = None;
-            self.node.handle(now, Input::Read { task, is_read: !state.readers.is_empty() });
+            self.node.handle(
+                now,
+                Input::Read {
+                    task,
+                    is_read: !state.readers.is_empty(),
+                },
+            );
             if let Some(purpose) = state.purpose() {
                 self.node.handle(now, Input::Purpose { task, purpose });
             }
-            state.resumes.send_replace(tokio::time::Instant::now() + self.node.origin_waits(now, &task));
-            self.node.handle(now, Input::Run { task, whole: state.whole, as_owner });
+            state
+                .resumes
+                .send_replace(tokio::time::Instant::now() + self.node.origin_waits(now, &task));
+            self.node.handle(
+                now,
+                Input::Run {
+                    task,
+                    whole: state.whole,
+                    as_owner,
+                },
+            );
         }
     }
 
@@ -683,7 +934,9 @@ impl Driver {
         partial: bool,
     ) {
         let now = self.now();
-        let Some(state) = self.tasks.get_mut(&task) else { return };
+        let Some(state) = self.tasks.get_mut(&task) else {
+            return;
+        };
         let state_in_memory = state.in_memory();
         match &pieces {
             Some(pieces) => {
@@ -699,35 +952,74 @@ impl Driver {
                     }
                     None => {
                         state.idle_since = Some(Instant::now());
-                        self.node.handle(now, Input::Read { task, is_read: false });
+                        self.node.handle(
+                            now,
+                            Input::Read {
+                                task,
+                                is_read: false,
+                            },
+                        );
                     }
                 }
             }
         }
         self.memory_changed |= pieces.is_none() && state_in_memory;
-        self.node.handle(now, Input::Reader { task, reader, pieces, ahead, partial });
+        self.node.handle(
+            now,
+            Input::Reader {
+                task,
+                reader,
+                pieces,
+                ahead,
+                partial,
+            },
+        );
         self.wish_ranges(&task);
     }
 
     fn peer(&mut self, event: PeerEvent) {
         let now = self.now();
         match event {
-            PeerEvent::Up { peer, role, name, addresses } => {
-                self.config.members.with(|state| state.connected.insert(peer));
-                self.config.members.learn(Member { peer, name, addresses, role, zone: String::new() });
+            PeerEvent::Up {
+                peer,
+                role,
+                name,
+                addresses,
+            } => {
+                self.config
+                    .members
+                    .with(|state| state.connected.insert(peer));
+                self.config.members.learn(Member {
+                    peer,
+                    name,
+                    addresses,
+                    role,
+                    zone: String::new(),
+                });
                 self.node.handle(now, Input::PeerUp { peer, role });
             }
             PeerEvent::Down { peer } => {
-                self.config.members.with(|state| state.connected.remove(&peer));
+                self.config
+                    .members
+                    .with(|state| state.connected.remove(&peer));
                 self.node.handle(now, Input::PeerDown(peer));
             }
-            PeerEvent::Message { peer, message, places: _places } => {
+            PeerEvent::Message {
+                peer,
+                message,
+                places: _places,
+            } => {
                 if let Message::Unavailable { reason, .. } = &message {
                     self.config.metrics.refused(Refused::Us, *reason);
                 }
                 self.node.handle(now, Input::Message { peer, message });
             }
-            PeerEvent::Uploaded { peer, request, bytes, complete } => {
+            PeerEvent::Uploaded {
+                peer,
+                request,
+                bytes,
+                complete,
+            } => {
                 self.config.metrics.uploaded.inc_by(bytes);
                 if complete {
                     self.node.handle(now, Input::Delivered { peer, request });
@@ -746,16 +1038,39 @@ impl Driver {
                 self.config.members.with(|state| state.listed = members);
                 self.tell(Input::Seeds(self.config.members.named_seeds()));
             }
-            TrackerEvent::Parents { task, parents, issuer, fetch_from_origin, share } => {
-                let named: Vec<Named> = parents.iter().map(|m| self.config.members.named(m)).collect();
-                parents.into_iter().for_each(|member| self.config.members.learn(member));
+            TrackerEvent::Parents {
+                task,
+                parents,
+                issuer,
+                fetch_from_origin,
+                share,
+            } => {
+                let named: Vec<Named> = parents
+                    .iter()
+                    .map(|m| self.config.members.named(m))
+                    .collect();
+                parents
+                    .into_iter()
+                    .for_each(|member| self.config.members.learn(member));
                 self.node.handle(
                     now,
-                    Input::Parents { task, parents: named, issuer, elected: fetch_from_origin, share },
+                    Input::Parents {
+                        task,
+                        parents: named,
+                        issuer,
+                        elected: fetch_from_origin,
+                        share,
+                    },
                 );
                 // Elected for what it holds, though nobody here reads it: it is to issue the table for others.
-                if fetch_from_origin && !self.tasks.contains_key(&task) && self.config.store.has(&task) {
-                    let source = Source { registry: String::new(), repository: String::new() };
+                if fetch_from_origin
+                    && !self.tasks.contains_key(&task)
+                    && self.config.store.has(&task)
+                {
+                    let source = Source {
+                        registry: String::new(),
+                        repository: String::new(),
+                    };
                     if let Some(early) = self.enter(task, Grant::own(source), None).disk.early() {
                         early.is_elected = true;
                     }
@@ -769,26 +1084,49 @@ impl Driver {
             TrackerEvent::Removed(removed) => {
                 self.config.members.forget(&removed);
                 for peer in removed {
-                    self.config.peers.iter().for_each(|peers| peers.drop_peer(peer));
+                    self.config
+                        .peers
+                        .iter()
+                        .for_each(|peers| peers.drop_peer(peer));
                 }
                 self.tell(Input::Seeds(self.config.members.named_seeds()));
             }
             TrackerEvent::Isolated(peers) => {
-                self.tell(Input::Isolated(peers.iter().map(|isolation| isolation.peer).collect()));
+                self.tell(Input::Isolated(
+                    peers.iter().map(|isolation| isolation.peer).collect(),
+                ));
                 self.config.metrics.peers_isolated.set(peers.len() as u64);
-                let isolated = peers.into_iter().map(|isolation| (isolation.peer, isolation)).collect();
+                let isolated = peers
+                    .into_iter()
+                    .map(|isolation| (isolation.peer, isolation))
+                    .collect();
                 self.config.members.with(|state| state.isolated = isolated);
             }
         }
     }
 
-    fn piece(&mut self, task: Digest, peer: PeerId, request: u32, outcome: Result<Received, PeerError>) {
+    fn piece(
+        &mut self,
+        task: Digest,
+        peer: PeerId,
+        request: u32,
+        outcome: Result<Received, PeerError>,
+    ) {
         let now = self.now();
         match outcome {
             Ok(received) => {
-                let Some(piece) = self.node.asked_for(peer, request) else { return };
+                let Some(piece) = self.node.asked_for(peer, request) else {
+                    return;
+                };
                 let chain = received.chain;
-                let verdict = self.node.handle(now, Input::Piece { peer, request, chain });
+                let verdict = self.node.handle(
+                    now,
+                    Input::Piece {
+                        peer,
+                        request,
+                        chain,
+                    },
+                );
                 let verdict = verdict.unwrap_or(Verdict::Drop);
                 if verdict == Verdict::Keep {
                     let seed = self.config.members.seeds().contains(&peer);
@@ -809,19 +1147,37 @@ impl Driver {
             Err(PeerError::Cancelled) => {}
             Err(error) => {
                 debug!(%task, %peer, %error, "a piece did not come");
-                let refused = if let PeerError::Refused(reason) = error { Some(reason) } else { None };
+                let refused = if let PeerError::Refused(reason) = error {
+                    Some(reason)
+                } else {
+                    None
+                };
                 if let Some(reason) = refused {
                     self.config.metrics.refused(Refused::Us, reason);
                 }
-                let fault = if error == PeerError::Stalled { Fault::Stalled } else { Fault::Failed };
-                self.node.handle(now, Input::PieceFailed { peer, request, refused, fault });
+                let fault = if error == PeerError::Stalled {
+                    Fault::Stalled
+                } else {
+                    Fault::Failed
+                };
+                self.node.handle(
+                    now,
+                    Input::PieceFailed {
+                        peer,
+                        request,
+                        refused,
+                        fault,
+                    },
+                );
             }
         }
     }
 
     /// Bytes of a task came.
     fn moved(&self, task: &Digest, how: Moved, bytes: u64) {
-        self.config.desk.moved(&self.node.purpose_of(task).labels, how, bytes);
+        self.config
+            .desk
+            .moved(&self.node.purpose_of(task).labels, how, bytes);
     }
 
     // ---- housekeeping -------------------------------------------------------------------------------------------
@@ -853,7 +1209,11 @@ impl Driver {
             }
             let idle = state.idle_since.get_or_insert_with(Instant::now).elapsed();
             let memory = state.in_memory();
-            let rests_after = if state.was_read { linger } else { linger.min(REST_AFTER) };
+            let rests_after = if state.was_read {
+                linger
+            } else {
+                linger.min(REST_AFTER)
+            };
             if running && (idle >= rests_after || memory) {
                 debug!(%task, "nobody reads it: paused");
                 state.was_read = false;
@@ -898,9 +1258,15 @@ impl Driver {
     fn let_idle_go(&mut self, but: Option<&Digest>) -> bool {
         let idle = |(task, state): (&Digest, &TaskState)| {
             let busy = !state.is_ready() || !state.readers.is_empty() || state.writing > 0;
-            (!busy && !self.node.is_running(task) && !self.node.has_hungry_children(task)).then_some(*task)
+            (!busy && !self.node.is_running(task) && !self.node.has_hungry_children(task))
+                .then_some(*task)
         };
-        let idle: Vec<Digest> = self.tasks.iter().filter_map(idle).filter(|task| but != Some(task)).collect();
+        let idle: Vec<Digest> = self
+            .tasks
+            .iter()
+            .filter_map(idle)
+            .filter(|task| but != Some(task))
+            .collect();
         idle.iter().for_each(|task| self.let_go(task));
         !idle.is_empty()
     }
@@ -917,7 +1283,9 @@ impl Driver {
                     of: held.map_or(0, PieceSet::count),
                     state: match self.node.phase(task) {
                         Phase::Locating | Phase::Fetching if state.in_memory() => "through memory",
-                        Phase::Locating | Phase::Fetching if self.node.is_prefetch(task) => "prefetching",
+                        Phase::Locating | Phase::Fetching if self.node.is_prefetch(task) => {
+                            "prefetching"
+                        }
                         Phase::Locating | Phase::Fetching => "downloading",
                         Phase::Committing | Phase::Done => "complete",
                         Phase::Idle | Phase::Failed(_) => "paused",

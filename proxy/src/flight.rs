@@ -145,7 +145,11 @@ pub(crate) struct State {
 
 impl Shared {
     pub(crate) fn new(task: Digest) -> Self {
-        Self { task, state: Mutex::default(), changed: Notify::new() }
+        Self {
+            task,
+            state: Mutex::default(),
+            changed: Notify::new(),
+        }
     }
 
     pub(crate) fn lock(&self) -> MutexGuard<'_, State> {
@@ -187,12 +191,17 @@ impl State {
     /// Whether the piece at `at` is in memory or has not come yet. Without a disk, pieces that all readers had passed are gone.
     fn is_to_come(&self, layout: PieceLayout, at: u64) -> bool {
         let piece = layout.containing(at);
-        self.shown.as_ref().is_none_or(|shown| !shown.contains(piece)) || self.hot.contains_key(&piece)
+        self.shown
+            .as_ref()
+            .is_none_or(|shown| !shown.contains(piece))
+            || self.hot.contains_key(&piece)
     }
 
     /// Whether the size is another registry's word, and not what a client's own `registry` says.
     pub(crate) fn is_other_size(&self, size_hint: Option<u64>, registry: &str) -> bool {
-        let Some(layout) = self.layout else { return false };
+        let Some(layout) = self.layout else {
+            return false;
+        };
         let is_own = self.sized_by.as_deref() == Some(registry);
         !self.is_size_proven
             && !is_own
@@ -203,9 +212,13 @@ impl State {
     pub(crate) fn present(&self) -> ByteSet {
         let mut present = ByteSet::default();
         self.loose.add_to(&mut present);
-        let Some(layout) = self.layout else { return present };
+        let Some(layout) = self.layout else {
+            return present;
+        };
         let written = self.written.iter().flat_map(PieceSet::iter);
-        written.chain(self.hot.keys().copied()).for_each(|piece| present.insert(layout.range(piece)));
+        written
+            .chain(self.hot.keys().copied())
+            .for_each(|piece| present.insert(layout.range(piece)));
         present
     }
 
@@ -214,17 +227,31 @@ impl State {
         if let Some((end, _)) = self.loose.run_at(at) {
             return end;
         }
-        let Some(layout) = self.layout.filter(|layout| at < layout.size_bytes()) else { return at };
+        let Some(layout) = self.layout.filter(|layout| at < layout.size_bytes()) else {
+            return at;
+        };
         let piece = layout.containing(at);
-        let is_written = self.written.as_ref().is_some_and(|written| written.contains(piece));
-        if is_written || self.hot.contains_key(&piece) { layout.range(piece).end } else { at }
+        let is_written = self
+            .written
+            .as_ref()
+            .is_some_and(|written| written.contains(piece));
+        if is_written || self.hot.contains_key(&piece) {
+            layout.range(piece).end
+        } else {
+            at
+        }
     }
 
     /// Loose bytes from `at` on that this registry gave.
     fn loose_at(&self, registry: &str, at: u64, end: u64) -> Option<Segment> {
-        let limit = end.min(at + FILE_SEGMENT_BYTES).min(self.loose.end_of(registry, at));
+        let limit = end
+            .min(at + FILE_SEGMENT_BYTES)
+            .min(self.loose.end_of(registry, at));
         let file = self.file.as_ref().filter(|_| limit > at)?;
-        Some(Segment::File { file: Arc::clone(file), range: at..limit })
+        Some(Segment::File {
+            file: Arc::clone(file),
+            range: at..limit,
+        })
     }
 
     /// The bytes at `at`, if clients may see them now.
@@ -234,8 +261,9 @@ impl State {
         if !shown.contains(piece) {
             return None;
         }
-        let on_disk =
-            |piece| shown.contains(piece) && self.written.as_ref().is_some_and(|w| w.contains(piece));
+        let on_disk = |piece| {
+            shown.contains(piece) && self.written.as_ref().is_some_and(|w| w.contains(piece))
+        };
         if let (true, Some(file)) = (on_disk(piece), &self.file) {
             let mut last = piece;
             let limit = end.min(at + FILE_SEGMENT_BYTES);
@@ -249,7 +277,10 @@ impl State {
         }
         let bytes = self.hot.get(&piece)?;
         let from = (at - layout.start(piece)) as usize;
-        let to = bytes.len().min(from + BLOCK_BYTES).min((end - layout.start(piece)) as usize);
+        let to = bytes
+            .len()
+            .min(from + BLOCK_BYTES)
+            .min((end - layout.start(piece)) as usize);
         // A copy, so that a slow client holds these bytes and not the whole piece.
         Some(Segment::Memory(Bytes::copy_from_slice(&bytes[from..to])))
     }
@@ -265,7 +296,11 @@ pub struct Flights {
 
 impl Flights {
     pub(crate) fn new(events: mpsc::Sender<Event>, origin: Origin) -> Self {
-        Self { events, origin, next_reader: Arc::default() }
+        Self {
+            events,
+            origin,
+            next_reader: Arc::default(),
+        }
     }
 
     /// Hashes again what the disk has of these bytes, and whether all were right; `None`: not all are there. If not, what is there
@@ -273,7 +308,10 @@ impl Flights {
     pub async fn recheck(&self, task: Digest, bytes: Range<u64>) -> Option<bool> {
         let (reply, right) = oneshot::channel();
         // Without a driver nothing is downloaded any more.
-        self.events.send(Event::Recheck { task, bytes, reply }).await.ok()?;
+        self.events
+            .send(Event::Recheck { task, bytes, reply })
+            .await
+            .ok()?;
         right.await.ok()
     }
 
@@ -311,12 +349,27 @@ impl Flights {
             reader: id,
             reply,
         };
-        self.events.send(open).await.map_err(|_| FlightError::Stopping)?;
+        self.events
+            .send(open)
+            .await
+            .map_err(|_| FlightError::Stopping)?;
         let shared = answer.await.map_err(|_| FlightError::Stopping)?;
         let (events, origin) = (self.events.clone(), self.origin.clone());
-        let flight = Flight { shared, grant, purpose, partial, id, events, origin };
+        let flight = Flight {
+            shared,
+            grant,
+            purpose,
+            partial,
+            id,
+            events,
+            origin,
+        };
         flight.sized().await?;
-        if flight.shared.lock().is_other_size(size_hint, &flight.grant.source.registry) {
+        if flight
+            .shared
+            .lock()
+            .is_other_size(size_hint, &flight.grant.source.registry)
+        {
             return Err(FlightError::OtherSize(task));
         }
         // A blob of no bytes has no piece that could be verified.
@@ -361,7 +414,9 @@ impl Flight {
                 }
             }
             if tokio::time::timeout_at(deadline, changed).await.is_err() {
-                return Err(FlightError::Unreachable("nobody told the blob's size in time".into()));
+                return Err(FlightError::Unreachable(
+                    "nobody told the blob's size in time".into(),
+                ));
             }
         }
     }
@@ -373,7 +428,10 @@ impl Flight {
 
     /// The blob's size in bytes.
     pub fn size_bytes(&self) -> u64 {
-        self.shared.lock().layout.map_or(0, |layout| layout.size_bytes())
+        self.shared
+            .lock()
+            .layout
+            .map_or(0, |layout| layout.size_bytes())
     }
 
     /// Reads byte ranges, each in order, one after the other: [`Reader::next_part`] goes on to the next.
@@ -396,8 +454,15 @@ impl Flight {
     async fn want_whole(&self) {
         let (reply, answer) = oneshot::channel();
         let (task, grant, purpose) = (self.shared.task, self.grant.clone(), self.purpose.clone());
-        let open =
-            Event::Open { task, grant, purpose, size_hint: None, partial: false, reader: self.id, reply };
+        let open = Event::Open {
+            task,
+            grant,
+            purpose,
+            size_hint: None,
+            partial: false,
+            reader: self.id,
+            reply,
+        };
         // Without a driver there is no download any more, and the flight says so.
         if self.events.send(open).await.is_ok() {
             let _ = answer.await;
@@ -450,8 +515,14 @@ impl Reader {
 
     /// Goes on to the next range, once the current one is over; `false` when there is none.
     pub fn next_part(&mut self) -> bool {
-        let Some(range) = self.decisions.next_range() else { return false };
-        if self.direct.as_mut().is_some_and(|direct| !direct.go_on(&range)) {
+        let Some(range) = self.decisions.next_range() else {
+            return false;
+        };
+        if self
+            .direct
+            .as_mut()
+            .is_some_and(|direct| !direct.go_on(&range))
+        {
             self.direct = None;
         }
         self.tell_position();
@@ -476,7 +547,12 @@ impl Reader {
                 return Ok(None);
             }
             let changed = shared.changed.notified();
-            let Found { facts, segment, blob, failed } = self.look(&shared);
+            let Found {
+                facts,
+                segment,
+                blob,
+                failed,
+            } = self.look(&shared);
             let epoch = self.decisions.epoch();
             let step = self.decisions.next(self.now(), &facts);
             if self.decisions.epoch() != epoch {
@@ -496,7 +572,8 @@ impl Reader {
                 (Step::Give, None) => {}
                 (Step::Prove, _) => {
                     if let Some(gate) = &mut self.gate {
-                        gate.pass(&self.flight, self.decisions.layout(), rest.start).await?;
+                        gate.pass(&self.flight, self.decisions.layout(), rest.start)
+                            .await?;
                     }
                 }
                 (Step::Wait(until), _) => {
@@ -505,7 +582,15 @@ impl Reader {
                 (Step::AskOrigin(ranges), _) => {
                     let (task, reader) = (shared.task, self.flight.id);
                     // Without a driver the flight itself says so.
-                    let _ = self.flight.events.send(Event::ReadAtOrigin { task, reader, ranges }).await;
+                    let _ = self
+                        .flight
+                        .events
+                        .send(Event::ReadAtOrigin {
+                            task,
+                            reader,
+                            ranges,
+                        })
+                        .await;
                 }
                 (Step::ReadDirect(stretch), _) => {
                     if let Some(segment) = self.read_direct(stretch).await? {
@@ -530,7 +615,9 @@ impl Reader {
         let registry = &self.flight.grant.source.registry;
         let loose = || state.loose_at(registry, rest.start, self.decisions.loose_end());
         let (here, segment) = match verified {
-            Some(segment) if self.gate.is_some() && open_to <= rest.start => (Here::Unproved, Some(segment)),
+            Some(segment) if self.gate.is_some() && open_to <= rest.start => {
+                (Here::Unproved, Some(segment))
+            }
             Some(segment) => (Here::Verified, Some(segment)),
             None => match loose() {
                 Some(segment) => (Here::Loose, Some(segment)),
@@ -548,16 +635,28 @@ impl Reader {
             has_failed: state.failed.is_some(),
             origin_failures: state.loose_failures,
         };
-        Found { facts, segment, blob: state.blob.clone(), failed: state.failed.clone() }
+        Found {
+            facts,
+            segment,
+            blob: state.blob.clone(),
+            failed: state.failed.clone(),
+        }
     }
 
     fn error(&self, reason: Reason, failed: Option<FlightError>) -> FlightError {
         let task = self.flight.shared.task;
-        let stalled = || FlightError::Unreachable("no byte came from peers or the origin in time".to_owned());
+        let stalled =
+            || FlightError::Unreachable("no byte came from peers or the origin in time".to_owned());
         match reason {
             Reason::WrongBytes => failed.unwrap_or(FlightError::WrongDigest(task)),
             Reason::DownloadFailed => failed.unwrap_or_else(stalled),
-            Reason::OriginFailed => self.flight.shared.lock().loose_failed.clone().unwrap_or_else(stalled),
+            Reason::OriginFailed => self
+                .flight
+                .shared
+                .lock()
+                .loose_failed
+                .clone()
+                .unwrap_or_else(stalled),
             Reason::Unproved => FlightError::Unproved("it took too long".into()),
             Reason::Stalled => stalled(),
         }
@@ -565,7 +664,9 @@ impl Reader {
 
     /// What may be shown of a segment. `None`: the blob has wrong bytes there, and the driver knows.
     async fn checked(&self, segment: Segment, blob: Option<Blob>) -> Option<Segment> {
-        let (Segment::File { file, range }, Some(blob)) = (&segment, blob) else { return Some(segment) };
+        let (Segment::File { file, range }, Some(blob)) = (&segment, blob) else {
+            return Some(segment);
+        };
         if blob.is_checked(range) {
             return Some(segment);
         }
@@ -576,7 +677,10 @@ impl Reader {
             return None;
         }
         let range = range.start..range.end.min(layout.range(piece).end);
-        Some(Segment::File { file: Arc::clone(file), range })
+        Some(Segment::File {
+            file: Arc::clone(file),
+            range,
+        })
     }
 
     /// Bytes of this reader's own request to the origin, which begins here unless it is open; `None` when it gives no more.

@@ -34,13 +34,19 @@ impl Authorization {
 
     /// That of a token.
     pub fn bearer(token: &Bearer) -> Option<Self> {
-        HeaderValue::try_from(format!("Bearer {}", token.reveal())).ok().map(Self::new)
+        HeaderValue::try_from(format!("Bearer {}", token.reveal()))
+            .ok()
+            .map(Self::new)
     }
 
     /// The token, if it is one.
     pub fn token(&self) -> Option<Bearer> {
         let (scheme, token) = self.0.to_str().ok()?.split_once(' ')?;
-        if scheme.eq_ignore_ascii_case("bearer") { Bearer::new(token.trim()) } else { None }
+        if scheme.eq_ignore_ascii_case("bearer") {
+            Bearer::new(token.trim())
+        } else {
+            None
+        }
     }
 
     /// What stands for it where it is remembered.
@@ -52,10 +58,19 @@ impl Authorization {
     /// (RFC 7519, 4.1.4), else the time that the token flow grants by default. Nobody's signature is checked for that: the
     /// registry has just believed it.
     pub fn life(&self, now: SystemTime) -> Duration {
-        let expires_s = self.token().and_then(|token| claims(token.reveal())).and_then(|claims| claims.exp);
-        let Some(expires_s) = expires_s else { return DEFAULT_LIFE };
-        let now_s = now.duration_since(SystemTime::UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64());
-        Duration::try_from_secs_f64((expires_s - now_s).max(0.0)).unwrap_or(LONGEST_LIFE).min(LONGEST_LIFE)
+        let expires_s = self
+            .token()
+            .and_then(|token| claims(token.reveal()))
+            .and_then(|claims| claims.exp);
+        let Some(expires_s) = expires_s else {
+            return DEFAULT_LIFE;
+        };
+        let now_s = now
+            .duration_since(SystemTime::UNIX_EPOCH)
+            .map_or(0.0, |since| since.as_secs_f64());
+        Duration::try_from_secs_f64((expires_s - now_s).max(0.0))
+            .unwrap_or(LONGEST_LIFE)
+            .min(LONGEST_LIFE)
     }
 }
 
@@ -88,12 +103,18 @@ pub struct Grant {
 impl Grant {
     /// By this node's own right.
     pub const fn own(source: Source) -> Self {
-        Self { source, authorization: None }
+        Self {
+            source,
+            authorization: None,
+        }
     }
 
     /// The headers that show the right to the origin.
     pub fn headers(&self) -> HeaderMap {
-        let value = self.authorization.as_ref().map(|authorization| (AUTHORIZATION, authorization.0.clone()));
+        let value = self
+            .authorization
+            .as_ref()
+            .map(|authorization| (AUTHORIZATION, authorization.0.clone()));
         value.into_iter().collect()
     }
 
@@ -101,7 +122,10 @@ impl Grant {
     pub fn right(&self, lend: bool) -> Right {
         match &self.authorization {
             None => Right::Own,
-            Some(authorization) => authorization.token().filter(|_| lend).map_or(Right::Kept, Right::Token),
+            Some(authorization) => authorization
+                .token()
+                .filter(|_| lend)
+                .map_or(Right::Kept, Right::Token),
         }
     }
 }
@@ -133,17 +157,31 @@ mod tests {
             ("Bearer a.%%%.b".to_owned(), 60),
             ("Basic dTpw".to_owned(), 60),
         ] {
-            assert_eq!(authorization(&value).life(at(1000)).as_secs(), expected_s, "{value}");
+            assert_eq!(
+                authorization(&value).life(at(1000)).as_secs(),
+                expected_s,
+                "{value}"
+            );
         }
     }
 
     #[test]
     fn a_password_is_never_lent_and_a_token_only_where_told() {
-        let source = Source { registry: "r.example".into(), repository: "a".into() };
-        let right = |value: &str, lend| {
-            Grant { source: source.clone(), authorization: Some(authorization(value)) }.right(lend)
+        let source = Source {
+            registry: "r.example".into(),
+            repository: "a".into(),
         };
-        assert_eq!(right("bearer t", true), Right::Token(Bearer::new("t").unwrap()));
+        let right = |value: &str, lend| {
+            Grant {
+                source: source.clone(),
+                authorization: Some(authorization(value)),
+            }
+            .right(lend)
+        };
+        assert_eq!(
+            right("bearer t", true),
+            Right::Token(Bearer::new("t").unwrap())
+        );
         assert_eq!(right("Bearer t", false), Right::Kept);
         assert_eq!(right("Basic dTpw", true), Right::Kept);
         assert_eq!(right("Bearer two words", true), Right::Kept);
@@ -152,8 +190,14 @@ mod tests {
 
     #[test]
     fn credentials_are_not_shown() {
-        let source = Source { registry: "r.example".into(), repository: "a".into() };
-        let grant = Grant { source, authorization: Some(authorization("Basic dTpw")) };
+        let source = Source {
+            registry: "r.example".into(),
+            repository: "a".into(),
+        };
+        let grant = Grant {
+            source,
+            authorization: Some(authorization("Basic dTpw")),
+        };
         assert!(!format!("{grant:?} {:?}", grant.headers()).contains("dTpw"));
     }
 }

@@ -52,9 +52,16 @@ impl Limits {
     /// Buckets at the rates that `live` has now and later.
     pub fn new(live: Arc<ArcSwap<LiveSettings>>) -> Self {
         let rates = live.load().rates;
-        let bucket = |d: Direction| Mutex::new(TokenBucket::new(d.rate_bytes(&rates), Time::default()));
+        let bucket =
+            |d: Direction| Mutex::new(TokenBucket::new(d.rate_bytes(&rates), Time::default()));
         let buckets = Direction::ALL.map(bucket);
-        Self { inner: Arc::new(Inner { live, started: Instant::now(), buckets }) }
+        Self {
+            inner: Arc::new(Inner {
+                live,
+                started: Instant::now(),
+                buckets,
+            }),
+        }
     }
 
     /// The settings that the rates come from.
@@ -73,8 +80,9 @@ impl Limits {
     fn reserve(&self, direction: Direction, bytes: u64) -> Duration {
         let rate = direction.rate_bytes(&self.inner.live.load().rates);
         let now = Time(self.inner.started.elapsed());
-        let mut bucket =
-            self.inner.buckets[direction as usize].lock().unwrap_or_else(PoisonError::into_inner);
+        let mut bucket = self.inner.buckets[direction as usize]
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         if bucket.rate_bytes() != rate {
             bucket.set_rate(rate, now);
         }
@@ -89,19 +97,30 @@ mod tests {
     const FRAME: u64 = 64 << 10;
 
     fn limits(rates: Rates) -> (Limits, Arc<ArcSwap<LiveSettings>>) {
-        let live = Arc::new(ArcSwap::from_pointee(LiveSettings { rates, ..LiveSettings::default() }));
+        let live = Arc::new(ArcSwap::from_pointee(LiveSettings {
+            rates,
+            ..LiveSettings::default()
+        }));
         (Limits::new(Arc::clone(&live)), live)
     }
 
     /// How long frames have to wait in all, in seconds, when they are reserved at once.
     fn seconds_for(limits: &Limits, direction: Direction, frames: u32) -> f64 {
-        (0..frames).map(|_| limits.reserve(direction, FRAME)).max().unwrap_or_default().as_secs_f64()
+        (0..frames)
+            .map(|_| limits.reserve(direction, FRAME))
+            .max()
+            .unwrap_or_default()
+            .as_secs_f64()
     }
 
     #[test]
     fn each_direction_keeps_its_own_rate() {
-        let rates =
-            Rates { upload: Some(10 * FRAME), download: None, origin: Some(20 * FRAME), prefetch: None };
+        let rates = Rates {
+            upload: Some(10 * FRAME),
+            download: None,
+            origin: Some(20 * FRAME),
+            prefetch: None,
+        };
         let (limits, _) = limits(rates);
         assert!((seconds_for(&limits, Direction::Upload, 100) - 9.9).abs() < 0.3);
         assert!((seconds_for(&limits, Direction::Origin, 100) - 4.9).abs() < 0.3);
@@ -110,10 +129,19 @@ mod tests {
 
     #[test]
     fn a_changed_rate_holds_from_the_next_frame_on() {
-        let (limits, live) = limits(Rates { upload: Some(FRAME), ..Rates::default() });
+        let (limits, live) = limits(Rates {
+            upload: Some(FRAME),
+            ..Rates::default()
+        });
         assert!(seconds_for(&limits, Direction::Upload, 3) > 1.0);
-        let rates = Rates { upload: Some(100 * FRAME), ..Rates::default() };
-        live.store(Arc::new(LiveSettings { rates, ..LiveSettings::default() }));
+        let rates = Rates {
+            upload: Some(100 * FRAME),
+            ..Rates::default()
+        };
+        live.store(Arc::new(LiveSettings {
+            rates,
+            ..LiveSettings::default()
+        }));
         assert!(seconds_for(&limits, Direction::Upload, 100) < 1.2);
         live.store(Arc::default());
         assert_eq!(seconds_for(&limits, Direction::Upload, 100), 0.0);
@@ -121,11 +149,18 @@ mod tests {
 
     #[tokio::test]
     async fn a_frame_over_the_rate_waits() {
-        let (limits, _) = limits(Rates { origin: Some(10 * FRAME), ..Rates::default() });
+        let (limits, _) = limits(Rates {
+            origin: Some(10 * FRAME),
+            ..Rates::default()
+        });
         let start = Instant::now();
         for _ in 0..4 {
             limits.take(Direction::Origin, FRAME).await;
         }
-        assert!(start.elapsed() > Duration::from_millis(250), "{:?}", start.elapsed());
+        assert!(
+            start.elapsed() > Duration::from_millis(250),
+            "{:?}",
+            start.elapsed()
+        );
     }
 }

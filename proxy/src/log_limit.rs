@@ -18,7 +18,10 @@ pub(crate) struct LogLimit {
 impl LogLimit {
     pub(crate) fn new() -> Self {
         let allowance = Allowance::new(LINES_AT_ONCE, LINES_A_SECOND, Time::default());
-        Self { started: Instant::now(), state: Mutex::new((allowance, 0)) }
+        Self {
+            started: Instant::now(),
+            state: Mutex::new((allowance, 0)),
+        }
     }
 
     /// Whether a line may be written now, and how many were left out since the last one.

@@ -204,30 +204,64 @@ impl Metrics {
     pub fn with(register: impl FnOnce(&mut Registry)) -> Self {
         let mut registry = Registry::with_prefix("hawker");
         let r = &mut registry;
-        r.register("build", "The program", Info::new([("version", env!("CARGO_PKG_VERSION"))]));
+        r.register(
+            "build",
+            "The program",
+            Info::new([("version", env!("CARGO_PKG_VERSION"))]),
+        );
         let requests = Family::default();
-        r.register("requests", "Requests at the mirror by kind and status", requests.clone());
+        r.register(
+            "requests",
+            "Requests at the mirror by kind and status",
+            requests.clone(),
+        );
         let (refused, refused_by_peers) = (Reasons::default(), Reasons::default());
-        r.register("refused", "Peers told to ask elsewhere, by reason", refused.clone());
-        r.register("refused_by_peers", "What peers refused, by reason", refused_by_peers.clone());
+        r.register(
+            "refused",
+            "Peers told to ask elsewhere, by reason",
+            refused.clone(),
+        );
+        r.register(
+            "refused_by_peers",
+            "What peers refused, by reason",
+            refused_by_peers.clone(),
+        );
         for family in [&refused, &refused_by_peers] {
             // Shown from the start: a missing series is no zero.
             drop(family.get_or_create(&[("reason", reason_of(Refusal::Busy))]));
         }
         let (application_bytes, application_refused) = (Family::default(), Family::default());
-        r.register("application_bytes", "Bytes of applications' pulls", application_bytes.clone());
+        r.register(
+            "application_bytes",
+            "Bytes of applications' pulls",
+            application_bytes.clone(),
+        );
         r.register(
             "application_refused",
             "Requests told to come later, as their application had as many as it may",
             application_refused.clone(),
         );
-        let received = by_source(r, "received_bytes", "Bytes received", ["peers", "seeds", "origin"]);
+        let received = by_source(
+            r,
+            "received_bytes",
+            "Bytes received",
+            ["peers", "seeds", "origin"],
+        );
         let [received_peers, received_seeds, received_origin] = received;
-        let served = by_source(r, "served_bytes", "Bytes sent to runtimes", ["cache", "flight", "origin"]);
+        let served = by_source(
+            r,
+            "served_bytes",
+            "Bytes sent to runtimes",
+            ["cache", "flight", "origin"],
+        );
         let [served_cache, served_flight, served_origin] = served;
         // 1 ms to 65 s.
         let first_byte = Histogram::new(exponential_buckets(0.001, 2.0, 17));
-        r.register("first_byte_seconds", "From a blob request to its first byte", first_byte.clone());
+        r.register(
+            "first_byte_seconds",
+            "From a blob request to its first byte",
+            first_byte.clone(),
+        );
         register(r);
         Self {
             requests,
@@ -243,21 +277,41 @@ impl Metrics {
             served_flight,
             served_origin,
             uploaded: counter(r, "uploaded_bytes", "Bytes of pieces sent to peers"),
-            pieces_rejected: counter(r, "pieces_rejected", "Pieces that did not match their table"),
+            pieces_rejected: counter(
+                r,
+                "pieces_rejected",
+                "Pieces that did not match their table",
+            ),
             tables_poisoned: counter(r, "tables_poisoned", "Tables that led to another digest"),
-            pulls_failed: counter(r, "pulls_failed", "Requests of runtimes that could not be fulfilled"),
+            pulls_failed: counter(
+                r,
+                "pulls_failed",
+                "Requests of runtimes that could not be fulfilled",
+            ),
             origin_requests: counter(r, "origin_requests", "Requests sent to registries"),
-            tags_stale: counter(r, "tags_stale", "Tags served that the origin could not confirm"),
+            tags_stale: counter(
+                r,
+                "tags_stale",
+                "Tags served that the origin could not confirm",
+            ),
             bodies_unfinished: counter(r, "bodies_unfinished", "Bodies that did not go out whole"),
             connections: level(r, "connections", "Connections of runtimes"),
-            connections_refused: counter(r, "connections_refused", "Connections of runtimes turned away"),
+            connections_refused: counter(
+                r,
+                "connections_refused",
+                "Connections of runtimes turned away",
+            ),
             connections_displaced: counter(
                 r,
                 "connections_displaced",
                 "Silent or stalled connections ended for others",
             ),
             tunnels: level(r, "tunnels", "Tunnels through the forward proxy"),
-            tunnelled: counter(r, "tunnelled_bytes", "Bytes carried by tunnels, in both directions"),
+            tunnelled: counter(
+                r,
+                "tunnelled_bytes",
+                "Bytes carried by tunnels, in both directions",
+            ),
             evicted_bytes: counter(r, "evicted_bytes", "Bytes evicted from the store"),
             tasks_active: level(r, "tasks_active", "Downloads that run"),
             readers_active: level(r, "readers_active", "Bodies being sent to runtimes"),
@@ -274,7 +328,10 @@ impl Metrics {
 
     /// A request at the mirror was answered with this status.
     pub fn request(&self, kind: RequestKind, code: u16) {
-        let labels = [("kind", kind.as_str().to_owned()), ("code", code.to_string())];
+        let labels = [
+            ("kind", kind.as_str().to_owned()),
+            ("code", code.to_string()),
+        ];
         self.requests.get_or_create(&labels).inc();
     }
 
@@ -304,18 +361,28 @@ impl Metrics {
 
     /// Bytes of an application's pull were moved. `application` is one of few: see [`crate::applications`].
     pub(crate) fn application_bytes(&self, application: &str, how: Moved, bytes: u64) {
-        self.application_bytes.get_or_create(&bytes_of(application, how)).inc_by(bytes);
+        self.application_bytes
+            .get_or_create(&bytes_of(application, how))
+            .inc_by(bytes);
     }
 
     /// A request of this application was told to come later.
     pub(crate) fn application_refused(&self, application: &str) {
-        self.application_refused.get_or_create(&[("application", application.to_owned())]).inc();
+        self.application_refused
+            .get_or_create(&[("application", application.to_owned())])
+            .inc();
     }
 
     /// What is counted of one application.
     pub(crate) fn application(&self, name: &str) -> ApplicationStatus {
-        let bytes = |how| self.application_bytes.get(&bytes_of(name, how)).map_or(0, |counter| counter.get());
-        let refused = self.application_refused.get(&[("application", name.to_owned())]);
+        let bytes = |how| {
+            self.application_bytes
+                .get(&bytes_of(name, how))
+                .map_or(0, |counter| counter.get())
+        };
+        let refused = self
+            .application_refused
+            .get(&[("application", name.to_owned())]);
         ApplicationStatus {
             name: name.to_owned(),
             served: bytes(Moved::Served),
@@ -374,7 +441,10 @@ impl Drop for Open<'_> {
 }
 
 fn bytes_of(application: &str, how: Moved) -> Labels<2> {
-    [("application", application.to_owned()), ("how", how.as_str().to_owned())]
+    [
+        ("application", application.to_owned()),
+        ("how", how.as_str().to_owned()),
+    ]
 }
 
 fn counter(registry: &mut Registry, name: &str, help: &str) -> Counter {
@@ -428,10 +498,16 @@ mod tests {
             "hawker_tasks_active 3",
             "hawker_first_byte_seconds_count 1",
         ] {
-            assert!(text.lines().any(|l| l == line), "{line} is missing in\n{text}");
+            assert!(
+                text.lines().any(|l| l == line),
+                "{line} is missing in\n{text}"
+            );
         }
         let bytes = metrics.bytes();
-        assert_eq!((bytes.received_peers, bytes.served, bytes.served_cache), (5, 11, 7));
+        assert_eq!(
+            (bytes.received_peers, bytes.served, bytes.served_cache),
+            (5, 11, 7)
+        );
     }
 
     #[test]

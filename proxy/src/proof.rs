@@ -139,7 +139,10 @@ impl Proofs {
 
     /// Whether the registry has given or proved the content, by what is in memory.
     pub(crate) fn is_proved(&self, registry: &str, digest: &Digest) -> bool {
-        self.facts().proved.get(&(registry.to_owned(), *digest)).is_some()
+        self.facts()
+            .proved
+            .get(&(registry.to_owned(), *digest))
+            .is_some()
     }
 
     /// The same, by what is on disk as well.
@@ -156,7 +159,10 @@ impl Proofs {
     /// Whether the registry failed to give the content a moment ago.
     pub(crate) fn has_failed(&self, registry: &str, digest: &Digest) -> bool {
         let mut facts = self.facts();
-        facts.failed.get(&(registry.to_owned(), *digest)).is_some_and(|at| at.elapsed() < FAILED_FOR)
+        facts
+            .failed
+            .get(&(registry.to_owned(), *digest))
+            .is_some_and(|at| at.elapsed() < FAILED_FOR)
     }
 
     /// It was this node that had wrong bytes.
@@ -166,7 +172,9 @@ impl Proofs {
 
     /// The registry did not give the content.
     pub(crate) fn note_failure(&self, registry: &str, digest: &Digest) {
-        self.facts().failed.put((registry.to_owned(), *digest), Instant::now());
+        self.facts()
+            .failed
+            .put((registry.to_owned(), *digest), Instant::now());
     }
 
     /// Takes in what the disk says about a digest. Blocking.
@@ -192,7 +200,10 @@ impl Proofs {
     fn write(self: &Arc<Self>, registry: &str, digest: &Digest) {
         let (proofs, registry, digest) = (Arc::clone(self), registry.to_owned(), *digest);
         lanes::start(Lane::Upkeep, move || {
-            let _writing = proofs.writing.lock().unwrap_or_else(PoisonError::into_inner);
+            let _writing = proofs
+                .writing
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner);
             if let Err(error) = proofs.store.add_origin(&digest, &registry) {
                 tracing::debug!(%digest, registry, %error, "the registry will have to prove again that it has this");
             }
@@ -202,7 +213,13 @@ impl Proofs {
     // ---- tasks in play ------------------------------------------------------------------------------------------
 
     /// A registry gave these pieces of a task, which has `count`.
-    pub(crate) fn gave(&self, task: &Digest, registry: &str, pieces: Range<PieceIndex>, count: u32) {
+    pub(crate) fn gave(
+        &self,
+        task: &Digest,
+        registry: &str,
+        pieces: Range<PieceIndex>,
+        count: u32,
+    ) {
         let mut facts = self.facts();
         let is_full = facts.given.len() >= TASKS && !facts.given.contains_key(task);
         if registry.is_empty() || count == 0 || is_full {
@@ -215,7 +232,10 @@ impl Proofs {
         } else if givers.len() < GIVERS {
             let mut set = PieceSet::empty(count);
             set.insert_range(pieces);
-            givers.push(Giver { registry: registry.to_owned(), pieces: set });
+            givers.push(Giver {
+                registry: registry.to_owned(),
+                pieces: set,
+            });
         }
     }
 
@@ -232,7 +252,11 @@ impl Proofs {
     pub(crate) fn claims(&self, table: &PieceTable) {
         let Some(signed) = table.signed() else { return };
         let count = table.layout().count();
-        let covered = if signed.sealed { count } else { signed.count.min(count) };
+        let covered = if signed.sealed {
+            count
+        } else {
+            signed.count.min(count)
+        };
         for registry in &signed.registries {
             self.gave(table.task(), registry, 0..covered, count);
         }
@@ -258,7 +282,10 @@ impl Proofs {
         let whole: Vec<String> = {
             let facts = self.facts();
             let givers = facts.given.get(task).into_iter().flatten();
-            givers.filter(|giver| giver.pieces.is_full()).map(|giver| giver.registry.clone()).collect()
+            givers
+                .filter(|giver| giver.pieces.is_full())
+                .map(|giver| giver.registry.clone())
+                .collect()
         };
         whole.iter().for_each(|registry| self.note(registry, task));
     }
@@ -272,8 +299,8 @@ impl Proofs {
     pub(crate) fn subtract_given(&self, registry: &str, task: &Digest, pieces: &mut PieceSet) {
         let facts = self.facts();
         let mut givers = facts.given.get(task).into_iter().flatten();
-        if let Some(giver) =
-            givers.find(|giver| giver.registry == registry && giver.pieces.count() == pieces.count())
+        if let Some(giver) = givers
+            .find(|giver| giver.registry == registry && giver.pieces.count() == pieces.count())
         {
             pieces.subtract(&giver.pieces);
         }
@@ -300,10 +327,16 @@ impl Proofs {
             return Err(Unproved::Wrong(*task));
         }
         let proved = Box::pin(async {
-            let turns = [Turn::Client(asking.client), Turn::Registry(asking.source.registry.clone())];
+            let turns = [
+                Turn::Client(asking.client),
+                Turn::Registry(asking.source.registry.clone()),
+            ];
             let [client, registry] = turns.map(|turn| self.turn(turn));
             let (_client, _registry) = (client.acquire().await, registry.acquire().await);
-            let (window, expected) = self.draw(task, held, read).await.ok_or(Unproved::Unclear(*task))?;
+            let (window, expected) = self
+                .draw(task, held, read)
+                .await
+                .ok_or(Unproved::Unclear(*task))?;
             self.compare(asking, task, window, &expected).await
         });
         let proved = timeout(WITHIN, proved).await.unwrap_or(Err(Unproved::Slow));
@@ -319,7 +352,11 @@ impl Proofs {
 
     fn turn(&self, of: Turn) -> Arc<Semaphore> {
         let mut facts = self.facts();
-        Arc::clone(facts.turns.get_or_insert(of, || Arc::new(Semaphore::new(AT_ONCE))))
+        Arc::clone(
+            facts
+                .turns
+                .get_or_insert(of, || Arc::new(Semaphore::new(AT_ONCE))),
+        )
     }
 
     /// A part of what is held, and its bytes; `None` when no part is hard enough to guess.
@@ -334,7 +371,9 @@ impl Proofs {
     ) -> Option<(Range<u64>, Bytes)> {
         for turn in 0..proof::DRAWS {
             let window = proof::window(held, self.chance(task, turn))?;
-            let Some(bytes) = bytes_of(read(&window)).await else { continue };
+            let Some(bytes) = bytes_of(read(&window)).await else {
+                continue;
+            };
             if bytes.len() as u64 == window.end - window.start && proof::is_hard_to_guess(&bytes) {
                 return Some((window, bytes));
             }
@@ -344,9 +383,16 @@ impl Proofs {
 
     /// A number that only this daemon can compute.
     fn chance(&self, task: &Digest, turn: usize) -> u64 {
-        let seed = [&self.secret[..], task.to_string().as_bytes(), &turn.to_be_bytes()].concat();
+        let seed = [
+            &self.secret[..],
+            task.to_string().as_bytes(),
+            &turn.to_be_bytes(),
+        ]
+        .concat();
         let hash = Digest::of(Algorithm::Sha256, &seed);
-        hash.as_bytes().first_chunk().map_or(0, |bytes| u64::from_be_bytes(*bytes))
+        hash.as_bytes()
+            .first_chunk()
+            .map_or(0, |bytes| u64::from_be_bytes(*bytes))
     }
 
     async fn compare(
@@ -359,7 +405,10 @@ impl Proofs {
         let mut headers = asking.headers.clone();
         let range = HeaderValue::try_from(format!("bytes={}-{}", window.start, window.end - 1));
         headers.insert(RANGE, range.expect("digits are a header's value"));
-        let target = Target { source: asking.source.clone(), content: Content::Blob(*task) };
+        let target = Target {
+            source: asking.source.clone(),
+            content: Content::Blob(*task),
+        };
         let answer = self.origin.get(&target, &headers).await?;
         if answer
             .headers()
@@ -369,7 +418,9 @@ impl Proofs {
             return Err(Unproved::Unclear(*task));
         }
         let (body, first) = match answer.status() {
-            StatusCode::PARTIAL_CONTENT if content_range_start(answer.headers()) == Some(window.start) => {
+            StatusCode::PARTIAL_CONTENT
+                if content_range_start(answer.headers()) == Some(window.start) =>
+            {
                 (answer.into_body(), Bytes::new())
             }
             StatusCode::OK if window.start <= MAX_SKIP_BYTES => {
@@ -381,15 +432,25 @@ impl Proofs {
             status => return Err(Unproved::Refused(status, answer.headers().clone())),
         };
         let sent = read_exactly(body, first, expected.len()).await?;
-        if sent.is_some_and(|sent| sent == expected) { Ok(()) } else { Err(Unproved::Wrong(*task)) }
+        if sent.is_some_and(|sent| sent == expected) {
+            Ok(())
+        } else {
+            Err(Unproved::Wrong(*task))
+        }
     }
 }
 
 /// The first `len` bytes; `None` when there are fewer.
-async fn read_exactly(mut body: OriginBody, first: Bytes, len: usize) -> Result<Option<Bytes>, Unproved> {
+async fn read_exactly(
+    mut body: OriginBody,
+    first: Bytes,
+    len: usize,
+) -> Result<Option<Bytes>, Unproved> {
     let mut bytes = BytesMut::from(&first[..first.len().min(len)]);
     while bytes.len() < len {
-        let Some(chunk) = body.next().await.transpose()? else { return Ok(None) };
+        let Some(chunk) = body.next().await.transpose()? else {
+            return Ok(None);
+        };
         bytes.extend_from_slice(&chunk[..chunk.len().min(len - bytes.len())]);
     }
     Ok(Some(bytes.freeze()))

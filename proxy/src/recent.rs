@@ -58,7 +58,9 @@ impl RecentRequest {
     /// A request that is not answered yet; `None` for anything but manifests and blobs. `at` is the registry that a request
     /// without a name in it was sent to.
     pub(crate) fn of(method: &str, asked: &Asked, at: Option<&str>) -> Option<Self> {
-        let Asked::Content(request) = asked else { return None };
+        let Asked::Content(request) = asked else {
+            return None;
+        };
         let (kind, reference) = match &request.content {
             Content::Manifest(ManifestRef::Tag(tag)) => ("manifest", tag.clone()),
             Content::Manifest(ManifestRef::Digest(digest)) => ("manifest", digest.to_string()),
@@ -67,7 +69,12 @@ impl RecentRequest {
         };
         Some(Self {
             method: method.to_owned(),
-            registry: request.registry.as_deref().or(at).unwrap_or_default().to_owned(),
+            registry: request
+                .registry
+                .as_deref()
+                .or(at)
+                .unwrap_or_default()
+                .to_owned(),
             repository: request.repository.clone(),
             kind: kind.to_owned(),
             reference,
@@ -113,20 +120,32 @@ mod tests {
     use super::*;
 
     fn request(path: &str) -> Option<RecentRequest> {
-        RecentRequest::of("GET", &reference::parse("GET", path, Some("ns=quay.io")).unwrap(), None)
+        RecentRequest::of(
+            "GET",
+            &reference::parse("GET", path, Some("ns=quay.io")).unwrap(),
+            None,
+        )
     }
 
     #[test]
     fn only_manifests_and_blobs_are_kept_with_their_names() {
         let digest = format!("sha256:{}", "0".repeat(64));
         let blob = request(&format!("/v2/a/b/blobs/{digest}")).unwrap();
-        assert_eq!((blob.kind.as_str(), blob.registry.as_str()), ("blob", "quay.io"));
+        assert_eq!(
+            (blob.kind.as_str(), blob.registry.as_str()),
+            ("blob", "quay.io")
+        );
         assert_eq!((blob.repository.as_str(), blob.reference), ("a/b", digest));
         assert_eq!(request("/v2/a/b/manifests/v1").unwrap().reference, "v1");
         assert_eq!(request("/v2/a/b/tags/list"), None);
         assert_eq!(request("/v2/"), None);
         let named = reference::parse_at("reg:5000", "GET", "/v2/a/manifests/v1", None).unwrap();
-        assert_eq!(RecentRequest::of("GET", &named, Some("reg:5000")).unwrap().registry, "reg:5000");
+        assert_eq!(
+            RecentRequest::of("GET", &named, Some("reg:5000"))
+                .unwrap()
+                .registry,
+            "reg:5000"
+        );
     }
 
     #[test]
@@ -134,7 +153,11 @@ mod tests {
         let recent = RecentRequests::default();
         let add = |n: usize| {
             for number in 0..n {
-                recent.answered(request("/v2/a/manifests/v1").unwrap(), 200, format!("{number}"));
+                recent.answered(
+                    request("/v2/a/manifests/v1").unwrap(),
+                    200,
+                    format!("{number}"),
+                );
             }
         };
         assert_eq!(recent.after(0), RecentPage::default());
@@ -152,6 +175,9 @@ mod tests {
     fn a_long_reason_is_cut_between_characters() {
         let recent = RecentRequests::default();
         recent.answered(RecentRequest::default(), 502, "é".repeat(REASON_MAX_BYTES));
-        assert_eq!(recent.after(0).requests[0].reason, "é".repeat(REASON_MAX_BYTES / 2));
+        assert_eq!(
+            recent.after(0).requests[0].reason,
+            "é".repeat(REASON_MAX_BYTES / 2)
+        );
     }
 }

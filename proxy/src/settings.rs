@@ -106,7 +106,10 @@ pub struct Staleness {
 
 impl Default for Staleness {
     fn default() -> Self {
-        Self { tags: None, public_grace: Duration::from_secs(24 * 60 * 60) }
+        Self {
+            tags: None,
+            public_grace: Duration::from_secs(24 * 60 * 60),
+        }
     }
 }
 
@@ -128,7 +131,10 @@ pub struct Registries {
 impl Registries {
     /// Whose right counts at `registry`.
     pub fn authorization(&self, registry: &str) -> AuthorizationMode {
-        let own = self.known.get(registry).and_then(|known| known.authorization);
+        let own = self
+            .known
+            .get(registry)
+            .and_then(|known| known.authorization);
         own.unwrap_or(self.authorization)
     }
 
@@ -194,6 +200,10 @@ pub struct CacheSettings {
 
 impl Default for CacheSettings {
     fn default() -> Self {
-        Self { high_percent: 90, low_percent: 80, max_bytes: None }
+        Self {
+            high_percent: 90,
+            low_percent: 80,
+            max_bytes: None,
+        }
     }
 }

@@ -182,7 +182,10 @@ impl Shared {
     fn note_problem(&self, target: &[String], problem: &str) {
         let old = self.problems().insert(target.to_vec(), problem.to_owned());
         if old.as_deref() != Some(problem) {
-            warn!(scheduler = target.join(", "), problem, "a scheduler is not connected; it is tried again");
+            warn!(
+                scheduler = target.join(", "),
+                problem, "a scheduler is not connected; it is tried again"
+            );
         }
     }
 
@@ -204,10 +207,23 @@ impl Tracker {
     pub fn start(config: TrackerConfig) -> Self {
         let stop = CancellationToken::new();
         let outboxes = Mutex::new(Outboxes::new(config.identity.peer_id()));
-        let shared = Arc::new(Shared { config, outboxes, problems: Mutex::default() });
-        tokio::spawn(stop.clone().run_until_cancelled_owned(session::keep_all(Arc::clone(&shared))));
-        tokio::spawn(stop.clone().run_until_cancelled_owned(renewal::keep_fresh(Arc::clone(&shared))));
-        Self { shared, _stop: Arc::new(stop.drop_guard()) }
+        let shared = Arc::new(Shared {
+            config,
+            outboxes,
+            problems: Mutex::default(),
+        });
+        tokio::spawn(
+            stop.clone()
+                .run_until_cancelled_owned(session::keep_all(Arc::clone(&shared))),
+        );
+        tokio::spawn(
+            stop.clone()
+                .run_until_cancelled_owned(renewal::keep_fresh(Arc::clone(&shared))),
+        );
+        Self {
+            shared,
+            _stop: Arc::new(stop.drop_guard()),
+        }
     }
 
     /// Asks for parents.
@@ -239,7 +255,10 @@ impl Tracker {
     pub fn problem(&self, address: &str) -> Option<String> {
         let problems = self.shared.problems();
         let of_address = |target: &Vec<String>| target.iter().any(|known| known == address);
-        problems.iter().find(|(target, _)| of_address(target)).map(|(_, problem)| problem.clone())
+        problems
+            .iter()
+            .find(|(target, _)| of_address(target))
+            .map(|(_, problem)| problem.clone())
     }
 
     /// Schedulers with a live stream, by address.

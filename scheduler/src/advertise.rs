@@ -33,22 +33,34 @@ impl AllowedAddresses {
     ) -> (Vec<String>, Vec<String>) {
         let (mut passed_on, mut refused) = (Vec::new(), Vec::new());
         for address in addresses {
-            let list = if self.allows(&address, from, local).await { &mut passed_on } else { &mut refused };
+            let list = if self.allows(&address, from, local).await {
+                &mut passed_on
+            } else {
+                &mut refused
+            };
             list.push(address);
         }
         (passed_on, refused)
     }
 
     async fn allows(&self, address: &str, from: IpAddr, local: IpAddr) -> bool {
-        let Some((host, _)) = address.rsplit_once(':') else { return false };
+        let Some((host, _)) = address.rsplit_once(':') else {
+            return false;
+        };
         if let Ok(ip) = host.trim_start_matches('[').trim_end_matches(']').parse() {
             return self.allows_ip(ip, from, local);
         }
-        if self.hosts.iter().any(|pattern| host_matches(pattern, &host.to_ascii_lowercase())) {
+        if self
+            .hosts
+            .iter()
+            .any(|pattern| host_matches(pattern, &host.to_ascii_lowercase()))
+        {
             return true;
         }
         let resolved = timeout(RESOLVE_TIMEOUT, tokio::net::lookup_host(address)).await;
-        let Ok(Ok(resolved)) = resolved else { return false };
+        let Ok(Ok(resolved)) = resolved else {
+            return false;
+        };
         let mut resolved = resolved.peekable();
         resolved.peek().is_some() && resolved.all(|one| self.allows_ip(one.ip(), from, local))
     }
@@ -80,22 +92,58 @@ mod tests {
         };
         let cases = [
             ("its own address", "10.0.0.7:6501", "10.0.0.7", true),
-            ("its own, written as IPv6", "[::ffff:10.0.0.7]:6501", "10.0.0.7", true),
+            (
+                "its own, written as IPv6",
+                "[::ffff:10.0.0.7]:6501",
+                "10.0.0.7",
+                true,
+            ),
             ("another address", "10.0.0.8:6501", "10.0.0.7", false),
             ("the scheduler's", "10.0.0.1:6501", "10.0.0.7", false),
             ("an allowed network", "203.0.113.9:6501", "10.0.0.7", true),
             ("an allowed name", "a.nodes.example:6501", "10.0.0.7", true),
-            ("a name that does not resolve", "nowhere.invalid:6501", "10.0.0.7", false),
-            ("a name of another address", "localhost:6501", "10.0.0.7", false),
-            ("loopback from elsewhere", "127.0.0.1:6501", "10.0.0.7", false),
-            ("another address of this host", "127.0.0.9:6501", "127.0.0.1", true),
-            ("a foreign address from this host", "192.0.2.7:6501", "127.0.0.1", false),
+            (
+                "a name that does not resolve",
+                "nowhere.invalid:6501",
+                "10.0.0.7",
+                false,
+            ),
+            (
+                "a name of another address",
+                "localhost:6501",
+                "10.0.0.7",
+                false,
+            ),
+            (
+                "loopback from elsewhere",
+                "127.0.0.1:6501",
+                "10.0.0.7",
+                false,
+            ),
+            (
+                "another address of this host",
+                "127.0.0.9:6501",
+                "127.0.0.1",
+                true,
+            ),
+            (
+                "a foreign address from this host",
+                "192.0.2.7:6501",
+                "127.0.0.1",
+                false,
+            ),
             ("no particular address", "0.0.0.0:6501", "127.0.0.1", false),
         ];
         for (name, address, from, expected) in cases {
             let local = "10.0.0.1".parse().unwrap();
-            let (passed_on, refused) = allowed.sort(vec![address.into()], from.parse().unwrap(), local).await;
-            assert_eq!((passed_on.len(), refused.len()), if expected { (1, 0) } else { (0, 1) }, "{name}");
+            let (passed_on, refused) = allowed
+                .sort(vec![address.into()], from.parse().unwrap(), local)
+                .await;
+            assert_eq!(
+                (passed_on.len(), refused.len()),
+                if expected { (1, 0) } else { (0, 1) },
+                "{name}"
+            );
         }
     }
 }

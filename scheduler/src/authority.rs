@@ -16,7 +16,9 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use hawker_api::identity::{AuthorityKey, Identity, IdentityError, MAX_REMOVED, member_of, validity_s};
+use hawker_api::identity::{
+    AuthorityKey, Identity, IdentityError, MAX_REMOVED, member_of, validity_s,
+};
 use hawker_api::join::Token;
 use hawker_core::digest::{Algorithm, Digest};
 use hawker_core::message::Role;
@@ -132,7 +134,9 @@ struct StoredToken {
 
 impl StoredToken {
     fn role(&self) -> Option<Role> {
-        [Role::Peer, Role::Seed, Role::Scheduler].into_iter().find(|role| role.to_string() == self.role)
+        [Role::Peer, Role::Seed, Role::Scheduler]
+            .into_iter()
+            .find(|role| role.to_string() == self.role)
     }
 }
 
@@ -151,11 +155,21 @@ impl Authority {
     pub fn open(data_dir: &Path, life: Duration) -> Result<Option<Self>, AuthorityError> {
         let dir = data_dir.join(AUTHORITY_DIR);
         let key = AuthorityKey::load(&dir)?;
-        Ok(key.map(|key| Self { key, tokens: dir.join(TOKENS_DIR), dir, life, allowances: Mutex::default() }))
+        Ok(key.map(|key| Self {
+            key,
+            tokens: dir.join(TOKENS_DIR),
+            dir,
+            life,
+            allowances: Mutex::default(),
+        }))
     }
 
     /// The same; at first start a new authority for the cluster of this name.
-    pub fn open_or_create(data_dir: &Path, cluster: &str, life: Duration) -> Result<Self, AuthorityError> {
+    pub fn open_or_create(
+        data_dir: &Path,
+        cluster: &str,
+        life: Duration,
+    ) -> Result<Self, AuthorityError> {
         if let Some(authority) = Self::open(data_dir, life)? {
             return Ok(authority);
         }
@@ -178,7 +192,12 @@ impl Authority {
     /// A new identity for a member of this process.
     pub fn identity(&self, role: Role) -> Result<Identity, AuthorityError> {
         let pending = Identity::request()?;
-        let certificate = self.key.issue(&pending.certificate_request, role, self.life, SystemTime::now())?;
+        let certificate = self.key.issue(
+            &pending.certificate_request,
+            role,
+            self.life,
+            SystemTime::now(),
+        )?;
         Ok(pending.complete(certificate, self.key.certificate().clone())?)
     }
 
@@ -199,13 +218,20 @@ impl Authority {
         let (token, role) = Self::check(found, secret, now)?;
         // A request that is no good costs no token.
         let certificate = self.issue(request, role, now)?;
-        let (peer, _) = member_of(&certificate).map_err(|error| Refusal::Request(error.to_string()))?;
+        let (peer, _) =
+            member_of(&certificate).map_err(|error| Refusal::Request(error.to_string()))?;
         if self.is_removed(peer) {
             return Err(Refusal::Removed);
         }
         let asker = Some(peer.to_string());
         match token.spent_for {
-            None => self.spend(token_id, StoredToken { spent_for: asker, ..token })?,
+            None => self.spend(
+                token_id,
+                StoredToken {
+                    spent_for: asker,
+                    ..token
+                },
+            )?,
             spent_for if spent_for == asker => {}
             Some(_) => return Err(Refusal::Spent),
         }
@@ -223,7 +249,11 @@ impl Authority {
         let certificate = self.issue(request, role, now)?;
         match member_of(&certificate) {
             Ok((key, _)) if key == peer => {}
-            _ => return Err(Refusal::Request("it is for another key than the certificate shown".into())),
+            _ => {
+                return Err(Refusal::Request(
+                    "it is for another key than the certificate shown".into(),
+                ));
+            }
         }
         if self.is_removed(peer) {
             return Err(Refusal::Removed);
@@ -239,7 +269,9 @@ impl Authority {
 
     /// When a member was removed last. The folder is read again only when this changes.
     pub fn removed_changed_at(&self) -> Option<SystemTime> {
-        fs::metadata(self.dir.join(REMOVED_DIR)).and_then(|metadata| metadata.modified()).ok()
+        fs::metadata(self.dir.join(REMOVED_DIR))
+            .and_then(|metadata| metadata.modified())
+            .ok()
     }
 
     fn is_removed(&self, peer: PeerId) -> bool {
@@ -247,17 +279,27 @@ impl Authority {
     }
 
     /// Notes a certificate that was made. Without a name the member keeps the one it has.
-    fn record(&self, certificate: &CertificateDer<'_>, name: Option<&str>) -> Result<(), AuthorityError> {
+    fn record(
+        &self,
+        certificate: &CertificateDer<'_>,
+        name: Option<&str>,
+    ) -> Result<(), AuthorityError> {
         let (peer, role) = member_of(certificate)?;
         let (_, certificate_until_s) = validity_s(certificate)?;
         let dir = self.dir.join(MEMBERS_DIR);
         let path = dir.join(peer.to_string());
         let name = match name {
             Some(name) => name.to_owned(),
-            None => read_json(&path)?.map(|record: StoredMember| record.name).unwrap_or_default(),
+            None => read_json(&path)?
+                .map(|record: StoredMember| record.name)
+                .unwrap_or_default(),
         };
         fs::create_dir_all(&dir).map_err(at(&dir))?;
-        let record = StoredMember { name, role: role.to_string(), certificate_until_s };
+        let record = StoredMember {
+            name,
+            role: role.to_string(),
+            certificate_until_s,
+        };
         write_json(&path, &record).map_err(at(&path))
     }
 
@@ -282,7 +324,9 @@ impl Authority {
             if path.extension().is_some_and(|extension| extension == NEW) {
                 continue;
             }
-            let over = |token: StoredToken| token.expires_at + KEPT_AFTER_END.as_secs() < unix_seconds(now);
+            let over = |token: StoredToken| {
+                token.expires_at + KEPT_AFTER_END.as_secs() < unix_seconds(now)
+            };
             if read_json(&path)?.is_none_or(over) {
                 fs::remove_file(&path).map_err(at(&path))?;
             }
@@ -290,8 +334,15 @@ impl Authority {
         Ok(())
     }
 
-    fn issue(&self, request: &[u8], role: Role, now: SystemTime) -> Result<CertificateDer<'static>, Refusal> {
-        self.key.issue(request, role, self.life, now).map_err(|error| Refusal::Request(error.to_string()))
+    fn issue(
+        &self,
+        request: &[u8],
+        role: Role,
+        now: SystemTime,
+    ) -> Result<CertificateDer<'static>, Refusal> {
+        self.key
+            .issue(request, role, self.life, now)
+            .map_err(|error| Refusal::Request(error.to_string()))
     }
 
     /// The token with this id, and whether it is spent.
@@ -299,7 +350,10 @@ impl Authority {
         let path = self.path(id)?;
         match read_json(&path)? {
             Some(token) => Ok((token, false)),
-            None => Ok((read_json(&path.with_extension(SPENT))?.ok_or(Refusal::Unknown)?, true)),
+            None => Ok((
+                read_json(&path.with_extension(SPENT))?.ok_or(Refusal::Unknown)?,
+                true,
+            )),
         }
     }
 
@@ -316,7 +370,11 @@ impl Authority {
             return Err(Refusal::Spent);
         }
         if token.expires_at <= unix_seconds(now) {
-            return Err(if spent { Refusal::Spent } else { Refusal::Expired });
+            return Err(if spent {
+                Refusal::Spent
+            } else {
+                Refusal::Expired
+            });
         }
         let role = token.role().ok_or(Refusal::Unknown)?;
         Ok((token, role))
@@ -337,11 +395,18 @@ impl Authority {
     /// Where a token lies. An id that is not hex is no path of ours.
     fn path(&self, id: &str) -> Result<PathBuf, Refusal> {
         let is_id = (1..=64).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_hexdigit());
-        if is_id { Ok(self.tokens.join(id)) } else { Err(Refusal::Unknown) }
+        if is_id {
+            Ok(self.tokens.join(id))
+        } else {
+            Err(Refusal::Unknown)
+        }
     }
 
     fn may_join(&self, from: IpAddr) -> bool {
-        let mut allowances = self.allowances.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut allowances = self
+            .allowances
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         let now = Instant::now();
         let earned = |(left, at): (f64, Instant)| {
             (left + now.duration_since(at).as_secs_f64() * JOINS_PER_SECOND).min(JOINS_BURST)
@@ -353,7 +418,9 @@ impl Authority {
         if allowances.len() >= ALLOWANCES && !allowances.contains_key(&client) {
             return false;
         }
-        let left = allowances.get(&client).map_or(JOINS_BURST, |allowance| earned(*allowance));
+        let left = allowances
+            .get(&client)
+            .map_or(JOINS_BURST, |allowance| earned(*allowance));
         let may = left >= 1.0;
         allowances.insert(client, (left - f64::from(u8::from(may)), now));
         may
@@ -409,7 +476,11 @@ struct StoredMember {
 /// The authority's folder below `data_dir`, if there is an authority.
 fn authority_dir(data_dir: &Path) -> Result<PathBuf, AuthorityError> {
     let dir = data_dir.join(AUTHORITY_DIR);
-    if dir.is_dir() { Ok(dir) } else { Err(AuthorityError::Missing(data_dir.into())) }
+    if dir.is_dir() {
+        Ok(dir)
+    } else {
+        Err(AuthorityError::Missing(data_dir.into()))
+    }
 }
 
 /// All members that the authority in `data_dir` knows, by id.
@@ -436,7 +507,9 @@ pub fn remove_member(data_dir: &Path, peer: PeerId) -> Result<PathBuf, Authority
     fs::create_dir_all(&dir).map_err(at(&dir))?;
     let removed_at_s = unix_seconds(SystemTime::now());
     write_json(&path, &serde_json::json!({ "removed_at_s": removed_at_s })).map_err(at(&path))?;
-    fs::File::open(&dir).and_then(|dir| dir.sync_all()).map_err(at(&dir))?;
+    fs::File::open(&dir)
+        .and_then(|dir| dir.sync_all())
+        .map_err(at(&dir))?;
     Ok(path)
 }
 
@@ -445,10 +518,18 @@ fn members(authority: &Path) -> Result<Vec<KnownMember>, AuthorityError> {
     let mut members = Vec::new();
     for peer in ids_in(&dir)? {
         // A record that makes no sense is written anew when its member renews.
-        if let Some(StoredMember { name, role, certificate_until_s }) =
-            read_json(&dir.join(peer.to_string()))?
+        if let Some(StoredMember {
+            name,
+            role,
+            certificate_until_s,
+        }) = read_json(&dir.join(peer.to_string()))?
         {
-            members.push(KnownMember { peer, name, role, certificate_until_s });
+            members.push(KnownMember {
+                peer,
+                name,
+                role,
+                certificate_until_s,
+            });
         }
     }
     Ok(members)
@@ -493,11 +574,16 @@ fn hashed(secret: &str) -> String {
 }
 
 fn same_in_constant_time(a: &[u8], b: &[u8]) -> bool {
-    a.len() == b.len() && a.iter().zip(b).fold(0, |difference, (a, b)| difference | (a ^ b)) == 0
+    a.len() == b.len()
+        && a.iter()
+            .zip(b)
+            .fold(0, |difference, (a, b)| difference | (a ^ b))
+            == 0
 }
 
 fn unix_seconds(time: SystemTime) -> u64 {
-    time.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+    time.duration_since(UNIX_EPOCH)
+        .map_or(0, |since| since.as_secs())
 }
 
 #[cfg(test)]
@@ -517,29 +603,62 @@ mod tests {
 
     fn join(authority: &Authority, token: &Token, now: SystemTime) -> Result<Role, Refusal> {
         let request = Identity::request().unwrap().certificate_request;
-        authority.join(&token.id, &token.secret, &request, "n", HOME, now).map(|(_, role)| role)
+        authority
+            .join(&token.id, &token.secret, &request, "n", HOME, now)
+            .map(|(_, role)| role)
     }
 
     #[test]
     fn a_token_works_once_and_says_so() {
         let (dir, authority) = authority();
         let token = create_token(dir.path(), Role::Seed, HOUR).unwrap();
-        let wrong = Token { secret: token.secret.chars().rev().collect(), ..token.clone() };
-        let unknown = Token { id: "00".into(), ..token.clone() };
-        let outside = Token { id: "../key".into(), ..token.clone() };
+        let wrong = Token {
+            secret: token.secret.chars().rev().collect(),
+            ..token.clone()
+        };
+        let unknown = Token {
+            id: "00".into(),
+            ..token.clone()
+        };
+        let outside = Token {
+            id: "../key".into(),
+            ..token.clone()
+        };
         let now = SystemTime::now();
-        assert!(matches!(join(&authority, &wrong, now), Err(Refusal::WrongSecret)));
-        assert!(matches!(join(&authority, &unknown, now), Err(Refusal::Unknown)));
-        assert!(matches!(join(&authority, &outside, now), Err(Refusal::Unknown)));
+        assert!(matches!(
+            join(&authority, &wrong, now),
+            Err(Refusal::WrongSecret)
+        ));
+        assert!(matches!(
+            join(&authority, &unknown, now),
+            Err(Refusal::Unknown)
+        ));
+        assert!(matches!(
+            join(&authority, &outside, now),
+            Err(Refusal::Unknown)
+        ));
         let bad_request = authority.join(&token.id, &token.secret, b"?", "n", HOME, now);
-        assert!(matches!(bad_request, Err(Refusal::Request(_))), "and costs no token");
+        assert!(
+            matches!(bad_request, Err(Refusal::Request(_))),
+            "and costs no token"
+        );
         let request = Identity::request().unwrap().certificate_request;
-        let once =
-            || authority.join(&token.id, &token.secret, &request, "n", HOME, now).map(|(_, role)| role);
+        let once = || {
+            authority
+                .join(&token.id, &token.secret, &request, "n", HOME, now)
+                .map(|(_, role)| role)
+        };
         assert_eq!(once().unwrap(), Role::Seed);
-        assert_eq!(once().unwrap(), Role::Seed, "whoever lost the answer asks again with the same key");
+        assert_eq!(
+            once().unwrap(),
+            Role::Seed,
+            "whoever lost the answer asks again with the same key"
+        );
         assert!(matches!(join(&authority, &token, now), Err(Refusal::Spent)));
-        assert!(matches!(join(&authority, &wrong, now), Err(Refusal::WrongSecret)));
+        assert!(matches!(
+            join(&authority, &wrong, now),
+            Err(Refusal::WrongSecret)
+        ));
     }
 
     #[test]
@@ -547,9 +666,14 @@ mod tests {
         let (dir, authority) = authority();
         let token = create_token(dir.path(), Role::Peer, HOUR).unwrap();
         let joined = std::thread::scope(|scope| {
-            let tries: Vec<_> =
-                (0..8).map(|_| scope.spawn(|| join(&authority, &token, SystemTime::now()).is_ok())).collect();
-            tries.into_iter().map(|one| one.join().unwrap()).filter(|joined| *joined).count()
+            let tries: Vec<_> = (0..8)
+                .map(|_| scope.spawn(|| join(&authority, &token, SystemTime::now()).is_ok()))
+                .collect();
+            tries
+                .into_iter()
+                .map(|one| one.join().unwrap())
+                .filter(|joined| *joined)
+                .count()
         });
         assert_eq!(joined, 1);
     }
@@ -559,11 +683,20 @@ mod tests {
         let (dir, authority) = authority();
         let token = create_token(dir.path(), Role::Peer, HOUR).unwrap();
         let later = SystemTime::now() + HOUR * 2;
-        assert!(matches!(join(&authority, &token, later), Err(Refusal::Expired)));
+        assert!(matches!(
+            join(&authority, &token, later),
+            Err(Refusal::Expired)
+        ));
         authority.sweep(later).unwrap();
-        assert!(matches!(join(&authority, &token, later), Err(Refusal::Expired)));
+        assert!(matches!(
+            join(&authority, &token, later),
+            Err(Refusal::Expired)
+        ));
         authority.sweep(later + KEPT_AFTER_END).unwrap();
-        assert!(matches!(join(&authority, &token, later), Err(Refusal::Unknown)));
+        assert!(matches!(
+            join(&authority, &token, later),
+            Err(Refusal::Unknown)
+        ));
     }
 
     #[test]
@@ -574,7 +707,10 @@ mod tests {
         assert_eq!(again.cluster(), "c");
         let token = create_token(dir.path(), Role::Peer, HOUR).unwrap();
         for file in ["key.pem".into(), format!("tokens/{}", token.id)] {
-            let mode = fs::metadata(dir.path().join("authority").join(file)).unwrap().permissions().mode();
+            let mode = fs::metadata(dir.path().join("authority").join(file))
+                .unwrap()
+                .permissions()
+                .mode();
             assert_eq!(mode & 0o077, 0);
         }
         let text = fs::read_to_string(dir.path().join("authority/tokens").join(&token.id)).unwrap();
@@ -584,7 +720,10 @@ mod tests {
     #[test]
     fn where_there_is_no_authority_no_token_is_made() {
         let dir = tempfile::tempdir().unwrap();
-        assert!(matches!(create_token(dir.path(), Role::Peer, HOUR), Err(AuthorityError::Missing(_))));
+        assert!(matches!(
+            create_token(dir.path(), Role::Peer, HOUR),
+            Err(AuthorityError::Missing(_))
+        ));
     }
 
     #[test]
@@ -593,7 +732,9 @@ mod tests {
         let seed = authority.identity(Role::Seed).unwrap();
         let now = SystemTime::now();
         let request = seed.renewal_request().unwrap();
-        let renewed = authority.renew((seed.peer_id(), Role::Seed), &request, now).unwrap();
+        let renewed = authority
+            .renew((seed.peer_id(), Role::Seed), &request, now)
+            .unwrap();
         assert_eq!(member_of(&renewed).unwrap(), (seed.peer_id(), Role::Seed));
         let other = authority.identity(Role::Peer).unwrap();
         assert!(matches!(
@@ -606,17 +747,29 @@ mod tests {
     fn joins_are_limited_for_each_address_and_only_with_a_known_token() {
         let (dir, authority) = authority();
         let token = create_token(dir.path(), Role::Peer, HOUR).unwrap();
-        let (unknown, wrong) =
-            (Token { id: "00".into(), ..token.clone() }, Token { secret: "00".into(), ..token.clone() });
+        let (unknown, wrong) = (
+            Token {
+                id: "00".into(),
+                ..token.clone()
+            },
+            Token {
+                secret: "00".into(),
+                ..token.clone()
+            },
+        );
         let (now, elsewhere) = (SystemTime::now(), IpAddr::from([10, 0, 0, 9]));
-        let answer = |token: &Token, from| authority.join(&token.id, &token.secret, b"?", "n", from, now);
+        let answer =
+            |token: &Token, from| authority.join(&token.id, &token.secret, b"?", "n", from, now);
         assert!((0..2000).all(|_| matches!(answer(&unknown, HOME), Err(Refusal::Unknown))));
         assert!(
             matches!(answer(&wrong, HOME), Err(Refusal::WrongSecret)),
             "strangers' tries count for nobody"
         );
         assert!((0..2000).any(|_| matches!(answer(&wrong, HOME), Err(Refusal::Busy))));
-        assert!(matches!(answer(&wrong, elsewhere), Err(Refusal::WrongSecret)));
+        assert!(matches!(
+            answer(&wrong, elsewhere),
+            Err(Refusal::WrongSecret)
+        ));
     }
 
     #[test]
@@ -627,12 +780,18 @@ mod tests {
         let join = || {
             let token = create_token(dir.path(), Role::Peer, HOUR).unwrap();
             let request = &pending.certificate_request;
-            (authority.join(&token.id, &token.secret, request, "n", HOME, now), token)
+            (
+                authority.join(&token.id, &token.secret, request, "n", HOME, now),
+                token,
+            )
         };
         let (certificate, role) = join().0.unwrap();
         let (peer, _) = member_of(&certificate).unwrap();
         let known = known_members(dir.path()).unwrap();
-        assert_eq!((known.len(), known[0].peer, known[0].name.as_str()), (1, peer, "n"));
+        assert_eq!(
+            (known.len(), known[0].peer, known[0].name.as_str()),
+            (1, peer, "n")
+        );
         remove_member(dir.path(), peer).unwrap();
         remove_member(dir.path(), peer).unwrap();
         assert_eq!(authority.removed().unwrap(), [peer]);
@@ -641,8 +800,12 @@ mod tests {
         let (again, token) = join();
         assert!(matches!(again, Err(Refusal::Removed)));
         let request = Identity::request().unwrap().certificate_request;
-        authority.join(&token.id, &token.secret, &request, "n", HOME, now).expect("the token is not spent");
-        let reopened = Authority::open(dir.path(), CERTIFICATE_LIFE).unwrap().unwrap();
+        authority
+            .join(&token.id, &token.secret, &request, "n", HOME, now)
+            .expect("the token is not spent");
+        let reopened = Authority::open(dir.path(), CERTIFICATE_LIFE)
+            .unwrap()
+            .unwrap();
         assert_eq!(reopened.removed().unwrap(), [peer]);
     }
 
@@ -654,7 +817,9 @@ mod tests {
         join(&authority, &token, now).unwrap();
         authority.sweep(now + CERTIFICATE_LIFE + HOUR).unwrap();
         assert_eq!(known_members(dir.path()).unwrap().len(), 1);
-        authority.sweep(now + CERTIFICATE_LIFE + RECORD_KEPT + HOUR).unwrap();
+        authority
+            .sweep(now + CERTIFICATE_LIFE + RECORD_KEPT + HOUR)
+            .unwrap();
         assert!(known_members(dir.path()).unwrap().is_empty());
     }
 }

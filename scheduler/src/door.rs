@@ -56,13 +56,21 @@ impl Guests {
 
     /// The oldest guest of the client that has the most.
     fn oldest_of_the_largest(&self) -> Option<u64> {
-        self.by_client.values().max_by_key(|numbers| numbers.len())?.first().copied()
+        self.by_client
+            .values()
+            .max_by_key(|numbers| numbers.len())?
+            .first()
+            .copied()
     }
 }
 
 impl Door {
     pub(crate) fn new(most: usize, most_per_client: usize) -> Self {
-        Self { guests: Arc::default(), most, most_per_client }
+        Self {
+            guests: Arc::default(),
+            most,
+            most_per_client,
+        }
     }
 
     /// Lets a connection from this address in. Its place is free again when the guest is dropped.
@@ -83,7 +91,11 @@ impl Door {
         let shown_out = CancellationToken::new();
         guests.by_number.insert(number, (client, shown_out.clone()));
         guests.by_client.entry(client).or_default().insert(number);
-        Guest { door: self.clone(), number, shown_out }
+        Guest {
+            door: self.clone(),
+            number,
+            shown_out,
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, Guests> {
@@ -140,7 +152,12 @@ impl MemberConnections {
             connections.remove(0).1.cancel();
         }
         connections.push((number, closed.clone()));
-        Some(MemberConnection { all: self.clone(), peer, number, closed })
+        Some(MemberConnection {
+            all: self.clone(),
+            peer,
+            number,
+            closed,
+        })
     }
 
     /// Ends all connections of this member.
@@ -191,26 +208,40 @@ mod tests {
     }
 
     fn out(guests: &[Guest]) -> Vec<usize> {
-        (0..guests.len()).filter(|at| guests[*at].shown_out.is_cancelled()).collect()
+        (0..guests.len())
+            .filter(|at| guests[*at].shown_out.is_cancelled())
+            .collect()
     }
 
     #[test]
     fn a_client_at_its_bound_loses_its_own_oldest_connection() {
         let door = Door::new(10, 2);
-        let guests: Vec<_> = ["10.0.0.1", "10.0.0.2", "10.0.0.1", "::ffff:10.0.0.1", "10.0.0.1"]
-            .into_iter()
-            .map(|address| door.enter(ip(address)))
-            .collect();
+        let guests: Vec<_> = [
+            "10.0.0.1",
+            "10.0.0.2",
+            "10.0.0.1",
+            "::ffff:10.0.0.1",
+            "10.0.0.1",
+        ]
+        .into_iter()
+        .map(|address| door.enter(ip(address)))
+        .collect();
         assert_eq!(out(&guests), [0, 2]);
     }
 
     #[test]
     fn a_full_door_shows_out_the_client_with_the_most_connections() {
         let door = Door::new(4, 3);
-        let mut guests: Vec<_> = ["2001:db8::1", "10.0.0.1", "2001:db8::2", "2001:db8::3", "10.0.0.2"]
-            .into_iter()
-            .map(|address| door.enter(ip(address)))
-            .collect();
+        let mut guests: Vec<_> = [
+            "2001:db8::1",
+            "10.0.0.1",
+            "2001:db8::2",
+            "2001:db8::3",
+            "10.0.0.2",
+        ]
+        .into_iter()
+        .map(|address| door.enter(ip(address)))
+        .collect();
         assert_eq!(out(&guests), [0]);
         guests.remove(1);
         guests.push(door.enter(ip("10.0.0.3")));
@@ -223,7 +254,9 @@ mod tests {
     #[test]
     fn a_member_has_few_connections_and_loses_all_at_once() {
         let (all, peer) = (MemberConnections::default(), PeerId([1; 16]));
-        let mut held: Vec<_> = (0..5).map(|number| all.enter(peer, number, || true).unwrap()).collect();
+        let mut held: Vec<_> = (0..5)
+            .map(|number| all.enter(peer, number, || true).unwrap())
+            .collect();
         let other = all.enter(PeerId([2; 16]), 9, || true).unwrap();
         assert!(held[0].closed.is_cancelled() && !held[1].closed.is_cancelled());
         assert!(all.enter(peer, 10, || false).is_none());

@@ -64,7 +64,11 @@ pub(crate) enum Event {
         certificate_until_s: u64,
     },
     /// A member has applied or refused a pushed document.
-    Configured { peer: PeerId, revision: String, error: String },
+    Configured {
+        peer: PeerId,
+        revision: String,
+        error: String,
+    },
     /// These members are removed from the cluster; those that are known already count for nothing.
     Removed(Vec<PeerId>),
     /// A stream has ended.
@@ -156,7 +160,13 @@ pub(crate) struct Driver {
 impl Driver {
     /// Seeds that were there before this process started are waited for.
     pub(crate) fn new(config: DriverConfig) -> Self {
-        let DriverConfig { membership, cluster, live: configured, numbers, .. } = config;
+        let DriverConfig {
+            membership,
+            cluster,
+            live: configured,
+            numbers,
+            ..
+        } = config;
         let mut driver = Self {
             swarm: Swarm::new(Time::default()),
             rng: StdRng::from_rng(&mut rand::rng()),
@@ -176,11 +186,19 @@ impl Driver {
             numbers,
             news_at: Some(Instant::now()),
         };
-        for seed in driver.membership.list().into_iter().filter(|member| member.role == Role::Seed) {
+        for seed in driver
+            .membership
+            .list()
+            .into_iter()
+            .filter(|member| member.role == Role::Seed)
+        {
             let registration = Registration {
                 peer: seed.peer,
                 role: Role::Seed,
-                place: Place { zone: seed.zone.into(), ..Place::default() },
+                place: Place {
+                    zone: seed.zone.into(),
+                    ..Place::default()
+                },
                 upload_slots: 1,
                 upload_rate_bytes: 0,
                 reads_origins: true,
@@ -191,7 +209,10 @@ impl Driver {
     }
 
     /// Starts the driver's task; it ends with `shutdown`.
-    pub(crate) fn start(mut self, shutdown: CancellationToken) -> (Handle, tokio::task::JoinHandle<()>) {
+    pub(crate) fn start(
+        mut self,
+        shutdown: CancellationToken,
+    ) -> (Handle, tokio::task::JoinHandle<()>) {
         let (sender, mut events) = mpsc::channel(QUEUE);
         let task = tokio::spawn(async move {
             loop {
@@ -206,7 +227,9 @@ impl Driver {
                 }
                 self.work();
             }
-            self.streams.values().for_each(|open| open.stream.over.cancel());
+            self.streams
+                .values()
+                .for_each(|open| open.stream.over.cancel());
         });
         (Handle(sender), task)
     }
@@ -216,9 +239,15 @@ impl Driver {
     }
 
     fn deadline(&self) -> Instant {
-        let swarm = self.swarm.deadline().map(|deadline| self.started + deadline.0);
+        let swarm = self
+            .swarm
+            .deadline()
+            .map(|deadline| self.started + deadline.0);
         let soon = Instant::now() + Duration::from_secs(1);
-        [swarm, self.news_at].into_iter().flatten().fold(soon, Instant::min)
+        [swarm, self.news_at]
+            .into_iter()
+            .flatten()
+            .fold(soon, Instant::min)
     }
 
     fn apply(&mut self, event: Event) {
@@ -231,15 +260,30 @@ impl Driver {
                 names_no_place,
                 certificate_until_s,
             } => {
-                let placed = names_no_place.then(|| (registration.place.clone(), member.addresses.clone()));
+                let placed =
+                    names_no_place.then(|| (registration.place.clone(), member.addresses.clone()));
                 let (since, configuration_error) = (Instant::now(), String::new());
-                let open = Open { stream, since, certificate_until_s, placed, configuration_error };
+                let open = Open {
+                    stream,
+                    since,
+                    certificate_until_s,
+                    placed,
+                    configuration_error,
+                };
                 self.opened(member, registration, open, refused_addresses);
             }
-            Event::Configured { peer, revision, error } => self.on_configured(peer, &revision, error),
+            Event::Configured {
+                peer,
+                revision,
+                error,
+            } => self.on_configured(peer, &revision, error),
             Event::Removed(ids) => self.removed(ids),
             Event::Closed { peer, stream } => {
-                if self.streams.get(&peer).is_some_and(|open| open.stream.id == stream) {
+                if self
+                    .streams
+                    .get(&peer)
+                    .is_some_and(|open| open.stream.id == stream)
+                {
                     self.close(peer, None);
                 }
             }
@@ -279,7 +323,9 @@ impl Driver {
         if let Some(old) = self.streams.remove(&peer) {
             // Not a departure: the peer is here.
             let old = old.stream;
-            let _ = old.outgoing.try_send(Err(Status::aborted("the same member has opened a new stream")));
+            let _ = old.outgoing.try_send(Err(Status::aborted(
+                "the same member has opened a new stream",
+            )));
             old.over.cancel();
         }
         info!(%peer, name = member.name, role = %member.role, "a member is here");
@@ -307,7 +353,9 @@ impl Driver {
     }
 
     fn close(&mut self, peer: PeerId, why: Option<Status>) {
-        let Some(Open { stream, .. }) = self.streams.remove(&peer) else { return };
+        let Some(Open { stream, .. }) = self.streams.remove(&peer) else {
+            return;
+        };
         if let Some(why) = why {
             let _ = stream.outgoing.try_send(Err(why));
         }
@@ -371,9 +419,15 @@ impl Driver {
                 self.say_all(&Say::Members(convert::member_list(&list)));
             }
         }
-        self.numbers.peers.store(self.swarm.peer_count() as u64, Relaxed);
-        self.numbers.tasks.store(self.swarm.task_count() as u64, Relaxed);
-        self.numbers.streams.store(self.streams.len() as u64, Relaxed);
+        self.numbers
+            .peers
+            .store(self.swarm.peer_count() as u64, Relaxed);
+        self.numbers
+            .tasks
+            .store(self.swarm.task_count() as u64, Relaxed);
+        self.numbers
+            .streams
+            .store(self.streams.len() as u64, Relaxed);
     }
 
     /// Takes over what SIGHUP has changed, and tells everybody.
@@ -381,7 +435,8 @@ impl Driver {
         let configured = self.configured.load_full();
         if !Arc::ptr_eq(&configured, &self.live) {
             let before = std::mem::replace(&mut self.live, Arc::clone(&configured));
-            self.swarm.applications(Arc::clone(&configured.applications));
+            self.swarm
+                .applications(Arc::clone(&configured.applications));
             if configured.document != before.document || self.revision.is_empty() {
                 self.revision = revision(&configured.document);
                 for open in self.streams.values_mut() {
@@ -396,8 +451,11 @@ impl Driver {
         }
         if self.counted.elapsed() >= COUNTED_EVERY {
             self.counted = Instant::now();
-            *self.numbers.applications.lock().unwrap_or_else(PoisonError::into_inner) =
-                self.swarm.application_elections();
+            *self
+                .numbers
+                .applications
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner) = self.swarm.application_elections();
         }
     }
 
@@ -417,18 +475,29 @@ impl Driver {
             (by_address(networks, addresses).unwrap_or_default() != *place).then_some(*peer)
         };
         for peer in self.streams.iter().filter_map(moved).collect::<Vec<_>>() {
-            self.close(peer, Some(Status::aborted("the cluster's networks have changed; connect again")));
+            self.close(
+                peer,
+                Some(Status::aborted(
+                    "the cluster's networks have changed; connect again",
+                )),
+            );
         }
     }
 
     fn on_configured(&mut self, peer: PeerId, revision: &str, error: String) {
-        let Some(open) = self.streams.get_mut(&peer) else { return };
+        let Some(open) = self.streams.get_mut(&peer) else {
+            return;
+        };
         // An answer to an older document says nothing about this one.
         if revision != self.revision || open.configuration_error == error {
             return;
         }
         if !error.is_empty() {
-            let name = self.membership.wire(peer).map(|member| member.name).unwrap_or_default();
+            let name = self
+                .membership
+                .wire(peer)
+                .map(|member| member.name)
+                .unwrap_or_default();
             warn!(%peer, name, error, "a member refuses the pushed configuration");
         }
         open.configuration_error = error;
@@ -436,21 +505,43 @@ impl Driver {
     }
 
     fn count_refusals(&self) {
-        let refusing = self.streams.iter().filter(|(_, open)| !open.configuration_error.is_empty());
+        let refusing = self
+            .streams
+            .iter()
+            .filter(|(_, open)| !open.configuration_error.is_empty());
         let named = refusing.map(|(peer, open)| {
-            let name = self.membership.wire(*peer).map_or_else(|| peer.to_string(), |member| member.name);
+            let name = self
+                .membership
+                .wire(*peer)
+                .map_or_else(|| peer.to_string(), |member| member.name);
             (name, open.configuration_error.clone())
         });
-        *self.numbers.refusals.lock().unwrap_or_else(PoisonError::into_inner) = named.collect();
+        *self
+            .numbers
+            .refusals
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) = named.collect();
     }
 
     fn carry_out(&mut self, output: Output) {
         match output {
-            Output::Parents { to, task, parents, issuer, fetch_from_origin, spread, share, later } => {
+            Output::Parents {
+                to,
+                task,
+                parents,
+                issuer,
+                fetch_from_origin,
+                spread,
+                share,
+                later,
+            } => {
                 debug!(%to, %task, parents = parents.len(), ?issuer, fetch_from_origin, "parents");
                 let parents = v1::Parents {
                     task: task.to_string(),
-                    parents: parents.into_iter().filter_map(|peer| self.membership.wire(peer)).collect(),
+                    parents: parents
+                        .into_iter()
+                        .filter_map(|peer| self.membership.wire(peer))
+                        .collect(),
                     issuer: issuer.map(|peer| peer.0.to_vec()).unwrap_or_default(),
                     fetch_from_origin,
                     spread,
@@ -459,7 +550,12 @@ impl Driver {
                 };
                 self.say(to, Say::Parents(parents));
             }
-            Output::Vouched { reporter, peer, task, kind } => {
+            Output::Vouched {
+                reporter,
+                peer,
+                task,
+                kind,
+            } => {
                 let report = v1::Report {
                     peer_id: peer.0.to_vec(),
                     task: task.to_string(),
@@ -476,12 +572,18 @@ impl Driver {
                 for (guilt, number) in [
                     (Guilt::WrongBytes, &self.numbers.isolated_for_wrong_bytes),
                     (Guilt::Stalled, &self.numbers.isolated_for_stalls),
-                    (Guilt::Contradiction, &self.numbers.isolated_for_contradictions),
+                    (
+                        Guilt::Contradiction,
+                        &self.numbers.isolated_for_contradictions,
+                    ),
                 ] {
                     number.store(self.swarm.isolations(guilt), Relaxed);
                 }
-                *self.numbers.isolations.lock().unwrap_or_else(PoisonError::into_inner) =
-                    self.isolations(&isolated);
+                *self
+                    .numbers
+                    .isolations
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner) = self.isolations(&isolated);
                 self.say_all(&self.isolated_list(&isolated));
             }
         }
@@ -492,8 +594,17 @@ impl Driver {
         let now = self.now();
         let isolation = |peer: &PeerId| {
             let (guilt, left) = self.swarm.peer_state(now, *peer).isolation?;
-            let name = self.membership.wire(*peer).map(|member| member.name).unwrap_or_default();
-            Some(Isolation { peer: *peer, name, guilt, until: Instant::now() + left })
+            let name = self
+                .membership
+                .wire(*peer)
+                .map(|member| member.name)
+                .unwrap_or_default();
+            Some(Isolation {
+                peer: *peer,
+                name,
+                guilt,
+                until: Instant::now() + left,
+            })
         };
         peers.iter().filter_map(isolation).collect()
     }
@@ -502,9 +613,14 @@ impl Driver {
         let said = |isolation: Isolation| v1::Isolation {
             peer_id: isolation.peer.0.to_vec(),
             why: isolation.guilt.to_string(),
-            for_s: isolation.until.saturating_duration_since(Instant::now()).as_secs(),
+            for_s: isolation
+                .until
+                .saturating_duration_since(Instant::now())
+                .as_secs(),
         };
-        Say::Isolated(v1::Isolated { isolations: self.isolations(peers).into_iter().map(said).collect() })
+        Say::Isolated(v1::Isolated {
+            isolations: self.isolations(peers).into_iter().map(said).collect(),
+        })
     }
 
     fn say_all(&mut self, say: &Say) {
@@ -514,8 +630,13 @@ impl Driver {
     }
 
     fn say(&mut self, peer: PeerId, say: Say) {
-        let Some(Open { stream, .. }) = self.streams.get(&peer) else { return };
-        match stream.outgoing.try_send(Ok(v1::ToPeer { event: Some(say) })) {
+        let Some(Open { stream, .. }) = self.streams.get(&peer) else {
+            return;
+        };
+        match stream
+            .outgoing
+            .try_send(Ok(v1::ToPeer { event: Some(say) }))
+        {
             Ok(()) => {
                 self.numbers.sent.fetch_add(1, Relaxed);
             }
@@ -523,7 +644,9 @@ impl Driver {
                 self.numbers.dropped.fetch_add(1, Relaxed);
                 self.close(
                     peer,
-                    Some(Status::resource_exhausted("this member reads too slowly; connect again")),
+                    Some(Status::resource_exhausted(
+                        "this member reads too slowly; connect again",
+                    )),
                 );
             }
             // Its end will be reported by whoever reads it.
@@ -542,19 +665,24 @@ impl Driver {
             let open = self.streams.get(&member.peer);
             let since = open.map(|open| open.since);
             // Our own stream is this process.
-            let since =
-                since.or_else(|| (member.role == Role::Scheduler && connected).then_some(self.started));
+            let since = since
+                .or_else(|| (member.role == Role::Scheduler && connected).then_some(self.started));
             v1::MemberState {
                 member: Some(convert::member(member)),
                 isolated: state.isolation.is_some(),
-                isolated_for: state.isolation.map(|(guilt, _)| guilt.to_string()).unwrap_or_default(),
+                isolated_for: state
+                    .isolation
+                    .map(|(guilt, _)| guilt.to_string())
+                    .unwrap_or_default(),
                 isolated_for_s: state.isolation.map_or(0, |(_, left)| left.as_secs()),
                 tasks: u32::try_from(state.tasks).unwrap_or(u32::MAX),
                 served_bytes: state.served_bytes,
                 connected_s: since.map_or(0, |since| since.elapsed().as_secs()),
                 suspicion: (state.suspicion * 100.0).round() as u32,
                 certificate_until_s: open.map_or(0, |open| open.certificate_until_s),
-                configuration_error: open.map(|open| open.configuration_error.clone()).unwrap_or_default(),
+                configuration_error: open
+                    .map(|open| open.configuration_error.clone())
+                    .unwrap_or_default(),
             }
         };
         self.membership.all().map(state).collect()
@@ -564,7 +692,13 @@ impl Driver {
 /// A short name of a document: the same for the same text.
 fn revision(document: &str) -> String {
     let digest = Digest::of(Algorithm::Sha256, document.as_bytes()).to_string();
-    digest.rsplit(':').next().unwrap_or_default().chars().take(12).collect()
+    digest
+        .rsplit(':')
+        .next()
+        .unwrap_or_default()
+        .chars()
+        .take(12)
+        .collect()
 }
 
 const fn wire_kind(kind: ReportKind) -> v1::report::Kind {

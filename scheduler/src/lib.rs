@@ -183,11 +183,19 @@ pub enum SchedulerError {
 }
 
 /// Runs a scheduler, and the authority unless another one has it, until `shutdown`.
-pub async fn run(config: SchedulerConfig, shutdown: CancellationToken) -> Result<(), SchedulerError> {
+pub async fn run(
+    config: SchedulerConfig,
+    shutdown: CancellationToken,
+) -> Result<(), SchedulerError> {
     // Whatever ends first, the rest ends with it.
     let shutdown = shutdown.child_token();
     let _ends_all = shutdown.clone().drop_guard();
-    let Start { identity, authority, cluster, members } = start(&config).await?;
+    let Start {
+        identity,
+        authority,
+        cluster,
+        members,
+    } = start(&config).await?;
     let ourselves = ourselves(&config, &identity);
     info!(cluster, peer = %identity.peer_id(), addresses = ?ourselves.addresses, authority = authority.is_some(), "scheduler");
 
@@ -233,13 +241,23 @@ pub async fn run(config: SchedulerConfig, shutdown: CancellationToken) -> Result
             shutdown.clone(),
         ));
     }
-    let schedulers = addresses_of_others(&identity, known.iter()).chain(config.schedulers).collect();
-    let links =
-        links::Links { identity: identity.clone(), ourselves, driver: service.driver.clone(), vouched };
+    let schedulers = addresses_of_others(&identity, known.iter())
+        .chain(config.schedulers)
+        .collect();
+    let links = links::Links {
+        identity: identity.clone(),
+        ourselves,
+        driver: service.driver.clone(),
+        vouched,
+    };
     tasks.spawn(links::keep(links, schedulers, shutdown.clone()));
     drop(ready);
     if let Some(authority) = &authority {
-        tasks.spawn(watch_removed(Arc::clone(authority), service.driver.clone(), shutdown.clone()));
+        tasks.spawn(watch_removed(
+            Arc::clone(authority),
+            service.driver.clone(),
+            shutdown.clone(),
+        ));
     }
     let housekeeping = Housekeeping {
         identity,
@@ -258,8 +276,12 @@ pub async fn run(config: SchedulerConfig, shutdown: CancellationToken) -> Result
             .initial_connection_window_size(u32::from(u16::MAX))
             .http2_max_header_list_size(STRANGER_HEADER_BYTES)
             .http2_max_pending_accept_reset_streams(Some(STRANGER_RESETS))
-            .add_service(SchedulerServer::new(service.clone()).max_decoding_message_size(MAX_JOIN_BYTES))
-            .add_service(AuthorityServer::new(service.clone()).max_decoding_message_size(MAX_JOIN_BYTES))
+            .add_service(
+                SchedulerServer::new(service.clone()).max_decoding_message_size(MAX_JOIN_BYTES),
+            )
+            .add_service(
+                AuthorityServer::new(service.clone()).max_decoding_message_size(MAX_JOIN_BYTES),
+            )
             .serve_with_incoming_shutdown(
                 ReceiverStream::new(incoming_strangers),
                 shutdown.clone().cancelled_owned(),
@@ -271,7 +293,9 @@ pub async fn run(config: SchedulerConfig, shutdown: CancellationToken) -> Result
             .http2_keepalive_timeout(Some(KEEPALIVE))
             .max_concurrent_streams(STREAMS_PER_CONNECTION)
             .http2_max_header_list_size(MAX_HEADER_BYTES)
-            .add_service(SchedulerServer::new(service.clone()).max_decoding_message_size(MAX_MESSAGE_BYTES))
+            .add_service(
+                SchedulerServer::new(service.clone()).max_decoding_message_size(MAX_MESSAGE_BYTES),
+            )
             .add_service(AuthorityServer::new(service).max_decoding_message_size(MAX_JOIN_BYTES))
             .serve_with_incoming_shutdown(
                 ReceiverStream::new(incoming_members),
@@ -311,9 +335,9 @@ async fn start(config: &SchedulerConfig) -> Result<Start, SchedulerError> {
     let dir = config.data_dir.join(IDENTITY_DIR);
     let loaded = Identity::load(&dir);
     let authority = match Authority::open(&config.data_dir, config.certificate_life)? {
-        None if matches!(loaded, Ok(None)) && config.join.is_none() => {
-            Some(Authority::open_or_create(&config.data_dir, &config.cluster, config.certificate_life)?)
-        }
+        None if matches!(loaded, Ok(None)) && config.join.is_none() => Some(
+            Authority::open_or_create(&config.data_dir, &config.cluster, config.certificate_life)?,
+        ),
         authority => authority,
     };
     if let Some(authority) = authority {
@@ -332,7 +356,12 @@ async fn start(config: &SchedulerConfig) -> Result<Start, SchedulerError> {
             }
         };
         let cluster = authority.cluster().to_owned();
-        let start = Start { identity, authority: Some(Arc::new(authority)), cluster, members: Vec::new() };
+        let start = Start {
+            identity,
+            authority: Some(Arc::new(authority)),
+            cluster,
+            members: Vec::new(),
+        };
         renew_here(&start.identity, start.authority.as_deref(), &dir)?;
         if let Some(authority) = &start.authority {
             start.identity.removed().add(authority.removed()?);
@@ -340,16 +369,28 @@ async fn start(config: &SchedulerConfig) -> Result<Start, SchedulerError> {
         return Ok(start);
     }
     if let Some(identity) = loaded? {
-        return Ok(Start { identity, authority: None, cluster: config.cluster.clone(), members: Vec::new() });
+        return Ok(Start {
+            identity,
+            authority: None,
+            cluster: config.cluster.clone(),
+            members: Vec::new(),
+        });
     }
-    let Some((address, token)) = &config.join else { return Err(SchedulerError::Ended("the start")) };
+    let Some((address, token)) = &config.join else {
+        return Err(SchedulerError::Ended("the start"));
+    };
     let (identity, members, cluster) =
         join::join(address, token, &config.name, &Identity::request()?).await?;
     if identity.role() != Role::Scheduler {
         return Err(SchedulerError::WrongRole(identity.role()));
     }
     identity.save(&dir)?;
-    Ok(Start { identity, authority: None, cluster, members })
+    Ok(Start {
+        identity,
+        authority: None,
+        cluster,
+        members,
+    })
 }
 
 /// Renews our own certificate with our own authority, when it is time. `false`: there is none, or it is not time.
@@ -359,7 +400,9 @@ fn renew_here(
     dir: &std::path::Path,
 ) -> Result<bool, SchedulerError> {
     let now = SystemTime::now();
-    let Some(authority) = authority.filter(|_| identity.renew_at() <= now) else { return Ok(false) };
+    let Some(authority) = authority.filter(|_| identity.renew_at() <= now) else {
+        return Ok(false);
+    };
     let request = identity.renewal_request()?;
     match authority.renew((identity.peer_id(), Role::Scheduler), &request, now) {
         Ok(certificate) => identity.renew(certificate)?,
@@ -372,8 +415,14 @@ fn renew_here(
 /// How the member list names us.
 fn ourselves(config: &SchedulerConfig, identity: &Identity) -> Member {
     // Bound to all interfaces, it is the host's own address that others need.
-    let bound = listener::addresses(&config.listeners).into_iter().map(hawker_api::address::advertised);
-    let addresses = if config.advertise.is_empty() { bound.collect() } else { config.advertise.clone() };
+    let bound = listener::addresses(&config.listeners)
+        .into_iter()
+        .map(hawker_api::address::advertised);
+    let addresses = if config.advertise.is_empty() {
+        bound.collect()
+    } else {
+        config.advertise.clone()
+    };
     Member {
         peer: identity.peer_id(),
         name: config.name.clone(),
@@ -395,12 +444,18 @@ fn addresses_of_others<'a>(
 }
 
 /// Tells the driver of members that `hawker member rm` removed.
-async fn watch_removed(authority: Arc<Authority>, driver: driver::Handle, shutdown: CancellationToken) {
+async fn watch_removed(
+    authority: Arc<Authority>,
+    driver: driver::Handle,
+    shutdown: CancellationToken,
+) {
     let (mut changed_at, mut read_at) = (None, None::<Instant>);
     loop {
         let looked = Arc::clone(&authority);
         let now_changed_at = tokio::task::spawn_blocking(move || looked.removed_changed_at()).await;
-        let Ok(now_changed_at) = now_changed_at else { return };
+        let Ok(now_changed_at) = now_changed_at else {
+            return;
+        };
         if now_changed_at != changed_at || read_at.is_none_or(|at| at.elapsed() >= REMOVED_READ) {
             (changed_at, read_at) = (now_changed_at, Some(Instant::now()));
             let read = Arc::clone(&authority);
@@ -431,8 +486,11 @@ impl Housekeeping {
             if let Err(error) = self.once().await {
                 warn!(%error, "housekeeping failed; it is tried again in a few minutes");
             }
-            let until_renewal =
-                self.identity.renew_at().duration_since(SystemTime::now()).unwrap_or_default();
+            let until_renewal = self
+                .identity
+                .renew_at()
+                .duration_since(SystemTime::now())
+                .unwrap_or_default();
             let wait = HOUSEKEEPING.min(until_renewal.max(Duration::from_secs(1)));
             tokio::select! {
                 () = shutdown.cancelled() => return,
@@ -456,8 +514,9 @@ impl Housekeeping {
     /// Asks the other schedulers in turn, until one has the authority.
     async fn renew_elsewhere(&self) -> Result<(), SchedulerError> {
         let members = self.service.driver.list().await.unwrap_or_default();
-        let mut last =
-            JoinError::NoAuthority("no other scheduler is known that could renew our certificate".into());
+        let mut last = JoinError::NoAuthority(
+            "no other scheduler is known that could renew our certificate".into(),
+        );
         for address in addresses_of_others(&self.identity, members.iter()) {
             match join::renew(&address, &self.identity).await {
                 Ok(()) => {
@@ -477,8 +536,10 @@ pub async fn bind(addresses: &[std::net::SocketAddr]) -> io::Result<Vec<TcpListe
     let mut listeners = Vec::with_capacity(addresses.len());
     for address in addresses {
         let listener = TcpListener::bind(address).await;
-        listeners
-            .push(listener.map_err(|error| io::Error::new(error.kind(), format!("{address}: {error}")))?);
+        listeners.push(
+            listener
+                .map_err(|error| io::Error::new(error.kind(), format!("{address}: {error}")))?,
+        );
     }
     Ok(listeners)
 }

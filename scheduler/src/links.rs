@@ -84,7 +84,9 @@ enum Ended {
 }
 
 async fn run(us: &Links, address: &str, found: &mpsc::Sender<String>) -> Result<Ended, String> {
-    let connection = join::connect(address, &us.identity).await.map_err(|error| error.to_string())?;
+    let connection = join::connect(address, &us.identity)
+        .await
+        .map_err(|error| error.to_string())?;
     let scheduler = connection.peer;
     if scheduler == us.identity.peer_id() {
         return Ok(Ended::Ourselves);
@@ -98,10 +100,14 @@ async fn run(us: &Links, address: &str, found: &mpsc::Sender<String>) -> Result<
         ..v1::Register::default()
     };
     // There is room for one.
-    let _ = say.try_send(v1::FromPeer { event: Some(Say::Register(register)) });
+    let _ = say.try_send(v1::FromPeer {
+        event: Some(Say::Register(register)),
+    });
     let mut client = SchedulerClient::new(connection.channel);
     let opened = timeout(OPEN_TIMEOUT, client.track(ReceiverStream::new(outgoing))).await;
-    let opened = opened.map_err(|_| "no answer in time")?.map_err(|status| status.message().to_owned())?;
+    let opened = opened
+        .map_err(|_| "no answer in time")?
+        .map_err(|status| status.message().to_owned())?;
     let telling = tell(us.vouched.subscribe(), say);
     let ended = tokio::select! {
         ended = listen(us, scheduler, opened.into_inner(), found) => ended,
@@ -120,7 +126,11 @@ async fn tell(mut vouched: broadcast::Receiver<v1::Report>, say: mpsc::Sender<v1
             Err(broadcast::error::RecvError::Lagged(_)) => continue,
             Err(broadcast::error::RecvError::Closed) => std::future::pending().await,
         };
-        let message = v1::FromPeer { event: Some(Say::Reports(v1::Reports { reports: vec![report] })) };
+        let message = v1::FromPeer {
+            event: Some(Say::Reports(v1::Reports {
+                reports: vec![report],
+            })),
+        };
         if say.send_timeout(message, SAY_TIMEOUT).await.is_err() {
             return;
         }
@@ -138,8 +148,12 @@ async fn listen(
         if us.identity.removed().contains(scheduler) {
             return Err("it was removed from the cluster".to_owned());
         }
-        let Ok(message) = timeout(LOOK_INTERVAL, incoming.message()).await else { continue };
-        let Some(message) = message.map_err(|status| status.message().to_owned())? else { return Ok(()) };
+        let Ok(message) = timeout(LOOK_INTERVAL, incoming.message()).await else {
+            continue;
+        };
+        let Some(message) = message.map_err(|status| status.message().to_owned())? else {
+            return Ok(());
+        };
         let members = match message.event {
             Some(Said::Removed(removed)) => {
                 let ids = convert::from_removed(&removed).map_err(|error| error.to_string())?;
@@ -151,7 +165,10 @@ async fn listen(
             _ => continue,
         };
         let members = convert::from_members(members.members).map_err(|error| error.to_string())?;
-        for member in members.into_iter().filter(|member| member.role == Role::Scheduler) {
+        for member in members
+            .into_iter()
+            .filter(|member| member.role == Role::Scheduler)
+        {
             if member.peer == scheduler {
                 us.driver.send(Event::Linked(member)).await;
             } else if let Some(address) = member.addresses.into_iter().next() {

@@ -147,7 +147,11 @@ async fn handshake(
     stream.set_nodelay(true)?;
     let local = stream.local_addr()?;
     let stream = acceptor.accept(stream).await?;
-    let certificate = stream.get_ref().1.peer_certificates().and_then(|chain| chain.first());
+    let certificate = stream
+        .get_ref()
+        .1
+        .peer_certificates()
+        .and_then(|chain| chain.first());
     let as_guest = |stays: Duration| {
         let guest = limits.strangers.enter(from.ip());
         let shown_out = guest.shown_out();
@@ -157,9 +161,20 @@ async fn handshake(
         (end, Place::Stranger(guest))
     };
     let Some(certificate) = certificate else {
-        let caller = Caller { member: None, is_removed: false, certificate_until_s: 0, from, local };
+        let caller = Caller {
+            member: None,
+            is_removed: false,
+            certificate_until_s: 0,
+            from,
+            local,
+        };
         let (end, place) = as_guest(STRANGER_STAYS);
-        return Ok(Connection { stream, caller, end, _place: place });
+        return Ok(Connection {
+            stream,
+            caller,
+            end,
+            _place: place,
+        });
     };
     let (peer, role) = member_of(certificate).map_err(io::Error::other)?;
     let (_, certificate_until_s) = validity_s(certificate).map_err(io::Error::other)?;
@@ -167,9 +182,17 @@ async fn handshake(
         .try_acquire_owned()
         .map_err(|_| io::Error::other("too many members are connected"))?;
     let number = limits.numbers.fetch_add(1, Relaxed);
-    let entered = limits.connections.enter(peer, number, || !identity.removed().contains(peer));
+    let entered = limits
+        .connections
+        .enter(peer, number, || !identity.removed().contains(peer));
     let is_removed = entered.is_none();
-    let caller = Caller { member: Some((peer, role)), is_removed, certificate_until_s, from, local };
+    let caller = Caller {
+        member: Some((peer, role)),
+        is_removed,
+        certificate_until_s,
+        from,
+        local,
+    };
     let (end, place) = match entered {
         Some(connection) => {
             let end: End = Box::pin(connection.closed().cancelled_owned());
@@ -177,7 +200,12 @@ async fn handshake(
         }
         None => as_guest(REMOVED_STAYS),
     };
-    Ok(Connection { stream, caller, end, _place: place })
+    Ok(Connection {
+        stream,
+        caller,
+        end,
+        _place: place,
+    })
 }
 
 type End = Pin<Box<dyn Future<Output = ()> + Send>>;
@@ -224,7 +252,11 @@ impl AsyncRead for Connection {
 }
 
 impl AsyncWrite for Connection {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
         Pin::new(&mut self.stream).poll_write(cx, buf)
     }
 
@@ -239,5 +271,8 @@ impl AsyncWrite for Connection {
 
 /// The addresses of bound listeners, for people and for members that are told no other.
 pub(crate) fn addresses(listeners: &[TcpListener]) -> Vec<SocketAddr> {
-    listeners.iter().filter_map(|listener| listener.local_addr().ok()).collect()
+    listeners
+        .iter()
+        .filter_map(|listener| listener.local_addr().ok())
+        .collect()
 }

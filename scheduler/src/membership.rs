@@ -38,8 +38,13 @@ impl Membership {
             warn!(file = %file.display(), %error, "the member list cannot be read; it fills again as members come back");
             Vec::new()
         });
-        let mut membership =
-            Self { ourselves, known: BTreeMap::new(), departed: VecDeque::new(), file, told: Vec::new() };
+        let mut membership = Self {
+            ourselves,
+            known: BTreeMap::new(),
+            departed: VecDeque::new(),
+            file,
+            told: Vec::new(),
+        };
         for member in saved.into_iter().chain(told) {
             let peer = member.peer;
             if peer == membership.ourselves.peer {
@@ -53,7 +58,14 @@ impl Membership {
 
     pub(crate) fn arrived(&mut self, member: Member) {
         let wire = convert::member(&member);
-        self.known.insert(member.peer, Known { member, wire, gone_at: None });
+        self.known.insert(
+            member.peer,
+            Known {
+                member,
+                wire,
+                gone_at: None,
+            },
+        );
     }
 
     pub(crate) fn departed(&mut self, peer: PeerId, now: Instant) {
@@ -75,7 +87,11 @@ impl Membership {
                 return Some(gone_at + LISTED_AFTER);
             }
             self.departed.pop_front();
-            if self.known.get(&peer).is_some_and(|known| known.gone_at == Some(gone_at)) {
+            if self
+                .known
+                .get(&peer)
+                .is_some_and(|known| known.gone_at == Some(gone_at))
+            {
                 self.known.remove(&peer);
             }
         }
@@ -89,13 +105,19 @@ impl Membership {
 
     /// Everybody, ourselves first; `true` for those whose stream is here.
     pub(crate) fn all(&self) -> impl Iterator<Item = (&Member, bool)> {
-        let others = self.known.values().map(|known| (&known.member, known.gone_at.is_none()));
+        let others = self
+            .known
+            .values()
+            .map(|known| (&known.member, known.gone_at.is_none()));
         std::iter::once((&self.ourselves, true)).chain(others)
     }
 
     /// Seeds and schedulers.
     pub(crate) fn list(&self) -> Vec<Member> {
-        let listed = self.all().map(|(member, _)| member).filter(|member| member.role != Role::Peer);
+        let listed = self
+            .all()
+            .map(|(member, _)| member)
+            .filter(|member| member.role != Role::Peer);
         listed.take(convert::MAX_MEMBERS).cloned().collect()
     }
 

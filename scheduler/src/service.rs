@@ -76,7 +76,9 @@ fn anybody<T>(request: &Request<T>) -> Result<Caller, Status> {
     match caller {
         Some(caller) if caller.is_removed => Err(removed()),
         Some(caller) => Ok(caller),
-        None => Err(Status::internal("the connection's end is not known; this is a bug in Hawker")),
+        None => Err(Status::internal(
+            "the connection's end is not known; this is a bug in Hawker",
+        )),
     }
 }
 
@@ -103,7 +105,11 @@ impl v1::scheduler_server::Scheduler for Service {
         let (caller, peer, _) = caller(&request)?;
         let (outgoing, incoming) = mpsc::channel(STREAM_QUEUE);
         let id = self.streams.fetch_add(1, Relaxed);
-        let stream = Stream { id, outgoing, over: CancellationToken::new() };
+        let stream = Stream {
+            id,
+            outgoing,
+            over: CancellationToken::new(),
+        };
         let service = self.clone();
         // The task ends with the stream: the client's end of it, the driver's word, or the connection's keepalive.
         tokio::spawn(async move {
@@ -112,7 +118,10 @@ impl v1::scheduler_server::Scheduler for Service {
                 debug!(%peer, %status, "a stream ended");
                 let _ = outgoing.try_send(Err(status));
             }
-            service.driver.send(Event::Closed { peer, stream: id }).await;
+            service
+                .driver
+                .send(Event::Closed { peer, stream: id })
+                .await;
         });
         Ok(Response::new(Box::pin(ReceiverStream::new(incoming))))
     }
@@ -138,17 +147,24 @@ async fn listen(
     stream: Stream,
     mut messages: Streaming<v1::FromPeer>,
 ) -> Result<(), Status> {
-    let Service { driver, identity, .. } = service;
-    let Some((peer, role)) = caller.member else { return Ok(()) };
+    let Service {
+        driver, identity, ..
+    } = service;
+    let Some((peer, role)) = caller.member else {
+        return Ok(());
+    };
     let over = stream.over.clone();
     let first = timeout(REGISTER_TIMEOUT, messages.message()).await;
-    let first =
-        first.map_err(|_| Status::deadline_exceeded("the stream did not begin with a registration"))??;
+    let first = first
+        .map_err(|_| Status::deadline_exceeded("the stream did not begin with a registration"))??;
     let Some(Said::Register(register)) = first.and_then(|message| message.event) else {
-        return Err(Status::invalid_argument("the stream does not begin with a registration"));
+        return Err(Status::invalid_argument(
+            "the stream does not begin with a registration",
+        ));
     };
-    let (member, registration, refused, names_no_place) =
-        registered(service, &caller, register).await.map_err(|error| bad(&error))?;
+    let (member, registration, refused, names_no_place) = registered(service, &caller, register)
+        .await
+        .map_err(|error| bad(&error))?;
     if !refused.is_empty() {
         warn!(
             %peer, name = member.name, from = %caller.from.ip(), addresses = ?refused,
@@ -172,10 +188,19 @@ async fn listen(
             () = over.cancelled() => return Ok(()),
             message = messages.message() => message?,
         };
-        let Some(message) = message else { return Ok(()) };
+        let Some(message) = message else {
+            return Ok(());
+        };
         if let Some(Said::Configured(v1::Configured { revision, error })) = message.event {
             let error = convert::from_reason(&error);
-            if !driver.send(Event::Configured { peer, revision, error }).await {
+            if !driver
+                .send(Event::Configured {
+                    peer,
+                    revision,
+                    error,
+                })
+                .await
+            {
                 return Err(stopping());
             }
             continue;
@@ -209,7 +234,13 @@ async fn registered(
         false => said,
     };
     let name = convert::from_label(register.name, "name")?;
-    let member = Member { peer, name, addresses, role, zone: place.zone.to_string() };
+    let member = Member {
+        peer,
+        name,
+        addresses,
+        role,
+        zone: place.zone.to_string(),
+    };
     let registration = Registration {
         peer,
         role,
@@ -223,8 +254,12 @@ async fn registered(
 
 /// Where a member stands, by the first of its addresses that an entry covers.
 pub(crate) fn by_address(networks: &Networks, addresses: &[String]) -> Option<Place> {
-    let ips = addresses.iter().filter_map(|address| address.parse::<SocketAddr>().ok());
-    ips.map(|address| address.ip()).find_map(|ip| networks.of(ip)).cloned()
+    let ips = addresses
+        .iter()
+        .filter_map(|address| address.parse::<SocketAddr>().ok());
+    ips.map(|address| address.ip())
+        .find_map(|ip| networks.of(ip))
+        .cloned()
 }
 
 /// What a message says. One that a later version knows says nothing.
@@ -236,9 +271,19 @@ fn inputs(
     Ok(match message.event {
         None => Vec::new(),
         Some(Said::Register(_)) => return Err(ConvertError::Bad("second registration")),
-        Some(Said::Holdings(v1::Holdings { replaces_all, holdings })) => {
-            let holdings = holdings.into_iter().map(holding).collect::<Result<_, _>>()?;
-            vec![Input::Holdings { peer, replaces_all, holdings }]
+        Some(Said::Holdings(v1::Holdings {
+            replaces_all,
+            holdings,
+        })) => {
+            let holdings = holdings
+                .into_iter()
+                .map(holding)
+                .collect::<Result<_, _>>()?;
+            vec![Input::Holdings {
+                peer,
+                replaces_all,
+                holdings,
+            }]
         }
         Some(Said::Want(want)) => vec![Input::Want {
             peer,
@@ -253,7 +298,10 @@ fn inputs(
                 purpose: convert::from_purpose(want.purpose)?,
             },
         }],
-        Some(Said::Forget(forget)) => vec![Input::Forget { peer, task: convert::from_task(&forget.task)? }],
+        Some(Said::Forget(forget)) => vec![Input::Forget {
+            peer,
+            task: convert::from_task(&forget.task)?,
+        }],
         Some(Said::Reports(v1::Reports { reports })) => reports
             .iter()
             .map(|one| report((peer, role), one))
@@ -263,7 +311,9 @@ fn inputs(
             .collect(),
         // The reader of the stream takes it.
         Some(Said::Configured(_)) => Vec::new(),
-        Some(Said::Contradiction(said)) => contradicted(identity, peer, said)?.into_iter().collect(),
+        Some(Said::Contradiction(said)) => {
+            contradicted(identity, peer, said)?.into_iter().collect()
+        }
     })
 }
 
@@ -273,13 +323,24 @@ fn contradicted(
     reporter: PeerId,
     said: v1::Contradiction,
 ) -> Result<Option<Input>, ConvertError> {
-    let (one, other) = (convert::from_whole_table(said.one)?, convert::from_whole_table(said.other)?);
+    let (one, other) = (
+        convert::from_whole_table(said.one)?,
+        convert::from_whole_table(said.other)?,
+    );
     let is_signed = |table: &PieceTable| {
-        table.signed().is_some_and(|signed| identity.check(signed, &table.statement_of(signed)).is_some())
+        table.signed().is_some_and(|signed| {
+            identity
+                .check(signed, &table.statement_of(signed))
+                .is_some()
+        })
     };
-    let issuer = one.contradiction(&other).filter(|_| is_signed(&one) && is_signed(&other));
+    let issuer = one
+        .contradiction(&other)
+        .filter(|_| is_signed(&one) && is_signed(&other));
     match issuer {
-        Some(issuer) => warn!(%issuer, task = %one.task(), %reporter, "an issuer contradicts itself"),
+        Some(issuer) => {
+            warn!(%issuer, task = %one.task(), %reporter, "an issuer contradicts itself")
+        }
         None => warn!(%reporter, task = %one.task(), "two tables that prove nothing"),
     }
     Ok(issuer.map(Input::Contradicted))
@@ -295,7 +356,10 @@ fn holding(holding: v1::Holding) -> Result<Holding, ConvertError> {
 }
 
 /// A member's own report, or one that another scheduler vouches for.
-fn report((from, role): (PeerId, Role), report: &v1::Report) -> Result<Option<Input>, ConvertError> {
+fn report(
+    (from, role): (PeerId, Role),
+    report: &v1::Report,
+) -> Result<Option<Input>, ConvertError> {
     use v1::report::Kind;
     let kind = match report.kind() {
         Kind::WrongBytes => ReportKind::WrongBytes,
@@ -318,20 +382,36 @@ fn report((from, role): (PeerId, Role), report: &v1::Report) -> Result<Option<In
 
 #[tonic::async_trait]
 impl v1::authority_server::Authority for Service {
-    async fn join(&self, request: Request<v1::JoinRequest>) -> Result<Response<v1::JoinReply>, Status> {
+    async fn join(
+        &self,
+        request: Request<v1::JoinRequest>,
+    ) -> Result<Response<v1::JoinReply>, Status> {
         let from = anybody(&request)?.from.ip();
         let request = request.into_inner();
         convert::check_version(request.version).map_err(|error| bad(&error))?;
         let name = convert::from_label(request.name, "name").map_err(|error| bad(&error))?;
-        let (id, secret, certificate_request) =
-            (request.token_id, request.token_secret, request.certificate_request);
+        let (id, secret, certificate_request) = (
+            request.token_id,
+            request.token_secret,
+            request.certificate_request,
+        );
         let token = id.clone();
         let node = name.clone();
-        let turn = Arc::clone(&self.joins).acquire_owned().await.map_err(|_| stopping())?;
+        let turn = Arc::clone(&self.joins)
+            .acquire_owned()
+            .await
+            .map_err(|_| stopping())?;
         let joined = self
             .with_authority(move |authority| {
                 let _turn = turn;
-                authority.join(&id, &secret, &certificate_request, &node, from, SystemTime::now())
+                authority.join(
+                    &id,
+                    &secret,
+                    &certificate_request,
+                    &node,
+                    from,
+                    SystemTime::now(),
+                )
             })
             .await;
         let (certificate, role) = joined.inspect_err(|status| {
@@ -343,12 +423,19 @@ impl v1::authority_server::Authority for Service {
         self.reply(certificate.to_vec(), role).await
     }
 
-    async fn renew(&self, request: Request<v1::RenewRequest>) -> Result<Response<v1::JoinReply>, Status> {
+    async fn renew(
+        &self,
+        request: Request<v1::RenewRequest>,
+    ) -> Result<Response<v1::JoinReply>, Status> {
         let (_, peer, role) = caller(&request)?;
         let request = request.into_inner();
         convert::check_version(request.version).map_err(|error| bad(&error))?;
         let renewed = move |authority: &Authority| {
-            authority.renew((peer, role), &request.certificate_request, SystemTime::now())
+            authority.renew(
+                (peer, role),
+                &request.certificate_request,
+                SystemTime::now(),
+            )
         };
         let certificate = self.with_authority(renewed).await?;
         info!(%peer, %role, "a certificate was renewed");
@@ -359,7 +446,10 @@ impl v1::authority_server::Authority for Service {
 impl Service {
     fn log_refusal(&self, name: &str, from: IpAddr, reason: &str) {
         let mut refusals = self.refusals.lock().unwrap_or_else(PoisonError::into_inner);
-        if refusals.logged_at.is_some_and(|at| at.elapsed() < REFUSAL_LOGGED_EVERY) {
+        if refusals
+            .logged_at
+            .is_some_and(|at| at.elapsed() < REFUSAL_LOGGED_EVERY)
+        {
             refusals.silent += 1;
             return;
         }
@@ -373,7 +463,9 @@ impl Service {
         &self,
         work: impl FnOnce(&Authority) -> Result<T, Refusal> + Send + 'static,
     ) -> Result<T, Status> {
-        let Some(authority) = self.authority.clone() else { return Err(self.no_authority().await) };
+        let Some(authority) = self.authority.clone() else {
+            return Err(self.no_authority().await);
+        };
         let done = tokio::task::spawn_blocking(move || work(&authority)).await;
         done.map_err(|_| Status::internal("the authority failed; see its log"))?
             .map_err(|refusal| refused(&refusal))
@@ -382,17 +474,32 @@ impl Service {
     async fn no_authority(&self) -> Status {
         let list = self.driver.list().await.unwrap_or_default();
         // We come first in the list.
-        let schedulers = list.iter().skip(1).filter(|member| member.role == Role::Scheduler);
-        let addresses: Vec<&str> =
-            schedulers.flat_map(|member| member.addresses.iter().map(String::as_str)).collect();
+        let schedulers = list
+            .iter()
+            .skip(1)
+            .filter(|member| member.role == Role::Scheduler);
+        let addresses: Vec<&str> = schedulers
+            .flat_map(|member| member.addresses.iter().map(String::as_str))
+            .collect();
         Status::failed_precondition(match addresses.is_empty() {
-            true => "this scheduler has no authority: ask the one where the cluster was created".into(),
-            false => format!("this scheduler has no authority: ask {}", addresses.join(" or ")),
+            true => {
+                "this scheduler has no authority: ask the one where the cluster was created".into()
+            }
+            false => format!(
+                "this scheduler has no authority: ask {}",
+                addresses.join(" or ")
+            ),
         })
     }
 
-    async fn reply(&self, certificate: Vec<u8>, role: Role) -> Result<Response<v1::JoinReply>, Status> {
-        let Some(authority) = &self.authority else { return Err(self.no_authority().await) };
+    async fn reply(
+        &self,
+        certificate: Vec<u8>,
+        role: Role,
+    ) -> Result<Response<v1::JoinReply>, Status> {
+        let Some(authority) = &self.authority else {
+            return Err(self.no_authority().await);
+        };
         let members = self.driver.list().await.ok_or_else(stopping)?;
         Ok(Response::new(v1::JoinReply {
             certificate,
@@ -407,9 +514,11 @@ impl Service {
 fn refused(refusal: &Refusal) -> Status {
     let text = refusal.to_string();
     match refusal {
-        Refusal::Unknown | Refusal::WrongSecret | Refusal::Spent | Refusal::Expired | Refusal::Removed => {
-            Status::unauthenticated(text)
-        }
+        Refusal::Unknown
+        | Refusal::WrongSecret
+        | Refusal::Spent
+        | Refusal::Expired
+        | Refusal::Removed => Status::unauthenticated(text),
         Refusal::Request(_) => Status::invalid_argument(text),
         Refusal::Busy => Status::resource_exhausted(text),
         Refusal::Disk(_) => Status::internal(text),

@@ -6,8 +6,9 @@ use std::time::{Duration, SystemTime};
 
 use hawker_core::message::Role;
 use rcgen::{
-    BasicConstraints, CertificateParams, CertificateSigningRequestParams, DistinguishedName, DnType,
-    ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose, PublicKeyData, SerialNumber,
+    BasicConstraints, CertificateParams, CertificateSigningRequestParams, DistinguishedName,
+    DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose, PublicKeyData,
+    SerialNumber,
 };
 use ring::rand::{SecureRandom, SystemRandom};
 use rustls::pki_types::{CertificateDer, CertificateSigningRequestDer};
@@ -30,7 +31,9 @@ pub fn authority_params(
     let now = SystemTime::now();
     let mut params = CertificateParams::default();
     params.distinguished_name = DistinguishedName::new();
-    params.distinguished_name.push(DnType::OrganizationName, organization);
+    params
+        .distinguished_name
+        .push(DnType::OrganizationName, organization);
     params.distinguished_name.push(DnType::CommonName, name);
     params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
     params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
@@ -62,7 +65,9 @@ impl AuthorityKey {
         let Some(certificate) = files::read_if_there(&dir.join(CERTIFICATE_FILE))? else {
             return match files::read_if_there(&dir.join(KEY_FILE))? {
                 None => Ok(None),
-                Some(_) => Err(unusable(format!("{CERTIFICATE_FILE} is missing beside the authority's key"))),
+                Some(_) => Err(unusable(format!(
+                    "{CERTIFICATE_FILE} is missing beside the authority's key"
+                ))),
             };
         };
         let key = String::from_utf8(files::read(&dir.join(KEY_FILE))?)
@@ -73,8 +78,14 @@ impl AuthorityKey {
 
     /// Writes key (mode 0600) and certificate, each by write, fsync, rename.
     pub fn save(&self, dir: &Path) -> Result<(), IdentityError> {
-        files::write(&dir.join(KEY_FILE), self.issuer.key().serialize_pem().as_bytes())?;
-        files::write(&dir.join(CERTIFICATE_FILE), &files::certificate_pem(&self.certificate))
+        files::write(
+            &dir.join(KEY_FILE),
+            self.issuer.key().serialize_pem().as_bytes(),
+        )?;
+        files::write(
+            &dir.join(CERTIFICATE_FILE),
+            &files::certificate_pem(&self.certificate),
+        )
     }
 
     /// The authority's own certificate, which every member trusts and every token pins.
@@ -97,8 +108,9 @@ impl AuthorityKey {
         life: Duration,
         now: SystemTime,
     ) -> Result<CertificateDer<'static>, IdentityError> {
-        let request = CertificateSigningRequestParams::from_der(&CertificateSigningRequestDer::from(request))
-            .map_err(|e| unusable(format!("the certificate request: {e}")))?;
+        let request =
+            CertificateSigningRequestParams::from_der(&CertificateSigningRequestDer::from(request))
+                .map_err(|e| unusable(format!("the certificate request: {e}")))?;
         let key = request.public_key;
         if key.algorithm() != &rcgen::PKCS_ED25519 {
             return Err(unusable("members' keys are Ed25519"));
@@ -106,29 +118,45 @@ impl AuthorityKey {
         let peer = peer_id_of_spki(&key.subject_public_key_info());
         let mut params = CertificateParams::new(names(peer, role)).map_err(unusable)?;
         params.distinguished_name = DistinguishedName::new();
-        params.distinguished_name.push(DnType::CommonName, peer.to_string());
+        params
+            .distinguished_name
+            .push(DnType::CommonName, peer.to_string());
         params.is_ca = IsCa::ExplicitNoCa;
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
-        params.extended_key_usages =
-            vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+        params.extended_key_usages = vec![
+            ExtendedKeyUsagePurpose::ServerAuth,
+            ExtendedKeyUsagePurpose::ClientAuth,
+        ];
         params.serial_number = Some(serial()?);
         params.use_authority_key_identifier_extension = true;
         params.not_before = (now - CLOCK_SLACK).into();
         params.not_after = (now + life).into();
-        Ok(params.signed_by(&key, &self.issuer).map_err(unusable)?.der().clone())
+        Ok(params
+            .signed_by(&key, &self.issuer)
+            .map_err(unusable)?
+            .der()
+            .clone())
     }
 
     fn assemble(key: KeyPair, certificate: CertificateDer<'static>) -> Result<Self, IdentityError> {
         let cluster = {
-            let (_, parsed) = x509_parser::parse_x509_certificate(&certificate).map_err(unusable)?;
+            let (_, parsed) =
+                x509_parser::parse_x509_certificate(&certificate).map_err(unusable)?;
             if parsed.public_key().raw != key.subject_public_key_info() {
                 return Err(unusable("the authority's certificate is for another key"));
             }
             let organization = parsed.subject().iter_organization().next();
-            organization.and_then(|name| name.as_str().ok()).unwrap_or_default().to_owned()
+            organization
+                .and_then(|name| name.as_str().ok())
+                .unwrap_or_default()
+                .to_owned()
         };
         let issuer = Issuer::from_ca_cert_der(&certificate, key).map_err(unusable)?;
-        Ok(Self { issuer, certificate, cluster })
+        Ok(Self {
+            issuer,
+            certificate,
+            cluster,
+        })
     }
 }
 
@@ -141,7 +169,9 @@ impl fmt::Debug for AuthorityKey {
 /// A new certificate's number: random, so that no two of an issuer are the same.
 pub fn serial() -> Result<SerialNumber, IdentityError> {
     let mut bytes = [0; 16];
-    SystemRandom::new().fill(&mut bytes).map_err(|_| unusable("the system gives no random numbers"))?;
+    SystemRandom::new()
+        .fill(&mut bytes)
+        .map_err(|_| unusable("the system gives no random numbers"))?;
     // Positive and not zero, as X.509 wants it.
     bytes[0] = bytes[0] & 0x7f | 0x40;
     Ok(SerialNumber::from_slice(&bytes))

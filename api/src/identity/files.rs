@@ -39,7 +39,10 @@ fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let dir = path.parent().unwrap_or(Path::new("."));
     if !dir.is_dir() {
         use std::os::unix::fs::DirBuilderExt;
-        fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(dir)?;
     }
     let new = path.with_extension("new");
     // A leftover of a crash may have any mode.
@@ -47,7 +50,11 @@ fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
         Err(e) if e.kind() != ErrorKind::NotFound => return Err(e),
         _ => {}
     }
-    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&new)?;
+    let mut file = OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(&new)?;
     file.write_all(bytes)?;
     file.sync_all()?;
     fs::rename(&new, path)?;
@@ -56,15 +63,23 @@ fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
 
 /// The first certificate of a PEM file.
 pub fn certificate(pem: &[u8]) -> Result<CertificateDer<'static>, IdentityError> {
-    CertificateDer::from_pem_slice(pem).map_err(|e| unusable(format!("no certificate in PEM form: {e:?}")))
+    CertificateDer::from_pem_slice(pem)
+        .map_err(|e| unusable(format!("no certificate in PEM form: {e:?}")))
 }
 
 /// A certificate as a PEM file.
 pub fn certificate_pem(certificate: &CertificateDer<'_>) -> Vec<u8> {
     let pem = pem::Pem::new("CERTIFICATE", certificate.to_vec());
-    pem::encode_config(&pem, pem::EncodeConfig::new().set_line_ending(pem::LineEnding::LF)).into_bytes()
+    pem::encode_config(
+        &pem,
+        pem::EncodeConfig::new().set_line_ending(pem::LineEnding::LF),
+    )
+    .into_bytes()
 }
 
 fn failed(path: &Path, source: io::Error) -> IdentityError {
-    IdentityError::File { path: path.display().to_string(), source }
+    IdentityError::File {
+        path: path.display().to_string(),
+        source,
+    }
 }

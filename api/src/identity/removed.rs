@@ -21,7 +21,10 @@ pub struct RemovedMembers(Arc<RwLock<BTreeSet<PeerId>>>);
 impl RemovedMembers {
     /// Whether this member was removed.
     pub fn contains(&self, peer: PeerId) -> bool {
-        self.0.read().unwrap_or_else(PoisonError::into_inner).contains(&peer)
+        self.0
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .contains(&peer)
     }
 
     /// Adds ids, up to [`MAX_REMOVED`]. Returns those that are new.
@@ -38,7 +41,12 @@ impl RemovedMembers {
 
     /// All ids, ascending.
     pub fn all(&self) -> Vec<PeerId> {
-        self.0.read().unwrap_or_else(PoisonError::into_inner).iter().copied().collect()
+        self.0
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .iter()
+            .copied()
+            .collect()
     }
 
     fn check(&self, certificate: &CertificateDer<'_>) -> Result<(), Error> {
@@ -76,7 +84,9 @@ impl ClientCertVerifier for Clients {
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> Result<ClientCertVerified, Error> {
-        let verified = self.usual.verify_client_cert(end_entity, intermediates, now)?;
+        let verified = self
+            .usual
+            .verify_client_cert(end_entity, intermediates, now)?;
         self.removed.check(end_entity)?;
         Ok(verified)
     }
@@ -87,7 +97,8 @@ impl ClientCertVerifier for Clients {
         certificate: &CertificateDer<'_>,
         signature: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        self.usual.verify_tls12_signature(message, certificate, signature)
+        self.usual
+            .verify_tls12_signature(message, certificate, signature)
     }
 
     fn verify_tls13_signature(
@@ -96,7 +107,8 @@ impl ClientCertVerifier for Clients {
         certificate: &CertificateDer<'_>,
         signature: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        self.usual.verify_tls13_signature(message, certificate, signature)
+        self.usual
+            .verify_tls13_signature(message, certificate, signature)
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
@@ -120,8 +132,13 @@ impl ServerCertVerifier for Servers {
         ocsp_response: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
-        let verified =
-            self.usual.verify_server_cert(end_entity, intermediates, server_name, ocsp_response, now)?;
+        let verified = self.usual.verify_server_cert(
+            end_entity,
+            intermediates,
+            server_name,
+            ocsp_response,
+            now,
+        )?;
         self.removed.check(end_entity)?;
         Ok(verified)
     }
@@ -132,7 +149,8 @@ impl ServerCertVerifier for Servers {
         certificate: &CertificateDer<'_>,
         signature: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        self.usual.verify_tls12_signature(message, certificate, signature)
+        self.usual
+            .verify_tls12_signature(message, certificate, signature)
     }
 
     fn verify_tls13_signature(
@@ -141,7 +159,8 @@ impl ServerCertVerifier for Servers {
         certificate: &CertificateDer<'_>,
         signature: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        self.usual.verify_tls13_signature(message, certificate, signature)
+        self.usual
+            .verify_tls13_signature(message, certificate, signature)
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {

@@ -12,14 +12,28 @@ pub(crate) const FILE: &str = "/etc/buildkit/buildkitd.toml";
 
 /// What is to be written.
 pub(super) fn wishes(request: &Request, view: &View<'_>) -> Wishes {
-    let path = request.config.as_deref().unwrap_or(Path::new(FILE)).to_owned();
+    let path = request
+        .config
+        .as_deref()
+        .unwrap_or(Path::new(FILE))
+        .to_owned();
     let registries = request.chosen(|| Own::read(view).registries());
     let registries = registries.into_iter().map(|it| it.registry).collect();
-    let edit =
-        Edit::Buildkitd { mirror: request.mirror.authority.clone(), http: request.mirror.http, registries };
-    Wishes { files: vec![Wanted { path, edit }], ..Wishes::default() }
+    let edit = Edit::Buildkitd {
+        mirror: request.mirror.authority.clone(),
+        http: request.mirror.http,
+        registries,
+    };
+    Wishes {
+        files: vec![Wanted { path, edit }],
+        ..Wishes::default()
+    }
 }
 
 pub(super) fn restart() -> Restart {
-    Restart::Unit { verb: "restart", unit: "buildkit", why: "builds that run are ended" }
+    Restart::Unit {
+        verb: "restart",
+        unit: "buildkit",
+        why: "builds that run are ended",
+    }
 }

@@ -20,7 +20,11 @@ pub(crate) const FOLDER: &str = "/etc/containers/registries.conf.d";
 
 /// Where a runtime's drop-in goes.
 pub(crate) fn drop_in(runtime: Runtime) -> PathBuf {
-    let name = if runtime == Runtime::Crio { "50-hawker-crio.conf" } else { "50-hawker-podman.conf" };
+    let name = if runtime == Runtime::Crio {
+        "50-hawker-crio.conf"
+    } else {
+        "50-hawker-podman.conf"
+    };
     Path::new(FOLDER).join(name)
 }
 
@@ -55,18 +59,34 @@ pub(crate) fn blocks(view: &View<'_>) -> anyhow::Result<Vec<Block>> {
             let message = error.message().trim().replace('\n', ", ");
             anyhow::anyhow!("{} is no TOML: {message}", view.show(&file))
         })?;
-        let registries = table.get("registry").and_then(Value::as_array).into_iter().flatten();
+        let registries = table
+            .get("registry")
+            .and_then(Value::as_array)
+            .into_iter()
+            .flatten();
         blocks.extend(registries.filter_map(|registry| block(&file, registry)));
     }
     Ok(blocks)
 }
 
 fn block(file: &Path, registry: &Value) -> Option<Block> {
-    let prefix = registry.get("prefix").or(registry.get("location"))?.as_str()?.to_owned();
+    let prefix = registry
+        .get("prefix")
+        .or(registry.get("location"))?
+        .as_str()?
+        .to_owned();
     let is = |value: &Value, key: &str| value.get(key).and_then(Value::as_bool).unwrap_or(false);
-    let mirrors = registry.get("mirror").and_then(Value::as_array).into_iter().flatten();
-    let mirrors = mirrors
-        .filter_map(|mirror| Some((mirror.get("location")?.as_str()?.to_owned(), is(mirror, "insecure"))));
+    let mirrors = registry
+        .get("mirror")
+        .and_then(Value::as_array)
+        .into_iter()
+        .flatten();
+    let mirrors = mirrors.filter_map(|mirror| {
+        Some((
+            mirror.get("location")?.as_str()?.to_owned(),
+            is(mirror, "insecure"),
+        ))
+    });
     Some(Block {
         file: file.to_owned(),
         prefix,
@@ -84,11 +104,16 @@ pub(super) fn wishes(
 ) -> anyhow::Result<Wishes> {
     let mut wishes = Wishes::default();
     let path = request.config.clone().unwrap_or_else(|| drop_in(runtime));
-    let others: Vec<Block> = blocks(view)?.into_iter().filter(|block| block.file != path).collect();
+    let others: Vec<Block> = blocks(view)?
+        .into_iter()
+        .filter(|block| block.file != path)
+        .collect();
     let named = !request.registries.is_empty();
     let usual = || Own::read(view).registries();
-    let (usable, ported): (Vec<Mirrored>, Vec<Mirrored>) =
-        request.chosen(usual).into_iter().partition(|it| can_be_path(&it.name));
+    let (usable, ported): (Vec<Mirrored>, Vec<Mirrored>) = request
+        .chosen(usual)
+        .into_iter()
+        .partition(|it| can_be_path(&it.name));
     for Mirrored { registry, .. } in ported {
         wishes.notes.push(format!(
             "{registry} is left out: a mirror's path holds no port; give it a name in Hawker's configuration and say \
@@ -102,29 +127,58 @@ pub(super) fn wishes(
             None => registries.push(it),
             Some(block)
                 if block.mirrors
-                    == [(format!("{}/{}", request.mirror.authority, it.name), request.mirror.http)] =>
+                    == [(
+                        format!("{}/{}", request.mirror.authority, it.name),
+                        request.mirror.http,
+                    )] =>
             {
                 // The same, by hand or for the other of the two: both may stand.
                 registries.push(it);
             }
-            Some(block) if named => wishes.problems.push(clash(view, block, &request.mirror.authority, &it)),
+            Some(block) if named => {
+                wishes
+                    .problems
+                    .push(clash(view, block, &request.mirror.authority, &it))
+            }
             Some(block) => {
                 let file = view.show(&block.file);
-                wishes.notes.push(format!("{} is left out: {file} has a block for it", it.registry));
+                wishes.notes.push(format!(
+                    "{} is left out: {file} has a block for it",
+                    it.registry
+                ));
             }
         }
     }
     wishes.notes.extend(closer(&others, &registries, view));
     if registries.is_empty() && wishes.problems.is_empty() {
         let cure = "name others by --registry";
-        wishes.problems.push(Problem::new(view.show(&path), "would hold no registry", cure));
+        wishes.problems.push(Problem::new(
+            view.show(&path),
+            "would hold no registry",
+            cure,
+        ));
     }
     let mirror = request.mirror.authority.clone();
-    wishes.notes.extend(signatures::notes(view, &signatures::settings(view)?, &registries));
-    wishes.files.extend(signatures::wanted(view, past, runtime, &mirror, &registries)?);
-    wishes
-        .files
-        .push(Wanted { path, edit: Edit::DropIn { mirror, insecure: request.mirror.http, registries } });
+    wishes.notes.extend(signatures::notes(
+        view,
+        &signatures::settings(view)?,
+        &registries,
+    ));
+    wishes.files.extend(signatures::wanted(
+        view,
+        past,
+        runtime,
+        &mirror,
+        &registries,
+    )?);
+    wishes.files.push(Wanted {
+        path,
+        edit: Edit::DropIn {
+            mirror,
+            insecure: request.mirror.http,
+            registries,
+        },
+    });
     Ok(wishes)
 }
 
@@ -132,9 +186,16 @@ pub(super) fn wishes(
 fn clash(view: &View<'_>, block: &Block, mirror: &str, it: &Mirrored) -> Problem {
     let file = view.show(&block.file);
     if block.blocked {
-        return Problem::new(file, format!("blocks {}", it.registry), "leave that registry out");
+        return Problem::new(
+            file,
+            format!("blocks {}", it.registry),
+            "leave that registry out",
+        );
     }
-    let what = format!("has a block for {} already, and one of the two would hide the other", it.registry);
+    let what = format!(
+        "has a block for {} already, and one of the two would hide the other",
+        it.registry
+    );
     let cure = format!(
         "leave that registry out and add to that block, first:\n[[registry.mirror]]\nlocation = \"{mirror}/{}\"\ninsecure = true",
         it.name
@@ -145,23 +206,32 @@ fn clash(view: &View<'_>, block: &Block, mirror: &str, it: &Mirrored) -> Problem
 /// Of the blocks that fit an image, the one with the longest prefix counts.
 fn closer(others: &[Block], registries: &[Mirrored], view: &View<'_>) -> Vec<String> {
     let is_closer = |block: &&Block| {
-        registries
-            .iter()
-            .any(|it| block.prefix.strip_prefix(&it.registry).is_some_and(|rest| rest.starts_with('/')))
+        registries.iter().any(|it| {
+            block
+                .prefix
+                .strip_prefix(&it.registry)
+                .is_some_and(|rest| rest.starts_with('/'))
+        })
     };
     let notes = others.iter().filter(is_closer);
     notes
         .map(|block| {
-            format!("{} goes past the mirror: {} has a block for it", block.prefix, view.show(&block.file))
+            format!(
+                "{} goes past the mirror: {} has a block for it",
+                block.prefix,
+                view.show(&block.file)
+            )
         })
         .collect()
 }
 
 pub(super) fn restart(runtime: Runtime) -> Restart {
     match runtime {
-        Runtime::Crio => {
-            Restart::Unit { verb: "reload", unit: "crio", why: "CRI-O reads the registries again" }
-        }
+        Runtime::Crio => Restart::Unit {
+            verb: "reload",
+            unit: "crio",
+            why: "CRI-O reads the registries again",
+        },
         _ => Restart::None("podman, skopeo and buildah read these files at each pull"),
     }
 }

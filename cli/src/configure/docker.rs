@@ -23,34 +23,59 @@ const FLAGS_FOLDER: &str = "/etc/systemd/system/docker.service.d";
 
 /// What is to be written.
 pub(super) fn wishes(request: &Request, view: &View<'_>) -> Wishes {
-    let path = request.config.as_deref().unwrap_or(Path::new(FILE)).to_owned();
+    let path = request
+        .config
+        .as_deref()
+        .unwrap_or(Path::new(FILE))
+        .to_owned();
     let problems = flagged(view).into_iter().map(|file| {
-        let what = "starts dockerd with --registry-mirror, and it refuses a key that is also a flag";
+        let what =
+            "starts dockerd with --registry-mirror, and it refuses a key that is also a flag";
         Problem::new(
             view.show(&file),
             what,
-            format!("move these mirrors to registry-mirrors in {}", view.show(&path)),
+            format!(
+                "move these mirrors to registry-mirrors in {}",
+                view.show(&path)
+            ),
         )
     });
-    let mut wishes = Wishes { problems: problems.collect(), ..Wishes::default() };
-    if Own::read(view).default.is_none_or(|default| default != "docker.io") {
+    let mut wishes = Wishes {
+        problems: problems.collect(),
+        ..Wishes::default()
+    };
+    if Own::read(view)
+        .default
+        .is_none_or(|default| default != "docker.io")
+    {
         wishes.notes.push(
             "docker does not say which registry it means: the daemon needs --default-registry docker.io (default_registry in \
              its configuration)"
                 .to_owned(),
         );
     }
-    wishes.notes.push("docker asks its mirrors for docker.io's images alone".to_owned());
-    wishes.files.push(Wanted { path, edit: Edit::DockerMirror { url: request.mirror.url.clone() } });
+    wishes
+        .notes
+        .push("docker asks its mirrors for docker.io's images alone".to_owned());
+    wishes.files.push(Wanted {
+        path,
+        edit: Edit::DockerMirror {
+            url: request.mirror.url.clone(),
+        },
+    });
     wishes
 }
 
 /// The files that give dockerd the flag.
 fn flagged(view: &View<'_>) -> Vec<PathBuf> {
-    let files = FLAGS.into_iter().map(PathBuf::from).chain(view.files(Path::new(FLAGS_FOLDER)));
+    let files = FLAGS
+        .into_iter()
+        .map(PathBuf::from)
+        .chain(view.files(Path::new(FLAGS_FOLDER)));
     let has = |file: &PathBuf| {
         let text = view.read(file).ok().flatten().unwrap_or_default();
-        text.lines().any(|line| !line.trim_start().starts_with('#') && line.contains("--registry-mirror"))
+        text.lines()
+            .any(|line| !line.trim_start().starts_with('#') && line.contains("--registry-mirror"))
     };
     files.filter(has).collect()
 }
@@ -58,9 +83,20 @@ fn flagged(view: &View<'_>) -> Vec<PathBuf> {
 /// A reload tells dockerd of mirrors, but not that there are none any more.
 pub(super) fn restart(changes: &[Change]) -> Restart {
     let has = |text: &String| text.to_ascii_lowercase().contains("\"registry-mirrors\"");
-    if changes.iter().all(|change| change.after.as_ref().is_some_and(has)) {
-        return Restart::Unit { verb: "reload", unit: "docker", why: "dockerd reads its mirrors again" };
+    if changes
+        .iter()
+        .all(|change| change.after.as_ref().is_some_and(has))
+    {
+        return Restart::Unit {
+            verb: "reload",
+            unit: "docker",
+            why: "dockerd reads its mirrors again",
+        };
     }
     let why = "a reload would keep the mirror; containers restart too, unless live-restore is set";
-    Restart::Unit { verb: "restart", unit: "docker", why }
+    Restart::Unit {
+        verb: "restart",
+        unit: "docker",
+        why,
+    }
 }

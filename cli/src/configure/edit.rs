@@ -26,11 +26,22 @@ pub(crate) enum Edit {
     /// dockerd's daemon.json: this URL before the other `registry-mirrors`.
     DockerMirror { url: String },
     /// A drop-in of registries.conf: each registry's mirror, by the name that the mirror knows the registry by.
-    DropIn { mirror: String, insecure: bool, registries: Vec<Mirrored> },
+    DropIn {
+        mirror: String,
+        insecure: bool,
+        registries: Vec<Mirrored>,
+    },
     /// buildkitd.toml: this mirror before the others of each registry.
-    Buildkitd { mirror: String, http: bool, registries: Vec<String> },
+    Buildkitd {
+        mirror: String,
+        http: bool,
+        registries: Vec<String>,
+    },
     /// `registries.yaml` of k3s and RKE2: this URL before the other endpoints of each registry.
-    RegistriesYaml { url: String, registries: Vec<String> },
+    RegistriesYaml {
+        url: String,
+        registries: Vec<String>,
+    },
     /// registries.d: signatures of images at these locations are attached to the images.
     Signatures { scopes: Vec<String> },
 }
@@ -56,11 +67,19 @@ impl Edit {
             Edit::Host { url } => hosts::apply(text.unwrap_or_default(), url),
             Edit::ConfigPath { plugin, dir } => config_path::apply(text, plugin, dir),
             Edit::DockerMirror { url } => daemon_json::apply(text.unwrap_or_default(), url),
-            Edit::DropIn { mirror, insecure, registries } => {
-                drop_in::apply(text, mirror, *insecure, registries)
+            Edit::DropIn {
+                mirror,
+                insecure,
+                registries,
+            } => drop_in::apply(text, mirror, *insecure, registries),
+            Edit::Buildkitd {
+                mirror,
+                http,
+                registries,
+            } => buildkitd::apply(text, mirror, *http, registries),
+            Edit::RegistriesYaml { url, registries } => {
+                registries_yaml::apply(text, url, registries)
             }
-            Edit::Buildkitd { mirror, http, registries } => buildkitd::apply(text, mirror, *http, registries),
-            Edit::RegistriesYaml { url, registries } => registries_yaml::apply(text, url, registries),
             Edit::Signatures { scopes } => signatures::apply(text, scopes),
         }
     }
@@ -71,12 +90,14 @@ impl Edit {
         let before = original.map(Toml::parse).and_then(Result::ok);
         let left = match self {
             Edit::Host { url } => hosts::undo(text, url, original),
-            Edit::ConfigPath { plugin, dir } => config_path::undo(text, plugin, dir, before.as_ref()),
+            Edit::ConfigPath { plugin, dir } => {
+                config_path::undo(text, plugin, dir, before.as_ref())
+            }
             Edit::DockerMirror { url } => daemon_json::undo(text, url, original),
             Edit::DropIn { mirror, .. } => drop_in::undo(text, mirror),
-            Edit::Buildkitd { mirror, registries, .. } => {
-                buildkitd::undo(text, mirror, registries, before.as_ref())
-            }
+            Edit::Buildkitd {
+                mirror, registries, ..
+            } => buildkitd::undo(text, mirror, registries, before.as_ref()),
             Edit::RegistriesYaml { url, registries } => {
                 registries_yaml::undo(text, url, registries, original)
             }
@@ -92,11 +113,15 @@ impl Edit {
 
     /// Whether a file of ours holds nothing of anybody else's.
     fn is_nothing(&self, text: &str) -> bool {
-        let of_kind = |line: &str| matches!(self, Edit::Signatures { .. }) && signatures::is_ours(line);
-        let ours =
-            |line: &str| of_kind(line) || line.is_empty() || line == NOTE || config_path::is_version(line);
+        let of_kind =
+            |line: &str| matches!(self, Edit::Signatures { .. }) && signatures::is_ours(line);
+        let ours = |line: &str| {
+            of_kind(line) || line.is_empty() || line == NOTE || config_path::is_version(line)
+        };
         match self {
-            Edit::DockerMirror { .. } => text.trim().is_empty() || text.split_whitespace().eq(["{}"]),
+            Edit::DockerMirror { .. } => {
+                text.trim().is_empty() || text.split_whitespace().eq(["{}"])
+            }
             _ => text.lines().all(|line| ours(line.trim())),
         }
     }
@@ -107,7 +132,10 @@ const NOTE: &str = "# By `hawker configure`, which takes it out again with --rem
 
 impl Unfit {
     fn new(what: impl Into<String>, cure: impl Into<String>) -> Self {
-        Self { what: what.into(), cure: cure.into() }
+        Self {
+            what: what.into(),
+            cure: cure.into(),
+        }
     }
 
     /// A file that its own program could not read either. The line is named, not shown: it may hold a password.

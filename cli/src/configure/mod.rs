@@ -58,7 +58,9 @@ struct InTheWay(Vec<Problem>);
 impl fmt::Display for InTheWay {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "nothing was changed:")?;
-        self.0.iter().try_for_each(|problem| write!(f, "\n  {problem}"))
+        self.0
+            .iter()
+            .try_for_each(|problem| write!(f, "\n  {problem}"))
     }
 }
 
@@ -107,24 +109,39 @@ pub(crate) async fn run(args: &ConfigureArgs) -> anyhow::Result<()> {
             print::line(format_args!("Done: systemctl {verb} {unit}."))?;
         }
         Restart::Unit { verb, unit, why } => {
-            print::line(format_args!("To take effect: systemctl {verb} {unit} ({why})."))?;
+            print::line(format_args!(
+                "To take effect: systemctl {verb} {unit} ({why})."
+            ))?;
         }
     }
     if !args.remove && root.is_system() {
         let runtime = name(args.runtime);
-        print::line(format_args!("To see whether it works: hawker doctor --runtime {runtime}."))?;
+        print::line(format_args!(
+            "To see whether it works: hawker doctor --runtime {runtime}."
+        ))?;
     }
     Ok(())
 }
 
 /// What changes, with what is to be said about it.
-fn plan(root: &Root, args: &ConfigureArgs, request: &Request) -> anyhow::Result<(Plan, Vec<String>)> {
+fn plan(
+    root: &Root,
+    args: &ConfigureArgs,
+    request: &Request,
+) -> anyhow::Result<(Plan, Vec<String>)> {
     let past = Past::read(root, args.runtime)?;
     let view = past.view(root);
-    let Wishes { files, notes, mut problems } = match args.runtime {
+    let Wishes {
+        files,
+        notes,
+        mut problems,
+    } = match args.runtime {
         Runtime::Crio | Runtime::Podman if args.remove => {
             let shared = signatures::wanted(&view, &past, args.runtime, "", &[])?;
-            Wishes { files: shared.into_iter().collect(), ..Wishes::default() }
+            Wishes {
+                files: shared.into_iter().collect(),
+                ..Wishes::default()
+            }
         }
         _ if args.remove => Wishes::default(),
         Runtime::Containerd => containerd::wishes(request, &view)?,
@@ -154,13 +171,22 @@ fn restart(runtime: Runtime, changes: &[Change], view: &View<'_>) -> Restart {
 /// What was done, in a line.
 fn outcome(args: &ConfigureArgs, request: &Request, view: &View<'_>, plan: &Plan) -> String {
     let runtime = name(args.runtime);
-    let paths: Vec<String> = plan.changes.iter().map(|change| view.show(&change.path)).collect();
+    let paths: Vec<String> = plan
+        .changes
+        .iter()
+        .map(|change| view.show(&change.path))
+        .collect();
     let paths = paths.join(", ");
     let had = plan.changes.iter().any(|change| change.before.is_some());
     let beside = format!(" (what was there before is beside it, *{})", plan::BACKUP);
     match (plan.is_empty(), args.dry_run, args.remove) {
-        (true, _, true) => format!("Nothing to undo: `hawker configure {runtime}` has written nothing here."),
-        (true, ..) => format!("Nothing to change: {runtime} is pointed at {}.", request.mirror.url),
+        (true, _, true) => {
+            format!("Nothing to undo: `hawker configure {runtime}` has written nothing here.")
+        }
+        (true, ..) => format!(
+            "Nothing to change: {runtime} is pointed at {}.",
+            request.mirror.url
+        ),
         (_, true, _) => "Nothing was written: --dry-run.".to_owned(),
         (.., true) => format!("Taken out again: {paths}."),
         (.., false) => format!("Written: {paths}{}.", if had { &beside } else { "" }),

@@ -74,7 +74,10 @@ pub(crate) struct Past {
 impl<'a> View<'a> {
     /// The files as they are.
     pub(crate) fn plain(root: &'a Root) -> Self {
-        Self { root, instead: BTreeMap::new() }
+        Self {
+            root,
+            instead: BTreeMap::new(),
+        }
     }
 
     /// The text of a file, if it is there.
@@ -89,7 +92,11 @@ impl<'a> View<'a> {
 
     /// The files in a folder, sorted by name.
     pub(crate) fn files(&self, folder: &Path) -> Vec<PathBuf> {
-        let paths = self.root.names(folder).into_iter().map(|name| folder.join(name));
+        let paths = self
+            .root
+            .names(folder)
+            .into_iter()
+            .map(|name| folder.join(name));
         paths.filter(|path| !self.is_gone(path)).collect()
     }
 
@@ -107,7 +114,9 @@ impl<'a> View<'a> {
     }
 
     fn is_gone(&self, path: &Path) -> bool {
-        self.root.real(path).is_ok_and(|real| self.instead.get(&real).is_some_and(Option::is_none))
+        self.root
+            .real(path)
+            .is_ok_and(|real| self.instead.get(&real).is_some_and(Option::is_none))
     }
 }
 
@@ -127,45 +136,83 @@ impl Past {
     }
 
     /// The mirrors of registries.conf that were written for other runtimes.
-    pub(crate) fn drop_ins_of_others(&self, runtime: Runtime) -> impl Iterator<Item = (&str, &[Mirrored])> {
-        self.record.files.iter().filter(move |file| file.runtime != runtime).filter_map(|file| {
-            match &file.edit {
-                Edit::DropIn { mirror, registries, .. } => Some((mirror.as_str(), registries.as_slice())),
+    pub(crate) fn drop_ins_of_others(
+        &self,
+        runtime: Runtime,
+    ) -> impl Iterator<Item = (&str, &[Mirrored])> {
+        self.record
+            .files
+            .iter()
+            .filter(move |file| file.runtime != runtime)
+            .filter_map(|file| match &file.edit {
+                Edit::DropIn {
+                    mirror, registries, ..
+                } => Some((mirror.as_str(), registries.as_slice())),
                 _ => None,
-            }
-        })
+            })
     }
 
     pub(crate) fn view<'a>(&self, root: &'a Root) -> View<'a> {
-        let instead = self.files.iter().map(|(path, file)| (path.clone(), file.base.clone()));
-        View { root, instead: instead.collect() }
+        let instead = self
+            .files
+            .iter()
+            .map(|(path, file)| (path.clone(), file.base.clone()));
+        View {
+            root,
+            instead: instead.collect(),
+        }
     }
 }
 
 impl Earlier {
     fn of(root: &Root, written: Written) -> anyhow::Result<Self> {
         let at = |path: &Path| root.on_disk(path).display().to_string();
-        let now = root.read(&written.path).with_context(|| at(&written.path))?;
+        let now = root
+            .read(&written.path)
+            .with_context(|| at(&written.path))?;
         let is = |text: &Option<String>, told: &Option<String>| text.as_deref().map(hash) == *told;
         if is(&now, &written.original) {
-            return Ok(Self { written, base: now.clone(), now, changed: false });
+            return Ok(Self {
+                written,
+                base: now.clone(),
+                now,
+                changed: false,
+            });
         }
         let backup = match &written.original {
-            Some(_) => root.read(&backup_of(&written.path)).with_context(|| at(&backup_of(&written.path)))?,
+            Some(_) => root
+                .read(&backup_of(&written.path))
+                .with_context(|| at(&backup_of(&written.path)))?,
             None => None,
         };
         let intact = is(&backup, &written.original);
         if intact && now.as_deref().map(hash).as_ref() == Some(&written.written) {
-            return Ok(Self { written, now, base: backup, changed: false });
+            return Ok(Self {
+                written,
+                now,
+                base: backup,
+                changed: false,
+            });
         }
         let base = match &now {
             Some(text) => written
                 .edit
-                .undo(text, backup.as_deref().filter(|_| intact).or(written.original.as_ref().map(|_| "")))
+                .undo(
+                    text,
+                    backup
+                        .as_deref()
+                        .filter(|_| intact)
+                        .or(written.original.as_ref().map(|_| "")),
+                )
                 .map_err(|unfit| InTheWay(vec![problem(root, &written.path, unfit)]))?,
             None => None,
         };
-        Ok(Self { written, now, base, changed: true })
+        Ok(Self {
+            written,
+            now,
+            base,
+            changed: true,
+        })
     }
 }
 
@@ -178,10 +225,19 @@ impl Plan {
         wanted: Vec<Wanted>,
     ) -> Result<Self, Vec<Problem>> {
         let Past { mut files, record } = past;
-        let others = record.files.iter().filter(|file| !is_of(file, runtime)).cloned().collect();
+        let others = record
+            .files
+            .iter()
+            .filter(|file| !is_of(file, runtime))
+            .cloned()
+            .collect();
         let mut after = record.clone();
         after.files = others;
-        let mut plan = Self { before: record, after, ..Self::default() };
+        let mut plan = Self {
+            before: record,
+            after,
+            ..Self::default()
+        };
         let mut problems = Vec::new();
         for wanted in wanted {
             if let Err(problem) = plan.want(root, runtime, &mut files, wanted) {
@@ -192,7 +248,11 @@ impl Plan {
             plan.backups.insert(path.clone(), None);
             plan.change(path, earlier.now, earlier.base, earlier.changed);
         }
-        if problems.is_empty() { Ok(plan) } else { Err(problems) }
+        if problems.is_empty() {
+            Ok(plan)
+        } else {
+            Err(problems)
+        }
     }
 
     fn want(
@@ -230,13 +290,17 @@ impl Plan {
         }
         let ours = earlier.is_some();
         let (now, base, changed) = match earlier {
-            Some(Earlier { now, base, changed, .. }) => (now, base, changed),
+            Some(Earlier {
+                now, base, changed, ..
+            }) => (now, base, changed),
             None => {
                 let now = root.read(&real).map_err(failed)?;
                 (now.clone(), now, false)
             }
         };
-        let text = edit.apply(base.as_deref()).map_err(|unfit| problem(root, &real, unfit))?;
+        let text = edit
+            .apply(base.as_deref())
+            .map_err(|unfit| problem(root, &real, unfit))?;
         if base.as_deref() == Some(&text) {
             // So already, without us.
             if ours {
@@ -246,27 +310,50 @@ impl Plan {
             self.back_up(root, &real, base.as_deref(), ours)?;
             let original = base.as_deref().map(hash);
             let written = hash(&text);
-            self.after.files.push(Written { runtime, path: real.clone(), edit, original, written });
+            self.after.files.push(Written {
+                runtime,
+                path: real.clone(),
+                edit,
+                original,
+                written,
+            });
         }
         self.change(real, now, Some(text), changed);
         Ok(())
     }
 
-    fn change(&mut self, path: PathBuf, before: Option<String>, after: Option<String>, changed: bool) {
+    fn change(
+        &mut self,
+        path: PathBuf,
+        before: Option<String>,
+        after: Option<String>,
+        changed: bool,
+    ) {
         if changed && before.is_some() {
             self.kept.push(path.clone());
         }
         if before != after {
-            self.changes.push(Change { path, before, after });
+            self.changes.push(Change {
+                path,
+                before,
+                after,
+            });
         }
     }
 
     /// The text that `--remove` will put back, beside the file.
-    fn back_up(&mut self, root: &Root, real: &Path, text: Option<&str>, ours: bool) -> Result<(), Problem> {
+    fn back_up(
+        &mut self,
+        root: &Root,
+        real: &Path,
+        text: Option<&str>,
+        ours: bool,
+    ) -> Result<(), Problem> {
         let backup = backup_of(real);
         let at = root.on_disk(&backup).display().to_string();
-        let there =
-            root.read(&backup).map_err(|error| Problem::new(&at, error.to_string(), "move it away"))?;
+        let there = root
+            .read(&backup)
+            .map_err(|error| Problem::new(&at, error.to_string(), "move it away"))?;
         if !ours && there.is_some() && there.as_deref() != text {
             let what = "is of an earlier `hawker configure` whose record is gone";
             return Err(Problem::new(
@@ -275,7 +362,8 @@ impl Plan {
                 "compare it with the file that it is beside, then move it away",
             ));
         }
-        self.backups.insert(real.to_owned(), text.map(str::to_owned));
+        self.backups
+            .insert(real.to_owned(), text.map(str::to_owned));
         Ok(())
     }
 
@@ -288,7 +376,13 @@ impl Plan {
 
     /// Makes the changes. Backups and the record come before, so that what is written can always be undone.
     pub(crate) fn carry_out(&self, root: &Root) -> anyhow::Result<()> {
-        let Self { changes, before, after, backups, .. } = self;
+        let Self {
+            changes,
+            before,
+            after,
+            backups,
+            ..
+        } = self;
         let (mut record, mut after) = (before.clone(), after.clone());
         let failed = |path: &Path| {
             let at = root.on_disk(path).display().to_string();
@@ -296,7 +390,9 @@ impl Plan {
         };
         for change in changes.iter().filter(|change| change.after.is_some()) {
             let folder = change.path.parent().unwrap_or(Path::new("/"));
-            record.folders.extend(root.make_folders(folder).map_err(failed(folder))?);
+            record
+                .folders
+                .extend(root.make_folders(folder).map_err(failed(folder))?);
         }
         for (path, text) in backups {
             if let Some(text) = text {
@@ -304,10 +400,16 @@ impl Plan {
                 root.write(&backup, text, path).map_err(failed(&backup))?;
             }
         }
-        let new: Vec<Written> =
-            after.files.iter().filter(|file| !record.files.contains(file)).cloned().collect();
+        let new: Vec<Written> = after
+            .files
+            .iter()
+            .filter(|file| !record.files.contains(file))
+            .cloned()
+            .collect();
         record.files.extend(new);
-        record.write(root).map_err(failed(Path::new(super::record::FILE)))?;
+        record
+            .write(root)
+            .map_err(failed(Path::new(super::record::FILE)))?;
         for Change { path, after, .. } in changes {
             match after {
                 Some(text) => root.write(path, text, path),
@@ -317,12 +419,15 @@ impl Plan {
         }
         for (path, text) in backups {
             if text.is_none() {
-                root.remove(&backup_of(path)).map_err(failed(&backup_of(path)))?;
+                root.remove(&backup_of(path))
+                    .map_err(failed(&backup_of(path)))?;
             }
         }
         after.folders = record.folders;
         after.drop_folders(root);
-        after.write(root).map_err(failed(Path::new(super::record::FILE)))
+        after
+            .write(root)
+            .map_err(failed(Path::new(super::record::FILE)))
     }
 }
 

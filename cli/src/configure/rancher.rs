@@ -43,7 +43,8 @@ const ALL_OF_THEM: [Distribution; 2] = [
 impl Distribution {
     /// The distributions that a system has.
     pub(crate) fn found(view: &View<'_>) -> Vec<Self> {
-        let is_there = |it: &Self| view.is_dir(Path::new(it.etc)) || view.is_dir(Path::new(it.data));
+        let is_there =
+            |it: &Self| view.is_dir(Path::new(it.etc)) || view.is_dir(Path::new(it.data));
         ALL_OF_THEM.into_iter().filter(is_there).collect()
     }
 
@@ -78,8 +79,16 @@ pub(super) fn add_wishes(
     wishes: &mut Wishes,
 ) -> anyhow::Result<()> {
     let path = of.registries();
-    let named: Vec<String> = request.registries.iter().map(|it| it.registry.clone()).collect();
-    let named = if named.is_empty() { vec![ALL.to_owned()] } else { named };
+    let named: Vec<String> = request
+        .registries
+        .iter()
+        .map(|it| it.registry.clone())
+        .collect();
+    let named = if named.is_empty() {
+        vec![ALL.to_owned()]
+    } else {
+        named
+    };
     let text = view.read(&path)?.unwrap_or_default();
     // A registry with an entry of its own never sees the one for all.
     let past: Vec<String> = super::edit::registries_yaml::mirrored(&text)
@@ -95,7 +104,10 @@ pub(super) fn add_wishes(
             past.join(" --registry ")
         ));
     }
-    let edit = Edit::RegistriesYaml { url: request.mirror.url.clone(), registries: named };
+    let edit = Edit::RegistriesYaml {
+        url: request.mirror.url.clone(),
+        registries: named,
+    };
     wishes.files.push(Wanted { path, edit });
     Ok(())
 }
@@ -105,5 +117,9 @@ pub(super) fn restart(changes: &[Change], view: &View<'_>) -> Option<Restart> {
     let changed = |of: &Distribution| changes.iter().any(|change| change.path.starts_with(of.etc));
     let of = ALL_OF_THEM.into_iter().find(changed)?;
     let why = "it writes containerd's configuration anew from registries.yaml when it starts; containers run on meanwhile";
-    Some(Restart::Unit { verb: "restart", unit: of.unit(view), why })
+    Some(Restart::Unit {
+        verb: "restart",
+        unit: of.unit(view),
+        why,
+    })
 }

@@ -42,7 +42,11 @@ pub(crate) struct Written {
 
 impl Default for Record {
     fn default() -> Self {
-        Self { version: VERSION, folders: Vec::new(), files: Vec::new() }
+        Self {
+            version: VERSION,
+            folders: Vec::new(),
+            files: Vec::new(),
+        }
     }
 }
 
@@ -51,11 +55,16 @@ impl Record {
     pub(crate) fn read(root: &Root) -> anyhow::Result<Self> {
         let path = root.real(Path::new(FILE))?;
         let at = root.on_disk(&path).display().to_string();
-        let Some(text) = root.read(&path).with_context(|| at.clone())? else { return Ok(Self::default()) };
+        let Some(text) = root.read(&path).with_context(|| at.clone())? else {
+            return Ok(Self::default());
+        };
         let record: Self = serde_json::from_str(&text).with_context(|| {
             format!("{at} is not what this version of hawker writes: undo by the version that wrote it, or from the files *{BACKUP} beside the originals")
         })?;
-        ensure!(record.version == VERSION, "{at} is of another version of hawker: use that one");
+        ensure!(
+            record.version == VERSION,
+            "{at} is of another version of hawker: use that one"
+        );
         Ok(record)
     }
 

@@ -37,16 +37,18 @@ impl Root {
     /// One process at a time changes what is below the root: this waits for no other.
     pub(crate) fn lock(&self) -> io::Result<File> {
         let root = File::open(&self.0)?;
-        root.try_lock()
-            .map_err(|_| io::Error::new(ErrorKind::ResourceBusy, "another `hawker configure` runs"))?;
+        root.try_lock().map_err(|_| {
+            io::Error::new(ErrorKind::ResourceBusy, "another `hawker configure` runs")
+        })?;
         Ok(root)
     }
 
     /// The path that `path` leads to: links followed as if the root were `/`, so that none leads out of it.
     pub(crate) fn real(&self, path: &Path) -> io::Result<PathBuf> {
         let parts = |path: &Path| -> Vec<OsString> {
-            let parts =
-                path.components().filter(|part| matches!(part, Component::Normal(_) | Component::ParentDir));
+            let parts = path
+                .components()
+                .filter(|part| matches!(part, Component::Normal(_) | Component::ParentDir));
             parts.map(|part| part.as_os_str().to_owned()).collect()
         };
         let mut real = PathBuf::from("/");
@@ -64,20 +66,32 @@ impl Root {
             };
             links += 1;
             if links > LINKS_MAX {
-                return Err(io::Error::new(ErrorKind::InvalidInput, "too many symbolic links"));
+                return Err(io::Error::new(
+                    ErrorKind::InvalidInput,
+                    "too many symbolic links",
+                ));
             }
             if target.is_absolute() {
                 real = PathBuf::from("/");
             }
-            parts(&target).into_iter().rev().for_each(|part| rest.push_front(part));
+            parts(&target)
+                .into_iter()
+                .rev()
+                .for_each(|part| rest.push_front(part));
         }
         Ok(real)
     }
 
     /// The text of a real path; `None` where there is no file.
     pub(crate) fn read(&self, real: &Path) -> io::Result<Option<String>> {
-        let file = match OpenOptions::new().read(true).custom_flags(nonblocking()).open(self.on_disk(real)) {
-            Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
+        let file = match OpenOptions::new()
+            .read(true)
+            .custom_flags(nonblocking())
+            .open(self.on_disk(real))
+        {
+            Err(error)
+                if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) =>
+            {
                 return Ok(None);
             }
             file => file?,
@@ -88,33 +102,46 @@ impl Root {
         let mut text = String::new();
         file.take(TEXT_MAX_BYTES + 1).read_to_string(&mut text)?;
         if text.len() as u64 > TEXT_MAX_BYTES {
-            return Err(io::Error::new(ErrorKind::FileTooLarge, "is too large to be a configuration"));
+            return Err(io::Error::new(
+                ErrorKind::FileTooLarge,
+                "is too large to be a configuration",
+            ));
         }
         Ok(Some(text))
     }
 
     /// The names in a folder, sorted; none where there is no folder.
     pub(crate) fn names(&self, folder: &Path) -> Vec<String> {
-        let Ok(real) = self.real(folder) else { return Vec::new() };
-        let entries = fs::read_dir(self.on_disk(&real)).into_iter().flatten().flatten();
-        let mut names: Vec<String> =
-            entries.filter_map(|entry| entry.file_name().into_string().ok()).collect();
+        let Ok(real) = self.real(folder) else {
+            return Vec::new();
+        };
+        let entries = fs::read_dir(self.on_disk(&real))
+            .into_iter()
+            .flatten()
+            .flatten();
+        let mut names: Vec<String> = entries
+            .filter_map(|entry| entry.file_name().into_string().ok())
+            .collect();
         names.sort();
         names
     }
 
     pub(crate) fn is_dir(&self, path: &Path) -> bool {
-        self.real(path).is_ok_and(|real| self.on_disk(&real).is_dir())
+        self.real(path)
+            .is_ok_and(|real| self.on_disk(&real).is_dir())
     }
 
     pub(crate) fn exists(&self, path: &Path) -> bool {
-        self.real(path).is_ok_and(|real| self.on_disk(&real).exists())
+        self.real(path)
+            .is_ok_and(|real| self.on_disk(&real).exists())
     }
 
     /// Makes a folder and those above it; the new ones, outermost first.
     pub(crate) fn make_folders(&self, real: &Path) -> io::Result<Vec<PathBuf>> {
-        let missing: Vec<&Path> =
-            real.ancestors().take_while(|folder| !self.on_disk(folder).exists()).collect();
+        let missing: Vec<&Path> = real
+            .ancestors()
+            .take_while(|folder| !self.on_disk(folder).exists())
+            .collect();
         for folder in missing.iter().rev() {
             let on_disk = self.on_disk(folder);
             DirBuilder::new().mode(0o755).create(&on_disk)?;
@@ -147,10 +174,12 @@ impl Root {
     pub(crate) fn remove(&self, real: &Path) -> io::Result<()> {
         match fs::remove_file(self.on_disk(real)) {
             Err(error) if error.kind() != ErrorKind::NotFound => Err(error),
-            _ => real.parent().map_or(Ok(()), |folder| match File::open(self.on_disk(folder)) {
-                Ok(folder) => folder.sync_all(),
-                Err(_) => Ok(()),
-            }),
+            _ => real
+                .parent()
+                .map_or(Ok(()), |folder| match File::open(self.on_disk(folder)) {
+                    Ok(folder) => folder.sync_all(),
+                    Err(_) => Ok(()),
+                }),
         }
     }
 
@@ -173,7 +202,11 @@ fn write_new(new: &Path, text: &str, like: &Path) -> io::Result<()> {
         Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
         _ => {}
     }
-    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(new)?;
+    let mut file = OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(new)?;
     file.write_all(text.as_bytes())?;
     match fs::symlink_metadata(like) {
         Ok(metadata) => take_after(&file, like, &metadata)?,
@@ -199,8 +232,13 @@ fn take_after(file: &File, like: &Path, metadata: &Metadata) -> io::Result<()> {
 /// SELinux labels and ACLs, as far as the file system has them.
 fn copy_attributes(file: &File, like: &Path) {
     let mut names = vec![0; ATTRIBUTES_MAX_BYTES];
-    let Ok(len) = llistxattr(like, &mut names) else { return };
-    for name in names[..len].split(|byte| *byte == 0).filter(|name| !name.is_empty()) {
+    let Ok(len) = llistxattr(like, &mut names) else {
+        return;
+    };
+    for name in names[..len]
+        .split(|byte| *byte == 0)
+        .filter(|name| !name.is_empty())
+    {
         let mut value = vec![0; ATTRIBUTES_MAX_BYTES];
         if let Ok(len) = lgetxattr(like, name, &mut value) {
             let _ = fsetxattr(file, name, &value[..len], XattrFlags::empty());
@@ -234,7 +272,11 @@ mod tests {
         }
         assert_eq!(real("/etc/out"), Some("/etc/passwd".into()));
         assert_eq!(real("/etc/loop"), None);
-        assert_eq!(root.read(Path::new("/etc/passwd")).unwrap(), None, "not the machine's own");
+        assert_eq!(
+            root.read(Path::new("/etc/passwd")).unwrap(),
+            None,
+            "not the machine's own"
+        );
     }
 
     #[test]
@@ -256,7 +298,11 @@ mod tests {
             let metadata = fs::metadata(dir.path().join("config")).unwrap();
             assert_eq!((metadata.uid(), metadata.gid()), (12, 34));
         }
-        assert_eq!(root.names(Path::new("/")), ["config"], "nothing is left over");
+        assert_eq!(
+            root.names(Path::new("/")),
+            ["config"],
+            "nothing is left over"
+        );
     }
 
     #[test]

@@ -5,16 +5,32 @@ use similar::TextDiff;
 use super::plan::{Change, View};
 
 /// Words in keys and tables whose values nobody's terminal log should have.
-const SECRETS: [&str; 7] = ["auth", "credential", "header", "passw", "proxy", "secret", "token"];
+const SECRETS: [&str; 7] = [
+    "auth",
+    "credential",
+    "header",
+    "passw",
+    "proxy",
+    "secret",
+    "token",
+];
 
 /// The difference, with file names as they are on disk.
 pub(super) fn difference(view: &View<'_>, change: &Change) -> String {
     let path = view.show(&change.path);
-    let name = |text: &Option<String>| if text.is_some() { path.clone() } else { "/dev/null".to_owned() };
+    let name = |text: &Option<String>| {
+        if text.is_some() {
+            path.clone()
+        } else {
+            "/dev/null".to_owned()
+        }
+    };
     let text = |text: &Option<String>| masked(text.as_deref().unwrap_or_default());
     let (before, after) = (text(&change.before), text(&change.after));
     let diff = TextDiff::from_lines(before.as_str(), after.as_str());
-    diff.unified_diff().header(&name(&change.before), &name(&change.after)).to_string()
+    diff.unified_diff()
+        .header(&name(&change.before), &name(&change.after))
+        .to_string()
 }
 
 /// The same lines, values hidden that may be secrets.
@@ -37,8 +53,15 @@ fn masked(text: &str) -> String {
         }
         let start = line.len() - content.len() + key.len();
         let end = if line.ends_with('\n') { "\n" } else { "" };
-        let sign = content[key.len()..].chars().next().filter(|_| !key.is_empty());
-        format!("{}{} ***{end}", &line[..start], sign.map_or(String::new(), String::from))
+        let sign = content[key.len()..]
+            .chars()
+            .next()
+            .filter(|_| !key.is_empty());
+        format!(
+            "{}{} ***{end}",
+            &line[..start],
+            sign.map_or(String::new(), String::from)
+        )
     };
     text.split_inclusive('\n').map(mask).collect()
 }
@@ -54,7 +77,12 @@ mod tests {
         let masked = masked(text);
         assert!(!masked.contains("hidden"), "{masked}");
         assert_eq!(masked.lines().count(), text.lines().count());
-        for shown in ["version = 2 # plain\n", "  path = \"shown\"", "# a word\n", "  x-key = ***\n"] {
+        for shown in [
+            "version = 2 # plain\n",
+            "  path = \"shown\"",
+            "# a word\n",
+            "  x-key = ***\n",
+        ] {
             assert!(masked.contains(shown), "{shown}: {masked}");
         }
     }
@@ -71,7 +99,10 @@ mod tests {
             difference(&View::plain(&root), &change),
             "--- /image/etc/a.toml\n+++ /image/etc/a.toml\n@@ -1,2 +1,3 @@\n a = 1\n+c = 3\n b = 2\n"
         );
-        let gone = Change { after: None, ..change };
+        let gone = Change {
+            after: None,
+            ..change
+        };
         assert!(difference(&View::plain(&root), &gone).contains("+++ /dev/null\n"));
     }
 }

@@ -11,7 +11,10 @@ use crate::args::Runtime;
 /// The file of ours. podman and CRI-O share it: no key may stand in two files.
 const FILE: &str = "/etc/containers/registries.d/50-hawker.yaml";
 /// The vendor's folder, and the administrator's.
-const FOLDERS: [&str; 2] = ["/usr/share/containers/registries.d", "/etc/containers/registries.d"];
+const FOLDERS: [&str; 2] = [
+    "/usr/share/containers/registries.d",
+    "/etc/containers/registries.d",
+];
 const ATTACHMENTS: &str = "use-sigstore-attachments";
 /// Signatures beside the registry, with their older name.
 const LOOKASIDE: [&str; 2] = ["lookaside", "sigstore"];
@@ -29,17 +32,24 @@ pub(super) struct Setting {
 /// All settings by scope, but those in our own file.
 pub(super) fn settings(view: &View<'_>) -> anyhow::Result<Vec<Setting>> {
     let mut settings = Vec::new();
-    let files = FOLDERS.iter().flat_map(|folder| view.files(Path::new(folder)));
-    for file in
-        files.filter(|file| file.extension().is_some_and(|end| end == "yaml") && *file != Path::new(FILE))
-    {
+    let files = FOLDERS
+        .iter()
+        .flat_map(|folder| view.files(Path::new(folder)));
+    for file in files.filter(|file| {
+        file.extension().is_some_and(|end| end == "yaml") && *file != Path::new(FILE)
+    }) {
         let text = view.read(&file)?.unwrap_or_default();
-        let tree =
-            yaml::parse(&text).map_err(|why| anyhow::anyhow!("{} is no YAML: {why}", view.show(&file)))?;
-        let scopes = tree.as_ref().and_then(|tree| tree.get("docker")).map_or(&[][..], Node::entries);
+        let tree = yaml::parse(&text)
+            .map_err(|why| anyhow::anyhow!("{} is no YAML: {why}", view.show(&file)))?;
+        let scopes = tree
+            .as_ref()
+            .and_then(|tree| tree.get("docker"))
+            .map_or(&[][..], Node::entries);
         settings.extend(scopes.iter().filter_map(|(scope, setting)| {
-            let is_true =
-                |node: &Node| node.as_str().is_some_and(|text| matches!(text, "true" | "True" | "TRUE"));
+            let is_true = |node: &Node| {
+                node.as_str()
+                    .is_some_and(|text| matches!(text, "true" | "True" | "TRUE"))
+            };
             Some(Setting {
                 file: file.clone(),
                 scope: scope.as_str()?.to_owned(),
@@ -58,7 +68,9 @@ impl Setting {
             let host = registry.split(':').next().unwrap_or_default();
             return host.strip_suffix(domain)?.ends_with('.').then_some("");
         }
-        self.scope.strip_prefix(registry).filter(|rest| rest.is_empty() || rest.starts_with('/'))
+        self.scope
+            .strip_prefix(registry)
+            .filter(|rest| rest.is_empty() || rest.starts_with('/'))
     }
 }
 
@@ -67,7 +79,9 @@ pub(super) fn scopes(settings: &[Setting], mirror: &str, registries: &[Mirrored]
     let mut scopes = Vec::new();
     for Mirrored { registry, name } in registries {
         let attached = settings.iter().filter(|setting| setting.attachments);
-        scopes.extend(attached.filter_map(|it| Some(format!("{mirror}/{name}{}", it.below(registry)?))));
+        scopes.extend(
+            attached.filter_map(|it| Some(format!("{mirror}/{name}{}", it.below(registry)?))),
+        );
     }
     scopes.retain(|scope| settings.iter().all(|setting| setting.scope != *scope));
     scopes.sort();
@@ -110,5 +124,8 @@ pub(super) fn wanted(
     }
     all.sort();
     all.dedup();
-    Ok((!all.is_empty()).then(|| Wanted { path: FILE.into(), edit: Edit::Signatures { scopes: all } }))
+    Ok((!all.is_empty()).then(|| Wanted {
+        path: FILE.into(),
+        edit: Edit::Signatures { scopes: all },
+    }))
 }

@@ -24,7 +24,9 @@ type Snapshot = BTreeMap<PathBuf, String>;
 impl System {
     fn with(files: &[(&str, &str)]) -> Self {
         let system = Self(tempfile::tempdir().unwrap());
-        files.iter().for_each(|(path, text)| system.write(path, text));
+        files
+            .iter()
+            .for_each(|(path, text)| system.write(path, text));
         system
     }
 
@@ -49,7 +51,11 @@ impl System {
             let what = if metadata.is_symlink() {
                 fs::read_link(&path).unwrap().display().to_string()
             } else if metadata.is_dir() {
-                pending.extend(fs::read_dir(&path).unwrap().map(|entry| entry.unwrap().path()));
+                pending.extend(
+                    fs::read_dir(&path)
+                        .unwrap()
+                        .map(|entry| entry.unwrap().path()),
+                );
                 "folder".to_owned()
             } else {
                 format!("{:?}", fs::read(&path).unwrap())
@@ -62,8 +68,13 @@ impl System {
     /// The changes of a run, made; with their notes.
     fn run(&self, line: &str) -> anyhow::Result<(Plan, Vec<String>)> {
         let root = self.0.path().to_str().unwrap();
-        let words = ["hawker", "configure"].into_iter().chain(line.split(' ')).chain(["--root", root]);
-        let Command::Configure(args) = Cli::try_parse_from(words)?.command else { panic!("{line}") };
+        let words = ["hawker", "configure"]
+            .into_iter()
+            .chain(line.split(' '))
+            .chain(["--root", root]);
+        let Command::Configure(args) = Cli::try_parse_from(words)?.command else {
+            panic!("{line}")
+        };
         let request = Request::of(&args).map_err(Problems)?;
         let root = Root::new(&args.root);
         let (plan, notes) = plan(&root, &args, &request)?;
@@ -74,7 +85,11 @@ impl System {
     fn refused(&self, line: &str) -> String {
         let before = self.snapshot();
         let error = self.run(line).expect_err("refused").to_string();
-        assert_eq!(self.snapshot(), before, "refused, and nothing done: {error}");
+        assert_eq!(
+            self.snapshot(),
+            before,
+            "refused, and nothing done: {error}"
+        );
         error
     }
 
@@ -98,7 +113,15 @@ const HOSTS: &str = "/etc/containerd/certs.d/_default/hosts.toml";
 
 fn config_path(text: &str, plugin: &str) -> Option<String> {
     let table: toml::Table = text.parse().unwrap();
-    Some(table.get("plugins")?.get(plugin)?.get("registry")?.get("config_path")?.as_str()?.to_owned())
+    Some(
+        table
+            .get("plugins")?
+            .get(plugin)?
+            .get("registry")?
+            .get("config_path")?
+            .as_str()?
+            .to_owned(),
+    )
 }
 
 #[test]
@@ -140,26 +163,57 @@ fn containerd_looks_for_hosts_toml_whatever_its_configuration_looks_like() {
             Some(containerd::HOSTS_DIR),
             "{name}: {written}"
         );
-        assert!(system.text(HOSTS).contains("[host.\"http://127.0.0.1:6500\"]"), "{name}");
+        assert!(
+            system
+                .text(HOSTS)
+                .contains("[host.\"http://127.0.0.1:6500\"]"),
+            "{name}"
+        );
         let kept = |line: &&str| !line.contains("config_path");
         if text.is_some_and(|text| text.contains("transfer.v1")) {
-            assert!(written.ends_with("[plugins.'io.containerd.transfer.v1.local']\n    config_path = ''\n"));
+            assert!(
+                written.ends_with(
+                    "[plugins.'io.containerd.transfer.v1.local']\n    config_path = ''\n"
+                )
+            );
         }
         let lines = text.unwrap_or_default().lines().filter(kept);
-        lines.for_each(|line| assert!(written.lines().any(|other| other == line), "{name}: {line} is lost"));
+        lines.for_each(|line| {
+            assert!(
+                written.lines().any(|other| other == line),
+                "{name}: {line} is lost"
+            )
+        });
         System::with(&files).there_and_back("containerd").unwrap();
     }
 }
 
 #[test]
 fn a_directory_that_is_set_already_is_used() {
-    let text = format!("version = 2\n[plugins.\"{CRI_1}\".registry]\nconfig_path = \"/opt/certs\"\n");
+    let text =
+        format!("version = 2\n[plugins.\"{CRI_1}\".registry]\nconfig_path = \"/opt/certs\"\n");
     let system = System::with(&[(CONFIG, &text)]);
-    let (plan, _) = system.run("containerd --registry quay.io --registry reg.example:5000").unwrap();
-    let paths: Vec<_> = plan.changes.iter().map(|change| change.path.display().to_string()).collect();
-    assert_eq!(paths, ["/opt/certs/quay.io/hosts.toml", "/opt/certs/reg.example:5000/hosts.toml"]);
+    let (plan, _) = system
+        .run("containerd --registry quay.io --registry reg.example:5000")
+        .unwrap();
+    let paths: Vec<_> = plan
+        .changes
+        .iter()
+        .map(|change| change.path.display().to_string())
+        .collect();
+    assert_eq!(
+        paths,
+        [
+            "/opt/certs/quay.io/hosts.toml",
+            "/opt/certs/reg.example:5000/hosts.toml"
+        ]
+    );
     assert!(matches!(
-        restart(Runtime::Containerd, &plan.changes, &View::plain(&Root::new(system.0.path()))),
+        restart(
+            Runtime::Containerd,
+            &plan.changes,
+            &View::plain(&Root::new(system.0.path()))
+        ),
         Restart::None(_)
     ));
 }
@@ -167,19 +221,30 @@ fn a_directory_that_is_set_already_is_used() {
 #[test]
 fn the_last_import_with_the_plugins_section_gets_the_directory() {
     let section = format!("[plugins.\"{CRI_1}\".registry]\nconfig_path = \"/opt/certs\"\n");
-    let main =
-        format!("version = 2\nimports = [\"conf.d/*.toml\", \"/etc/containerd/other.toml\"]\n{section}");
+    let main = format!(
+        "version = 2\nimports = [\"conf.d/*.toml\", \"/etc/containerd/other.toml\"]\n{section}"
+    );
     let system = System::with(&[
         (CONFIG, &main),
-        ("/etc/containerd/conf.d/10.toml", "[debug]\nlevel = \"info\"\n"),
-        ("/etc/containerd/conf.d/20.toml", &format!("[plugins.\"{CRI_1}\"]\nsandbox_image = \"p\"\n")),
+        (
+            "/etc/containerd/conf.d/10.toml",
+            "[debug]\nlevel = \"info\"\n",
+        ),
+        (
+            "/etc/containerd/conf.d/20.toml",
+            &format!("[plugins.\"{CRI_1}\"]\nsandbox_image = \"p\"\n"),
+        ),
         ("/etc/containerd/conf.d/30.text", "not imported"),
     ]);
     system.there_and_back("containerd").unwrap();
     system.run("containerd").unwrap();
     assert_eq!(system.text(CONFIG), main);
     let imported = system.text("/etc/containerd/conf.d/20.toml");
-    assert_eq!(config_path(&imported, CRI_1).as_deref(), Some("/opt/certs"), "{imported}");
+    assert_eq!(
+        config_path(&imported, CRI_1).as_deref(),
+        Some("/opt/certs"),
+        "{imported}"
+    );
     assert!(system.at("/opt/certs/_default/hosts.toml").exists());
 }
 
@@ -198,23 +263,48 @@ fn what_would_keep_cri_from_starting_is_told_with_the_cure() {
     ] {
         assert!(said.contains(part), "{part}: {said}");
     }
-    let tls = of(&format!("[plugins.\"{CRI_1}\".registry.configs.\"a.example\".tls]\nca_file = \"x\"\n"));
-    assert!(System::with(&[(CONFIG, &tls)]).refused("containerd").contains("a.example"));
-    let auth = of(&format!("[plugins.\"{CRI_1}\".registry.configs.\"a.example\".auth]\npassword = \"x\"\n"));
-    System::with(&[(CONFIG, &auth)]).there_and_back("containerd").unwrap();
+    let tls = of(&format!(
+        "[plugins.\"{CRI_1}\".registry.configs.\"a.example\".tls]\nca_file = \"x\"\n"
+    ));
+    assert!(
+        System::with(&[(CONFIG, &tls)])
+            .refused("containerd")
+            .contains("a.example")
+    );
+    let auth = of(&format!(
+        "[plugins.\"{CRI_1}\".registry.configs.\"a.example\".auth]\npassword = \"x\"\n"
+    ));
+    System::with(&[(CONFIG, &auth)])
+        .there_and_back("containerd")
+        .unwrap();
     let pair = of("config_path = \"/a:/b\"\n");
     let system = System::with(&[(CONFIG, &pair), ("/b/reg.example/ca.crt", "x")]);
     assert!(system.refused("containerd").contains("/b"));
-    assert!(System::with(&[(CONFIG, "version = [")]).refused("containerd").contains(CONFIG));
+    assert!(
+        System::with(&[(CONFIG, "version = [")])
+            .refused("containerd")
+            .contains(CONFIG)
+    );
     for version in ["\"4\"", "0", "-1", "2.0", "[2]"] {
-        let said = System::with(&[(CONFIG, &format!("version = {version}\n"))]).refused("containerd");
-        assert!(said.contains(CONFIG) && said.contains(&format!("`version = {version}`")), "{said}");
+        let said =
+            System::with(&[(CONFIG, &format!("version = {version}\n"))]).refused("containerd");
+        assert!(
+            said.contains(CONFIG) && said.contains(&format!("`version = {version}`")),
+            "{said}"
+        );
         assert!(said.contains("write version = 1, 2, 3 or 4"), "{said}");
     }
-    let imported =
-        [(CONFIG, "version = 2\nimports = [\"a.toml\"]\n"), ("/etc/containerd/a.toml", "version = 0\n")];
-    assert!(System::with(&imported).refused("containerd").contains("/etc/containerd/a.toml"));
-    let inline = System::with(&[(CONFIG, "version = 2\nplugins = { x = {} }\n")]).refused("containerd");
+    let imported = [
+        (CONFIG, "version = 2\nimports = [\"a.toml\"]\n"),
+        ("/etc/containerd/a.toml", "version = 0\n"),
+    ];
+    assert!(
+        System::with(&imported)
+            .refused("containerd")
+            .contains("/etc/containerd/a.toml")
+    );
+    let inline =
+        System::with(&[(CONFIG, "version = 2\nplugins = { x = {} }\n")]).refused("containerd");
     assert!(inline.contains("[table]"), "{inline}");
 }
 
@@ -224,11 +314,17 @@ fn a_later_version_gets_a_warning_and_a_drop_in_that_containerd_migrates() {
     let system = System::with(&[(CONFIG, text)]);
     system.there_and_back("containerd").unwrap();
     let (_, notes) = system.run("containerd").unwrap();
-    assert!(notes[0].contains("version 5") && notes[0].contains(CONFIG), "{notes:?}");
+    assert!(
+        notes[0].contains("version 5") && notes[0].contains(CONFIG),
+        "{notes:?}"
+    );
     assert_eq!(system.text(CONFIG), text, "the main file stays");
     let drop_in = system.text("/etc/containerd/conf.d/50-hawker.toml");
     assert!(drop_in.contains("\nversion = 3\n"), "{drop_in}");
-    assert_eq!(config_path(&drop_in, CRI_2).as_deref(), Some(containerd::HOSTS_DIR));
+    assert_eq!(
+        config_path(&drop_in, CRI_2).as_deref(),
+        Some(containerd::HOSTS_DIR)
+    );
     assert!(system.at(HOSTS).exists());
     // A main file that imports no folder gets the key itself.
     for text in ["version = 5\n", "version = 99\nimports = ['other.toml']\n"] {
@@ -236,7 +332,10 @@ fn a_later_version_gets_a_warning_and_a_drop_in_that_containerd_migrates() {
         system.there_and_back("containerd").unwrap();
         let (_, notes) = system.run("containerd").unwrap();
         assert!(notes[0].contains("is read as version 4"), "{notes:?}");
-        assert_eq!(config_path(&system.text(CONFIG), CRI_2).as_deref(), Some(containerd::HOSTS_DIR));
+        assert_eq!(
+            config_path(&system.text(CONFIG), CRI_2).as_deref(),
+            Some(containerd::HOSTS_DIR)
+        );
     }
     // A directory that works already needs no drop-in.
     let set = format!("version = 5\n[plugins.'{CRI_2}'.registry]\nconfig_path = '/opt/certs'\n");
@@ -262,21 +361,43 @@ fn k3s_and_rke2_get_their_registries_yaml_and_the_words_to_restart() {
         system.there_and_back("containerd").unwrap();
         let (plan, _) = system.run("containerd").unwrap();
         let path = format!("/etc/rancher/{folder}/registries.yaml");
-        let changed: Vec<_> = plan.changes.iter().map(|change| change.path.display().to_string()).collect();
-        assert_eq!(changed, [path.as_str()], "what is generated stays, and so does /etc/containerd");
-        assert!(system.text(&path).contains("  \"*\":\n    endpoint:\n      - \"http://127.0.0.1:6500\"\n"));
+        let changed: Vec<_> = plan
+            .changes
+            .iter()
+            .map(|change| change.path.display().to_string())
+            .collect();
+        assert_eq!(
+            changed,
+            [path.as_str()],
+            "what is generated stays, and so does /etc/containerd"
+        );
+        assert!(
+            system
+                .text(&path)
+                .contains("  \"*\":\n    endpoint:\n      - \"http://127.0.0.1:6500\"\n")
+        );
         let root = Root::new(system.0.path());
         let told = restart(Runtime::Containerd, &plan.changes, &View::plain(&root));
-        assert!(matches!(told, Restart::Unit { verb: "restart", unit: it, .. } if it == unit), "{told:?}");
+        assert!(
+            matches!(told, Restart::Unit { verb: "restart", unit: it, .. } if it == unit),
+            "{told:?}"
+        );
     }
     let theirs = "mirrors:\n  docker.io:\n    endpoint:\n      - https://cache.example\n";
     let path = "/etc/rancher/k3s/registries.yaml";
     let system = System::with(&[(path, theirs)]);
     let (_, notes) = system.run("containerd").unwrap();
-    assert!(notes.iter().any(|note| note.contains("--registry docker.io")), "{notes:?}");
+    assert!(
+        notes
+            .iter()
+            .any(|note| note.contains("--registry docker.io")),
+        "{notes:?}"
+    );
     system.run("containerd --remove").unwrap();
     assert_eq!(system.text(path), theirs);
-    system.there_and_back("containerd --registry _default --registry docker.io").unwrap();
+    system
+        .there_and_back("containerd --registry _default --registry docker.io")
+        .unwrap();
     // Beside a containerd of docker's, both are configured.
     let both = System::with(&[(path, theirs), (CONFIG, "version = 2\n")]);
     both.run("containerd").unwrap();
@@ -301,23 +422,41 @@ fn registries_with_a_directory_of_their_own_are_told_of_and_merged_when_named() 
     let path = "/etc/containerd/certs.d/reg.example_5000_/hosts.toml";
     let system = System::with(&[(path, theirs)]);
     let (_, notes) = system.run("containerd").unwrap();
-    assert!(notes.iter().any(|note| note.contains("--registry reg.example:5000")), "{notes:?}");
+    assert!(
+        notes
+            .iter()
+            .any(|note| note.contains("--registry reg.example:5000")),
+        "{notes:?}"
+    );
     system.run("containerd --remove").unwrap();
-    system.run("containerd --registry _default --registry reg.example:5000").unwrap();
+    system
+        .run("containerd --registry _default --registry reg.example:5000")
+        .unwrap();
     let merged = system.text(path);
-    let (ours, cache) = (merged.find(":6500").unwrap(), merged.find("cache.example").unwrap());
+    let (ours, cache) = (
+        merged.find(":6500").unwrap(),
+        merged.find("cache.example").unwrap(),
+    );
     assert!(merged.starts_with("server") && ours < cache, "{merged}");
     let certificates = System::with(&[("/etc/containerd/certs.d/reg.example/ca.crt", "x")]);
     let said = certificates.refused("containerd --registry reg.example");
-    assert!(said.contains("ca = [\"/etc/containerd/certs.d/reg.example/ca.crt\"]"), "{said}");
+    assert!(
+        said.contains("ca = [\"/etc/containerd/certs.d/reg.example/ca.crt\"]"),
+        "{said}"
+    );
 }
 
 #[test]
 fn docker_keeps_its_other_keys_and_hears_of_flags_that_would_clash() {
     let path = docker::FILE;
     System::with(&[]).there_and_back("docker").unwrap();
-    System::with(&[(path, "")]).there_and_back("docker").unwrap();
-    let system = System::with(&[(path, "{\"registry-mirrors\": [\"https://a\"], \"debug\": true}")]);
+    System::with(&[(path, "")])
+        .there_and_back("docker")
+        .unwrap();
+    let system = System::with(&[(
+        path,
+        "{\"registry-mirrors\": [\"https://a\"], \"debug\": true}",
+    )]);
     system.there_and_back("docker").unwrap();
     let (_, notes) = system.run("docker").unwrap();
     assert!(notes[0].contains("--default-registry docker.io"));
@@ -325,39 +464,64 @@ fn docker_keeps_its_other_keys_and_hears_of_flags_that_would_clash() {
         system.text(path),
         "{\"registry-mirrors\": [\"http://127.0.0.1:6500\", \"https://a\"], \"debug\": true}"
     );
-    assert!(System::with(&[(path, "{")]).refused("docker").contains("no JSON"));
+    assert!(
+        System::with(&[(path, "{")])
+            .refused("docker")
+            .contains("no JSON")
+    );
     // A reload does not make dockerd forget.
     let system = System::with(&[(path, "{}")]);
     let verb = |line: &str| match docker::restart(&system.run(line).unwrap().0.changes) {
         Restart::Unit { verb, .. } => verb,
         Restart::None(why) => why,
     };
-    assert_eq!((verb("docker"), verb("docker --remove")), ("reload", "restart"));
+    assert_eq!(
+        (verb("docker"), verb("docker --remove")),
+        ("reload", "restart")
+    );
     let unit = (
         "/etc/systemd/system/docker.service.d/flags.conf",
         "ExecStart=dockerd --registry-mirror=https://a\n",
     );
-    assert!(System::with(&[unit]).refused("docker").contains("flags.conf"));
-    let own = ("/etc/hawker/proxy.toml", "default_registry = \"docker.io\"\n");
+    assert!(
+        System::with(&[unit])
+            .refused("docker")
+            .contains("flags.conf")
+    );
+    let own = (
+        "/etc/hawker/proxy.toml",
+        "default_registry = \"docker.io\"\n",
+    );
     let (_, notes) = System::with(&[own]).run("docker").unwrap();
     assert!(!notes[0].contains("--default-registry"));
 }
 
 #[test]
 fn podman_and_crio_have_a_drop_in_each_and_undo_their_own() {
-    let main = (containers::FILE, "unqualified-search-registries = [\"docker.io\"]\n");
+    let main = (
+        containers::FILE,
+        "unqualified-search-registries = [\"docker.io\"]\n",
+    );
     let system = System::with(&[main]);
     let before = system.snapshot();
     system.run("podman").unwrap();
     system.run("crio").unwrap();
-    assert!(system.run("podman").unwrap().0.is_empty(), "the other one's record is no change");
+    assert!(
+        system.run("podman").unwrap().0.is_empty(),
+        "the other one's record is no change"
+    );
     let [podman, crio] = [Runtime::Podman, Runtime::Crio].map(containers::drop_in);
     let text = system.text(podman.to_str().unwrap());
     for registry in ["docker.io", "quay.io", "public.ecr.aws"] {
-        assert!(text.contains(&format!("\"127.0.0.1:6500/{registry}\"")), "{text}");
+        assert!(
+            text.contains(&format!("\"127.0.0.1:6500/{registry}\"")),
+            "{text}"
+        );
     }
     system.run("podman --remove").unwrap();
-    assert!(!system.at(podman.to_str().unwrap()).exists() && system.at(crio.to_str().unwrap()).exists());
+    assert!(
+        !system.at(podman.to_str().unwrap()).exists() && system.at(crio.to_str().unwrap()).exists()
+    );
     system.run("crio --remove").unwrap();
     assert_eq!(system.snapshot(), before);
 }
@@ -377,30 +541,56 @@ fn signatures_that_are_attached_are_looked_for_at_the_mirror_too() {
     system.there_and_back("podman").unwrap();
     let before = system.snapshot();
     let (plan, notes) = system.run("podman").unwrap();
-    assert!(plan.changes.iter().any(|change| change.path == Path::new(ours)), "a dry run shows it");
+    assert!(
+        plan.changes
+            .iter()
+            .any(|change| change.path == Path::new(ours)),
+        "a dry run shows it"
+    );
     let scopes = |text: &str| -> Vec<String> {
         let lines = text.lines().filter_map(|line| line.strip_prefix("  \""));
-        lines.filter_map(|line| Some(line.strip_suffix("\":")?.to_owned())).collect()
+        lines
+            .filter_map(|line| Some(line.strip_suffix("\":")?.to_owned()))
+            .collect()
     };
     let podmans = ["127.0.0.1:6500/ghcr.io/team/app", "127.0.0.1:6500/quay.io"];
     assert_eq!(scopes(&system.text(ours)), podmans);
-    assert!(notes.iter().any(|note| note.contains("gcr.io") && note.contains("lookaside")), "{notes:?}");
+    assert!(
+        notes
+            .iter()
+            .any(|note| note.contains("gcr.io") && note.contains("lookaside")),
+        "{notes:?}"
+    );
     // CRI-O shares the file, since no location may stand in two.
-    system.run("crio --registry quay.io --registry reg.example.com").unwrap();
+    system
+        .run("crio --registry quay.io --registry reg.example.com")
+        .unwrap();
     assert!(system.run("podman").unwrap().0.is_empty());
-    let both =
-        ["127.0.0.1:6500/ghcr.io/team/app", "127.0.0.1:6500/quay.io", "127.0.0.1:6500/reg.example.com"];
+    let both = [
+        "127.0.0.1:6500/ghcr.io/team/app",
+        "127.0.0.1:6500/quay.io",
+        "127.0.0.1:6500/reg.example.com",
+    ];
     assert_eq!(scopes(&system.text(ours)), both);
     system.run("podman --remove").unwrap();
     assert_eq!(scopes(&system.text(ours)), [both[1], both[2]]);
-    system.run("podman --registry ghcr.io=corp.internal --mirror http://10.0.0.1:7000").unwrap();
-    assert_eq!(scopes(&system.text(ours)), ["10.0.0.1:7000/corp.internal/team/app", both[1], both[2]]);
+    system
+        .run("podman --registry ghcr.io=corp.internal --mirror http://10.0.0.1:7000")
+        .unwrap();
+    assert_eq!(
+        scopes(&system.text(ours)),
+        ["10.0.0.1:7000/corp.internal/team/app", both[1], both[2]]
+    );
     // What others add to it stays.
     let more = "  \"other.example\":\n    use-sigstore-attachments: true\n";
     system.write(ours, &(system.text(ours) + more));
     system.run("crio --remove").unwrap();
     system.run("podman --remove").unwrap();
-    assert!(system.text(ours).ends_with(&format!("docker:\n{more}")), "{}", system.text(ours));
+    assert!(
+        system.text(ours).ends_with(&format!("docker:\n{more}")),
+        "{}",
+        system.text(ours)
+    );
     fs::remove_file(system.at(ours)).unwrap();
     assert_eq!(system.snapshot(), before);
     // A location that a person wrote already is not written twice.
@@ -411,7 +601,10 @@ fn signatures_that_are_attached_are_looked_for_at_the_mirror_too() {
     assert!(!system.at(ours).exists());
     let broken = System::with(&[("/etc/containers/registries.d/own.yaml", "docker: [")]);
     assert!(broken.refused("podman").contains("own.yaml is no YAML"));
-    let taken = System::with(&[(ours, "docker: {}\n"), ("/etc/containers/registries.d/own.yaml", theirs)]);
+    let taken = System::with(&[
+        (ours, "docker: {}\n"),
+        ("/etc/containers/registries.d/own.yaml", theirs),
+    ]);
     assert!(taken.refused("podman").contains("move it to another name"));
 }
 
@@ -420,19 +613,44 @@ fn a_registry_that_another_file_defines_is_not_hidden() {
     let theirs = "[[registry]]\nprefix = \"quay.io\"\nlocation = \"corp.example/quay\"\n[[registry]]\nlocation = \"docker.io/team\"\n";
     let system = System::with(&[("/etc/containers/registries.conf.d/99-corp.conf", theirs)]);
     let said = system.refused("podman --registry quay.io");
-    assert!(said.contains("99-corp.conf") && said.contains("127.0.0.1:6500/quay.io"), "{said}");
+    assert!(
+        said.contains("99-corp.conf") && said.contains("127.0.0.1:6500/quay.io"),
+        "{said}"
+    );
     let (_, notes) = system.run("podman").unwrap();
-    assert!(notes.iter().any(|note| note.contains("quay.io is left out")), "{notes:?}");
-    assert!(notes.iter().any(|note| note.contains("docker.io/team goes past")), "{notes:?}");
-    assert!(!system.text(containers::drop_in(Runtime::Podman).to_str().unwrap()).contains("quay.io"));
+    assert!(
+        notes
+            .iter()
+            .any(|note| note.contains("quay.io is left out")),
+        "{notes:?}"
+    );
+    assert!(
+        notes
+            .iter()
+            .any(|note| note.contains("docker.io/team goes past")),
+        "{notes:?}"
+    );
+    assert!(
+        !system
+            .text(containers::drop_in(Runtime::Podman).to_str().unwrap())
+            .contains("quay.io")
+    );
 }
 
 #[test]
 fn links_are_followed_and_stay() {
     let system = System::with(&[("/opt/real/daemon.json", "{}\n")]);
     fs::create_dir_all(system.at("/etc/docker")).unwrap();
-    symlink("/opt/real/daemon.json", system.at("/etc/docker/daemon.json")).unwrap();
-    fs::set_permissions(system.at("/opt/real/daemon.json"), fs::Permissions::from_mode(0o600)).unwrap();
+    symlink(
+        "/opt/real/daemon.json",
+        system.at("/etc/docker/daemon.json"),
+    )
+    .unwrap();
+    fs::set_permissions(
+        system.at("/opt/real/daemon.json"),
+        fs::Permissions::from_mode(0o600),
+    )
+    .unwrap();
     system.there_and_back("docker").unwrap();
     system.run("docker").unwrap();
     assert!(system.at("/etc/docker/daemon.json").is_symlink());
@@ -445,11 +663,16 @@ fn links_are_followed_and_stay() {
 fn another_mirror_takes_the_first_ones_place_and_the_original_comes_back() {
     let theirs = "[host.\"https://a\"]\n";
     for line in ["containerd", "docker", "podman", "crio", "buildkit"] {
-        let system =
-            System::with(&[(HOSTS, theirs), (docker::FILE, "{\"a\": 1}"), (buildkit::FILE, "debug = true")]);
+        let system = System::with(&[
+            (HOSTS, theirs),
+            (docker::FILE, "{\"a\": 1}"),
+            (buildkit::FILE, "debug = true"),
+        ]);
         let before = system.snapshot();
         system.run(line).unwrap();
-        system.run(&format!("{line} --mirror http://10.0.0.1:7000")).unwrap();
+        system
+            .run(&format!("{line} --mirror http://10.0.0.1:7000"))
+            .unwrap();
         for (path, text) in system.snapshot() {
             assert!(!text.contains("127.0.0.1:6500"), "{}", path.display());
         }
@@ -488,13 +711,17 @@ fn a_file_that_was_removed_since_stays_removed() {
     fs::remove_file(system.at(docker::FILE)).unwrap();
     system.run("docker --remove").unwrap();
     assert!(
-        !system.at(docker::FILE).exists() && !system.at("/etc/docker/daemon.json.before-hawker").exists()
+        !system.at(docker::FILE).exists()
+            && !system.at("/etc/docker/daemon.json.before-hawker").exists()
     );
 }
 
 #[test]
 fn after_a_crash_at_any_moment_the_next_run_knows_what_was_written() {
-    let files = [(CONFIG, "version = 2\n"), (HOSTS, "server = \"https://a\"\n")];
+    let files = [
+        (CONFIG, "version = 2\n"),
+        (HOSTS, "server = \"https://a\"\n"),
+    ];
     let [config, hosts] = files;
     let whole = System::with(&files);
     let before: Vec<String> = whole.snapshot().into_values().collect();
@@ -521,8 +748,10 @@ fn after_a_crash_at_any_moment_the_next_run_knows_what_was_written() {
 
 #[test]
 fn a_backup_whose_record_is_gone_is_not_overwritten() {
-    let system =
-        System::with(&[(docker::FILE, "{}"), ("/etc/docker/daemon.json.before-hawker", "{\"old\": 1}")]);
+    let system = System::with(&[
+        (docker::FILE, "{}"),
+        ("/etc/docker/daemon.json.before-hawker", "{\"old\": 1}"),
+    ]);
     assert!(system.refused("docker").contains("before-hawker"));
     let nothing = System::with(&[]);
     let (plan, _) = nothing.run("docker --remove").unwrap();
@@ -534,7 +763,8 @@ fn a_backup_whose_record_is_gone_is_not_overwritten() {
 #[test]
 fn what_is_wrong_with_the_flags_is_told_at_once() {
     let system = System::with(&[]);
-    let said = system.refused("podman --mirror ftp://a --registry _default --registry reg:5000 --restart");
+    let said =
+        system.refused("podman --mirror ftp://a --registry _default --registry reg:5000 --restart");
     for part in ["--mirror", "containerd's word", "has a port", "--restart"] {
         assert!(said.contains(part), "{part}: {said}");
     }
@@ -542,11 +772,23 @@ fn what_is_wrong_with_the_flags_is_told_at_once() {
 
 /// A file made of some of these parts, in this order.
 fn made_of(parts: &'static [&'static str]) -> impl Strategy<Value = Option<String>> {
-    let text = (proptest::sample::subsequence(parts, 0..=parts.len()), any::<bool>(), any::<bool>())
+    let text = (
+        proptest::sample::subsequence(parts, 0..=parts.len()),
+        any::<bool>(),
+        any::<bool>(),
+    )
         .prop_map(|(parts, crlf, cut)| {
             let text = parts.concat();
-            let text = if cut { text.trim_end().to_owned() } else { text };
-            if crlf { text.replace('\n', "\r\n") } else { text }
+            let text = if cut {
+                text.trim_end().to_owned()
+            } else {
+                text
+            };
+            if crlf {
+                text.replace('\n', "\r\n")
+            } else {
+                text
+            }
         });
     proptest::option::of(text)
 }
@@ -567,14 +809,22 @@ fn json() -> impl Strategy<Value = Option<String>> {
     });
     let mirrors = proptest::collection::vec("https://[a-z]{1,3}", 0..3);
     let mirrors = proptest::option::of(("registry-mirrors|Registry-Mirrors", mirrors));
-    let file = (proptest::collection::btree_map("[a-z-]{1,8}", value, 0..4), mirrors, any::<bool>());
+    let file = (
+        proptest::collection::btree_map("[a-z-]{1,8}", value, 0..4),
+        mirrors,
+        any::<bool>(),
+    );
     proptest::option::of(file.prop_map(|(keys, mirrors, pretty)| {
         let mut object: serde_json::Map<String, serde_json::Value> = keys.into_iter().collect();
         if let Some((key, mirrors)) = mirrors {
             object.insert(key, mirrors.into());
         }
         let value = serde_json::Value::from(object);
-        if pretty { serde_json::to_string_pretty(&value).unwrap() + "\n" } else { value.to_string() }
+        if pretty {
+            serde_json::to_string_pretty(&value).unwrap() + "\n"
+        } else {
+            value.to_string()
+        }
     }))
 }
 

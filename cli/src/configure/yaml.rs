@@ -63,7 +63,9 @@ impl Node {
 
     /// The entry of a mapping with this key.
     pub(crate) fn entry(&self, key: &str) -> Option<&(Node, Node)> {
-        self.entries().iter().find(|(name, _)| name.as_str() == Some(key))
+        self.entries()
+            .iter()
+            .find(|(name, _)| name.as_str() == Some(key))
     }
 
     pub(crate) fn get(&self, key: &str) -> Option<&Node> {
@@ -72,16 +74,24 @@ impl Node {
 
     /// Whether there is nothing: `key:` without a value.
     pub(crate) fn is_null(&self) -> bool {
-        self.as_str().is_some_and(|text| matches!(text, "" | "~" | "null"))
+        self.as_str()
+            .is_some_and(|text| matches!(text, "" | "~" | "null"))
     }
 }
 
 /// The text's only document; `None` where there is nothing but comments. An error is for people.
 pub(crate) fn parse(text: &str) -> Result<Option<Node>, String> {
-    let mut tree =
-        Tree { offsets: offsets(text), stack: Vec::new(), documents: Vec::new(), nodes: 0, too_large: false };
+    let mut tree = Tree {
+        offsets: offsets(text),
+        stack: Vec::new(),
+        documents: Vec::new(),
+        nodes: 0,
+        too_large: false,
+    };
     let mut parser = Parser::new_from_str(text);
-    parser.load(&mut tree, true).map_err(|error| error.to_string())?;
+    parser
+        .load(&mut tree, true)
+        .map_err(|error| error.to_string())?;
     if tree.too_large {
         return Err("it is too large or too deep".to_owned());
     }
@@ -95,7 +105,10 @@ pub(crate) fn parse(text: &str) -> Result<Option<Node>, String> {
 
 /// The byte at which each character begins, and the end.
 fn offsets(text: &str) -> Vec<usize> {
-    text.char_indices().map(|(at, _)| at).chain([text.len()]).collect()
+    text.char_indices()
+        .map(|(at, _)| at)
+        .chain([text.len()])
+        .collect()
 }
 
 struct Tree {
@@ -111,28 +124,50 @@ impl Tree {
         let at = self.bytes(span);
         self.nodes += 1;
         self.too_large |= self.nodes > NODES_MAX || self.stack.len() > DEPTH_MAX;
-        self.stack.push(Node { value, at, column: span.start.col() });
+        self.stack.push(Node {
+            value,
+            at,
+            column: span.start.col(),
+        });
     }
 
     fn bytes(&self, span: Span) -> Range<usize> {
-        let at = |index: usize| self.offsets.get(index).or(self.offsets.last()).copied().unwrap_or(0);
+        let at = |index: usize| {
+            self.offsets
+                .get(index)
+                .or(self.offsets.last())
+                .copied()
+                .unwrap_or(0)
+        };
         at(span.start.index())..at(span.end.index())
     }
 
     fn end(&mut self, span: Option<Span>) {
         let end = span.map(|span| self.bytes(span).end);
-        let Some(mut node) = self.stack.pop() else { return };
+        let Some(mut node) = self.stack.pop() else {
+            return;
+        };
         node.at.end = end.unwrap_or(node.at.end).max(node.at.end);
         match self.stack.last_mut() {
             None => self.documents.push(node),
-            Some(Node { value: Value::Sequence(items), .. }) => items.push(node),
-            Some(Node { value: Value::Mapping(entries), .. }) => match entries.last_mut() {
+            Some(Node {
+                value: Value::Sequence(items),
+                ..
+            }) => items.push(node),
+            Some(Node {
+                value: Value::Mapping(entries),
+                ..
+            }) => match entries.last_mut() {
                 Some((_, value)) if matches!(value.value, Value::Alias) && value.at == (0..0) => {
                     *value = node
                 }
                 _ => {
                     // The value's place, until it comes.
-                    let none = Node { value: Value::Alias, at: 0..0, column: 0 };
+                    let none = Node {
+                        value: Value::Alias,
+                        at: 0..0,
+                        column: 0,
+                    };
                     entries.push((node, none));
                 }
             },
@@ -169,8 +204,7 @@ mod tests {
 
     #[test]
     fn a_tree_knows_where_its_nodes_are() {
-        let text =
-            "# é\nmirrors:\n  \"*\":\n    endpoint: [\"a\", b]\n  x:\n    endpoint:\n      - c\nempty:\n";
+        let text = "# é\nmirrors:\n  \"*\":\n    endpoint: [\"a\", b]\n  x:\n    endpoint:\n      - c\nempty:\n";
         let tree = parse(text).unwrap().unwrap();
         let mirrors = tree.get("mirrors").unwrap();
         let (key, all) = mirrors.entry("*").unwrap();

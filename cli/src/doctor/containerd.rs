@@ -40,7 +40,10 @@ impl Install {
     /// The socket, as far as it is known.
     pub(super) fn socket(&self) -> PathBuf {
         let said = || self.read().ok().and_then(|config| config.address);
-        self.named.clone().or_else(said).unwrap_or_else(|| PathBuf::from(self.usual))
+        self.named
+            .clone()
+            .or_else(said)
+            .unwrap_or_else(|| PathBuf::from(self.usual))
     }
 
     fn restart(&self) -> String {
@@ -49,7 +52,10 @@ impl Install {
 
     /// The command line that begins with `ctr`: k3s and RKE2 bring their own.
     fn ctr(&self) -> Vec<String> {
-        let own = self.of.map(|of| of.programs().join("ctr")).filter(|own| own.is_file());
+        let own = self
+            .of
+            .map(|of| of.programs().join("ctr"))
+            .filter(|own| own.is_file());
         match own {
             _ if state::is_installed("ctr") => vec!["ctr".to_owned()],
             Some(own) => vec![own.display().to_string()],
@@ -69,7 +75,9 @@ pub(super) fn installs(args: &DoctorArgs) -> Vec<Install> {
         of: None,
     };
     if args.containerd_config.is_some() || args.containerd_address.is_some() {
-        return vec![plain(args.containerd_config.as_deref().unwrap_or(Path::new(FILE)))];
+        return vec![plain(
+            args.containerd_config.as_deref().unwrap_or(Path::new(FILE)),
+        )];
     }
     let root = Root::new("/");
     let view = View::plain(&root);
@@ -106,9 +114,14 @@ async fn check_one(install: &Install, args: &DoctorArgs, mirror: &str) -> Vec<Ch
             return vec![Check::fail("containerd", format!("{error:#}"), cure)];
         }
     };
-    let ctr = Ctr { socket: install.socket(), program: install.ctr() };
+    let ctr = Ctr {
+        socket: install.socket(),
+        program: install.ctr(),
+    };
     let mut checks = Vec::new();
-    let of = install.of.map_or_else(String::new, |of| format!("{}'s ", of.name));
+    let of = install
+        .of
+        .map_or_else(String::new, |of| format!("{}'s ", of.name));
     let version = match ctr.version().await {
         Ok(version) => {
             checks.push(Check::pass(
@@ -119,17 +132,25 @@ async fn check_one(install: &Install, args: &DoctorArgs, mirror: &str) -> Vec<Ch
         }
         Err(error) => {
             let cure = "is it running, are you root? Name its socket by --containerd-address";
-            checks.push(Check::fail("containerd", format!("{of}{}: {error}", ctr.socket.display()), cure));
+            checks.push(Check::fail(
+                "containerd",
+                format!("{of}{}: {error}", ctr.socket.display()),
+                cure,
+            ));
             String::new()
         }
     };
-    checks.extend(config.warning(&View::plain(&Root::new("/"))).map(|warning| {
-        Check::warn(
-            "config",
-            warning,
-            "the pulls below show whether that works; a newer hawker may know this version",
-        )
-    }));
+    checks.extend(
+        config
+            .warning(&View::plain(&Root::new("/")))
+            .map(|warning| {
+                Check::warn(
+                    "config",
+                    warning,
+                    "the pulls below show whether that works; a newer hawker may know this version",
+                )
+            }),
+    );
     let (found, hosts_dir) = judge_config(&config, install, &version);
     checks.extend(found);
     let image = match &args.image {
@@ -139,20 +160,31 @@ async fn check_one(install: &Install, args: &DoctorArgs, mirror: &str) -> Vec<Ch
     let registry = image.as_deref().map(selftest::registry_of);
     let dir = hosts_dir.unwrap_or_else(|| PathBuf::from(HOSTS_DIR));
     checks.extend(judge_hosts_dir(&dir, registry, mirror, install));
-    let alive = checks.first().is_some_and(|check| check.outcome == Outcome::Pass);
+    let alive = checks
+        .first()
+        .is_some_and(|check| check.outcome == Outcome::Pass);
     match image {
         Some(image) if alive => {
             checks.push(self_test(&ctr, &dir, &image, mirror, &args.admin, install).await);
             if !config.cri_disabled {
-                let cure =
-                    format!("{}, then {}", configure(Runtime::Containerd, mirror, None), install.restart());
+                let cure = format!(
+                    "{}, then {}",
+                    configure(Runtime::Containerd, mirror, None),
+                    install.restart()
+                );
                 checks.push(kubelets_pull(&ctr.socket, &image, mirror, &args.admin, cure).await);
             }
         }
-        Some(_) => checks.push(Check::skip("self-test", "containerd does not answer", "start it")),
-        None => {
-            checks.push(Check::skip("self-test", "containerd holds no image to try", "name one: --image REF"))
-        }
+        Some(_) => checks.push(Check::skip(
+            "self-test",
+            "containerd does not answer",
+            "start it",
+        )),
+        None => checks.push(Check::skip(
+            "self-test",
+            "containerd holds no image to try",
+            "name one: --image REF",
+        )),
     }
     checks
 }
@@ -166,22 +198,54 @@ async fn self_test(
     install: &Install,
 ) -> Check {
     let dir_text = dir.to_string_lossy();
-    let command = ctr.command(["-n", NAMESPACE, "images", "pull", "--hosts-dir", &dir_text, image]);
+    let command = ctr.command([
+        "-n",
+        NAMESPACE,
+        "images",
+        "pull",
+        "--hosts-dir",
+        &dir_text,
+        image,
+    ]);
     let cure = write_hosts(&dir.join("_default/hosts.toml"), mirror, None, install);
-    let pull = Pull { name: "self-test", runtime: "containerd", image, admin, mirror, cure };
+    let pull = Pull {
+        name: "self-test",
+        runtime: "containerd",
+        image,
+        admin,
+        mirror,
+        cure,
+    };
     let check = pull.through(selftest::by(command)).await;
     ctr.clean_up().await;
     check
 }
 
 /// The same by CRI, which has its own idea of where hosts.toml files are.
-async fn kubelets_pull(socket: &Path, image: &str, mirror: &str, admin: &str, cure: String) -> Check {
-    let pull = Pull { name: cri::CHECK, runtime: "containerd's CRI", image, admin, mirror, cure };
+async fn kubelets_pull(
+    socket: &Path,
+    image: &str,
+    mirror: &str,
+    admin: &str,
+    cure: String,
+) -> Check {
+    let pull = Pull {
+        name: cri::CHECK,
+        runtime: "containerd's CRI",
+        image,
+        admin,
+        mirror,
+        cure,
+    };
     match Cri::connect(socket).await {
         Ok(mut cri) => cri.pull_through(pull).await,
         Err(error) => {
             let found = format!("{}: {error}", socket.display());
-            Check::fail(cri::CHECK, found, "containerd's log says why its CRI plugin did not start")
+            Check::fail(
+                cri::CHECK,
+                found,
+                "containerd's log says why its CRI plugin did not start",
+            )
         }
     }
 }
@@ -196,7 +260,11 @@ fn write_hosts(path: &Path, mirror: &str, registry: Option<&str>, install: &Inst
             of.name
         );
     }
-    format!("{configure}; or write {}:\n{}", path.display(), table(&format!("http://{mirror}")))
+    format!(
+        "{configure}; or write {}:\n{}",
+        path.display(),
+        table(&format!("http://{mirror}"))
+    )
 }
 
 /// `ctr` at one socket.
@@ -208,7 +276,10 @@ struct Ctr {
 
 impl Ctr {
     fn command<'a>(&self, arguments: impl IntoIterator<Item = &'a str>) -> tokio::process::Command {
-        let (program, words) = self.program.split_first().map_or(("ctr", &[][..]), |(p, w)| (p.as_str(), w));
+        let (program, words) = self
+            .program
+            .split_first()
+            .map_or(("ctr", &[][..]), |(p, w)| (p.as_str(), w));
         let mut command = command(program, words.iter().map(String::as_str));
         command.arg("--address").arg(&self.socket).args(arguments);
         command
@@ -217,21 +288,31 @@ impl Ctr {
     async fn version(&self) -> anyhow::Result<String> {
         let text = quick(self.command(["version"])).await?;
         let server = text.split_once("Server:").map_or("", |(_, server)| server);
-        let version = server.lines().find_map(|line| line.trim().strip_prefix("Version:"));
+        let version = server
+            .lines()
+            .find_map(|line| line.trim().strip_prefix("Version:"));
         Ok(version.unwrap_or("unknown").trim().to_owned())
     }
 
     async fn lines(&self, arguments: &[&str]) -> Vec<String> {
-        let text = quick(self.command(arguments.iter().copied())).await.unwrap_or_default();
-        text.lines().map(|line| line.trim().to_owned()).filter(|line| !line.is_empty()).collect()
+        let text = quick(self.command(arguments.iter().copied()))
+            .await
+            .unwrap_or_default();
+        text.lines()
+            .map(|line| line.trim().to_owned())
+            .filter(|line| !line.is_empty())
+            .collect()
     }
 
     /// An image that containerd holds, whose name says where it came from.
     async fn any_image(&self) -> Option<String> {
         for namespace in self.lines(&["namespaces", "list", "-q"]).await {
-            let images = self.lines(&["-n", &namespace, "images", "list", "-q"]).await;
-            let named =
-                |image: &String| selftest::registry_of(image).contains('.') && !image.starts_with("import");
+            let images = self
+                .lines(&["-n", &namespace, "images", "list", "-q"])
+                .await;
+            let named = |image: &String| {
+                selftest::registry_of(image).contains('.') && !image.starts_with("import")
+            };
             if let Some(image) = images.into_iter().find(named) {
                 return Some(image);
             }
@@ -245,14 +326,21 @@ impl Ctr {
             let _ = quick(self.command(["-n", NAMESPACE, "images", "rm", "--sync", &image])).await;
         }
         for lease in self.lines(&["-n", NAMESPACE, "leases", "list", "-q"]).await {
-            let _ = quick(self.command(["-n", NAMESPACE, "leases", "delete", "--sync", &lease])).await;
+            let _ =
+                quick(self.command(["-n", NAMESPACE, "leases", "delete", "--sync", &lease])).await;
         }
-        for digest in self.lines(&["-n", NAMESPACE, "content", "list", "-q"]).await {
+        for digest in self
+            .lines(&["-n", NAMESPACE, "content", "list", "-q"])
+            .await
+        {
             let _ = quick(self.command(["-n", NAMESPACE, "content", "delete", &digest])).await;
         }
         // The rest, snapshots that nothing refers to, goes by the collection that the above set off.
         for _ in 0..10 {
-            if quick(self.command(["namespaces", "rm", NAMESPACE])).await.is_ok() {
+            if quick(self.command(["namespaces", "rm", NAMESPACE]))
+                .await
+                .is_ok()
+            {
                 return;
             }
             tokio::time::sleep(std::time::Duration::from_millis(300)).await;
@@ -261,13 +349,20 @@ impl Ctr {
 }
 
 /// Whether CRI looks for hosts.toml at all, and in which directory.
-fn judge_config(config: &Config, install: &Install, version: &str) -> (Vec<Check>, Option<PathBuf>) {
+fn judge_config(
+    config: &Config,
+    install: &Install,
+    version: &str,
+) -> (Vec<Check>, Option<PathBuf>) {
     const NAME: &str = "config_path";
     let file = install.config.display();
     let restart = install.restart();
     let write = match install.of {
         Some(of) => {
-            format!("hawker configure containerd, then {restart}: {} sets it once there is a mirror", of.name)
+            format!(
+                "hawker configure containerd, then {restart}: {} sets it once there is a mirror",
+                of.name
+            )
         }
         None => format!(
             "hawker configure containerd, then {restart}; or write into {file} before that:\n\
@@ -286,7 +381,11 @@ fn judge_config(config: &Config, install: &Install, version: &str) -> (Vec<Check
         return (checks, config.hosts_dir().map(Path::to_owned));
     }
     if let Some((what, cure)) = config.excluded() {
-        checks.push(Check::fail(NAME, format!("{file}: {what}"), format!("{cure}\nthen {write}")));
+        checks.push(Check::fail(
+            NAME,
+            format!("{file}: {what}"),
+            format!("{cure}\nthen {write}"),
+        ));
         return (checks, config.hosts_dir().map(Path::to_owned));
     }
     let Some(dirs) = &config.config_path else {
@@ -311,8 +410,9 @@ fn judge_config(config: &Config, install: &Install, version: &str) -> (Vec<Check
         );
         checks.push(Check::fail(NAME, found, write));
     } else if dirs.contains(':') {
-        let found =
-            format!("{dirs} are two directories, which some pulls of containerd 2.2 and later do not split");
+        let found = format!(
+            "{dirs} are two directories, which some pulls of containerd 2.2 and later do not split"
+        );
         checks.push(Check::fail(NAME, found, write));
     } else {
         checks.push(Check::pass(NAME, dirs.clone()));
@@ -322,16 +422,32 @@ fn judge_config(config: &Config, install: &Install, version: &str) -> (Vec<Check
 
 /// Major and minor; 0.0 where it is not known.
 fn release(version: &str) -> (u32, u32) {
-    let mut parts = version.trim_start_matches('v').split(|c: char| !c.is_ascii_digit());
-    let mut next = || parts.next().and_then(|part| part.parse::<u32>().ok()).unwrap_or(0);
+    let mut parts = version
+        .trim_start_matches('v')
+        .split(|c: char| !c.is_ascii_digit());
+    let mut next = || {
+        parts
+            .next()
+            .and_then(|part| part.parse::<u32>().ok())
+            .unwrap_or(0)
+    };
     (next(), next())
 }
 
 /// Whether the hosts directory sends `registry`'s pulls (or all, where none is asked about) to the mirror.
-fn judge_hosts_dir(dir: &Path, registry: Option<&str>, mirror: &str, install: &Install) -> Vec<Check> {
+fn judge_hosts_dir(
+    dir: &Path,
+    registry: Option<&str>,
+    mirror: &str,
+    install: &Install,
+) -> Vec<Check> {
     const NAME: &str = "hosts.toml";
     let default = dir.join("_default");
-    let own = registry.and_then(|registry| folders_of(dir, registry).into_iter().find(|dir| dir.is_dir()));
+    let own = registry.and_then(|registry| {
+        folders_of(dir, registry)
+            .into_iter()
+            .find(|dir| dir.is_dir())
+    });
     let write = write_hosts(
         &own.as_ref().unwrap_or(&default).join("hosts.toml"),
         mirror,
@@ -345,7 +461,9 @@ fn judge_hosts_dir(dir: &Path, registry: Option<&str>, mirror: &str, install: &I
         Err(error) => Check::fail(NAME, format!("{}: {error}", file.display()), write),
         Ok(text) => match judge(&text, mirror) {
             Verdict::Good => Check::pass(NAME, format!("{} names the mirror", file.display())),
-            Verdict::Poor(found) => Check::warn(NAME, format!("{}: {found}", file.display()), write),
+            Verdict::Poor(found) => {
+                Check::warn(NAME, format!("{}: {found}", file.display()), write)
+            }
             Verdict::Bad(found) => Check::fail(NAME, format!("{}: {found}", file.display()), write),
         },
     });
@@ -355,19 +473,36 @@ fn judge_hosts_dir(dir: &Path, registry: Option<&str>, mirror: &str, install: &I
 
 /// Registries with a directory of their own never see `_default`.
 fn shadows(dir: &Path, judged: &Path, mirror: &str) -> Option<Check> {
-    let entries = std::fs::read_dir(dir).ok()?.flatten().map(|entry| entry.path());
+    let entries = std::fs::read_dir(dir)
+        .ok()?
+        .flatten()
+        .map(|entry| entry.path());
     let past = |folder: &PathBuf| {
         let text = std::fs::read_to_string(folder.join("hosts.toml")).unwrap_or_default();
         folder.is_dir() && folder != judged && matches!(judge(&text, mirror), Verdict::Bad(_))
     };
     let mut names: Vec<String> = entries
         .filter(past)
-        .map(|f| f.file_name().unwrap_or_default().to_string_lossy().into_owned())
+        .map(|f| {
+            f.file_name()
+                .unwrap_or_default()
+                .to_string_lossy()
+                .into_owned()
+        })
         .collect();
     names.sort();
-    let cure = configure(Runtime::Containerd, mirror, Some(&names.join(" --registry ")));
-    (!names.is_empty())
-        .then(|| Check::warn("registries", format!("past Hawker go: {}", names.join(", ")), cure))
+    let cure = configure(
+        Runtime::Containerd,
+        mirror,
+        Some(&names.join(" --registry ")),
+    );
+    (!names.is_empty()).then(|| {
+        Check::warn(
+            "registries",
+            format!("past Hawker go: {}", names.join(", ")),
+            cure,
+        )
+    })
 }
 
 #[cfg(test)]
@@ -386,7 +521,13 @@ mod tests {
     }
 
     fn install() -> Install {
-        Install { config: FILE.into(), named: None, usual: SOCKET, unit: "containerd", of: None }
+        Install {
+            config: FILE.into(),
+            named: None,
+            usual: SOCKET,
+            unit: "containerd",
+            of: None,
+        }
     }
 
     fn outcomes(config: &Config, version: &str) -> Vec<Outcome> {
@@ -400,13 +541,16 @@ mod tests {
                     [plugins.\"io.containerd.grpc.v1.cri\".cni]\n      bin_dir = \"/usr/lib/cni\"\n\
                     [grpc]\naddress = \"/run/other.sock\"\n";
         let config = config(text);
-        assert_eq!(config.address.as_deref(), Some(Path::new("/run/other.sock")));
+        assert_eq!(
+            config.address.as_deref(),
+            Some(Path::new("/run/other.sock"))
+        );
         let (checks, dir) = judge_config(&config, &install(), "1.6.20~ds1");
         assert_eq!((checks[0].outcome, dir), (Outcome::Fail, None));
         assert!(
-            checks[0]
-                .cure
-                .contains("[plugins.\"io.containerd.grpc.v1.cri\".registry]\n  config_path = \"/etc")
+            checks[0].cure.contains(
+                "[plugins.\"io.containerd.grpc.v1.cri\".registry]\n  config_path = \"/etc"
+            )
         );
     }
 
@@ -414,16 +558,38 @@ mod tests {
     fn the_known_pitfalls_are_told() {
         let disabled = config("disabled_plugins = [\"cri\"]\n");
         assert_eq!(outcomes(&disabled, "1.6.20"), [Outcome::Warn]);
-        let pair = format!("version = 3\n[plugins.\"{CRI_2}\".registry]\nconfig_path = \"/a:/b\"\n");
+        let pair =
+            format!("version = 3\n[plugins.\"{CRI_2}\".registry]\nconfig_path = \"/a:/b\"\n");
         let pair = config(&pair);
         assert_eq!(outcomes(&pair, "2.2.0"), [Outcome::Fail]);
-        assert_eq!(judge_config(&pair, &install(), "2.2.0").1, Some(PathBuf::from("/a")));
+        assert_eq!(
+            judge_config(&pair, &install(), "2.2.0").1,
+            Some(PathBuf::from("/a"))
+        );
         let old = format!(
             "version = 2\n[plugins.\"{CRI_1}\".registry.mirrors.\"docker.io\"]\nendpoint = [\"http://a\"]\n"
         );
         assert_eq!(outcomes(&config(&old), "1.7.3"), [Outcome::Fail]);
-        assert_eq!(outcomes(&Config { version: 3, ..Config::default() }, "v2.2.1"), [Outcome::Warn]);
-        assert_eq!(outcomes(&Config { version: 3, ..Config::default() }, "2.1.4"), [Outcome::Fail]);
+        assert_eq!(
+            outcomes(
+                &Config {
+                    version: 3,
+                    ..Config::default()
+                },
+                "v2.2.1"
+            ),
+            [Outcome::Warn]
+        );
+        assert_eq!(
+            outcomes(
+                &Config {
+                    version: 3,
+                    ..Config::default()
+                },
+                "2.1.4"
+            ),
+            [Outcome::Fail]
+        );
         let newest = format!(
             "version = 4\n[plugins.'io.containerd.server.v1.grpc']\naddress = '/run/a.sock'\n\
              [plugins.'{CRI_2}'.registry]\nconfig_path = '/a'\n"

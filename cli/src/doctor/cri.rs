@@ -87,28 +87,43 @@ impl Cri {
         // The socket is the address; this one is for the form.
         let endpoint = Endpoint::from_static("http://localhost").connect_timeout(CONNECT);
         let channel = endpoint.connect_with_connector(connector).await?;
-        Ok(Self(Grpc::new(channel).max_decoding_message_size(ANSWER_MAX_BYTES)))
+        Ok(Self(
+            Grpc::new(channel).max_decoding_message_size(ANSWER_MAX_BYTES),
+        ))
     }
 
     /// Name and version of the runtime.
     pub(super) async fn version(&mut self) -> anyhow::Result<String> {
-        let version: Version = self.quick("/runtime.v1.RuntimeService/Version", Nothing {}).await?;
-        Ok(format!("{} {}", version.runtime_name, version.runtime_version))
+        let version: Version = self
+            .quick("/runtime.v1.RuntimeService/Version", Nothing {})
+            .await?;
+        Ok(format!(
+            "{} {}",
+            version.runtime_name, version.runtime_version
+        ))
     }
 
     /// An image that the runtime holds, whose name says where it came from.
     pub(super) async fn any_image(&mut self) -> Option<String> {
-        let images: Images = self.quick("/runtime.v1.ImageService/ListImages", Nothing {}).await.ok()?;
+        let images: Images = self
+            .quick("/runtime.v1.ImageService/ListImages", Nothing {})
+            .await
+            .ok()?;
         let mut names = images.images.into_iter().flat_map(|image| image.repo_tags);
         names.find(|name| super::selftest::registry_of(name).contains('.'))
     }
 
     /// Pulls the image, and takes it away again if it was not there before.
     pub(super) async fn pull_through(&mut self, pull: Pull<'_>) -> Check {
-        let request = || ImageRequest { image: Some(ImageSpec { image: pull.image.to_owned() }) };
+        let request = || ImageRequest {
+            image: Some(ImageSpec {
+                image: pull.image.to_owned(),
+            }),
+        };
         let (status, asked, removal) = (request(), request(), request());
-        let status: anyhow::Result<ImageStatus> =
-            self.quick("/runtime.v1.ImageService/ImageStatus", status).await;
+        let status: anyhow::Result<ImageStatus> = self
+            .quick("/runtime.v1.ImageService/ImageStatus", status)
+            .await;
         if let Err(error) = &status
             && error.is::<NoPlugin>()
         {
@@ -120,12 +135,15 @@ impl Cri {
         }
         let check = pull
             .through(async {
-                self.call::<_, Nothing>("/runtime.v1.ImageService/PullImage", asked).await.map(drop)
+                self.call::<_, Nothing>("/runtime.v1.ImageService/PullImage", asked)
+                    .await
+                    .map(drop)
             })
             .await;
         if status.is_ok_and(|status| status.image.is_none()) {
-            let _: anyhow::Result<Nothing> =
-                self.quick("/runtime.v1.ImageService/RemoveImage", removal).await;
+            let _: anyhow::Result<Nothing> = self
+                .quick("/runtime.v1.ImageService/RemoveImage", removal)
+                .await;
         }
         check
     }
@@ -135,7 +153,9 @@ impl Cri {
         Q: Message + Send + Sync + 'static,
         A: Message + Default + Send + Sync + 'static,
     {
-        tokio::time::timeout(QUICK, self.call(method, request)).await.context("it does not answer")?
+        tokio::time::timeout(QUICK, self.call(method, request))
+            .await
+            .context("it does not answer")?
     }
 
     async fn call<Q, A>(&mut self, method: &'static str, request: Q) -> anyhow::Result<A>
@@ -145,8 +165,14 @@ impl Cri {
     {
         self.0.ready().await?;
         let codec = ProstCodec::<Q, A>::default();
-        let answer =
-            self.0.unary(tonic::Request::new(request), PathAndQuery::from_static(method), codec).await;
+        let answer = self
+            .0
+            .unary(
+                tonic::Request::new(request),
+                PathAndQuery::from_static(method),
+                codec,
+            )
+            .await;
         match answer {
             Ok(answer) => Ok(answer.into_inner()),
             Err(status) if status.code() == tonic::Code::Unimplemented => {

@@ -17,10 +17,16 @@ pub(super) async fn check(args: &DoctorArgs, mirror: &str) -> Vec<Check> {
         anyhow::Ok((cri, version))
     };
     let (mut cri, running) = match alive.await {
-        Ok((cri, version)) => (Some(cri), Check::pass("crio", format!("{version} at {}", socket.display()))),
+        Ok((cri, version)) => (
+            Some(cri),
+            Check::pass("crio", format!("{version} at {}", socket.display())),
+        ),
         Err(error) => {
             let cure = "is it running, are you root? Name its socket by --crio-address";
-            (None, Check::fail("crio", format!("{}: {error}", socket.display()), cure))
+            (
+                None,
+                Check::fail("crio", format!("{}: {error}", socket.display()), cure),
+            )
         }
     };
     let image = match (&args.image, &mut cri) {
@@ -29,7 +35,10 @@ pub(super) async fn check(args: &DoctorArgs, mirror: &str) -> Vec<Check> {
         (None, None) => None,
     };
     let registry = image.as_deref().map(selftest::registry_of);
-    let mut checks = vec![running, podman::configured("crio mirrors", Runtime::Crio, registry, mirror)];
+    let mut checks = vec![
+        running,
+        podman::configured("crio mirrors", Runtime::Crio, registry, mirror),
+    ];
     match (&image, &mut cri) {
         (Some(image), Some(cri)) => {
             let cure = podman::cure(Runtime::Crio, registry.unwrap_or("docker.io"), mirror)
@@ -46,9 +55,11 @@ pub(super) async fn check(args: &DoctorArgs, mirror: &str) -> Vec<Check> {
                 .await,
             );
         }
-        (None, _) => {
-            checks.push(Check::skip(cri::CHECK, "CRI-O holds no image to try", "name one: --image REF"))
-        }
+        (None, _) => checks.push(Check::skip(
+            cri::CHECK,
+            "CRI-O holds no image to try",
+            "name one: --image REF",
+        )),
         (_, None) => checks.push(Check::skip(cri::CHECK, "CRI-O does not answer", "start it")),
     }
     checks

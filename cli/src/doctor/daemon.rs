@@ -21,35 +21,59 @@ pub(super) async fn check(args: &DoctorArgs) -> (Vec<Check>, Option<Status>) {
     };
     let Ok(status) = serde_json::from_str::<Status>(&json) else {
         let found = format!("what answers at {} is no hawker daemon", args.admin);
-        return (vec![Check::fail("daemon", found, "name the daemon's address by --admin")], None);
+        return (
+            vec![Check::fail(
+                "daemon",
+                found,
+                "name the daemon's address by --admin",
+            )],
+            None,
+        );
     };
     let mut checks = vec![ready(&status)];
     checks.extend(cluster(&status));
     checks.extend(store(&status));
     checks.push(open_files(&status));
-    checks.extend(status.certificate.map(|certificate| clock(&certificate, now_s())));
+    checks.extend(
+        status
+            .certificate
+            .map(|certificate| clock(&certificate, now_s())),
+    );
     (checks, Some(status))
 }
 
 /// The mirror's address: as told, as the daemon says, or where it is by default.
 pub(super) fn mirror_address(args: &DoctorArgs, status: Option<&Status>) -> String {
     let said = status.and_then(|status| status.mirror.first().cloned());
-    args.mirror.as_deref().map(address).or(said).unwrap_or_else(|| resolve::MIRROR.to_owned())
+    args.mirror
+        .as_deref()
+        .map(address)
+        .or(said)
+        .unwrap_or_else(|| resolve::MIRROR.to_owned())
 }
 
 /// The address in a URL of the mirror, as `hawker configure` takes it.
 fn address(mirror: &str) -> String {
-    mirror.strip_prefix("http://").unwrap_or(mirror).trim_end_matches('/').to_owned()
+    mirror
+        .strip_prefix("http://")
+        .unwrap_or(mirror)
+        .trim_end_matches('/')
+        .to_owned()
 }
 
 /// Whether the mirror answers as runtimes ask first.
 pub(super) async fn check_mirror(mirror: &str) -> Vec<Check> {
     let cure = "name the mirror's address by --mirror; the daemon's log says where it listens";
     vec![match client::get(mirror, "/v2/").await {
-        Ok(answer) if matches!(answer.status, 200 | 401) => {
-            Check::pass("mirror", format!("{mirror} answers /v2/ with {}", answer.status))
-        }
-        Ok(answer) => Check::fail("mirror", format!("{mirror} answers /v2/ with {}", answer.status), cure),
+        Ok(answer) if matches!(answer.status, 200 | 401) => Check::pass(
+            "mirror",
+            format!("{mirror} answers /v2/ with {}", answer.status),
+        ),
+        Ok(answer) => Check::fail(
+            "mirror",
+            format!("{mirror} answers /v2/ with {}", answer.status),
+            cure,
+        ),
         Err(error) => Check::fail("mirror", format!("{mirror} does not answer: {error}"), cure),
     }]
 }
@@ -65,7 +89,11 @@ fn ready(status: &Status) -> Check {
     if status.ready {
         return Check::pass("daemon", found);
     }
-    Check::fail("daemon", format!("{found}, but not ready"), "it starts or drains; its log says more")
+    Check::fail(
+        "daemon",
+        format!("{found}, but not ready"),
+        "it starts or drains; its log says more",
+    )
 }
 
 fn cluster(status: &Status) -> Vec<Check> {
@@ -74,21 +102,41 @@ fn cluster(status: &Status) -> Vec<Check> {
         "" => scheduler.address.clone(),
         problem => format!("{} ({problem})", scheduler.address),
     };
-    let down: Vec<String> = status.schedulers.iter().filter(|s| !s.connected).map(name).collect();
+    let down: Vec<String> = status
+        .schedulers
+        .iter()
+        .filter(|s| !s.connected)
+        .map(name)
+        .collect();
     let cure = "pulls go on without it, from seeds and registries. Is it running, its port open, its address still right \
                 (--scheduler)?";
     match (status.schedulers.len(), down.len()) {
         (0, _) => {}
         (_, 0) => checks.push(Check::pass("schedulers", "connected")),
         (all, lost) if lost < all => {
-            checks.push(Check::warn("schedulers", format!("not connected: {}", down.join(", ")), cure));
+            checks.push(Check::warn(
+                "schedulers",
+                format!("not connected: {}", down.join(", ")),
+                cure,
+            ));
         }
-        _ => checks.push(Check::fail("schedulers", format!("none is connected: {}", down.join(", ")), cure)),
+        _ => checks.push(Check::fail(
+            "schedulers",
+            format!("none is connected: {}", down.join(", ")),
+            cure,
+        )),
     }
-    let seeds: Vec<_> =
-        status.members.iter().filter(|m| m.role == "seed" && m.peer_id != status.peer_id).collect();
+    let seeds: Vec<_> = status
+        .members
+        .iter()
+        .filter(|m| m.role == "seed" && m.peer_id != status.peer_id)
+        .collect();
     if !seeds.is_empty() {
-        let isolated: Vec<&str> = seeds.iter().filter(|m| m.isolated).map(|m| m.name.as_str()).collect();
+        let isolated: Vec<&str> = seeds
+            .iter()
+            .filter(|m| m.isolated)
+            .map(|m| m.name.as_str())
+            .collect();
         let connected = seeds.iter().filter(|m| m.connected).count();
         // Connections to seeds are made when there is something to fetch: none is no fault.
         checks.push(if isolated.is_empty() {
@@ -99,7 +147,11 @@ fn cluster(status: &Status) -> Vec<Check> {
         });
     } else if status.role == "alone" {
         let cure = "to share with other nodes: hawker proxy --join HOST:PORT --token-file FILE";
-        checks.push(Check::skip("cluster", "this node runs alone, as a verified cache", cure));
+        checks.push(Check::skip(
+            "cluster",
+            "this node runs alone, as a verified cache",
+            cure,
+        ));
     }
     checks
 }
@@ -112,10 +164,15 @@ fn store(status: &Status) -> Vec<Check> {
     }
     let used = store.disk_used_percent;
     let Some(used) = used.filter(|_| store.high_percent > 0) else {
-        return vec![Check::pass("store", format!("{} blobs, writable", store.blobs))];
+        return vec![Check::pass(
+            "store",
+            format!("{} blobs, writable", store.blobs),
+        )];
     };
-    let found =
-        format!("{} blobs, writable, disk {used} % full (evicts from {} %)", store.blobs, store.high_percent);
+    let found = format!(
+        "{} blobs, writable, disk {used} % full (evicts from {} %)",
+        store.blobs, store.high_percent
+    );
     if used > store.high_percent {
         let cure = "something else fills the disk, or all of it is being read: free space, or give --data-dir a disk of its own";
         return vec![Check::warn("store", found, cure)];
@@ -135,28 +192,40 @@ fn open_files(status: &Status) -> Check {
 }
 
 fn clock(certificate: &CertificateStatus, now_s: u64) -> Check {
-    let CertificateStatus { not_before_s, not_after_s } = *certificate;
+    let CertificateStatus {
+        not_before_s,
+        not_after_s,
+    } = *certificate;
     if now_s < not_before_s {
         let behind = human_duration(not_before_s - now_s);
         let cure = "certificates begin an hour back, so the clocks differ by more: set this one (timedatectl set-ntp true)";
-        return Check::fail("clock", format!("this node's certificate begins in {behind}"), cure);
+        return Check::fail(
+            "clock",
+            format!("this node's certificate begins in {behind}"),
+            cure,
+        );
     }
     if now_s >= not_after_s {
-        let cure =
-            "set the clock if it is wrong; else join again with a new token after removing DATA_DIR/identity";
+        let cure = "set the clock if it is wrong; else join again with a new token after removing DATA_DIR/identity";
         return Check::fail("clock", "this node's certificate has expired", cure);
     }
     let left = not_after_s - now_s;
-    let found = format!("within the certificate's validity, {} left", human_duration(left));
+    let found = format!(
+        "within the certificate's validity, {} left",
+        human_duration(left)
+    );
     if left < (not_after_s - not_before_s) / 4 {
-        let cure = "it should have renewed itself at two thirds of its life: is the scheduler reachable?";
+        let cure =
+            "it should have renewed itself at two thirds of its life: is the scheduler reachable?";
         return Check::warn("clock", found, cure);
     }
     Check::pass("clock", found)
 }
 
 fn now_s() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |since| since.as_secs())
 }
 
 #[cfg(test)]
@@ -167,31 +236,52 @@ mod tests {
 
     #[test]
     fn the_mirror_may_be_named_by_its_url() {
-        for named in ["10.0.0.1:6500", "http://10.0.0.1:6500", "http://10.0.0.1:6500/"] {
+        for named in [
+            "10.0.0.1:6500",
+            "http://10.0.0.1:6500",
+            "http://10.0.0.1:6500/",
+        ] {
             assert_eq!(address(named), "10.0.0.1:6500");
         }
     }
 
     #[test]
     fn a_clock_outside_the_certificate_is_told() {
-        let certificate = CertificateStatus { not_before_s: 1_000, not_after_s: 2_000 };
-        for (now_s, outcome) in
-            [(999, Outcome::Fail), (1_000, Outcome::Pass), (1_800, Outcome::Warn), (2_000, Outcome::Fail)]
-        {
+        let certificate = CertificateStatus {
+            not_before_s: 1_000,
+            not_after_s: 2_000,
+        };
+        for (now_s, outcome) in [
+            (999, Outcome::Fail),
+            (1_000, Outcome::Pass),
+            (1_800, Outcome::Warn),
+            (2_000, Outcome::Fail),
+        ] {
             assert_eq!(clock(&certificate, now_s).outcome, outcome, "{now_s}");
         }
     }
 
     #[test]
     fn each_trouble_of_a_daemon_has_its_line() {
-        let scheduler =
-            |connected| SchedulerStatus { address: "a:1".into(), connected, ..SchedulerStatus::default() };
+        let scheduler = |connected| SchedulerStatus {
+            address: "a:1".into(),
+            connected,
+            ..SchedulerStatus::default()
+        };
         let one = |schedulers: Vec<SchedulerStatus>| {
-            cluster(&Status { schedulers, ..Status::default() }).first().map(|check| check.outcome)
+            cluster(&Status {
+                schedulers,
+                ..Status::default()
+            })
+            .first()
+            .map(|check| check.outcome)
         };
         assert_eq!(one(vec![]), None);
         assert_eq!(one(vec![scheduler(true)]), Some(Outcome::Pass));
-        assert_eq!(one(vec![scheduler(true), scheduler(false)]), Some(Outcome::Warn));
+        assert_eq!(
+            one(vec![scheduler(true), scheduler(false)]),
+            Some(Outcome::Warn)
+        );
         assert_eq!(one(vec![scheduler(false)]), Some(Outcome::Fail));
         let seed = MemberStatus {
             role: "seed".into(),
@@ -200,20 +290,53 @@ mod tests {
             ..MemberStatus::default()
         };
         let members = vec![seed];
-        assert_eq!(cluster(&Status { members, ..Status::default() })[0].outcome, Outcome::Warn);
-        for (degraded, used, outcome) in
-            [(true, 10, Outcome::Fail), (false, 95, Outcome::Warn), (false, 50, Outcome::Pass)]
-        {
+        assert_eq!(
+            cluster(&Status {
+                members,
+                ..Status::default()
+            })[0]
+                .outcome,
+            Outcome::Warn
+        );
+        for (degraded, used, outcome) in [
+            (true, 10, Outcome::Fail),
+            (false, 95, Outcome::Warn),
+            (false, 50, Outcome::Pass),
+        ] {
             let disk_used_percent = Some(used);
-            let store =
-                StoreStatus { degraded, disk_used_percent, high_percent: 90, ..StoreStatus::default() };
-            assert_eq!(super::store(&Status { store, ..Status::default() })[0].outcome, outcome);
+            let store = StoreStatus {
+                degraded,
+                disk_used_percent,
+                high_percent: 90,
+                ..StoreStatus::default()
+            };
+            assert_eq!(
+                super::store(&Status {
+                    store,
+                    ..Status::default()
+                })[0]
+                    .outcome,
+                outcome
+            );
         }
-        for (open_files, open_files_limit, outcome) in
-            [(10, 1024, Outcome::Warn), (9_000, 10_000, Outcome::Warn), (10, 65_536, Outcome::Pass)]
-        {
-            let process = ProcessStatus { pid: 1, open_files, open_files_limit };
-            assert_eq!(super::open_files(&Status { process, ..Status::default() }).outcome, outcome);
+        for (open_files, open_files_limit, outcome) in [
+            (10, 1024, Outcome::Warn),
+            (9_000, 10_000, Outcome::Warn),
+            (10, 65_536, Outcome::Pass),
+        ] {
+            let process = ProcessStatus {
+                pid: 1,
+                open_files,
+                open_files_limit,
+            };
+            assert_eq!(
+                super::open_files(&Status {
+                    process,
+                    ..Status::default()
+                })
+                .outcome,
+                outcome
+            );
         }
     }
 }

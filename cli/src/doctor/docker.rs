@@ -14,15 +14,26 @@ pub(super) async fn check(args: &DoctorArgs, mirror: &str) -> Vec<Check> {
     let well = configured.outcome == Outcome::Pass;
     let mut checks = vec![configured];
     let Some(image) = args.image.as_deref().map(selftest::full_reference) else {
-        checks.push(Check::skip("docker pull", "no image to try", "name one: --image REF"));
+        checks.push(Check::skip(
+            "docker pull",
+            "no image to try",
+            "name one: --image REF",
+        ));
         return checks;
     };
     if well && selftest::registry_of(&image) != "docker.io" {
-        let found = format!("docker asks its mirrors for Docker Hub's images alone, not for {image}");
-        checks.push(Check::skip("docker pull", found, "name an image of docker.io"));
+        let found =
+            format!("docker asks its mirrors for Docker Hub's images alone, not for {image}");
+        checks.push(Check::skip(
+            "docker pull",
+            found,
+            "name an image of docker.io",
+        ));
         return checks;
     }
-    let had = quick(command("docker", ["image", "inspect", &image])).await.is_ok();
+    let had = quick(command("docker", ["image", "inspect", &image]))
+        .await
+        .is_ok();
     let pull = Pull {
         name: "docker pull",
         runtime: "docker",
@@ -31,7 +42,10 @@ pub(super) async fn check(args: &DoctorArgs, mirror: &str) -> Vec<Check> {
         mirror,
         cure: cure(mirror),
     };
-    checks.push(pull.through(selftest::by(command("docker", ["pull", &image]))).await);
+    checks.push(
+        pull.through(selftest::by(command("docker", ["pull", &image])))
+            .await,
+    );
     if !had {
         let _ = quick(command("docker", ["image", "rm", &image])).await;
     }
@@ -47,20 +61,33 @@ fn cure(mirror: &str) -> String {
 }
 
 fn judge(text: &str, mirror: &str) -> Check {
-    let json: serde_json::Value = match serde_json::from_str(if text.is_empty() { "{}" } else { text }) {
-        Ok(json) => json,
-        Err(error) => return Check::fail("docker", format!("{FILE} is no JSON: {error}"), "mend it"),
-    };
-    let mirrors =
-        json.get("registry-mirrors").and_then(|mirrors| mirrors.as_array()).cloned().unwrap_or_default();
-    let position = mirrors.iter().filter_map(|url| url.as_str()).position(|url| is_mirror(url, mirror));
+    let json: serde_json::Value =
+        match serde_json::from_str(if text.is_empty() { "{}" } else { text }) {
+            Ok(json) => json,
+            Err(error) => {
+                return Check::fail("docker", format!("{FILE} is no JSON: {error}"), "mend it");
+            }
+        };
+    let mirrors = json
+        .get("registry-mirrors")
+        .and_then(|mirrors| mirrors.as_array())
+        .cloned()
+        .unwrap_or_default();
+    let position = mirrors
+        .iter()
+        .filter_map(|url| url.as_str())
+        .position(|url| is_mirror(url, mirror));
     match position {
         Some(0) => Check::pass("docker", format!("{FILE} names the mirror")),
         Some(_) => {
             let found = format!("{FILE} names the mirror behind another, which is asked first");
             Check::warn("docker", found, "put it first in registry-mirrors")
         }
-        None => Check::fail("docker", format!("{FILE} names no mirror http://{mirror}"), cure(mirror)),
+        None => Check::fail(
+            "docker",
+            format!("{FILE} names no mirror http://{mirror}"),
+            cure(mirror),
+        ),
     }
 }
 
@@ -71,9 +98,18 @@ mod tests {
     #[test]
     fn the_mirror_is_found_in_daemon_json() {
         let judge = |text: &str| judge(text, "127.0.0.1:6500").outcome;
-        assert_eq!(judge(r#"{"registry-mirrors":["http://localhost:6500/"]}"#), Outcome::Pass);
-        assert_eq!(judge(r#"{"registry-mirrors":["http://a","http://localhost:6500/"]}"#), Outcome::Warn);
-        assert_eq!(judge(r#"{"registry-mirrors":["http://localhost:5000"]}"#), Outcome::Fail);
+        assert_eq!(
+            judge(r#"{"registry-mirrors":["http://localhost:6500/"]}"#),
+            Outcome::Pass
+        );
+        assert_eq!(
+            judge(r#"{"registry-mirrors":["http://a","http://localhost:6500/"]}"#),
+            Outcome::Warn
+        );
+        assert_eq!(
+            judge(r#"{"registry-mirrors":["http://localhost:5000"]}"#),
+            Outcome::Fail
+        );
         assert_eq!(judge(""), Outcome::Fail);
         assert_eq!(judge("{"), Outcome::Fail);
     }

@@ -46,23 +46,50 @@ struct Check {
 
 impl Check {
     fn pass(name: &'static str, found: impl Into<String>) -> Self {
-        Self { name, outcome: Outcome::Pass, found: found.into(), cure: String::new(), proves_pull: false }
+        Self {
+            name,
+            outcome: Outcome::Pass,
+            found: found.into(),
+            cure: String::new(),
+            proves_pull: false,
+        }
     }
 
     fn warn(name: &'static str, found: impl Into<String>, cure: impl Into<String>) -> Self {
-        Self { name, outcome: Outcome::Warn, found: found.into(), cure: cure.into(), proves_pull: false }
+        Self {
+            name,
+            outcome: Outcome::Warn,
+            found: found.into(),
+            cure: cure.into(),
+            proves_pull: false,
+        }
     }
 
     fn fail(name: &'static str, found: impl Into<String>, cure: impl Into<String>) -> Self {
-        Self { name, outcome: Outcome::Fail, found: found.into(), cure: cure.into(), proves_pull: false }
+        Self {
+            name,
+            outcome: Outcome::Fail,
+            found: found.into(),
+            cure: cure.into(),
+            proves_pull: false,
+        }
     }
 
     fn skip(name: &'static str, found: impl Into<String>, cure: impl Into<String>) -> Self {
-        Self { name, outcome: Outcome::Skip, found: found.into(), cure: cure.into(), proves_pull: false }
+        Self {
+            name,
+            outcome: Outcome::Skip,
+            found: found.into(),
+            cure: cure.into(),
+            proves_pull: false,
+        }
     }
 
     fn proving_a_pull(self) -> Self {
-        Self { proves_pull: true, ..self }
+        Self {
+            proves_pull: true,
+            ..self
+        }
     }
 
     fn render(&self) -> String {
@@ -72,8 +99,11 @@ impl Check {
             Outcome::Fail => "✗",
             Outcome::Skip => "-",
         };
-        let mut text =
-            format!("{mark} {:<12} {}\n", self.name, self.found.replace('\n', "\n               "));
+        let mut text = format!(
+            "{mark} {:<12} {}\n",
+            self.name,
+            self.found.replace('\n', "\n               ")
+        );
         for (i, line) in self.cure.lines().enumerate() {
             let arrow = if i == 0 { "→ " } else { "  " };
             text.push_str(format!("               {arrow}{line}").trim_end());
@@ -89,7 +119,8 @@ pub(crate) async fn run(args: &DoctorArgs) -> anyhow::Result<bool> {
     let mut tell = |new: Vec<Check>| {
         if !args.json {
             // What can't be printed has been looked at all the same.
-            new.iter().for_each(|check| drop(print::line(check.render().trim_end())));
+            new.iter()
+                .for_each(|check| drop(print::line(check.render().trim_end())));
         }
         checks.extend(new);
     };
@@ -98,7 +129,10 @@ pub(crate) async fn run(args: &DoctorArgs) -> anyhow::Result<bool> {
     let mirror = daemon::mirror_address(args, status.as_ref());
     tell(daemon::check_mirror(&mirror).await);
     let mut unproved = Vec::new();
-    for runtime in RUNTIMES.into_iter().filter(|it| args.runtime.is_none_or(|named| named == *it)) {
+    for runtime in RUNTIMES
+        .into_iter()
+        .filter(|it| args.runtime.is_none_or(|named| named == *it))
+    {
         // A runtime that was named is looked at whatever its state.
         if args.runtime.is_none() {
             let state = state::of(runtime, args).await;
@@ -148,8 +182,13 @@ fn verdict(failed: bool, proved: bool, unproved: &[&str]) -> String {
 }
 
 /// All runtimes, in the order in which they are looked at.
-const RUNTIMES: [Runtime; 5] =
-    [Runtime::Containerd, Runtime::Docker, Runtime::Crio, Runtime::Podman, Runtime::Buildkit];
+const RUNTIMES: [Runtime; 5] = [
+    Runtime::Containerd,
+    Runtime::Docker,
+    Runtime::Crio,
+    Runtime::Podman,
+    Runtime::Buildkit,
+];
 
 /// The command that points a runtime at the mirror.
 fn configure(runtime: Runtime, mirror: &str, registry: Option<&str>) -> String {
@@ -170,10 +209,15 @@ mod tests {
     #[test]
     fn all_is_well_only_where_a_pull_was_proved() {
         assert_eq!(verdict(false, true, &[]), "All is well.");
-        assert!(verdict(false, false, &["containerd"]).starts_with("No pull through Hawker was proved"));
+        assert!(
+            verdict(false, false, &["containerd"]).starts_with("No pull through Hawker was proved")
+        );
         assert!(verdict(false, false, &[]).starts_with("No pull through Hawker was proved"));
         assert!(verdict(true, true, &[]).starts_with("Something is wrong"));
-        assert!(verdict(false, true, &["docker", "podman"]).contains("Not tried: pulls by docker, podman"));
+        assert!(
+            verdict(false, true, &["docker", "podman"])
+                .contains("Not tried: pulls by docker, podman")
+        );
     }
 
     #[test]

@@ -17,13 +17,29 @@ pub(super) async fn check(args: &DoctorArgs, mirror: &str) -> Vec<Check> {
     let registry = image.as_deref().map(selftest::registry_of);
     let mut checks = vec![configured("podman", Runtime::Podman, registry, mirror)];
     let Some(image) = &image else {
-        checks.push(Check::skip("podman pull", "no image to try", "name one: --image REF"));
+        checks.push(Check::skip(
+            "podman pull",
+            "no image to try",
+            "name one: --image REF",
+        ));
         return checks;
     };
-    let had = quick(command("podman", ["image", "exists", image])).await.is_ok();
+    let had = quick(command("podman", ["image", "exists", image]))
+        .await
+        .is_ok();
     let cure = cure(Runtime::Podman, registry.unwrap_or("docker.io"), mirror);
-    let pull = Pull { name: "podman pull", runtime: "podman", image, admin: &args.admin, mirror, cure };
-    checks.push(pull.through(selftest::by(command("podman", ["pull", "--quiet", image]))).await);
+    let pull = Pull {
+        name: "podman pull",
+        runtime: "podman",
+        image,
+        admin: &args.admin,
+        mirror,
+        cure,
+    };
+    checks.push(
+        pull.through(selftest::by(command("podman", ["pull", "--quiet", image])))
+            .await,
+    );
     if !had {
         let _ = quick(command("podman", ["image", "rm", image])).await;
     }
@@ -69,18 +85,34 @@ fn judge(
 ) -> Check {
     let cure = cure(runtime, registry.unwrap_or("docker.io"), mirror);
     // Of several blocks for a prefix the last one counts.
-    let counts = |i: usize, block: &Block| blocks[i + 1..].iter().all(|later| later.prefix != block.prefix);
-    let counting = blocks.iter().enumerate().filter(|(i, block)| counts(*i, block));
-    let found: Vec<(&str, bool)> =
-        counting.filter_map(|(_, block)| Some((block.prefix.as_str(), block.goes_to(mirror)?))).collect();
-    let secure: Vec<&str> = found.iter().filter(|(_, plain)| !plain).map(|(name, _)| *name).collect();
+    let counts = |i: usize, block: &Block| {
+        blocks[i + 1..]
+            .iter()
+            .all(|later| later.prefix != block.prefix)
+    };
+    let counting = blocks
+        .iter()
+        .enumerate()
+        .filter(|(i, block)| counts(*i, block));
+    let found: Vec<(&str, bool)> = counting
+        .filter_map(|(_, block)| Some((block.prefix.as_str(), block.goes_to(mirror)?)))
+        .collect();
+    let secure: Vec<&str> = found
+        .iter()
+        .filter(|(_, plain)| !plain)
+        .map(|(name, _)| *name)
+        .collect();
     if !secure.is_empty() {
-        let found =
-            format!("the mirror of {} lacks insecure = true, and would be asked by TLS", secure.join(", "));
+        let found = format!(
+            "the mirror of {} lacks insecure = true, and would be asked by TLS",
+            secure.join(", ")
+        );
         return Check::fail(name, found, cure);
     }
     let covers = |prefix: &str| {
-        registry.is_none_or(|registry| prefix == registry || prefix.starts_with(&format!("{registry}/")))
+        registry.is_none_or(|registry| {
+            prefix == registry || prefix.starts_with(&format!("{registry}/"))
+        })
     };
     if found.iter().any(|(prefix, _)| covers(prefix)) {
         let names: Vec<&str> = found.iter().map(|(prefix, _)| *prefix).collect();
@@ -115,7 +147,10 @@ mod tests {
         assert_eq!(judged(text, Some("quay.io")), Outcome::Pass);
         assert_eq!(judged(text, None), Outcome::Pass);
         assert_eq!(judged(text, Some("docker.io")), Outcome::Fail);
-        assert_eq!(judged(&text.replace("insecure = true", ""), None), Outcome::Fail);
+        assert_eq!(
+            judged(&text.replace("insecure = true", ""), None),
+            Outcome::Fail
+        );
         let hidden = format!("{text}[[registry]]\nprefix = 'quay.io'\nlocation = 'corp.example'\n");
         assert_eq!(judged(&hidden, Some("quay.io")), Outcome::Fail);
     }

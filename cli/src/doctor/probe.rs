@@ -51,21 +51,39 @@ struct Platform {
 
 /// Asks for the smallest blob of the image whose manifest the mirror gave; its size, when its bytes match its digest.
 pub(super) async fn a_blob(mirror: &str, manifest: &RecentRequest) -> Result<usize, Failed> {
-    let RecentRequest { registry, repository, reference, .. } = manifest;
-    let ns = if registry.is_empty() { String::new() } else { format!("?ns={registry}") };
+    let RecentRequest {
+        registry,
+        repository,
+        reference,
+        ..
+    } = manifest;
+    let ns = if registry.is_empty() {
+        String::new()
+    } else {
+        format!("?ns={registry}")
+    };
     let at = |kind: &str, reference: &str| format!("/v2/{repository}/{kind}/{reference}{ns}");
     let mut found = read(&get(mirror, &at("manifests", reference), MANIFEST_MAX_BYTES).await?)?;
     if let Some(one) = for_this_machine(&found.manifests) {
         found = read(&get(mirror, &at("manifests", &one.digest), MANIFEST_MAX_BYTES).await?)?;
     }
-    let smallest = found.layers.into_iter().chain(found.config).min_by_key(|blob| blob.size);
+    let smallest = found
+        .layers
+        .into_iter()
+        .chain(found.config)
+        .min_by_key(|blob| blob.size);
     let Some(blob) = smallest.filter(|blob| blob.size <= BLOB_MAX_BYTES) else {
         return Err(Failed::Other("its manifest names no small blob".to_owned()));
     };
     let bytes = get(mirror, &at("blobs", &blob.digest), BLOB_MAX_BYTES).await?;
-    let digest: Digest = blob.digest.parse().map_err(|_| Failed::Other("its digest is odd".to_owned()))?;
+    let digest: Digest = blob
+        .digest
+        .parse()
+        .map_err(|_| Failed::Other("its digest is odd".to_owned()))?;
     if Digest::of(digest.algorithm(), &bytes) != digest {
-        return Err(Failed::Refused(format!("200 to GET blob {digest}, with other bytes")));
+        return Err(Failed::Refused(format!(
+            "200 to GET blob {digest}, with other bytes"
+        )));
     }
     Ok(bytes.len())
 }
@@ -82,7 +100,11 @@ fn for_this_machine(manifests: &[Descriptor]) -> Option<&Descriptor> {
         "aarch64" => "arm64",
         other => other,
     };
-    let fits = |one: &&Descriptor| one.platform.as_ref().is_some_and(|it| it.architecture == architecture);
+    let fits = |one: &&Descriptor| {
+        one.platform
+            .as_ref()
+            .is_some_and(|it| it.architecture == architecture)
+    };
     manifests.iter().find(fits).or(manifests.first())
 }
 

@@ -51,10 +51,21 @@ impl Pull<'_> {
                 return Check::skip(self.name, found, "start the daemon, or name it by --admin");
             }
         };
-        let mut record = Record { admin: self.admin, next: start, missed: 0, requests: Vec::new() };
-        let pulled = record.during(tokio::time::timeout(PULL_TIMEOUT, pull)).await;
-        let pulled = pulled
-            .unwrap_or_else(|_| Err(anyhow::anyhow!("it took longer than {} s", PULL_TIMEOUT.as_secs())));
+        let mut record = Record {
+            admin: self.admin,
+            next: start,
+            missed: 0,
+            requests: Vec::new(),
+        };
+        let pulled = record
+            .during(tokio::time::timeout(PULL_TIMEOUT, pull))
+            .await;
+        let pulled = pulled.unwrap_or_else(|_| {
+            Err(anyhow::anyhow!(
+                "it took longer than {} s",
+                PULL_TIMEOUT.as_secs()
+            ))
+        });
         record.look().await;
         let asked = record.of(repository_of(self.image));
         if asked.is_empty() && record.missed > 0 {
@@ -68,15 +79,28 @@ impl Pull<'_> {
     }
 
     fn judge(self, finding: Finding, pulled: anyhow::Result<()>) -> Check {
-        let Self { name, runtime, image, cure, .. } = self;
+        let Self {
+            name,
+            runtime,
+            image,
+            cure,
+            ..
+        } = self;
         match (finding, pulled) {
-            (Finding::NotAsked, Ok(())) => {
-                Check::fail(name, format!("{runtime} pulled {image}, but past Hawker"), cure)
-            }
+            (Finding::NotAsked, Ok(())) => Check::fail(
+                name,
+                format!("{runtime} pulled {image}, but past Hawker"),
+                cure,
+            ),
             (Finding::NotAsked, Err(error)) => {
-                let found =
-                    format!("{runtime} asked the mirror nothing, and could not pull {image}: {error}");
-                Check::fail(name, found, format!("is the image's name right, the network up? If so:\n{cure}"))
+                let found = format!(
+                    "{runtime} asked the mirror nothing, and could not pull {image}: {error}"
+                );
+                Check::fail(
+                    name,
+                    found,
+                    format!("is the image's name right, the network up? If so:\n{cure}"),
+                )
             }
             (Finding::Refused(words), Ok(())) => {
                 let found = format!(
@@ -96,11 +120,17 @@ impl Pull<'_> {
                 );
                 Check::fail(name, found, "the runtime's own log says more")
             }
-            (Finding::ManifestOnly(_), Ok(())) => {
-                Check::skip(name, format!("{runtime} held all layers of {image} already"), OTHER_IMAGE)
-            }
+            (Finding::ManifestOnly(_), Ok(())) => Check::skip(
+                name,
+                format!("{runtime} held all layers of {image} already"),
+                OTHER_IMAGE,
+            ),
             (Finding::Served(blobs), Ok(())) => {
-                let blobs = if blobs == 1 { "1 blob".to_owned() } else { format!("{blobs} blobs") };
+                let blobs = if blobs == 1 {
+                    "1 blob".to_owned()
+                } else {
+                    format!("{blobs} blobs")
+                };
                 Check::pass(
                     name,
                     format!(
@@ -114,7 +144,13 @@ impl Pull<'_> {
 
     /// The runtime held all layers, so the mirror has yet to prove that it gives them.
     async fn after_manifest(self, manifest: &RecentRequest) -> Check {
-        let Self { name, runtime, image, mirror, .. } = self;
+        let Self {
+            name,
+            runtime,
+            image,
+            mirror,
+            ..
+        } = self;
         let found = format!("{runtime} asks Hawker for {image}, but held all its layers already");
         match probe::a_blob(mirror, manifest).await {
             Ok(size) => Check::pass(
@@ -171,7 +207,10 @@ impl Record<'_> {
 
     /// The requests for one repository. The registry's name does not count: docker names none, podman may use another.
     fn of(&self, repository: &str) -> Vec<&RecentRequest> {
-        self.requests.iter().filter(|request| request.repository == repository).collect()
+        self.requests
+            .iter()
+            .filter(|request| request.repository == repository)
+            .collect()
     }
 }
 
@@ -180,7 +219,9 @@ async fn page(admin: &str, after: u64) -> anyhow::Result<RecentPage> {
     match answer.status {
         200 => Ok(serde_json::from_str(&answer.body)?),
         404 => {
-            bail!("{admin} has no /requests: is it a hawker daemon with a mirror, of this program's version?")
+            bail!(
+                "{admin} has no /requests: is it a hawker daemon with a mirror, of this program's version?"
+            )
         }
         status => bail!("{admin} answers {status} to /requests"),
     }
@@ -191,13 +232,21 @@ fn finding(asked: &[&RecentRequest]) -> Finding {
         return Finding::NotAsked;
     }
     let is_served = |request: &RecentRequest| matches!(request.status, 200 | 206);
-    let of_kind = |kind: &'static str| asked.iter().copied().filter(move |request| request.kind == kind);
+    let of_kind = |kind: &'static str| {
+        asked
+            .iter()
+            .copied()
+            .filter(move |request| request.kind == kind)
+    };
     let blobs = || of_kind("blob").filter(|request| request.method == "GET");
-    let given = |reference: &str| blobs().any(|blob| blob.reference == reference && is_served(blob));
+    let given =
+        |reference: &str| blobs().any(|blob| blob.reference == reference && is_served(blob));
     let manifest = of_kind("manifest").rfind(|request| is_served(request));
     let lacking: Vec<&RecentRequest> = blobs().filter(|blob| !given(&blob.reference)).collect();
     match manifest {
-        None => Finding::Refused(words(asked.iter().copied().filter(|request| !is_served(request)))),
+        None => Finding::Refused(words(
+            asked.iter().copied().filter(|request| !is_served(request)),
+        )),
         Some(_) if !lacking.is_empty() => Finding::Refused(words(lacking.into_iter())),
         Some(manifest) => {
             let mut digests: Vec<&str> = blobs().map(|blob| blob.reference.as_str()).collect();
@@ -214,12 +263,24 @@ fn finding(asked: &[&RecentRequest]) -> Finding {
 /// The last few refusals in the mirror's words, each reason once.
 fn words<'a>(refused: impl Iterator<Item = &'a RecentRequest>) -> String {
     let (mut lines, mut told) = (Vec::new(), Vec::new());
-    for RecentRequest { method, kind, reference, status, reason, .. } in refused {
+    for RecentRequest {
+        method,
+        kind,
+        reference,
+        status,
+        reason,
+        ..
+    } in refused
+    {
         if told.contains(&(status, reason)) {
             continue;
         }
         told.push((status, reason));
-        let reason = if reason.is_empty() { String::new() } else { format!(" ({reason})") };
+        let reason = if reason.is_empty() {
+            String::new()
+        } else {
+            format!(" ({reason})")
+        };
         lines.push(format!("{status} to {method} {kind} {reference}{reason}"));
     }
     lines.split_off(lines.len().saturating_sub(3)).join("\n")
@@ -235,8 +296,12 @@ fn cure_of(words: &str) -> &'static str {
         "403" => {
             "do what the mirror says; where it only passes on the registry's 403, the registry refuses this image"
         }
-        "404" => "is the image's name right, and does its registry have it? Else name another by --image REF",
-        "429" => "the registry limits requests: wait, or give the daemon credentials (see docs/security.md)",
+        "404" => {
+            "is the image's name right, and does its registry have it? Else name another by --image REF"
+        }
+        "429" => {
+            "the registry limits requests: wait, or give the daemon credentials (see docs/security.md)"
+        }
         "502" | "503" | "504" => {
             "the daemon can't get it from the registry: is that reachable from this host, its name, endpoint and CA right?"
         }
@@ -254,14 +319,20 @@ pub(super) fn full_reference(image: &str) -> String {
     let (first, rest) = image.split_once('/').unwrap_or(("", image));
     let has_host = first.contains(['.', ':']) || first == "localhost";
     let named = match (has_host, first) {
-        (true, "docker.io" | "index.docker.io") if !rest.contains('/') => format!("docker.io/library/{rest}"),
+        (true, "docker.io" | "index.docker.io") if !rest.contains('/') => {
+            format!("docker.io/library/{rest}")
+        }
         (true, "index.docker.io") => format!("docker.io/{rest}"),
         (true, _) => image.to_owned(),
         (false, "") => format!("docker.io/library/{rest}"),
         (false, _) => format!("docker.io/{image}"),
     };
     let last = named.rsplit('/').next().unwrap_or_default();
-    if last.contains([':', '@']) { named } else { format!("{named}:latest") }
+    if last.contains([':', '@']) {
+        named
+    } else {
+        format!("{named}:latest")
+    }
 }
 
 /// The registry in a full reference.
@@ -288,43 +359,117 @@ mod tests {
         let mut words = words.split(' ');
         let mut next = || words.next().unwrap_or_default().to_owned();
         let (method, kind, reference, status) = (next(), next(), next(), next().parse().unwrap());
-        let reason = if status < 400 { String::new() } else { format!("why {status}") };
-        RecentRequest { method, kind, reference, status, reason, ..RecentRequest::default() }
+        let reason = if status < 400 {
+            String::new()
+        } else {
+            format!("why {status}")
+        };
+        RecentRequest {
+            method,
+            kind,
+            reference,
+            status,
+            reason,
+            ..RecentRequest::default()
+        }
     }
 
     fn outcome(requests: &[&str], pulled: bool) -> (Outcome, String) {
         let requests: Vec<RecentRequest> = requests.iter().map(|words| request(words)).collect();
         let asked: Vec<&RecentRequest> = requests.iter().collect();
-        let pull =
-            Pull { name: "p", runtime: "r", image: "i", admin: "a", mirror: "m", cure: "configure".into() };
-        let check = pull.judge(finding(&asked), if pulled { Ok(()) } else { Err(anyhow::anyhow!("no")) });
-        assert_eq!(check.proves_pull, check.outcome == Outcome::Pass, "{check:?}");
+        let pull = Pull {
+            name: "p",
+            runtime: "r",
+            image: "i",
+            admin: "a",
+            mirror: "m",
+            cure: "configure".into(),
+        };
+        let check = pull.judge(
+            finding(&asked),
+            if pulled {
+                Ok(())
+            } else {
+                Err(anyhow::anyhow!("no"))
+            },
+        );
+        assert_eq!(
+            check.proves_pull,
+            check.outcome == Outcome::Pass,
+            "{check:?}"
+        );
         (check.outcome, check.found)
     }
 
     #[test]
     fn a_pull_passes_only_where_the_mirror_gave_manifest_and_blobs() {
         use Outcome::{Fail, Pass, Skip};
-        let served = ["HEAD manifest v1 200", "GET manifest d 200", "GET blob a 200", "GET blob b 206"];
+        let served = [
+            "HEAD manifest v1 200",
+            "GET manifest d 200",
+            "GET blob a 200",
+            "GET blob b 206",
+        ];
         assert_eq!(outcome(&served, true).0, Pass);
         assert_eq!(outcome(&served, false).0, Fail);
         for (requests, expected, words) in [
             (&[][..], Fail, "past Hawker"),
-            (&["HEAD manifest v1 502", "GET manifest v1 502"], Fail, "502 to HEAD manifest v1 (why 502)"),
-            (&["HEAD manifest v1 404", "HEAD manifest v1 404"], Fail, "404 to HEAD manifest v1 (why 404)"),
-            (&["HEAD manifest v1 401"], Fail, "401 to HEAD manifest v1 (why 401)"),
-            (&["HEAD manifest v1 200", "GET blob a 404"], Fail, "404 to GET blob a (why 404)"),
-            (&["HEAD manifest v1 200", "GET blob a 200", "GET blob b 502"], Fail, "502 to GET blob b"),
-            (&["HEAD manifest v1 404", "GET blob a 200"], Fail, "404 to HEAD manifest"),
+            (
+                &["HEAD manifest v1 502", "GET manifest v1 502"],
+                Fail,
+                "502 to HEAD manifest v1 (why 502)",
+            ),
+            (
+                &["HEAD manifest v1 404", "HEAD manifest v1 404"],
+                Fail,
+                "404 to HEAD manifest v1 (why 404)",
+            ),
+            (
+                &["HEAD manifest v1 401"],
+                Fail,
+                "401 to HEAD manifest v1 (why 401)",
+            ),
+            (
+                &["HEAD manifest v1 200", "GET blob a 404"],
+                Fail,
+                "404 to GET blob a (why 404)",
+            ),
+            (
+                &["HEAD manifest v1 200", "GET blob a 200", "GET blob b 502"],
+                Fail,
+                "502 to GET blob b",
+            ),
+            (
+                &["HEAD manifest v1 404", "GET blob a 200"],
+                Fail,
+                "404 to HEAD manifest",
+            ),
             // A challenge that is answered, and a blob that comes at the second try, are no faults.
             (
-                &["HEAD manifest v1 401", "HEAD manifest v1 200", "GET blob a 401", "GET blob a 200"],
+                &[
+                    "HEAD manifest v1 401",
+                    "HEAD manifest v1 200",
+                    "GET blob a 401",
+                    "GET blob a 200",
+                ],
                 Pass,
                 "1 blob ",
             ),
-            (&["HEAD manifest d 200", "HEAD blob d 404", "GET blob a 200"], Pass, "1 blob "),
+            (
+                &["HEAD manifest d 200", "HEAD blob d 404", "GET blob a 200"],
+                Pass,
+                "1 blob ",
+            ),
             // Cosign's signature need not be there.
-            (&["GET manifest v1 200", "GET blob a 200", "GET manifest sha256-d.sig 404"], Pass, "1 blob "),
+            (
+                &[
+                    "GET manifest v1 200",
+                    "GET blob a 200",
+                    "GET manifest sha256-d.sig 404",
+                ],
+                Pass,
+                "1 blob ",
+            ),
             (&["HEAD manifest v1 200"], Skip, "held all layers"),
         ] {
             let (found, said) = outcome(requests, true);
@@ -332,15 +477,26 @@ mod tests {
             assert!(said.contains(words), "{words}: {said}");
         }
         let (found, said) = outcome(&["HEAD manifest v1 502"], false);
-        assert!(found == Fail && said.contains("why 502") && said.contains(": no"), "{said}");
+        assert!(
+            found == Fail && said.contains("why 502") && said.contains(": no"),
+            "{said}"
+        );
     }
 
     #[test]
     fn references_have_a_repository_and_get_what_docker_gives_them() {
         for (short, full, repository) in [
-            ("alpine", "docker.io/library/alpine:latest", "library/alpine"),
+            (
+                "alpine",
+                "docker.io/library/alpine:latest",
+                "library/alpine",
+            ),
             ("alpine:3", "docker.io/library/alpine:3", "library/alpine"),
-            ("docker.io/alpine", "docker.io/library/alpine:latest", "library/alpine"),
+            (
+                "docker.io/alpine",
+                "docker.io/library/alpine:latest",
+                "library/alpine",
+            ),
             ("me/app", "docker.io/me/app:latest", "me/app"),
             ("10.0.0.1:5000/a/b", "10.0.0.1:5000/a/b:latest", "a/b"),
             ("localhost/a:v1@sha256:00", "localhost/a:v1@sha256:00", "a"),

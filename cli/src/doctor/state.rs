@@ -9,7 +9,13 @@ use crate::args::{DoctorArgs, Runtime};
 use crate::configure::name;
 
 /// Where programs are that a service starts, besides `PATH`.
-const PROGRAM_FOLDERS: [&str; 5] = ["/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/opt/bin"];
+const PROGRAM_FOLDERS: [&str; 5] = [
+    "/usr/local/sbin",
+    "/usr/local/bin",
+    "/usr/sbin",
+    "/usr/bin",
+    "/opt/bin",
+];
 
 /// The state of a runtime on this machine.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -49,20 +55,29 @@ pub(super) async fn of(runtime: Runtime, args: &DoctorArgs) -> State {
         Runtime::Containerd => {
             let installs = containerd::installs(args);
             let sockets: Vec<PathBuf> = installs.iter().map(containerd::Install::socket).collect();
-            let files: Vec<&Path> = installs.iter().map(|install| install.config.as_path()).collect();
+            let files: Vec<&Path> = installs
+                .iter()
+                .map(|install| install.config.as_path())
+                .collect();
             by_sockets(&sockets, &["containerd", "k3s", "rke2"], &files)
         }
         Runtime::Docker => {
             let socket = match env::var("DOCKER_HOST") {
-                Ok(host) if host.starts_with("unix://") => PathBuf::from(host.trim_start_matches("unix://")),
-                Ok(host) if !host.is_empty() => return State::Usable(format!("at {host} (DOCKER_HOST)")),
+                Ok(host) if host.starts_with("unix://") => {
+                    PathBuf::from(host.trim_start_matches("unix://"))
+                }
+                Ok(host) if !host.is_empty() => {
+                    return State::Usable(format!("at {host} (DOCKER_HOST)"));
+                }
                 _ => PathBuf::from("/var/run/docker.sock"),
             };
             by_sockets(&[socket], &["dockerd"], &[])
         }
-        Runtime::Crio => {
-            by_sockets(std::slice::from_ref(&args.crio_address), &["crio"], &[Path::new("/etc/crio")])
-        }
+        Runtime::Crio => by_sockets(
+            std::slice::from_ref(&args.crio_address),
+            &["crio"],
+            &[Path::new("/etc/crio")],
+        ),
         Runtime::Podman if is_installed("podman") => {
             State::Usable("is installed, and needs no daemon".to_owned())
         }
@@ -71,23 +86,33 @@ pub(super) async fn of(runtime: Runtime, args: &DoctorArgs) -> State {
             buildkit::Address::Socket(socket) => {
                 by_sockets(&[socket], &["buildkitd"], &[Path::new("/etc/buildkit")])
             }
-            buildkit::Address::Other(address) => State::Usable(format!("at {address} (BUILDKIT_HOST)")),
+            buildkit::Address::Other(address) => {
+                State::Usable(format!("at {address} (BUILDKIT_HOST)"))
+            }
         },
     }
 }
 
 fn by_sockets(sockets: &[PathBuf], programs: &[&str], files: &[&Path]) -> State {
-    let tried: Vec<(String, std::io::Result<UnixStream>)> =
-        sockets.iter().map(|socket| (socket.display().to_string(), UnixStream::connect(socket))).collect();
-    let running: Vec<&str> =
-        tried.iter().filter(|(_, stream)| stream.is_ok()).map(|(socket, _)| socket.as_str()).collect();
+    let tried: Vec<(String, std::io::Result<UnixStream>)> = sockets
+        .iter()
+        .map(|socket| (socket.display().to_string(), UnixStream::connect(socket)))
+        .collect();
+    let running: Vec<&str> = tried
+        .iter()
+        .filter(|(_, stream)| stream.is_ok())
+        .map(|(socket, _)| socket.as_str())
+        .collect();
     if !running.is_empty() {
         return State::Usable(format!("runs, at {}", running.join(", ")));
     }
     let is_there = programs.iter().any(|program| is_installed(program))
         || files.iter().any(|file| file.exists())
         || sockets.iter().any(|socket| socket.exists());
-    match tried.into_iter().find_map(|(socket, stream)| Some(format!("{socket}: {}", stream.err()?))) {
+    match tried
+        .into_iter()
+        .find_map(|(socket, stream)| Some(format!("{socket}: {}", stream.err()?)))
+    {
         Some(why) if is_there => State::Stopped(why),
         _ => State::NotInstalled,
     }
@@ -97,7 +122,9 @@ fn by_sockets(sockets: &[PathBuf], programs: &[&str], files: &[&Path]) -> State 
 pub(super) fn is_installed(program: &str) -> bool {
     let path = env::var_os("PATH").unwrap_or_default();
     let folders = env::split_paths(&path).chain(PROGRAM_FOLDERS.iter().map(PathBuf::from));
-    folders.map(|folder| folder.join(program)).any(|file| file.is_file())
+    folders
+        .map(|folder| folder.join(program))
+        .any(|file| file.is_file())
 }
 
 #[cfg(test)]
@@ -110,7 +137,9 @@ mod tests {
     fn a_runtime_runs_is_stopped_or_is_not_installed() {
         let dir = tempfile::tempdir().unwrap();
         let socket = dir.path().join("a.sock");
-        let state = |files: &[&Path]| by_sockets(std::slice::from_ref(&socket), &["no-such-program"], files);
+        let state = |files: &[&Path]| {
+            by_sockets(std::slice::from_ref(&socket), &["no-such-program"], files)
+        };
         assert_eq!(state(&[]), State::NotInstalled);
         assert!(matches!(state(&[dir.path()]), State::Stopped(_)));
         let listener = UnixListener::bind(&socket).unwrap();
@@ -118,8 +147,14 @@ mod tests {
         drop(listener);
         // The socket's file outlives its daemon.
         let stopped = state(&[]);
-        assert!(matches!(&stopped, State::Stopped(why) if why.contains("refused")), "{stopped:?}");
+        assert!(
+            matches!(&stopped, State::Stopped(why) if why.contains("refused")),
+            "{stopped:?}"
+        );
         let line = stopped.check(Runtime::Crio).render();
-        assert!(line.contains("crio is installed, but does not run"), "{line}");
+        assert!(
+            line.contains("crio is installed, but does not run"),
+            "{line}"
+        );
     }
 }

@@ -71,16 +71,34 @@ struct Figures {
 }
 
 pub(crate) fn run(report: &mut Report, options: &AbuseOptions) -> Result<()> {
-    let attacks = if options.attacks.is_empty() { Attack::all().collect() } else { options.attacks.clone() };
+    let attacks = if options.attacks.is_empty() {
+        Attack::all().collect()
+    } else {
+        options.attacks.clone()
+    };
     let lasting = Duration::from_secs(options.seconds);
-    let figures = attacks.into_iter().map(|attack| under(attack, lasting, report));
+    let figures = attacks
+        .into_iter()
+        .map(|attack| under(attack, lasting, report));
     let figures = figures.collect::<Result<Vec<_>>>()?;
     let worst = |figure: fn(&Figures) -> f64| figures.iter().map(figure).fold(0.0, f64::max);
     report.figure("failed", worst(|f| f.failed), Some(Target::AtMost(0.0)));
     report.figure("slowdown", worst(|f| f.slowdown), Some(Target::AtMost(1.5)));
-    report.figure("peak_anon_mib", worst(|f| f.peak_anon_mib), Some(Target::AtMost(160.0)));
-    report.figure("recovery_s", worst(|f| f.recovery_s), Some(Target::AtMost(5.0)));
-    report.figure("memory_after_ratio", worst(|f| f.memory_after_ratio), Some(Target::AtMost(MEMORY_RATIO)));
+    report.figure(
+        "peak_anon_mib",
+        worst(|f| f.peak_anon_mib),
+        Some(Target::AtMost(160.0)),
+    );
+    report.figure(
+        "recovery_s",
+        worst(|f| f.recovery_s),
+        Some(Target::AtMost(5.0)),
+    );
+    report.figure(
+        "memory_after_ratio",
+        worst(|f| f.memory_after_ratio),
+        Some(Target::AtMost(MEMORY_RATIO)),
+    );
     Ok(())
 }
 
@@ -101,7 +119,9 @@ fn under(attack: Attack, lasting: Duration, report: &mut Report) -> Result<Figur
             .collect();
         let outcome = phases(attack, lasting, &arena, &honest, &memory);
         honest.stop();
-        pulling.into_iter().try_for_each(|thread| scene::join(thread.join()))?;
+        pulling
+            .into_iter()
+            .try_for_each(|thread| scene::join(thread.join()))?;
         outcome
     });
     let played = arena.stage.lab.explain(outcome)?;
@@ -134,7 +154,13 @@ fn phases(
     let start = Instant::now();
     std::thread::sleep(lasting);
     let (tries, refused) = onslaught.end();
-    let played = Played { before, attack: start..Instant::now(), tries, refused, load: watch.stop()? };
+    let played = Played {
+        before,
+        attack: start..Instant::now(),
+        tries,
+        refused,
+        load: watch.stop()?,
+    };
     while played.attack.end.elapsed() < AFTER {
         std::thread::sleep(Duration::from_millis(500));
         if played.recovery(honest).is_some()
@@ -153,24 +179,38 @@ impl Played {
         let of = |(node, kind)| {
             // As fast as all but the slowest tenth before.
             let before = honest.seconds(node, kind, &self.before);
-            let limit =
-                before.get(before.len() * 9 / 10).copied()?.max(1.25 * median(before.iter().copied()));
-            honest.first_within(node, kind, self.attack.end, limit).map(|at| at - self.attack.end)
+            let limit = before
+                .get(before.len() * 9 / 10)
+                .copied()?
+                .max(1.25 * median(before.iter().copied()));
+            honest
+                .first_within(node, kind, self.attack.end, limit)
+                .map(|at| at - self.attack.end)
         };
-        everywhere().map(of).collect::<Option<Vec<_>>>()?.into_iter().max()
+        everywhere()
+            .map(of)
+            .collect::<Option<Vec<_>>>()?
+            .into_iter()
+            .max()
     }
 
     /// The memory of each daemon before the attack and now, in MiB.
     fn memory_before_and_now(&self, memory: &MemorySampler) -> HashMap<u32, (f64, f64)> {
         let now = Instant::now();
-        let (before, mut after) = (memory.during(self.before.clone()), memory.during(now - MEMORY_NOW..now));
+        let (before, mut after) = (
+            memory.during(self.before.clone()),
+            memory.during(now - MEMORY_NOW..now),
+        );
         let both = |(pid, before)| Some((pid, (median(before), median(after.remove(&pid)?))));
         before.into_iter().filter_map(both).collect()
     }
 
     /// The most that a daemon has now of what it had before the attack.
     fn memory_after_ratio(&self, memory: &MemorySampler) -> f64 {
-        let ratios = self.memory_before_and_now(memory).into_values().map(|(before, now)| now / before);
+        let ratios = self
+            .memory_before_and_now(memory)
+            .into_values()
+            .map(|(before, now)| now / before);
         ratios.fold(0.0, f64::max)
     }
 
@@ -193,12 +233,23 @@ impl Played {
             .map(|ratio| if ratio.is_nan() { f64::INFINITY } else { ratio })
             .collect();
         let peaks = memory.during(self.attack.start..end);
-        let peak = |pid: &u32| peaks.get(pid).into_iter().flatten().copied().fold(0.0, f64::max);
-        let each: serde_json::Map<_, _> =
-            daemons.iter().map(|(name, pid)| (name.clone(), json!(peak(pid)))).collect();
+        let peak = |pid: &u32| {
+            peaks
+                .get(pid)
+                .into_iter()
+                .flatten()
+                .copied()
+                .fold(0.0, f64::max)
+        };
+        let each: serde_json::Map<_, _> = daemons
+            .iter()
+            .map(|(name, pid)| (name.clone(), json!(peak(pid))))
+            .collect();
         // What is over has no memory any more.
-        let ended: Vec<_> =
-            daemons.iter().filter(|(_, pid)| !PathBuf::from(format!("/proc/{pid}/exe")).exists()).collect();
+        let ended: Vec<_> = daemons
+            .iter()
+            .filter(|(_, pid)| !PathBuf::from(format!("/proc/{pid}/exe")).exists())
+            .collect();
         let failures = honest.failures(self.attack.start..end);
         for failure in failures.iter().take(5) {
             eprintln!("    failed: {failure}");
@@ -210,8 +261,11 @@ impl Played {
             recovery_s: self.recovery(honest).unwrap_or(AFTER).as_secs_f64(),
             memory_after_ratio: self.memory_after_ratio(memory),
         };
-        let pulls =
-            |time| everywhere().map(|(node, kind)| honest.seconds(node, kind, time).len()).sum::<usize>();
+        let pulls = |time| {
+            everywhere()
+                .map(|(node, kind)| honest.seconds(node, kind, time).len())
+                .sum::<usize>()
+        };
         let before_and_now = self.memory_before_and_now(memory);
         let memory_of_each: serde_json::Map<_, _> = daemons
             .iter()
@@ -297,15 +351,22 @@ impl Arena {
 
     /// All daemons: the name of each one's host, and its process.
     fn daemons(&self) -> Result<Vec<(String, u32)>> {
-        let all = self.seeds().into_iter().chain(&self.cluster.nodes).chain(&self.cluster.scheduler);
-        all.map(|one| Ok((one.host().name().to_owned(), one.pid().context("it ended")?))).collect()
+        let all = self
+            .seeds()
+            .into_iter()
+            .chain(&self.cluster.nodes)
+            .chain(&self.cluster.scheduler);
+        all.map(|one| Ok((one.host().name().to_owned(), one.pid().context("it ended")?)))
+            .collect()
     }
 
     /// A blob that nobody has seen, at the honest registry. The other one has something else under its digest.
     fn next_blob(&self) -> Result<Blob> {
-        let content = Content::generated(self.blobs_made.fetch_add(1, Ordering::Relaxed), NEW_BYTES);
+        let content =
+            Content::generated(self.blobs_made.fetch_add(1, Ordering::Relaxed), NEW_BYTES);
         let blob = self.stage.origin.add_blob(REPOSITORY, content)?;
-        self.evil.add_claimed_blob(REPOSITORY, &blob.digest, Content::generated(0, LIE_BYTES));
+        self.evil
+            .add_claimed_blob(REPOSITORY, &blob.digest, Content::generated(0, LIE_BYTES));
         // Few attacks listen.
         let _ = self.announced.send(blob.digest);
         Ok(blob)
@@ -315,5 +376,11 @@ impl Arena {
 /// Attackers have thousands of connections in this process. Daemons that are there already keep their own limit.
 fn allow_many_files() -> Result<()> {
     let maximum = getrlimit(Resource::Nofile).maximum;
-    Ok(setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum })?)
+    Ok(setrlimit(
+        Resource::Nofile,
+        Rlimit {
+            current: maximum,
+            maximum,
+        },
+    )?)
 }

@@ -29,13 +29,23 @@ impl Nginx {
         write_certificate(host, &dir)?;
         fs::write(dir.join("nginx.conf"), configuration(&dir))?;
         let mut command = host.command("nginx");
-        command.arg("-c").arg(dir.join("nginx.conf")).arg("-p").arg(&dir).args(["-e", "stderr"]);
+        command
+            .arg("-c")
+            .arg(dir.join("nginx.conf"))
+            .arg("-p")
+            .arg(&dir)
+            .args(["-e", "stderr"]);
         let mut process = Process::start(&mut command, host.dir().join("nginx.log"))?;
         let address = host.at(HTTPS_PORT);
         process.wait_ready(Duration::from_secs(10), || {
-            host.enter(|| TcpStream::connect(address)).is_ok_and(|stream| stream.is_ok())
+            host.enter(|| TcpStream::connect(address))
+                .is_ok_and(|stream| stream.is_ok())
         })?;
-        Ok(Self { process, host: host.clone(), dir })
+        Ok(Self {
+            process,
+            host: host.clone(),
+            dir,
+        })
     }
 
     /// Serves this file from now on.
@@ -73,7 +83,10 @@ impl Nginx {
 fn write_certificate(host: &Host, dir: &Path) -> Result<()> {
     let signed = rcgen::generate_simple_self_signed([host.ip().to_string()])?;
     fs::write(dir.join("certificate.pem"), signed.cert.pem())?;
-    Ok(fs::write(dir.join("key.pem"), signed.signing_key.serialize_pem())?)
+    Ok(fs::write(
+        dir.join("key.pem"),
+        signed.signing_key.serialize_pem(),
+    )?)
 }
 
 fn configuration(dir: &Path) -> String {
@@ -110,31 +123,54 @@ pub(crate) struct Curl(Child);
 
 impl Curl {
     /// Starts to fetch `urls`, all at once, each into `output`.
-    pub(crate) fn start(host: &Host, urls: &[String], output: &Path, trusted: Option<&Path>) -> Result<Self> {
+    pub(crate) fn start(
+        host: &Host,
+        urls: &[String],
+        output: &Path,
+        trusted: Option<&Path>,
+    ) -> Result<Self> {
         let mut command = host.command("curl");
         command.args(["--silent", "--show-error", "--fail", "--no-keepalive"]);
         if urls.len() > 1 {
             command.args(["--parallel", "--parallel-immediate"]);
         }
-        command.args(["--write-out", "%{time_starttransfer} %{time_total} %{size_download}\\n"]);
+        command.args([
+            "--write-out",
+            "%{time_starttransfer} %{time_total} %{size_download}\\n",
+        ]);
         if let Some(certificate) = trusted {
             command.arg("--cacert").arg(certificate);
         }
         for url in urls {
             command.arg("--output").arg(output).arg(url);
         }
-        let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
+        let child = command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn();
         child.map(Self).context("starting curl: is it installed?")
     }
 
     /// Waits for its end: the slowest of its transfers, all bytes.
     pub(crate) fn finish(self) -> Result<Curled> {
         let (output, cpu_s) = finish_with_cpu(self.0)?;
-        ensure!(output.status.success(), "curl failed: {}", String::from_utf8_lossy(&output.stderr).trim());
-        let mut result = Curled { first_byte_ms: 0.0, seconds: 0.0, size_bytes: 0, cpu_s };
+        ensure!(
+            output.status.success(),
+            "curl failed: {}",
+            String::from_utf8_lossy(&output.stderr).trim()
+        );
+        let mut result = Curled {
+            first_byte_ms: 0.0,
+            seconds: 0.0,
+            size_bytes: 0,
+            cpu_s,
+        };
         for line in String::from_utf8(output.stdout)?.lines() {
             let words: Vec<f64> = line.split(' ').map(str::parse).collect::<Result<_, _>>()?;
-            let [first, total, size] = words[..] else { continue };
+            let [first, total, size] = words[..] else {
+                continue;
+            };
             result.first_byte_ms = result.first_byte_ms.max(first * 1e3);
             result.seconds = result.seconds.max(total);
             result.size_bytes += size as u64;
@@ -144,16 +180,31 @@ impl Curl {
 }
 
 /// Fetches one URL into a file.
-pub(crate) fn curl(host: &Host, url: &str, output: &Path, trusted: Option<&Path>) -> Result<Curled> {
+pub(crate) fn curl(
+    host: &Host,
+    url: &str,
+    output: &Path,
+    trusted: Option<&Path>,
+) -> Result<Curled> {
     Curl::start(host, &[url.to_owned()], output, trusted)?.finish()
 }
 
 /// CPU seconds of `openssl dgst -sha256`, which must find this digest (hex).
 pub(crate) fn openssl_sha256(file: &Path, hex: &str) -> Result<f64> {
     let mut command = std::process::Command::new("openssl");
-    command.args(["dgst", "-sha256"]).arg(file).stdout(Stdio::piped());
-    let (output, cpu) = finish_with_cpu(command.spawn().context("starting openssl: is it installed?")?)?;
+    command
+        .args(["dgst", "-sha256"])
+        .arg(file)
+        .stdout(Stdio::piped());
+    let (output, cpu) = finish_with_cpu(
+        command
+            .spawn()
+            .context("starting openssl: is it installed?")?,
+    )?;
     let said = String::from_utf8_lossy(&output.stdout).into_owned();
-    ensure!(output.status.success() && said.trim().ends_with(hex), "openssl found another digest: {said}");
+    ensure!(
+        output.status.success() && said.trim().ends_with(hex),
+        "openssl found another digest: {said}"
+    );
     Ok(cpu)
 }

@@ -72,21 +72,38 @@ pub(crate) fn disk_gib(options: &BurstOptions) -> u64 {
 
 fn figures(report: &mut Report, nodes: usize, bursts: &[Vec<Burst>; 2], direct: &[f64; 2]) {
     let worst = |value: &dyn Fn(&Burst) -> f64| {
-        bursts.iter().map(|bursts| median(bursts.iter().map(value))).fold(f64::NEG_INFINITY, f64::max)
+        bursts
+            .iter()
+            .map(|bursts| median(bursts.iter().map(value)))
+            .fold(f64::NEG_INFINITY, f64::max)
     };
-    let ratios =
-        bursts.iter().zip(direct).map(|(bursts, direct)| direct / median(bursts.iter().map(|b| b.seconds)));
+    let ratios = bursts
+        .iter()
+        .zip(direct)
+        .map(|(bursts, direct)| direct / median(bursts.iter().map(|b| b.seconds)));
     // One goodput for the whole run: a link measured low by chance must not flatter the burst after it.
     let goodput = median(bursts.iter().flatten().map(|burst| burst.goodput));
     let bound_s = bound_s(TOTAL_BYTES, nodes, goodput);
     let direct_ratio = ratios.fold(f64::INFINITY, f64::min);
     let time_aim = if nodes == COMPARED_NODES { 1.35 } else { 1.15 };
-    report.figure("time_ratio", worst(&|burst| burst.seconds) / bound_s, Some(Target::AtMost(time_aim)));
-    report.figure("origin_copies", worst(&|burst| burst.origin_copies), Some(Target::AtMost(1.02)));
+    report.figure(
+        "time_ratio",
+        worst(&|burst| burst.seconds) / bound_s,
+        Some(Target::AtMost(time_aim)),
+    );
+    report.figure(
+        "origin_copies",
+        worst(&|burst| burst.origin_copies),
+        Some(Target::AtMost(1.02)),
+    );
     if nodes == COMPARED_NODES {
         report.figure("direct_ratio", direct_ratio, Some(Target::AtLeast(5.5)));
     }
-    report.figure("slowest_ratio", worst(&|burst| burst.slowest_ratio), Some(Target::AtMost(1.1)));
+    report.figure(
+        "slowest_ratio",
+        worst(&|burst| burst.slowest_ratio),
+        Some(Target::AtMost(1.1)),
+    );
 }
 
 /// One burst of fresh blobs to all nodes, timed.
@@ -103,10 +120,10 @@ pub(crate) fn measure(
     let blobs = fresh_blobs(stage, blobs)?;
     stage.origin.clear_log();
     let watch = Watch::start()?;
-    let got = together(
-        requests(stage, cluster, &blobs)
-            .map(|(node, target)| move || node.host().enter(|| get(node.mirror(), &target, None))?),
-    )?;
+    let got =
+        together(requests(stage, cluster, &blobs).map(|(node, target)| {
+            move || node.host().enter(|| get(node.mirror(), &target, None))?
+        }))?;
     let load = watch.stop()?;
     let finished = finish_times(&got, blobs.len());
     let seconds = finished.last().copied().context("no nodes")?;
@@ -126,13 +143,17 @@ pub(crate) fn measure(
     report.run(with_load(run, load));
     // Commits of this burst must not disturb what is measured next.
     for node in &cluster.nodes {
-        blobs.iter().try_for_each(|blob| committed(node, blob).map(drop))?;
+        blobs
+            .iter()
+            .try_for_each(|blob| committed(node, blob).map(drop))?;
     }
     Ok(burst)
 }
 
 pub(crate) fn fresh_blobs(stage: &mut Stage, count: u64) -> Result<Vec<Blob>> {
-    (0..count).map(|_| stage.fresh_blob(TOTAL_BYTES / count)).collect()
+    (0..count)
+        .map(|_| stage.fresh_blob(TOTAL_BYTES / count))
+        .collect()
 }
 
 /// Every blob at every node: the node, and what its client asks for. A node's blobs follow each other.
@@ -142,13 +163,24 @@ fn requests<'a>(
     blobs: &[Blob],
 ) -> impl Iterator<Item = (&'a Hawker, String)> {
     let targets: Vec<_> = blobs.iter().map(|blob| stage.mirror_target(blob)).collect();
-    cluster.nodes.iter().flat_map(move |node| targets.clone().into_iter().map(move |target| (node, target)))
+    cluster.nodes.iter().flat_map(move |node| {
+        targets
+            .clone()
+            .into_iter()
+            .map(move |target| (node, target))
+    })
 }
 
 /// When each node had its last byte, in seconds from the first request of all; the fastest node first.
 fn finish_times(got: &[Got], blobs_per_node: usize) -> Vec<f64> {
-    let Some(start) = got.iter().map(|got| got.start).min() else { return Vec::new() };
-    let last = |node: &[Got]| node.iter().map(|got| (got.end - start).as_secs_f64()).fold(0.0, f64::max);
+    let Some(start) = got.iter().map(|got| got.start).min() else {
+        return Vec::new();
+    };
+    let last = |node: &[Got]| {
+        node.iter()
+            .map(|got| (got.end - start).as_secs_f64())
+            .fold(0.0, f64::max)
+    };
     let mut times: Vec<f64> = got.chunks(blobs_per_node).map(last).collect();
     times.sort_by(f64::total_cmp);
     times
@@ -159,14 +191,17 @@ fn check_digests(stage: &mut Stage, cluster: &Cluster, blobs: u64) -> Result<()>
     let blobs = fresh_blobs(stage, blobs)?;
     let wanted = blobs.iter().map(|blob| blob.digest.to_string()).cycle();
     let registry = stage.registry();
-    let answers =
-        together(cluster.nodes.iter().flat_map(|node| blobs.iter().map(move |blob| (node, blob))).map(
-            |(node, blob)| {
+    let answers = together(
+        cluster
+            .nodes
+            .iter()
+            .flat_map(|node| blobs.iter().map(move |blob| (node, blob)))
+            .map(|(node, blob)| {
                 let path = blob_path(blob);
                 let request = node.request(&registry, &path).discard().within(DIGEST_RUN);
                 move || request.send(node.host())
-            },
-        ))?;
+            }),
+    )?;
     for (answer, wanted) in answers.iter().zip(wanted) {
         ensure!(
             answer.end == End::Complete && answer.digest == wanted,
@@ -194,10 +229,18 @@ fn without_hawker(
     let curls = hosts
         .map(|host| Curl::start(host, &urls, Path::new("/dev/null"), None))
         .collect::<Result<Vec<_>>>()?;
-    let results = curls.into_iter().map(Curl::finish).collect::<Result<Vec<_>>>()?;
+    let results = curls
+        .into_iter()
+        .map(Curl::finish)
+        .collect::<Result<Vec<_>>>()?;
     let seconds = start.elapsed().as_secs_f64();
     let load = watch.stop()?;
-    ensure!(results.iter().all(|result| result.size_bytes == TOTAL_BYTES), "a curl got less than everything");
+    ensure!(
+        results
+            .iter()
+            .all(|result| result.size_bytes == TOTAL_BYTES),
+        "a curl got less than everything"
+    );
     let run = json!({
         "side": "curl", "variant": variant, "nodes": results.len(), "round": 1, "seconds": seconds,
         "origin_copies": stage.origin.totals().blob_bytes as f64 / TOTAL_BYTES as f64,

@@ -35,7 +35,10 @@ struct Fared {
 
 pub(crate) fn run(report: &mut Report, options: &BurstOptions) -> Result<()> {
     let nodes = usize::from(options.nodes);
-    ensure!(nodes > KILLED, "{KILLED} nodes are killed: more than that must take part");
+    ensure!(
+        nodes > KILLED,
+        "{KILLED} nodes are killed: more than that must take part"
+    );
     let mut fared = VARIANTS.map(|_| Vec::new());
     for round in 1..=options.common.rounds {
         for (fared, (blobs, name)) in fared.iter_mut().zip(VARIANTS) {
@@ -47,12 +50,23 @@ pub(crate) fn run(report: &mut Report, options: &BurstOptions) -> Result<()> {
     let all = || fared.iter().flatten();
     let goodput = median(all().map(|fared| fared.goodput));
     let worst = |value: &dyn Fn(&Fared) -> f64| {
-        fared.iter().map(|fared| median(fared.iter().map(value))).fold(f64::NEG_INFINITY, f64::max)
+        fared
+            .iter()
+            .map(|fared| median(fared.iter().map(value)))
+            .fold(f64::NEG_INFINITY, f64::max)
     };
     let time_ratio = worst(&|fared| fared.seconds) / bound_s(TOTAL_BYTES, nodes, goodput);
     report.figure("time_ratio", time_ratio, Some(Target::AtMost(1.5)));
-    report.figure("wrong_bytes", all().map(|fared| fared.wrong as f64).sum(), Some(Target::AtMost(0.0)));
-    report.figure("hangs", all().map(|fared| fared.hung as f64).sum(), Some(Target::AtMost(0.0)));
+    report.figure(
+        "wrong_bytes",
+        all().map(|fared| fared.wrong as f64).sum(),
+        Some(Target::AtMost(0.0)),
+    );
+    report.figure(
+        "hangs",
+        all().map(|fared| fared.hung as f64).sum(),
+        Some(Target::AtMost(0.0)),
+    );
     report.figure("origin_copies", worst(&|fared| fared.origin_copies), None);
     Ok(())
 }
@@ -70,7 +84,14 @@ fn round_of(
     let blobs = fresh_blobs(stage, blobs)?;
     let lie = stage.fresh_content(blobs[0].size_bytes);
     let rogue_host = stage.host("rogue")?;
-    let rogue = Rogue::start(&rogue_host, cluster.authority(), "peer", Conduct::WrongBytes, &blobs[0], &lie)?;
+    let rogue = Rogue::start(
+        &rogue_host,
+        cluster.authority(),
+        "peer",
+        Conduct::WrongBytes,
+        &blobs[0],
+        &lie,
+    )?;
     stage.origin.clear_log();
     let watch = Watch::start()?;
     let start = Instant::now();
@@ -87,7 +108,12 @@ fn round_of(
         // What clients of the dead see is no matter.
         victims.into_iter().for_each(|pull| drop(send(pull)));
         break_things(&mut cluster, survivors)?;
-        anyhow::Ok(pulls.into_iter().map(|pull| join(pull.join())).collect::<Vec<_>>())
+        anyhow::Ok(
+            pulls
+                .into_iter()
+                .map(|pull| join(pull.join()))
+                .collect::<Vec<_>>(),
+        )
     })?;
     let load = watch.stop()?;
     let fared = fare(stage, &blobs, &answers, forth.min(back))?;
@@ -104,9 +130,17 @@ fn round_of(
 /// Each blob at each of these nodes.
 fn pulls(stage: &Stage, nodes: &[Hawker], blobs: &[Blob]) -> Vec<(Request, Host)> {
     let request = |node: &Hawker, blob: &Blob| {
-        (node.request(stage.registry(), &blob_path(blob)).discard().within(PULL_WITHIN), node.host().clone())
+        (
+            node.request(stage.registry(), &blob_path(blob))
+                .discard()
+                .within(PULL_WITHIN),
+            node.host().clone(),
+        )
     };
-    nodes.iter().flat_map(|node| blobs.iter().map(move |blob| request(node, blob))).collect()
+    nodes
+        .iter()
+        .flat_map(|node| blobs.iter().map(move |blob| request(node, blob)))
+        .collect()
 }
 
 /// Kills the last nodes, the first of them together with the scheduler, which comes back at once.
@@ -117,7 +151,9 @@ fn break_things(cluster: &mut Cluster, survivors: usize) -> Result<()> {
     scheduler.kill()?;
     scheduler.restart()?;
     under_way(&cluster.nodes[survivors + 1], OTHERS_AT)?;
-    cluster.nodes[survivors + 1..].iter_mut().try_for_each(Hawker::kill)
+    cluster.nodes[survivors + 1..]
+        .iter_mut()
+        .try_for_each(Hawker::kill)
 }
 
 /// Waits until a node has this part of what it pulls.
@@ -157,5 +193,11 @@ fn fare(
         }
     }
     let origin_copies = stage.origin.totals().blob_bytes as f64 / TOTAL_BYTES as f64;
-    Ok(Fared { seconds, goodput, origin_copies, wrong, hung })
+    Ok(Fared {
+        seconds,
+        goodput,
+        origin_copies,
+        wrong,
+        hung,
+    })
 }

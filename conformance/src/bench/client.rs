@@ -60,12 +60,20 @@ fn fetch(server: SocketAddr, target: &str, from: Option<IpAddr>) -> Result<Got> 
     let mut first_byte = (body_bytes > 0).then(Instant::now);
     while body_bytes < length {
         let (_, discarded) = recv(&stream, buffer.as_mut_slice(), RecvFlags::TRUNC)?;
-        ensure!(discarded > 0, "the body ended after {body_bytes} of {length} bytes");
+        ensure!(
+            discarded > 0,
+            "the body ended after {body_bytes} of {length} bytes"
+        );
         body_bytes += discarded as u64;
         first_byte.get_or_insert_with(Instant::now);
     }
     let end = Instant::now();
-    Ok(Got { start, first_byte: first_byte.unwrap_or(end), end, body_bytes })
+    Ok(Got {
+        start,
+        first_byte: first_byte.unwrap_or(end),
+        end,
+        body_bytes,
+    })
 }
 
 /// Fetches the first `len` bytes of an answer to a range request, and closes the connection.
@@ -73,32 +81,46 @@ fn fetch(server: SocketAddr, target: &str, from: Option<IpAddr>) -> Result<Got> 
 /// # Errors
 /// Any answer but a 206 with so many bytes, and silence for a minute.
 pub(crate) fn get_part(server: SocketAddr, target: &str, range: &str, len: u64) -> Result<()> {
-    part(server, target, range, len).with_context(|| format!("GET http://{server}{target}, {range}"))
+    part(server, target, range, len)
+        .with_context(|| format!("GET http://{server}{target}, {range}"))
 }
 
 fn part(server: SocketAddr, target: &str, range: &str, len: u64) -> Result<()> {
     let mut stream = connected(server, None)?;
     stream.set_read_timeout(Some(SILENCE))?;
     stream.write_all(
-        format!("GET {target} HTTP/1.1\r\nHost: {server}\r\nRange: {range}\r\nConnection: close\r\n\r\n")
-            .as_bytes(),
+        format!(
+            "GET {target} HTTP/1.1\r\nHost: {server}\r\nRange: {range}\r\nConnection: close\r\n\r\n"
+        )
+        .as_bytes(),
     )?;
     let mut buffer = vec![0; DISCARD_BYTES];
     let (head_bytes, read_bytes) = read_head(&mut stream, &mut buffer)?;
     let status = String::from_utf8_lossy(&buffer[..head_bytes]);
-    ensure!(status.starts_with("HTTP/1.1 206 "), "answered {}", status.lines().next().unwrap_or_default());
+    ensure!(
+        status.starts_with("HTTP/1.1 206 "),
+        "answered {}",
+        status.lines().next().unwrap_or_default()
+    );
     let mut body_bytes = (read_bytes - head_bytes) as u64;
     while body_bytes < len {
         let most = (len - body_bytes).min(DISCARD_BYTES as u64) as usize;
         let (_, discarded) = recv(&stream, &mut buffer[..most], RecvFlags::TRUNC)?;
-        ensure!(discarded > 0, "the body ended after {body_bytes} of {len} bytes");
+        ensure!(
+            discarded > 0,
+            "the body ended after {body_bytes} of {len} bytes"
+        );
         body_bytes += discarded as u64;
     }
     Ok(())
 }
 
 fn connected(server: SocketAddr, from: Option<IpAddr>) -> Result<TcpStream> {
-    let family = if server.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+    let family = if server.is_ipv4() {
+        AddressFamily::INET
+    } else {
+        AddressFamily::INET6
+    };
     let socket = socket(family, SocketType::STREAM, None)?;
     if let Some(from) = from {
         bind(&socket, &SocketAddr::new(from, 0))?;
@@ -114,7 +136,10 @@ fn read_head(stream: &mut TcpStream, buffer: &mut [u8]) -> Result<(usize, usize)
         let count = stream.read(&mut buffer[read_bytes..MAX_HEAD_BYTES])?;
         ensure!(count > 0, "the connection ended within the head");
         read_bytes += count;
-        if let Some(end) = buffer[..read_bytes].windows(4).position(|window| window == b"\r\n\r\n") {
+        if let Some(end) = buffer[..read_bytes]
+            .windows(4)
+            .position(|window| window == b"\r\n\r\n")
+        {
             return Ok((end + 4, read_bytes));
         }
     }
@@ -123,9 +148,14 @@ fn read_head(stream: &mut TcpStream, buffer: &mut [u8]) -> Result<(usize, usize)
 /// The length that the head of a 200 tells.
 pub(crate) fn content_length(head: &[u8]) -> Result<u64> {
     let head = std::str::from_utf8(head).context("the head is not text")?;
-    ensure!(head.starts_with("HTTP/1.1 200 "), "answered {}", head.lines().next().unwrap_or_default());
+    ensure!(
+        head.starts_with("HTTP/1.1 200 "),
+        "answered {}",
+        head.lines().next().unwrap_or_default()
+    );
     let mut fields = head.lines().filter_map(|line| line.split_once(':'));
-    let Some((_, length)) = fields.find(|(name, _)| name.eq_ignore_ascii_case("content-length")) else {
+    let Some((_, length)) = fields.find(|(name, _)| name.eq_ignore_ascii_case("content-length"))
+    else {
         bail!("no Content-Length");
     };
     length.trim().parse().context("Content-Length")

@@ -39,7 +39,8 @@ pub(crate) fn run(report: &mut Report, options: &Options) -> Result<()> {
     }
     let middle = |pulls: &[Pull], value: fn(&Pull) -> f64| median(pulls.iter().map(value));
     let time_ratio = middle(&ours, |pull| pull.seconds) / middle(&theirs, |pull| pull.seconds);
-    let first_byte_ms = middle(&ours, |pull| pull.first_byte_ms) - middle(&theirs, |pull| pull.first_byte_ms);
+    let first_byte_ms =
+        middle(&ours, |pull| pull.first_byte_ms) - middle(&theirs, |pull| pull.first_byte_ms);
     report.figure("time_ratio", time_ratio, Some(Target::AtMost(1.05)));
     report.figure("first_byte_ms", first_byte_ms, Some(Target::AtMost(100.0)));
     drop(cluster);
@@ -50,7 +51,9 @@ pub(crate) fn run(report: &mut Report, options: &Options) -> Result<()> {
 /// From an origin that limits each connection, as object stores do: several connections are faster than one.
 fn limited_connections(report: &mut Report, options: &Options) -> Result<()> {
     let mut stage = Stage::new(None, 2 + u64::from(options.rounds))?;
-    let slow = Fault::SlowBody { bytes_per_s: CONNECTION_BYTES_PER_S };
+    let slow = Fault::SlowBody {
+        bytes_per_s: CONNECTION_BYTES_PER_S,
+    };
     stage.origin.add_fault(Rule::always(slow).on("/blobs/"));
     let cluster = stage.cluster(1)?;
     let node = &cluster.nodes[0];
@@ -59,18 +62,30 @@ fn limited_connections(report: &mut Report, options: &Options) -> Result<()> {
         ours.push(through_hawker(report, &mut stage, node, round)?.seconds);
         theirs.push(direct(report, &mut stage, node.host(), round)?.seconds);
     }
-    report.figure("speedup", median(theirs) / median(ours), Some(Target::AtLeast(3.0)));
+    report.figure(
+        "speedup",
+        median(theirs) / median(ours),
+        Some(Target::AtLeast(3.0)),
+    );
     Ok(())
 }
 
-fn through_hawker(report: &mut Report, stage: &mut Stage, node: &Hawker, round: u32) -> Result<Pull> {
+fn through_hawker(
+    report: &mut Report,
+    stage: &mut Stage,
+    node: &Hawker,
+    round: u32,
+) -> Result<Pull> {
     let blob = stage.fresh_blob(SIZE_BYTES)?;
     let target = stage.mirror_target(&blob);
     stage.origin.clear_log();
     let watch = Watch::start()?;
     let got = node.host().enter(|| get(node.mirror(), &target, None))??;
     let load = watch.stop()?;
-    let pull = Pull { seconds: got.seconds(), first_byte_ms: got.first_byte_ms() };
+    let pull = Pull {
+        seconds: got.seconds(),
+        first_byte_ms: got.first_byte_ms(),
+    };
     let copies = stage.origin.totals().blob_bytes as f64 / SIZE_BYTES as f64;
     note(report, "hawker", round, &pull, copies, load);
     Ok(pull)
@@ -81,12 +96,29 @@ fn direct(report: &mut Report, stage: &mut Stage, host: &Host, round: u32) -> Re
     let watch = Watch::start()?;
     let got = curl(host, &stage.origin_url(&blob), Path::new("/dev/null"), None)?;
     let load = watch.stop()?;
-    let pull = Pull { seconds: got.seconds, first_byte_ms: got.first_byte_ms };
-    note(report, "curl", round, &pull, got.size_bytes as f64 / SIZE_BYTES as f64, load);
+    let pull = Pull {
+        seconds: got.seconds,
+        first_byte_ms: got.first_byte_ms,
+    };
+    note(
+        report,
+        "curl",
+        round,
+        &pull,
+        got.size_bytes as f64 / SIZE_BYTES as f64,
+        load,
+    );
     Ok(pull)
 }
 
-fn note(report: &mut Report, side: &str, round: u32, pull: &Pull, copies: f64, load: serde_json::Value) {
+fn note(
+    report: &mut Report,
+    side: &str,
+    round: u32,
+    pull: &Pull,
+    copies: f64,
+    load: serde_json::Value,
+) {
     let run = json!({
         "side": side, "round": round, "seconds": pull.seconds, "first_byte_ms": pull.first_byte_ms,
         "origin_copies": copies,

@@ -31,15 +31,32 @@ pub(crate) fn run(report: &mut Report, options: &Options) -> Result<()> {
         seed.host().enter(|| get(seed.mirror(), &target, None))??;
         nginx.serve(&committed(seed, &blob)?)?;
         ours.push(node(report, &cluster, &target, &blob, round)?);
-        theirs.push(curl_and_openssl(report, cluster.nodes[0].host(), &nginx, &blob, true, round)?);
+        theirs.push(curl_and_openssl(
+            report,
+            cluster.nodes[0].host(),
+            &nginx,
+            &blob,
+            true,
+            round,
+        )?);
         curl_and_openssl(report, cluster.nodes[0].host(), &nginx, &blob, false, round)?;
     }
-    report.figure("cpu_ratio", median(ours) / median(theirs), Some(Target::AtMost(2.0)));
+    report.figure(
+        "cpu_ratio",
+        median(ours) / median(theirs),
+        Some(Target::AtMost(2.0)),
+    );
     Ok(())
 }
 
 /// CPU seconds that the node spends from the request until the blob is served and committed.
-fn node(report: &mut Report, cluster: &Cluster, target: &str, blob: &Blob, round: u32) -> Result<f64> {
+fn node(
+    report: &mut Report,
+    cluster: &Cluster,
+    target: &str,
+    blob: &Blob,
+    round: u32,
+) -> Result<f64> {
     let node = &cluster.nodes[0];
     let pid = node.pid().context("the node ended")?;
     let before = (cpu_seconds(pid)?, node.status()?.bytes);
@@ -75,7 +92,11 @@ pub(crate) fn curl_and_openssl(
     round: u32,
 ) -> Result<f64> {
     let file = host.dir().join("curled");
-    let url = if tls { nginx.https_url() } else { nginx.http_url() };
+    let url = if tls {
+        nginx.https_url()
+    } else {
+        nginx.http_url()
+    };
     let certificate = nginx.certificate();
     let watch = Watch::start()?;
     let fetched = curl(host, &url, &file, tls.then_some(certificate.as_path()))?;

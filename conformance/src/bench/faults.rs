@@ -45,25 +45,59 @@ pub(crate) fn run(report: &mut Report, options: &FaultsOptions) -> Result<()> {
             let outcome = faults::run(&plan, &options.logs)
                 .with_context(|| format!("the run itself failed\n{plan}"))?;
             let poisoned = "a thread that noted a run panicked";
-            tell(*report_of_all.lock().ok().context(poisoned)?, &plan, &outcome);
+            tell(
+                *report_of_all.lock().ok().context(poisoned)?,
+                &plan,
+                &outcome,
+            );
             outcomes.lock().ok().context(poisoned)?.push(outcome);
         }
     }))?;
-    let report = report_of_all.into_inner().ok().context("a run's thread panicked")?;
-    let outcomes = outcomes.into_inner().ok().context("a run's thread panicked")?;
-    let failed = outcomes.iter().filter(|outcome| !outcome.violations.is_empty()).count();
-    let count = |kind: Kind| outcomes.iter().map(|outcome| outcome.count(kind)).sum::<usize>() as f64;
+    let report = report_of_all
+        .into_inner()
+        .ok()
+        .context("a run's thread panicked")?;
+    let outcomes = outcomes
+        .into_inner()
+        .ok()
+        .context("a run's thread panicked")?;
+    let failed = outcomes
+        .iter()
+        .filter(|outcome| !outcome.violations.is_empty())
+        .count();
+    let count = |kind: Kind| {
+        outcomes
+            .iter()
+            .map(|outcome| outcome.count(kind))
+            .sum::<usize>() as f64
+    };
     report.figure("failed_seeds", failed as f64, Some(Target::AtMost(0.0)));
-    report.figure("wrong_bytes", count(Kind::WrongBytes), Some(Target::AtMost(0.0)));
+    report.figure(
+        "wrong_bytes",
+        count(Kind::WrongBytes),
+        Some(Target::AtMost(0.0)),
+    );
     report.figure("hangs", count(Kind::Hang), Some(Target::AtMost(0.0)));
-    report.figure("run_s", median(outcomes.iter().map(|outcome| outcome.total.as_secs_f64())), None);
-    report.figure("pull_s_most", outcomes.iter().map(slowest_s).fold(0.0, f64::max), None);
+    report.figure(
+        "run_s",
+        median(outcomes.iter().map(|outcome| outcome.total.as_secs_f64())),
+        None,
+    );
+    report.figure(
+        "pull_s_most",
+        outcomes.iter().map(slowest_s).fold(0.0, f64::max),
+        None,
+    );
     ensure!(failed == 0, "{failed} of {} seeds failed", outcomes.len());
     Ok(())
 }
 
 fn slowest_s(outcome: &Outcome) -> f64 {
-    outcome.pulls.iter().max().map_or(0.0, std::time::Duration::as_secs_f64)
+    outcome
+        .pulls
+        .iter()
+        .max()
+        .map_or(0.0, std::time::Duration::as_secs_f64)
 }
 
 fn tell(report: &mut Report, plan: &Plan, outcome: &Outcome) {
@@ -74,7 +108,14 @@ fn tell(report: &mut Report, plan: &Plan, outcome: &Outcome) {
     }));
     if let Some(logs) = &outcome.logs {
         println!("{plan}");
-        outcome.violations.iter().for_each(|violation| println!("{:?}: {}", violation.kind, violation.what));
-        println!("logs: {}; again: hawker-bench faults --seed {}", logs.display(), plan.seed);
+        outcome
+            .violations
+            .iter()
+            .for_each(|violation| println!("{:?}: {}", violation.kind, violation.what));
+        println!(
+            "logs: {}; again: hawker-bench faults --seed {}",
+            logs.display(),
+            plan.seed
+        );
     }
 }

@@ -36,7 +36,9 @@ pub(crate) struct Served {
 pub(crate) fn run(report: &mut Report, options: &Options) -> Result<()> {
     let mut stage = Stage::new(None, 3)?;
     let host = stage.host("node")?;
-    let hawker = HawkerPlan::proxy(&host).plain_registry(stage.registry()).start()?;
+    let hawker = HawkerPlan::proxy(&host)
+        .plain_registry(stage.registry())
+        .start()?;
     let blob = stage.fresh_blob(SIZE_BYTES)?;
     let target = stage.mirror_target(&blob);
     host.enter(|| get(hawker.mirror(), &target, None))??;
@@ -45,15 +47,32 @@ pub(crate) fn run(report: &mut Report, options: &Options) -> Result<()> {
     stage.origin.clear_log();
 
     let pid = hawker.pid().context("hawker ended")?;
-    let ours = Side { name: "hawker", server: hawker.mirror(), target: &target, pid };
-    let theirs = Side { name: "nginx", server: nginx.loopback(), target: "/blob", pid: nginx.pid() };
+    let ours = Side {
+        name: "hawker",
+        server: hawker.mirror(),
+        target: &target,
+        pid,
+    };
+    let theirs = Side {
+        name: "nginx",
+        server: nginx.loopback(),
+        target: "/blob",
+        pid: nginx.pid(),
+    };
     let mut addresses = Addresses(0);
     let (mut throughput, mut cpu) = (f64::INFINITY, 0_f64);
     for clients in [1, 8] {
         let mut found = [Vec::new(), Vec::new()];
         for round in 1..=options.rounds {
             for (side, found) in [ours, theirs].into_iter().zip(&mut found) {
-                found.push(measure(report, &host, side, clients, round, &mut addresses)?);
+                found.push(measure(
+                    report,
+                    &host,
+                    side,
+                    clients,
+                    round,
+                    &mut addresses,
+                )?);
             }
         }
         let ratio = |value: fn(&Served) -> f64| {
@@ -62,7 +81,10 @@ pub(crate) fn run(report: &mut Report, options: &Options) -> Result<()> {
         throughput = throughput.min(ratio(|served| served.gib_per_s));
         cpu = cpu.max(ratio(|served| served.cpu_s_per_gib));
     }
-    ensure!(stage.origin.totals().blob_bytes == 0, "the origin sent bytes of a blob that was committed");
+    ensure!(
+        stage.origin.totals().blob_bytes == 0,
+        "the origin sent bytes of a blob that was committed"
+    );
     report.figure("throughput_ratio", throughput, Some(Target::AtLeast(0.9)));
     report.figure("cpu_ratio", cpu, Some(Target::AtMost(1.5)));
     Ok(())
@@ -76,7 +98,12 @@ pub(crate) fn nginx(
     clients: u64,
     round: u32,
 ) -> Result<Served> {
-    let side = Side { name: "nginx", server: nginx.loopback(), target: "/blob", pid: nginx.pid() };
+    let side = Side {
+        name: "nginx",
+        server: nginx.loopback(),
+        target: "/blob",
+        pid: nginx.pid(),
+    };
     measure(report, host, side, clients, round, &mut Addresses(0))
 }
 
@@ -100,8 +127,9 @@ fn measure(
     addresses: &mut Addresses,
 ) -> Result<Served> {
     let times = MOVED_GIB.div_ceil(clients);
-    let sources: Vec<Vec<IpAddr>> =
-        (0..clients).map(|_| (0..times).map(|_| addresses.next()).collect()).collect();
+    let sources: Vec<Vec<IpAddr>> = (0..clients)
+        .map(|_| (0..times).map(|_| addresses.next()).collect())
+        .collect();
     let cpu = cpu_seconds(side.pid)?;
     let watch = Watch::start()?;
     let got = host.enter(|| {

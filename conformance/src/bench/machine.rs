@@ -55,14 +55,24 @@ fn servers(report: &mut Report, options: &Options) -> Result<()> {
         (1, ["nginx_1_gib_per_s", "nginx_1_cpu_s_per_gib"]),
         (8, ["nginx_8_gib_per_s", "nginx_8_cpu_s_per_gib"]),
     ] {
-        let rounds = (1..=options.rounds).map(|round| hit::nginx(report, &host, &nginx, clients, round));
+        let rounds =
+            (1..=options.rounds).map(|round| hit::nginx(report, &host, &nginx, clients, round));
         let served = rounds.collect::<Result<Vec<_>>>()?;
-        report.figure(names[0], median(served.iter().map(|served| served.gib_per_s)), None);
-        report.figure(names[1], median(served.iter().map(|served| served.cpu_s_per_gib)), None);
+        report.figure(
+            names[0],
+            median(served.iter().map(|served| served.gib_per_s)),
+            None,
+        );
+        report.figure(
+            names[1],
+            median(served.iter().map(|served| served.cpu_s_per_gib)),
+            None,
+        );
     }
-    for (tls, name) in
-        [(true, "curl_https_openssl_cpu_s_per_gib"), (false, "curl_http_openssl_cpu_s_per_gib")]
-    {
+    for (tls, name) in [
+        (true, "curl_https_openssl_cpu_s_per_gib"),
+        (false, "curl_http_openssl_cpu_s_per_gib"),
+    ] {
         let rounds = (1..=options.rounds)
             .map(|round| cpu::curl_and_openssl(report, &client, &nginx, &blob, tls, round));
         let cpu_s = median(rounds.collect::<Result<Vec<_>>>()?);
@@ -78,10 +88,17 @@ fn origin(report: &mut Report, stage: &mut Stage, options: &Options) -> Result<(
     for round in 1..=options.rounds {
         let blob = stage.fresh_blob(GIB)?;
         let watch = Watch::start()?;
-        let got = curl(&host, &stage.origin_url(&blob), Path::new("/dev/null"), None)?;
+        let got = curl(
+            &host,
+            &stage.origin_url(&blob),
+            Path::new("/dev/null"),
+            None,
+        )?;
         rates.push(GIB as f64 / got.seconds / MIB as f64);
-        report
-            .run(with_load(json!({"side": "origin", "round": round, "seconds": got.seconds}), watch.stop()?));
+        report.run(with_load(
+            json!({"side": "origin", "round": round, "seconds": got.seconds}),
+            watch.stop()?,
+        ));
     }
     report.figure("origin_mib_per_s", median(rates), None);
     Ok(())

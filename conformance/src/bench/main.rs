@@ -133,27 +133,37 @@ fn main() -> Result<()> {
         Bench::Ranges(options) => measured("ranges", &options, ranges::run),
         Bench::Cpu(options) => measured("cpu", &options, cpu::run),
         Bench::Burst(options) => {
-            let bench = if options.faults { burst_faults::run } else { burst::run };
-            measured("burst", &options.burst.common.clone(), |report, _| bench(report, &options.burst))
+            let bench = if options.faults {
+                burst_faults::run
+            } else {
+                burst::run
+            };
+            measured("burst", &options.burst.common.clone(), |report, _| {
+                bench(report, &options.burst)
+            })
         }
-        Bench::Memory(options) => {
-            measured("memory", &options.common.clone(), |report, _| memory::run(report, &options))
-        }
+        Bench::Memory(options) => measured("memory", &options.common.clone(), |report, _| {
+            memory::run(report, &options)
+        }),
         Bench::FullDisk(options) => measured("full-disk", &options, full_disk::run),
         Bench::Abuse(options) => {
             build_hawker()?;
-            written_anyway("abuse", options.json.as_deref(), |report| abuse::run(report, &options))
+            written_anyway("abuse", options.json.as_deref(), |report| {
+                abuse::run(report, &options)
+            })
         }
         Bench::Manifest(options) => measured("manifest", &options, manifest::run),
-        Bench::Scheduler(options) => {
-            report("scheduler", &options.common.clone(), |report, _| scheduler::run(report, &options))
-        }
-        Bench::Sim(options) => {
-            written_anyway("sim", options.json.as_deref(), |report| sim::run(report, &options))
-        }
+        Bench::Scheduler(options) => report("scheduler", &options.common.clone(), |report, _| {
+            scheduler::run(report, &options)
+        }),
+        Bench::Sim(options) => written_anyway("sim", options.json.as_deref(), |report| {
+            sim::run(report, &options)
+        }),
         Bench::Faults(options) => {
             build_hawker()?;
-            written_anyway("faults", options.json.as_deref(), |report| faults::run(report, &options))
+            written_anyway("faults", options.json.as_deref(), |report| {
+                faults::run(report, &options)
+            })
         }
         Bench::Machine(options) => report("machine", &options, machine::run),
         Bench::Origin(args) => origin::run(&args),
@@ -201,8 +211,18 @@ fn build_hawker() -> Result<()> {
     }
     let manifest = concat!(env!("CARGO_MANIFEST_DIR"), "/../Cargo.toml");
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let arguments = ["build", "--release", "-p", "hawker", "--manifest-path", manifest];
-    let status = Command::new(cargo).args(arguments).status().context("starting cargo: is it in PATH?")?;
+    let arguments = [
+        "build",
+        "--release",
+        "-p",
+        "hawker",
+        "--manifest-path",
+        manifest,
+    ];
+    let status = Command::new(cargo)
+        .args(arguments)
+        .status()
+        .context("starting cargo: is it in PATH?")?;
     ensure!(status.success(), "building hawker failed: {status}");
     Ok(())
 }

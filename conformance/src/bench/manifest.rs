@@ -39,14 +39,19 @@ pub(crate) fn run(report: &mut Report, options: &Options) -> Result<()> {
     let node = &cluster.nodes[0];
     let mut idle = idle_mib(report, node, "after its start")?;
 
-    let layers: Vec<_> = (0..LAYERS).map(|seed| Content::generated(seed, 1000)).collect();
+    let layers: Vec<_> = (0..LAYERS)
+        .map(|seed| Content::generated(seed, 1000))
+        .collect();
     let image = stage.origin.add_image(REPOSITORY, "v1", &layers)?;
     let path = |reference: &str| format!("/v2/{REPOSITORY}/manifests/{reference}");
     let ns = stage.registry().replace(':', "%3A");
     let through = |path: &str| format!("{path}?ns={ns}");
 
     let (tag, by_digest) = (path("v1"), through(&path(&image.digest.to_string())));
-    let sides = [(stage.origin.address(), tag.clone()), (node.mirror(), through(&tag))];
+    let sides = [
+        (stage.origin.address(), tag.clone()),
+        (node.mirror(), through(&tag)),
+    ];
     let (mut p50, mut p99) = (Vec::new(), Vec::new());
     for round in 1..=options.rounds.max(ROUNDS) {
         let [origin, mirror] = in_turn(report, node.host(), &sides, image, round)?;
@@ -71,7 +76,10 @@ impl Latency {
     fn of(mut times_ms: Vec<f64>) -> Self {
         times_ms.sort_by(f64::total_cmp);
         let at = |share: f64| times_ms[((times_ms.len() - 1) as f64 * share) as usize];
-        Self { p50_ms: at(0.5), p99_ms: at(0.99) }
+        Self {
+            p50_ms: at(0.5),
+            p99_ms: at(0.99),
+        }
     }
 }
 
@@ -93,7 +101,11 @@ fn in_turn(
                 let start = Instant::now();
                 let length = clients[side].get(&sides[side].1, "keep-alive")?;
                 times[side].push(start.elapsed().as_secs_f64() * 1e3);
-                ensure!(length == image.size_bytes, "{length} bytes of a manifest of {}", image.size_bytes);
+                ensure!(
+                    length == image.size_bytes,
+                    "{length} bytes of a manifest of {}",
+                    image.size_bytes
+                );
             }
         }
         Ok(times)
@@ -109,7 +121,12 @@ fn in_turn(
 }
 
 /// Connections for one request each; how many were not answered with the manifest.
-fn short_connections(report: &mut Report, node: &Hawker, target: &str, image: Blob) -> Result<usize> {
+fn short_connections(
+    report: &mut Report,
+    node: &Hawker,
+    target: &str,
+    image: Blob,
+) -> Result<usize> {
     let (mirror, each) = (node.mirror(), SHORT / CLIENTS);
     let watch = Watch::start()?;
     let start = Instant::now();
@@ -137,8 +154,8 @@ fn short_connections(report: &mut Report, node: &Hawker, target: &str, image: Bl
 /// What a daemon that has nothing to do holds, all of its code that it has used included.
 fn idle_mib(report: &mut Report, node: &Hawker, during: &str) -> Result<f64> {
     std::thread::sleep(IDLE);
-    let bytes =
-        memory_bytes(node.pid().context("the node ended")?, Memory::Resident).context("the node ended")?;
+    let bytes = memory_bytes(node.pid().context("the node ended")?, Memory::Resident)
+        .context("the node ended")?;
     let mib = bytes as f64 / MIB as f64;
     report.run(json!({"during": during, "rss_mib": mib}));
     Ok(mib)
@@ -155,7 +172,10 @@ impl Client {
         let stream = TcpStream::connect_timeout(&server, SILENCE)?;
         stream.set_nodelay(true)?;
         stream.set_read_timeout(Some(SILENCE))?;
-        Ok(Self { stream, buffer: vec![0; 64 << 10] })
+        Ok(Self {
+            stream,
+            buffer: vec![0; 64 << 10],
+        })
     }
 
     /// The length of the body of a 200.
@@ -169,12 +189,18 @@ impl Client {
             let count = self.stream.read(&mut self.buffer[read..])?;
             ensure!(count > 0, "the connection ended within the answer");
             read += count;
-            let Some(end) = self.buffer[..read].windows(4).position(|w| w == b"\r\n\r\n") else { continue };
+            let Some(end) = self.buffer[..read]
+                .windows(4)
+                .position(|w| w == b"\r\n\r\n")
+            else {
+                continue;
+            };
             let length = crate::client::content_length(&self.buffer[..end])?;
             break (length, end + 4 + length as usize);
         };
         ensure!(whole <= self.buffer.len(), "a manifest of {length} bytes");
-        self.stream.read_exact(&mut self.buffer[read.min(whole)..whole])?;
+        self.stream
+            .read_exact(&mut self.buffer[read.min(whole)..whole])?;
         Ok(length)
     }
 }

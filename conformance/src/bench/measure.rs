@@ -30,8 +30,13 @@ pub(crate) fn median(values: impl IntoIterator<Item = f64>) -> f64 {
 
 /// The CPU seconds (user and system) of a process and of everything it started, living or waited for.
 pub(crate) fn cpu_seconds(root: u32) -> Result<f64> {
-    let stats: BTreeMap<u32, Stat> = pids().filter_map(|pid| Some((pid, Stat::read(pid)?))).collect();
-    let mut ticks = stats.get(&root).with_context(|| format!("process {root} is gone"))?.ticks();
+    let stats: BTreeMap<u32, Stat> = pids()
+        .filter_map(|pid| Some((pid, Stat::read(pid)?)))
+        .collect();
+    let mut ticks = stats
+        .get(&root)
+        .with_context(|| format!("process {root} is gone"))?
+        .ticks();
     let mut family = vec![root];
     while let Some(parent) = family.pop() {
         for (pid, stat) in stats.iter().filter(|(_, stat)| stat.parent == parent) {
@@ -63,7 +68,11 @@ impl Stat {
         let fields: Vec<_> = text.rsplit_once(')')?.1.split_whitespace().collect();
         let ticks = |at: usize| fields.get(at)?.parse::<u64>().ok();
         let (own_ticks, children_ticks) = (ticks(11)? + ticks(12)?, ticks(13)? + ticks(14)?);
-        Some(Self { parent: fields.get(1)?.parse().ok()?, own_ticks, children_ticks })
+        Some(Self {
+            parent: fields.get(1)?.parse().ok()?,
+            own_ticks,
+            children_ticks,
+        })
     }
 
     const fn ticks(&self) -> u64 {
@@ -79,7 +88,10 @@ fn seconds(ticks: u64) -> f64 {
 pub(crate) fn finish_with_cpu(child: Child) -> Result<(Output, f64)> {
     let pid = Pid::from_raw(child.id().cast_signed()).context("no such pid")?;
     // Ended but not yet reaped: its times are still to be read.
-    waitid(WaitId::Pid(pid), WaitIdOptions::EXITED | WaitIdOptions::NOWAIT)?;
+    waitid(
+        WaitId::Pid(pid),
+        WaitIdOptions::EXITED | WaitIdOptions::NOWAIT,
+    )?;
     let cpu = cpu_seconds(child.id())?;
     Ok((child.wait_with_output()?, cpu))
 }
@@ -93,18 +105,26 @@ pub(crate) struct Watch {
 
 impl Watch {
     pub(crate) fn start() -> Result<Self> {
-        Ok(Self { start: Instant::now(), machine: machine_ticks()?, own: own_cpu_seconds()? })
+        Ok(Self {
+            start: Instant::now(),
+            machine: machine_ticks()?,
+            own: own_cpu_seconds()?,
+        })
     }
 
     /// `busy` and `steal` as shares of all cores' time, the load average (more than this bench's own says that others were
     /// at work), and this bench's CPU seconds (its origin and clients).
     pub(crate) fn stop(self) -> Result<Value> {
         let now = machine_ticks()?;
-        let spent: Vec<u64> =
-            now.iter().zip(&self.machine).map(|(now, then)| now.saturating_sub(*then)).collect();
+        let spent: Vec<u64> = now
+            .iter()
+            .zip(&self.machine)
+            .map(|(now, then)| now.saturating_sub(*then))
+            .collect();
         let total = spent.iter().sum::<u64>().max(1) as f64;
         // Columns of proc_stat(5): user nice system idle iowait irq softirq steal.
-        let [idle, iowait, steal] = [3, 4, 7].map(|column| spent.get(column).copied().unwrap_or(0) as f64);
+        let [idle, iowait, steal] =
+            [3, 4, 7].map(|column| spent.get(column).copied().unwrap_or(0) as f64);
         Ok(json!({
             "wall_s": self.start.elapsed().as_secs_f64(),
             "busy": 1.0 - (idle + iowait) / total,
@@ -117,18 +137,32 @@ impl Watch {
 
 /// Over the last minute.
 fn load_average() -> Option<f64> {
-    fs::read_to_string("/proc/loadavg").ok()?.split(' ').next()?.parse().ok()
+    fs::read_to_string("/proc/loadavg")
+        .ok()?
+        .split(' ')
+        .next()?
+        .parse()
+        .ok()
 }
 
 fn machine_ticks() -> Result<Vec<u64>> {
     let text = fs::read_to_string("/proc/stat")?;
     let line = text.lines().next().context("/proc/stat is empty")?;
     // Guest time is in user time already.
-    Ok(line.split_whitespace().skip(1).take(8).filter_map(|word| word.parse().ok()).collect())
+    Ok(line
+        .split_whitespace()
+        .skip(1)
+        .take(8)
+        .filter_map(|word| word.parse().ok())
+        .collect())
 }
 
 fn own_cpu_seconds() -> Result<f64> {
-    Ok(seconds(Stat::read(std::process::id()).context("/proc is not mounted")?.own_ticks))
+    Ok(seconds(
+        Stat::read(std::process::id())
+            .context("/proc is not mounted")?
+            .own_ticks,
+    ))
 }
 
 /// Puts the fields of `more` into `run`.
@@ -151,35 +185,59 @@ type Samples = BTreeMap<u32, Vec<(Instant, f64)>>;
 
 impl MemorySampler {
     pub(crate) fn start(pids: Vec<u32>) -> Result<Self> {
-        let (stop, samples) = (Arc::new(AtomicBool::new(false)), Arc::new(Mutex::new(Samples::new())));
+        let (stop, samples) = (
+            Arc::new(AtomicBool::new(false)),
+            Arc::new(Mutex::new(Samples::new())),
+        );
         let (stopped, taken) = (Arc::clone(&stop), Arc::clone(&samples));
-        let thread = std::thread::Builder::new().name("memory".to_owned()).spawn(move || {
-            while !stopped.load(Ordering::Relaxed) {
-                for &pid in &pids {
-                    let mib = memory_bytes(pid, Memory::Anonymous).unwrap_or(0) as f64 / MIB as f64;
-                    lock(&taken).entry(pid).or_default().push((Instant::now(), mib));
+        let thread = std::thread::Builder::new()
+            .name("memory".to_owned())
+            .spawn(move || {
+                while !stopped.load(Ordering::Relaxed) {
+                    for &pid in &pids {
+                        let mib =
+                            memory_bytes(pid, Memory::Anonymous).unwrap_or(0) as f64 / MIB as f64;
+                        lock(&taken)
+                            .entry(pid)
+                            .or_default()
+                            .push((Instant::now(), mib));
+                    }
+                    std::thread::sleep(Duration::from_millis(50));
                 }
-                std::thread::sleep(Duration::from_millis(50));
-            }
-        })?;
-        Ok(Self { stop, samples, thread })
+            })?;
+        Ok(Self {
+            stop,
+            samples,
+            thread,
+        })
     }
 
     /// What each process had in this time, in MiB, in the order of time.
     pub(crate) fn during(&self, time: Range<Instant>) -> BTreeMap<u32, Vec<f64>> {
         let samples = lock(&self.samples);
         let within = |all: &Vec<(Instant, f64)>| {
-            all.iter().filter(|(at, _)| time.contains(at)).map(|(_, mib)| *mib).collect()
+            all.iter()
+                .filter(|(at, _)| time.contains(at))
+                .map(|(_, mib)| *mib)
+                .collect()
         };
-        samples.iter().map(|(pid, all)| (*pid, within(all))).collect()
+        samples
+            .iter()
+            .map(|(pid, all)| (*pid, within(all)))
+            .collect()
     }
 
     /// The peak of each process, in MiB.
     pub(crate) fn stop(self) -> Result<BTreeMap<u32, f64>> {
         self.stop.store(true, Ordering::Relaxed);
-        self.thread.join().map_err(|_| anyhow!("the memory sampler panicked"))?;
+        self.thread
+            .join()
+            .map_err(|_| anyhow!("the memory sampler panicked"))?;
         let peak = |all: &Vec<(Instant, f64)>| all.iter().map(|(_, mib)| *mib).fold(0.0, f64::max);
-        Ok(lock(&self.samples).iter().map(|(pid, all)| (*pid, peak(all))).collect())
+        Ok(lock(&self.samples)
+            .iter()
+            .map(|(pid, all)| (*pid, peak(all)))
+            .collect())
     }
 }
 
@@ -193,7 +251,10 @@ pub(crate) fn together<T: Send>(
 ) -> Result<Vec<T>> {
     std::thread::scope(|scope| {
         let threads: Vec<_> = jobs.into_iter().map(|job| scope.spawn(job)).collect();
-        threads.into_iter().map(|thread| thread.join().map_err(|_| anyhow!("a client panicked"))?).collect()
+        threads
+            .into_iter()
+            .map(|thread| thread.join().map_err(|_| anyhow!("a client panicked"))?)
+            .collect()
     })
 }
 

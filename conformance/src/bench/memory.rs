@@ -53,7 +53,11 @@ fn members(cluster: &Cluster) -> impl Iterator<Item = &Hawker> {
 
 fn pids(cluster: &Cluster) -> Result<Vec<u32>> {
     members(cluster)
-        .map(|member| member.pid().with_context(|| format!("{} ended", member.host().name())))
+        .map(|member| {
+            member
+                .pid()
+                .with_context(|| format!("{} ended", member.host().name()))
+        })
         .collect()
 }
 
@@ -65,10 +69,20 @@ fn note(
     peaks: &BTreeMap<u32, f64>,
     load: serde_json::Value,
 ) -> f64 {
-    let peak_of = |member: &Hawker| member.pid().and_then(|pid| peaks.get(&pid)).copied().unwrap_or(f64::NAN);
-    let each: serde_json::Map<_, _> =
-        members(cluster).map(|member| (member.host().name().to_owned(), json!(peak_of(member)))).collect();
+    let peak_of = |member: &Hawker| {
+        member
+            .pid()
+            .and_then(|pid| peaks.get(&pid))
+            .copied()
+            .unwrap_or(f64::NAN)
+    };
+    let each: serde_json::Map<_, _> = members(cluster)
+        .map(|member| (member.host().name().to_owned(), json!(peak_of(member))))
+        .collect();
     let highest = peaks.values().copied().fold(0.0, f64::max);
-    report.run(with_load(json!({"during": what, "peak_anon_mib": highest, "each_mib": each}), load));
+    report.run(with_load(
+        json!({"during": what, "peak_anon_mib": highest, "each_mib": each}),
+        load,
+    ));
     highest
 }

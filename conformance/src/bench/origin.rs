@@ -50,17 +50,27 @@ pub(crate) fn run(args: &OriginArgs) -> Result<()> {
         (Some(certificate), Some(key)) => Some(Arc::new(tls(certificate, key)?)),
         _ => None,
     };
-    let origin =
-        Origin::start(OriginConfig { control: Some(args.control), tls, ..OriginConfig::http(args.listen) })?;
+    let origin = Origin::start(OriginConfig {
+        control: Some(args.control),
+        tls,
+        ..OriginConfig::http(args.listen)
+    })?;
     let files = args
         .file
         .iter()
         .map(|file| Content::file(file).with_context(|| format!("opening {}", file.display())));
     for content in args.blob.iter().cloned().map(Ok).chain(files) {
         let blob = origin.add_blob(&args.repository, content?)?;
-        println!("/v2/{}/blobs/{} {}", args.repository, blob.digest, blob.size_bytes);
+        println!(
+            "/v2/{}/blobs/{} {}",
+            args.repository, blob.digest, blob.size_bytes
+        );
     }
-    println!("listening on {}, control port {}", origin.address(), args.control);
+    println!(
+        "listening on {}, control port {}",
+        origin.address(),
+        args.control
+    );
     loop {
         std::thread::park();
     }
@@ -72,7 +82,7 @@ fn tls(certificate: &PathBuf, key: &PathBuf) -> Result<rustls::ServerConfig> {
     let chain = chain.with_context(|| unreadable(certificate))?;
     let key = PrivateKeyDer::from_pem_file(key).with_context(|| unreadable(key))?;
     let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let builder =
-        rustls::ServerConfig::builder_with_provider(provider).with_safe_default_protocol_versions()?;
+    let builder = rustls::ServerConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()?;
     Ok(builder.with_no_client_auth().with_single_cert(chain, key)?)
 }

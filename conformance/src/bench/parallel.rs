@@ -36,19 +36,27 @@ struct Pull {
 pub(crate) fn run(report: &mut Report, options: &Options) -> Result<()> {
     let pulls = VARIANTS.len() as u64 * u64::from(options.rounds);
     let mut stage = Stage::new(None, 1 + pulls * 2)?;
-    stage
-        .origin
-        .add_fault(Rule::always(Fault::SlowBody { bytes_per_s: CONNECTION_BYTES_PER_S }).on("/blobs/"));
+    stage.origin.add_fault(
+        Rule::always(Fault::SlowBody {
+            bytes_per_s: CONNECTION_BYTES_PER_S,
+        })
+        .on("/blobs/"),
+    );
     let alone_host = stage.host("alone")?;
     let registry = stage.registry();
-    let alone = [HawkerPlan::proxy(&alone_host).plain_registry(&registry).start()?];
+    let alone = [HawkerPlan::proxy(&alone_host)
+        .plain_registry(&registry)
+        .start()?];
     let cluster = stage.cluster(NODES)?;
     let (mut ratios, mut copies) = (Vec::new(), Vec::new());
     for (at_once, buffer_bytes) in VARIANTS {
         let (mut direct, mut one, mut all) = (Vec::new(), Vec::new(), Vec::new());
         for round in 1..=options.rounds {
-            for (side, nodes) in [("direct", &[][..]), ("alone", &alone[..]), ("cluster", &cluster.nodes[..])]
-            {
+            for (side, nodes) in [
+                ("direct", &[][..]),
+                ("alone", &alone[..]),
+                ("cluster", &cluster.nodes[..]),
+            ] {
                 let blob = stage.fresh_blob(SIZE_BYTES)?;
                 let watch = Watch::start()?;
                 let pull = measure(&stage, nodes, &alone_host, &blob, at_once, buffer_bytes)?;
@@ -89,9 +97,14 @@ fn measure(
     stage.origin.clear_log();
     let target = stage.mirror_target(blob);
     let straight = [(stage.origin.address(), host, blob_path(blob))];
-    let through = nodes.iter().map(|node| (node.mirror(), node.host(), target.clone()));
-    let clients: Vec<(SocketAddr, &Host, String)> =
-        if nodes.is_empty() { straight.into() } else { through.collect() };
+    let through = nodes
+        .iter()
+        .map(|node| (node.mirror(), node.host(), target.clone()));
+    let clients: Vec<(SocketAddr, &Host, String)> = if nodes.is_empty() {
+        straight.into()
+    } else {
+        through.collect()
+    };
     let begun = Instant::now();
     std::thread::scope(|scope| {
         let clients: Vec<_> = clients
@@ -100,13 +113,18 @@ fn measure(
                 scope.spawn(|| host.enter(|| in_buffers(*server, target, at_once, buffer_bytes))?)
             })
             .collect();
-        clients.into_iter().try_for_each(|client| client.join().map_err(|_| anyhow!("a client panicked"))?)
+        clients
+            .into_iter()
+            .try_for_each(|client| client.join().map_err(|_| anyhow!("a client panicked"))?)
     })?;
     let seconds = begun.elapsed().as_secs_f64();
     // Requests that nobody waits for would show up now.
     std::thread::sleep(std::time::Duration::from_secs(1));
     let origin_copies = stage.origin.totals().blob_bytes as f64 / SIZE_BYTES as f64;
-    Ok(Pull { seconds, origin_copies })
+    Ok(Pull {
+        seconds,
+        origin_copies,
+    })
 }
 
 /// Reads a whole blob in buffers, in the network namespace of the calling thread.
@@ -118,11 +136,18 @@ fn in_buffers(server: SocketAddr, target: &str, at_once: u64, buffer_bytes: u64)
             if start >= SIZE_BYTES {
                 return Ok(());
             }
-            get_part(server, target, &format!("bytes={start}-"), buffer_bytes.min(SIZE_BYTES - start))?;
+            get_part(
+                server,
+                target,
+                &format!("bytes={start}-"),
+                buffer_bytes.min(SIZE_BYTES - start),
+            )?;
         }
     };
     std::thread::scope(|scope| {
         let workers: Vec<_> = (0..at_once).map(|_| scope.spawn(work)).collect();
-        workers.into_iter().try_for_each(|worker| worker.join().map_err(|_| anyhow!("a worker panicked"))?)
+        workers
+            .into_iter()
+            .try_for_each(|worker| worker.join().map_err(|_| anyhow!("a worker panicked"))?)
     })
 }

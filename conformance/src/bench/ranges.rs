@@ -29,28 +29,52 @@ struct Served {
 
 pub(crate) fn run(report: &mut Report, options: &Options) -> Result<()> {
     let mut stage = Stage::new(None, 1 + u64::from(options.rounds))?;
-    stage
-        .origin
-        .add_fault(Rule::always(Fault::SlowBody { bytes_per_s: CONNECTION_BYTES_PER_S }).on("/blobs/"));
+    stage.origin.add_fault(
+        Rule::always(Fault::SlowBody {
+            bytes_per_s: CONNECTION_BYTES_PER_S,
+        })
+        .on("/blobs/"),
+    );
     let cluster = stage.cluster(1)?;
     let alone_host = stage.host("alone")?;
     let registry = stage.registry();
-    let alone = HawkerPlan::proxy(&alone_host).plain_registry(&registry).start()?;
+    let alone = HawkerPlan::proxy(&alone_host)
+        .plain_registry(&registry)
+        .start()?;
     let (mut held, mut cold) = (Vec::new(), Vec::new());
     for round in 1..=options.rounds {
         let blob = stage.fresh_blob(SIZE_BYTES)?;
         let target = stage.mirror_target(&blob);
-        cluster.seed.host().enter(|| get(cluster.seed.mirror(), &target, None))??;
+        cluster
+            .seed
+            .host()
+            .enter(|| get(cluster.seed.mirror(), &target, None))??;
         committed(&cluster.seed, &blob)?;
-        held.push(serve(report, &stage, &cluster.nodes[0], &blob, "held", round)?);
+        held.push(serve(
+            report,
+            &stage,
+            &cluster.nodes[0],
+            &blob,
+            "held",
+            round,
+        )?);
         let blob = stage.fresh_blob(SIZE_BYTES)?;
         cold.push(serve(report, &stage, &alone, &blob, "cold", round)?);
     }
     let middle = |served: &[Served], value: fn(&Served) -> f64| median(served.iter().map(value));
-    let last_ms = middle(&held, |served| served.last_ms).max(middle(&cold, |served| served.last_ms));
+    let last_ms =
+        middle(&held, |served| served.last_ms).max(middle(&cold, |served| served.last_ms));
     report.figure("last_ms", last_ms, Some(Target::AtMost(400.0)));
-    report.figure("bytes_ratio", middle(&held, |served| served.bytes_ratio), Some(Target::AtMost(2.0)));
-    report.figure("copies", middle(&cold, |served| served.copies), Some(Target::AtMost(1.3)));
+    report.figure(
+        "bytes_ratio",
+        middle(&held, |served| served.bytes_ratio),
+        Some(Target::AtMost(2.0)),
+    );
+    report.figure(
+        "copies",
+        middle(&cold, |served| served.copies),
+        Some(Target::AtMost(1.3)),
+    );
     Ok(())
 }
 
@@ -80,7 +104,9 @@ fn serve(
                     scope.spawn(move || get_part(node.mirror(), target, &range, RANGE_BYTES))
                 })
                 .collect();
-            reads.into_iter().try_for_each(|read| read.join().map_err(|_| anyhow!("a client panicked"))?)
+            reads
+                .into_iter()
+                .try_for_each(|read| read.join().map_err(|_| anyhow!("a client panicked"))?)
         })
     })??;
     let last_ms = begun.elapsed().as_secs_f64() * 1e3;
@@ -93,5 +119,9 @@ fn serve(
         "side": side, "round": round, "last_ms": last_ms, "bytes_ratio": bytes_ratio, "copies": copies,
     });
     report.run(with_load(run, load));
-    Ok(Served { last_ms, bytes_ratio, copies })
+    Ok(Served {
+        last_ms,
+        bytes_ratio,
+        copies,
+    })
 }

@@ -48,15 +48,19 @@ pub(crate) fn run(report: &mut Report, options: &SchedulerOptions) -> Result<()>
     }));
     let mut worst_us: f64 = 0.0;
     for round in 1..=options.common.rounds {
-        for (variant, ask) in [("all over", Books::all_over as fn(&mut Books)), ("one task", Books::one_task)]
-        {
+        for (variant, ask) in [
+            ("all over", Books::all_over as fn(&mut Books)),
+            ("one task", Books::one_task),
+        ] {
             let watch = Watch::start()?;
             ask(&mut books);
             let mut times = std::mem::take(&mut books.times);
             times.sort_unstable();
             let at = |share: f64| {
                 let rank = (times.len() as f64 * share) as usize;
-                times.get(rank.min(times.len() - 1)).map_or(f64::NAN, |time| time.as_secs_f64() * 1e6)
+                times
+                    .get(rank.min(times.len() - 1))
+                    .map_or(f64::NAN, |time| time.as_secs_f64() * 1e6)
             };
             worst_us = worst_us.max(at(0.99));
             let run = json!({
@@ -71,8 +75,16 @@ pub(crate) fn run(report: &mut Report, options: &SchedulerOptions) -> Result<()>
         }
     }
     report.figure("decision_p99_us", worst_us, Some(Target::AtMost(1000.0)));
-    report.figure("bytes_per_peer", bytes_per_peer, Some(Target::AtMost(2048.0)));
-    report.figure("bytes_per_copy", bytes_per_copy, Some(Target::AtMost(200.0)));
+    report.figure(
+        "bytes_per_peer",
+        bytes_per_peer,
+        Some(Target::AtMost(2048.0)),
+    );
+    report.figure(
+        "bytes_per_copy",
+        bytes_per_copy,
+        Some(Target::AtMost(200.0)),
+    );
     Ok(())
 }
 
@@ -106,7 +118,8 @@ impl Books {
 
     /// How much more resident memory there is after `work`, in bytes.
     fn measure(&mut self, work: impl FnOnce(&mut Self)) -> Result<f64> {
-        let resident = || memory_bytes(std::process::id(), Memory::Resident).context("/proc is not mounted");
+        let resident =
+            || memory_bytes(std::process::id(), Memory::Resident).context("/proc is not mounted");
         let before = resident()?;
         work(self);
         Ok(resident()?.saturating_sub(before) as f64)
@@ -121,8 +134,15 @@ impl Books {
         for n in 0..self.peers + SEEDS {
             self.input(Input::Joined(Registration {
                 peer: peer(n),
-                role: if n < self.peers { Role::Peer } else { Role::Seed },
-                place: Place { zone: format!("zone-{}", n % ZONES).into(), ..Place::default() },
+                role: if n < self.peers {
+                    Role::Peer
+                } else {
+                    Role::Seed
+                },
+                place: Place {
+                    zone: format!("zone-{}", n % ZONES).into(),
+                    ..Place::default()
+                },
                 upload_slots: 8,
                 upload_rate_bytes: 0,
                 reads_origins: true,
@@ -135,17 +155,24 @@ impl Books {
         let each = (u64::from(self.tasks) * u64::from(self.copies)).div_ceil(u64::from(self.peers));
         for n in 0..self.peers {
             let first = u64::from(n) * each;
-            let holdings =
-                (first..first + each).map(|copy| holding(task((copy % u64::from(self.tasks)) as u32)));
+            let holdings = (first..first + each)
+                .map(|copy| holding(task((copy % u64::from(self.tasks)) as u32)));
             let holdings = holdings.collect();
-            self.input(Input::Holdings { peer: peer(n), replaces_all: true, holdings });
+            self.input(Input::Holdings {
+                peer: peer(n),
+                replaces_all: true,
+                holdings,
+            });
         }
     }
 
     /// Peers at random ask for tasks at random, and get them.
     fn all_over(&mut self) {
         for _ in 0..QUESTIONS {
-            let (n, t) = (self.rng.random_range(0..self.peers), self.rng.random_range(0..self.tasks));
+            let (n, t) = (
+                self.rng.random_range(0..self.peers),
+                self.rng.random_range(0..self.tasks),
+            );
             self.want(n, task(t));
             self.input(Input::Holdings {
                 peer: peer(n),
@@ -166,7 +193,11 @@ impl Books {
             self.want(n, task);
         }
         for n in all() {
-            self.input(Input::Holdings { peer: peer(n), replaces_all: false, holdings: vec![holding(task)] });
+            self.input(Input::Holdings {
+                peer: peer(n),
+                replaces_all: false,
+                holdings: vec![holding(task)],
+            });
             self.wait();
         }
     }
@@ -212,9 +243,17 @@ fn peer(n: u32) -> PeerId {
 }
 
 fn task(n: u32) -> Digest {
-    Digest::of(Algorithm::Sha256, &[b"task".as_slice(), &n.to_be_bytes()].concat())
+    Digest::of(
+        Algorithm::Sha256,
+        &[b"task".as_slice(), &n.to_be_bytes()].concat(),
+    )
 }
 
 fn holding(task: Digest) -> Holding {
-    Holding { task, size_bytes: SIZE_BYTES, pieces: PieceLayout::new(SIZE_BYTES).count(), complete: true }
+    Holding {
+        task,
+        size_bytes: SIZE_BYTES,
+        pieces: PieceLayout::new(SIZE_BYTES).count(),
+        complete: true,
+    }
 }

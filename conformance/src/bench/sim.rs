@@ -115,19 +115,27 @@ pub(crate) fn run(report: &mut Report, flags: &SimOptions) -> Result<()> {
     let scenario = options.scenario()?;
     let (outcome, _) = simulate(report, &scenario, "")?;
     figures(report, &outcome, &options.aims);
-    draw(options.svg.as_deref(), &outcome, &format!("{} hosts", scenario.hosts))
+    draw(
+        options.svg.as_deref(),
+        &outcome,
+        &format!("{} hosts", scenario.hosts),
+    )
 }
 
 fn read(file: &Path) -> Result<SimOptions> {
-    let text = std::fs::read_to_string(file).with_context(|| format!("reading {}", file.display()))?;
+    let text =
+        std::fs::read_to_string(file).with_context(|| format!("reading {}", file.display()))?;
     toml::from_str(&text).with_context(|| format!("in {}", file.display()))
 }
 
 impl SimOptions {
     /// These flags, and what they leave open as the file has it.
     fn over(self, file: Self) -> Self {
-        let restarts =
-            if self.restart_scheduler.is_empty() { file.restart_scheduler } else { self.restart_scheduler };
+        let restarts = if self.restart_scheduler.is_empty() {
+            file.restart_scheduler
+        } else {
+            self.restart_scheduler
+        };
         Self {
             hosts: self.hosts.or(file.hosts),
             size: self.size.or(file.size),
@@ -151,13 +159,19 @@ impl SimOptions {
 
     fn scenario(&self) -> Result<Scenario> {
         let plain = Scenario::default();
-        let bytes = |given: &Option<String>, default: f64| given.as_deref().map_or(Ok(default), quantity);
+        let bytes =
+            |given: &Option<String>, default: f64| given.as_deref().map_or(Ok(default), quantity);
         let faults = Faults {
             slow: self.slow.unwrap_or(0.0),
             slow_rate: self.slow_rate.unwrap_or(0.33),
             die: self.die.unwrap_or(0.0),
             lie: self.lie.unwrap_or(0.0),
-            scheduler_restarts: self.restart_scheduler.iter().copied().map(Duration::from_secs_f64).collect(),
+            scheduler_restarts: self
+                .restart_scheduler
+                .iter()
+                .copied()
+                .map(Duration::from_secs_f64)
+                .collect(),
             ..plain.faults.clone()
         };
         let rate = bytes(&self.rate, plain.rate)?;
@@ -180,7 +194,9 @@ impl SimOptions {
 /// `3GB`, `128MiB`, `300MB/s`: in bytes.
 fn quantity(text: &str) -> Result<f64> {
     let text = text.trim().trim_end_matches("/s");
-    let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let digits = text
+        .find(|c: char| !c.is_ascii_digit() && c != '.')
+        .unwrap_or(text.len());
     let (number, unit) = text.split_at(digits);
     let factor = match unit.trim() {
         "" | "B" => 1.0,
@@ -192,7 +208,9 @@ fn quantity(text: &str) -> Result<f64> {
         "GiB" => 1_073_741_824.0,
         unknown => bail!("{unknown:?} is no unit: write B, KB, MB, GB, KiB, MiB or GiB"),
     };
-    let number: f64 = number.parse().with_context(|| format!("{text:?} is no quantity"))?;
+    let number: f64 = number
+        .parse()
+        .with_context(|| format!("{text:?} is no quantity"))?;
     ensure!(number * factor >= 1.0, "{text:?} is too little");
     Ok(number * factor)
 }
@@ -227,12 +245,17 @@ fn simulate(report: &mut Report, scenario: &Scenario, variant: &str) -> Result<(
     for violation in outcome.checks.found() {
         println!("  VIOLATED: {violation}");
     }
-    ensure!(outcome.checks.count() == 0, "{} violations", outcome.checks.count());
+    ensure!(
+        outcome.checks.count() == 0,
+        "{} violations",
+        outcome.checks.count()
+    );
     Ok((outcome, per_peer))
 }
 
 fn figures(report: &mut Report, outcome: &Outcome, aims: &Aims) {
-    let mut figure = |name, value, aim: Option<f64>| report.figure(name, value, aim.map(Target::AtMost));
+    let mut figure =
+        |name, value, aim: Option<f64>| report.figure(name, value, aim.map(Target::AtMost));
     figure("p50_ratio", outcome.quantile(0.5), aims.p50_ratio);
     figure("p99_ratio", outcome.quantile(0.99), aims.p99_ratio);
     figure("p999_ratio", outcome.quantile(0.999), aims.p999_ratio);
@@ -249,9 +272,20 @@ fn draw(file: Option<&Path>, outcome: &Outcome, title: &str) -> Result<()> {
 
 /// The real burst, simulated: `real_ratio` is the simulated time over the measured one, where it is furthest from 1.
 fn like_burst(report: &mut Report, options: &SimOptions) -> Result<()> {
-    let measured = options.measured.as_deref().map(bursts).transpose()?.unwrap_or_default();
-    let rates = measured.iter().filter_map(|run| run["goodput_mbit"].as_f64());
-    let rate = if measured.is_empty() { BURST_RATE } else { median(rates) * 1e6 / 8.0 };
+    let measured = options
+        .measured
+        .as_deref()
+        .map(bursts)
+        .transpose()?
+        .unwrap_or_default();
+    let rates = measured
+        .iter()
+        .filter_map(|run| run["goodput_mbit"].as_f64());
+    let rate = if measured.is_empty() {
+        BURST_RATE
+    } else {
+        median(rates) * 1e6 / 8.0
+    };
     let mut ratios = Vec::new();
     for (layers, variant) in crate::burst::VARIANTS {
         let scenario = Scenario {
@@ -266,7 +300,11 @@ fn like_burst(report: &mut Report, options: &SimOptions) -> Result<()> {
         };
         let (outcome, _) = simulate(report, &scenario, variant)?;
         report.figure(
-            if layers == 1 { "one_blob_ratio" } else { "four_blobs_ratio" },
+            if layers == 1 {
+                "one_blob_ratio"
+            } else {
+                "four_blobs_ratio"
+            },
             outcome.quantile(1.0),
             None,
         );
@@ -280,7 +318,9 @@ fn like_burst(report: &mut Report, options: &SimOptions) -> Result<()> {
         }
         draw(options.svg.as_deref(), &outcome, variant)?;
     }
-    let furthest = ratios.into_iter().max_by(|a, b| (a - 1.0).abs().total_cmp(&(b - 1.0).abs()));
+    let furthest = ratios
+        .into_iter()
+        .max_by(|a, b| (a - 1.0).abs().total_cmp(&(b - 1.0).abs()));
     if let Some(ratio) = furthest {
         report.figure("real_ratio", ratio, Some(Target::AtMost(1.1)));
     }
@@ -289,10 +329,15 @@ fn like_burst(report: &mut Report, options: &SimOptions) -> Result<()> {
 
 /// Hawker's runs in the JSON of a `burst`.
 fn bursts(file: &Path) -> Result<Vec<Value>> {
-    let text = std::fs::read_to_string(file).with_context(|| format!("reading {}", file.display()))?;
-    let value: Value = serde_json::from_str(&text).with_context(|| format!("in {}", file.display()))?;
+    let text =
+        std::fs::read_to_string(file).with_context(|| format!("reading {}", file.display()))?;
+    let value: Value =
+        serde_json::from_str(&text).with_context(|| format!("in {}", file.display()))?;
     let runs = value["runs"].as_array().cloned().unwrap_or_default();
-    Ok(runs.into_iter().filter(|run| run["side"] == "hawker").collect())
+    Ok(runs
+        .into_iter()
+        .filter(|run| run["side"] == "hawker")
+        .collect())
 }
 
 #[cfg(test)]
@@ -301,9 +346,13 @@ mod tests {
 
     #[test]
     fn quantities_are_read() {
-        for (text, expected) in
-            [("3GB", 3e9), ("128MiB", 134_217_728.0), ("300MB/s", 3e8), ("1.5 KiB", 1536.0), ("7", 7.0)]
-        {
+        for (text, expected) in [
+            ("3GB", 3e9),
+            ("128MiB", 134_217_728.0),
+            ("300MB/s", 3e8),
+            ("1.5 KiB", 1536.0),
+            ("7", 7.0),
+        ] {
             assert_eq!(quantity(text).unwrap(), expected, "{text}");
         }
         for text in ["", "GB", "3 apples", "-1GB", "0"] {
@@ -313,8 +362,13 @@ mod tests {
 
     #[test]
     fn flags_override_what_the_scenario_says() {
-        let file: SimOptions = toml::from_str("hosts = 7\nsize = '1GB'\n[aims]\np50_ratio = 1.1\n").unwrap();
-        let options = SimOptions { hosts: Some(9), ..SimOptions::default() }.over(file);
+        let file: SimOptions =
+            toml::from_str("hosts = 7\nsize = '1GB'\n[aims]\np50_ratio = 1.1\n").unwrap();
+        let options = SimOptions {
+            hosts: Some(9),
+            ..SimOptions::default()
+        }
+        .over(file);
         let scenario = options.scenario().unwrap();
         assert_eq!((scenario.hosts, scenario.size_bytes), (9, 1_000_000_000));
         assert_eq!(options.aims.p50_ratio, Some(1.1));
@@ -324,10 +378,15 @@ mod tests {
     #[test]
     fn every_scenario_that_comes_along_can_be_read() {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("scenarios");
-        let files: Vec<_> = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
+        let files: Vec<_> = std::fs::read_dir(folder)
+            .unwrap()
+            .map(|entry| entry.unwrap().path())
+            .collect();
         assert!(files.len() >= 4);
         for file in files {
-            read(&file).and_then(|options| options.scenario().map(drop)).unwrap();
+            read(&file)
+                .and_then(|options| options.scenario().map(drop))
+                .unwrap();
         }
     }
 }

@@ -34,7 +34,13 @@ impl Stage {
         }
         let config = OriginConfig::http(origin_host.at(ORIGIN_PORT));
         let origin = origin_host.enter(|| Origin::start(config))??;
-        Ok(Self { origin, origin_host, link, blobs_made: 0, lab })
+        Ok(Self {
+            origin,
+            origin_host,
+            link,
+            blobs_made: 0,
+            lab,
+        })
     }
 
     /// Another host of the lab, with the stage's link.
@@ -48,18 +54,32 @@ impl Stage {
 
     /// `hawker up` and this many nodes, all connected.
     pub(crate) fn cluster(&self, nodes: usize) -> Result<Cluster> {
-        self.cluster_of(ClusterPlan { nodes, ..ClusterPlan::default() })
+        self.cluster_of(ClusterPlan {
+            nodes,
+            ..ClusterPlan::default()
+        })
     }
 
     /// The same with a scheduler that is not the seed's process.
     pub(crate) fn cluster_and_scheduler(&self, nodes: usize) -> Result<Cluster> {
-        self.cluster_of(ClusterPlan { nodes, scheduler_apart: true, ..ClusterPlan::default() })
+        self.cluster_of(ClusterPlan {
+            nodes,
+            scheduler_apart: true,
+            ..ClusterPlan::default()
+        })
     }
 
     /// A cluster as planned, with the stage's link and origin.
     pub(crate) fn cluster_of(&self, plan: ClusterPlan) -> Result<Cluster> {
         let plain_registries = vec![self.registry()];
-        Cluster::start(&self.lab, &ClusterPlan { link: self.link, plain_registries, ..plan })
+        Cluster::start(
+            &self.lab,
+            &ClusterPlan {
+                link: self.link,
+                plain_registries,
+                ..plan
+            },
+        )
     }
 
     /// The origin as members name it: `host:port`.
@@ -86,7 +106,11 @@ impl Stage {
 
     /// What a runtime asks its node's mirror for.
     pub(crate) fn mirror_target(&self, blob: &Blob) -> String {
-        format!("{}?ns={}", blob_path(blob), self.registry().replace(':', "%3A"))
+        format!(
+            "{}?ns={}",
+            blob_path(blob),
+            self.registry().replace(':', "%3A")
+        )
     }
 }
 
@@ -118,7 +142,11 @@ pub(crate) fn committed(hawker: &Hawker, blob: &Blob) -> Result<PathBuf> {
         if let Some(file) = find(hawker.data_dir(), &blob.digest.hex()) {
             return Ok(file);
         }
-        ensure!(Instant::now() < deadline, "{} is not in the store after {COMMIT:?}", blob.digest);
+        ensure!(
+            Instant::now() < deadline,
+            "{} is not in the store after {COMMIT:?}",
+            blob.digest
+        );
         std::thread::sleep(Duration::from_millis(20));
     }
 }
@@ -126,6 +154,10 @@ pub(crate) fn committed(hawker: &Hawker, blob: &Blob) -> Result<PathBuf> {
 fn find(dir: &Path, name: &str) -> Option<PathBuf> {
     std::fs::read_dir(dir).ok()?.flatten().find_map(|entry| {
         let path = entry.path();
-        if path.is_dir() { find(&path, name) } else { (entry.file_name() == name).then_some(path) }
+        if path.is_dir() {
+            find(&path, name)
+        } else {
+            (entry.file_name() == name).then_some(path)
+        }
     })
 }

@@ -70,7 +70,11 @@ impl Books {
     /// To be said before it happens.
     pub(super) fn begin(&self, member: Member, why: Why) -> Open {
         let mut inner = self.inner();
-        inner.spans.push(Span { member, why, until: None });
+        inner.spans.push(Span {
+            member,
+            why,
+            until: None,
+        });
         Open(inner.spans.len() - 1)
     }
 
@@ -113,14 +117,18 @@ impl Books {
     /// Rule 3: when a pull that began at `start` must have ended; not known while a fault of its path lasts.
     pub(super) fn deadline(&self, node: usize, start: Instant) -> Option<Instant> {
         let inner = self.inner();
-        let whole = inner.path(node).try_fold(start, |whole, span| Some(whole.max(span.until?)))?;
+        let whole = inner
+            .path(node)
+            .try_fold(start, |whole, span| Some(whole.max(span.until?)))?;
         Some(whole + PULL_WITHIN)
     }
 }
 
 impl Inner {
     fn path(&self, node: usize) -> impl Iterator<Item = &Span> {
-        self.spans.iter().filter(move |span| [Member::Node(node), Member::Origin].contains(&span.member))
+        self.spans
+            .iter()
+            .filter(move |span| [Member::Node(node), Member::Origin].contains(&span.member))
     }
 }
 
@@ -135,7 +143,10 @@ mod tests {
         assert!(!books.may_fail(0, 0, before));
         let seed = books.begin(Member::Seed, Why::Broken);
         let slow = books.begin(Member::Node(0), Why::Slow);
-        assert!(!books.may_fail(0, 0, before), "neither a seed nor a slow link is a reason");
+        assert!(
+            !books.may_fail(0, 0, before),
+            "neither a seed nor a slow link is a reason"
+        );
         let node = books.begin(Member::Node(1), Why::Broken);
         assert!(books.may_fail(1, 0, Instant::now()) && !books.may_fail(0, 0, before));
         for open in [seed, slow, node] {
@@ -159,7 +170,11 @@ mod tests {
         let deadline = books.deadline(0, start);
         assert!(deadline > Some(start + PULL_WITHIN));
         books.end(other);
-        assert_eq!(books.deadline(0, start), deadline, "another node is not on the path");
+        assert_eq!(
+            books.deadline(0, start),
+            deadline,
+            "another node is not on the path"
+        );
     }
 
     #[test]

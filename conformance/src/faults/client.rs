@@ -50,8 +50,10 @@ impl Client<'_> {
         if let Err((kind, what)) = self.pull(start) {
             let (node, blob, range) = (self.node, self.known.index, &self.range);
             let at = start.elapsed();
-            self.books
-                .violated(kind, format!("blob {blob} at Node({node}), {range:?}, after {at:.1?}: {what}"));
+            self.books.violated(
+                kind,
+                format!("blob {blob} at Node({node}), {range:?}, after {at:.1?}: {what}"),
+            );
         }
         start.elapsed()
     }
@@ -66,11 +68,16 @@ impl Client<'_> {
                 Ok(answer) => self.judge(&answer, from..wanted.end),
                 Err(error) => Came::Some(0, format!("{error:#}")),
             };
-            let late =
-                self.books.deadline(self.node, start).is_some_and(|deadline| Instant::now() > deadline);
+            let late = self
+                .books
+                .deadline(self.node, start)
+                .is_some_and(|deadline| Instant::now() > deadline);
             match came {
                 Came::Wrong { at, whole } if !self.books.may_be_wrong(self.node, blob, whole) => {
-                    return Err((Kind::WrongBytes, format!("byte {at} is wrong (whole: {whole})")));
+                    return Err((
+                        Kind::WrongBytes,
+                        format!("byte {at} is wrong (whole: {whole})"),
+                    ));
                 }
                 Came::All if !late => return Ok(()),
                 Came::All => return Err((Kind::Hang, "it came too late".to_owned())),
@@ -105,8 +112,15 @@ impl Client<'_> {
     fn judge(&self, answer: &Answer, asked: Range<u64>) -> Came {
         let size = self.known.blob.size_bytes;
         let ended = |what: &str| {
-            let text: String = if answer.status >= 400 { answer.text() } else { String::new() };
-            format!("{what}: {} {:?}, {} bytes {text}", answer.status, answer.end, answer.body_bytes)
+            let text: String = if answer.status >= 400 {
+                answer.text()
+            } else {
+                String::new()
+            };
+            format!(
+                "{what}: {} {:?}, {} bytes {text}",
+                answer.status, answer.end, answer.body_bytes
+            )
         };
         let told = answer.header("content-range").unwrap_or_default();
         let right = match answer.status {
@@ -119,12 +133,28 @@ impl Client<'_> {
         }
         let mut truth = vec![0; answer.body.len()];
         // A body longer than the rest of the blob differs from the truth's zeros, or else in its length.
-        let known = self.known.content.read_at(asked.start, &mut truth).unwrap_or(0) as u64;
+        let known = self
+            .known
+            .content
+            .read_at(asked.start, &mut truth)
+            .unwrap_or(0) as u64;
         let complete = answer.end == End::Complete && answer.body_bytes == asked.end - asked.start;
-        if let Some(at) = answer.body.iter().zip(&truth).position(|(got, true_byte)| got != true_byte) {
-            return Came::Wrong { at: asked.start + at as u64, whole: complete && asked.end == size };
+        if let Some(at) = answer
+            .body
+            .iter()
+            .zip(&truth)
+            .position(|(got, true_byte)| got != true_byte)
+        {
+            return Came::Wrong {
+                at: asked.start + at as u64,
+                whole: complete && asked.end == size,
+            };
         }
-        if complete && known == answer.body_bytes { Came::All } else { Came::Some(known, ended("short")) }
+        if complete && known == answer.body_bytes {
+            Came::All
+        } else {
+            Came::Some(known, ended("short"))
+        }
     }
 }
 
@@ -141,17 +171,36 @@ mod tests {
         let origin = start_origin(&host)?;
         let blob = origin.add_blob(REPOSITORY, origins.clone())?;
         let request = Request::get(origin.address(), blob_path(&blob));
-        let known = Known { index: 0, blob, content: truth.clone() };
+        let known = Known {
+            index: 0,
+            blob,
+            content: truth.clone(),
+        };
         let books = Books::default();
-        Client { books: &books, node: 0, host, request, known: &known, range: None }.run();
-        Ok(books.violations().into_iter().map(|violation| violation.kind).collect())
+        Client {
+            books: &books,
+            node: 0,
+            host,
+            request,
+            known: &known,
+            range: None,
+        }
+        .run();
+        Ok(books
+            .violations()
+            .into_iter()
+            .map(|violation| violation.kind)
+            .collect())
     }
 
     #[test]
     fn a_client_sees_a_wrong_byte_and_a_right_blob() -> anyhow::Result<()> {
         let right = Content::generated(1, 100_000);
         assert_eq!(violations(&right, &right)?, []);
-        assert_eq!(violations(&Content::generated(2, 100_000), &right)?, [Kind::WrongBytes]);
+        assert_eq!(
+            violations(&Content::generated(2, 100_000), &right)?,
+            [Kind::WrongBytes]
+        );
         Ok(())
     }
 }

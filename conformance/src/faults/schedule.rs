@@ -128,9 +128,14 @@ impl Plan {
             let trouble = trouble(&mut rng, survivor);
             // Two at once of one member would mend each other.
             let apart = |other: &Trouble| {
-                other.until_ms + PAUSE_MS <= trouble.from_ms || trouble.until_ms + PAUSE_MS <= other.from_ms
+                other.until_ms + PAUSE_MS <= trouble.from_ms
+                    || trouble.until_ms + PAUSE_MS <= other.from_ms
             };
-            if troubles.iter().filter(|other| other.member == trouble.member).all(apart) {
+            if troubles
+                .iter()
+                .filter(|other| other.member == trouble.member)
+                .all(apart)
+            {
                 troubles.push(trouble);
             }
         }
@@ -139,7 +144,14 @@ impl Plan {
             .map(|number| pull(&mut rng, number / PULLS_PER_NODE, &sizes))
             .collect();
         pulls.sort_by_key(|pull| pull.at_ms);
-        Self { seed, survivor, rogue, troubles, sizes, pulls }
+        Self {
+            seed,
+            survivor,
+            rogue,
+            troubles,
+            sizes,
+            pulls,
+        }
     }
 }
 
@@ -160,20 +172,31 @@ fn trouble(rng: &mut StdRng, survivor: usize) -> Trouble {
         },
         Member::Seed | Member::Node(_) => match rng.random_range(0..8) {
             0 | 1 => Fault::Killed { rots: None },
-            2 => Fault::Killed { rots: Some(rng.random_range(0..BLOBS)) },
+            2 => Fault::Killed {
+                rots: Some(rng.random_range(0..BLOBS)),
+            },
             3 | 4 => Fault::Stopped,
             5 => Fault::Unplugged,
             6 => slow(rng),
-            _ => Fault::Rots { blob: rng.random_range(0..BLOBS) },
+            _ => Fault::Rots {
+                blob: rng.random_range(0..BLOBS),
+            },
         },
     };
     let lasts_ms = rng.random_range(LASTS_MS);
     let from_ms = rng.random_range(200..WINDOW_MS - lasts_ms);
-    Trouble { member, fault, from_ms, until_ms: from_ms + lasts_ms }
+    Trouble {
+        member,
+        fault,
+        from_ms,
+        until_ms: from_ms + lasts_ms,
+    }
 }
 
 fn slow(rng: &mut StdRng) -> Fault {
-    Fault::Slow { rate_mbit: rng.random_range(5..20) }
+    Fault::Slow {
+        rate_mbit: rng.random_range(5..20),
+    }
 }
 
 fn origin_fault(rng: &mut StdRng) -> Fault {
@@ -184,14 +207,28 @@ fn origin_fault(rng: &mut StdRng) -> Fault {
         origin::Fault::HangAfter { bytes },
         origin::Fault::ResetAfter { bytes },
         origin::Fault::TruncateAfter { bytes },
-        origin::Fault::SlowBody { bytes_per_s: rng.random_range(100_000..1_000_000) },
-        origin::Fault::Status { code: 503, retry_after_s: None },
-        origin::Fault::Status { code: 500, retry_after_s: None },
+        origin::Fault::SlowBody {
+            bytes_per_s: rng.random_range(100_000..1_000_000),
+        },
+        origin::Fault::Status {
+            code: 503,
+            retry_after_s: None,
+        },
+        origin::Fault::Status {
+            code: 500,
+            retry_after_s: None,
+        },
     ];
     match rng.random_range(0..4) {
         0 => Fault::Unplugged,
-        1 => Fault::Lies { blob: rng.random_range(0..BLOBS), at_permille: rng.random_range(0..1000) },
-        _ => wrongs.choose(rng).cloned().map_or(Fault::Unplugged, Fault::Misbehaves),
+        1 => Fault::Lies {
+            blob: rng.random_range(0..BLOBS),
+            at_permille: rng.random_range(0..1000),
+        },
+        _ => wrongs
+            .choose(rng)
+            .cloned()
+            .map_or(Fault::Unplugged, Fault::Misbehaves),
     }
 }
 
@@ -201,16 +238,37 @@ fn pull(rng: &mut StdRng, node: usize, sizes: &[u64]) -> Pull {
         let from = rng.random_range(0..sizes[blob]);
         from..rng.random_range(from..sizes[blob]) + 1
     });
-    Pull { at_ms: rng.random_range(0..WINDOW_MS), node, blob, range }
+    Pull {
+        at_ms: rng.random_range(0..WINDOW_MS),
+        node,
+        blob,
+        range,
+    }
 }
 
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "seed {}: survivor {}, rogue {:?}", self.seed, self.survivor, self.rogue)?;
-        for Trouble { member, fault, from_ms, until_ms } in &self.troubles {
+        writeln!(
+            f,
+            "seed {}: survivor {}, rogue {:?}",
+            self.seed, self.survivor, self.rogue
+        )?;
+        for Trouble {
+            member,
+            fault,
+            from_ms,
+            until_ms,
+        } in &self.troubles
+        {
             writeln!(f, "  {from_ms:>5}..{until_ms:<5} ms  {member:?} {fault:?}")?;
         }
-        for Pull { at_ms, node, blob, range } in &self.pulls {
+        for Pull {
+            at_ms,
+            node,
+            blob,
+            range,
+        } in &self.pulls
+        {
             let size = self.sizes[*blob];
             writeln!(
                 f,
@@ -243,8 +301,13 @@ mod tests {
             assert!(!plan.troubles.is_empty());
             let mut busy_until = std::collections::BTreeMap::new();
             for trouble in &plan.troubles {
-                assert!(trouble.from_ms < trouble.until_ms && trouble.until_ms <= WINDOW_MS, "{plan}");
-                let before = busy_until.insert(trouble.member, trouble.until_ms).unwrap_or(0);
+                assert!(
+                    trouble.from_ms < trouble.until_ms && trouble.until_ms <= WINDOW_MS,
+                    "{plan}"
+                );
+                let before = busy_until
+                    .insert(trouble.member, trouble.until_ms)
+                    .unwrap_or(0);
                 assert!(before < trouble.from_ms, "{plan}");
             }
         }
@@ -253,8 +316,15 @@ mod tests {
     #[test]
     fn one_node_s_process_disk_and_cable_are_spared() {
         for plan in SEEDS.map(Plan::of) {
-            let own = plan.troubles.iter().filter(|trouble| trouble.member == Member::Node(plan.survivor));
-            assert!(own.into_iter().all(|trouble| matches!(trouble.fault, Fault::Slow { .. })), "{plan}");
+            let own = plan
+                .troubles
+                .iter()
+                .filter(|trouble| trouble.member == Member::Node(plan.survivor));
+            assert!(
+                own.into_iter()
+                    .all(|trouble| matches!(trouble.fault, Fault::Slow { .. })),
+                "{plan}"
+            );
             assert!(plan.pulls.iter().any(|pull| pull.node == plan.survivor));
         }
     }
@@ -264,7 +334,10 @@ mod tests {
         for plan in SEEDS.map(Plan::of) {
             for pull in &plan.pulls {
                 let range = pull.range.clone().unwrap_or(0..1);
-                assert!(!range.is_empty() && range.end <= plan.sizes[pull.blob], "{plan}");
+                assert!(
+                    !range.is_empty() && range.end <= plan.sizes[pull.blob],
+                    "{plan}"
+                );
             }
         }
     }
@@ -273,10 +346,24 @@ mod tests {
     fn two_hundred_seeds_have_every_fault_of_every_kind_of_member() {
         let kind = |fault: &Fault| match fault {
             Fault::Killed { rots } => format!("killed, rots: {}", rots.is_some()),
-            Fault::Misbehaves(wrong) => format!("{wrong:?}").split(' ').next().unwrap_or_default().to_owned(),
-            other => format!("{other:?}").split(' ').next().unwrap_or_default().to_owned(),
+            Fault::Misbehaves(wrong) => format!("{wrong:?}")
+                .split(' ')
+                .next()
+                .unwrap_or_default()
+                .to_owned(),
+            other => format!("{other:?}")
+                .split(' ')
+                .next()
+                .unwrap_or_default()
+                .to_owned(),
         };
-        let who = |member: Member| format!("{member:?}").split('(').next().unwrap_or_default().to_owned();
+        let who = |member: Member| {
+            format!("{member:?}")
+                .split('(')
+                .next()
+                .unwrap_or_default()
+                .to_owned()
+        };
         let seen: BTreeSet<_> = (1..=200)
             .flat_map(|seed| Plan::of(seed).troubles)
             .map(|trouble| (who(trouble.member), kind(&trouble.fault)))

@@ -35,7 +35,9 @@ impl PrivateCa {
     /// When its certificate cannot be written.
     pub fn new(lab: &Lab) -> Result<Self> {
         let mut params = CertificateParams::default();
-        params.distinguished_name.push(DnType::CommonName, "a company's CA");
+        params
+            .distinguished_name
+            .push(DnType::CommonName, "a company's CA");
         params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
         let key = KeyPair::generate()?;
@@ -44,7 +46,10 @@ impl PrivateCa {
         fs::create_dir(&dir).context("one private CA a lab is enough")?;
         let certificate = dir.join("ca.crt");
         fs::write(&certificate, params.self_signed(&key)?.pem())?;
-        Ok(Self { issuer: Issuer::new(params, key), certificate })
+        Ok(Self {
+            issuer: Issuer::new(params, key),
+            certificate,
+        })
     }
 
     /// Its own certificate (PEM), for those who are to trust it: `ca.crt`, alone in its folder.
@@ -67,14 +72,20 @@ impl PrivateCa {
     /// As [`PrivateCa::issue`].
     pub fn issue_for(&self, host: &Host, names: &[&str]) -> Result<ServerCertificate> {
         let key = KeyPair::generate()?;
-        let names: Vec<_> =
-            names.iter().map(|&name| name.to_owned()).chain([host.ip().to_string()]).collect();
+        let names: Vec<_> = names
+            .iter()
+            .map(|&name| name.to_owned())
+            .chain([host.ip().to_string()])
+            .collect();
         let params = CertificateParams::new(names)?;
         let files = ServerCertificate {
             certificate: host.dir().join("server.crt"),
             key: host.dir().join("server.key"),
         };
-        fs::write(&files.certificate, params.signed_by(&key, &self.issuer)?.pem())?;
+        fs::write(
+            &files.certificate,
+            params.signed_by(&key, &self.issuer)?.pem(),
+        )?;
         fs::write(&files.key, key.serialize_pem())?;
         Ok(files)
     }
@@ -88,7 +99,9 @@ impl ServerCertificate {
     pub fn tls(&self) -> Result<Arc<rustls::ServerConfig>> {
         let provider = Arc::new(rustls::crypto::ring::default_provider());
         let builder = rustls::ServerConfig::builder_with_provider(provider);
-        let builder = builder.with_safe_default_protocol_versions()?.with_no_client_auth();
+        let builder = builder
+            .with_safe_default_protocol_versions()?
+            .with_no_client_auth();
         let certificate = rustls_pki_types::CertificateDer::from_pem_file(&self.certificate)?;
         let key = PrivateKeyDer::from_pem_file(&self.key)?;
         Ok(Arc::new(builder.with_single_cert(vec![certificate], key)?))

@@ -61,7 +61,9 @@ impl Cluster {
             None
         };
         let seed = match &scheduler {
-            Some(scheduler) => plan.complete(HawkerPlan::seed(&host("seed")?))?.join_to(scheduler)?,
+            Some(scheduler) => plan
+                .complete(HawkerPlan::seed(&host("seed")?))?
+                .join_to(scheduler)?,
             None => plan.complete(HawkerPlan::up(&host("seed")?))?,
         };
         let seed = seed.start()?;
@@ -72,13 +74,20 @@ impl Cluster {
                 .start_unready()
         };
         let unready: Vec<Hawker> = (1..=plan.nodes).map(start).collect::<Result<_>>()?;
-        let nodes = unready.into_iter().map(Hawker::wait_ready).collect::<Result<Vec<_>>>()?;
+        let nodes = unready
+            .into_iter()
+            .map(Hawker::wait_ready)
+            .collect::<Result<Vec<_>>>()?;
         for node in &nodes {
             node.wait_status(Duration::from_secs(10), |status| {
                 status.schedulers.iter().any(|s| s.connected)
             })?;
         }
-        Ok(Self { seed, nodes, scheduler })
+        Ok(Self {
+            seed,
+            nodes,
+            scheduler,
+        })
     }
 
     /// Who signs certificates and makes tokens.
@@ -94,8 +103,12 @@ impl ClusterPlan {
     /// # Errors
     /// When a file of the host cannot be written.
     pub fn complete(&self, plan: HawkerPlan) -> Result<HawkerPlan> {
-        let plan = self.plain_registries.iter().fold(plan, |plan, registry| plan.plain_registry(registry));
+        let plan = self
+            .plain_registries
+            .iter()
+            .fold(plan, |plan, registry| plan.plain_registry(registry));
         let plan = self.args.iter().fold(plan, |plan, arg| plan.arg(arg));
-        self.name_server.map_or(Ok(plan.clone()), |server| plan.asks_names_of(server))
+        self.name_server
+            .map_or(Ok(plan.clone()), |server| plan.asks_names_of(server))
     }
 }

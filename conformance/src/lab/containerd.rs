@@ -48,10 +48,18 @@ impl Containerd {
         fs::write(&config, config_text(&dir, snapshotter, kubelet))?;
         let log = host.dir().join(format!("{name}.log"));
         let process = Process::start(host.command("containerd").arg("--config").arg(&config), log)?;
-        let mut containerd = Self { host: host.clone(), dir, snapshotter, process };
+        let mut containerd = Self {
+            host: host.clone(),
+            dir,
+            snapshotter,
+            process,
+        };
         let mut probe = containerd.ctr();
         probe.arg("version");
-        containerd.process.wait_ready(READY, || run(&mut probe).is_ok()).context("containerd")?;
+        containerd
+            .process
+            .wait_ready(READY, || run(&mut probe).is_ok())
+            .context("containerd")?;
         Ok(containerd)
     }
 
@@ -61,13 +69,16 @@ impl Containerd {
     /// # Errors
     /// When the file cannot be written.
     pub fn mirrors(&self, registry: &str, mirrors: &[String], server: Option<&str>) -> Result<()> {
-        let mut text = server.map(|url| format!("server = \"{url}\"\n")).unwrap_or_default();
+        let mut text = server
+            .map(|url| format!("server = \"{url}\"\n"))
+            .unwrap_or_default();
         for mirror in mirrors {
             text += &format!("[host.\"{mirror}\"]\n  capabilities = [\"pull\", \"resolve\"]\n");
         }
         let dir = self.hosts_dir().join(registry);
         fs::create_dir_all(&dir)?;
-        fs::write(dir.join("hosts.toml"), text).with_context(|| format!("writing to {}", dir.display()))
+        fs::write(dir.join("hosts.toml"), text)
+            .with_context(|| format!("writing to {}", dir.display()))
     }
 
     /// Where it listens.
@@ -89,7 +100,10 @@ impl Containerd {
     pub fn pull_command(&self, reference: &str) -> Command {
         let mut command = self.ctr();
         command.args(["images", "pull", "--snapshotter", self.snapshotter]);
-        command.arg("--hosts-dir").arg(self.hosts_dir()).arg(reference);
+        command
+            .arg("--hosts-dir")
+            .arg(self.hosts_dir())
+            .arg(reference);
         command
     }
 
@@ -109,7 +123,9 @@ impl Containerd {
     /// # Errors
     /// When the pull fails, or this containerd is not for kubelets.
     pub fn pull_as_kubelet(&self, reference: &str, secret: Option<(&str, &str)>) -> Result<()> {
-        self.host.block_on(cri::pull_image(&self.socket(), reference, secret))?.map(drop)
+        self.host
+            .block_on(cri::pull_image(&self.socket(), reference, secret))?
+            .map(drop)
     }
 
     /// Pulls `reference` through the mirrors without unpacking it: layers may be any bytes. containerd checks every digest.
@@ -125,14 +141,21 @@ impl Containerd {
     /// # Errors
     /// When that fails.
     pub fn fetch_as(&self, (name, password): (&str, &str), reference: &str) -> Result<()> {
-        run(self.fetch_command(reference).arg("--user").arg(format!("{name}:{password}"))).map(drop)
+        run(self
+            .fetch_command(reference)
+            .arg("--user")
+            .arg(format!("{name}:{password}")))
+        .map(drop)
     }
 
     /// The command of [`Containerd::fetch`].
     #[must_use]
     pub fn fetch_command(&self, reference: &str) -> Command {
         let mut command = self.ctr();
-        command.args(["content", "fetch", "--hosts-dir"]).arg(self.hosts_dir()).arg(reference);
+        command
+            .args(["content", "fetch", "--hosts-dir"])
+            .arg(self.hosts_dir())
+            .arg(reference);
         command
     }
 
@@ -142,15 +165,26 @@ impl Containerd {
     /// When it fails.
     pub fn run(&self, reference: &str, args: &[&str]) -> Result<String> {
         let mut command = self.ctr();
-        command.args(["run", "--rm", "--net-host", "--snapshotter", self.snapshotter]);
-        run(command.arg(reference).arg(format!("hawker-{}", std::process::id())).args(args))
+        command.args([
+            "run",
+            "--rm",
+            "--net-host",
+            "--snapshotter",
+            self.snapshotter,
+        ]);
+        run(command
+            .arg(reference)
+            .arg(format!("hawker-{}", std::process::id()))
+            .args(args))
     }
 
     /// The size of a blob in its content store, if it is there whole.
     #[must_use]
     pub fn content_bytes(&self, digest: &str) -> Option<u64> {
-        let path =
-            self.dir.join("root/io.containerd.content.v1.content/blobs").join(digest.replace(':', "/"));
+        let path = self
+            .dir
+            .join("root/io.containerd.content.v1.content/blobs")
+            .join(digest.replace(':', "/"));
         fs::metadata(path).ok().map(|file| file.len())
     }
 
@@ -226,11 +260,21 @@ fn snapshotter(dir: &Path) -> Result<&'static str> {
         Ok(path.display().to_string())
     };
     let target = part("merged")?;
-    let options =
-        format!("lowerdir={},upperdir={},workdir={}", part("lower")?, part("upper")?, part("work")?);
+    let options = format!(
+        "lowerdir={},upperdir={},workdir={}",
+        part("lower")?,
+        part("upper")?,
+        part("work")?
+    );
     let options = std::ffi::CString::new(options)?;
-    let carries =
-        mount("overlay", target.as_str(), "overlay", MountFlags::empty(), Some(options.as_c_str())).is_ok();
+    let carries = mount(
+        "overlay",
+        target.as_str(),
+        "overlay",
+        MountFlags::empty(),
+        Some(options.as_c_str()),
+    )
+    .is_ok();
     if carries {
         unmount(target.as_str(), UnmountFlags::empty())?;
     }

@@ -24,7 +24,10 @@ impl ContainersTools {
     pub fn new(host: &Host) -> Result<Self> {
         let dir = host.dir().join("containers");
         fs::create_dir_all(&dir)?;
-        let tools = Self { host: host.clone(), dir };
+        let tools = Self {
+            host: host.clone(),
+            dir,
+        };
         let path = |name: &str| tools.dir.join(name).display().to_string();
         let storage = format!(
             "[storage]\ndriver = \"vfs\"\ngraphroot = \"{}\"\nrunroot = \"{}\"\n",
@@ -32,7 +35,10 @@ impl ContainersTools {
             path("run")
         );
         fs::write(tools.dir.join("storage.conf"), storage)?;
-        fs::write(tools.dir.join("policy.json"), r#"{"default": [{"type": "insecureAcceptAnything"}]}"#)?;
+        fs::write(
+            tools.dir.join("policy.json"),
+            r#"{"default": [{"type": "insecureAcceptAnything"}]}"#,
+        )?;
         fs::write(tools.dir.join("registries.conf"), "")?;
         fs::write(tools.dir.join("auth.json"), "{}")?;
         Ok(tools)
@@ -66,8 +72,13 @@ impl ContainersTools {
     /// # Errors
     /// When it fails.
     pub fn podman_pull(&self, reference: &str) -> Result<()> {
-        run(self.command("podman").args(["--cgroup-manager=cgroupfs", "pull", "--quiet", reference]))
-            .map(drop)
+        run(self.command("podman").args([
+            "--cgroup-manager=cgroupfs",
+            "pull",
+            "--quiet",
+            reference,
+        ]))
+        .map(drop)
     }
 
     /// `buildah pull`.
@@ -88,7 +99,9 @@ impl ContainersTools {
         let _ = fs::remove_dir_all(&target);
         let mut command = self.command("skopeo");
         // It reads no variable for this.
-        command.arg("--registries-conf").arg(self.dir.join("registries.conf"));
+        command
+            .arg("--registries-conf")
+            .arg(self.dir.join("registries.conf"));
         command.args(["copy", "--quiet", &format!("docker://{reference}")]);
         run(command.arg(format!("dir:{}", target.display())))?;
         Ok(target)
@@ -104,11 +117,17 @@ impl ContainersTools {
 
     fn command(&self, tool: &str) -> Command {
         let mut command = self.host.command(tool);
-        command.env("CONTAINERS_REGISTRIES_CONF", self.dir.join("registries.conf"));
+        command.env(
+            "CONTAINERS_REGISTRIES_CONF",
+            self.dir.join("registries.conf"),
+        );
         command.env("CONTAINERS_STORAGE_CONF", self.dir.join("storage.conf"));
         command.env("REGISTRY_AUTH_FILE", self.dir.join("auth.json"));
         // podman keeps more under its home and the runtime's folder.
-        command.env("HOME", &self.dir).env("XDG_RUNTIME_DIR", &self.dir).env("TMPDIR", &self.dir);
+        command
+            .env("HOME", &self.dir)
+            .env("XDG_RUNTIME_DIR", &self.dir)
+            .env("TMPDIR", &self.dir);
         command
     }
 }

@@ -41,23 +41,43 @@ struct PullImageResponse {
 }
 
 /// `ImageService/PullImage`.
-pub(super) async fn pull_image(socket: &Path, reference: &str, user: Option<(&str, &str)>) -> Result<String> {
+pub(super) async fn pull_image(
+    socket: &Path,
+    reference: &str,
+    user: Option<(&str, &str)>,
+) -> Result<String> {
     let socket = socket.to_owned();
     let connect = move |_: Uri| {
         let socket = socket.clone();
-        async { tokio::net::UnixStream::connect(socket).await.map(TokioIo::new) }
+        async {
+            tokio::net::UnixStream::connect(socket)
+                .await
+                .map(TokioIo::new)
+        }
     };
     // The name is for the request's head only.
     let endpoint = Endpoint::from_static("http://containerd").timeout(DEADLINE);
-    let channel = endpoint.connect_with_connector(tower::service_fn(connect)).await?;
+    let channel = endpoint
+        .connect_with_connector(tower::service_fn(connect))
+        .await?;
     let mut client = Grpc::new(channel);
     client.ready().await?;
     let request = PullImageRequest {
-        image: Some(ImageSpec { image: reference.into() }),
-        auth: user.map(|(name, password)| AuthConfig { username: name.into(), password: password.into() }),
+        image: Some(ImageSpec {
+            image: reference.into(),
+        }),
+        auth: user.map(|(name, password)| AuthConfig {
+            username: name.into(),
+            password: password.into(),
+        }),
     };
     let path = "/runtime.v1.ImageService/PullImage".parse()?;
     let codec = ProstCodec::<PullImageRequest, PullImageResponse>::default();
-    let response = client.unary(tonic::Request::new(request), path, codec).await;
-    Ok(response.with_context(|| format!("PullImage {reference}"))?.into_inner().image_ref)
+    let response = client
+        .unary(tonic::Request::new(request), path, codec)
+        .await;
+    Ok(response
+        .with_context(|| format!("PullImage {reference}"))?
+        .into_inner()
+        .image_ref)
 }

@@ -28,7 +28,9 @@ impl Dockerd {
     /// # Errors
     /// When it does not come up; the error has the end of its log.
     pub fn start(host: &Host, containerd: &Containerd, mirror: &str) -> Result<Self> {
-        Self::start_with(host, containerd, |command| command.args(["--registry-mirror", mirror]))
+        Self::start_with(host, containerd, |command| {
+            command.args(["--registry-mirror", mirror])
+        })
     }
 
     /// Starts one that uses this containerd, reaches registries through the proxy at `proxy` alone, and trusts the authority of
@@ -36,10 +38,18 @@ impl Dockerd {
     ///
     /// # Errors
     /// As [`Dockerd::start`].
-    pub fn behind(host: &Host, containerd: &Containerd, proxy: SocketAddr, ca: &Path) -> Result<Self> {
+    pub fn behind(
+        host: &Host,
+        containerd: &Containerd,
+        proxy: SocketAddr,
+        ca: &Path,
+    ) -> Result<Self> {
         let proxy = format!("http://{proxy}");
         Self::start_with(host, containerd, |command| {
-            command.env("HTTPS_PROXY", &proxy).env("HTTP_PROXY", &proxy).env("SSL_CERT_FILE", ca)
+            command
+                .env("HTTPS_PROXY", &proxy)
+                .env("HTTP_PROXY", &proxy)
+                .env("SSL_CERT_FILE", ca)
         })
     }
 
@@ -51,11 +61,21 @@ impl Dockerd {
         let dir = host.dir().join("dockerd");
         fs::create_dir_all(&dir)?;
         let mut command = host.command("dockerd");
-        command.arg("--config-file").arg(dir.join("none.json")).arg("--data-root").arg(dir.join("root"));
+        command
+            .arg("--config-file")
+            .arg(dir.join("none.json"))
+            .arg("--data-root")
+            .arg(dir.join("root"));
         fs::write(dir.join("none.json"), "{}")?;
-        command.arg("--exec-root").arg(dir.join("exec")).arg("--pidfile").arg(dir.join("pid"));
+        command
+            .arg("--exec-root")
+            .arg(dir.join("exec"))
+            .arg("--pidfile")
+            .arg(dir.join("pid"));
         command.arg("--containerd").arg(containerd.socket());
-        command.arg("--host").arg(format!("unix://{}", dir.join("docker.sock").display()));
+        command
+            .arg("--host")
+            .arg(format!("unix://{}", dir.join("docker.sock").display()));
         command.args([
             "--bridge",
             "none",
@@ -67,8 +87,14 @@ impl Dockerd {
         let mut process = Process::start(say(&mut command), host.dir().join("dockerd.log"))?;
         let mut probe = docker(host, &dir);
         probe.arg("version");
-        process.wait_ready(READY, || run(&mut probe).is_ok()).context("dockerd")?;
-        Ok(Self { host: host.clone(), dir, _process: process })
+        process
+            .wait_ready(READY, || run(&mut probe).is_ok())
+            .context("dockerd")?;
+        Ok(Self {
+            host: host.clone(),
+            dir,
+            _process: process,
+        })
     }
 
     /// Makes an image of one layer of a tar archive, and pushes it.
@@ -76,7 +102,10 @@ impl Dockerd {
     /// # Errors
     /// When that fails.
     pub fn push(&self, archive: &Path, reference: &str) -> Result<()> {
-        run(docker(&self.host, &self.dir).arg("import").arg(archive).arg(reference))?;
+        run(docker(&self.host, &self.dir)
+            .arg("import")
+            .arg(archive)
+            .arg(reference))?;
         run(docker(&self.host, &self.dir).args(["push", "--quiet", reference])).map(drop)
     }
 

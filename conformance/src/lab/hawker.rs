@@ -32,7 +32,12 @@ pub fn hawker_binary() -> Result<PathBuf> {
         return Ok(path.into());
     }
     let own = std::env::current_exe().context("where this executable is")?;
-    let beside = own.ancestors().skip(1).take(2).map(|dir| dir.join("hawker")).find(|path| path.is_file());
+    let beside = own
+        .ancestors()
+        .skip(1)
+        .take(2)
+        .map(|dir| dir.join("hawker"))
+        .find(|path| path.is_file());
     beside.with_context(|| {
         format!(
             "no hawker binary beside {}: `cargo build --release -p hawker` first, or set HAWKER_BIN",
@@ -87,7 +92,10 @@ impl HawkerPlan {
             let admin = plan.admin().to_string();
             plan = plan.flag("--admin", admin);
             if kind != Kind::Scheduler {
-                plan = plan.flag("--mirror", SocketAddr::new(host.loopback(), MIRROR_PORT).to_string());
+                plan = plan.flag(
+                    "--mirror",
+                    SocketAddr::new(host.loopback(), MIRROR_PORT).to_string(),
+                );
             }
         }
         plan
@@ -166,7 +174,11 @@ impl HawkerPlan {
     /// # Errors
     /// When it cannot be written.
     pub fn asks_names_of(self, server: std::net::IpAddr) -> Result<Self> {
-        self.with_own("/etc/resolv.conf", "resolv.conf", &format!("nameserver {server}\n"))
+        self.with_own(
+            "/etc/resolv.conf",
+            "resolv.conf",
+            &format!("nameserver {server}\n"),
+        )
     }
 
     /// With this text in place of a file of the system; it is kept as `name` in the host's folder.
@@ -195,7 +207,11 @@ impl HawkerPlan {
     /// # Errors
     /// When the authority makes no token.
     pub fn join_to(self, authority: &Hawker) -> Result<Self> {
-        let role = if self.args.iter().any(|arg| arg == "--seed") { "seed" } else { "peer" };
+        let role = if self.args.iter().any(|arg| arg == "--seed") {
+            "seed"
+        } else {
+            "peer"
+        };
         let token = authority.token(role)?;
         Ok(self.join(authority.scheduler(), &token, TokenFrom::File))
     }
@@ -215,7 +231,10 @@ impl HawkerPlan {
     /// When it cannot be started.
     pub fn start_unready(self) -> Result<Hawker> {
         let process = self.spawn()?;
-        Ok(Hawker { plan: self, process: Some(process) })
+        Ok(Hawker {
+            plan: self,
+            process: Some(process),
+        })
     }
 
     /// Runs the daemon, expecting it to refuse: gives its exit code and what it said.
@@ -229,20 +248,32 @@ impl HawkerPlan {
     }
 
     fn admin(&self) -> SocketAddr {
-        let port = if self.kind == Kind::Scheduler { SCHEDULER_ADMIN_PORT } else { ADMIN_PORT };
+        let port = if self.kind == Kind::Scheduler {
+            SCHEDULER_ADMIN_PORT
+        } else {
+            ADMIN_PORT
+        };
         SocketAddr::new(self.host.loopback(), port)
     }
 
     fn log_path(&self) -> PathBuf {
-        let name = if self.kind == Kind::Scheduler { "hawker-scheduler.log" } else { "hawker.log" };
+        let name = if self.kind == Kind::Scheduler {
+            "hawker-scheduler.log"
+        } else {
+            "hawker.log"
+        };
         self.host.dir().join(name)
     }
 
     fn spawn(&self) -> Result<Process> {
         let mut command = self.command()?;
-        let Some((token, from)) = &self.token else { return Process::start(&mut command, self.log_path()) };
+        let Some((token, from)) = &self.token else {
+            return Process::start(&mut command, self.log_path());
+        };
         match from {
-            TokenFrom::Environment => Process::start(command.env("HAWKER_TOKEN", token), self.log_path()),
+            TokenFrom::Environment => {
+                Process::start(command.env("HAWKER_TOKEN", token), self.log_path())
+            }
             TokenFrom::File => {
                 let file = self.host.dir().join("join-token");
                 std::fs::write(&file, token)?;
@@ -251,7 +282,10 @@ impl HawkerPlan {
             TokenFrom::Stdin => {
                 command.args(["--token-file", "-"]).stdin(Stdio::piped());
                 let mut process = Process::start_with(&mut command, self.log_path())?;
-                process.stdin().context("it was piped")?.write_all(token.as_bytes())?;
+                process
+                    .stdin()
+                    .context("it was piped")?
+                    .write_all(token.as_bytes())?;
                 Ok(process)
             }
         }
@@ -264,10 +298,23 @@ impl HawkerPlan {
             Kind::Scheduler => "scheduler",
         };
         let binary = hawker_binary()?;
-        let mut words = self.wrapper.iter().map(Into::into).chain([binary.into_os_string()]);
-        let mut command = self.host.command(words.next().context("at least the binary")?);
-        command.args(words).arg(subcommand).arg("--data-dir").arg(&self.data_dir).args(&self.args);
-        command.args(["--name", self.host.name()]).envs(self.env.iter().map(|(name, value)| (name, value)));
+        let mut words = self
+            .wrapper
+            .iter()
+            .map(Into::into)
+            .chain([binary.into_os_string()]);
+        let mut command = self
+            .host
+            .command(words.next().context("at least the binary")?);
+        command
+            .args(words)
+            .arg(subcommand)
+            .arg("--data-dir")
+            .arg(&self.data_dir)
+            .args(&self.args);
+        command
+            .args(["--name", self.host.name()])
+            .envs(self.env.iter().map(|(name, value)| (name, value)));
         Ok(command)
     }
 }
@@ -404,7 +451,9 @@ impl Hawker {
         let host = self.plan.host.clone();
         let name = format!("hawker {:?} on {}", self.plan.kind, host.name());
         self.process()?
-            .wait_ready(READY, || request.send(&host).is_ok_and(|answer| answer.status == 200))
+            .wait_ready(READY, || {
+                request.send(&host).is_ok_and(|answer| answer.status == 200)
+            })
             .context(name)
     }
 
@@ -431,7 +480,9 @@ impl Hawker {
     /// # Errors
     /// When it does not answer.
     pub fn admin_get(&self, path: &str) -> Result<Answer> {
-        Request::get(self.admin(), path).within(Duration::from_secs(10)).send(&self.plan.host)
+        Request::get(self.admin(), path)
+            .within(Duration::from_secs(10))
+            .send(&self.plan.host)
     }
 
     /// What `/status` says.
@@ -449,7 +500,9 @@ impl Hawker {
     /// When the admin server does not answer.
     pub fn metric(&self, name: &str, labels: &[&str]) -> Result<f64> {
         let text = self.admin_get("/metrics")?.text();
-        let samples = text.lines().filter_map(|line| line.strip_prefix(name)?.rsplit_once(' '));
+        let samples = text
+            .lines()
+            .filter_map(|line| line.strip_prefix(name)?.rsplit_once(' '));
         let ours = samples.filter(|(set, _)| set.is_empty() || set.starts_with('{'));
         Ok(ours
             .filter(|(set, _)| labels.iter().all(|label| set.contains(label)))
@@ -460,7 +513,11 @@ impl Hawker {
     /// A GET at its mirror, as containerd sends it: `path` is `/v2/…`, `registry` goes into `ns`.
     #[must_use]
     pub fn request(&self, registry: impl std::fmt::Display, path: &str) -> Request {
-        let ns = registry.to_string().replace(':', "%3A").replace('[', "%5B").replace(']', "%5D");
+        let ns = registry
+            .to_string()
+            .replace(':', "%3A")
+            .replace('[', "%5B")
+            .replace(']', "%5D");
         Request::get(self.mirror(), format!("{path}?ns={ns}"))
     }
 
@@ -470,8 +527,9 @@ impl Hawker {
     /// When `hawker token create` fails.
     pub fn token(&self, role: &str) -> Result<String> {
         let mut command = self.cli()?;
-        let token =
-            run(command.args(["token", "create", "--role", role, "--data-dir"]).arg(&self.plan.data_dir))?;
+        let token = run(command
+            .args(["token", "create", "--role", role, "--data-dir"])
+            .arg(&self.plan.data_dir))?;
         Ok(token.trim().to_owned())
     }
 

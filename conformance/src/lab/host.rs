@@ -50,7 +50,9 @@ impl Host {
         v6: Ipv6Addr,
     ) -> Result<Self> {
         add_namespace(namespace)?;
-        ip(&format!("link add eth0 netns {namespace} type veth peer name {name} netns {bridge}"))?;
+        ip(&format!(
+            "link add eth0 netns {namespace} type veth peer name {name} netns {bridge}"
+        ))?;
         ip(&format!("-n {bridge} link set dev {name} master br0 up"))?;
         ip(&format!("-n {namespace} link set eth0 up"))?;
         ip(&format!("-n {namespace} addr add {v6}/64 dev eth0 nodad"))?;
@@ -58,8 +60,14 @@ impl Host {
             Some(v4) => ip(&format!("-n {namespace} addr add {v4}/16 dev eth0"))?,
             None => ip(&format!("-n {namespace} addr del 127.0.0.1/8 dev lo"))?,
         }
-        let inner =
-            Inner { name: name.into(), namespace: namespace.into(), bridge: bridge.into(), dir, v4, v6 };
+        let inner = Inner {
+            name: name.into(),
+            namespace: namespace.into(),
+            bridge: bridge.into(),
+            dir,
+            v4,
+            v6,
+        };
         Ok(Self(Arc::new(inner)))
     }
 
@@ -76,12 +84,16 @@ impl Host {
         let v6 = Ipv6Addr::new(0xfd00, 77, 0, 0, 0, 0, 0, 2);
         let outer = router.namespace();
         add_namespace(namespace)?;
-        ip(&format!("link add eth0 netns {namespace} type veth peer name {name} netns {outer}"))?;
+        ip(&format!(
+            "link add eth0 netns {namespace} type veth peer name {name} netns {outer}"
+        ))?;
         ip(&format!("-n {outer} link set dev {name} up"))?;
         ip(&format!("-n {outer} addr add 192.168.77.1/24 dev {name}"))?;
         ip(&format!("-n {namespace} link set dev eth0 up"))?;
         ip(&format!("-n {namespace} addr add {v4}/24 dev eth0"))?;
-        ip(&format!("-n {namespace} route add default via 192.168.77.1"))?;
+        ip(&format!(
+            "-n {namespace} route add default via 192.168.77.1"
+        ))?;
         router.enter(|| std::fs::write("/proc/sys/net/ipv4/ip_forward", "1"))??;
         let nat = |rule: String| router.run("iptables", &rule.split(' ').collect::<Vec<_>>());
         nat("-t nat -A POSTROUTING -o eth0 -j MASQUERADE".to_owned())?;
@@ -138,7 +150,11 @@ impl Host {
     /// Its loopback address, of the family of [`Host::ip`].
     #[must_use]
     pub fn loopback(&self) -> IpAddr {
-        if self.0.v4.is_some() { Ipv4Addr::LOCALHOST.into() } else { Ipv6Addr::LOCALHOST.into() }
+        if self.0.v4.is_some() {
+            Ipv4Addr::LOCALHOST.into()
+        } else {
+            Ipv6Addr::LOCALHOST.into()
+        }
     }
 
     /// [`Host::ip`] and a port.
@@ -154,7 +170,9 @@ impl Host {
     /// When `tc` refuses.
     pub fn shape(&self, up: Mbit, down: Mbit) -> Result<()> {
         for (namespace, device, Mbit(rate)) in self.ends(up, down) {
-            ip(&format!("-n {namespace} link set dev {device} gso_max_size 16384"))?;
+            ip(&format!(
+                "-n {namespace} link set dev {device} gso_max_size 16384"
+            ))?;
             tc(&format!(
                 "-n {namespace} qdisc replace dev {device} root tbf rate {rate}mbit burst 64k latency 100ms"
             ))?;
@@ -167,7 +185,10 @@ impl Host {
     /// # Errors
     /// When `ip` refuses.
     pub fn unplug(&self) -> Result<()> {
-        ip(&format!("-n {} link set dev {} down", self.0.bridge, self.0.name))
+        ip(&format!(
+            "-n {} link set dev {} down",
+            self.0.bridge, self.0.name
+        ))
     }
 
     /// Undoes [`Host::unplug`].
@@ -175,7 +196,10 @@ impl Host {
     /// # Errors
     /// When `ip` refuses.
     pub fn plug(&self) -> Result<()> {
-        ip(&format!("-n {} link set dev {} up", self.0.bridge, self.0.name))
+        ip(&format!(
+            "-n {} link set dev {} up",
+            self.0.bridge, self.0.name
+        ))
     }
 
     /// What went over the link since the host was made.
@@ -184,19 +208,31 @@ impl Host {
     /// When the kernel's counters cannot be read.
     pub fn link_counters(&self) -> Result<LinkCounters> {
         let table = self.enter(|| std::fs::read_to_string("/proc/thread-self/net/dev"))??;
-        let line =
-            table.lines().find_map(|line| line.trim().strip_prefix("eth0:")).context("no eth0 in net/dev")?;
+        let line = table
+            .lines()
+            .find_map(|line| line.trim().strip_prefix("eth0:"))
+            .context("no eth0 in net/dev")?;
         let column = |i: usize| -> Result<u64> {
-            Ok(line.split_whitespace().nth(i).context("a short line in net/dev")?.parse()?)
+            Ok(line
+                .split_whitespace()
+                .nth(i)
+                .context("a short line in net/dev")?
+                .parse()?)
         };
-        Ok(LinkCounters { received_bytes: column(0)?, sent_bytes: column(8)? })
+        Ok(LinkCounters {
+            received_bytes: column(0)?,
+            sent_bytes: column(8)?,
+        })
     }
 
     /// A command that will run on this host. It is `nsenter` that becomes `program`: the pid is the program's.
     #[must_use]
     pub fn command(&self, program: impl AsRef<std::ffi::OsStr>) -> Command {
         let mut command = Command::new("nsenter");
-        command.arg(net_option(&self.0.namespace)).arg("--").arg(program);
+        command
+            .arg(net_option(&self.0.namespace))
+            .arg("--")
+            .arg(program);
         command
     }
 
@@ -215,7 +251,9 @@ impl Host {
     pub fn enter<R: Send>(&self, work: impl FnOnce() -> R + Send) -> Result<R> {
         std::thread::scope(|scope| {
             let inside = scope.spawn(|| move_thread_into(&self.0.namespace).map(|()| work()));
-            inside.join().map_err(|_| anyhow!("the work inside {} panicked", self.0.namespace))?
+            inside
+                .join()
+                .map_err(|_| anyhow!("the work inside {} panicked", self.0.namespace))?
         })
     }
 
@@ -235,7 +273,11 @@ impl Host {
             }
         };
         let mut builder = tokio::runtime::Builder::new_multi_thread();
-        Ok(builder.worker_threads(workers).on_thread_start(enter).enable_all().build()?)
+        Ok(builder
+            .worker_threads(workers)
+            .on_thread_start(enter)
+            .enable_all()
+            .build()?)
     }
 
     /// Runs a future to its end inside the namespace, on one thread.
@@ -248,14 +290,19 @@ impl Host {
         F::Output: Send,
     {
         self.enter(|| {
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()?;
             Ok(runtime.block_on(future))
         })?
     }
 
     /// The two sending ends of the link: (namespace, device, rate).
     fn ends(&self, up: Mbit, down: Mbit) -> [(&str, &str, Mbit); 2] {
-        [(&self.0.namespace, "eth0", up), (&self.0.bridge, &self.0.name, down)]
+        [
+            (&self.0.namespace, "eth0", up),
+            (&self.0.bridge, &self.0.name, down),
+        ]
     }
 }
 

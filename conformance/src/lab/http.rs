@@ -66,7 +66,10 @@ impl Answer {
     /// The first header field of that name (lower case).
     #[must_use]
     pub fn header(&self, name: &str) -> Option<&str> {
-        self.headers.iter().find(|(n, _)| n == name).map(|(_, value)| value.as_str())
+        self.headers
+            .iter()
+            .find(|(n, _)| n == name)
+            .map(|(_, value)| value.as_str())
     }
 
     /// The parts of a `multipart/byteranges` body (RFC 9110, 14.6): each one's `Content-Range`, and its bytes.
@@ -81,13 +84,20 @@ impl Answer {
         let (mut rest, mut parts) = (self.body.as_slice(), Vec::new());
         loop {
             let line = format!("{}--{boundary}", if parts.is_empty() { "" } else { "\r\n" });
-            rest = rest.strip_prefix(line.as_bytes()).context("a part does not begin with the boundary")?;
+            rest = rest
+                .strip_prefix(line.as_bytes())
+                .context("a part does not begin with the boundary")?;
             if rest == b"--\r\n" {
                 return Ok(parts);
             }
-            let end = rest.windows(4).position(|w| w == b"\r\n\r\n").context("a part's head has no end")?;
+            let end = rest
+                .windows(4)
+                .position(|w| w == b"\r\n\r\n")
+                .context("a part's head has no end")?;
             let head = std::str::from_utf8(&rest[..end])?;
-            let range = head.lines().find_map(|line| line.strip_prefix("Content-Range: "));
+            let range = head
+                .lines()
+                .find_map(|line| line.strip_prefix("Content-Range: "));
             let range = range.with_context(|| format!("no Content-Range in {head:?}"))?;
             let (first, last) = range
                 .strip_prefix("bytes ")
@@ -169,9 +179,17 @@ impl Request {
     /// # Errors
     /// When no whole header came, or the deadline passed. A short or reset body is no error: see [`Answer::end`].
     pub fn send(&self, host: &Host) -> Result<Answer> {
-        host.enter(|| self.send_here()).and_then(|answer| answer).with_context(|| {
-            format!("{} http://{}{} from {}", self.method, self.address, self.target, host.name())
-        })
+        host.enter(|| self.send_here())
+            .and_then(|answer| answer)
+            .with_context(|| {
+                format!(
+                    "{} http://{}{} from {}",
+                    self.method,
+                    self.address,
+                    self.target,
+                    host.name()
+                )
+            })
     }
 
     /// As [`Request::send`], from the namespace that this thread is in.
@@ -180,9 +198,12 @@ impl Request {
     /// As [`Request::send`].
     pub fn send_here(&self) -> Result<Answer> {
         let start = Instant::now();
-        let mut stream = TcpStream::connect_timeout(&self.address, self.deadline).context("connecting")?;
+        let mut stream =
+            TcpStream::connect_timeout(&self.address, self.deadline).context("connecting")?;
         stream.set_read_timeout(Some(self.deadline))?;
-        stream.write_all(self.head().as_bytes()).context("sending the request")?;
+        stream
+            .write_all(self.head().as_bytes())
+            .context("sending the request")?;
         let (head, rest) = read_head(&mut stream)?;
         let (status, headers) = parse_head(&head)?;
         let first_byte = start.elapsed();
@@ -203,7 +224,11 @@ impl Request {
 
     fn head(&self) -> String {
         let mut head = format!("{} {} HTTP/1.1\r\n", self.method, self.target);
-        if !self.headers.iter().any(|(name, _)| name.eq_ignore_ascii_case("host")) {
+        if !self
+            .headers
+            .iter()
+            .any(|(name, _)| name.eq_ignore_ascii_case("host"))
+        {
             head += &format!("host: {}\r\n", self.address);
         }
         for (name, value) in &self.headers {
@@ -219,7 +244,9 @@ impl Request {
         start: Instant,
         answer: &mut Answer,
     ) -> Result<()> {
-        let mut chunks = answer.header("transfer-encoding").map(|_| Chunks::default());
+        let mut chunks = answer
+            .header("transfer-encoding")
+            .map(|_| Chunks::default());
         let no_body = self.method == "HEAD" || matches!(answer.status, 204 | 304);
         let promised: Option<u64> = match answer.header("content-length") {
             _ if no_body => Some(0),
@@ -235,15 +262,22 @@ impl Request {
             answer.body_bytes += chunk.len() as u64;
             hash.update(&chunk);
             let room = self.keep_bytes - answer.body.len();
-            answer.body.extend_from_slice(&chunk[..chunk.len().min(room)]);
+            answer
+                .body
+                .extend_from_slice(&chunk[..chunk.len().min(room)]);
             ensure!(
                 promised.is_none_or(|length| answer.body_bytes <= length),
                 "more body than content-length said"
             );
-            if promised == Some(answer.body_bytes) || chunks.as_ref().is_some_and(|chunks| chunks.over) {
+            if promised == Some(answer.body_bytes)
+                || chunks.as_ref().is_some_and(|chunks| chunks.over)
+            {
                 break;
             }
-            if self.leave_after_bytes.is_some_and(|limit| answer.body_bytes >= limit) {
+            if self
+                .leave_after_bytes
+                .is_some_and(|limit| answer.body_bytes >= limit)
+            {
                 answer.end = End::Left;
                 break;
             }
@@ -257,7 +291,10 @@ impl Request {
                 let due = Duration::from_secs_f64(answer.body_bytes as f64 / rate as f64);
                 std::thread::sleep(due.saturating_sub(body_start.elapsed()));
             }
-            chunk.resize(self.bytes_per_s.map_or(256 << 10, |rate| rate.div_ceil(20)) as usize, 0);
+            chunk.resize(
+                self.bytes_per_s.map_or(256 << 10, |rate| rate.div_ceil(20)) as usize,
+                0,
+            );
             match stream.read(&mut chunk) {
                 Ok(0) => {
                     let told = promised.is_some() || chunks.is_some();
@@ -270,11 +307,16 @@ impl Request {
                     break;
                 }
                 Err(error) => {
-                    return Err(error).with_context(|| format!("after {} bytes", answer.body_bytes));
+                    return Err(error)
+                        .with_context(|| format!("after {} bytes", answer.body_bytes));
                 }
             }
         }
-        let hex: String = hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+        let hex: String = hash
+            .finalize()
+            .iter()
+            .map(|byte| format!("{byte:02x}"))
+            .collect();
         answer.digest = format!("sha256:{hex}");
         Ok(())
     }
@@ -306,10 +348,12 @@ impl Chunks {
                 break;
             }
             self.raw.drain(..std::mem::take(&mut self.left));
-            let Some(end) = self.raw.windows(2).position(|window| window == b"\r\n") else { break };
+            let Some(end) = self.raw.windows(2).position(|window| window == b"\r\n") else {
+                break;
+            };
             let line: Vec<u8> = self.raw.drain(..end + 2).collect();
-            let size =
-                usize::from_str_radix(std::str::from_utf8(&line)?.trim(), 16).context("a chunk's size")?;
+            let size = usize::from_str_radix(std::str::from_utf8(&line)?.trim(), 16)
+                .context("a chunk's size")?;
             self.over = size == 0;
             self.left = size + 2;
         }
@@ -340,10 +384,14 @@ fn parse_head(head: &[u8]) -> Result<(u16, Headers)> {
     let text = std::str::from_utf8(head).context("a header that is not text")?;
     let mut lines = text.split("\r\n");
     let status_line = lines.next().unwrap_or_default();
-    let status =
-        status_line.split(' ').nth(1).with_context(|| format!("a strange status line: {status_line:?}"))?;
+    let status = status_line
+        .split(' ')
+        .nth(1)
+        .with_context(|| format!("a strange status line: {status_line:?}"))?;
     let fields = lines.filter_map(|line| line.split_once(':'));
-    let headers = fields.map(|(name, value)| (name.to_ascii_lowercase(), value.trim().to_owned())).collect();
+    let headers = fields
+        .map(|(name, value)| (name.to_ascii_lowercase(), value.trim().to_owned()))
+        .collect();
     Ok((status.parse()?, headers))
 }
 
@@ -356,7 +404,10 @@ mod tests {
         let raw = b"5\r\nhello\r\nb\r\n to you all\r\n0\r\n\r\n";
         for step in 1..raw.len() {
             let mut chunks = Chunks::default();
-            let body: Vec<u8> = raw.chunks(step).flat_map(|part| chunks.decode(part).unwrap()).collect();
+            let body: Vec<u8> = raw
+                .chunks(step)
+                .flat_map(|part| chunks.decode(part).unwrap())
+                .collect();
             assert_eq!(body, b"hello to you all", "in steps of {step}");
             assert!(chunks.over);
         }

@@ -88,14 +88,30 @@ impl Lab {
     /// As [`Lab::new`].
     pub fn with_families(families: Families) -> Result<Self> {
         static COUNTER: AtomicU16 = AtomicU16::new(0);
-        ensure!(rustix::process::geteuid().is_root(), "a lab makes network namespaces, which needs root");
+        ensure!(
+            rustix::process::geteuid().is_root(),
+            "a lab makes network namespaces, which needs root"
+        );
         sweep::stale_labs();
-        let name = format!("hwk{}-{}", std::process::id(), COUNTER.fetch_add(1, Ordering::Relaxed));
+        let name = format!(
+            "hwk{}-{}",
+            std::process::id(),
+            COUNTER.fetch_add(1, Ordering::Relaxed)
+        );
         let dir = sweep::base_dir().join(&name);
         fs::create_dir_all(&dir).with_context(|| format!("making {}", dir.display()))?;
-        let lab = Self { name, dir, families, next_host: AtomicU16::new(1), turn: None };
+        let lab = Self {
+            name,
+            dir,
+            families,
+            next_host: AtomicU16::new(1),
+            turn: None,
+        };
         host::add_namespace(&lab.bridge())?;
-        host::ip(&format!("-n {} link add br0 type bridge forward_delay 0 mcast_snooping 0", lab.bridge()))?;
+        host::ip(&format!(
+            "-n {} link add br0 type bridge forward_delay 0 mcast_snooping 0",
+            lab.bridge()
+        ))?;
         host::ip(&format!("-n {} link set br0 up", lab.bridge()))?;
         Ok(lab)
     }
@@ -106,7 +122,8 @@ impl Lab {
     /// As [`Lab::new`].
     pub fn heavy() -> Result<Self> {
         let path = sweep::base_dir().join("hawker-conformance.lock");
-        let turn = fs::File::create(&path).with_context(|| format!("opening {}", path.display()))?;
+        let turn =
+            fs::File::create(&path).with_context(|| format!("opening {}", path.display()))?;
         turn.lock().context("waiting for the other heavy lab")?;
         let mut lab = Self::new()?;
         lab.turn = Some(turn);
@@ -128,7 +145,14 @@ impl Lab {
         let v6 = Ipv6Addr::new(0xfd68, 0x776b, 0, 0, 0, 0, 0, number);
         let dir = self.dir.join(name);
         fs::create_dir(&dir).with_context(|| format!("making {}", dir.display()))?;
-        Host::attach(name, &format!("{}-{name}", self.name), &self.bridge(), dir, v4, v6)
+        Host::attach(
+            name,
+            &format!("{}-{name}", self.name),
+            &self.bridge(),
+            dir,
+            v4,
+            v6,
+        )
     }
 
     /// Adds a host behind `router`, which translates addresses: it reaches everybody, and is reached only at the router's
@@ -136,10 +160,22 @@ impl Lab {
     ///
     /// # Errors
     /// When the namespace or the translation cannot be made.
-    pub fn host_behind_nat(&self, name: &str, router: &Host, outside: u16, inside: u16) -> Result<Host> {
+    pub fn host_behind_nat(
+        &self,
+        name: &str,
+        router: &Host,
+        outside: u16,
+        inside: u16,
+    ) -> Result<Host> {
         let dir = self.dir.join(name);
         fs::create_dir(&dir).with_context(|| format!("making {}", dir.display()))?;
-        Host::behind_nat(name, &format!("{}-{name}", self.name), router, dir, [outside, inside])
+        Host::behind_nat(
+            name,
+            &format!("{}-{name}", self.name),
+            router,
+            dir,
+            [outside, inside],
+        )
     }
 
     /// The folder for the lab's files, removed with it.
@@ -160,7 +196,11 @@ impl Lab {
     /// When one cannot be copied.
     pub fn copy_logs(&self, to: &Path) -> Result<()> {
         for log in process::logs(&self.dir) {
-            let host = log.parent().and_then(Path::file_name).unwrap_or_default().to_string_lossy();
+            let host = log
+                .parent()
+                .and_then(Path::file_name)
+                .unwrap_or_default()
+                .to_string_lossy();
             let name = log.file_name().unwrap_or_default().to_string_lossy();
             fs::copy(&log, to.join(format!("{host}-{name}")))
                 .with_context(|| format!("copying {}", log.display()))?;
@@ -194,7 +234,10 @@ impl Drop for Lab {
             eprintln!("{}", self.logs());
         }
         if std::env::var_os("HAWKER_KEEP_LAB").is_some() {
-            eprintln!("HAWKER_KEEP_LAB: files and namespaces of {} stay", self.name);
+            eprintln!(
+                "HAWKER_KEEP_LAB: files and namespaces of {} stay",
+                self.name
+            );
             return;
         }
         sweep::remove(&self.name, &self.dir);

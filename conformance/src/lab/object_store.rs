@@ -43,12 +43,23 @@ impl ObjectStore {
         fs::create_dir_all(&dir)?;
         fs::write(dir.join("nginx.conf"), configuration(host, &dir, root))?;
         let mut command = host.command("nginx");
-        command.arg("-c").arg(dir.join("nginx.conf")).arg("-p").arg(&dir).args(["-e", "stderr"]);
+        command
+            .arg("-c")
+            .arg(dir.join("nginx.conf"))
+            .arg("-p")
+            .arg(&dir)
+            .args(["-e", "stderr"]);
         let mut process = Process::start(&mut command, host.dir().join("objects.log"))?;
         let address = host.at(PORT);
-        let ready = || host.enter(|| TcpStream::connect(address)).is_ok_and(|stream| stream.is_ok());
+        let ready = || {
+            host.enter(|| TcpStream::connect(address))
+                .is_ok_and(|stream| stream.is_ok())
+        };
         process.wait_ready(READY, ready).context("nginx")?;
-        Ok(Self { host: host.clone(), process })
+        Ok(Self {
+            host: host.clone(),
+            process,
+        })
     }
 
     /// `http://host:port`
@@ -105,7 +116,12 @@ mod tests {
     fn a_line_tells_what_was_read_and_whether_credentials_came_along() {
         let one = read(r#"read /data?x=1 206 95 "-""#).unwrap();
         assert_eq!(
-            (one.path.as_str(), one.status, one.body_bytes, one.authorization),
+            (
+                one.path.as_str(),
+                one.status,
+                one.body_bytes,
+                one.authorization
+            ),
             ("/data?x=1", 206, 95, false)
         );
         assert!(read(r#"read / 404 1 "Bearer a b""#).unwrap().authorization);

@@ -24,7 +24,11 @@ pub fn run(command: &mut Command) -> Result<String> {
         .output()
         .with_context(|| format!("starting {:?}: is it installed?", command.get_program()))?;
     if !output.status.success() {
-        bail!("{command:?}: {}\n{}", output.status, String::from_utf8_lossy(&output.stderr).trim());
+        bail!(
+            "{command:?}: {}\n{}",
+            output.status,
+            String::from_utf8_lossy(&output.stderr).trim()
+        );
     }
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
@@ -93,7 +97,10 @@ impl Process {
     pub fn kill(&mut self) -> Result<()> {
         // Already dead is what was wanted.
         let _ = self.child.kill();
-        self.child.wait().context("waiting for a killed process").map(drop)
+        self.child
+            .wait()
+            .context("waiting for a killed process")
+            .map(drop)
     }
 
     /// The exit status, if it ended.
@@ -129,7 +136,12 @@ impl Process {
         let deadline = Instant::now() + within;
         while !ready() {
             if let Some(status) = self.child.try_wait()? {
-                bail!("it ended: {} {:?}\n{}", status, status.signal(), tail(&self.log));
+                bail!(
+                    "it ended: {} {:?}\n{}",
+                    status,
+                    status.signal(),
+                    tail(&self.log)
+                );
             }
             if Instant::now() > deadline {
                 bail!("not ready after {within:?}\n{}", tail(&self.log));
@@ -156,15 +168,28 @@ impl Drop for Process {
 
 /// The last lines of a log, under its name.
 fn tail(log: &Path) -> String {
-    let text = fs::read(log).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default();
+    let text = fs::read(log)
+        .map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
+        .unwrap_or_default();
     let lines: Vec<&str> = text.lines().collect();
     let from = lines.len().saturating_sub(TAIL_LINES);
-    format!("--- {} (last {} lines)\n{}\n", log.display(), lines.len() - from, lines[from..].join("\n"))
+    format!(
+        "--- {} (last {} lines)\n{}\n",
+        log.display(),
+        lines.len() - from,
+        lines[from..].join("\n")
+    )
 }
 
 /// Every `*.log` in the hosts' folders of a lab.
 pub(super) fn logs(lab: &Path) -> Vec<PathBuf> {
-    let entries = |dir: &Path| fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path());
+    let entries = |dir: &Path| {
+        fs::read_dir(dir)
+            .into_iter()
+            .flatten()
+            .flatten()
+            .map(|entry| entry.path())
+    };
     let mut logs: Vec<PathBuf> = entries(lab)
         .flat_map(|host| entries(&host).collect::<Vec<_>>())
         .filter(|path| path.extension().is_some_and(|extension| extension == "log"))

@@ -59,13 +59,21 @@ impl RegistryPlan {
     /// By plain HTTP, open to all.
     #[must_use]
     pub fn on(host: &Host) -> Self {
-        Self { host: host.clone(), auth: None, tls: None, redirect: None, port: PORT }
+        Self {
+            host: host.clone(),
+            auth: None,
+            tls: None,
+            redirect: None,
+            port: PORT,
+        }
     }
 
     /// Only these users (names and passwords) may pull and push, by Basic credentials.
     #[must_use]
     pub fn basic(mut self, users: &[(&str, &str)]) -> Self {
-        let users = users.iter().map(|&(name, password)| (name.to_owned(), password.to_owned()));
+        let users = users
+            .iter()
+            .map(|&(name, password)| (name.to_owned(), password.to_owned()));
         self.auth = Some(Auth::Basic(users.collect()));
         self
     }
@@ -73,7 +81,10 @@ impl RegistryPlan {
     /// Only bearers of this server's tokens may pull and push.
     #[must_use]
     pub fn tokens(mut self, server: &TokenServer) -> Self {
-        self.auth = Some(Auth::Tokens { realm: server.realm().into(), bundle: server.bundle().into() });
+        self.auth = Some(Auth::Tokens {
+            realm: server.realm().into(),
+            bundle: server.bundle().into(),
+        });
         self
     }
 
@@ -91,7 +102,10 @@ impl RegistryPlan {
     /// # Errors
     /// When the certificate cannot be written.
     pub fn known_as(mut self, name: &str, ca: &PrivateCa) -> Result<Self> {
-        self.tls = Some((ca.issue_for(&self.host, &[name])?, ca.certificate().to_owned()));
+        self.tls = Some((
+            ca.issue_for(&self.host, &[name])?,
+            ca.certificate().to_owned(),
+        ));
         self.port = 443;
         Ok(self)
     }
@@ -118,7 +132,13 @@ impl RegistryPlan {
         fs::write(dir.join("config.yml"), self.config().to_string())?;
         let ca = self.tls.map(|(_, ca)| ca);
         let process = spawn(&self.host, &dir)?;
-        let mut registry = DockerRegistry { host: self.host, port: self.port, process, dir, ca };
+        let mut registry = DockerRegistry {
+            host: self.host,
+            port: self.port,
+            process,
+            dir,
+            ca,
+        };
         registry.until_ready()?;
         Ok(registry)
     }
@@ -140,8 +160,7 @@ impl RegistryPlan {
         match &self.auth {
             None => {}
             Some(Auth::Basic(_)) => {
-                config["auth"] =
-                    json!({ "htpasswd": { "realm": "the lab", "path": self.dir().join("htpasswd") } });
+                config["auth"] = json!({ "htpasswd": { "realm": "the lab", "path": self.dir().join("htpasswd") } });
             }
             Some(Auth::Tokens { realm, bundle }) => {
                 config["auth"] = json!({ "token": {
@@ -229,12 +248,24 @@ impl DockerRegistry {
         repository: &str,
         tag: &str,
     ) -> Result<String> {
-        self.push_with(image, repository, tag, &RegistryAuth::Basic(name.into(), password.into()))
+        self.push_with(
+            image,
+            repository,
+            tag,
+            &RegistryAuth::Basic(name.into(), password.into()),
+        )
     }
 
-    fn push_with(&self, image: &Image, repository: &str, tag: &str, auth: &RegistryAuth) -> Result<String> {
+    fn push_with(
+        &self,
+        image: &Image,
+        repository: &str,
+        tag: &str,
+        auth: &RegistryAuth,
+    ) -> Result<String> {
         let reference = format!("{}/{repository}:{tag}", self.authority());
-        self.host.block_on(image.push(&reference, auth, self.ca.as_deref()))??;
+        self.host
+            .block_on(image.push(&reference, auth, self.ca.as_deref()))??;
         Ok(reference)
     }
 
@@ -266,8 +297,10 @@ impl DockerRegistry {
     #[must_use]
     pub fn blob_reads(&self, digest: Option<&str>) -> BlobReads {
         let log = self.process.log();
-        let reads =
-            log.lines().filter_map(blob_read).filter(|(read, _)| digest.is_none_or(|digest| *read == digest));
+        let reads = log
+            .lines()
+            .filter_map(blob_read)
+            .filter(|(read, _)| digest.is_none_or(|digest| *read == digest));
         reads.fold(BlobReads::default(), |sum, (_, bytes)| BlobReads {
             requests: sum.requests + 1,
             body_bytes: sum.body_bytes + bytes,
@@ -281,7 +314,11 @@ impl DockerRegistry {
     pub fn gave_once(&self, image: &Image) -> Result<()> {
         for layer in &image.layers {
             let reads = self.blob_reads(Some(&layer.digest));
-            ensure!(reads.body_bytes == layer.data.len() as u64, "{} was sent in {reads:?}", layer.digest);
+            ensure!(
+                reads.body_bytes == layer.data.len() as u64,
+                "{} was sent in {reads:?}",
+                layer.digest
+            );
         }
         Ok(())
     }
@@ -289,20 +326,33 @@ impl DockerRegistry {
     /// What it was asked so far, a line of its access log each.
     #[must_use]
     pub fn requests(&self) -> Vec<String> {
-        self.process.log().lines().filter(|line| line.contains(" HTTP/1.1\" ")).map(str::to_owned).collect()
+        self.process
+            .log()
+            .lines()
+            .filter(|line| line.contains(" HTTP/1.1\" "))
+            .map(str::to_owned)
+            .collect()
     }
 
     fn until_ready(&mut self) -> Result<()> {
         let (host, address) = (self.host.clone(), self.host.at(self.port));
         // It listens last of all.
-        let ready = || host.enter(|| TcpStream::connect(address)).is_ok_and(|stream| stream.is_ok());
-        self.process.wait_ready(READY, ready).context("docker-registry")
+        let ready = || {
+            host.enter(|| TcpStream::connect(address))
+                .is_ok_and(|stream| stream.is_ok())
+        };
+        self.process
+            .wait_ready(READY, ready)
+            .context("docker-registry")
     }
 }
 
 fn spawn(host: &Host, dir: &Path) -> Result<Process> {
     let mut command = host.command("docker-registry");
-    Process::start(command.arg("serve").arg(dir.join("config.yml")), host.dir().join("registry.log"))
+    Process::start(
+        command.arg("serve").arg(dir.join("config.yml")),
+        host.dir().join("registry.log"),
+    )
 }
 
 /// Digest and bytes of a line of the access log that is a blob GET answered with content:
@@ -323,8 +373,9 @@ mod tests {
 
     #[test]
     fn only_blob_bodies_count() {
-        let line =
-            |request: &str| format!("10.77.0.2 - - [23/Nov/2026:06:45:19 +0000] \"{request} \"\" \"curl\"");
+        let line = |request: &str| {
+            format!("10.77.0.2 - - [23/Nov/2026:06:45:19 +0000] \"{request} \"\" \"curl\"")
+        };
         let get = line("GET /v2/a/b/blobs/sha256:ab HTTP/1.1\" 206 95");
         assert_eq!(blob_read(&get), Some(("sha256:ab", 95)));
         for other in [

@@ -26,14 +26,20 @@ impl SmallDisk {
     pub fn mount(path: &Path, size_mib: u64) -> Result<Self> {
         fs::create_dir_all(path).with_context(|| format!("making {}", path.display()))?;
         let options = format!("size={size_mib}m,mode=700");
-        run(Command::new("mount").args(["-t", "tmpfs", "-o", &options, "tmpfs"]).arg(path))?;
-        Ok(Self { path: path.to_owned() })
+        run(Command::new("mount")
+            .args(["-t", "tmpfs", "-o", &options, "tmpfs"])
+            .arg(path))?;
+        Ok(Self {
+            path: path.to_owned(),
+        })
     }
 
     /// The disk that is mounted at a folder.
     #[must_use]
     pub fn at(path: &Path) -> Self {
-        Self { path: path.to_owned() }
+        Self {
+            path: path.to_owned(),
+        }
     }
 
     /// Fills it to the last byte.
@@ -41,7 +47,10 @@ impl SmallDisk {
     /// # Errors
     /// When writing fails for another reason than a full disk.
     pub fn fill(&self) -> Result<()> {
-        let mut ballast = File::options().create(true).append(true).open(self.path.join(BALLAST))?;
+        let mut ballast = File::options()
+            .create(true)
+            .append(true)
+            .open(self.path.join(BALLAST))?;
         for chunk_bytes in [1 << 20, 4096] {
             let chunk = vec![0; chunk_bytes];
             loop {

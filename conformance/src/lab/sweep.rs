@@ -22,7 +22,9 @@ pub(super) fn base_dir() -> PathBuf {
 /// Removes the labs whose process is gone. What cannot be removed stays for the next time.
 pub(super) fn stale_labs() {
     let names = names_in(Path::new("/run/netns")).chain(names_in(&base_dir()));
-    let mut labs: Vec<String> = names.filter_map(|name| lab_of(&name).map(str::to_owned)).collect();
+    let mut labs: Vec<String> = names
+        .filter_map(|name| lab_of(&name).map(str::to_owned))
+        .collect();
     labs.sort();
     labs.dedup();
     for lab in labs.iter().filter(|lab| !owner_lives(lab)) {
@@ -32,8 +34,9 @@ pub(super) fn stale_labs() {
 
 /// Removes the lab `name` and its folder, as far as it goes.
 pub(super) fn remove(name: &str, dir: &Path) {
-    let namespaces: Vec<String> =
-        names_in(Path::new("/run/netns")).filter(|n| lab_of(n) == Some(name)).collect();
+    let namespaces: Vec<String> = names_in(Path::new("/run/netns"))
+        .filter(|n| lab_of(n) == Some(name))
+        .collect();
     kill_all(&namespaces);
     unmount_below(dir);
     for namespace in &namespaces {
@@ -51,12 +54,20 @@ fn lab_of(name: &str) -> Option<&str> {
 }
 
 fn owner_lives(lab: &str) -> bool {
-    let pid = lab.trim_start_matches("hwk").split('-').next().unwrap_or_default();
+    let pid = lab
+        .trim_start_matches("hwk")
+        .split('-')
+        .next()
+        .unwrap_or_default();
     Path::new("/proc").join(pid).exists()
 }
 
 fn names_in(dir: &Path) -> impl Iterator<Item = String> + use<> {
-    fs::read_dir(dir).into_iter().flatten().flatten().filter_map(|entry| entry.file_name().into_string().ok())
+    fs::read_dir(dir)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|entry| entry.file_name().into_string().ok())
 }
 
 /// Kills what runs in these namespaces, and what is about to enter them. This process may have threads there; they are
@@ -90,11 +101,16 @@ fn pids_in(namespace: &str) -> Vec<Pid> {
 
 /// The processes that [`super::Host::command`] started and that are still `nsenter`, maybe outside of the namespace.
 fn pids_entering(namespaces: &[String]) -> Vec<Pid> {
-    let options: Vec<String> = namespaces.iter().map(|namespace| net_option(namespace)).collect();
+    let options: Vec<String> = namespaces
+        .iter()
+        .map(|namespace| net_option(namespace))
+        .collect();
     let enters = |pid: &i32| {
         let command = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
         let mut words = command.split(|byte| *byte == 0).skip(1);
-        words.next().is_some_and(|word| options.iter().any(|option| option.as_bytes() == word))
+        words
+            .next()
+            .is_some_and(|word| options.iter().any(|option| option.as_bytes() == word))
     };
     let pids = names_in(Path::new("/proc")).filter_map(|name| name.parse().ok());
     pids.filter(enters).filter_map(Pid::from_raw).collect()
@@ -103,7 +119,10 @@ fn pids_entering(namespaces: &[String]) -> Vec<Pid> {
 /// Unmounts everything below `dir`, the newest first.
 fn unmount_below(dir: &Path) {
     let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
-    let points = mounts.lines().filter_map(|line| line.split(' ').nth(1)).map(PathBuf::from);
+    let points = mounts
+        .lines()
+        .filter_map(|line| line.split(' ').nth(1))
+        .map(PathBuf::from);
     let below: Vec<PathBuf> = points.filter(|point| point.starts_with(dir)).collect();
     for point in below.iter().rev() {
         let _ = unmount(point, UnmountFlags::DETACH);
@@ -118,7 +137,9 @@ mod tests {
     fn only_names_of_labs_are_labs() {
         assert_eq!(lab_of("hwk12-3"), Some("hwk12-3"));
         assert_eq!(lab_of("hwk12-3-node-1"), Some("hwk12-3"));
-        for other in ["hwk", "hwk12", "hwk-3", "hwk12-", "hwk12-x", "hwkx-3", "xhwk12-3", "docker0"] {
+        for other in [
+            "hwk", "hwk12", "hwk-3", "hwk12-", "hwk12-x", "hwkx-3", "xhwk12-3", "docker0",
+        ] {
             assert_eq!(lab_of(other), None, "{other}");
         }
     }

@@ -96,19 +96,29 @@ impl TokenServer {
             life: Duration::from_secs(300),
             oauth: true,
         };
-        let state = Arc::new(State { rules: Mutex::new(rules), log: Mutex::default(), signer });
+        let state = Arc::new(State {
+            rules: Mutex::new(rules),
+            log: Mutex::default(),
+            signer,
+        });
         let scheme = if tls.is_some() { "https" } else { "http" };
         let realm = format!("{scheme}://{}/token", host.at(PORT));
         let runtime = host.runtime(1)?;
-        let listener =
-            host.enter(|| std::net::TcpListener::bind(host.at(PORT)))?.context("the token server")?;
+        let listener = host
+            .enter(|| std::net::TcpListener::bind(host.at(PORT)))?
+            .context("the token server")?;
         listener.set_nonblocking(true)?;
         let listener = {
             let _inside = runtime.enter();
             TcpListener::from_std(listener)?
         };
         runtime.spawn(serve(listener, tls, Arc::clone(&state)));
-        Ok(Self { state, realm, bundle, _runtime: runtime })
+        Ok(Self {
+            state,
+            realm,
+            bundle,
+            _runtime: runtime,
+        })
     }
 
     /// Where it gives tokens: the `realm` of challenges.
@@ -125,7 +135,10 @@ impl TokenServer {
 
     /// Knows a user from now on, or changes a password.
     pub fn user(&self, name: &str, password: &str) {
-        self.state.rules().passwords.insert(name.into(), password.into());
+        self.state
+            .rules()
+            .passwords
+            .insert(name.into(), password.into());
     }
 
     /// Lets exactly these users pull from and push to a repository from now on.
@@ -172,7 +185,10 @@ impl TokenServer {
 
 impl std::fmt::Debug for State {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("State").field("rules", &self.rules).field("log", &self.log).finish_non_exhaustive()
+        f.debug_struct("State")
+            .field("rules", &self.rules)
+            .field("log", &self.log)
+            .finish_non_exhaustive()
     }
 }
 
@@ -196,7 +212,11 @@ async fn serve(listener: TcpListener, tls: Option<TlsAcceptor>, state: Arc<State
     }
 }
 
-async fn converse(tcp: TcpStream, tls: Option<TlsAcceptor>, state: Arc<State>) -> std::io::Result<()> {
+async fn converse(
+    tcp: TcpStream,
+    tls: Option<TlsAcceptor>,
+    state: Arc<State>,
+) -> std::io::Result<()> {
     let mut connection = Connection::accept(tcp, tls.as_ref()).await?;
     while let Some(request) = connection.request().await? {
         let (status, value) = state.answer(&request);
@@ -249,7 +269,14 @@ impl State {
         } else {
             json!({ "token": token, "expires_in": life_s })
         };
-        self.note(request, user, scopes, granted.iter().map(Scope::to_string).collect(), 200, value)
+        self.note(
+            request,
+            user,
+            scopes,
+            granted.iter().map(Scope::to_string).collect(),
+            200,
+            value,
+        )
     }
 
     fn note(
@@ -261,7 +288,13 @@ impl State {
         status: u16,
         value: Value,
     ) -> (u16, Value) {
-        lock(&self.log).push(TokenAsked { method: request.method.clone(), user, scopes, granted, status });
+        lock(&self.log).push(TokenAsked {
+            method: request.method.clone(),
+            user,
+            scopes,
+            granted,
+            status,
+        });
         (status, value)
     }
 }
@@ -272,7 +305,11 @@ fn refusal(code: &str, message: &str) -> Value {
 
 /// `GET /token?service=…&scope=…&scope=…`, with Basic credentials or none.
 fn from_query(rules: &Rules, request: &Request) -> (Caller, Vec<String>) {
-    let query = request.target.split_once('?').map(|(_, query)| query).unwrap_or_default();
+    let query = request
+        .target
+        .split_once('?')
+        .map(|(_, query)| query)
+        .unwrap_or_default();
     let caller = match request.header("authorization") {
         None => Caller::Anonymous,
         Some(given) => given
@@ -281,7 +318,9 @@ fn from_query(rules: &Rules, request: &Request) -> (Caller, Vec<String>) {
             .and_then(|given| rules.known(given.split_once(':')?))
             .map_or(Caller::Stranger, Caller::User),
     };
-    let scopes = pairs(query).filter(|(name, _)| name == "scope").map(|(_, scope)| scope);
+    let scopes = pairs(query)
+        .filter(|(name, _)| name == "scope")
+        .map(|(_, scope)| scope);
     (caller, scopes.collect())
 }
 
@@ -291,8 +330,16 @@ fn from_form(rules: &Rules, request: &Request) -> (Caller, Vec<String>) {
     let form: HashMap<String, String> = pairs(&form).collect();
     let field = |name: &str| form.get(name).map(String::as_str).unwrap_or_default();
     let known = rules.known((field("username"), field("password")));
-    let caller = known.filter(|_| field("grant_type") == "password").map_or(Caller::Stranger, Caller::User);
-    (caller, field("scope").split_whitespace().map(str::to_owned).collect())
+    let caller = known
+        .filter(|_| field("grant_type") == "password")
+        .map_or(Caller::Stranger, Caller::User);
+    (
+        caller,
+        field("scope")
+            .split_whitespace()
+            .map(str::to_owned)
+            .collect(),
+    )
 }
 
 /// The pairs of a query or a form.
@@ -308,7 +355,12 @@ struct Scope {
 
 impl std::fmt::Display for Scope {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "repository:{}:{}", self.repository, self.actions.join(","))
+        write!(
+            f,
+            "repository:{}:{}",
+            self.repository,
+            self.actions.join(",")
+        )
     }
 }
 
@@ -320,14 +372,20 @@ impl Rules {
 
     /// What of the scopes this user (everybody, without one) may have; as all token servers, it says no by granting less.
     fn grant(&self, user: Option<&str>, scopes: &[String]) -> Vec<Scope> {
-        let wanted = scopes.iter().filter_map(|scope| scope.strip_prefix("repository:")?.rsplit_once(':'));
+        let wanted = scopes
+            .iter()
+            .filter_map(|scope| scope.strip_prefix("repository:")?.rsplit_once(':'));
         let granted = wanted.map(|(repository, actions)| {
             let members = self.members.get(repository);
-            let member = user.is_some_and(|user| members.is_some_and(|members| members.contains(user)));
+            let member =
+                user.is_some_and(|user| members.is_some_and(|members| members.contains(user)));
             let public = self.public.contains(repository);
             let may = |action: &&str| member || public && *action == "pull";
             let actions = actions.split(',').filter(may).map(str::to_owned).collect();
-            Scope { repository: repository.into(), actions }
+            Scope {
+                repository: repository.into(),
+                actions,
+            }
         });
         granted.filter(|scope| !scope.actions.is_empty()).collect()
     }
@@ -346,8 +404,12 @@ impl Signer {
         let key = rcgen::KeyPair::generate()?;
         let certificate = rcgen::CertificateParams::default().self_signed(&key)?;
         let random = SystemRandom::new();
-        let key = EcdsaKeyPair::from_pkcs8(&ECDSA_P256_SHA256_FIXED_SIGNING, &key.serialize_der(), &random)
-            .map_err(|refused| anyhow::anyhow!("the token server's key: {refused}"))?;
+        let key = EcdsaKeyPair::from_pkcs8(
+            &ECDSA_P256_SHA256_FIXED_SIGNING,
+            &key.serialize_der(),
+            &random,
+        )
+        .map_err(|refused| anyhow::anyhow!("the token server's key: {refused}"))?;
         Ok(Self {
             key,
             random,
@@ -358,7 +420,10 @@ impl Signer {
 
     /// A JSON web token (RFC 7519) with the claims of the token authentication specification.
     fn token(&self, user: Option<&str>, granted: &[Scope], life: Duration) -> String {
-        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
+        let now = SystemTime::now()
+            .duration_since(SystemTime::UNIX_EPOCH)
+            .unwrap_or_default()
+            .as_secs();
         let access: Vec<_> = granted
             .iter()
             .map(|scope| json!({ "type": "repository", "name": scope.repository, "actions": scope.actions }))
@@ -397,12 +462,22 @@ mod tests {
     fn users_get_what_is_theirs_and_nobody_more_than_pull_of_what_is_public() {
         let granted = |user: Option<&str>, scope: &str| {
             let granted = rules().grant(user, &[scope.to_owned()]);
-            granted.iter().map(Scope::to_string).collect::<Vec<_>>().join(" ")
+            granted
+                .iter()
+                .map(Scope::to_string)
+                .collect::<Vec<_>>()
+                .join(" ")
         };
-        assert_eq!(granted(Some("ann"), "repository:team/app:pull,push"), "repository:team/app:pull,push");
+        assert_eq!(
+            granted(Some("ann"), "repository:team/app:pull,push"),
+            "repository:team/app:pull,push"
+        );
         assert_eq!(granted(Some("bob"), "repository:team/app:pull"), "");
         assert_eq!(granted(None, "repository:team/app:pull"), "");
-        assert_eq!(granted(None, "repository:base:pull,push"), "repository:base:pull");
+        assert_eq!(
+            granted(None, "repository:base:pull,push"),
+            "repository:base:pull"
+        );
         assert_eq!(granted(Some("ann"), "registry:catalog:*"), "");
     }
 
@@ -411,7 +486,10 @@ mod tests {
         let form = "password=a%3Ab+c&scope=repository%3Ax%3Apull%20y";
         let pairs: HashMap<_, _> = pairs(form).collect();
         assert_eq!(pairs["scope"], "repository:x:pull y");
-        assert_eq!(rules().known(("ann", &pairs["password"])).as_deref(), Some("ann"));
+        assert_eq!(
+            rules().known(("ann", &pairs["password"])).as_deref(),
+            Some("ann")
+        );
         assert_eq!(rules().known(("ann", "a")), None);
         assert_eq!(rules().known(("bob", "a:b c")), None);
     }

@@ -30,7 +30,12 @@ pub(super) struct Answer {
 
 impl Answer {
     fn whole(status: u16, content: Content) -> Self {
-        Self { status, headers: Vec::new(), range: 0..content.size_bytes(), content }
+        Self {
+            status,
+            headers: Vec::new(),
+            range: 0..content.size_bytes(),
+            content,
+        }
     }
 
     fn with(mut self, name: &'static str, value: impl ToString) -> Self {
@@ -40,8 +45,10 @@ impl Answer {
 
     /// An error as the distribution spec words it.
     fn error(status: u16, code: &str) -> Self {
-        let text = serde_json::json!({"errors": [{"code": code, "message": "origin: as told"}]}).to_string();
-        Self::whole(status, Content::bytes(text.into_bytes())).with("Content-Type", "application/json")
+        let text = serde_json::json!({"errors": [{"code": code, "message": "origin: as told"}]})
+            .to_string();
+        Self::whole(status, Content::bytes(text.into_bytes()))
+            .with("Content-Type", "application/json")
     }
 }
 
@@ -62,7 +69,9 @@ pub(super) fn answer(state: &State, request: &Request, faults: &[Fault]) -> Answ
     if path == "/v2/" || path == "/v2" {
         return Answer::whole(200, Content::bytes(*b"{}")).with("Content-Type", "application/json");
     }
-    let plain = path.strip_prefix(SIGNED).and_then(|rest| rest.find('/').map(|slash| &rest[slash..]));
+    let plain = path
+        .strip_prefix(SIGNED)
+        .and_then(|rest| rest.find('/').map(|slash| &rest[slash..]));
     let found = find(state, plain.unwrap_or(path));
     if plain.is_none()
         && request.method == "GET"
@@ -78,14 +87,21 @@ pub(super) fn answer(state: &State, request: &Request, faults: &[Fault]) -> Answ
     if refused && found.status == 200 {
         return Answer::error(416, "BLOB_UNKNOWN");
     }
-    if faults.contains(&Fault::IgnoreRange) { found } else { ranged(found, range, faults) }
+    if faults.contains(&Fault::IgnoreRange) {
+        found
+    } else {
+        ranged(found, range, faults)
+    }
 }
 
 /// The errors and challenges among the faults.
 fn refusal(request: &Request, fault: &Fault) -> Option<Answer> {
     let authorization = request.header("authorization");
     match fault {
-        Fault::Status { code, retry_after_s } => {
+        Fault::Status {
+            code,
+            retry_after_s,
+        } => {
             let answer = Answer::error(*code, "UNKNOWN");
             Some(match retry_after_s {
                 Some(seconds) => answer.with("Retry-After", seconds),
@@ -100,35 +116,47 @@ fn refusal(request: &Request, fault: &Fault) -> Option<Answer> {
             );
             Some(Answer::error(401, "UNAUTHORIZED").with("WWW-Authenticate", challenge))
         }
-        Fault::Basic { user, password } if authorization != Some(&basic(user, password)) => {
-            Some(Answer::error(401, "UNAUTHORIZED").with("WWW-Authenticate", r#"Basic realm="origin""#))
-        }
+        Fault::Basic { user, password } if authorization != Some(&basic(user, password)) => Some(
+            Answer::error(401, "UNAUTHORIZED").with("WWW-Authenticate", r#"Basic realm="origin""#),
+        ),
         _ => None,
     }
 }
 
 fn token(request: &Request, faults: &[Fault]) -> Answer {
     let given = faults.iter().find_map(|fault| match fault {
-        Fault::Bearer { anonymous, user, password, life_s } => {
+        Fault::Bearer {
+            anonymous,
+            user,
+            password,
+            life_s,
+        } => {
             let may = *anonymous || request.header("authorization") == Some(&basic(user, password));
             may.then_some(*life_s)
         }
         _ => None,
     });
-    let Some(life_s) = given else { return Answer::error(401, "UNAUTHORIZED") };
+    let Some(life_s) = given else {
+        return Answer::error(401, "UNAUTHORIZED");
+    };
     let token = life_s.map_or(TOKEN.to_owned(), |life_s| token_until(now_s() + life_s));
-    let text =
-        serde_json::json!({"token": token, "access_token": token, "expires_in": life_s.unwrap_or(300)});
+    let text = serde_json::json!({"token": token, "access_token": token, "expires_in": life_s.unwrap_or(300)});
     let text = text.to_string();
     Answer::whole(200, Content::bytes(text.into_bytes())).with("Content-Type", "application/json")
 }
 
 /// Whether an `Authorization` has a token of ours that is still good.
 fn is_good(authorization: &str) -> bool {
-    let Some(token) = authorization.strip_prefix("Bearer ") else { return false };
-    let parsed = token.split('.').nth(1).and_then(|claims| URL_SAFE_NO_PAD.decode(claims).ok());
-    let until =
-        parsed.and_then(|claims| serde_json::from_slice::<serde_json::Value>(&claims).ok()?["exp"].as_u64());
+    let Some(token) = authorization.strip_prefix("Bearer ") else {
+        return false;
+    };
+    let parsed = token
+        .split('.')
+        .nth(1)
+        .and_then(|claims| URL_SAFE_NO_PAD.decode(claims).ok());
+    let until = parsed.and_then(|claims| {
+        serde_json::from_slice::<serde_json::Value>(&claims).ok()?["exp"].as_u64()
+    });
     token == TOKEN || until.is_some_and(|until| until > now_s() && token == token_until(until))
 }
 
@@ -138,26 +166,53 @@ fn token_until(until_s: u64) -> String {
 }
 
 fn now_s() -> u64 {
-    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs()
+    SystemTime::now()
+        .duration_since(SystemTime::UNIX_EPOCH)
+        .unwrap_or_default()
+        .as_secs()
 }
 
 fn redirect(state: &State, path: &str, fault: &Fault) -> Option<Answer> {
-    let Fault::Redirect { status, base, expired } = fault else { return None };
-    let number = state.redirects.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-    let kind = if number < *expired { "expired".to_owned() } else { number.to_string() };
-    Some(Answer::whole(*status, Content::bytes([])).with("Location", format!("{base}{SIGNED}{kind}{path}")))
+    let Fault::Redirect {
+        status,
+        base,
+        expired,
+    } = fault
+    else {
+        return None;
+    };
+    let number = state
+        .redirects
+        .fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+    let kind = if number < *expired {
+        "expired".to_owned()
+    } else {
+        number.to_string()
+    };
+    Some(
+        Answer::whole(*status, Content::bytes([]))
+            .with("Location", format!("{base}{SIGNED}{kind}{path}")),
+    )
 }
 
 /// What lies at this path; 404 where there is nothing.
 fn find(state: &State, path: &str) -> Answer {
     let shelves = lock(&state.shelves);
     let key = |at: usize, kind: &str| {
-        Some((path.strip_prefix("/v2/")?.get(..at - 4)?.to_owned(), path[at + kind.len()..].to_owned()))
+        Some((
+            path.strip_prefix("/v2/")?.get(..at - 4)?.to_owned(),
+            path[at + kind.len()..].to_owned(),
+        ))
     };
     if let Some(content) = path
         .rfind("/blobs/")
         .and_then(|at| key(at, "/blobs/"))
-        .and_then(|key| shelves.blobs.get(&key).map(|content| (key.1, content.clone())))
+        .and_then(|key| {
+            shelves
+                .blobs
+                .get(&key)
+                .map(|content| (key.1, content.clone()))
+        })
     {
         let (digest, content) = content;
         return Answer::whole(200, content)
@@ -165,7 +220,9 @@ fn find(state: &State, path: &str) -> Answer {
             .with("Docker-Content-Digest", digest)
             .with("Accept-Ranges", "bytes");
     }
-    let manifest = path.rfind("/manifests/").and_then(|at| key(at, "/manifests/"));
+    let manifest = path
+        .rfind("/manifests/")
+        .and_then(|at| key(at, "/manifests/"));
     match manifest.and_then(|key| shelves.manifests.get(&key).cloned()) {
         Some(manifest) => Answer::whole(200, manifest.content)
             .with("Content-Type", manifest.media_type)
@@ -177,15 +234,18 @@ fn find(state: &State, path: &str) -> Answer {
 }
 
 fn repository(path: &str) -> Option<&str> {
-    let end = path.rfind("/blobs/").or_else(|| path.rfind("/manifests/"))?;
+    let end = path
+        .rfind("/blobs/")
+        .or_else(|| path.rfind("/manifests/"))?;
     path.get(4..end)
 }
 
 /// The part of a 200 that a `Range` asks for (RFC 9110, 14): one range of bytes; anything else gets everything.
 fn ranged(mut answer: Answer, range: Option<&str>, faults: &[Fault]) -> Answer {
     let size = answer.content.size_bytes();
-    let Some((first, last)) =
-        range.and_then(|range| range.strip_prefix("bytes=")).and_then(|range| range.split_once('-'))
+    let Some((first, last)) = range
+        .and_then(|range| range.strip_prefix("bytes="))
+        .and_then(|range| range.split_once('-'))
     else {
         return answer;
     };
@@ -199,7 +259,8 @@ fn ranged(mut answer: Answer, range: Option<&str>, faults: &[Fault]) -> Answer {
         return answer;
     }
     if wanted.is_empty() {
-        return Answer::error(416, "RANGE_INVALID").with("Content-Range", format!("bytes */{size}"));
+        return Answer::error(416, "RANGE_INVALID")
+            .with("Content-Range", format!("bytes */{size}"));
     }
     for fault in faults {
         match fault {
@@ -209,7 +270,10 @@ fn ranged(mut answer: Answer, range: Option<&str>, faults: &[Fault]) -> Answer {
         }
     }
     answer.status = 206;
-    answer.headers.push(("Content-Range", format!("bytes {}-{}/{size}", wanted.start, wanted.end - 1)));
+    answer.headers.push((
+        "Content-Range",
+        format!("bytes {}-{}/{size}", wanted.start, wanted.end - 1),
+    ));
     answer.range = wanted;
     answer
 }

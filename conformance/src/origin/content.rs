@@ -25,7 +25,10 @@ enum Source {
 impl Content {
     /// `size_bytes` pseudo-random bytes that follow from `seed` alone: no memory, no disk, the same on every machine.
     pub const fn generated(seed: u64, size_bytes: u64) -> Self {
-        Self { source: Source::Generated { seed }, size_bytes }
+        Self {
+            source: Source::Generated { seed },
+            size_bytes,
+        }
     }
 
     /// The bytes of a file, read as they are asked for.
@@ -35,13 +38,19 @@ impl Content {
     pub fn file(path: &Path) -> io::Result<Self> {
         let file = File::open(path)?;
         let size_bytes = file.metadata()?.len();
-        Ok(Self { source: Source::File(Arc::new(file)), size_bytes })
+        Ok(Self {
+            source: Source::File(Arc::new(file)),
+            size_bytes,
+        })
     }
 
     /// These bytes.
     pub fn bytes(bytes: impl Into<Arc<[u8]>>) -> Self {
         let bytes = bytes.into();
-        Self { size_bytes: bytes.len() as u64, source: Source::Bytes(bytes) }
+        Self {
+            size_bytes: bytes.len() as u64,
+            source: Source::Bytes(bytes),
+        }
     }
 
     /// Length in bytes.
@@ -61,7 +70,9 @@ impl Content {
             Source::Generated { seed } => generate(*seed, offset, out),
             Source::File(file) => file.read_exact_at(out, offset)?,
             Source::Bytes(bytes) => {
-                let start = usize::try_from(offset).unwrap_or(usize::MAX).min(bytes.len());
+                let start = usize::try_from(offset)
+                    .unwrap_or(usize::MAX)
+                    .min(bytes.len());
                 out.copy_from_slice(&bytes[start..start + length]);
             }
         }
@@ -124,7 +135,11 @@ fn generate(seed: u64, offset: u64, out: &mut [u8]) {
         (z ^ (z >> 31)).to_le_bytes()
     };
     let skip = (offset % 8) as usize;
-    let (head, rest) = out.split_at_mut(if skip == 0 { 0 } else { out.len().min(8 - skip) });
+    let (head, rest) = out.split_at_mut(if skip == 0 {
+        0
+    } else {
+        out.len().min(8 - skip)
+    });
     head.copy_from_slice(&word(offset / 8)[skip..skip + head.len()]);
     for (index, chunk) in (offset.div_ceil(8)..).zip(rest.chunks_mut(8)) {
         chunk.copy_from_slice(&word(index)[..chunk.len()]);
@@ -140,11 +155,24 @@ mod tests {
         let content = Content::generated(7, 1000);
         let mut whole = vec![0; 1000];
         assert_eq!(content.read_at(0, &mut whole).unwrap(), 1000);
-        for (offset, length) in [(0, 1), (1, 3), (5, 20), (8, 8), (7, 1), (993, 7), (990, 100), (1000, 5)] {
+        for (offset, length) in [
+            (0, 1),
+            (1, 3),
+            (5, 20),
+            (8, 8),
+            (7, 1),
+            (993, 7),
+            (990, 100),
+            (1000, 5),
+        ] {
             let mut part = vec![0; length];
             let got = content.read_at(offset, &mut part).unwrap();
             let end = (offset as usize + length).min(1000);
-            assert_eq!(part[..got], whole[offset as usize..end], "{offset}+{length}");
+            assert_eq!(
+                part[..got],
+                whole[offset as usize..end],
+                "{offset}+{length}"
+            );
         }
     }
 
@@ -155,7 +183,12 @@ mod tests {
         let content = Content::generated(1, 600_001);
         let digest = content.write_to(&path).unwrap();
         assert_eq!(Content::file(&path).unwrap().digest().unwrap(), digest);
-        assert_eq!(Content::bytes(std::fs::read(&path).unwrap()).digest().unwrap(), digest);
+        assert_eq!(
+            Content::bytes(std::fs::read(&path).unwrap())
+                .digest()
+                .unwrap(),
+            digest
+        );
         assert_ne!(Content::generated(2, 600_001).digest().unwrap(), digest);
     }
 }

@@ -98,7 +98,11 @@ fn handle(state: &State, request: &Request) -> Result<Value, Refused> {
                 BlobSource::Generated { seed, size_bytes } => Content::generated(seed, size_bytes),
                 BlobSource::File { file } => Content::file(&file)?,
             };
-            Ok(describe(state.add_blob(&repository, content, Algorithm::Sha256)?))
+            Ok(describe(state.add_blob(
+                &repository,
+                content,
+                Algorithm::Sha256,
+            )?))
         }
         ("POST", ["manifests"]) => {
             let new: NewManifest = serde_json::from_slice(&request.body)?;

@@ -132,7 +132,12 @@ pub struct Rule {
 impl Rule {
     /// A fault that strikes every request, until it is removed.
     pub const fn always(fault: Fault) -> Self {
-        Self { fault, path_contains: String::new(), method: None, times: None }
+        Self {
+            fault,
+            path_contains: String::new(),
+            method: None,
+            times: None,
+        }
     }
 
     /// Only requests whose path contains this text.
@@ -159,7 +164,10 @@ impl Rule {
     fn strikes(&self, method: &str, path: &str) -> bool {
         self.times != Some(0)
             && path.contains(&self.path_contains)
-            && self.method.as_deref().is_none_or(|only| only.eq_ignore_ascii_case(method))
+            && self
+                .method
+                .as_deref()
+                .is_none_or(|only| only.eq_ignore_ascii_case(method))
     }
 }
 
@@ -187,12 +195,18 @@ impl Rules {
 
     /// Whether the listener must be closed.
     pub(super) fn refusing(&self) -> bool {
-        self.rules.iter().any(|(_, rule)| rule.fault == Fault::Refuse)
+        self.rules
+            .iter()
+            .any(|(_, rule)| rule.fault == Fault::Refuse)
     }
 
     /// The faults that strike this request; each has struck once more by that.
     pub(super) fn strike(&mut self, method: &str, path: &str) -> Vec<Fault> {
-        let struck = self.rules.iter_mut().map(|(_, rule)| rule).filter(|rule| rule.strikes(method, path));
+        let struck = self
+            .rules
+            .iter_mut()
+            .map(|(_, rule)| rule)
+            .filter(|rule| rule.strikes(method, path));
         struck
             .map(|rule| {
                 rule.times = rule.times.map(|times| times - 1);
@@ -209,12 +223,20 @@ mod tests {
     #[test]
     fn a_rule_strikes_what_it_names_as_often_as_it_says() {
         let mut rules = Rules::default();
-        rules.add(Rule::always(Fault::Hang).on("/blobs/").method("GET").times(2));
+        rules.add(
+            Rule::always(Fault::Hang)
+                .on("/blobs/")
+                .method("GET")
+                .times(2),
+        );
         assert!(rules.strike("GET", "/v2/a/manifests/x").is_empty());
         assert!(rules.strike("HEAD", "/v2/a/blobs/x").is_empty());
         assert_eq!(rules.strike("GET", "/v2/a/blobs/x"), [Fault::Hang]);
         let id = rules.add(Rule::always(Fault::IgnoreRange));
-        assert_eq!(rules.strike("GET", "/v2/a/blobs/x"), [Fault::Hang, Fault::IgnoreRange]);
+        assert_eq!(
+            rules.strike("GET", "/v2/a/blobs/x"),
+            [Fault::Hang, Fault::IgnoreRange]
+        );
         assert_eq!(rules.strike("GET", "/v2/a/blobs/x"), [Fault::IgnoreRange]);
         rules.remove(id);
         assert!(rules.strike("GET", "/v2/a/blobs/x").is_empty());
@@ -223,8 +245,15 @@ mod tests {
     #[test]
     fn a_rule_is_one_flat_json_object() {
         let rule: Rule =
-            serde_json::from_str(r#"{"fault":"reset_after","bytes":10,"path_contains":"sha256:"}"#).unwrap();
-        assert_eq!(rule, Rule::always(Fault::ResetAfter { bytes: 10 }).on("sha256:"));
-        assert_eq!(serde_json::from_str::<Rule>(&serde_json::to_string(&rule).unwrap()).unwrap(), rule);
+            serde_json::from_str(r#"{"fault":"reset_after","bytes":10,"path_contains":"sha256:"}"#)
+                .unwrap();
+        assert_eq!(
+            rule,
+            Rule::always(Fault::ResetAfter { bytes: 10 }).on("sha256:")
+        );
+        assert_eq!(
+            serde_json::from_str::<Rule>(&serde_json::to_string(&rule).unwrap()).unwrap(),
+            rule
+        );
     }
 }

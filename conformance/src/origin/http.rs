@@ -53,7 +53,8 @@ impl Request {
     }
 
     pub(crate) fn wants_close(&self) -> bool {
-        self.header("connection").is_some_and(|value| value.eq_ignore_ascii_case("close"))
+        self.header("connection")
+            .is_some_and(|value| value.eq_ignore_ascii_case("close"))
     }
 }
 
@@ -64,13 +65,20 @@ impl Connection {
             None => Stream::Plain(tcp),
             Some(acceptor) => Stream::Tls(Box::new(timeout(acceptor.accept(tcp)).await?)),
         };
-        Ok(Self { stream, rest: Vec::new() })
+        Ok(Self {
+            stream,
+            rest: Vec::new(),
+        })
     }
 
     /// The next request; `None` when the client is done.
     pub(crate) async fn request(&mut self) -> io::Result<Option<Request>> {
         let end = loop {
-            if let Some(end) = self.rest.windows(4).position(|window| window == b"\r\n\r\n") {
+            if let Some(end) = self
+                .rest
+                .windows(4)
+                .position(|window| window == b"\r\n\r\n")
+            {
                 break end + 4;
             }
             if self.rest.len() > MAX_HEAD_BYTES {
@@ -112,10 +120,16 @@ impl Connection {
     }
 
     /// An answer whose body is JSON.
-    pub(crate) async fn write_json(&mut self, status: u16, value: &serde_json::Value) -> io::Result<()> {
+    pub(crate) async fn write_json(
+        &mut self,
+        status: u16,
+        value: &serde_json::Value,
+    ) -> io::Result<()> {
         let text = value.to_string();
-        let headers =
-            [("Content-Type", "application/json".to_owned()), ("Content-Length", text.len().to_string())];
+        let headers = [
+            ("Content-Type", "application/json".to_owned()),
+            ("Content-Length", text.len().to_string()),
+        ];
         self.write(&head(status, &headers)).await?;
         self.write(text.as_bytes()).await
     }
@@ -155,7 +169,9 @@ impl Connection {
 }
 
 async fn timeout<T>(work: impl Future<Output = io::Result<T>>) -> io::Result<T> {
-    tokio::time::timeout(IDLE, work).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+    tokio::time::timeout(IDLE, work)
+        .await
+        .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
 }
 
 fn parse(head: &[u8]) -> io::Result<Request> {
@@ -171,15 +187,19 @@ fn parse(head: &[u8]) -> io::Result<Request> {
     Ok(Request {
         method: method.to_owned(),
         target: target.to_owned(),
-        headers: headers.map(|(name, value)| (name.to_owned(), value.trim().to_owned())).collect(),
+        headers: headers
+            .map(|(name, value)| (name.to_owned(), value.trim().to_owned()))
+            .collect(),
         body: Vec::new(),
     })
 }
 
 /// The head of an answer.
 pub(crate) fn head(status: u16, headers: &[(&str, String)]) -> Vec<u8> {
-    let reason =
-        http::StatusCode::from_u16(status).ok().and_then(|code| code.canonical_reason()).unwrap_or("Fault");
+    let reason = http::StatusCode::from_u16(status)
+        .ok()
+        .and_then(|code| code.canonical_reason())
+        .unwrap_or("Fault");
     let mut text = format!("HTTP/1.1 {status} {reason}\r\n");
     for (name, value) in headers {
         text.push_str(&format!("{name}: {value}\r\n"));

@@ -70,7 +70,10 @@ pub(super) struct Mark {
 
 impl Default for Log {
     fn default() -> Self {
-        Self { start: Instant::now(), inner: Mutex::default() }
+        Self {
+            start: Instant::now(),
+            inner: Mutex::default(),
+        }
     }
 }
 
@@ -94,7 +97,10 @@ impl Log {
         if index < MAX_ENTRIES {
             inner.entries.push(entry);
         }
-        Mark { generation: inner.generation, index }
+        Mark {
+            generation: inner.generation,
+            index,
+        }
     }
 
     pub(super) fn status(&self, mark: &Mark, status: u16) {

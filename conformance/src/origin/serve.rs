@@ -21,7 +21,9 @@ const HANG: Duration = Duration::from_secs(600);
 
 /// Accepts for ever; while connections are to be refused there is no listener.
 pub(super) async fn serve(mut listener: TcpListener, tls: Option<TlsAcceptor>, state: Arc<State>) {
-    let Ok(address) = listener.local_addr() else { return };
+    let Ok(address) = listener.local_addr() else {
+        return;
+    };
     let mut refusing = state.refusing.subscribe();
     loop {
         if *refusing.borrow_and_update() {
@@ -77,7 +79,13 @@ async fn converse(mut connection: Connection, state: &State) {
             return connection.reset().await;
         }
         let answer = answer(state, &request, &faults);
-        let sending = Sending { state, mark, faults: &faults, answer, bodiless: request.method == "HEAD" };
+        let sending = Sending {
+            state,
+            mark,
+            faults: &faults,
+            answer,
+            bodiless: request.method == "HEAD",
+        };
         match sending.run(&mut connection).await {
             Ok(After::KeepOpen) if !request.wants_close() => {}
             Ok(After::Reset) => return connection.reset().await,
@@ -89,7 +97,13 @@ async fn converse(mut connection: Connection, state: &State) {
 /// The value of the first fault of a kind that strikes this request.
 macro_rules! pick {
     ($sending:expr, $pattern:pat => $value:expr) => {
-        $sending.faults.iter().find_map(|fault| if let $pattern = fault { Some($value) } else { None })
+        $sending.faults.iter().find_map(|fault| {
+            if let $pattern = fault {
+                Some($value)
+            } else {
+                None
+            }
+        })
     };
 }
 
@@ -117,9 +131,12 @@ impl Sending<'_> {
         }
         let truncate_after = pick!(self, Fault::TruncateAfter { bytes } => *bytes);
         let length = self.answer.range.end - self.answer.range.start;
-        let limit = length.min(reset_after.unwrap_or(length)).min(truncate_after.unwrap_or(length));
+        let limit = length
+            .min(reset_after.unwrap_or(length))
+            .min(truncate_after.unwrap_or(length));
         let hang_after = pick!(self, Fault::HangAfter { bytes } => *bytes);
-        self.write_body(connection, limit.min(hang_after.unwrap_or(limit))).await?;
+        self.write_body(connection, limit.min(hang_after.unwrap_or(limit)))
+            .await?;
         if hang_after.is_some_and(|bytes| bytes < limit) {
             tokio::time::sleep(HANG).await;
             return Ok(After::Close);
@@ -152,12 +169,21 @@ impl Sending<'_> {
             }
             (None, lie) => {
                 let off = lie.unwrap_or(0);
-                headers.push(("Content-Length", length.saturating_add_signed(off).to_string()));
-                if off > 0 { After::Close } else { After::KeepOpen }
+                headers.push((
+                    "Content-Length",
+                    length.saturating_add_signed(off).to_string(),
+                ));
+                if off > 0 {
+                    After::Close
+                } else {
+                    After::KeepOpen
+                }
             }
         };
         self.state.log.status(&self.mark, self.answer.status);
-        connection.write(&head(self.answer.status, &headers)).await?;
+        connection
+            .write(&head(self.answer.status, &headers))
+            .await?;
         Ok(after)
     }
 
@@ -170,12 +196,17 @@ impl Sending<'_> {
         let mut buffer = vec![0; usize::try_from(step.min(limit)).unwrap_or(0)];
         let mut sent = 0;
         while sent < limit {
-            let length = usize::try_from(limit - sent).map_or(buffer.len(), |left| left.min(buffer.len()));
+            let length =
+                usize::try_from(limit - sent).map_or(buffer.len(), |left| left.min(buffer.len()));
             let chunk = &mut buffer[..length];
-            self.answer.content.read_at(self.answer.range.start + sent, chunk)?;
+            self.answer
+                .content
+                .read_at(self.answer.range.start + sent, chunk)?;
             self.spoil(self.answer.range.start + sent, chunk);
             if chunked {
-                connection.write(format!("{length:x}\r\n").as_bytes()).await?;
+                connection
+                    .write(format!("{length:x}\r\n").as_bytes())
+                    .await?;
             }
             connection.write(chunk).await?;
             if chunked {
@@ -184,8 +215,10 @@ impl Sending<'_> {
             self.state.log.sent(&self.mark, length);
             sent += length as u64;
             if let Some(rate) = rate {
-                tokio::time::sleep_until(start + Duration::from_secs_f64(sent as f64 / rate.max(1) as f64))
-                    .await;
+                tokio::time::sleep_until(
+                    start + Duration::from_secs_f64(sent as f64 / rate.max(1) as f64),
+                )
+                .await;
             }
         }
         if chunked && limit == self.answer.range.end - self.answer.range.start {
@@ -198,7 +231,11 @@ impl Sending<'_> {
     fn spoil(&self, offset: u64, chunk: &mut [u8]) {
         let end = offset + chunk.len() as u64;
         for fault in self.faults {
-            if let Fault::WrongBytes { offset: first, length } = fault {
+            if let Fault::WrongBytes {
+                offset: first,
+                length,
+            } = fault
+            {
                 for at in (*first).max(offset)..first.saturating_add(*length).min(end) {
                     chunk[(at - offset) as usize] ^= 0xff;
                 }

@@ -37,18 +37,25 @@ impl Checks {
     pub(super) fn announced(&mut self, host: u32, offer: &Offer, verified: &PieceSet) {
         let unverified = match offer {
             Offer::All => !verified.is_full(),
-            Offer::Bits(bits) => {
-                PieceSet::from_bytes(verified.count(), bits).minus(verified).next().is_some()
-            }
+            Offer::Bits(bits) => PieceSet::from_bytes(verified.count(), bits)
+                .minus(verified)
+                .next()
+                .is_some(),
             Offer::Some(pieces) => pieces.iter().any(|piece| !verified.contains(*piece)),
         };
-        self.expect(!unverified, || format!("host {host} announced a piece that it has not verified"));
+        self.expect(!unverified, || {
+            format!("host {host} announced a piece that it has not verified")
+        });
     }
 
     /// Only verified pieces are sent, and only so many at once.
     pub(super) fn uploads(&mut self, host: u32, verified: bool, at_once: usize, slots: usize) {
-        self.expect(verified, || format!("host {host} sent a piece that it has not verified"));
-        self.expect(at_once <= slots, || format!("host {host} sent {at_once} pieces at once, not {slots}"));
+        self.expect(verified, || {
+            format!("host {host} sent a piece that it has not verified")
+        });
+        self.expect(at_once <= slots, || {
+            format!("host {host} sent {at_once} pieces at once, not {slots}")
+        });
     }
 
     /// No wrong piece is kept.
@@ -59,12 +66,16 @@ impl Checks {
     /// The origin is spared.
     pub(super) fn origin(&mut self, bytes: u64, size_bytes: u64, copies_max: f64) {
         let copies = bytes as f64 / size_bytes.max(1) as f64;
-        self.expect(copies <= copies_max, || format!("{copies:.2} copies came from the origin"));
+        self.expect(copies <= copies_max, || {
+            format!("{copies:.2} copies came from the origin")
+        });
     }
 
     /// Every fetch ends.
     pub(super) fn ended(&mut self, host: u32, missing: u32) {
-        self.expect(missing == 0, || format!("host {host} never got {missing} of its pieces"));
+        self.expect(missing == 0, || {
+            format!("host {host} never got {missing} of its pieces")
+        });
     }
 }
 
@@ -92,9 +103,16 @@ mod tests {
             (Offer::All, 1),
         ];
         for (offer, violations) in offers {
-            assert_eq!(checked(|checks| checks.announced(1, &offer, &verified)), violations, "{offer:?}");
+            assert_eq!(
+                checked(|checks| checks.announced(1, &offer, &verified)),
+                violations,
+                "{offer:?}"
+            );
         }
-        assert_eq!(checked(|checks| checks.announced(1, &Offer::All, &PieceSet::full(70))), 0);
+        assert_eq!(
+            checked(|checks| checks.announced(1, &Offer::All, &PieceSet::full(70))),
+            0
+        );
     }
 
     #[test]

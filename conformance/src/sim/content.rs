@@ -34,9 +34,16 @@ impl Blob {
                 chain.value()
             })
             .collect();
-        let last = values.last().copied().unwrap_or(ChainValue::initial(Algorithm::Sha256));
+        let last = values
+            .last()
+            .copied()
+            .unwrap_or(ChainValue::initial(Algorithm::Sha256));
         let digest = Chain::resume(last, layout.size_bytes()).finish();
-        Self { digest, layout, values }
+        Self {
+            digest,
+            layout,
+            values,
+        }
     }
 
     /// The hash after the bytes of a piece: as they are, or, from a liar, as they are not.
@@ -71,15 +78,19 @@ pub struct Keys {
 impl Keys {
     /// Of host `me` in a cluster whose first `seeds` hosts are seeds.
     pub fn new(me: u32, seeds: u32) -> Self {
-        Self { me: peer_id(me), seeds, certificate: Arc::new([]) }
+        Self {
+            me: peer_id(me),
+            seeds,
+            certificate: Arc::new([]),
+        }
     }
 }
 
 /// FNV-1a: the sum need not withstand anybody.
 fn sum(bytes: &[u8]) -> u64 {
-    bytes
-        .iter()
-        .fold(0xcbf2_9ce4_8422_2325, |sum, byte| (sum ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3))
+    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |sum, byte| {
+        (sum ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
+    })
 }
 
 impl Notary for Keys {
@@ -118,7 +129,11 @@ mod tests {
                 }
             }
             for piece in 0..blob.layout.count() {
-                assert_eq!(table.verify(piece, &blob.chain_after(piece, true)), Some(true), "{size} {piece}");
+                assert_eq!(
+                    table.verify(piece, &blob.chain_after(piece, true)),
+                    Some(true),
+                    "{size} {piece}"
+                );
                 assert_eq!(
                     table.verify(piece, &blob.chain_after(piece, false)),
                     Some(false),
@@ -135,7 +150,10 @@ mod tests {
         Keys::new(0, 1).sign(&mut table, false);
         let signed = table.signed().unwrap().clone();
         let keys = Keys::new(7, 1);
-        assert_eq!(keys.check(&signed, &table.statement_of(&signed)), Some(Role::Seed));
+        assert_eq!(
+            keys.check(&signed, &table.statement_of(&signed)),
+            Some(Role::Seed)
+        );
         assert_eq!(keys.check(&signed, b"another"), None);
     }
 }

@@ -71,7 +71,9 @@ impl<E> Queue<E> {
         let last = bucket_of(by);
         while self.current.is_empty() && self.first <= last {
             if self.near == 0 {
-                let Some(bucket) = self.far.peek().map(|Reverse((at, ..))| bucket_of(*at)) else { return };
+                let Some(bucket) = self.far.peek().map(|Reverse((at, ..))| bucket_of(*at)) else {
+                    return;
+                };
                 if bucket > last {
                     return;
                 }
@@ -84,7 +86,11 @@ impl<E> Queue<E> {
                 && bucket_of(at) < self.first
             {
                 self.far.pop();
-                bucket.extend(self.places[place as usize].take().map(|event| (at, turn, event)));
+                bucket.extend(
+                    self.places[place as usize]
+                        .take()
+                        .map(|event| (at, turn, event)),
+                );
             }
             bucket.sort_unstable_by_key(|(at, turn, _)| Reverse((*at, *turn)));
             self.current = bucket;
@@ -94,7 +100,9 @@ impl<E> Queue<E> {
     /// The next, if it is not later than `by`.
     pub(super) fn take(&mut self, by: Time) -> Option<(Time, E)> {
         self.advance(by);
-        self.current.pop_if(|(at, ..)| *at <= by).map(|(at, _, event)| (at, event))
+        self.current
+            .pop_if(|(at, ..)| *at <= by)
+            .map(|(at, _, event)| (at, event))
     }
 
     /// How many were ever put in.
@@ -177,18 +185,29 @@ mod tests {
         }
         assert_eq!(queue.take(END).unwrap().1, 'a');
         queue.put(Time(Duration::from_secs(2)), 'e');
-        let rest: String = std::iter::from_fn(|| queue.take(END)).map(|(_, event)| event).collect();
+        let rest: String = std::iter::from_fn(|| queue.take(END))
+            .map(|(_, event)| event)
+            .collect();
         assert_eq!(rest, "bcde");
         // Whether they are of one bucket, near or far.
-        let times = [5_000_000, 2_000_001, 2_000_050, 2_000_060, 2_090_000, 2_400_000, 2_450_000, 9_000_000];
-        times.into_iter().for_each(|at| queue.put(Time(Duration::from_micros(at)), 'x'));
-        assert_eq!(queue.take(END).map(|(at, _)| at), Some(Time(Duration::from_micros(2_000_001))));
+        let times = [
+            5_000_000, 2_000_001, 2_000_050, 2_000_060, 2_090_000, 2_400_000, 2_450_000, 9_000_000,
+        ];
+        times
+            .into_iter()
+            .for_each(|at| queue.put(Time(Duration::from_micros(at)), 'x'));
+        assert_eq!(
+            queue.take(END).map(|(at, _)| at),
+            Some(Time(Duration::from_micros(2_000_001)))
+        );
         queue.put(Time(Duration::from_micros(2_000_055)), 'y');
         queue.put(Time(Duration::from_micros(2_409_000)), 'z');
-        let rest: Vec<u128> =
-            std::iter::from_fn(|| queue.take(END)).map(|(at, _)| at.0.as_micros()).collect();
+        let rest: Vec<u128> = std::iter::from_fn(|| queue.take(END))
+            .map(|(at, _)| at.0.as_micros())
+            .collect();
         let sorted = [
-            2_000_050, 2_000_055, 2_000_060, 2_090_000, 2_400_000, 2_409_000, 2_450_000, 5_000_000, 9_000_000,
+            2_000_050, 2_000_055, 2_000_060, 2_090_000, 2_400_000, 2_409_000, 2_450_000, 5_000_000,
+            9_000_000,
         ];
         assert_eq!(rest, sorted);
     }

@@ -37,7 +37,11 @@ pub(super) struct Letter {
 
 /// Nearly all messages are news of a piece or two: these lie in the inbox itself.
 pub(super) enum Content {
-    News { blob: u16, count: u8, pieces: [PieceIndex; FEW] },
+    News {
+        blob: u16,
+        count: u8,
+        pieces: [PieceIndex; FEW],
+    },
     Other(Box<Message>),
 }
 
@@ -46,13 +50,21 @@ const FEW: usize = 3;
 impl Content {
     /// News of a few pieces of blob `blob`, or another message.
     pub(super) fn new(message: Message, blob: impl Fn(&Digest) -> Option<usize>) -> Self {
-        if let Message::Have { task, offer: Offer::Some(offered), .. } = &message
+        if let Message::Have {
+            task,
+            offer: Offer::Some(offered),
+            ..
+        } = &message
             && offered.len() <= FEW
             && let Some(Ok(blob)) = blob(task).map(u16::try_from)
         {
             let mut pieces = [0; FEW];
             pieces[..offered.len()].copy_from_slice(offered);
-            return Self::News { blob, count: offered.len() as u8, pieces };
+            return Self::News {
+                blob,
+                count: offered.len() as u8,
+                pieces,
+            };
         }
         Self::Other(Box::new(message))
     }
@@ -60,10 +72,18 @@ impl Content {
     /// The message as it was.
     pub(super) fn message(self, blobs: &[Blob]) -> Message {
         match self {
-            Self::News { blob, count, pieces } => {
+            Self::News {
+                blob,
+                count,
+                pieces,
+            } => {
                 let blob = &blobs[usize::from(blob)];
                 let offer = Offer::Some(pieces[..usize::from(count)].to_vec());
-                Message::Have { task: blob.digest, size_bytes: blob.layout.size_bytes(), offer }
+                Message::Have {
+                    task: blob.digest,
+                    size_bytes: blob.layout.size_bytes(),
+                    offer,
+                }
             }
             Self::Other(message) => *message,
         }
@@ -192,13 +212,22 @@ impl Host {
     /// A message is on its way.
     pub(super) fn expect(&mut self, letter: Letter) {
         // Nearly all come in the order in which they were sent.
-        let after = self.inbox.iter().rev().take_while(|other| other.at > letter.at).count();
+        let after = self
+            .inbox
+            .iter()
+            .rev()
+            .take_while(|other| other.at > letter.at)
+            .count();
         self.inbox.insert(self.inbox.len() - after, letter);
     }
 
     /// How soon after a message is there the node looks at it.
     pub(super) fn waits(&self, content: &Content) -> Duration {
-        if content.is_news() && !self.has_room { NEWS_WAIT } else { DECIDES_WITHIN }
+        if content.is_news() && !self.has_room {
+            NEWS_WAIT
+        } else {
+            DECIDES_WITHIN
+        }
     }
 
     /// Takes in what has come by `now`: what follows from it.
@@ -242,17 +271,41 @@ impl Host {
                 let sent = |sending: &Sending| (sending.to, sending.request) == (from, request);
                 if self.sending.iter().any(sent) {
                     self.sending.retain(|sending| !sent(sending));
-                    self.node.handle(now, Input::Uploaded { peer: from_id, request });
+                    self.node.handle(
+                        now,
+                        Input::Uploaded {
+                            peer: from_id,
+                            request,
+                        },
+                    );
                 }
-                self.node.handle(now, Input::Message { peer: from_id, message: Message::Cancel { request } });
+                self.node.handle(
+                    now,
+                    Input::Message {
+                        peer: from_id,
+                        message: Message::Cancel { request },
+                    },
+                );
             }
             // It is served or waits.
             message @ Message::Request { .. } => {
-                self.node.handle(now, Input::Message { peer: from_id, message });
+                self.node.handle(
+                    now,
+                    Input::Message {
+                        peer: from_id,
+                        message,
+                    },
+                );
             }
             message => {
                 let is_urgent = self.node.is_urgent(from_id, &message);
-                self.node.handle(now, Input::Message { peer: from_id, message });
+                self.node.handle(
+                    now,
+                    Input::Message {
+                        peer: from_id,
+                        message,
+                    },
+                );
                 self.is_stirred |= is_urgent || self.node.has_outputs();
             }
         }
@@ -260,7 +313,10 @@ impl Host {
 
     /// Pieces that it lacks.
     pub(super) fn missing(&self) -> u32 {
-        self.blobs.iter().map(|blob| blob.verified.count() - blob.verified.len()).sum()
+        self.blobs
+            .iter()
+            .map(|blob| blob.verified.count() - blob.verified.len())
+            .sum()
     }
 
     /// When the last of its blobs was complete.

@@ -21,7 +21,11 @@ pub(super) struct Links {
 
 impl Link {
     pub(super) fn new(rate: f64) -> Self {
-        Self { rate, free_at: Time::default(), bytes: 0 }
+        Self {
+            rate,
+            free_at: Time::default(),
+            bytes: 0,
+        }
     }
 
     fn takes(&self, bytes: u64) -> Duration {

@@ -47,9 +47,13 @@ pub struct Outcome {
 impl Outcome {
     /// Times of all full-rate nodes that lived, over the bound, ascending.
     pub fn ratios(&self) -> Vec<f64> {
-        let full = self.finishes.iter().filter(|finish| !finish.slow && !finish.dead);
-        let mut ratios: Vec<f64> =
-            full.map(|finish| finish.at_s.unwrap_or(f64::INFINITY) / self.bound_s).collect();
+        let full = self
+            .finishes
+            .iter()
+            .filter(|finish| !finish.slow && !finish.dead);
+        let mut ratios: Vec<f64> = full
+            .map(|finish| finish.at_s.unwrap_or(f64::INFINITY) / self.bound_s)
+            .collect();
         ratios.sort_by(f64::total_cmp);
         ratios
     }
@@ -58,7 +62,10 @@ impl Outcome {
     pub fn quantile(&self, part: f64) -> f64 {
         let ratios = self.ratios();
         let rank = (part * ratios.len() as f64).ceil() as usize;
-        ratios.get(rank.clamp(1, ratios.len().max(1)) - 1).copied().unwrap_or(f64::NAN)
+        ratios
+            .get(rank.clamp(1, ratios.len().max(1)) - 1)
+            .copied()
+            .unwrap_or(f64::NAN)
     }
 }
 
@@ -69,7 +76,9 @@ mod tests {
     #[test]
     fn quantiles_are_those_of_the_living_at_full_rate() {
         let finish = |at_s, slow, dead| Finish { at_s, slow, dead };
-        let mut finishes: Vec<Finish> = (1..=100).map(|n| finish(Some(f64::from(n)), false, false)).collect();
+        let mut finishes: Vec<Finish> = (1..=100)
+            .map(|n| finish(Some(f64::from(n)), false, false))
+            .collect();
         finishes.push(finish(Some(1e6), true, false));
         finishes.push(finish(None, false, true));
         let outcome = Outcome {

@@ -10,7 +10,11 @@ const MARGIN: f64 = 48.0;
 
 /// How many nodes had everything, over time; the bound as a dashed line.
 pub fn completion(outcome: &Outcome, title: &str) -> String {
-    let mut times: Vec<f64> = outcome.finishes.iter().filter_map(|finish| finish.at_s).collect();
+    let mut times: Vec<f64> = outcome
+        .finishes
+        .iter()
+        .filter_map(|finish| finish.at_s)
+        .collect();
     times.sort_by(f64::total_cmp);
     let end = times.last().copied().unwrap_or(0.0).max(outcome.bound_s) * 1.05;
     let x = |seconds: f64| MARGIN + (WIDTH - 2.0 * MARGIN) * seconds / end;
@@ -18,7 +22,14 @@ pub fn completion(outcome: &Outcome, title: &str) -> String {
     let mut line = format!("M{:.1} {:.1}", x(0.0), y(0.0));
     for (index, at) in times.iter().enumerate() {
         let part = |n: usize| y(n as f64 / outcome.finishes.len() as f64);
-        let _ = write!(line, "L{:.1} {:.1}L{:.1} {:.1}", x(*at), part(index), x(*at), part(index + 1));
+        let _ = write!(
+            line,
+            "L{:.1} {:.1}L{:.1} {:.1}",
+            x(*at),
+            part(index),
+            x(*at),
+            part(index + 1)
+        );
     }
     let (bound, left, right) = (x(outcome.bound_s), x(0.0), WIDTH - MARGIN);
     let (top, bottom) = (y(1.0), y(0.0));

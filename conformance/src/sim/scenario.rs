@@ -94,14 +94,26 @@ impl Scenario {
     /// The least time in which everybody at full rate can have everything, in seconds: max(F/u_origin, F/d_seed, F/u_seeds, F/min d,
     /// N*F/(u_seeds + sum u)).
     pub fn bound_s(&self) -> f64 {
-        let (size, seeds, hosts) =
-            (self.size_bytes as f64, f64::from(self.seed_peers), f64::from(self.hosts));
+        let (size, seeds, hosts) = (
+            self.size_bytes as f64,
+            f64::from(self.seed_peers),
+            f64::from(self.hosts),
+        );
         let slow = (self.faults.slow * hosts).round();
         let up = self.rate * (seeds + hosts - slow + slow * self.faults.slow_rate);
-        let seeds_up = if self.seed_peers > 0 { seeds * self.rate } else { self.rate };
-        [size / self.origin_rate, size / self.rate, size / seeds_up, hosts * size / up]
-            .into_iter()
-            .fold(0.0, f64::max)
+        let seeds_up = if self.seed_peers > 0 {
+            seeds * self.rate
+        } else {
+            self.rate
+        };
+        [
+            size / self.origin_rate,
+            size / self.rate,
+            size / seeds_up,
+            hosts * size / up,
+        ]
+        .into_iter()
+        .fold(0.0, f64::max)
     }
 
     /// How long each blob is.
@@ -111,12 +123,22 @@ impl Scenario {
 
     /// How each blob is cut.
     pub fn layout(&self) -> fn(u64) -> PieceLayout {
-        if self.long_pieces || self.hosts >= MANY_HOSTS { PieceLayout::long } else { PieceLayout::new }
+        if self.long_pieces || self.hosts >= MANY_HOSTS {
+            PieceLayout::long
+        } else {
+            PieceLayout::new
+        }
     }
 
     /// When the run is given up: what has not ended by then never will.
     pub fn limit(&self) -> Duration {
-        let slowest = if self.faults.slow > 0.0 { self.faults.slow_rate.max(0.01) } else { 1.0 };
-        self.ends_after.unwrap_or(Duration::from_secs_f64(self.bound_s() / slowest * 10.0 + 120.0))
+        let slowest = if self.faults.slow > 0.0 {
+            self.faults.slow_rate.max(0.01)
+        } else {
+            1.0
+        };
+        self.ends_after.unwrap_or(Duration::from_secs_f64(
+            self.bound_s() / slowest * 10.0 + 120.0,
+        ))
     }
 }

@@ -129,22 +129,35 @@ pub(super) struct World<'a> {
 
 /// Mixes a word into a sum, as Fowler, Noll and Vo do, and spreads it.
 fn mix(sum: u64, word: u64) -> u64 {
-    (sum ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29)
+    (sum ^ word)
+        .wrapping_mul(0x9e37_79b9_7f4a_7c15)
+        .rotate_left(29)
 }
 
 impl<'a> World<'a> {
     pub(super) fn new(scenario: &'a Scenario) -> Self {
         let mut rng = StdRng::seed_from_u64(scenario.rng);
         let layers = scenario.layers.max(1);
-        let blobs: Vec<Blob> =
-            (0..layers).map(|n| Blob::new(n, scenario.blob_bytes(), scenario.layout())).collect();
+        let blobs: Vec<Blob> = (0..layers)
+            .map(|n| Blob::new(n, scenario.blob_bytes(), scenario.layout()))
+            .collect();
         let (seeds, all) = (scenario.seed_peers, scenario.seed_peers + scenario.hosts);
         let zones = scenario.zones.max(1);
-        let seeds_seen_from =
-            |zone| (0..seeds).map(|seed| Named { peer: peer_id(seed), far: seed % zones != zone }).collect();
+        let seeds_seen_from = |zone| {
+            (0..seeds)
+                .map(|seed| Named {
+                    peer: peer_id(seed),
+                    far: seed % zones != zone,
+                })
+                .collect()
+        };
         let mut hosts: Vec<Host> = (0..all)
             .map(|index| {
-                let role = if index < seeds { Role::Seed } else { Role::Peer };
+                let role = if index < seeds {
+                    Role::Seed
+                } else {
+                    Role::Peer
+                };
                 let config = Config {
                     me: peer_id(index),
                     role,
@@ -164,13 +177,30 @@ impl<'a> World<'a> {
         let in_zone = |zone| (0..all).filter(|index| index % zones == zone).count() as f64;
         let zone_links = (0..zones)
             .map(|zone| scenario.rate * in_zone(zone) * ZONE_LINK)
-            .map(|rate| Zone { up: Link::new(rate), down: Link::new(rate), origin_bytes: 0 })
+            .map(|rate| Zone {
+                up: Link::new(rate),
+                down: Link::new(rate),
+                origin_bytes: 0,
+            })
             .collect();
-        let by_digest = blobs.iter().enumerate().map(|(at, blob)| (blob.digest, at)).collect();
+        let by_digest = blobs
+            .iter()
+            .enumerate()
+            .map(|(at, blob)| (blob.digest, at))
+            .collect();
         afflict(scenario, &mut hosts, &mut rng);
         let links = (0..).zip(&hosts).map(|(index, host): (u32, &Host)| {
-            let rate = scenario.rate * if host.slow { scenario.faults.slow_rate } else { 1.0 };
-            Links { up: Link::new(rate), down: Link::new(rate), zone: index % zones }
+            let rate = scenario.rate
+                * if host.slow {
+                    scenario.faults.slow_rate
+                } else {
+                    1.0
+                };
+            Links {
+                up: Link::new(rate),
+                down: Link::new(rate),
+                zone: index % zones,
+            }
         });
         let links = links.collect();
         Self {
@@ -208,7 +238,8 @@ impl<'a> World<'a> {
         let faults = &self.scenario.faults;
         for at in &faults.scheduler_restarts {
             self.queue.put(Time(*at), Event::SchedulerDown);
-            self.queue.put(Time(*at + faults.scheduler_away), Event::SchedulerUp);
+            self.queue
+                .put(Time(*at + faults.scheduler_away), Event::SchedulerUp);
         }
         self.schedule_deaths();
         let limit = Time(self.scenario.limit());
@@ -228,11 +259,21 @@ impl<'a> World<'a> {
             }
             events += 1;
             if events.is_multiple_of(WATCHED_EVERY) {
-                let pieces = self.hosts.iter().flat_map(|host| &host.blobs).map(|blob| &blob.verified);
-                let (held, all) =
-                    pieces.fold((0, 0), |(held, all), set| (held + set.len(), all + set.count()));
+                let pieces = self
+                    .hosts
+                    .iter()
+                    .flat_map(|host| &host.blobs)
+                    .map(|blob| &blob.verified);
+                let (held, all) = pieces.fold((0, 0), |(held, all), set| {
+                    (held + set.len(), all + set.count())
+                });
                 let done = f64::from(held) / f64::from(all.max(1));
-                watch(Progress { events, at_s: self.now.0.as_secs_f64(), done, unfinished: self.unfinished });
+                watch(Progress {
+                    events,
+                    at_s: self.now.0.as_secs_f64(),
+                    done,
+                    unfinished: self.unfinished,
+                });
             }
         }
         self.outcome()
@@ -244,7 +285,8 @@ impl<'a> World<'a> {
         all.shuffle(&mut self.rng);
         for host in all.into_iter().take(dying) {
             let at = self.scenario.bound_s() * self.rng.random_range(0.1..0.9);
-            self.queue.put(Time(Duration::from_secs_f64(at)), Event::Die(host));
+            self.queue
+                .put(Time(Duration::from_secs_f64(at)), Event::Die(host));
         }
     }
 
@@ -252,14 +294,27 @@ impl<'a> World<'a> {
         let scenario = self.scenario;
         let seeds = scenario.seed_peers as usize;
         let finish = |host: &Host| Finish {
-            at_s: host.done_at().filter(|_| !host.dead).map(|at| at.0.as_secs_f64()),
+            at_s: host
+                .done_at()
+                .filter(|_| !host.dead)
+                .map(|at| at.0.as_secs_f64()),
             slow: host.slow,
             dead: host.dead,
         };
-        for (index, host) in self.hosts.iter().enumerate().skip(seeds).filter(|(_, host)| !host.dead) {
+        for (index, host) in self
+            .hosts
+            .iter()
+            .enumerate()
+            .skip(seeds)
+            .filter(|(_, host)| !host.dead)
+        {
             self.checks.ended(index as u32, host.missing());
         }
-        self.checks.origin(self.origin.bytes(), scenario.size_bytes, scenario.origin_copies_max);
+        self.checks.origin(
+            self.origin.bytes(),
+            scenario.size_bytes,
+            scenario.origin_copies_max,
+        );
         let copies = |bytes: u64| bytes as f64 / scenario.size_bytes as f64;
         let lasted_s = self.now.0.as_secs_f64().max(f64::MIN_POSITIVE);
         let entered = |zone: &Zone| copies(zone.down.bytes() + zone.origin_bytes);
@@ -267,7 +322,13 @@ impl<'a> World<'a> {
             bound_s: scenario.bound_s(),
             finishes: self.hosts.iter().skip(seeds).map(finish).collect(),
             origin_copies: copies(self.origin.bytes()),
-            seed_copies: copies(self.links.iter().take(seeds).map(|links| links.up.bytes()).sum()),
+            seed_copies: copies(
+                self.links
+                    .iter()
+                    .take(seeds)
+                    .map(|links| links.up.bytes())
+                    .sum(),
+            ),
             zone_copies: self.zones.iter().map(entered).fold(0.0, f64::max),
             scheduler_messages_per_s: self.scheduler_messages as f64 / lasted_s,
             peer_messages_per_s: self.peer_messages as f64 / lasted_s / self.hosts.len() as f64,
@@ -303,24 +364,58 @@ impl<'a> World<'a> {
                     self.pump(index);
                 }
             }
-            Event::Left { from, to, request, blob, piece, bytes, last } => {
+            Event::Left {
+                from,
+                to,
+                request,
+                blob,
+                piece,
+                bytes,
+                last,
+            } => {
                 let there = self.arrival(from, to, bytes);
                 if last {
-                    self.queue.put(there, Event::Piece { to, from, request, blob, piece });
+                    self.queue.put(
+                        there,
+                        Event::Piece {
+                            to,
+                            from,
+                            request,
+                            blob,
+                            piece,
+                        },
+                    );
                 }
             }
-            Event::Piece { to, from, request, blob, piece } => self.piece(to, from, request, blob, piece),
+            Event::Piece {
+                to,
+                from,
+                request,
+                blob,
+                piece,
+            } => self.piece(to, from, request, blob, piece),
             Event::Connected(a, b) => self.connect(a, b),
             Event::Unreached(index, peer) => {
-                self.host(index).node.handle(now, node::Input::DialFailed(peer_id(peer)));
+                self.host(index)
+                    .node
+                    .handle(now, node::Input::DialFailed(peer_id(peer)));
                 self.touch(index);
             }
             Event::Lost(index, peer) => {
-                self.host(index).node.handle(now, node::Input::PeerDown(peer_id(peer)));
-                self.host(index).sending.retain(|sending| sending.to != peer);
+                self.host(index)
+                    .node
+                    .handle(now, node::Input::PeerDown(peer_id(peer)));
+                self.host(index)
+                    .sending
+                    .retain(|sending| sending.to != peer);
                 self.touch(index);
             }
-            Event::Origin { to, stream, blob, piece } => self.origin_piece(to, stream, blob, piece),
+            Event::Origin {
+                to,
+                stream,
+                blob,
+                piece,
+            } => self.origin_piece(to, stream, blob, piece),
             Event::Said { life, input } => {
                 self.scheduler_messages += 1;
                 if life == self.life
@@ -397,7 +492,10 @@ impl<'a> World<'a> {
                 self.carry_out(index, output);
             }
             let host = self.host(index);
-            let next = host.inbox.front().map(|letter| letter.at + host.waits(&letter.content));
+            let next = host
+                .inbox
+                .front()
+                .map(|letter| letter.at + host.waits(&letter.content));
             if let Some(at) = next.into_iter().chain(host.deadline).min() {
                 self.look_at(index, at.max(now + DECIDES_WITHIN));
             }
@@ -411,11 +509,16 @@ impl<'a> World<'a> {
         let mut hosts = Vec::with_capacity(due.len());
         let (mut rest, mut first) = (&mut self.hosts[..], 0);
         for index in due {
-            let Some((host, others)) = rest[(index - first) as usize..].split_first_mut() else { break };
+            let Some((host, others)) = rest[(index - first) as usize..].split_first_mut() else {
+                break;
+            };
             hosts.push(host);
             (rest, first) = (others, index + 1);
         }
-        hosts.into_par_iter().with_min_len(DECIDE_AT_LEAST).for_each(|host| host.decide(now, blobs));
+        hosts
+            .into_par_iter()
+            .with_min_len(DECIDE_AT_LEAST)
+            .for_each(|host| host.decide(now, blobs));
     }
 
     fn connect(&mut self, a: u32, b: u32) {
@@ -424,9 +527,19 @@ impl<'a> World<'a> {
         }
         let now = self.now;
         for (one, other) in [(a, b), (b, a)] {
-            let role = if other < self.scenario.seed_peers { Role::Seed } else { Role::Peer };
+            let role = if other < self.scenario.seed_peers {
+                Role::Seed
+            } else {
+                Role::Peer
+            };
             self.host(one).connected.insert(other);
-            self.host(one).node.handle(now, node::Input::PeerUp { peer: peer_id(other), role });
+            self.host(one).node.handle(
+                now,
+                node::Input::PeerUp {
+                    peer: peer_id(other),
+                    role,
+                },
+            );
             self.touch(one);
         }
     }
@@ -450,27 +563,67 @@ impl<'a> World<'a> {
                 if let Message::Have { task, offer, .. } = &message
                     && let Some(blob) = self.by_digest.get(task)
                 {
-                    self.checks.announced(me, offer, &self.hosts[me as usize].blobs[*blob].verified);
+                    self.checks.announced(
+                        me,
+                        offer,
+                        &self.hosts[me as usize].blobs[*blob].verified,
+                    );
                 }
                 self.send(me, index_of(peer), message);
             }
-            Output::Download { peer, request, task, piece, prefetch, priority } => {
-                let message = Message::Request { request, task, piece, prefetch, priority };
+            Output::Download {
+                peer,
+                request,
+                task,
+                piece,
+                prefetch,
+                priority,
+            } => {
+                let message = Message::Request {
+                    request,
+                    task,
+                    piece,
+                    prefetch,
+                    priority,
+                };
                 self.send(me, index_of(peer), message);
             }
-            Output::Cancel { peer, request } => self.send(me, index_of(peer), Message::Cancel { request }),
-            Output::Upload { peer, request, task, piece } => self.upload(me, peer, request, &task, piece),
+            Output::Cancel { peer, request } => {
+                self.send(me, index_of(peer), Message::Cancel { request })
+            }
+            Output::Upload {
+                peer,
+                request,
+                task,
+                piece,
+            } => self.upload(me, peer, request, &task, piece),
             Output::ReadOrigin { task, from } => self.read_origin(me, &task, from),
             Output::StopOrigin(task) => {
                 if let Some(local) = self.local(me, &task) {
                     local.reading = None;
                 }
             }
-            Output::Want { task, again, reads, .. } => {
-                let size_bytes = self.host(me).node.table(&task).map(|table| table.layout().size_bytes());
+            Output::Want {
+                task, again, reads, ..
+            } => {
+                let size_bytes = self
+                    .host(me)
+                    .node
+                    .table(&task)
+                    .map(|table| table.layout().size_bytes());
                 let issuer = self.local(me, &task).and_then(|local| local.issuer);
-                let terms = Terms { issuer, ..Terms::default() };
-                self.say(Input::Want { peer: peer_id(me), task, size_bytes, again, reads, terms });
+                let terms = Terms {
+                    issuer,
+                    ..Terms::default()
+                };
+                self.say(Input::Want {
+                    peer: peer_id(me),
+                    task,
+                    size_bytes,
+                    again,
+                    reads,
+                    terms,
+                });
             }
             Output::Report(peer, task, fault) => {
                 let kind = match fault {
@@ -492,7 +645,14 @@ impl<'a> World<'a> {
             }
             // Nobody can give it now: its client asks again.
             Output::Failed(task, _) => {
-                self.host(me).node.handle(now, node::Input::Run { task, whole: true, as_owner: false });
+                self.host(me).node.handle(
+                    now,
+                    node::Input::Run {
+                        task,
+                        whole: true,
+                        as_owner: false,
+                    },
+                );
                 self.touch(me);
             }
             // Liars lie about bytes here, not about tables.
@@ -551,8 +711,19 @@ impl<'a> World<'a> {
     fn pull(&mut self, index: u32) {
         for blob in 0..self.blobs.len() {
             self.open(index, blob);
-            let (now, task, count) = (self.now, self.blobs[blob].digest, self.blobs[blob].layout.count());
-            self.host(index).node.handle(now, node::Input::Run { task, whole: true, as_owner: false });
+            let (now, task, count) = (
+                self.now,
+                self.blobs[blob].digest,
+                self.blobs[blob].layout.count(),
+            );
+            self.host(index).node.handle(
+                now,
+                node::Input::Run {
+                    task,
+                    whole: true,
+                    as_owner: false,
+                },
+            );
             self.host(index).node.handle(
                 now,
                 node::Input::Reader {
@@ -569,48 +740,99 @@ impl<'a> World<'a> {
 
     fn open(&mut self, index: u32, blob: usize) {
         let (now, task) = (self.now, self.blobs[blob].digest);
-        let source = Source { registry: "registry.test".into(), repository: "library/image".into() };
-        let opening = Opening { source, right: Right::Own, known: None, is_committed: false, announce: true };
-        self.host(index).node.handle(now, node::Input::Open { task, opening: Box::new(opening) });
+        let source = Source {
+            registry: "registry.test".into(),
+            repository: "library/image".into(),
+        };
+        let opening = Opening {
+            source,
+            right: Right::Own,
+            known: None,
+            is_committed: false,
+            announce: true,
+        };
+        self.host(index).node.handle(
+            now,
+            node::Input::Open {
+                task,
+                opening: Box::new(opening),
+            },
+        );
     }
 
     /// As `proxy::driver` does: a seed gets what it is asked for, a node gives what it has.
     fn load(&mut self, me: u32, task: Digest, child: &Child) {
-        let Some(blob) = self.by_digest.get(&task).copied() else { return };
+        let Some(blob) = self.by_digest.get(&task).copied() else {
+            return;
+        };
         let now = self.now;
         if me < self.scenario.seed_peers {
             self.open(me, blob);
             let as_owner = index_of(child.peer) < self.scenario.seed_peers;
-            self.host(me).node.handle(now, node::Input::Run { task, whole: true, as_owner });
-        } else if self.host(me).blobs[blob].verified.is_empty() && !self.host(me).node.is_running(&task) {
-            self.host(me)
-                .node
-                .handle(now, node::Input::Refuse { peer: child.peer, task, reason: Refusal::NotHeld });
+            self.host(me).node.handle(
+                now,
+                node::Input::Run {
+                    task,
+                    whole: true,
+                    as_owner,
+                },
+            );
+        } else if self.host(me).blobs[blob].verified.is_empty()
+            && !self.host(me).node.is_running(&task)
+        {
+            self.host(me).node.handle(
+                now,
+                node::Input::Refuse {
+                    peer: child.peer,
+                    task,
+                    reason: Refusal::NotHeld,
+                },
+            );
             return;
         }
-        self.host(me).node.handle(now, node::Input::Adopt { task, child: child.clone() });
+        self.host(me).node.handle(
+            now,
+            node::Input::Adopt {
+                task,
+                child: child.clone(),
+            },
+        );
         self.touch(me);
     }
 
     fn show(&mut self, me: u32, task: &Digest, piece: PieceIndex) {
         let now = self.now;
-        let Some(local) = self.local(me, task) else { return };
+        let Some(local) = self.local(me, task) else {
+            return;
+        };
         let count = local.verified.count();
         if let Some(next) = local.show(piece) {
             let pieces = (next < count).then_some(next..count);
             self.host(me).node.handle(
                 now,
-                node::Input::Reader { task: *task, reader: READER, pieces, ahead: None, partial: false },
+                node::Input::Reader {
+                    task: *task,
+                    reader: READER,
+                    pieces,
+                    ahead: None,
+                    partial: false,
+                },
             );
         }
     }
 
     fn complete(&mut self, me: u32, task: &Digest) {
         let now = self.now;
-        let Some(local) = self.local(me, task) else { return };
+        let Some(local) = self.local(me, task) else {
+            return;
+        };
         local.done_at.get_or_insert(now);
         local.changed = true;
-        let all_done = self.host(me).blobs.iter().all(|local| local.done_at.is_some());
+        let all_done = self
+            .host(me)
+            .blobs
+            .iter()
+            .all(|local| local.done_at.is_some());
         if me >= self.scenario.seed_peers && all_done {
             self.unfinished -= 1;
         }
@@ -620,17 +842,27 @@ impl<'a> World<'a> {
     // ---- pieces -------------------------------------------------------------------------------------------------
 
     fn upload(&mut self, me: u32, peer: PeerId, request: u32, task: &Digest, piece: PieceIndex) {
-        let Some(blob) = self.by_digest.get(task).copied() else { return };
+        let Some(blob) = self.by_digest.get(task).copied() else {
+            return;
+        };
         let left_bytes = self.blobs[blob].layout.len_bytes(piece);
         let to = index_of(peer);
         let host = &mut self.hosts[me as usize];
         if !host.connected.contains(&to) {
-            host.node.handle(self.now, node::Input::Uploaded { peer, request });
+            host.node
+                .handle(self.now, node::Input::Uploaded { peer, request });
             return;
         }
-        host.sending.push_back(Sending { to, request, blob, piece, left_bytes });
+        host.sending.push_back(Sending {
+            to,
+            request,
+            blob,
+            piece,
+            left_bytes,
+        });
         let verified = host.blobs[blob].verified.contains(piece);
-        self.checks.uploads(me, verified, host.sending.len(), self.scenario.upload_slots);
+        self.checks
+            .uploads(me, verified, host.sending.len(), self.scenario.upload_slots);
         self.pump(me);
     }
 
@@ -643,10 +875,14 @@ impl<'a> World<'a> {
                 return self.pump_at(index, now + (backlog - buffer));
             }
             // Whose downlink has room first, in turn.
-            let waits = |sending: &Sending| self.congestion(index, sending.to).saturating_sub(buffer);
+            let waits =
+                |sending: &Sending| self.congestion(index, sending.to).saturating_sub(buffer);
             let sending = &self.hosts[index as usize].sending;
-            let Some((at, wait)) =
-                sending.iter().map(waits).enumerate().min_by_key(|(at, wait)| (*wait, *at))
+            let Some((at, wait)) = sending
+                .iter()
+                .map(waits)
+                .enumerate()
+                .min_by_key(|(at, wait)| (*wait, *at))
             else {
                 return;
             };
@@ -660,16 +896,41 @@ impl<'a> World<'a> {
     fn send_turn(&mut self, index: u32, at: usize) {
         let now = self.now;
         let host = &mut self.hosts[index as usize];
-        let Some(mut sending) = host.sending.remove(at) else { return };
+        let Some(mut sending) = host.sending.remove(at) else {
+            return;
+        };
         let bytes = sending.left_bytes.min(self.scenario.turn_bytes);
         sending.left_bytes -= bytes;
         let leaves = self.links[index as usize].up.send(now, bytes);
-        let Sending { to, request, blob, piece, left_bytes } = sending;
+        let Sending {
+            to,
+            request,
+            blob,
+            piece,
+            left_bytes,
+        } = sending;
         let last = left_bytes == 0;
-        self.queue.put(leaves, Event::Left { from: index, to, request, blob, piece, bytes, last });
+        self.queue.put(
+            leaves,
+            Event::Left {
+                from: index,
+                to,
+                request,
+                blob,
+                piece,
+                bytes,
+                last,
+            },
+        );
         if last {
             let node = &mut self.host(index).node;
-            node.handle(now, node::Input::Uploaded { peer: peer_id(to), request });
+            node.handle(
+                now,
+                node::Input::Uploaded {
+                    peer: peer_id(to),
+                    request,
+                },
+            );
             if node.has_waiting_uploads() {
                 self.look_at(index, now + DECIDES_WITHIN);
             }
@@ -711,20 +972,36 @@ impl<'a> World<'a> {
 
     fn piece(&mut self, to: u32, from: u32, request: u32, blob: usize, piece: PieceIndex) {
         let now = self.now;
-        if self.dead(to) || self.host(to).node.asked_for(peer_id(from), request).is_none() {
+        if self.dead(to)
+            || self
+                .host(to)
+                .node
+                .asked_for(peer_id(from), request)
+                .is_none()
+        {
             return;
         }
         let right = !self.host(from).lies;
         let chain = self.blobs[blob].chain_after(piece, right);
-        let verdict =
-            self.host(to).node.handle(now, node::Input::Piece { peer: peer_id(from), request, chain });
+        let verdict = self.host(to).node.handle(
+            now,
+            node::Input::Piece {
+                peer: peer_id(from),
+                request,
+                chain,
+            },
+        );
         self.wrong_pieces += u64::from(verdict == Some(Verdict::Wrong));
         if verdict == Some(Verdict::Keep) {
             self.checks.kept(to, right);
             self.keep(to, blob, piece, right);
             let bytes = self.blobs[blob].layout.len_bytes(piece);
             let task = self.blobs[blob].digest;
-            *self.host(to).reports.entry((peer_id(from), task, ReportKey::Served)).or_default() += bytes;
+            *self
+                .host(to)
+                .reports
+                .entry((peer_id(from), task, ReportKey::Served))
+                .or_default() += bytes;
         }
         self.touch(to);
     }
@@ -741,13 +1018,21 @@ impl<'a> World<'a> {
     // ---- the origin ---------------------------------------------------------------------------------------------
 
     fn read_origin(&mut self, me: u32, task: &Digest, from: PieceIndex) {
-        let Some(blob) = self.by_digest.get(task).copied() else { return };
+        let Some(blob) = self.by_digest.get(task).copied() else {
+            return;
+        };
         self.streams += 1;
         let stream = self.streams;
         let (now, size_bytes) = (self.now, self.blobs[blob].layout.size_bytes());
         let host = self.host(me);
         host.blobs[blob].reading = Some(stream);
-        host.node.handle(now, node::Input::Sized { task: *task, size_bytes });
+        host.node.handle(
+            now,
+            node::Input::Sized {
+                task: *task,
+                size_bytes,
+            },
+        );
         self.stream(me, stream, blob, from);
         self.touch(me);
     }
@@ -759,7 +1044,15 @@ impl<'a> World<'a> {
         let zone = self.zone(to) as usize;
         self.zones[zone].origin_bytes += bytes;
         let there = self.links[to as usize].down.pass(left, bytes);
-        self.queue.put(there, Event::Origin { to, stream, blob, piece });
+        self.queue.put(
+            there,
+            Event::Origin {
+                to,
+                stream,
+                blob,
+                piece,
+            },
+        );
     }
 
     fn origin_piece(&mut self, to: u32, stream: u64, blob: usize, piece: PieceIndex) {
@@ -768,14 +1061,23 @@ impl<'a> World<'a> {
             return;
         }
         let chain = self.blobs[blob].chain_after(piece, true);
-        let verdict = self.host(to).node.handle(now, node::Input::OriginPiece { task, piece, chain });
+        let verdict = self
+            .host(to)
+            .node
+            .handle(now, node::Input::OriginPiece { task, piece, chain });
         if verdict == Some(Verdict::Keep) {
             self.keep(to, blob, piece, true);
         }
         if piece + 1 < self.blobs[blob].layout.count() {
             self.stream(to, stream, blob, piece + 1);
         } else {
-            self.host(to).node.handle(now, node::Input::OriginOver { task, failure: None });
+            self.host(to).node.handle(
+                now,
+                node::Input::OriginOver {
+                    task,
+                    failure: None,
+                },
+            );
             self.host(to).blobs[blob].reading = None;
         }
         self.touch(to);
@@ -785,7 +1087,13 @@ impl<'a> World<'a> {
 
     fn say(&mut self, input: Input) {
         if self.swarm.is_some() {
-            self.queue.put(self.now + self.scenario.delay, Event::Said { life: self.life, input });
+            self.queue.put(
+                self.now + self.scenario.delay,
+                Event::Said {
+                    life: self.life,
+                    input,
+                },
+            );
         }
     }
 
@@ -794,29 +1102,45 @@ impl<'a> World<'a> {
         self.say(Input::Joined(Registration {
             peer: peer_id(index),
             role: if seed { Role::Seed } else { Role::Peer },
-            place: Place { zone: format!("zone-{}", self.zone(index)).into(), ..Place::default() },
+            place: Place {
+                zone: format!("zone-{}", self.zone(index)).into(),
+                ..Place::default()
+            },
             upload_slots: self.scenario.upload_slots as u32,
             upload_rate_bytes: 0,
             reads_origins: true,
         }));
         let now = self.now;
-        self.host(index).node.handle(now, node::Input::Scheduler(true));
+        self.host(index)
+            .node
+            .handle(now, node::Input::Scheduler(true));
     }
 
     /// To a scheduler that has just come up everything is said again.
     fn come_back(&mut self, index: u32) {
         let host = self.host(index);
         host.blobs.iter_mut().for_each(|local| local.changed = true);
-        let running: Vec<usize> =
-            (0..host.blobs.len()).filter(|at| host.blobs[*at].done_at.is_none()).collect();
+        let running: Vec<usize> = (0..host.blobs.len())
+            .filter(|at| host.blobs[*at].done_at.is_none())
+            .collect();
         self.tell_news(index);
         for blob in running {
             let task = self.blobs[blob].digest;
             if self.host(index).node.is_running(&task) {
                 let size_bytes = Some(self.blobs[blob].layout.size_bytes());
-                let terms = Terms { issuer: self.host(index).blobs[blob].issuer, ..Terms::default() };
+                let terms = Terms {
+                    issuer: self.host(index).blobs[blob].issuer,
+                    ..Terms::default()
+                };
                 let (peer, again, reads) = (peer_id(index), false, false);
-                self.say(Input::Want { peer, task, size_bytes, again, reads, terms });
+                self.say(Input::Want {
+                    peer,
+                    task,
+                    size_bytes,
+                    again,
+                    reads,
+                    terms,
+                });
             }
         }
     }
@@ -836,7 +1160,11 @@ impl<'a> World<'a> {
         if host.dead {
             return;
         }
-        let changed = host.blobs.iter_mut().zip(blobs).filter(|(local, _)| local.changed);
+        let changed = host
+            .blobs
+            .iter_mut()
+            .zip(blobs)
+            .filter(|(local, _)| local.changed);
         let holdings: Vec<Holding> = changed
             .map(|(local, blob)| {
                 local.changed = false;
@@ -855,13 +1183,25 @@ impl<'a> World<'a> {
         let reports = std::mem::take(&mut host.reports);
         let peer = peer_id(index);
         if !holdings.is_empty() {
-            self.say(Input::Holdings { peer, replaces_all: false, holdings });
+            self.say(Input::Holdings {
+                peer,
+                replaces_all: false,
+                holdings,
+            });
         }
         // They travel in one message: only the first counts as one.
-        self.scheduler_messages -= (reports.len() as u64).saturating_sub(1).min(self.scheduler_messages);
+        self.scheduler_messages -= (reports.len() as u64)
+            .saturating_sub(1)
+            .min(self.scheduler_messages);
         for ((parent, task, kind), bytes) in reports {
             let kind = kind.kind(bytes);
-            self.say(Input::Report { reporter: peer, peer: parent, task, kind, is_vouched_for: false });
+            self.say(Input::Report {
+                reporter: peer,
+                peer: parent,
+                task,
+                kind,
+                is_vouched_for: false,
+            });
         }
     }
 
@@ -875,14 +1215,28 @@ impl<'a> World<'a> {
             match &output {
                 swarm::Output::Parents { to, .. } => {
                     self.scheduler_messages += 1;
-                    self.queue.put(at, Event::Told { life: self.life, to: index_of(*to), output });
+                    self.queue.put(
+                        at,
+                        Event::Told {
+                            life: self.life,
+                            to: index_of(*to),
+                            output,
+                        },
+                    );
                 }
                 // There is one scheduler.
                 swarm::Output::Vouched { .. } => {}
                 swarm::Output::Isolated(_) => {
                     for to in 0..self.hosts.len() as u32 {
                         self.scheduler_messages += 1;
-                        self.queue.put(at, Event::Told { life: self.life, to, output: output.clone() });
+                        self.queue.put(
+                            at,
+                            Event::Told {
+                                life: self.life,
+                                to,
+                                output: output.clone(),
+                            },
+                        );
                     }
                 }
             }
@@ -898,10 +1252,19 @@ impl<'a> World<'a> {
     fn told(&mut self, to: u32, output: swarm::Output) {
         let now = self.now;
         match output {
-            swarm::Output::Parents { task, parents, issuer, fetch_from_origin, share, .. } => {
+            swarm::Output::Parents {
+                task,
+                parents,
+                issuer,
+                fetch_from_origin,
+                share,
+                ..
+            } => {
                 let zone = self.zone(to);
-                let named =
-                    parents.into_iter().map(|peer| Named { peer, far: self.zone(index_of(peer)) != zone });
+                let named = parents.into_iter().map(|peer| Named {
+                    peer,
+                    far: self.zone(index_of(peer)) != zone,
+                });
                 let named: Vec<Named> = named.collect();
                 if let Some(local) = self.local(to, &task) {
                     local.issuer = issuer;
@@ -909,7 +1272,13 @@ impl<'a> World<'a> {
                 let node = &mut self.host(to).node;
                 node.handle(
                     now,
-                    node::Input::Parents { task, parents: named, issuer, elected: fetch_from_origin, share },
+                    node::Input::Parents {
+                        task,
+                        parents: named,
+                        issuer,
+                        elected: fetch_from_origin,
+                        share,
+                    },
                 );
             }
             swarm::Output::Isolated(peers) => {
@@ -935,13 +1304,24 @@ impl<'a> World<'a> {
             self.host(other).connected.remove(&index);
             self.queue.put(noticed, Event::Lost(other, index));
         }
-        self.queue.put(noticed, Event::Said { life: self.life, input: Input::Left(peer_id(index)) });
+        self.queue.put(
+            noticed,
+            Event::Said {
+                life: self.life,
+                input: Input::Left(peer_id(index)),
+            },
+        );
     }
 }
 
 /// Requests that were doubled.
 fn doubled(hosts: &[Host], blobs: &[Blob]) -> u64 {
-    let of = |host: &Host| -> u64 { blobs.iter().map(|blob| host.node.duplicates(&blob.digest)).sum() };
+    let of = |host: &Host| -> u64 {
+        blobs
+            .iter()
+            .map(|blob| host.node.duplicates(&blob.digest))
+            .sum()
+    };
     hosts.iter().map(of).sum()
 }
 
@@ -949,11 +1329,17 @@ fn doubled(hosts: &[Host], blobs: &[Blob]) -> u64 {
 fn afflict(scenario: &Scenario, hosts: &mut [Host], rng: &mut StdRng) {
     let faults = &scenario.faults;
     let many = |part: f64| (part * f64::from(scenario.hosts)).round() as usize;
-    let mut nodes: Vec<&mut Host> = hosts.iter_mut().skip(scenario.seed_peers as usize).collect();
+    let mut nodes: Vec<&mut Host> = hosts
+        .iter_mut()
+        .skip(scenario.seed_peers as usize)
+        .collect();
     nodes.shuffle(rng);
     for host in nodes.iter_mut().take(many(faults.slow)) {
         host.slow = true;
     }
     nodes.shuffle(rng);
-    nodes.iter_mut().take(many(faults.lie)).for_each(|host| host.lies = true);
+    nodes
+        .iter_mut()
+        .take(many(faults.lie))
+        .for_each(|host| host.lies = true);
 }

@@ -9,8 +9,8 @@ use super::phase::Change;
 use super::task::{Link, Reading, Task};
 use super::uploads::Waiting;
 use super::{
-    ANSWER_WITHIN, ASK_AGAIN, ELECTED_WITHIN, Failure, LESS_URGENT_ROOM, LOOK_EVERY, Named, Node, Notary,
-    ORIGIN_RETRY, Output, PATIENCE, PATIENCE_IN_FLIGHT, RANGE_PATIENCE, SAY_WORKING_EVERY,
+    ANSWER_WITHIN, ASK_AGAIN, ELECTED_WITHIN, Failure, LESS_URGENT_ROOM, LOOK_EVERY, Named, Node,
+    Notary, ORIGIN_RETRY, Output, PATIENCE, PATIENCE_IN_FLIGHT, RANGE_PATIENCE, SAY_WORKING_EVERY,
     SEED_ANSWERS_WITHIN, TAKES_ALL_AFTER, WORKING_FOR,
 };
 use crate::application::{Priority, Purpose};
@@ -24,9 +24,14 @@ use crate::{Time, rendezvous};
 impl<N: Notary> Node<N> {
     /// Works out what follows from all that was told.
     pub(super) fn decide(&mut self, now: Time) {
-        let busy = |task: &Task| task.is_running() || !task.offers.is_empty() || task.memory.is_some();
-        let tasks: Vec<Digest> =
-            self.tasks.iter().filter(|(_, task)| busy(task)).map(|(digest, _)| *digest).collect();
+        let busy =
+            |task: &Task| task.is_running() || !task.offers.is_empty() || task.memory.is_some();
+        let tasks: Vec<Digest> = self
+            .tasks
+            .iter()
+            .filter(|(_, task)| busy(task))
+            .map(|(digest, _)| *digest)
+            .collect();
         for digest in &tasks {
             self.balance_memory(now, digest);
         }
@@ -54,11 +59,19 @@ impl<N: Notary> Node<N> {
 
     /// When to decide again though nothing happened.
     pub fn deadline(&self, now: Time) -> Option<Time> {
-        let tells = self.tasks.values().filter_map(|task| task.tells_at(self.config.role)).min();
+        let tells = self
+            .tasks
+            .values()
+            .filter_map(|task| task.tells_at(self.config.role))
+            .min();
         // Whoever fetches or has somebody wait looks now and then whether anybody has taken too long.
         let looks = self.uploads.is_waited_for() || self.tasks.values().any(Task::is_running);
         let looks_at = looks.then_some(now + LOOK_EVERY);
-        tells.map(|at| at.max(now)).into_iter().chain(looks_at).min()
+        tells
+            .map(|at| at.max(now))
+            .into_iter()
+            .chain(looks_at)
+            .min()
     }
 
     /// What to do next.
@@ -68,13 +81,16 @@ impl<N: Notary> Node<N> {
 
     /// Asks the scheduler, and the seeds in turn.
     pub(super) fn seek_parents(&mut self, now: Time, digest: &Digest) {
-        let Some(task) = self.tasks.get_mut(digest).filter(|t| t.is_running() && !t.is_passed_through())
+        let Some(task) = self
+            .tasks
+            .get_mut(digest)
+            .filter(|t| t.is_running() && !t.is_passed_through())
         else {
             return;
         };
         let asked_at = task.advice.asked_at();
-        let stale =
-            asked_at.is_none_or(|at| now.since(at) >= ASK_AGAIN && now.since(task.moved) >= ASK_AGAIN);
+        let stale = asked_at
+            .is_none_or(|at| now.since(at) >= ASK_AGAIN && now.since(task.moved) >= ASK_AGAIN);
         if self.scheduler && stale {
             let again = asked_at.is_some();
             task.advice.ask(now);
@@ -93,12 +109,19 @@ impl<N: Notary> Node<N> {
         }
         // The owner first; the next seed only when those before it can't help, or not be counted on.
         if !self.orders.contains_key(digest) {
-            self.orders.insert(*digest, rendezvous::order(digest, self.candidates()));
+            self.orders
+                .insert(*digest, rendezvous::order(digest, self.candidates()));
         }
-        let before = || self.orders[digest].iter().copied().take_while(|seed| *seed != self.config.me);
+        let before = || {
+            self.orders[digest]
+                .iter()
+                .copied()
+                .take_while(|seed| *seed != self.config.me)
+        };
         let can_help = |seed: &PeerId| !self.gave_up_on(now, digest, *seed);
         // A seed that is asked by one that owns nothing takes itself for the owner: seeds don't do so as long as the owner lives.
-        let counted_on = |seed: &PeerId| self.config.role == Role::Seed || self.parents.trusted(now, *seed);
+        let counted_on =
+            |seed: &PeerId| self.config.role == Role::Seed || self.parents.trusted(now, *seed);
         let trusted = before().find(|seed| can_help(seed) && counted_on(seed));
         let next = trusted.or_else(|| before().find(can_help));
         let asked = |seed: &PeerId| {
@@ -118,11 +141,18 @@ impl<N: Notary> Node<N> {
     /// The seeds that could own a task: those known, and this node if it is one.
     pub(super) fn candidates(&self) -> impl Iterator<Item = PeerId> + '_ {
         let me = (self.config.role == Role::Seed).then_some(self.config.me);
-        self.seeds.iter().map(|seed| seed.peer).filter(|seed| !self.isolated.contains(seed)).chain(me)
+        self.seeds
+            .iter()
+            .map(|seed| seed.peer)
+            .filter(|seed| !self.isolated.contains(seed))
+            .chain(me)
     }
 
     pub(super) fn gave_up_on(&self, now: Time, digest: &Digest, peer: PeerId) -> bool {
-        let unreachable = self.undialled.get(&peer).is_some_and(|at| now.since(*at) < PATIENCE);
+        let unreachable = self
+            .undialled
+            .get(&peer)
+            .is_some_and(|at| now.since(*at) < PATIENCE);
         let link = self.tasks.get(digest).and_then(|t| t.links.get(&peer));
         unreachable || self.parents.banned(now, peer) || link.is_some_and(|l| l.unavailable)
     }
@@ -133,7 +163,9 @@ impl<N: Notary> Node<N> {
         if self.isolated.contains(&peer) || self.parents.banned(now, peer) {
             return;
         }
-        let Some(task) = self.tasks.get_mut(&digest) else { return };
+        let Some(task) = self.tasks.get_mut(&digest) else {
+            return;
+        };
         let link = task.links.entry(peer).or_default();
         link.named = true;
         let told_otherwise = link.far != far && link.asked.is_some();
@@ -144,7 +176,10 @@ impl<N: Notary> Node<N> {
         if self.connected.contains_key(&peer) {
             self.interest(now, digest, peer);
         } else if !self.dialling.contains_key(&peer)
-            && self.undialled.get(&peer).is_none_or(|at| now.since(*at) >= ANSWER_WITHIN)
+            && self
+                .undialled
+                .get(&peer)
+                .is_none_or(|at| now.since(*at) >= ANSWER_WITHIN)
         {
             self.dialling.insert(peer, now);
             self.outputs.push_back(Output::Dial(peer));
@@ -152,8 +187,12 @@ impl<N: Notary> Node<N> {
     }
 
     pub(super) fn interest(&mut self, now: Time, digest: Digest, peer: PeerId) {
-        let Some(task) = self.tasks.get_mut(&digest) else { return };
-        let Some(role) = self.connected.get(&peer).filter(|_| task.is_running()) else { return };
+        let Some(task) = self.tasks.get_mut(&digest) else {
+            return;
+        };
+        let Some(role) = self.connected.get(&peer).filter(|_| task.is_running()) else {
+            return;
+        };
         let may_announce = task.may_announce(self.config.role);
         let link = task.links.entry(peer).or_default();
         if link.asked.is_none() {
@@ -161,8 +200,11 @@ impl<N: Notary> Node<N> {
             if may_announce {
                 // What it takes from here it says itself; but who brings the task hears what has spread, and may never ask.
                 let far = link.far;
-                let far =
-                    far.then_some(if task.is_brought_by(peer, *role) { Share::ALL } else { Share::NONE });
+                let far = far.then_some(if task.is_brought_by(peer, *role) {
+                    Share::ALL
+                } else {
+                    Share::NONE
+                });
                 task.offers.join(peer, !self.isolated.contains(&peer), far);
             }
             let interest = task.interest(digest, self.config.role, peer, *role);
@@ -172,7 +214,11 @@ impl<N: Notary> Node<N> {
 
     /// Goes to the origin when this node is elected, when there is nobody else to hope for, or when it has waited enough.
     pub(super) fn read_origin(&mut self, now: Time, digest: &Digest) {
-        let Some(task) = self.tasks.get(digest).filter(|t| t.is_running() && !t.is_passed_through()) else {
+        let Some(task) = self
+            .tasks
+            .get(digest)
+            .filter(|t| t.is_running() && !t.is_passed_through())
+        else {
             return;
         };
         // For readers of ranges alone the blob is not read from its start: they read theirs from the origin themselves.
@@ -183,14 +229,19 @@ impl<N: Notary> Node<N> {
             Some(fetch) if !fetch.is_wanting() => return,
             // The values are known up to the first piece that is missing: read on from there.
             Some(fetch) => {
-                let known = task.table.as_ref().map_or(0, |table| table.values().len() as u32);
+                let known = task
+                    .table
+                    .as_ref()
+                    .map_or(0, |table| table.values().len() as u32);
                 let verifiable = task.table.as_ref().map_or(0, PieceTable::verifiable);
                 let will_do = |peer| self.parents.trusted(now, peer);
                 // Peers bring to a seed or issuer what they offer: after a time without disk that is most of it.
                 let offered_by_nobody = || fetch.first_offered_by_nobody(verifiable, will_do);
                 let bringing = task.brings(self.config.role) && task.refills;
                 let first = bringing.then(offered_by_nobody).flatten();
-                first.unwrap_or_else(|| fetch.held().first_missing(0)).min(known)
+                first
+                    .unwrap_or_else(|| fetch.held().first_missing(0))
+                    .min(known)
             }
             None => 0,
         };
@@ -199,18 +250,27 @@ impl<N: Notary> Node<N> {
             return;
         }
         // What was asked of those that stall is not waited for any longer than nothing at all.
-        let moving = task.fetch.as_ref().is_some_and(|fetch| fetch.is_moving(now, &self.parents));
+        let moving = task
+            .fetch
+            .as_ref()
+            .is_some_and(|fetch| fetch.is_moving(now, &self.parents));
         let overdue = now.since(task.moved) >= if moving { PATIENCE_IN_FLIGHT } else { PATIENCE };
         let waited = overdue || task.in_vain;
         let reading = task.reading;
         // Most of the time it moves, and whoever was asked may bring it: no more is worked out.
         let will_do = |peer| !self.parents.banned(now, peer);
-        let hope = moving || !(task.elected && reading == Reading::No) && self.hope(now, digest, will_do);
-        let Some(task) = self.tasks.get_mut(digest) else { return };
+        let hope =
+            moving || !(task.elected && reading == Reading::No) && self.hope(now, digest, will_do);
+        let Some(task) = self.tasks.get_mut(digest) else {
+            return;
+        };
         match reading {
             Reading::At(_) => return,
             Reading::FailedAt(at, failure) => {
-                let useless = task.fetch.as_ref().is_none_or(|f| !f.has_useful_parent(will_do));
+                let useless = task
+                    .fetch
+                    .as_ref()
+                    .is_none_or(|f| !f.has_useful_parent(will_do));
                 if useless && (!hope || overdue) {
                     task.enter(Change::GaveUp(failure));
                     self.outputs.push_back(Output::Failed(*digest, failure));
@@ -229,20 +289,31 @@ impl<N: Notary> Node<N> {
         if self.quotas.limit_origins() && !self.may_read_origin(now, digest) {
             return;
         }
-        let Some(task) = self.tasks.get_mut(digest) else { return };
+        let Some(task) = self.tasks.get_mut(digest) else {
+            return;
+        };
         task.held_back = None;
         task.in_vain = waited;
         task.reading = Reading::At(from);
-        self.outputs.push_back(Output::ReadOrigin { task: *digest, from });
+        self.outputs.push_back(Output::ReadOrigin {
+            task: *digest,
+            from,
+        });
     }
 
     /// Whether whoever brings a task need not read it: its peers offer all that is missing, or it only gets back what it once held
     /// and nobody waits for that.
     fn peers_bring_the_rest(&self, now: Time, task: &Task) -> bool {
-        let (Some(fetch), Some(table)) = (&task.fetch, &task.table) else { return false };
+        let (Some(fetch), Some(table)) = (&task.fetch, &task.table) else {
+            return false;
+        };
         let in_vain = task.in_vain || now.since(task.moved) >= TAKES_ALL_AFTER;
         let will_do = |peer| self.parents.trusted(now, peer);
-        let offered = || fetch.first_offered_by_nobody(table.verifiable(), will_do).is_none();
+        let offered = || {
+            fetch
+                .first_offered_by_nobody(table.verifiable(), will_do)
+                .is_none()
+        };
         let waited_for = task.is_read || task.offers.hungry() > 0;
         task.refills && !waited_for || !in_vain && offered()
     }
@@ -250,13 +321,21 @@ impl<N: Notary> Node<N> {
     /// Tells the shell whether readers of ranges should wait for peers, where that has changed.
     fn weigh_patience(&mut self, now: Time, digest: &Digest) {
         let is_for_parts = |task: &&Task| task.is_running() && !task.whole && !task.elected;
-        let Some(task) = self.tasks.get(digest).filter(is_for_parts) else { return };
-        let Some(fetch) = task.fetch.as_ref().filter(|fetch| fetch.is_wanting()) else { return };
+        let Some(task) = self.tasks.get(digest).filter(is_for_parts) else {
+            return;
+        };
+        let Some(fetch) = task.fetch.as_ref().filter(|fetch| fetch.is_wanting()) else {
+            return;
+        };
         let will_do = |peer| self.parents.trusted(now, peer);
         let is_served = fetch.is_moving(now, &self.parents);
         let has_hope = || now.since(task.moved) < RANGE_PATIENCE && self.hope(now, digest, will_do);
         let is_alone = !is_served && !has_hope();
-        if let Some(task) = self.tasks.get_mut(digest).filter(|task| task.is_alone != is_alone) {
+        if let Some(task) = self
+            .tasks
+            .get_mut(digest)
+            .filter(|task| task.is_alone != is_alone)
+        {
             task.is_alone = is_alone;
             self.outputs.push_back(Output::Alone(*digest, is_alone));
         }
@@ -270,7 +349,12 @@ impl<N: Notary> Node<N> {
             tasks.sort_by_cached_key(|digest| {
                 let task = &self.tasks[digest];
                 let overdue = task.held_back.filter(|since| now.since(*since) >= PATIENCE);
-                (overdue.is_none(), overdue, task.is_prefetch(self.config.role), self.priority(digest))
+                (
+                    overdue.is_none(),
+                    overdue,
+                    task.is_prefetch(self.config.role),
+                    self.priority(digest),
+                )
             });
         }
         tasks
@@ -279,9 +363,14 @@ impl<N: Notary> Node<N> {
     /// Whether no application or tag that this task is for reads as many from their origins as it may.
     fn may_read_origin(&mut self, now: Time, digest: &Digest) -> bool {
         let role = self.config.role;
-        let reading = self.tasks.values().filter(|task| matches!(task.reading, Reading::At(_)));
+        let reading = self
+            .tasks
+            .values()
+            .filter(|task| matches!(task.reading, Reading::At(_)));
         let reading: Vec<Purpose> = reading.map(|task| task.purpose(role)).collect();
-        let Some(task) = self.tasks.get_mut(digest) else { return false };
+        let Some(task) = self.tasks.get_mut(digest) else {
+            return false;
+        };
         let may = self.quotas.may_read_origin(&task.purpose(role), &reading);
         if !may {
             // On purpose: it is not taken for a download that does not move.
@@ -293,25 +382,51 @@ impl<N: Notary> Node<N> {
 
     /// How urgent a task is.
     fn priority(&self, digest: &Digest) -> Priority {
-        self.tasks.get(digest).map(|task| task.purpose(self.config.role).priority).unwrap_or_default()
+        self.tasks
+            .get(digest)
+            .map(|task| task.purpose(self.config.role).priority)
+            .unwrap_or_default()
     }
 
     /// Whether anybody else, of those that will do, may still bring what is missing.
-    pub(super) fn hope(&self, now: Time, digest: &Digest, will_do: impl Fn(PeerId) -> bool) -> bool {
-        let Some(task) = self.tasks.get(digest) else { return false };
+    pub(super) fn hope(
+        &self,
+        now: Time,
+        digest: &Digest,
+        will_do: impl Fn(PeerId) -> bool,
+    ) -> bool {
+        let Some(task) = self.tasks.get(digest) else {
+            return false;
+        };
         let (open, patience) = match task.is_closed_to_seeds {
             true => (task.issuer.is_none(), ELECTED_WITHIN),
             false => (!task.advice.is_given(), ANSWER_WITHIN),
         };
-        let scheduler =
-            self.scheduler && open && task.advice.asked_at().is_none_or(|at| now.since(at) < patience);
-        let offers = || task.fetch.as_ref().is_some_and(|f| f.has_useful_parent(&will_do));
+        let scheduler = self.scheduler
+            && open
+            && task
+                .advice
+                .asked_at()
+                .is_none_or(|at| now.since(at) < patience);
+        let offers = || {
+            task.fetch
+                .as_ref()
+                .is_some_and(|f| f.has_useful_parent(&will_do))
+        };
         let may_help = |(peer, link): (&PeerId, &Link)| {
-            let dialling = self.dialling.get(peer).is_some_and(|at| now.since(*at) < SEED_ANSWERS_WITHIN);
+            let dialling = self
+                .dialling
+                .get(peer)
+                .is_some_and(|at| now.since(*at) < SEED_ANSWERS_WITHIN);
             let reads = self.connected.get(peer) == Some(&Role::Seed) || task.issuer == Some(*peer);
             // A peer that asked us is asked in turn, but nobody said that it has anything.
-            let patience = if reads { SEED_ANSWERS_WITHIN } else { ANSWER_WITHIN };
-            let asked = link.asked.is_some_and(|at| now.since(at) < patience) && (reads || link.named);
+            let patience = if reads {
+                SEED_ANSWERS_WITHIN
+            } else {
+                ANSWER_WITHIN
+            };
+            let asked =
+                link.asked.is_some_and(|at| now.since(at) < patience) && (reads || link.named);
             let working = link.working.is_some_and(|at| now.since(at) < WORKING_FOR) && reads;
             !link.unavailable && (dialling || asked || working) && will_do(*peer)
         };
@@ -335,8 +450,15 @@ impl<N: Notary> Node<N> {
             if task.is_running() && task.fetch.is_some() {
                 let prefetch = task.is_prefetch(self.config.role);
                 // What is prefetched is all the same.
-                let priority = if prefetch { Priority::LAST } else { self.priority(digest) };
-                levels.entry((prefetch, priority)).or_default().push(*digest);
+                let priority = if prefetch {
+                    Priority::LAST
+                } else {
+                    self.priority(digest)
+                };
+                levels
+                    .entry((prefetch, priority))
+                    .or_default()
+                    .push(*digest);
             }
         }
         let mut under_way = None;
@@ -357,27 +479,45 @@ impl<N: Notary> Node<N> {
         under_way: &mut Option<BTreeMap<PeerId, usize>>,
     ) {
         let mut in_flight = self.in_flight_bytes();
-        let mut own: u64 =
-            open.iter().filter_map(|digest| self.tasks.get(digest)).map(Task::asked_bytes).sum();
+        let mut own: u64 = open
+            .iter()
+            .filter_map(|digest| self.tasks.get(digest))
+            .map(Task::asked_bytes)
+            .sum();
         // Who has least under way is first: else one task would get each place that comes free, and the issuers of the others idle.
         open.sort_by_key(|digest| self.tasks.get(digest).map(Task::asked_bytes));
         while !open.is_empty() {
             open.retain(|digest| {
-                let Some(task) = self.tasks.get_mut(digest) else { return false };
+                let Some(task) = self.tasks.get_mut(digest) else {
+                    return false;
+                };
                 let purpose = task.purpose(self.config.role);
-                let (Some(fetch), Some(table)) = (&mut task.fetch, &task.table) else { return false };
+                let (Some(fetch), Some(table)) = (&mut task.fetch, &task.table) else {
+                    return false;
+                };
                 let prefetched = prefetch.then_some(&mut self.prefetch);
-                let mut buckets =
-                    pace::buckets(Kind::Download, &mut task.pace, &mut self.quotas, &purpose, prefetched);
+                let mut buckets = pace::buckets(
+                    Kind::Download,
+                    &mut task.pace,
+                    &mut self.quotas,
+                    &purpose,
+                    prefetched,
+                );
                 if !buckets.all(|bucket| bucket.is_free(now)) {
                     // Held back on purpose: no parent is to blame for it, and the origin no way out of it.
                     task.moved = now;
                     return false;
                 }
                 drop(buckets);
-                let taken = if let Reading::At(piece) = task.reading { Some(piece) } else { None };
+                let taken = if let Reading::At(piece) = task.reading {
+                    Some(piece)
+                } else {
+                    None
+                };
                 let asked_bytes = fetch.asked_bytes();
-                let fits = |memory: &Memory| memory.room_bytes(asked_bytes) >= fetch.layout().piece_bytes();
+                let fits = |memory: &Memory| {
+                    memory.room_bytes(asked_bytes) >= fetch.layout().piece_bytes()
+                };
                 if !task.memory.as_ref().is_none_or(fits) {
                     return false;
                 }
@@ -387,7 +527,8 @@ impl<N: Notary> Node<N> {
                 if has_one && in_flight + fetch.layout().piece_bytes() > room {
                     // Held back as well, if it could go on.
                     let held_back = prefetch || room < self.config.in_flight_bytes;
-                    if held_back && fetch.has_useful_parent(|peer| self.parents.trusted(now, peer)) {
+                    if held_back && fetch.has_useful_parent(|peer| self.parents.trusted(now, peer))
+                    {
                         task.moved = now;
                     }
                     return false;
@@ -395,24 +536,51 @@ impl<N: Notary> Node<N> {
                 let verifiable = table.verifiable();
                 // Often there is no room for anything, or nothing to ask for: they are counted when there is.
                 let under_way = under_way.get_or_insert_with(|| count_by_peer(self.asked.keys()));
-                let chosen = fetch.choose(now, &self.parents, under_way, verifiable, taken, &mut self.rng);
-                let Some((peer, piece)) = chosen else { return false };
+                let chosen = fetch.choose(
+                    now,
+                    &self.parents,
+                    under_way,
+                    verifiable,
+                    taken,
+                    &mut self.rng,
+                );
+                let Some((peer, piece)) = chosen else {
+                    return false;
+                };
                 let len = fetch.layout().len_bytes(piece);
                 in_flight += len;
                 own += len;
                 let prefetched = prefetch.then_some(&mut self.prefetch);
-                for bucket in
-                    pace::buckets(Kind::Download, &mut task.pace, &mut self.quotas, &purpose, prefetched)
-                {
+                for bucket in pace::buckets(
+                    Kind::Download,
+                    &mut task.pace,
+                    &mut self.quotas,
+                    &purpose,
+                    prefetched,
+                ) {
                     bucket.reserve(now, len);
                 }
                 let request = self.next_request;
                 self.next_request = self.next_request.wrapping_add(1);
-                fetch.ask(piece, Asked { peer, request, at: now });
+                fetch.ask(
+                    piece,
+                    Asked {
+                        peer,
+                        request,
+                        at: now,
+                    },
+                );
                 *under_way.entry(peer).or_default() += 1;
                 self.asked.insert((peer, request), (*digest, piece, now));
                 let task = *digest;
-                self.outputs.push_back(Output::Download { peer, request, task, piece, prefetch, priority });
+                self.outputs.push_back(Output::Download {
+                    peer,
+                    request,
+                    task,
+                    piece,
+                    prefetch,
+                    priority,
+                });
                 true
             });
         }
@@ -422,17 +590,24 @@ impl<N: Notary> Node<N> {
     pub(super) fn tell(&mut self, now: Time, digest: &Digest) {
         let role = self.config.role;
         let due = |t: &&Task| t.tells_at(role).is_some_and(|at| at <= now);
-        let Some(task) = self.tasks.get(digest).filter(due) else { return };
+        let Some(task) = self.tasks.get(digest).filter(due) else {
+            return;
+        };
         let issuer = task.brings(role);
         // While there is more to come, what is new is not to wait behind what has spread.
-        let holds_all = task.fetch.as_ref().is_some_and(|fetch| fetch.held().is_full());
+        let holds_all = task
+            .fetch
+            .as_ref()
+            .is_some_and(|fetch| fetch.held().is_full());
         let idle = self.uploads.is_idle(!holds_all);
         let mut elsewhere = BTreeMap::new();
         if issuer && task.offers.deals() {
             let others = self.tasks.iter().filter(|(other, _)| *other != digest);
             others.for_each(|(_, task)| task.offers.add_dealt(&mut elsewhere));
         }
-        let Some(task) = self.tasks.get_mut(digest) else { return };
+        let Some(task) = self.tasks.get_mut(digest) else {
+            return;
+        };
         task.news = now;
         if let Some(failure) = task.phase.failure() {
             let reason = match failure {
@@ -448,12 +623,18 @@ impl<N: Notary> Node<N> {
         }
         task.told = Some(task.news());
         if task.may_share() {
-            let Some(size_bytes) = task.size_bytes() else { return };
+            let Some(size_bytes) = task.size_bytes() else {
+                return;
+            };
             let in_memory = task.memory.as_ref().map(Memory::kept);
-            let Some(kept) = in_memory.as_ref().or(task.fetch.as_ref().map(Fetch::held)) else { return };
+            let Some(kept) = in_memory.as_ref().or(task.fetch.as_ref().map(Fetch::held)) else {
+                return;
+            };
             let count = kept.count();
             let told = task.offers.next(now, kept, issuer, idle, &elsewhere);
-            let last = told.iter().map(|(peer, pieces)| (*peer, pieces.iter().max().copied()));
+            let last = told
+                .iter()
+                .map(|(peer, pieces)| (*peer, pieces.iter().max().copied()));
             task.send_tables(now, digest, &last.collect(), &mut self.outputs);
             for (peer, pieces) in told {
                 // Only those for whom it is brought are told that it is worked on.
@@ -461,16 +642,26 @@ impl<N: Notary> Node<N> {
                     task.links.entry(peer).or_default().told = Some(now);
                 }
                 let offer = offer_of(count, pieces);
-                self.outputs
-                    .push_back(Output::Send(peer, Message::Have { task: *digest, size_bytes, offer }));
+                self.outputs.push_back(Output::Send(
+                    peer,
+                    Message::Have {
+                        task: *digest,
+                        size_bytes,
+                        offer,
+                    },
+                ));
             }
         }
         if task.is_running() && issuer {
             for peer in task.offers.children() {
                 let link = task.links.entry(peer).or_default();
-                if link.told.is_none_or(|at| now.since(at) >= SAY_WORKING_EVERY) {
+                if link
+                    .told
+                    .is_none_or(|at| now.since(at) >= SAY_WORKING_EVERY)
+                {
                     link.told = Some(now);
-                    self.outputs.push_back(Output::Send(peer, Message::Working { task: *digest }));
+                    self.outputs
+                        .push_back(Output::Send(peer, Message::Working { task: *digest }));
                 }
             }
         }
@@ -486,23 +677,39 @@ impl<N: Notary> Node<N> {
         self.shed(overdue);
         let mut held_back: BTreeSet<Digest> = BTreeSet::new();
         if self.task_rates.upload.is_some() {
-            let busy =
-                |(digest, task): (&Digest, &mut Task)| (!task.pace.upload.is_free(now)).then_some(*digest);
+            let busy = |(digest, task): (&Digest, &mut Task)| {
+                (!task.pace.upload.is_free(now)).then_some(*digest)
+            };
             held_back.extend(self.tasks.iter_mut().filter_map(busy));
         }
         loop {
             let tasks = &self.tasks;
             let slow = self.quotas.without_upload(now);
-            let spread =
-                |waiting: &Waiting| tasks.get(&waiting.task).map_or(0, |t| t.offers.spread(waiting.piece));
+            let spread = |waiting: &Waiting| {
+                tasks
+                    .get(&waiting.task)
+                    .map_or(0, |t| t.offers.spread(waiting.piece))
+            };
             let is_slow = |waiting: &Waiting| {
-                let link = tasks.get(&waiting.task).and_then(|task| task.links.get(&waiting.peer));
-                link.is_some_and(|link| slow.iter().any(|labels| labels.are_among(&link.purpose.labels)))
+                let link = tasks
+                    .get(&waiting.task)
+                    .and_then(|task| task.links.get(&waiting.peer));
+                link.is_some_and(|link| {
+                    slow.iter()
+                        .any(|labels| labels.are_among(&link.purpose.labels))
+                })
             };
             let may = |waiting: &Waiting| {
                 !held_back.contains(&waiting.task) && (slow.is_empty() || !is_slow(waiting))
             };
-            let Some(Waiting { peer, request, task, piece, .. }) = self.uploads.next(now, spread, may) else {
+            let Some(Waiting {
+                peer,
+                request,
+                task,
+                piece,
+                ..
+            }) = self.uploads.next(now, spread, may)
+            else {
                 break;
             };
             if let Some(state) = self.tasks.get_mut(&task)
@@ -519,7 +726,12 @@ impl<N: Notary> Node<N> {
                     self.quotas.upload(now, &link.purpose, len);
                 }
             }
-            self.outputs.push_back(Output::Upload { peer, request, task, piece });
+            self.outputs.push_back(Output::Upload {
+                peer,
+                request,
+                task,
+                piece,
+            });
         }
     }
 }

@@ -96,7 +96,9 @@ pub(super) struct Failures(PeerMap<Allowance>);
 
 impl Failures {
     fn may(&self, now: Time, peer: PeerId) -> bool {
-        self.0.get(&peer).is_none_or(|allowance| allowance.left(now) >= 1.0)
+        self.0
+            .get(&peer)
+            .is_none_or(|allowance| allowance.left(now) >= 1.0)
     }
 
     fn count(&mut self, now: Time, peer: PeerId, factor: f64) {
@@ -105,7 +107,10 @@ impl Failures {
             self.0.retain(|_, allowance| allowance.left(now) < FAILURES);
         }
         if self.0.len() < REMEMBERED || self.0.contains_key(&peer) {
-            self.0.entry(peer).or_insert_with(|| Allowance::new(at_once, a_second, now)).take(now, 1.0);
+            self.0
+                .entry(peer)
+                .or_insert_with(|| Allowance::new(at_once, a_second, now))
+                .take(now, 1.0);
         }
     }
 }
@@ -127,7 +132,9 @@ impl Task {
 
     /// The memory that a piece on its way takes.
     fn piece_bytes(&self) -> u64 {
-        self.fetch.as_ref().map_or(SMALL_PIECE_BYTES, |fetch| fetch.layout().piece_bytes())
+        self.fetch
+            .as_ref()
+            .map_or(SMALL_PIECE_BYTES, |fetch| fetch.layout().piece_bytes())
     }
 }
 
@@ -136,7 +143,11 @@ impl<N: Notary> Node<N> {
     pub(super) fn may_wait(&mut self, peer: PeerId, digest: &Digest) -> bool {
         let limit = TASKS * self.factor(peer);
         let is_open = |task: &Digest| self.tasks.get(task).is_none_or(|task| !task.is_complete());
-        let others = || self.waits.of(peer).filter(|task| *task != digest && is_open(task));
+        let others = || {
+            self.waits
+                .of(peer)
+                .filter(|task| *task != digest && is_open(task))
+        };
         let may = !is_open(digest) || others().take(limit).count() < limit;
         if may {
             self.waits.enter(peer, digest);
@@ -145,7 +156,11 @@ impl<N: Notary> Node<N> {
     }
 
     fn factor(&self, peer: PeerId) -> usize {
-        if self.connected.get(&peer) == Some(&Role::Seed) { SEED_FACTOR } else { 1 }
+        if self.connected.get(&peer) == Some(&Role::Seed) {
+            SEED_FACTOR
+        } else {
+            1
+        }
     }
 
     /// The memory that the pieces of a member's downloads may take.
@@ -194,13 +209,18 @@ impl<N: Notary> Node<N> {
         }
         let mut open = Vec::new();
         for digest in tasks {
-            let Some(task) = self.tasks.get_mut(digest).filter(|task| task.is_running()) else { continue };
+            let Some(task) = self.tasks.get_mut(digest).filter(|task| task.is_running()) else {
+                continue;
+            };
             // What goes on comes first, the smallest before all: a task that turns out to be large gives way.
             let turn = match task.admission {
                 _ if task.is_read => None,
                 Admission::For(_, since) => Some((false, task.piece_bytes(), since)),
                 Admission::Held(since) => Some((true, 0, since)),
-                Admission::Own => task.waiting().next().map(|_| (false, task.piece_bytes(), now)),
+                Admission::Own => task
+                    .waiting()
+                    .next()
+                    .map(|_| (false, task.piece_bytes(), now)),
             };
             match turn {
                 Some(turn) => open.push((turn, *digest)),
@@ -210,13 +230,19 @@ impl<N: Notary> Node<N> {
         open.sort_unstable();
         let (mut used, mut in_all): (PeerMap<Use>, usize) = (PeerMap::default(), 0);
         for ((is_held, _, since), digest) in open {
-            let Some(task) = self.tasks.get(&digest) else { continue };
+            let Some(task) = self.tasks.get(&digest) else {
+                continue;
+            };
             let bytes = task.piece_bytes();
             match self.payer(now, task, &used, is_held && in_all >= DOWNLOADS_IN_ALL) {
                 Some(peer) => {
                     self.count_use(peer, used.entry(peer).or_default(), bytes);
                     in_all += 1;
-                    self.hold(now, &digest, Admission::For(peer, if is_held { now } else { since }));
+                    self.hold(
+                        now,
+                        &digest,
+                        Admission::For(peer, if is_held { now } else { since }),
+                    );
                 }
                 // A member that has caused too many failures gets no place soon: its clients do not wait for one.
                 None if is_held
@@ -231,7 +257,11 @@ impl<N: Notary> Node<N> {
                         // It turned out to be too large beside the others of that member.
                         self.count_failure(now, &digest);
                     }
-                    self.hold(now, &digest, Admission::Held(if is_held { since } else { now }));
+                    self.hold(
+                        now,
+                        &digest,
+                        Admission::Held(if is_held { since } else { now }),
+                    );
                     if is_waited_for {
                         self.turn_away(&digest, Refusal::Busy);
                         self.outputs.push_back(Output::LetGo(digest));
@@ -245,7 +275,11 @@ impl<N: Notary> Node<N> {
     fn payer(&self, now: Time, task: &Task, used: &PeerMap<Use>, is_full: bool) -> Option<PeerId> {
         let usage = |peer: PeerId| used.get(&peer).copied().unwrap_or_default();
         let has_share = |peer: PeerId| self.has_share(peer, usage(peer), task.piece_bytes());
-        let waits = |peer: PeerId| task.links.get(&peer).is_some_and(|link| link.waits.is_some());
+        let waits = |peer: PeerId| {
+            task.links
+                .get(&peer)
+                .is_some_and(|link| link.waits.is_some())
+        };
         if let Admission::For(peer, _) = task.admission
             && waits(peer)
             && has_share(peer)

@@ -29,7 +29,10 @@ fn task(n: u32) -> Digest {
 fn interest(task: Digest) -> Message {
     Message::Interest {
         task,
-        source: Source { registry: "registry.test".into(), repository: "a/b".into() },
+        source: Source {
+            registry: "registry.test".into(),
+            repository: "a/b".into(),
+        },
         size_bytes: None,
         token: None,
         purpose: Purpose::default(),
@@ -41,8 +44,14 @@ fn interest(task: Digest) -> Message {
 
 impl Seed {
     fn new(me: u8) -> Self {
-        let roles = [(SEED, Role::Seed), (OTHER_SEED, Role::Seed), (ROGUE, Role::Peer), (MEMBER, Role::Peer)];
-        let roles: BTreeMap<PeerId, Role> = roles.into_iter().map(|(n, role)| (id(n), role)).collect();
+        let roles = [
+            (SEED, Role::Seed),
+            (OTHER_SEED, Role::Seed),
+            (ROGUE, Role::Peer),
+            (MEMBER, Role::Peer),
+        ];
+        let roles: BTreeMap<PeerId, Role> =
+            roles.into_iter().map(|(n, role)| (id(n), role)).collect();
         let config = Config {
             me: id(me),
             role: Role::Seed,
@@ -50,17 +59,35 @@ impl Seed {
             in_flight_bytes: 32 << 20,
             layout: PieceLayout::new,
         };
-        let mut node =
-            Node::new(config, Names { me: id(me), roles: roles.clone() }, StdRng::seed_from_u64(1));
+        let mut node = Node::new(
+            config,
+            Names {
+                me: id(me),
+                roles: roles.clone(),
+            },
+            StdRng::seed_from_u64(1),
+        );
         let now = Time(Duration::from_secs(1));
         for (peer, role) in roles.into_iter().filter(|(peer, _)| *peer != id(me)) {
             node.handle(now, Input::PeerUp { peer, role });
         }
-        Self { node, now, said: Vec::new(), reading: BTreeSet::new(), reads: 0 }
+        Self {
+            node,
+            now,
+            said: Vec::new(),
+            reading: BTreeSet::new(),
+            reads: 0,
+        }
     }
 
     fn hear(&mut self, from: u8, message: Message) {
-        self.node.handle(self.now, Input::Message { peer: id(from), message });
+        self.node.handle(
+            self.now,
+            Input::Message {
+                peer: id(from),
+                message,
+            },
+        );
         self.settle();
     }
 
@@ -73,14 +100,43 @@ impl Seed {
         self.node.handle(self.now, Input::Decide);
         while let Some(output) = self.node.poll() {
             match output {
-                Output::Load { task, source, child, .. } => {
+                Output::Load {
+                    task,
+                    source,
+                    child,
+                    ..
+                } => {
                     let known = None;
-                    let opening =
-                        Opening { source, right: Right::Own, known, is_committed: false, announce: true };
+                    let opening = Opening {
+                        source,
+                        right: Right::Own,
+                        known,
+                        is_committed: false,
+                        announce: true,
+                    };
                     let as_owner = self.node.connected.get(&child.peer) == Some(&Role::Seed);
-                    self.node.handle(self.now, Input::Open { task, opening: Box::new(opening) });
-                    self.node.handle(self.now, Input::Read { task, is_read: false });
-                    self.node.handle(self.now, Input::Run { task, whole: true, as_owner });
+                    self.node.handle(
+                        self.now,
+                        Input::Open {
+                            task,
+                            opening: Box::new(opening),
+                        },
+                    );
+                    self.node.handle(
+                        self.now,
+                        Input::Read {
+                            task,
+                            is_read: false,
+                        },
+                    );
+                    self.node.handle(
+                        self.now,
+                        Input::Run {
+                            task,
+                            whole: true,
+                            as_owner,
+                        },
+                    );
                     self.node.handle(self.now, Input::Adopt { task, child });
                     self.node.handle(self.now, Input::Decide);
                 }
@@ -104,14 +160,27 @@ impl Seed {
     fn refused(&mut self, member: u8) -> usize {
         let said = std::mem::take(&mut self.said);
         let is_refusal = |(peer, message): &(PeerId, Message)| {
-            *peer == id(member) && matches!(message, Message::Unavailable { reason: Refusal::Busy, .. })
+            *peer == id(member)
+                && matches!(
+                    message,
+                    Message::Unavailable {
+                        reason: Refusal::Busy,
+                        ..
+                    }
+                )
         };
         said.iter().filter(|said| is_refusal(said)).count()
     }
 
     fn fail_all(&mut self) {
         for task in std::mem::take(&mut self.reading) {
-            self.node.handle(self.now, Input::OriginOver { task, failure: Some(Failure::Status(404)) });
+            self.node.handle(
+                self.now,
+                Input::OriginOver {
+                    task,
+                    failure: Some(Failure::Status(404)),
+                },
+            );
         }
         self.settle();
     }
@@ -122,13 +191,21 @@ fn one_member_has_a_share_of_the_downloads_and_the_next_member_is_served_at_once
     let mut seed = Seed::new(SEED);
     (0..100).for_each(|n| seed.hear(ROGUE, interest(task(n))));
     assert_eq!(seed.reading.len(), 16);
-    assert_eq!(seed.refused(ROGUE), 100 - 64, "no more tasks are kept for it");
+    assert_eq!(
+        seed.refused(ROGUE),
+        100 - 64,
+        "no more tasks are kept for it"
+    );
     seed.hear(MEMBER, interest(task(1000)));
     assert!(seed.reading.contains(&task(1000)));
     seed.wait(Duration::from_millis(1900));
     assert_eq!(seed.refused(ROGUE), 0);
     seed.wait(Duration::from_millis(200));
-    assert_eq!(seed.refused(ROGUE), 64 - 16, "what could not be begun is refused");
+    assert_eq!(
+        seed.refused(ROGUE),
+        64 - 16,
+        "what could not be begun is refused"
+    );
     assert_eq!(seed.reading.len(), 17);
 }
 
@@ -153,15 +230,31 @@ fn huge_blobs_of_one_member_take_a_share_of_the_memory() {
     assert_eq!(seed.reading.len(), 6);
     for n in 0..6 {
         let now = seed.now;
-        seed.node.handle(now, Input::Sized { task: task(n), size_bytes: 2 * TIB });
+        seed.node.handle(
+            now,
+            Input::Sized {
+                task: task(n),
+                size_bytes: 2 * TIB,
+            },
+        );
         seed.settle();
     }
     assert_eq!(seed.reading.len(), 1, "one is always allowed");
     assert_eq!(seed.refused(ROGUE), 5);
-    assert_eq!(seed.node.tasks.len(), 1, "and of the others nothing is kept");
+    assert_eq!(
+        seed.node.tasks.len(),
+        1,
+        "and of the others nothing is kept"
+    );
     seed.hear(MEMBER, interest(task(1000)));
     let now = seed.now;
-    seed.node.handle(now, Input::Sized { task: task(1000), size_bytes: 64 << 20 });
+    seed.node.handle(
+        now,
+        Input::Sized {
+            task: task(1000),
+            size_bytes: 64 << 20,
+        },
+    );
     seed.settle();
     assert!(seed.reading.contains(&task(1000)));
 }
@@ -171,7 +264,13 @@ fn huge_blobs_of_one_client_do_not_delay_other_pulls_through_the_same_node() {
     let mut seed = Seed::new(SEED);
     let sized = |seed: &mut Seed, n, size_bytes| {
         let now = seed.now;
-        seed.node.handle(now, Input::Sized { task: task(n), size_bytes });
+        seed.node.handle(
+            now,
+            Input::Sized {
+                task: task(n),
+                size_bytes,
+            },
+        );
         seed.settle();
     };
     seed.hear(MEMBER, interest(task(0)));
@@ -188,7 +287,10 @@ fn huge_blobs_of_one_client_do_not_delay_other_pulls_through_the_same_node() {
         sized(&mut seed, n, 8 << 20);
         assert!(seed.reading.contains(&task(n)), "a common blob gives way");
     }
-    assert!(seed.reading.contains(&task(0)), "one huge blob goes on beside the others");
+    assert!(
+        seed.reading.contains(&task(0)),
+        "one huge blob goes on beside the others"
+    );
 }
 
 #[test]
@@ -201,7 +303,11 @@ fn a_member_with_too_many_failures_is_refused_at_once() {
     seed.refused(MEMBER);
     seed.hear(MEMBER, interest(task(1000)));
     assert!(!seed.reading.contains(&task(1000)));
-    assert_eq!(seed.refused(MEMBER), 1, "it may read the origin itself, and does not wait to hear so");
+    assert_eq!(
+        seed.refused(MEMBER),
+        1,
+        "it may read the origin itself, and does not wait to hear so"
+    );
 }
 
 #[test]
@@ -225,7 +331,9 @@ fn exchange(a: &mut Seed, b: &mut Seed) {
     for _ in 0..20 {
         let (from_a, from_b) = (std::mem::take(&mut a.said), std::mem::take(&mut b.said));
         let to = |said: Vec<(PeerId, Message)>, whom: u8| {
-            said.into_iter().filter(move |(peer, _)| *peer == id(whom)).map(|(_, message)| message)
+            said.into_iter()
+                .filter(move |(peer, _)| *peer == id(whom))
+                .map(|(_, message)| message)
         };
         to(from_a, OTHER_SEED).for_each(|message| b.hear(SEED, message));
         to(from_b, SEED).for_each(|message| a.hear(OTHER_SEED, message));
@@ -234,7 +342,12 @@ fn exchange(a: &mut Seed, b: &mut Seed) {
 
 /// As the driver does with a task that nobody waits for.
 fn rest_unwaited(seed: &mut Seed) {
-    let unwaited = seed.node.tasks.keys().filter(|task| !seed.node.is_waited_for(task)).copied();
+    let unwaited = seed
+        .node
+        .tasks
+        .keys()
+        .filter(|task| !seed.node.is_waited_for(task))
+        .copied();
     for task in unwaited.collect::<Vec<_>>() {
         seed.node.handle(seed.now, Input::Pause(task));
     }
@@ -244,14 +357,20 @@ fn rest_unwaited(seed: &mut Seed) {
 #[test]
 fn two_seeds_do_not_keep_a_task_in_play_for_each_other() {
     let (mut a, mut b) = (Seed::new(SEED), Seed::new(OTHER_SEED));
-    a.node.handle(a.now, Input::Seeds(vec![Named::near(id(OTHER_SEED))]));
-    b.node.handle(b.now, Input::Seeds(vec![Named::near(id(SEED))]));
+    a.node
+        .handle(a.now, Input::Seeds(vec![Named::near(id(OTHER_SEED))]));
+    b.node
+        .handle(b.now, Input::Seeds(vec![Named::near(id(SEED))]));
     for n in 0..6 {
         a.hear(ROGUE, interest(task(n)));
         b.hear(ROGUE, interest(task(n)));
     }
     exchange(&mut a, &mut b);
-    assert_eq!(a.reading.len() + b.reading.len(), 6, "each is read by its owner");
+    assert_eq!(
+        a.reading.len() + b.reading.len(),
+        6,
+        "each is read by its owner"
+    );
     for seed in [&mut a, &mut b] {
         let now = seed.now;
         seed.node.handle(now, Input::PeerDown(id(ROGUE)));
@@ -263,7 +382,10 @@ fn two_seeds_do_not_keep_a_task_in_play_for_each_other() {
         rest_unwaited(&mut b);
     }
     for seed in [&a, &b] {
-        assert!(seed.node.tasks.values().all(|task| !task.is_running()), "one is kept in play");
+        assert!(
+            seed.node.tasks.values().all(|task| !task.is_running()),
+            "one is kept in play"
+        );
         assert_eq!(seed.reading.len(), 0);
     }
 }
@@ -271,8 +393,10 @@ fn two_seeds_do_not_keep_a_task_in_play_for_each_other() {
 #[test]
 fn a_seed_goes_on_for_another_seed_as_long_as_a_member_waits_there() {
     let (mut a, mut b) = (Seed::new(SEED), Seed::new(OTHER_SEED));
-    a.node.handle(a.now, Input::Seeds(vec![Named::near(id(OTHER_SEED))]));
-    b.node.handle(b.now, Input::Seeds(vec![Named::near(id(SEED))]));
+    a.node
+        .handle(a.now, Input::Seeds(vec![Named::near(id(OTHER_SEED))]));
+    b.node
+        .handle(b.now, Input::Seeds(vec![Named::near(id(SEED))]));
     let owned_by_b = (0..)
         .map(task)
         .find(|task| rendezvous::owner(task, [id(SEED), id(OTHER_SEED)]) == Some(id(OTHER_SEED)));
@@ -291,7 +415,13 @@ fn a_seed_goes_on_for_another_seed_as_long_as_a_member_waits_there() {
 fn a_member_that_went_before_the_disk_was_looked_at_is_no_child() {
     let mut seed = Seed::new(SEED);
     let now = seed.now;
-    seed.node.handle(now, Input::Message { peer: id(ROGUE), message: interest(task(1)) });
+    seed.node.handle(
+        now,
+        Input::Message {
+            peer: id(ROGUE),
+            message: interest(task(1)),
+        },
+    );
     seed.node.handle(now, Input::PeerDown(id(ROGUE)));
     seed.settle();
     assert!(!seed.node.is_waited_for(&task(1)) && !seed.node.has_children(&task(1)));
@@ -302,9 +432,19 @@ fn a_member_that_went_before_the_disk_was_looked_at_is_no_child() {
 fn table(task: Digest, size_bytes: u64, issuer: u8) -> Message {
     let mut table = PieceTable::new(task, PieceLayout::new(size_bytes));
     (0..table.full_count()).for_each(|_| table.push(ChainValue::initial(Algorithm::Sha256)));
-    Names { me: id(issuer), roles: BTreeMap::new() }.sign(&mut table, true);
+    Names {
+        me: id(issuer),
+        roles: BTreeMap::new(),
+    }
+    .sign(&mut table, true);
     let (values, signed) = (table.values().to_vec(), table.signed().cloned());
-    Message::Table { task, size_bytes, first: 0, values, signed }
+    Message::Table {
+        task,
+        size_bytes,
+        first: 0,
+        values,
+        signed,
+    }
 }
 
 fn unproven_bytes(node: &Node<Names>) -> usize {
@@ -318,20 +458,38 @@ fn tables_of_invented_digests_leave_no_memory_behind() {
     for n in 0..200 {
         seed.hear(ROGUE, table(task(n), TIB / 8, ROGUE));
     }
-    assert_eq!((seed.node.tasks.len(), unproven_bytes(&seed.node)), (0, 0), "no task of this node");
+    assert_eq!(
+        (seed.node.tasks.len(), unproven_bytes(&seed.node)),
+        (0, 0),
+        "no task of this node"
+    );
     for n in 0..200 {
         seed.hear(ROGUE, interest(task(n)));
         seed.hear(ROGUE, table(task(n), TIB / 8, ROGUE));
     }
-    assert!(unproven_bytes(&seed.node) <= UNPROVEN_A_PEER_BYTES, "{}", unproven_bytes(&seed.node));
+    assert!(
+        unproven_bytes(&seed.node) <= UNPROVEN_A_PEER_BYTES,
+        "{}",
+        unproven_bytes(&seed.node)
+    );
     // Of a stranger's signature, and of none, nothing at all is kept.
     for n in 0..50 {
         seed.hear(MEMBER, interest(task(1000 + n)));
         seed.hear(MEMBER, table(task(1000 + n), 64 << 20, 77));
         let unsigned = match table(task(1000 + n), 64 << 20, MEMBER) {
-            Message::Table { task, size_bytes, first, values, .. } => {
-                Message::Table { task, size_bytes, first, values, signed: None }
-            }
+            Message::Table {
+                task,
+                size_bytes,
+                first,
+                values,
+                ..
+            } => Message::Table {
+                task,
+                size_bytes,
+                first,
+                values,
+                signed: None,
+            },
             other => other,
         };
         seed.hear(MEMBER, unsigned);
@@ -347,7 +505,14 @@ fn offers_of_blobs_of_unknown_size_are_bounded_by_their_bytes() {
         seed.hear(ROGUE, interest(task(n)));
         for _ in 0..64 {
             let offer = Offer::Bits(vec![1; 100_000]);
-            seed.hear(ROGUE, Message::Have { task: task(n), size_bytes: 10 * TIB, offer });
+            seed.hear(
+                ROGUE,
+                Message::Have {
+                    task: task(n),
+                    size_bytes: 10 * TIB,
+                    offer,
+                },
+            );
         }
     }
     assert!(unproven_bytes(&seed.node) <= UNPROVEN_A_PEER_BYTES + 64 * 64 * size_of::<Offer>());

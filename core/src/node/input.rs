@@ -251,7 +251,10 @@ impl<N: Notary> Node<N> {
         match input {
             Input::Seeds(seeds) => self.seeds(seeds),
             Input::Scheduler(listens) => self.scheduler(listens),
-            Input::Rates { each_task, prefetch } => self.rates(now, each_task, prefetch),
+            Input::Rates {
+                each_task,
+                prefetch,
+            } => self.rates(now, each_task, prefetch),
             Input::UploadSlots(slots) => self.upload_slots(slots),
             Input::Applications(applications) => self.applications(now, &applications),
             Input::Isolated(peers) => self.isolated(now, peers),
@@ -261,26 +264,55 @@ impl<N: Notary> Node<N> {
             Input::Message { peer, message } => self.message(now, peer, message),
             Input::Open { task, opening } => self.open(now, task, *opening),
             Input::Close(task) => self.close(&task),
-            Input::Authorize { task, source, right } => self.authorize(&task, source, right),
-            Input::Run { task, whole, as_owner } => self.run(now, task, whole, as_owner),
+            Input::Authorize {
+                task,
+                source,
+                right,
+            } => self.authorize(&task, source, right),
+            Input::Run {
+                task,
+                whole,
+                as_owner,
+            } => self.run(now, task, whole, as_owner),
             Input::Pause(task) => self.pause(&task),
             Input::Read { task, is_read } => self.read(&task, is_read),
             Input::Purpose { task, purpose } => self.purpose(&task, purpose),
-            Input::Reader { task, reader, pieces, ahead, partial } => {
+            Input::Reader {
+                task,
+                reader,
+                pieces,
+                ahead,
+                partial,
+            } => {
                 self.reader(now, &task, reader, pieces, partial);
                 if let Some(ahead) = ahead {
                     self.reads_ahead(&task, reader, ahead);
                 }
             }
             Input::Sized { task, size_bytes } => self.sized(now, task, size_bytes),
-            Input::Parents { task, parents, issuer, elected, share } => {
+            Input::Parents {
+                task,
+                parents,
+                issuer,
+                elected,
+                share,
+            } => {
                 self.parents(now, task, &parents, issuer, elected, share);
             }
             Input::Postponed(task) => self.postponed(now, &task),
             Input::Adopt { task, child } => self.adopt(now, &task, &child),
             Input::Refuse { peer, task, reason } => self.refuse(peer, task, reason),
-            Input::Piece { peer, request, chain } => return Some(self.piece(now, peer, request, &chain)),
-            Input::PieceFailed { peer, request, refused, fault } => {
+            Input::Piece {
+                peer,
+                request,
+                chain,
+            } => return Some(self.piece(now, peer, request, &chain)),
+            Input::PieceFailed {
+                peer,
+                request,
+                refused,
+                fault,
+            } => {
                 self.piece_failed(now, peer, request, refused, fault);
             }
             Input::Delivered { peer, request } => self.delivered(now, peer, request),
@@ -290,10 +322,16 @@ impl<N: Notary> Node<N> {
             }
             Input::OriginOver { task, failure } => self.origin_over(now, &task, failure),
             Input::Committed(task) => self.committed(&task),
-            Input::WithoutDisk { task, on_disk, budget_bytes } => {
+            Input::WithoutDisk {
+                task,
+                on_disk,
+                budget_bytes,
+            } => {
                 self.without_disk(now, &task, on_disk, budget_bytes);
             }
-            Input::MemoryBudget { task, budget_bytes } => self.memory_budget(now, &task, budget_bytes),
+            Input::MemoryBudget { task, budget_bytes } => {
+                self.memory_budget(now, &task, budget_bytes)
+            }
             Input::OnDisk { task, piece } => self.on_disk(&task, piece),
             Input::DiskAgain { task, on_disk } => self.disk_again(now, &task, &on_disk),
             Input::Decide => self.decide(now),

@@ -76,11 +76,24 @@ impl Kept {
 
 /// Which pieces leave the memory: those that nobody needs; then, until `wanted_bytes` of the budget are free beside what was asked
 /// for, those that are spread most; then, until the budget suffices, those that are needed last.
-fn to_drop(kept: &[Kept], budget_bytes: u64, asked_bytes: u64, wanted_bytes: u64) -> Vec<PieceIndex> {
-    let (useless, mut rest): (Vec<Kept>, Vec<Kept>) = kept.iter().partition(|kept| kept.is_useless());
+fn to_drop(
+    kept: &[Kept],
+    budget_bytes: u64,
+    asked_bytes: u64,
+    wanted_bytes: u64,
+) -> Vec<PieceIndex> {
+    let (useless, mut rest): (Vec<Kept>, Vec<Kept>) =
+        kept.iter().partition(|kept| kept.is_useless());
     let mut dropped: Vec<PieceIndex> = useless.iter().map(|kept| kept.piece).collect();
     let mut left_bytes: u64 = rest.iter().map(|kept| kept.len_bytes).sum();
-    rest.sort_by_key(|kept| (!kept.may_go(), std::cmp::Reverse(kept.spread), kept.needing, kept.piece));
+    rest.sort_by_key(|kept| {
+        (
+            !kept.may_go(),
+            std::cmp::Reverse(kept.spread),
+            kept.needing,
+            kept.piece,
+        )
+    });
     let may_go = rest.iter().take_while(|kept| kept.may_go()).count();
     let needed = rest.split_off(may_go);
     for kept in rest {
@@ -115,12 +128,24 @@ impl Memory {
 
     /// Forgets all pieces: what was verified turned out to be wrong.
     pub(super) fn clear(&mut self) {
-        *self = Self { budget_bytes: self.budget_bytes, ..Self::new(PieceSet::empty(self.on_disk.count())) };
+        *self = Self {
+            budget_bytes: self.budget_bytes,
+            ..Self::new(PieceSet::empty(self.on_disk.count()))
+        };
     }
 
     pub(super) fn keep(&mut self, now: Time, piece: PieceIndex, len_bytes: u64) {
         if !self.on_disk.contains(piece)
-            && self.pieces.insert(piece, KeptSince { kept: now, given: None }).is_none()
+            && self
+                .pieces
+                .insert(
+                    piece,
+                    KeptSince {
+                        kept: now,
+                        given: None,
+                    },
+                )
+                .is_none()
         {
             self.bytes += len_bytes;
         }
@@ -141,7 +166,11 @@ impl Memory {
 
     fn since(&self, piece: PieceIndex) -> Option<Time> {
         let in_memory = || self.pieces.get(&piece).map(|since| since.kept);
-        if self.on_disk.contains(piece) { Some(Time::default()) } else { in_memory() }
+        if self.on_disk.contains(piece) {
+            Some(Time::default())
+        } else {
+            in_memory()
+        }
     }
 
     fn remove(&mut self, piece: PieceIndex, len_bytes: u64) {
@@ -152,7 +181,9 @@ impl Memory {
 
     /// Bytes that may still be asked for or read.
     pub(super) const fn room_bytes(&self, asked_bytes: u64) -> u64 {
-        self.budget_bytes.saturating_sub(self.bytes).saturating_sub(asked_bytes)
+        self.budget_bytes
+            .saturating_sub(self.bytes)
+            .saturating_sub(asked_bytes)
     }
 
     pub(super) const fn has_budget(&self) -> bool {
@@ -163,15 +194,25 @@ impl Memory {
 impl Task {
     /// Neither disk nor memory takes its pieces: its readers read the origin by themselves, and this node looks for nothing.
     pub(super) fn is_passed_through(&self) -> bool {
-        self.memory.as_ref().is_some_and(|memory| !memory.has_budget())
+        self.memory
+            .as_ref()
+            .is_some_and(|memory| !memory.has_budget())
     }
 }
 
 impl<N: Notary> Node<N> {
     /// The disk takes no more pieces of this task; it has those `on_disk`, and all others that are held are in memory, which may
     /// take so much.
-    pub(super) fn without_disk(&mut self, now: Time, digest: &Digest, on_disk: PieceSet, budget_bytes: u64) {
-        let Some(task) = self.tasks.get_mut(digest) else { return };
+    pub(super) fn without_disk(
+        &mut self,
+        now: Time,
+        digest: &Digest,
+        on_disk: PieceSet,
+        budget_bytes: u64,
+    ) {
+        let Some(task) = self.tasks.get_mut(digest) else {
+            return;
+        };
         let Some(fetch) = &task.fetch else { return };
         let mut memory = Memory::new(on_disk);
         for piece in fetch.held().iter() {
@@ -184,7 +225,13 @@ impl<N: Notary> Node<N> {
 
     /// How much memory a task without disk may take. Zero: it keeps nothing, and its readers read the origin by themselves.
     pub(super) fn memory_budget(&mut self, now: Time, digest: &Digest, budget_bytes: u64) {
-        let Some(memory) = self.tasks.get_mut(digest).and_then(|task| task.memory.as_mut()) else { return };
+        let Some(memory) = self
+            .tasks
+            .get_mut(digest)
+            .and_then(|task| task.memory.as_mut())
+        else {
+            return;
+        };
         let begins_again = !memory.has_budget() && budget_bytes > 0;
         memory.budget_bytes = budget_bytes;
         if begins_again && let Some(task) = self.tasks.get_mut(digest) {
@@ -196,7 +243,9 @@ impl<N: Notary> Node<N> {
 
     /// The disk took a piece after all.
     pub(super) fn on_disk(&mut self, digest: &Digest, piece: PieceIndex) {
-        let Some(task) = self.tasks.get_mut(digest) else { return };
+        let Some(task) = self.tasks.get_mut(digest) else {
+            return;
+        };
         if let (Some(memory), Some(fetch)) = (&mut task.memory, &task.fetch) {
             memory.on_disk.insert(piece);
             memory.remove(piece, fetch.layout().len_bytes(piece));
@@ -208,10 +257,14 @@ impl<N: Notary> Node<N> {
     /// somebody waits for it.
     pub(super) fn disk_again(&mut self, now: Time, digest: &Digest, on_disk: &PieceSet) {
         let role = self.config.role;
-        let Some(task) = self.tasks.get_mut(digest) else { return };
+        let Some(task) = self.tasks.get_mut(digest) else {
+            return;
+        };
         // A node whose clients have had the blob does without it: hundreds that fetched it again would keep others waiting.
         let resumes = task.whole && (task.is_read || role == Role::Seed || task.brings(role));
-        let (Some(memory), Some(fetch)) = (task.memory.take(), &mut task.fetch) else { return };
+        let (Some(memory), Some(fetch)) = (task.memory.take(), &mut task.fetch) else {
+            return;
+        };
         fetch.keep_within(0..fetch.layout().count());
         let mut kept = memory.kept();
         kept.unite(on_disk);
@@ -223,9 +276,16 @@ impl<N: Notary> Node<N> {
             task.moved = now;
         }
         // Those who left when the disk refused hear of it again where they still are parents.
-        let parents: Vec<PeerId> =
-            task.links.iter().filter(|(_, link)| link.asked.is_some()).map(|(peer, _)| *peer).collect();
-        for peer in parents.into_iter().filter(|peer| self.connected.contains_key(peer)) {
+        let parents: Vec<PeerId> = task
+            .links
+            .iter()
+            .filter(|(_, link)| link.asked.is_some())
+            .map(|(peer, _)| *peer)
+            .collect();
+        for peer in parents
+            .into_iter()
+            .filter(|peer| self.connected.contains_key(peer))
+        {
             if task.announce {
                 task.offers.join(peer, !self.isolated.contains(&peer), None);
             }
@@ -237,7 +297,10 @@ impl<N: Notary> Node<N> {
     pub fn needs_memory(&self, digest: &Digest) -> bool {
         let role = self.config.role;
         self.tasks.get(digest).is_some_and(|task| {
-            let keeps = task.memory.as_ref().is_some_and(|memory| !memory.pieces.is_empty());
+            let keeps = task
+                .memory
+                .as_ref()
+                .is_some_and(|memory| !memory.pieces.is_empty());
             let is_read = task.fetch.as_ref().is_some_and(Fetch::has_readers_in_want);
             keeps || is_read || task.brings(role) && (task.is_running() || task.offers.hungry() > 0)
         })
@@ -246,7 +309,11 @@ impl<N: Notary> Node<N> {
     /// Children get nothing from a task that keeps nothing for them.
     fn send_children_elsewhere(&mut self, digest: &Digest) {
         let role = self.config.role;
-        if self.tasks.get(digest).is_some_and(|task| !task.may_announce(role)) {
+        if self
+            .tasks
+            .get(digest)
+            .is_some_and(|task| !task.may_announce(role))
+        {
             self.turn_away(digest, Refusal::Unable);
         }
     }
@@ -254,9 +321,13 @@ impl<N: Notary> Node<N> {
     /// Drops what need not be kept any more, and lets in as much as there is room for.
     pub(super) fn balance_memory(&mut self, now: Time, digest: &Digest) {
         let role = self.config.role;
-        let Some(task) = self.tasks.get_mut(digest) else { return };
+        let Some(task) = self.tasks.get_mut(digest) else {
+            return;
+        };
         let feeds = task.brings(role) && !task.offers.is_empty();
-        let (Some(memory), Some(fetch)) = (&mut task.memory, &mut task.fetch) else { return };
+        let (Some(memory), Some(fetch)) = (&mut task.memory, &mut task.fetch) else {
+            return;
+        };
         let layout = fetch.layout();
         if feeds {
             let offers = &task.offers;
@@ -275,9 +346,15 @@ impl<N: Notary> Node<N> {
                 piece: *piece,
                 len_bytes: layout.len_bytes(*piece),
                 is_read: *piece < end && fetch.is_read(now, *piece, |piece| memory.since(piece)),
-                needing: if feeds { task.offers.needing(*piece) } else { 0 },
+                needing: if feeds {
+                    task.offers.needing(*piece)
+                } else {
+                    0
+                },
                 spread: if feeds { task.offers.spread(*piece) } else { 0 },
-                has_waited: since.given.is_some_and(|at| now.since(at) >= WAITS_FOR_SLOW_CHILDREN),
+                has_waited: since
+                    .given
+                    .is_some_and(|at| now.since(at) >= WAITS_FOR_SLOW_CHILDREN),
             })
             .collect();
         let asked_bytes = fetch.asked_bytes();
@@ -286,7 +363,8 @@ impl<N: Notary> Node<N> {
         // A child without disk does not say what it holds: when a piece goes that it was not sent, it can't count on this node.
         let mut elsewhere: BTreeSet<PeerId> = BTreeSet::new();
         // When the share shrinks, a piece may go that a reader comes to later: it is fetched again then.
-        let is_read = |piece: &&PieceIndex| fetch.is_read(now, **piece, |piece| memory.since(piece));
+        let is_read =
+            |piece: &&PieceIndex| fetch.is_read(now, **piece, |piece| memory.since(piece));
         for piece in dropped.iter().filter(is_read).copied().collect::<Vec<_>>() {
             fetch.lost(piece);
             task.shown.remove(piece);
@@ -304,18 +382,30 @@ impl<N: Notary> Node<N> {
             memory.short_since = None;
         } else if now.since(*memory.short_since.get_or_insert(now)) >= STRAGGLERS_LEAVE_AFTER {
             memory.short_since = None;
-            elsewhere.extend(task.offers.stragglers(now, STRAGGLERS_LEAVE_AFTER, &memory.kept()));
+            elsewhere.extend(
+                task.offers
+                    .stragglers(now, STRAGGLERS_LEAVE_AFTER, &memory.kept()),
+            );
         }
         // The origin is read as far as there is room, and for this node's readers alone no further than these need.
-        let next = if let Reading::At(next) = task.reading { next } else { fetch.held().first_missing(0) };
+        let next = if let Reading::At(next) = task.reading {
+            next
+        } else {
+            fetch.held().first_missing(0)
+        };
         let read_until = match feeds {
             true => window_end(layout, next, room_bytes),
             false => end,
         };
-        fetch.keep_within(if feeds { 0..layout.count() } else { read_first.unwrap_or(0)..end });
+        fetch.keep_within(if feeds {
+            0..layout.count()
+        } else {
+            read_first.unwrap_or(0)..end
+        });
         if memory.read_until != Some(read_until) {
             memory.read_until = Some(read_until);
-            self.outputs.push_back(Output::ReadUntil(*digest, read_until));
+            self.outputs
+                .push_back(Output::ReadUntil(*digest, read_until));
         }
         for peer in elsewhere {
             self.refuse(peer, *digest, Refusal::Unable);
@@ -326,11 +416,16 @@ impl<N: Notary> Node<N> {
     /// Gets pieces back that children need and that nobody holds any more.
     fn read_lost_again(&mut self, now: Time, digest: &Digest) {
         let role = self.config.role;
-        let Some(task) = self.tasks.get_mut(digest).filter(|task| task.brings(role)) else { return };
-        let (Some(memory), Some(fetch)) = (&mut task.memory, &mut task.fetch) else { return };
+        let Some(task) = self.tasks.get_mut(digest).filter(|task| task.brings(role)) else {
+            return;
+        };
+        let (Some(memory), Some(fetch)) = (&mut task.memory, &mut task.fetch) else {
+            return;
+        };
         let held = fetch.held().iter();
-        let lost: Vec<PieceIndex> =
-            held.filter(|piece| !memory.contains(*piece) && task.offers.is_lost(*piece)).collect();
+        let lost: Vec<PieceIndex> = held
+            .filter(|piece| !memory.contains(*piece) && task.offers.is_lost(*piece))
+            .collect();
         if lost.is_empty() {
             memory.lost_since = None;
         } else if now.since(*memory.lost_since.get_or_insert(now)) >= READ_AGAIN_AFTER {
@@ -360,8 +455,21 @@ mod tests {
 
     use super::*;
 
-    fn kept(piece: PieceIndex, is_read: bool, needing: usize, spread: u16, has_waited: bool) -> Kept {
-        Kept { piece, len_bytes: 1, is_read, needing, spread, has_waited }
+    fn kept(
+        piece: PieceIndex,
+        is_read: bool,
+        needing: usize,
+        spread: u16,
+        has_waited: bool,
+    ) -> Kept {
+        Kept {
+            piece,
+            len_bytes: 1,
+            is_read,
+            needing,
+            spread,
+            has_waited,
+        }
     }
 
     #[test]
@@ -374,10 +482,18 @@ mod tests {
             kept(4, false, 1, 0, true),
         ];
         // (budget, bytes wanted, dropped)
-        let cases: [(u64, u64, &[PieceIndex]); 4] =
-            [(9, 1, &[0]), (4, 1, &[0, 2]), (4, 2, &[0, 2, 4]), (1, 1, &[0, 2, 4, 1])];
+        let cases: [(u64, u64, &[PieceIndex]); 4] = [
+            (9, 1, &[0]),
+            (4, 1, &[0, 2]),
+            (4, 2, &[0, 2, 4]),
+            (1, 1, &[0, 2, 4, 1]),
+        ];
         for (budget, wanted, dropped) in cases {
-            assert_eq!(to_drop(&pieces, budget, 0, wanted), dropped, "{budget} {wanted}");
+            assert_eq!(
+                to_drop(&pieces, budget, 0, wanted),
+                dropped,
+                "{budget} {wanted}"
+            );
         }
     }
 

@@ -67,7 +67,9 @@ pub(super) fn buckets<'a>(
     let is_prefetched = prefetched.is_some();
     let labels = purpose.labels.clone();
     let paces = iter::once(own).chain(quotas.of(labels));
-    paces.flat_map(move |pace| pace.buckets(kind, is_prefetched)).chain(prefetched)
+    paces
+        .flat_map(move |pace| pace.buckets(kind, is_prefetched))
+        .chain(prefetched)
 }
 
 /// What each application and each tag may do at this node.
@@ -85,7 +87,11 @@ impl Quotas {
             return false;
         }
         let paces = applications.rules().iter().map(|rule| {
-            let before = self.applications.rules().iter().position(|old| old.labels == rule.labels);
+            let before = self
+                .applications
+                .rules()
+                .iter()
+                .position(|old| old.labels == rule.labels);
             let before = before.and_then(|at| self.paces.get(at)).cloned();
             let mut pace = before.unwrap_or_else(|| Pace::new(&rule.limits.rates, now));
             pace.set(&rule.limits.rates, now);
@@ -98,13 +104,16 @@ impl Quotas {
 
     fn of(&mut self, labels: Labels) -> impl Iterator<Item = &mut Pace> {
         let rules = self.applications.rules().iter().zip(&mut self.paces);
-        rules.filter(move |(rule, _)| rule.labels.are_among(&labels)).map(|(_, pace)| pace)
+        rules
+            .filter(move |(rule, _)| rule.labels.are_among(&labels))
+            .map(|(_, pace)| pace)
     }
 
     /// Of what nothing may be sent now.
     pub(super) fn without_upload(&mut self, now: Time) -> Vec<Labels> {
         let rules = self.applications.rules().iter().zip(&mut self.paces);
-        let slow = rules.filter_map(|(rule, pace)| (!pace.upload.is_free(now)).then(|| rule.labels.clone()));
+        let slow = rules
+            .filter_map(|(rule, pace)| (!pace.upload.is_free(now)).then(|| rule.labels.clone()));
         slow.collect()
     }
 
@@ -117,14 +126,21 @@ impl Quotas {
 
     /// Whether any rule limits how many blobs are read from their origins at once.
     pub(super) fn limit_origins(&self) -> bool {
-        self.applications.rules().iter().any(|rule| rule.limits.origins.is_some())
+        self.applications
+            .rules()
+            .iter()
+            .any(|rule| rule.limits.origins.is_some())
     }
 
     /// Whether one more blob may be read from its origin for this purpose, beside those that are read for these.
     pub(super) fn may_read_origin(&self, purpose: &Purpose, reading: &[Purpose]) -> bool {
         self.applications.of(&purpose.labels).all(|rule| {
-            let others = reading.iter().filter(|other| rule.labels.are_among(&other.labels));
-            rule.limits.origins.is_none_or(|most| others.count() < most as usize)
+            let others = reading
+                .iter()
+                .filter(|other| rule.labels.are_among(&other.labels));
+            rule.limits
+                .origins
+                .is_none_or(|most| others.count() < most as usize)
         })
     }
 }

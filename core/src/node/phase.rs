@@ -69,9 +69,10 @@ impl Phase {
             }
             (Self::Committing, Change::Committed) => Self::Done,
             (_, Change::Lost { resumes: true }) => Self::Fetching,
-            (Self::Committing | Self::Done, Change::Lost { resumes: false } | Change::Discarded) => {
-                Self::Idle
-            }
+            (
+                Self::Committing | Self::Done,
+                Change::Lost { resumes: false } | Change::Discarded,
+            ) => Self::Idle,
             (phase, _) => phase,
         }
     }
@@ -88,7 +89,11 @@ impl Phase {
 
     /// The reason of the failure that ended the download.
     pub const fn failure(self) -> Option<Failure> {
-        if let Self::Failed(failure) = self { Some(failure) } else { None }
+        if let Self::Failed(failure) = self {
+            Some(failure)
+        } else {
+            None
+        }
     }
 }
 
@@ -117,32 +122,45 @@ mod tests {
     fn each_change_leads_from_each_phase_to_the_phase_of_the_table() {
         use Phase::{Committing, Done, Fetching, Idle, Locating};
         let table = [
-            (Idle, [Locating, Fetching, Idle, Idle, Committing, Idle, Fetching, Idle, Idle, Idle]),
+            (
+                Idle,
+                [
+                    Locating, Fetching, Idle, Idle, Committing, Idle, Fetching, Idle, Idle, Idle,
+                ],
+            ),
             (
                 Locating,
                 [
-                    Locating, Locating, Fetching, Idle, Committing, Locating, Fetching, Locating, Locating,
-                    FAILED,
+                    Locating, Locating, Fetching, Idle, Committing, Locating, Fetching, Locating,
+                    Locating, FAILED,
                 ],
             ),
             (
                 Fetching,
                 [
-                    Fetching, Fetching, Fetching, Idle, Committing, Fetching, Fetching, Fetching, Fetching,
-                    FAILED,
+                    Fetching, Fetching, Fetching, Idle, Committing, Fetching, Fetching, Fetching,
+                    Fetching, FAILED,
                 ],
             ),
             (
                 Committing,
                 [
-                    Committing, Committing, Committing, Committing, Committing, Done, Fetching, Idle, Idle,
-                    Committing,
+                    Committing, Committing, Committing, Committing, Committing, Done, Fetching,
+                    Idle, Idle, Committing,
                 ],
             ),
-            (Done, [Done, Done, Done, Done, Done, Done, Fetching, Idle, Idle, Done]),
+            (
+                Done,
+                [
+                    Done, Done, Done, Done, Done, Done, Fetching, Idle, Idle, Done,
+                ],
+            ),
             (
                 FAILED,
-                [Locating, Fetching, FAILED, FAILED, Committing, FAILED, Fetching, FAILED, FAILED, FAILED],
+                [
+                    Locating, Fetching, FAILED, FAILED, Committing, FAILED, Fetching, FAILED,
+                    FAILED, FAILED,
+                ],
             ),
         ];
         for (phase, followers) in table {

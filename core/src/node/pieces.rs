@@ -15,10 +15,22 @@ use crate::piece::{PeerId, PieceIndex, PieceTable};
 
 impl<N: Notary> Node<N> {
     /// A piece came from a peer; `chain` ran over its bytes from the piece's start.
-    pub(super) fn piece(&mut self, now: Time, peer: PeerId, request: u32, chain: &Chain) -> Verdict {
-        let Some((digest, piece, at)) = self.asked.remove(&(peer, request)) else { return Verdict::Drop };
-        let Some(task) = self.tasks.get_mut(&digest) else { return Verdict::Drop };
-        let (Some(fetch), Some(table)) = (&mut task.fetch, &task.table) else { return Verdict::Drop };
+    pub(super) fn piece(
+        &mut self,
+        now: Time,
+        peer: PeerId,
+        request: u32,
+        chain: &Chain,
+    ) -> Verdict {
+        let Some((digest, piece, at)) = self.asked.remove(&(peer, request)) else {
+            return Verdict::Drop;
+        };
+        let Some(task) = self.tasks.get_mut(&digest) else {
+            return Verdict::Drop;
+        };
+        let (Some(fetch), Some(table)) = (&mut task.fetch, &task.table) else {
+            return Verdict::Drop;
+        };
         fetch.failed(piece, peer, request);
         if fetch.held().contains(piece) {
             return Verdict::Drop;
@@ -27,7 +39,8 @@ impl<N: Notary> Node<N> {
             // The table shrank under it (poisoned and begun anew).
             None => Verdict::Drop,
             Some(true) => {
-                self.parents.served(peer, fetch.layout().len_bytes(piece), now.since(at));
+                self.parents
+                    .served(peer, fetch.layout().len_bytes(piece), now.since(at));
                 self.kept(now, &digest, piece);
                 self.leave_origin_to_others(now, &digest, peer);
                 Verdict::Keep
@@ -39,7 +52,13 @@ impl<N: Notary> Node<N> {
                     task.last_wrong.insert(peer);
                 }
                 let poisoned = task.last_wrong.len() >= 2;
-                self.outputs.push_back(Output::Send(peer, Message::Wrong { task: digest, piece }));
+                self.outputs.push_back(Output::Send(
+                    peer,
+                    Message::Wrong {
+                        task: digest,
+                        piece,
+                    },
+                ));
                 self.punish(now, peer, &digest, Fault::WrongBytes);
                 if poisoned {
                     self.poison(now, &digest);
@@ -55,7 +74,9 @@ impl<N: Notary> Node<N> {
         if !self.parents.trusted(now, peer) {
             return;
         }
-        let Some(task) = self.tasks.get_mut(digest) else { return };
+        let Some(task) = self.tasks.get_mut(digest) else {
+            return;
+        };
         task.in_vain = false;
         // Peers may have dropped the next pieces of a node without disk that lags behind them.
         if task.memory.is_some() {
@@ -80,11 +101,14 @@ impl<N: Notary> Node<N> {
         refused: Option<Refusal>,
         fault: Fault,
     ) {
-        let Some((digest, piece, at)) = self.asked.remove(&(peer, request)) else { return };
+        let Some((digest, piece, at)) = self.asked.remove(&(peer, request)) else {
+            return;
+        };
         self.refund(&digest, piece);
         if let Some(fetch) = self.tasks.get_mut(&digest).and_then(|t| t.fetch.as_mut()) {
             fetch.failed(piece, peer, request);
-            self.parents.did_not_serve(peer, fetch.layout().len_bytes(piece), now.since(at));
+            self.parents
+                .did_not_serve(peer, fetch.layout().len_bytes(piece), now.since(at));
             match refused {
                 // A busy peer still has it; one that lost it has not.
                 Some(Refusal::NotHeld | Refusal::Unable) => fetch.withdrawn(peer, piece),
@@ -103,9 +127,14 @@ impl<N: Notary> Node<N> {
 
     /// A piece that was asked for will not come: it counts for no rate.
     fn refund(&mut self, digest: &Digest, piece: PieceIndex) {
-        let len = self.tasks.get(digest).and_then(|t| t.fetch.as_ref()).map(|f| f.layout().len_bytes(piece));
+        let len = self
+            .tasks
+            .get(digest)
+            .and_then(|t| t.fetch.as_ref())
+            .map(|f| f.layout().len_bytes(piece));
         if let Some(len) = len {
-            self.buckets(Kind::Download, digest).for_each(|bucket| bucket.refund(len));
+            self.buckets(Kind::Download, digest)
+                .for_each(|bucket| bucket.refund(len));
         }
     }
 
@@ -115,7 +144,9 @@ impl<N: Notary> Node<N> {
         let purpose = self.purpose_of(digest);
         let (quotas, all) = (&mut self.quotas, prefetch.then_some(&mut self.prefetch));
         let task = self.tasks.get_mut(digest);
-        task.map(|task| pace::buckets(kind, &mut task.pace, quotas, &purpose, all)).into_iter().flatten()
+        task.map(|task| pace::buckets(kind, &mut task.pace, quotas, &purpose, all))
+            .into_iter()
+            .flatten()
     }
 
     pub(super) fn punish(&mut self, now: Time, peer: PeerId, digest: &Digest, fault: Fault) {
@@ -135,8 +166,12 @@ impl<N: Notary> Node<N> {
         chain: &Chain,
     ) -> Verdict {
         let honest = self.honest_prefix(digest);
-        let Some(task) = self.tasks.get_mut(digest) else { return Verdict::Drop };
-        let (Some(fetch), Some(table), Reading::At(at)) = (&task.fetch, &mut task.table, task.reading) else {
+        let Some(task) = self.tasks.get_mut(digest) else {
+            return Verdict::Drop;
+        };
+        let (Some(fetch), Some(table), Reading::At(at)) =
+            (&task.fetch, &mut task.table, task.reading)
+        else {
             return Verdict::Drop;
         };
         if at != piece {
@@ -166,10 +201,18 @@ impl<N: Notary> Node<N> {
             }
             (None, _) => return Verdict::Drop,
         }
-        let Some(task) = self.tasks.get_mut(digest) else { return Verdict::Drop };
-        let fresh = task.fetch.as_ref().is_some_and(|f| !f.held().contains(piece));
+        let Some(task) = self.tasks.get_mut(digest) else {
+            return Verdict::Drop;
+        };
+        let fresh = task
+            .fetch
+            .as_ref()
+            .is_some_and(|f| !f.held().contains(piece));
         task.reading = Reading::At(next);
-        let len = task.fetch.as_ref().map_or(0, |f| f.layout().len_bytes(piece));
+        let len = task
+            .fetch
+            .as_ref()
+            .map_or(0, |f| f.layout().len_bytes(piece));
         for bucket in self.buckets(Kind::Origin, digest) {
             bucket.reserve(now, len);
         }
@@ -182,19 +225,27 @@ impl<N: Notary> Node<N> {
 
     /// How long to wait before reading on from the origin, for the rates' sake.
     pub fn origin_waits(&mut self, now: Time, digest: &Digest) -> Duration {
-        self.buckets(Kind::Origin, digest).map(|bucket| bucket.reserve(now, 0)).max().unwrap_or_default()
+        self.buckets(Kind::Origin, digest)
+            .map(|bucket| bucket.reserve(now, 0))
+            .max()
+            .unwrap_or_default()
     }
 
     /// Whether the whole table came from this node's own reading of the origin.
     pub(super) fn honest_prefix(&self, digest: &Digest) -> bool {
         self.tasks.get(digest).is_some_and(|t| {
-            t.table.as_ref().and_then(PieceTable::signed).is_none_or(|signed| signed.issuer == self.config.me)
+            t.table
+                .as_ref()
+                .and_then(PieceTable::signed)
+                .is_none_or(|signed| signed.issuer == self.config.me)
         })
     }
 
     /// Goes on reading, skips what is held, or stops.
     pub(super) fn origin_next(&mut self, digest: &Digest, next: PieceIndex) {
-        let Some(task) = self.tasks.get_mut(digest) else { return };
+        let Some(task) = self.tasks.get_mut(digest) else {
+            return;
+        };
         let Some(fetch) = &task.fetch else { return };
         if task.is_complete() || next >= fetch.layout().count() {
             // The stream ends by itself, or there is nothing left to read.
@@ -213,7 +264,9 @@ impl<N: Notary> Node<N> {
         if failure.is_some() {
             self.count_failure(now, digest);
         }
-        let Some(task) = self.tasks.get_mut(digest) else { return };
+        let Some(task) = self.tasks.get_mut(digest) else {
+            return;
+        };
         if let Reading::At(_) = task.reading {
             task.reading = match failure {
                 Some(failure) => Reading::FailedAt(now, failure),
@@ -228,7 +281,9 @@ impl<N: Notary> Node<N> {
     }
 
     pub(super) fn kept(&mut self, now: Time, digest: &Digest, piece: PieceIndex) {
-        let Some(task) = self.tasks.get_mut(digest) else { return };
+        let Some(task) = self.tasks.get_mut(digest) else {
+            return;
+        };
         let Some(fetch) = &mut task.fetch else { return };
         task.moved = now;
         let len_bytes = fetch.layout().len_bytes(piece);
@@ -237,8 +292,12 @@ impl<N: Notary> Node<N> {
         }
         for rest in fetch.got(piece) {
             self.asked.remove(&(rest.peer, rest.request));
-            self.parents.did_not_serve(rest.peer, len_bytes, now.since(rest.at));
-            self.outputs.push_back(Output::Cancel { peer: rest.peer, request: rest.request });
+            self.parents
+                .did_not_serve(rest.peer, len_bytes, now.since(rest.at));
+            self.outputs.push_back(Output::Cancel {
+                peer: rest.peer,
+                request: rest.request,
+            });
         }
         if fetch.held().is_full() {
             task.enter(Change::Filled);
@@ -261,8 +320,14 @@ impl<N: Notary> Node<N> {
 
     pub(super) fn poison(&mut self, now: Time, digest: &Digest) {
         self.stop(digest);
-        let Some(task) = self.tasks.get_mut(digest) else { return };
-        let issuer = task.table.as_ref().and_then(PieceTable::signed).map(|s| s.issuer);
+        let Some(task) = self.tasks.get_mut(digest) else {
+            return;
+        };
+        let issuer = task
+            .table
+            .as_ref()
+            .and_then(PieceTable::signed)
+            .map(|s| s.issuer);
         task.start_over(digest);
         task.moved = now;
         self.outputs.push_back(Output::Poisoned(*digest));

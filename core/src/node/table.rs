@@ -35,7 +35,11 @@ pub(super) enum Weight {
 
 impl Weight {
     pub(super) fn trust(self) -> Option<Trust> {
-        if let Self::Counts(trust) = self { Some(trust) } else { None }
+        if let Self::Counts(trust) = self {
+            Some(trust)
+        } else {
+            None
+        }
     }
 }
 
@@ -49,9 +53,11 @@ pub(super) fn weigh<N: Notary>(
     match notary.check(signed, statement) {
         None => Weight::Nothing,
         Some(Role::Seed) => Weight::Counts(Trust::Clients),
-        Some(_) if named == Some(signed.issuer) => {
-            Weight::Counts(if signed.sealed { Trust::Clients } else { Trust::Peers })
-        }
+        Some(_) if named == Some(signed.issuer) => Weight::Counts(if signed.sealed {
+            Trust::Clients
+        } else {
+            Trust::Peers
+        }),
         Some(_) => Weight::Undecided,
     }
 }
@@ -111,7 +117,10 @@ impl Unproven {
 
     /// Memory that it takes.
     pub(super) fn bytes(&self) -> usize {
-        let offers = self.early.iter().map(|(_, offer)| size_of::<Offer>() + offer.bytes());
+        let offers = self
+            .early
+            .iter()
+            .map(|(_, offer)| size_of::<Offer>() + offer.bytes());
         self.values.len() * size_of::<ChainValue>() + offers.sum::<usize>()
     }
 
@@ -145,7 +154,9 @@ impl Unproven {
 
     /// Whether it only says again what `table` has by a statement of the same issuer: most peers pass on the same.
     pub(super) fn repeats(&self, table: &PieceTable) -> bool {
-        let (Some(said), Some(known)) = (&self.signed, table.signed()) else { return false };
+        let (Some(said), Some(known)) = (&self.signed, table.signed()) else {
+            return false;
+        };
         let older = said.issuer == known.issuer && !said.sealed && said.count <= known.count;
         let values = self.values.get(..said.count as usize);
         (said == known || older)
@@ -155,7 +166,10 @@ impl Unproven {
 
     /// All that is covered by a statement: size, values, statement.
     pub(super) fn complete(&self) -> Option<(u64, Vec<ChainValue>, SignedPrefix)> {
-        let signed = self.signed.as_ref().filter(|s| s.count as usize <= self.values.len())?;
+        let signed = self
+            .signed
+            .as_ref()
+            .filter(|s| s.count as usize <= self.values.len())?;
         Some((self.size_bytes, self.values.clone(), signed.clone()))
     }
 }

@@ -9,8 +9,8 @@ use super::pace::Pace;
 use super::phase::{Change, Phase};
 use super::table::Unproven;
 use super::{
-    ANSWER_WITHIN, FIRST_NEWS_EVERY, FIRST_PIECES, Failure, NEWS_EVERY, Notary, Output, TAKES_ALL_AFTER,
-    Trust,
+    ANSWER_WITHIN, FIRST_NEWS_EVERY, FIRST_PIECES, Failure, NEWS_EVERY, Notary, Output,
+    TAKES_ALL_AFTER, Trust,
 };
 use crate::Time;
 use crate::application::Purpose;
@@ -59,12 +59,18 @@ impl Advice {
 
     /// The scheduler is asked.
     pub(super) const fn ask(&mut self, now: Time) {
-        *self = if self.is_given() { Self::Given { asked: Some(now) } } else { Self::Asked(now) };
+        *self = if self.is_given() {
+            Self::Given { asked: Some(now) }
+        } else {
+            Self::Asked(now)
+        };
     }
 
     /// The scheduler answers.
     pub(super) const fn give(&mut self) {
-        *self = Self::Given { asked: self.asked_at() };
+        *self = Self::Given {
+            asked: self.asked_at(),
+        };
     }
 }
 
@@ -175,7 +181,11 @@ impl Task {
 
     /// How often children are told of new pieces.
     pub(super) fn news_every(&self) -> Duration {
-        let few = self.is_running() && self.fetch.as_ref().is_some_and(|f| f.held().len() <= FIRST_PIECES);
+        let few = self.is_running()
+            && self
+                .fetch
+                .as_ref()
+                .is_some_and(|f| f.held().len() <= FIRST_PIECES);
         if few { FIRST_NEWS_EVERY } else { NEWS_EVERY }
     }
 
@@ -183,7 +193,11 @@ impl Task {
     pub(super) fn news(&self) -> News {
         News {
             held: self.fetch.as_ref().map_or(0, |fetch| fetch.held().len()),
-            signed: self.table.as_ref().and_then(PieceTable::signed).map(|s| (s.sealed, s.count)),
+            signed: self
+                .table
+                .as_ref()
+                .and_then(PieceTable::signed)
+                .map(|s| (s.sealed, s.count)),
             joined: self.offers.joined(),
             failed: self.phase.failure().is_some(),
         }
@@ -211,8 +225,14 @@ impl Task {
 
     /// Whether a piece can be given out.
     pub(super) fn keeps(&self, piece: PieceIndex) -> bool {
-        let held = self.fetch.as_ref().is_some_and(|fetch| fetch.held().contains(piece));
-        held && self.memory.as_ref().is_none_or(|memory| memory.contains(piece))
+        let held = self
+            .fetch
+            .as_ref()
+            .is_some_and(|fetch| fetch.held().contains(piece));
+        held && self
+            .memory
+            .as_ref()
+            .is_none_or(|memory| memory.contains(piece))
     }
 
     /// Whether that peer is to bring it here: a seed, or whose statements count besides.
@@ -228,7 +248,10 @@ impl Task {
     /// For whom it is fetched: for clients here, and, by whoever is to bring it to the others, for these too.
     pub(super) fn purpose(&self, role: Role) -> Purpose {
         let own = Some(&self.purpose).filter(|_| self.is_read);
-        let children = self.childrens_purpose.as_ref().filter(|_| self.brings(role));
+        let children = self
+            .childrens_purpose
+            .as_ref()
+            .filter(|_| self.brings(role));
         Purpose::common(own.into_iter().chain(children)).unwrap_or_else(|| self.purpose.clone())
     }
 
@@ -246,7 +269,9 @@ impl Task {
 
     /// The children that wait for it here.
     pub(super) fn waiting(&self) -> impl Iterator<Item = (PeerId, Role)> + '_ {
-        self.links.iter().filter_map(|(peer, link)| Some((*peer, link.waits?)))
+        self.links
+            .iter()
+            .filter_map(|(peer, link)| Some((*peer, link.waits?)))
     }
 
     /// Whether a seed that asks for it waits for it on nobody's behalf. Two seeds with nothing but each other's interest must not
@@ -260,15 +285,33 @@ impl Task {
     pub(super) fn interest(&self, task: Digest, me: Role, peer: PeerId, role: Role) -> Message {
         let token = self.right.token().filter(|_| role == Role::Seed).cloned();
         let (source, size_bytes) = (self.source.clone(), self.size_bytes());
-        let far = self.links.get(&peer).filter(|link| link.far).map(|_| self.share);
+        let far = self
+            .links
+            .get(&peer)
+            .filter(|link| link.far)
+            .map(|_| self.share);
         let (purpose, passive) = (self.purpose(me), self.is_passive(me));
         let partial = !self.whole;
-        Message::Interest { task, source, size_bytes, token, purpose, far, passive, partial }
+        Message::Interest {
+            task,
+            source,
+            size_bytes,
+            token,
+            purpose,
+            far,
+            passive,
+            partial,
+        }
     }
 
     /// Whether its own zone does not suffice: whoever was to bring it there does not, or nobody says who that is.
     pub(super) fn takes_all(&self, now: Time) -> bool {
-        now.since(self.moved) >= if self.advice.is_given() { TAKES_ALL_AFTER } else { ANSWER_WITHIN }
+        now.since(self.moved)
+            >= if self.advice.is_given() {
+                TAKES_ALL_AFTER
+            } else {
+                ANSWER_WITHIN
+            }
     }
 
     /// A peer stands in another zone, or in this one.
@@ -294,8 +337,12 @@ impl Task {
         layout: PieceLayout,
         known: Option<(PieceTable, PieceSet)>,
     ) {
-        let (table, held) =
-            known.unwrap_or_else(|| (PieceTable::new(*digest, layout), PieceSet::empty(layout.count())));
+        let (table, held) = known.unwrap_or_else(|| {
+            (
+                PieceTable::new(*digest, layout),
+                PieceSet::empty(layout.count()),
+            )
+        });
         self.offers = self.offers.anew(layout);
         self.shown = PieceSet::empty(layout.count());
         self.table = Some(table);
@@ -303,13 +350,18 @@ impl Task {
         let mut fetch = Fetch::new(layout, held);
         fetch.want_whole(self.whole);
         fetch.share(self.share);
-        self.links.iter().filter(|(_, link)| link.far).for_each(|(peer, _)| fetch.is_far(*peer, true));
+        self.links
+            .iter()
+            .filter(|(_, link)| link.far)
+            .for_each(|(peer, _)| fetch.is_far(*peer, true));
         self.fetch = Some(fetch);
     }
 
     /// Forgets all that was learned but the size.
     pub(super) fn start_over(&mut self, digest: &Digest) {
-        let Some(layout) = self.fetch.as_ref().map(Fetch::layout) else { return };
+        let Some(layout) = self.fetch.as_ref().map(Fetch::layout) else {
+            return;
+        };
         self.set_size(digest, layout, None);
         self.memory.iter_mut().for_each(Memory::clear);
         self.trust = None;
@@ -345,7 +397,9 @@ impl Task {
         let is_complete = self.is_complete();
         let Some(table) = &mut self.table else { return };
         let count = table.values().len() as u32;
-        let fresh = table.signed().is_none_or(|s| (s.sealed, s.count) < (is_complete, count));
+        let fresh = table
+            .signed()
+            .is_none_or(|s| (s.sealed, s.count) < (is_complete, count));
         if fresh {
             notary.sign(table, is_complete);
             self.trust = Some(Trust::Clients);
@@ -361,11 +415,21 @@ impl Task {
     }
 
     /// Shows a piece to clients if the table counts for them, and the last piece if the whole digest is known to match.
-    pub(super) fn show_piece(&mut self, digest: &Digest, piece: PieceIndex, outputs: &mut VecDeque<Output>) {
-        let (Some(fetch), Some(table)) = (&self.fetch, &self.table) else { return };
+    pub(super) fn show_piece(
+        &mut self,
+        digest: &Digest,
+        piece: PieceIndex,
+        outputs: &mut VecDeque<Output>,
+    ) {
+        let (Some(fetch), Some(table)) = (&self.fetch, &self.table) else {
+            return;
+        };
         let last = Some(piece) == fetch.layout().last();
         let whole_matches = self.is_complete() || table.is_sealed();
-        if self.trust == Some(Trust::Clients) && (!last || whole_matches) && self.shown.insert(piece) {
+        if self.trust == Some(Trust::Clients)
+            && (!last || whole_matches)
+            && self.shown.insert(piece)
+        {
             outputs.push_back(Output::Show(*digest, piece));
         }
     }
@@ -390,7 +454,8 @@ impl Task {
         for peer in self.offers.children() {
             let link = self.links.entry(peer).or_default();
             let last = last_offered.get(&peer).copied().flatten();
-            let covers = |sent: (bool, u32)| last.is_none_or(|piece| piece < sent.1) && sent.0 == version.0;
+            let covers =
+                |sent: (bool, u32)| last.is_none_or(|piece| piece < sent.1) && sent.0 == version.0;
             match link.signed_sent {
                 Some(sent) if sent >= version => continue,
                 Some(sent) if covers(sent) => {

@@ -68,7 +68,14 @@ struct Active {
 impl Waiting {
     /// What is prefetched is all the same.
     fn turn(&self) -> Turn {
-        (self.prefetch, if self.prefetch { Priority::LAST } else { self.priority })
+        (
+            self.prefetch,
+            if self.prefetch {
+                Priority::LAST
+            } else {
+                self.priority
+            },
+        )
     }
 }
 
@@ -103,14 +110,23 @@ impl Uploads {
     /// Puts a request in the queue. Who has to go elsewhere when that is full: whoever asked last for what is least urgent, if
     /// that is less so than this one, else this one.
     pub(super) fn wait(&mut self, waiting: Waiting) -> Option<Waiting> {
-        let theirs = self.waiting.iter().filter(|w| w.peer == waiting.peer).count();
+        let theirs = self
+            .waiting
+            .iter()
+            .filter(|w| w.peer == waiting.peer)
+            .count();
         let child_full = theirs >= WAITING_A_CHILD;
         if !child_full && self.waiting.len() < WAITING {
             self.waiting.push(waiting);
             return None;
         }
-        let gives_way = |w: &Waiting| w.turn() > waiting.turn() && (!child_full || w.peer == waiting.peer);
-        let last = self.waiting.iter().enumerate().filter(|(_, w)| gives_way(w));
+        let gives_way =
+            |w: &Waiting| w.turn() > waiting.turn() && (!child_full || w.peer == waiting.peer);
+        let last = self
+            .waiting
+            .iter()
+            .enumerate()
+            .filter(|(_, w)| gives_way(w));
         match last.max_by_key(|(at, w)| (w.turn(), *at)).map(|(at, _)| at) {
             Some(at) => {
                 let gone = self.waiting.remove(at);
@@ -123,7 +139,9 @@ impl Uploads {
 
     /// Takes out those who have waited for too long.
     pub(super) fn overdue(&mut self, now: Time) -> Vec<Waiting> {
-        self.waiting.extract_if(.., |w| now.since(w.since) >= WAITS_AT_MOST).collect()
+        self.waiting
+            .extract_if(.., |w| now.since(w.since) >= WAITS_AT_MOST)
+            .collect()
     }
 
     /// The next request to serve, if a slot is free and it `may` go: the most urgent, of these what [`FEW`] hold, the rarest first,
@@ -138,7 +156,13 @@ impl Uploads {
         if !self.has_slot() {
             return None;
         }
-        let rarity = |w: &Waiting| if now.since(w.since) >= RARE_AFTER { 0 } else { spread(w).min(FEW) };
+        let rarity = |w: &Waiting| {
+            if now.since(w.since) >= RARE_AFTER {
+                0
+            } else {
+                spread(w).min(FEW)
+            }
+        };
         let sent_to = |peer: PeerId| self.active.keys().filter(|(whom, _)| *whom == peer).count();
         let slots_a_child = self.slots.div_ceil(2).max(SLOTS_A_CHILD_MIN);
         let may = |w: &Waiting| sent_to(w.peer) < slots_a_child && may(w);
@@ -157,20 +181,38 @@ impl Uploads {
                 at
             }
             _ => {
-                let ordinary = self.active.values().filter(|active| !active.is_rare).count();
+                let ordinary = self
+                    .active
+                    .values()
+                    .filter(|active| !active.is_rare)
+                    .count();
                 let rare_only = ordinary >= self.slots.div_ceil(2)
-                    && self.active.values().any(|active| active.is_rare && active.turn <= most_urgent);
-                let equals = all().filter(|(_, w)| w.turn() == most_urgent).map(|(at, w)| (at, w, rarity(w)));
+                    && self
+                        .active
+                        .values()
+                        .any(|active| active.is_rare && active.turn <= most_urgent);
+                let equals = all()
+                    .filter(|(_, w)| w.turn() == most_urgent)
+                    .map(|(at, w)| (at, w, rarity(w)));
                 let first = equals.filter(|(.., rarity)| !rare_only || *rarity < FEW);
-                let (at, ..) = first.min_by_key(|(_, w, rarity)| (*rarity, sent_to(w.peer), w.since))?;
-                self.overtaken = if overtaken.is_some() { self.overtaken + 1 } else { 0 };
+                let (at, ..) =
+                    first.min_by_key(|(_, w, rarity)| (*rarity, sent_to(w.peer), w.since))?;
+                self.overtaken = if overtaken.is_some() {
+                    self.overtaken + 1
+                } else {
+                    0
+                };
                 self.begun = now;
                 at
             }
         };
         let next = self.waiting.remove(at);
-        let active =
-            Active { task: next.task, piece: next.piece, turn: next.turn(), is_rare: rarity(&next) < FEW };
+        let active = Active {
+            task: next.task,
+            piece: next.piece,
+            turn: next.turn(),
+            is_rare: rarity(&next) < FEW,
+        };
         self.active.insert((next.peer, next.request), active);
         Some(next)
     }
@@ -187,12 +229,19 @@ impl Uploads {
 
     /// Whether nothing waits, and nothing is sent either or, as far as that matters, a slot is free.
     pub(super) fn is_idle(&self, entirely: bool) -> bool {
-        !self.is_waited_for() && if entirely { self.active.is_empty() } else { self.has_slot() }
+        !self.is_waited_for()
+            && if entirely {
+                self.active.is_empty()
+            } else {
+                self.has_slot()
+            }
     }
 
     /// Which piece is being sent under this number.
     pub(super) fn what(&self, peer: PeerId, request: u32) -> Option<(Digest, PieceIndex)> {
-        self.active.get(&(peer, request)).map(|active| (active.task, active.piece))
+        self.active
+            .get(&(peer, request))
+            .map(|active| (active.task, active.piece))
     }
 
     pub(super) fn over(&mut self, peer: PeerId, request: u32) {
@@ -201,7 +250,8 @@ impl Uploads {
 
     pub(super) fn cancel(&mut self, peer: PeerId, request: u32) {
         // One that is being sent is ended by the transport, which then says that it is over.
-        self.waiting.retain(|w| (w.peer, w.request) != (peer, request));
+        self.waiting
+            .retain(|w| (w.peer, w.request) != (peer, request));
     }
 
     pub(super) fn peer_gone(&mut self, peer: PeerId) {
@@ -245,7 +295,10 @@ mod tests {
     }
 
     fn urgent(peer: u8, request: u32, level: u32) -> Waiting {
-        Waiting { priority: Priority::new(level).unwrap(), ..asks(peer, request, false) }
+        Waiting {
+            priority: Priority::new(level).unwrap(),
+            ..asks(peer, request, false)
+        }
     }
 
     /// The numbers of all that are served, one after the other.
@@ -261,7 +314,12 @@ mod tests {
     #[test]
     fn what_somebody_waits_for_goes_before_what_is_prefetched() {
         let mut uploads = Uploads::new(SLOTS);
-        for waiting in [asks(1, 1, true), asks(2, 2, false), asks(1, 3, true), asks(3, 4, false)] {
+        for waiting in [
+            asks(1, 1, true),
+            asks(2, 2, false),
+            asks(1, 3, true),
+            asks(3, 4, false),
+        ] {
             assert!(uploads.wait(waiting).is_none());
         }
         assert_eq!(served(&mut uploads, |_| true), [2, 4, 1, 3]);
@@ -276,11 +334,18 @@ mod tests {
         let rare = |waiting: &Waiting| if waiting.request == 8 { 2 } else { FEW };
         let mut begun = Vec::new();
         begun.extend(std::iter::from_fn(|| uploads.next(at(0), rare, |_| true)).map(|w| w.request));
-        assert_eq!(begun, [8, 1, 2], "what few hold comes first, whenever it was asked for");
+        assert_eq!(
+            begun,
+            [8, 1, 2],
+            "what few hold comes first, whenever it was asked for"
+        );
         // One more that few hold finds a slot; when none is sent, all slots are everybody's.
         assert!(uploads.wait(asks(9, 9, false)).is_none());
         let rare = |waiting: &Waiting| if waiting.request == 9 { 2 } else { FEW };
-        assert_eq!(uploads.next(at(0), rare, |_| true).map(|w| w.request), Some(9));
+        assert_eq!(
+            uploads.next(at(0), rare, |_| true).map(|w| w.request),
+            Some(9)
+        );
         uploads.over(PeerId([8; 16]), 8);
         assert!(uploads.next(at(0), rare, |_| true).is_none());
         uploads.over(PeerId([9; 16]), 9);
@@ -297,12 +362,17 @@ mod tests {
         let mut begun = Vec::new();
         for n in 3..200 {
             assert!(uploads.wait(urgent(3, n, 0)).is_none());
-            let next = uploads.next(at(u64::from(n) * 100), rare, |_| true).unwrap();
+            let next = uploads
+                .next(at(u64::from(n) * 100), rare, |_| true)
+                .unwrap();
             uploads.over(next.peer, next.request);
             begun.push(next.request);
         }
         let turn = |n| begun.iter().position(|request| *request == n).unwrap();
-        assert!(turn(2) < LESS_URGENT_ONE_IN as usize, "one in so many is less urgent");
+        assert!(
+            turn(2) < LESS_URGENT_ONE_IN as usize,
+            "one in so many is less urgent"
+        );
         assert!(turn(1) * 100 < 2 * RARE_AFTER.as_millis() as usize);
     }
 
@@ -310,11 +380,15 @@ mod tests {
     fn what_is_less_urgent_and_rare_does_not_hold_up_what_is_urgent() {
         let mut uploads = Uploads::new(4);
         assert!(uploads.wait(urgent(1, 1, 6)).is_none());
-        assert_eq!(uploads.next(at(0), |_| 0, |_| true).map(|w| w.request), Some(1));
+        assert_eq!(
+            uploads.next(at(0), |_| 0, |_| true).map(|w| w.request),
+            Some(1)
+        );
         for waiting in (2..=4).map(|n| urgent(n, u32::from(n), 0)) {
             assert!(uploads.wait(waiting).is_none());
         }
-        let begun = std::iter::from_fn(|| uploads.next(at(0), |_| FEW, |_| true)).map(|w| w.request);
+        let begun =
+            std::iter::from_fn(|| uploads.next(at(0), |_| FEW, |_| true)).map(|w| w.request);
         assert_eq!(begun.collect::<Vec<_>>(), [2, 3, 4]);
     }
 
@@ -324,18 +398,25 @@ mod tests {
         for waiting in [asks(1, 1, true), asks(2, 2, false)] {
             let _ = uploads.wait(waiting);
         }
-        assert_eq!(uploads.next(at(0), |_| 1, |_| true).map(|w| w.request), Some(2));
+        assert_eq!(
+            uploads.next(at(0), |_| 1, |_| true).map(|w| w.request),
+            Some(2)
+        );
         // The next request of the one who is served may be on its way.
         assert!(uploads.next(at(0), |_| 1, |_| true).is_none());
         uploads.over(PeerId([2; 16]), 2);
-        assert_eq!(uploads.next(at(0), |_| 1, |_| true).map(|w| w.request), Some(1));
+        assert_eq!(
+            uploads.next(at(0), |_| 1, |_| true).map(|w| w.request),
+            Some(1)
+        );
     }
 
     #[test]
     fn a_full_queue_sends_away_what_nobody_waits_for_first() {
         let a_child = WAITING_A_CHILD as u32;
         let mut uploads = Uploads::new(SLOTS);
-        (0..a_child).for_each(|request| assert!(uploads.wait(asks(1, request, request == 3)).is_none()));
+        (0..a_child)
+            .for_each(|request| assert!(uploads.wait(asks(1, request, request == 3)).is_none()));
         // (the request, whether it is prefetched, who has to go)
         for (request, prefetch, gone) in [(100, true, 100), (101, false, 3), (102, false, 102)] {
             let told = uploads.wait(asks(1, request, prefetch)).map(|w| w.request);
@@ -343,8 +424,14 @@ mod tests {
         }
         // Another child still finds room, until all of it is taken.
         let more = (WAITING as u32 - a_child) / a_child;
-        for (child, request) in (2..2 + more).flat_map(|child| (0..a_child).map(move |r| (child, r))) {
-            assert!(uploads.wait(asks(child as u8, request, child == 2)).is_none());
+        for (child, request) in
+            (2..2 + more).flat_map(|child| (0..a_child).map(move |r| (child, r)))
+        {
+            assert!(
+                uploads
+                    .wait(asks(child as u8, request, child == 2))
+                    .is_none()
+            );
         }
         let gone = uploads.wait(asks(200, 1, false)).expect("it is full");
         assert_eq!((gone.peer, gone.prefetch), (PeerId([2; 16]), true));
@@ -359,7 +446,10 @@ mod tests {
         let begun = std::iter::from_fn(|| uploads.next(at(0), |_| 1, |_| true)).count();
         assert_eq!(begun, 4);
         let _ = uploads.wait(asks(2, 100, false));
-        assert_eq!(uploads.next(at(0), |_| 1, |_| true).map(|w| w.request), Some(100));
+        assert_eq!(
+            uploads.next(at(0), |_| 1, |_| true).map(|w| w.request),
+            Some(100)
+        );
     }
 
     #[test]
@@ -376,7 +466,10 @@ mod tests {
         (0..5).for_each(|request| uploads.over(PeerId([request as u8; 16]), request));
         assert_eq!(uploads.active.len(), 1);
         uploads.set_slots(3);
-        assert_eq!(std::iter::from_fn(|| uploads.next(at(0), |_| 1, |_| true)).count(), 2);
+        assert_eq!(
+            std::iter::from_fn(|| uploads.next(at(0), |_| 1, |_| true)).count(),
+            2
+        );
     }
 
     #[test]
@@ -386,7 +479,11 @@ mod tests {
         for request in 0..10 {
             let _ = uploads.wait(asks(1, request, false));
         }
-        let overdue: Vec<u32> = uploads.overdue(Time(late)).iter().map(|w| w.request).collect();
+        let overdue: Vec<u32> = uploads
+            .overdue(Time(late))
+            .iter()
+            .map(|w| w.request)
+            .collect();
         assert_eq!(overdue, [0, 1, 2, 3, 4, 5]);
         assert_eq!(served(&mut uploads, |_| true), [6, 7, 8, 9]);
     }
@@ -394,7 +491,10 @@ mod tests {
     #[test]
     fn a_task_that_may_not_go_keeps_no_other_from_its_turn() {
         let mut uploads = Uploads::new(SLOTS);
-        let other = Waiting { task: task(2), ..asks(2, 7, false) };
+        let other = Waiting {
+            task: task(2),
+            ..asks(2, 7, false)
+        };
         for waiting in [asks(1, 1, false), other] {
             let _ = uploads.wait(waiting);
         }
@@ -424,8 +524,9 @@ mod tests {
         for waiting in [urgent(1, 1, 4), urgent(2, 2, 2), urgent(3, 3, 4)] {
             let _ = uploads.wait(waiting);
         }
-        let next =
-            |uploads: &mut Uploads, millis| uploads.next(at(millis), |_| 1, |_| true).map(|w| w.request);
+        let next = |uploads: &mut Uploads, millis| {
+            uploads.next(at(millis), |_| 1, |_| true).map(|w| w.request)
+        };
         assert_eq!(next(&mut uploads, 0), Some(2));
         assert_eq!(next(&mut uploads, 1999), None);
         assert_eq!(next(&mut uploads, 2000), Some(1));
@@ -436,7 +537,11 @@ mod tests {
         );
         let _ = uploads.wait(urgent(4, 4, 2));
         let _ = uploads.wait(urgent(1, 5, 4));
-        assert_eq!(next(&mut uploads, 2001), Some(4), "until somebody as urgent comes");
+        assert_eq!(
+            next(&mut uploads, 2001),
+            Some(4),
+            "until somebody as urgent comes"
+        );
     }
 
     #[test]
@@ -445,10 +550,20 @@ mod tests {
         let mut uploads = Uploads::new(SLOTS);
         let levels = [4, 6, 5, 6];
         (0..a_child).for_each(|n| {
-            assert!(uploads.wait(urgent(1, n, *levels.get(n as usize).unwrap_or(&3))).is_none())
+            assert!(
+                uploads
+                    .wait(urgent(1, n, *levels.get(n as usize).unwrap_or(&3)))
+                    .is_none()
+            )
         });
         // (the request, its level, who has to go)
-        for (request, level, gone) in [(100, 6, 100), (101, 3, 3), (102, 5, 1), (103, 3, 102), (104, 3, 2)] {
+        for (request, level, gone) in [
+            (100, 6, 100),
+            (101, 3, 3),
+            (102, 5, 1),
+            (103, 3, 102),
+            (104, 3, 2),
+        ] {
             let told = uploads.wait(urgent(1, request, level)).map(|w| w.request);
             assert_eq!(told, Some(gone), "{request}");
         }

@@ -18,7 +18,11 @@ pub(super) struct Ahead {
 
 impl Ahead {
     pub(super) fn new(ranges: impl Into<VecDeque<Range<u64>>>, layout: PieceLayout) -> Self {
-        let mut ahead = Self { ranges: ranges.into(), layout, pieces: None };
+        let mut ahead = Self {
+            ranges: ranges.into(),
+            layout,
+            pieces: None,
+        };
         ahead.survey();
         ahead
     }
@@ -58,7 +62,9 @@ impl Ahead {
 
     fn survey(&mut self) {
         let mut pieces = PieceSet::empty(self.layout.count());
-        self.ranges.iter().for_each(|range| pieces.insert_range(self.layout.covering(range.clone())));
+        self.ranges
+            .iter()
+            .for_each(|range| pieces.insert_range(self.layout.covering(range.clone())));
         self.pieces = (!pieces.is_empty()).then_some(pieces);
     }
 
@@ -97,8 +103,10 @@ mod tests {
     #[test]
     fn ranges_are_read_in_the_blobs_order_with_short_gaps() {
         let far = 10 + 2 * GAP_BYTES;
-        let ahead =
-            Ahead::new(vec![far..far + 10, 3..8, 8 + GAP_BYTES..9 + GAP_BYTES], PieceLayout::new(1 << 30));
+        let ahead = Ahead::new(
+            vec![far..far + 10, 3..8, 8 + GAP_BYTES..9 + GAP_BYTES],
+            PieceLayout::new(1 << 30),
+        );
         assert_eq!(ahead.to_read(5..6), [3..9 + GAP_BYTES, far..far + 10]);
     }
 
@@ -108,7 +116,11 @@ mod tests {
         let mut ahead = Ahead::new(vec![0..1, 5 << 20..6 << 20, 10..20], layout);
         let pieces = |ahead: &Ahead| ahead.pieces().map(|set| set.iter().collect::<Vec<_>>());
         let both = pieces(&ahead).unwrap();
-        assert_eq!((both[0], both.len()), (0, 5), "the first, and the four of the sixth MiB");
+        assert_eq!(
+            (both[0], both.len()),
+            (0, 5),
+            "the first, and the four of the sixth MiB"
+        );
         ahead.next();
         ahead.next();
         assert_eq!(pieces(&ahead), Some(vec![0]));

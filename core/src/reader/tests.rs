@@ -51,13 +51,33 @@ fn each_reader_turns_to_the_origin_after_its_patience() {
     let (range, whole) = (MIB..2 * MIB, 0..SIZE);
     let ask = |range: Range<u64>| Step::AskOrigin(vec![range]);
     let direct = |range: Range<u64>, is_proved| {
-        Step::ReadDirect(Stretch { until: range.end, range, is_proved, may_skip: true })
+        Step::ReadDirect(Stretch {
+            until: range.end,
+            range,
+            is_proved,
+            may_skip: true,
+        })
     };
-    let memory = Facts { storage: Storage::Memory, ..nothing() };
-    let passed = Facts { is_to_come: false, ..memory };
-    let nowhere = Facts { storage: Storage::Nowhere, ..nothing() };
-    let alone = Facts { is_alone: true, ..nothing() };
-    let others = Facts { here: Here::HiddenLoose, ..nothing() };
+    let memory = Facts {
+        storage: Storage::Memory,
+        ..nothing()
+    };
+    let passed = Facts {
+        is_to_come: false,
+        ..memory
+    };
+    let nowhere = Facts {
+        storage: Storage::Nowhere,
+        ..nothing()
+    };
+    let alone = Facts {
+        is_alone: true,
+        ..nothing()
+    };
+    let others = Facts {
+        here: Here::HiddenLoose,
+        ..nothing()
+    };
     let cases = [
         (&range, true, nothing(), 1500, ask(range.clone())),
         (&range, true, alone, 0, ask(range.clone())),
@@ -79,36 +99,101 @@ fn each_reader_turns_to_the_origin_after_its_patience() {
                 may_skip: false,
             }),
         ),
-        (&range, true, Facts { has_failed: true, ..nothing() }, 0, Step::GiveUp(Reason::DownloadFailed)),
-        (&whole, false, Facts { epoch: 1, ..alone }, 12_000, ask(0..last_start())),
-        (&range, true, Facts { here: Here::Unproved, ..nothing() }, 0, Step::Prove),
-        (&range, true, Facts { here: Here::Verified, ..nothing() }, 0, Step::Give),
-        (&range, true, Facts { here: Here::Loose, ..nothing() }, 0, Step::Give),
+        (
+            &range,
+            true,
+            Facts {
+                has_failed: true,
+                ..nothing()
+            },
+            0,
+            Step::GiveUp(Reason::DownloadFailed),
+        ),
+        (
+            &whole,
+            false,
+            Facts { epoch: 1, ..alone },
+            12_000,
+            ask(0..last_start()),
+        ),
+        (
+            &range,
+            true,
+            Facts {
+                here: Here::Unproved,
+                ..nothing()
+            },
+            0,
+            Step::Prove,
+        ),
+        (
+            &range,
+            true,
+            Facts {
+                here: Here::Verified,
+                ..nothing()
+            },
+            0,
+            Step::Give,
+        ),
+        (
+            &range,
+            true,
+            Facts {
+                here: Here::Loose,
+                ..nothing()
+            },
+            0,
+            Step::Give,
+        ),
     ];
     for (range, partial, facts, after_ms, step) in cases {
         let mut reader = reader(std::slice::from_ref(range), partial);
-        assert_eq!(turns(&mut reader, &facts), (after_ms, step), "{range:?} {facts:?}");
+        assert_eq!(
+            turns(&mut reader, &facts),
+            (after_ms, step),
+            "{range:?} {facts:?}"
+        );
     }
 }
 
 #[test]
 fn the_origin_is_asked_once_and_its_failure_ends_the_reader() {
     let mut reader = reader(&[MIB + 5..MIB + 9, 5 * MIB..6 * MIB], true);
-    let facts = Facts { is_alone: true, origin_failures: 3, ..nothing() };
+    let facts = Facts {
+        is_alone: true,
+        origin_failures: 3,
+        ..nothing()
+    };
     let grain = LOOSE_GRAIN_BYTES;
-    assert_eq!(reader.next(at(0), &facts), Step::AskOrigin(vec![MIB..MIB + grain, 5 * MIB..6 * MIB]));
+    assert_eq!(
+        reader.next(at(0), &facts),
+        Step::AskOrigin(vec![MIB..MIB + grain, 5 * MIB..6 * MIB])
+    );
     assert!(matches!(reader.next(at(1), &facts), Step::Wait(_)));
     reader.advance(at(2), 4, false);
     assert_eq!(reader.next(at(2), &facts), Step::End);
     assert_eq!(reader.next_range(), Some(5 * MIB..6 * MIB));
-    assert!(matches!(reader.next(at(3), &facts), Step::Wait(_)), "it was asked for this range as well");
-    let failed = Facts { origin_failures: 4, ..facts };
-    assert_eq!(reader.next(at(4), &failed), Step::GiveUp(Reason::OriginFailed));
+    assert!(
+        matches!(reader.next(at(3), &facts), Step::Wait(_)),
+        "it was asked for this range as well"
+    );
+    let failed = Facts {
+        origin_failures: 4,
+        ..facts
+    };
+    assert_eq!(
+        reader.next(at(4), &failed),
+        Step::GiveUp(Reason::OriginFailed)
+    );
 }
 
 #[test]
 fn only_a_reader_of_parts_sees_the_last_piece_before_the_digest_matches() {
-    let alone = Facts { is_alone: true, ..nothing() };
+    let alone = Facts {
+        is_alone: true,
+        ..nothing()
+    };
     let end = last_start()..SIZE;
     let mut part = reader(std::slice::from_ref(&end), true);
     assert_eq!(part.loose_end(), SIZE);
@@ -119,7 +204,10 @@ fn only_a_reader_of_parts_sees_the_last_piece_before_the_digest_matches() {
         reader.advance(at(0), last_start() - reader.rest().start, false);
         assert_eq!(reader.loose_end(), last_start());
         assert_eq!(reader.next(at(0), &alone), Step::WantWhole);
-        assert!(matches!(reader.next(at(1), &alone), Step::Wait(_)), "it is wanted once");
+        assert!(
+            matches!(reader.next(at(1), &alone), Step::Wait(_)),
+            "it is wanted once"
+        );
     }
 }
 
@@ -127,13 +215,29 @@ fn only_a_reader_of_parts_sees_the_last_piece_before_the_digest_matches() {
 fn a_reader_that_gets_nothing_gives_up() {
     let mut reader = reader(std::slice::from_ref(&(0..SIZE)), false);
     reader.leave_to_download();
-    assert_eq!(turns(&mut reader, &nothing()), (45_000, Step::GiveUp(Reason::Stalled)));
+    assert_eq!(
+        turns(&mut reader, &nothing()),
+        (45_000, Step::GiveUp(Reason::Stalled))
+    );
     reader.advance(at(60_000), 1, false);
-    let unproved = Facts { here: Here::Unproved, ..nothing() };
+    let unproved = Facts {
+        here: Here::Unproved,
+        ..nothing()
+    };
     assert_eq!(reader.next(at(60_001), &unproved), Step::Prove);
-    assert_eq!(reader.next(at(105_000), &unproved), Step::GiveUp(Reason::Unproved));
-    let other_bytes = Facts { epoch: 1, here: Here::Verified, ..nothing() };
-    assert_eq!(reader.next(at(60_001), &other_bytes), Step::GiveUp(Reason::WrongBytes));
+    assert_eq!(
+        reader.next(at(105_000), &unproved),
+        Step::GiveUp(Reason::Unproved)
+    );
+    let other_bytes = Facts {
+        epoch: 1,
+        here: Here::Verified,
+        ..nothing()
+    };
+    assert_eq!(
+        reader.next(at(60_001), &other_bytes),
+        Step::GiveUp(Reason::WrongBytes)
+    );
 }
 
 fn facts() -> impl Strategy<Value = Facts> {
@@ -144,20 +248,28 @@ fn facts() -> impl Strategy<Value = Facts> {
         1 => Just(Here::HiddenLoose),
         1 => Just(Here::Unproved),
     ];
-    let storage =
-        prop_oneof![4 => Just(Storage::Disk), 1 => Just(Storage::Memory), 1 => Just(Storage::Nowhere)];
-    (here, storage, any::<[bool; 3]>(), prop::bool::weighted(0.05), 0..3u32).prop_map(
-        |(here, storage, [is_to_come, is_alone, is_direct], has_failed, origin_failures)| Facts {
-            epoch: 0,
-            here,
-            storage,
-            is_to_come,
-            is_alone,
-            is_direct,
-            has_failed,
-            origin_failures,
-        },
+    let storage = prop_oneof![4 => Just(Storage::Disk), 1 => Just(Storage::Memory), 1 => Just(Storage::Nowhere)];
+    (
+        here,
+        storage,
+        any::<[bool; 3]>(),
+        prop::bool::weighted(0.05),
+        0..3u32,
     )
+        .prop_map(
+            |(here, storage, [is_to_come, is_alone, is_direct], has_failed, origin_failures)| {
+                Facts {
+                    epoch: 0,
+                    here,
+                    storage,
+                    is_to_come,
+                    is_alone,
+                    is_direct,
+                    has_failed,
+                    origin_failures,
+                }
+            },
+        )
 }
 
 proptest! {

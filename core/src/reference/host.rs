@@ -19,7 +19,9 @@ const DEFAULT_PORT: u16 = 443;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum HostError {
     /// Neither a name, nor an IPv4 address, nor an IPv6 address in brackets.
-    #[error("expected a host name or address, with :port where it needs one, like quay.io or [::1]:5000")]
+    #[error(
+        "expected a host name or address, with :port where it needs one, like quay.io or [::1]:5000"
+    )]
     Form,
     /// The port is none.
     #[error("the port must be a number from 1 to 65535")]
@@ -61,7 +63,9 @@ pub fn host_matches(pattern: &str, canonical: &str) -> bool {
     if pattern == "*" {
         return true;
     }
-    let Ok((host, port)) = split_port(canonical) else { return false };
+    let Ok((host, port)) = split_port(canonical) else {
+        return false;
+    };
     let (pattern, port_matches) = match pattern.strip_suffix(":*") {
         Some(pattern) => (pattern, true),
         None => match split_port(pattern) {
@@ -75,8 +79,9 @@ pub fn host_matches(pattern: &str, canonical: &str) -> bool {
 fn name_matches(pattern: &str, host: &str) -> bool {
     match pattern.strip_prefix("*.") {
         Some(parent) => {
-            let below =
-                host.strip_suffix(&parent.to_ascii_lowercase()).and_then(|rest| rest.strip_suffix('.'));
+            let below = host
+                .strip_suffix(&parent.to_ascii_lowercase())
+                .and_then(|rest| rest.strip_suffix('.'));
             below.is_some_and(|below| !below.is_empty()) && host.parse::<Ipv4Addr>().is_err()
         }
         None => canonical_host(pattern).is_ok_and(|pattern| pattern == host),
@@ -96,13 +101,18 @@ fn split_port(text: &str) -> Result<(&str, Option<u16>), HostError> {
     }
     let digits = port.strip_prefix(':').ok_or(HostError::Form)?;
     let digits = Some(digits).filter(|digits| digits.bytes().all(|b| b.is_ascii_digit()));
-    let port =
-        digits.and_then(|digits| digits.parse().ok()).filter(|port| *port > 0).ok_or(HostError::Port)?;
+    let port = digits
+        .and_then(|digits| digits.parse().ok())
+        .filter(|port| *port > 0)
+        .ok_or(HostError::Port)?;
     Ok((host, Some(port)))
 }
 
 fn canonical_name(host: &str) -> Result<String, HostError> {
-    if let Some(address) = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')) {
+    if let Some(address) = host
+        .strip_prefix('[')
+        .and_then(|host| host.strip_suffix(']'))
+    {
         let address: Ipv6Addr = address.parse().map_err(|_| HostError::Form)?;
         return Ok(format!("[{address}]"));
     }
@@ -114,7 +124,11 @@ fn canonical_name(host: &str) -> Result<String, HostError> {
             && !label.ends_with('-')
     };
     let legal = host.len() <= MAX_HOST_BYTES && host.split('.').all(label);
-    if legal { Ok(host.to_ascii_lowercase()) } else { Err(HostError::Form) }
+    if legal {
+        Ok(host.to_ascii_lowercase())
+    } else {
+        Err(HostError::Form)
+    }
 }
 
 /// Whether an address is on the public Internet, by IANA's special-purpose registries (RFC 6890). Addresses that carry an
@@ -149,7 +163,9 @@ fn is_public_v4(address: Ipv4Addr) -> bool {
         (Ipv4Addr::BROADCAST, 32),
     ];
     let bits = address.to_bits();
-    !SPECIAL.iter().any(|(network, length)| (bits ^ network.to_bits()) >> (32 - length) == 0)
+    !SPECIAL
+        .iter()
+        .any(|(network, length)| (bits ^ network.to_bits()) >> (32 - length) == 0)
 }
 
 fn is_public_v6(address: Ipv6Addr) -> bool {
@@ -163,13 +179,16 @@ fn is_public_v6(address: Ipv6Addr) -> bool {
         return is_public_v4(inner);
     }
     let bits = address.to_bits();
-    let special = SPECIAL.iter().any(|(network, length)| (bits ^ network.to_bits()) >> (128 - length) == 0);
+    let special = SPECIAL
+        .iter()
+        .any(|(network, length)| (bits ^ network.to_bits()) >> (128 - length) == 0);
     bits >> 125 == 0b001 && !special
 }
 
 /// The IPv4 address inside a mapped (RFC 4291), NAT64 (RFC 6052) or 6to4 (RFC 3056) one.
 fn embedded_v4(address: Ipv6Addr) -> Option<Ipv4Addr> {
-    let from = |high: u16, low: u16| Some(Ipv4Addr::from_bits(u32::from(high) << 16 | u32::from(low)));
+    let from =
+        |high: u16, low: u16| Some(Ipv4Addr::from_bits(u32::from(high) << 16 | u32::from(low)));
     match address.segments() {
         [0, 0, 0, 0, 0, 0xffff, high, low] => from(high, low),
         [0x64, 0xff9b, 0, 0, 0, 0, high, low] => from(high, low),

@@ -58,7 +58,11 @@ impl Candidate {
 
 /// The best of `candidates`, best first: at most `count`, of them at most `max_complete` complete holders, and not all
 /// as near as the nearest: from the child's own rack, or zone.
-pub(super) fn choose(mut candidates: Vec<Candidate>, count: usize, max_complete: usize) -> Vec<Slot> {
+pub(super) fn choose(
+    mut candidates: Vec<Candidate>,
+    count: usize,
+    max_complete: usize,
+) -> Vec<Slot> {
     candidates.sort_by(|a, b| b.score().total_cmp(&a.score()).then(a.peer.cmp(&b.peer)));
     let mut complete = 0;
     candidates.retain(|candidate| {
@@ -71,7 +75,11 @@ pub(super) fn choose(mut candidates: Vec<Candidate>, count: usize, max_complete:
     for candidate in candidates {
         let is_near = Some(candidate.nearness) == nearest;
         near += usize::from(is_near);
-        let list = if is_near && near > max_near { &mut spare } else { &mut chosen };
+        let list = if is_near && near > max_near {
+            &mut spare
+        } else {
+            &mut chosen
+        };
         list.push(candidate.peer);
     }
     chosen.truncate(count);
@@ -102,77 +110,168 @@ mod tests {
         let cases = [
             (
                 "same zone before complete",
-                Candidate { nearness: Nearness::Zone, ..PLAIN },
-                Candidate { complete: true, completeness: 1.0, load: 0.0, ..PLAIN },
+                Candidate {
+                    nearness: Nearness::Zone,
+                    ..PLAIN
+                },
+                Candidate {
+                    complete: true,
+                    completeness: 1.0,
+                    load: 0.0,
+                    ..PLAIN
+                },
             ),
             (
                 "same rack before same zone",
-                Candidate { nearness: Nearness::Rack, jitter: 0.0, ..PLAIN },
-                Candidate { nearness: Nearness::Zone, ..PLAIN },
+                Candidate {
+                    nearness: Nearness::Rack,
+                    jitter: 0.0,
+                    ..PLAIN
+                },
+                Candidate {
+                    nearness: Nearness::Zone,
+                    ..PLAIN
+                },
             ),
             (
                 "an idle one of the zone before a loaded one of the rack",
-                Candidate { nearness: Nearness::Zone, load: 0.0, jitter: 0.0, ..PLAIN },
-                Candidate { nearness: Nearness::Rack, load: 16.0, ..PLAIN },
+                Candidate {
+                    nearness: Nearness::Zone,
+                    load: 0.0,
+                    jitter: 0.0,
+                    ..PLAIN
+                },
+                Candidate {
+                    nearness: Nearness::Rack,
+                    load: 16.0,
+                    ..PLAIN
+                },
             ),
             (
                 "complete before partial",
-                Candidate { complete: true, completeness: 1.0, jitter: 0.0, ..PLAIN },
+                Candidate {
+                    complete: true,
+                    completeness: 1.0,
+                    jitter: 0.0,
+                    ..PLAIN
+                },
                 PLAIN,
             ),
             (
                 "idle before loaded",
-                Candidate { load: 0.0, jitter: 0.0, ..PLAIN },
+                Candidate {
+                    load: 0.0,
+                    jitter: 0.0,
+                    ..PLAIN
+                },
                 Candidate { load: 8.0, ..PLAIN },
             ),
             (
                 "an idle fellow before a holder that everybody has",
-                Candidate { completeness: 0.0, load: 0.0, ..PLAIN },
-                Candidate { complete: true, completeness: 1.0, load: 8.0, ..PLAIN },
+                Candidate {
+                    completeness: 0.0,
+                    load: 0.0,
+                    ..PLAIN
+                },
+                Candidate {
+                    complete: true,
+                    completeness: 1.0,
+                    load: 8.0,
+                    ..PLAIN
+                },
             ),
             (
                 "not tried before tried",
-                Candidate { completeness: 0.0, ..PLAIN },
-                Candidate { tried: true, ..PLAIN },
+                Candidate {
+                    completeness: 0.0,
+                    ..PLAIN
+                },
+                Candidate {
+                    tried: true,
+                    ..PLAIN
+                },
             ),
             (
                 "anybody before one on probation",
-                Candidate { completeness: 0.0, load: 20.0, jitter: 0.0, ..PLAIN },
-                Candidate { suspicion: 0.9, complete: true, completeness: 1.0, load: 0.0, ..PLAIN },
+                Candidate {
+                    completeness: 0.0,
+                    load: 20.0,
+                    jitter: 0.0,
+                    ..PLAIN
+                },
+                Candidate {
+                    suspicion: 0.9,
+                    complete: true,
+                    completeness: 1.0,
+                    load: 0.0,
+                    ..PLAIN
+                },
             ),
         ];
         for (name, better, worse) in cases {
-            let candidates = vec![Candidate { peer: 1, ..worse }, Candidate { peer: 2, ..better }];
+            let candidates = vec![
+                Candidate { peer: 1, ..worse },
+                Candidate { peer: 2, ..better },
+            ];
             assert_eq!(choose(candidates, 2, 8), [2, 1], "{name}");
         }
     }
 
     #[test]
     fn some_parents_are_from_elsewhere() {
-        let near = (0..40).map(|peer| Candidate { peer, nearness: Nearness::Zone, ..PLAIN });
+        let near = (0..40).map(|peer| Candidate {
+            peer,
+            nearness: Nearness::Zone,
+            ..PLAIN
+        });
         let far = (40..80).map(|peer| Candidate { peer, ..PLAIN });
         let chosen = choose(near.clone().chain(far).collect(), 24, 8);
         assert_eq!(chosen.iter().filter(|peer| **peer >= 40).count(), 6);
-        assert_eq!(choose(near.clone().collect(), 24, 8).len(), 24, "unless there is nobody elsewhere");
-        let rack = (80..120).map(|peer| Candidate { peer, nearness: Nearness::Rack, ..PLAIN });
+        assert_eq!(
+            choose(near.clone().collect(), 24, 8).len(),
+            24,
+            "unless there is nobody elsewhere"
+        );
+        let rack = (80..120).map(|peer| Candidate {
+            peer,
+            nearness: Nearness::Rack,
+            ..PLAIN
+        });
         let chosen = choose(near.chain(rack).collect(), 24, 8);
-        assert_eq!(chosen.iter().filter(|peer| **peer < 80).count(), 6, "from other racks, too");
+        assert_eq!(
+            chosen.iter().filter(|peer| **peer < 80).count(),
+            6,
+            "from other racks, too"
+        );
     }
 
     fn candidate() -> impl Strategy<Value = Candidate> {
-        let nearness = prop_oneof![Just(Nearness::Elsewhere), Just(Nearness::Zone), Just(Nearness::Rack)];
-        (any::<bool>(), 0.0f32..1.0, 0.0f32..9.0, nearness, 0.0f32..1.0, any::<bool>(), 0.0f32..1.0).prop_map(
-            |(complete, completeness, load, nearness, suspicion, tried, jitter)| Candidate {
-                peer: 0,
-                complete,
-                completeness,
-                load,
-                nearness,
-                suspicion,
-                tried,
-                jitter,
-            },
+        let nearness = prop_oneof![
+            Just(Nearness::Elsewhere),
+            Just(Nearness::Zone),
+            Just(Nearness::Rack)
+        ];
+        (
+            any::<bool>(),
+            0.0f32..1.0,
+            0.0f32..9.0,
+            nearness,
+            0.0f32..1.0,
+            any::<bool>(),
+            0.0f32..1.0,
         )
+            .prop_map(
+                |(complete, completeness, load, nearness, suspicion, tried, jitter)| Candidate {
+                    peer: 0,
+                    complete,
+                    completeness,
+                    load,
+                    nearness,
+                    suspicion,
+                    tried,
+                    jitter,
+                },
+            )
     }
 
     proptest! {

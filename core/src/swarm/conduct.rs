@@ -169,7 +169,9 @@ impl Record {
 
     fn has_faded(&self, now: Time) -> bool {
         self.isolated.is_none()
-            && self.served_at.is_none_or(|at| now.since(at) >= EVIDENCE_WINDOW)
+            && self
+                .served_at
+                .is_none_or(|at| now.since(at) >= EVIDENCE_WINDOW)
             && self.accusers.is_empty()
             && self.accused.is_empty()
             && self.served.is_empty()
@@ -178,7 +180,10 @@ impl Record {
 }
 
 fn note(accusations: &mut Vec<Accusation>, new: Accusation) {
-    match accusations.iter_mut().find(|old| old.peer == new.peer && old.charge == new.charge) {
+    match accusations
+        .iter_mut()
+        .find(|old| old.peer == new.peer && old.charge == new.charge)
+    {
         Some(old) => old.at = new.at,
         None => {
             if accusations.len() == KEPT {
@@ -192,16 +197,24 @@ fn note(accusations: &mut Vec<Accusation>, new: Accusation) {
 impl Conduct {
     /// 0 (nothing known against it) to 1.
     pub(super) fn suspicion(&self, now: Time, peer: PeerId) -> f32 {
-        self.records.get(&peer).map_or(0.0, |record| record.suspicion(now))
+        self.records
+            .get(&peer)
+            .map_or(0.0, |record| record.suspicion(now))
     }
 
     pub(super) fn is_isolated(&self, now: Time, peer: PeerId) -> bool {
-        self.records.get(&peer).is_some_and(|record| record.is_isolated(now))
+        self.records
+            .get(&peer)
+            .is_some_and(|record| record.is_isolated(now))
     }
 
     /// Everybody who is isolated, ascending.
     pub(super) fn isolated(&self, now: Time) -> Vec<PeerId> {
-        self.records.iter().filter(|(_, record)| record.is_isolated(now)).map(|(peer, _)| *peer).collect()
+        self.records
+            .iter()
+            .filter(|(_, record)| record.is_isolated(now))
+            .map(|(peer, _)| *peer)
+            .collect()
     }
 
     /// Takes in a report. `true`: `accused` is isolated from now on.
@@ -213,7 +226,8 @@ impl Conduct {
         standing: Standing,
         kind: ReportKind,
     ) -> bool {
-        if reporter == accused || self.is_isolated(now, reporter) || self.is_isolated(now, accused) {
+        if reporter == accused || self.is_isolated(now, reporter) || self.is_isolated(now, accused)
+        {
             return false;
         }
         let (weight, charge) = match kind {
@@ -241,20 +255,42 @@ impl Conduct {
         let credit = self.credit(now, reporter, accused, charge);
         if let Some(record) = self.record(accused) {
             record.suspect(now, weight * credit);
-            note(&mut record.accusers, Accusation { peer: reporter, charge, at: now });
+            note(
+                &mut record.accusers,
+                Accusation {
+                    peer: reporter,
+                    charge,
+                    at: now,
+                },
+            );
         }
         if let Some(record) = self.record(reporter) {
-            note(&mut record.accused, Accusation { peer: accused, charge, at: now });
+            note(
+                &mut record.accused,
+                Accusation {
+                    peer: accused,
+                    charge,
+                    at: now,
+                },
+            );
         }
         self.judge(now, accused, standing, charge)
     }
 
     /// Isolates a peer that is guilty beyond doubt. `false`: it is isolated already, or there are too many records.
-    pub(super) fn convict(&mut self, now: Time, peer: PeerId, guilt: Guilt, isolation: Duration) -> bool {
+    pub(super) fn convict(
+        &mut self,
+        now: Time,
+        peer: PeerId,
+        guilt: Guilt,
+        isolation: Duration,
+    ) -> bool {
         if self.is_isolated(now, peer) {
             return false;
         }
-        let Some(record) = self.record(peer) else { return false };
+        let Some(record) = self.record(peer) else {
+            return false;
+        };
         record.isolated = Some((guilt, now + isolation));
         self.releases.insert(now + isolation);
         true
@@ -285,9 +321,15 @@ impl Conduct {
                 record.accusers.clear();
                 released = true;
             }
-            record.accusers.retain(|accusation| now.since(accusation.at) < EVIDENCE_WINDOW);
-            record.accused.retain(|accusation| now.since(accusation.at) < EVIDENCE_WINDOW);
-            record.served.retain(|(_, at)| now.since(*at) < EVIDENCE_WINDOW);
+            record
+                .accusers
+                .retain(|accusation| now.since(accusation.at) < EVIDENCE_WINDOW);
+            record
+                .accused
+                .retain(|accusation| now.since(accusation.at) < EVIDENCE_WINDOW);
+            record
+                .served
+                .retain(|(_, at)| now.since(*at) < EVIDENCE_WINDOW);
         }
         self.records.retain(|_, record| !record.has_faded(now));
         released
@@ -296,14 +338,30 @@ impl Conduct {
     /// When [`Conduct::sweep`] has something to do.
     pub(super) fn deadline(&self) -> Option<Time> {
         let sweep = (!self.records.is_empty()).then_some(self.swept_at + SWEEP_EVERY);
-        self.releases.first().copied().into_iter().chain(sweep).min()
+        self.releases
+            .first()
+            .copied()
+            .into_iter()
+            .chain(sweep)
+            .min()
     }
 
     fn judge(&mut self, now: Time, accused: PeerId, standing: Standing, charge: Charge) -> bool {
-        let Some((guilt, window, isolation)) = charge.verdict() else { return false };
-        let Some(record) = self.records.get(&accused) else { return false };
-        let counts = |a: &&Accusation| a.charge == charge && now.since(a.at) < window && !record.refutes(a);
-        let accuses = |peer: PeerId| record.accusers.iter().filter(counts).any(|a| a.peer == peer);
+        let Some((guilt, window, isolation)) = charge.verdict() else {
+            return false;
+        };
+        let Some(record) = self.records.get(&accused) else {
+            return false;
+        };
+        let counts =
+            |a: &&Accusation| a.charge == charge && now.since(a.at) < window && !record.refutes(a);
+        let accuses = |peer: PeerId| {
+            record
+                .accusers
+                .iter()
+                .filter(counts)
+                .any(|a| a.peer == peer)
+        };
         let votes = record
             .accusers
             .iter()
@@ -313,8 +371,9 @@ impl Conduct {
         let is_enough = match standing {
             Standing::Peer => votes >= REPORTERS_TO_ISOLATE,
             Standing::Seed => {
-                let is_content =
-                    |(peer, at): &&(PeerId, Time)| now.since(*at) < EVIDENCE_WINDOW && !accuses(*peer);
+                let is_content = |(peer, at): &&(PeerId, Time)| {
+                    now.since(*at) < EVIDENCE_WINDOW && !accuses(*peer)
+                };
                 let content = record.served.iter().filter(is_content).count();
                 votes >= REPORTERS_TO_ISOLATE_SEED && votes > content
             }
@@ -328,7 +387,8 @@ impl Conduct {
         if charge == Charge::WrongBytes && !self.has_vote(now, reporter, accused, charge) {
             return 0.0;
         }
-        (1.0 - self.lone_accusations(now, reporter, accused, None) as f32 / LONE_COMPLAINTS).max(0.0)
+        (1.0 - self.lone_accusations(now, reporter, accused, None) as f32 / LONE_COMPLAINTS)
+            .max(0.0)
     }
 
     fn has_vote(&self, now: Time, reporter: PeerId, accused: PeerId, charge: Charge) -> bool {
@@ -338,24 +398,37 @@ impl Conduct {
     }
 
     /// Of how many peers other than `but` the reporter says this (or anything) while nobody else does, or somebody refutes it.
-    fn lone_accusations(&self, now: Time, reporter: PeerId, but: PeerId, charge: Option<Charge>) -> usize {
+    fn lone_accusations(
+        &self,
+        now: Time,
+        reporter: PeerId,
+        but: PeerId,
+        charge: Option<Charge>,
+    ) -> usize {
         let is_meant = |a: &Accusation| charge.is_none_or(|charge| a.charge == charge);
-        let counts = |a: &&Accusation| a.peer != but && is_meant(a) && now.since(a.at) < EVIDENCE_WINDOW;
+        let counts =
+            |a: &&Accusation| a.peer != but && is_meant(a) && now.since(a.at) < EVIDENCE_WINDOW;
         let alone = |a: &&Accusation| {
             self.records.get(&a.peer).is_none_or(|record| {
-                let is_shared = record.accusers.iter().any(|other| other.peer != reporter && is_meant(other));
+                let is_shared = record
+                    .accusers
+                    .iter()
+                    .any(|other| other.peer != reporter && is_meant(other));
                 !is_shared || charge.is_some() && record.refutes(a)
             })
         };
-        self.records
-            .get(&reporter)
-            .map_or(0, |record| record.accused.iter().filter(counts).filter(alone).count())
+        self.records.get(&reporter).map_or(0, |record| {
+            record.accused.iter().filter(counts).filter(alone).count()
+        })
     }
 
     /// How many of those it accuses of what isolates are isolated: no report is taken on an isolated peer, so it helped.
     fn verdicts(&self, now: Time, reporter: PeerId) -> usize {
-        let Some(record) = self.records.get(&reporter) else { return 0 };
-        let helped = |a: &&Accusation| a.charge.verdict().is_some() && self.is_isolated(now, a.peer);
+        let Some(record) = self.records.get(&reporter) else {
+            return 0;
+        };
+        let helped =
+            |a: &&Accusation| a.charge.verdict().is_some() && self.is_isolated(now, a.peer);
         record.accused.iter().filter(helped).count()
     }
 
@@ -403,12 +476,35 @@ mod tests {
             ("one reporter, often", &[(1, 9), (1, 9), (1, 9)], nobody),
             ("about itself", &[(9, 9), (1, 9)], nobody),
             ("two reporters", &[(1, 9), (2, 9)], &[peer(9)]),
-            ("one liar about everybody", &[(1, 2), (1, 3), (1, 4), (1, 5), (1, 6)], nobody),
-            ("a liar has no vote beside another's", &[(1, 2), (1, 3), (1, 4), (1, 5), (7, 5)], nobody),
-            ("an isolated peer has no vote", &[(1, 9), (2, 9), (9, 3), (1, 3)], &[peer(9)]),
+            (
+                "one liar about everybody",
+                &[(1, 2), (1, 3), (1, 4), (1, 5), (1, 6)],
+                nobody,
+            ),
+            (
+                "a liar has no vote beside another's",
+                &[(1, 2), (1, 3), (1, 4), (1, 5), (7, 5)],
+                nobody,
+            ),
+            (
+                "an isolated peer has no vote",
+                &[(1, 9), (2, 9), (9, 3), (1, 3)],
+                &[peer(9)],
+            ),
             (
                 "two liars isolate few",
-                &[(1, 3), (2, 3), (1, 4), (2, 4), (1, 5), (2, 5), (1, 6), (2, 6), (1, 7), (2, 7)],
+                &[
+                    (1, 3),
+                    (2, 3),
+                    (1, 4),
+                    (2, 4),
+                    (1, 5),
+                    (2, 5),
+                    (1, 6),
+                    (2, 6),
+                    (1, 7),
+                    (2, 7),
+                ],
                 &[peer(3), peer(4), peer(5)],
             ),
         ];
@@ -421,7 +517,13 @@ mod tests {
     fn failures_never_isolate_and_are_forgiven() {
         let mut conduct = Conduct::default();
         for reporter in 1..30 {
-            assert!(!conduct.report(at(0), peer(reporter), peer(99), Standing::Peer, ReportKind::Failed));
+            assert!(!conduct.report(
+                at(0),
+                peer(reporter),
+                peer(99),
+                Standing::Peer,
+                ReportKind::Failed
+            ));
         }
         assert!(conduct.isolated(at(0)).is_empty());
         assert!(conduct.suspicion(at(0), peer(99)) > 0.9);
@@ -434,12 +536,28 @@ mod tests {
         use ReportKind::{NotHeld, Served, Stalled};
         type Case<'a> = (&'a str, &'a [(u64, u8, ReportKind)], bool);
         let cases: &[Case<'_>] = &[
-            ("one reporter, often", &[(0, 1, Stalled), (1, 1, NotHeld), (2, 1, Stalled)], false),
+            (
+                "one reporter, often",
+                &[(0, 1, Stalled), (1, 1, NotHeld), (2, 1, Stalled)],
+                false,
+            ),
             ("two reporters", &[(0, 1, Stalled), (5, 2, NotHeld)], true),
             ("too far apart", &[(0, 1, Stalled), (31, 2, Stalled)], false),
-            ("a third got something between", &[(0, 1, Stalled), (3, 3, Served(1)), (5, 2, Stalled)], false),
-            ("and then no more", &[(3, 3, Served(1)), (4, 1, Stalled), (5, 2, Stalled)], true),
-            ("its own word is none", &[(0, 1, Stalled), (3, 9, Served(1)), (5, 2, Stalled)], true),
+            (
+                "a third got something between",
+                &[(0, 1, Stalled), (3, 3, Served(1)), (5, 2, Stalled)],
+                false,
+            ),
+            (
+                "and then no more",
+                &[(3, 3, Served(1)), (4, 1, Stalled), (5, 2, Stalled)],
+                true,
+            ),
+            (
+                "its own word is none",
+                &[(0, 1, Stalled), (3, 9, Served(1)), (5, 2, Stalled)],
+                true,
+            ),
         ];
         for (name, reports, isolated) in cases {
             let mut conduct = Conduct::default();
@@ -454,8 +572,20 @@ mod tests {
     fn who_was_refuted_has_no_vote_on_stalls() {
         let mut conduct = Conduct::default();
         for accused in 10..13 {
-            conduct.report(at(0), peer(1), peer(accused), Standing::Peer, ReportKind::Stalled);
-            conduct.report(at(1), peer(2), peer(accused), Standing::Peer, ReportKind::Served(1));
+            conduct.report(
+                at(0),
+                peer(1),
+                peer(accused),
+                Standing::Peer,
+                ReportKind::Stalled,
+            );
+            conduct.report(
+                at(1),
+                peer(2),
+                peer(accused),
+                Standing::Peer,
+                ReportKind::Served(1),
+            );
         }
         conduct.report(at(2), peer(1), peer(9), Standing::Peer, ReportKind::Stalled);
         assert!(!conduct.report(at(3), peer(3), peer(9), Standing::Peer, ReportKind::Stalled));
@@ -467,7 +597,10 @@ mod tests {
         let mut conduct = Conduct::default();
         conduct.report(at(0), peer(1), peer(9), Standing::Peer, ReportKind::Stalled);
         conduct.report(at(0), peer(2), peer(9), Standing::Peer, ReportKind::Stalled);
-        assert_eq!(conduct.isolation(at(20), peer(9)), Some((Guilt::Stalled, Duration::from_secs(40))));
+        assert_eq!(
+            conduct.isolation(at(20), peer(9)),
+            Some((Guilt::Stalled, Duration::from_secs(40)))
+        );
         assert!(conduct.convict(at(1), peer(8), Guilt::Contradiction, ISOLATION));
         assert!(!conduct.convict(at(2), peer(8), Guilt::Contradiction, ISOLATION));
         assert!(conduct.sweep(at(60)), "the shorter one ends first");
@@ -478,7 +611,13 @@ mod tests {
     fn who_stalls_with_everybody_is_believed_less() {
         let mut conduct = Conduct::default();
         for accused in 2..40 {
-            conduct.report(at(0), peer(1), peer(accused), Standing::Peer, ReportKind::Failed);
+            conduct.report(
+                at(0),
+                peer(1),
+                peer(accused),
+                Standing::Peer,
+                ReportKind::Failed,
+            );
         }
         assert!(conduct.suspicion(at(0), peer(2)) > 0.05);
         assert!(conduct.suspicion(at(0), peer(39)) < 0.001);
@@ -487,15 +626,39 @@ mod tests {
     #[test]
     fn old_evidence_does_not_count() {
         let mut conduct = Conduct::default();
-        conduct.report(at(0), peer(1), peer(9), Standing::Peer, ReportKind::WrongBytes);
-        assert!(!conduct.report(at(601), peer(2), peer(9), Standing::Peer, ReportKind::WrongBytes));
+        conduct.report(
+            at(0),
+            peer(1),
+            peer(9),
+            Standing::Peer,
+            ReportKind::WrongBytes,
+        );
+        assert!(!conduct.report(
+            at(601),
+            peer(2),
+            peer(9),
+            Standing::Peer,
+            ReportKind::WrongBytes
+        ));
     }
 
     #[test]
     fn isolation_ends_in_probation_and_everything_fades() {
         let mut conduct = Conduct::default();
-        conduct.report(at(0), peer(1), peer(9), Standing::Peer, ReportKind::WrongBytes);
-        assert!(conduct.report(at(0), peer(2), peer(9), Standing::Peer, ReportKind::WrongBytes));
+        conduct.report(
+            at(0),
+            peer(1),
+            peer(9),
+            Standing::Peer,
+            ReportKind::WrongBytes,
+        );
+        assert!(conduct.report(
+            at(0),
+            peer(2),
+            peer(9),
+            Standing::Peer,
+            ReportKind::WrongBytes
+        ));
         assert!(conduct.is_isolated(at(599), peer(9)));
         assert!(!conduct.is_isolated(at(600), peer(9)));
         assert!(conduct.sweep(at(600)));
@@ -514,9 +677,24 @@ mod tests {
         use ReportKind::{Served, Stalled, WrongBytes};
         type Case<'a> = (&'a str, Standing, &'a [(u8, ReportKind)], bool);
         let cases: &[Case<'_>] = &[
-            ("two liars", Standing::Seed, &[(1, WrongBytes), (2, WrongBytes)], false),
-            ("three", Standing::Seed, &[(1, WrongBytes), (2, WrongBytes), (3, WrongBytes)], true),
-            ("three stalls", Standing::Seed, &[(1, Stalled), (2, Stalled), (3, Stalled)], true),
+            (
+                "two liars",
+                Standing::Seed,
+                &[(1, WrongBytes), (2, WrongBytes)],
+                false,
+            ),
+            (
+                "three",
+                Standing::Seed,
+                &[(1, WrongBytes), (2, WrongBytes), (3, WrongBytes)],
+                true,
+            ),
+            (
+                "three stalls",
+                Standing::Seed,
+                &[(1, Stalled), (2, Stalled), (3, Stalled)],
+                true,
+            ),
             (
                 "as many are content",
                 Standing::Seed,
@@ -546,14 +724,26 @@ mod tests {
             (
                 "the last one",
                 Standing::LastSeed,
-                &[(1, WrongBytes), (2, WrongBytes), (3, WrongBytes), (4, WrongBytes), (5, WrongBytes)],
+                &[
+                    (1, WrongBytes),
+                    (2, WrongBytes),
+                    (3, WrongBytes),
+                    (4, WrongBytes),
+                    (5, WrongBytes),
+                ],
                 false,
             ),
         ];
         for (name, standing, reports, isolated) in cases {
             let mut conduct = Conduct::default();
             for (second, (reporter, kind)) in reports.iter().enumerate() {
-                conduct.report(at(second as u64), peer(*reporter), peer(9), *standing, *kind);
+                conduct.report(
+                    at(second as u64),
+                    peer(*reporter),
+                    peer(9),
+                    *standing,
+                    *kind,
+                );
             }
             assert_eq!(conduct.is_isolated(at(9), peer(9)), *isolated, "{name}");
         }
@@ -563,7 +753,13 @@ mod tests {
     fn what_a_seed_served_is_bounded_and_fades() {
         let mut conduct = Conduct::default();
         for reporter in 0..200 {
-            conduct.report(at(0), peer(reporter), peer(201), Standing::Seed, ReportKind::Served(1));
+            conduct.report(
+                at(0),
+                peer(reporter),
+                peer(201),
+                Standing::Seed,
+                ReportKind::Served(1),
+            );
         }
         assert_eq!(conduct.records[&peer(201)].served.len(), SERVED_KEPT);
         conduct.sweep(at(600));

@@ -7,8 +7,8 @@ use rand::{Rng, RngExt};
 use super::slab::Slot;
 use super::task::{Copy, Election, Task};
 use super::{
-    ELECTION_STALL, GRACE, Guilt, ISOLATION, ISSUER_RETURNS, Output, POSTPONED_AT_MOST, POSTPONED_FOR,
-    REPORTERS_TO_ISOLATE, ReportKind, Standing, Swarm, Timer,
+    ELECTION_STALL, GRACE, Guilt, ISOLATION, ISSUER_RETURNS, Output, POSTPONED_AT_MOST,
+    POSTPONED_FOR, REPORTERS_TO_ISOLATE, ReportKind, Standing, Swarm, Timer,
 };
 use crate::Time;
 use crate::application::{Labels, Rule};
@@ -20,9 +20,19 @@ const TRIED: usize = 16;
 
 impl Swarm {
     /// Sees to it that somebody brings the task into the swarm: a seed, or the one elected peer.
-    pub(super) fn ensure_source<R: Rng + ?Sized>(&mut self, now: Time, rng: &mut R, task_slot: Slot) {
-        let open = self.tasks.get(task_slot).filter(|task| task.is_ours() && task.election.is_none());
-        let Some(task) = open.filter(|_| now >= self.elects_from) else { return };
+    pub(super) fn ensure_source<R: Rng + ?Sized>(
+        &mut self,
+        now: Time,
+        rng: &mut R,
+        task_slot: Slot,
+    ) {
+        let open = self
+            .tasks
+            .get(task_slot)
+            .filter(|task| task.is_ours() && task.election.is_none());
+        let Some(task) = open.filter(|_| now >= self.elects_from) else {
+            return;
+        };
         let named = task.named_issuers();
         let most_named = named.iter().max_by_key(|(peer, count)| (**count, **peer));
         if let Some((issuer, count)) = most_named.map(|(peer, count)| (*peer, *count)) {
@@ -44,18 +54,35 @@ impl Swarm {
 
     /// Whether the task's application and tag have fewer elected peers than they may; else it waits for its turn.
     fn may_elect(&mut self, now: Time, task_slot: Slot) -> bool {
-        if self.applications.rules().iter().all(|rule| rule.limits.origins.is_none()) {
+        if self
+            .applications
+            .rules()
+            .iter()
+            .all(|rule| rule.limits.origins.is_none())
+        {
             return true;
         }
-        let Some(purpose) = self.tasks.get(task_slot).map(Task::purpose) else { return false };
+        let Some(purpose) = self.tasks.get(task_slot).map(Task::purpose) else {
+            return false;
+        };
         let is_full = |rule: &&Rule| {
             let most = rule.limits.origins.map(|most| most as usize);
             most.is_some_and(|most| self.elections(&rule.labels).take(most).count() >= most)
         };
-        let full = self.applications.of(&purpose.labels).find(is_full).map(|rule| rule.labels.clone());
-        let Some(task) = self.tasks.get_mut(task_slot) else { return false };
-        let overdue = task.postponed_at.is_some_and(|since| now.since(since) >= POSTPONED_AT_MOST);
-        let Some(full) = full.filter(|_| !overdue) else { return true };
+        let full = self
+            .applications
+            .of(&purpose.labels)
+            .find(is_full)
+            .map(|rule| rule.labels.clone());
+        let Some(task) = self.tasks.get_mut(task_slot) else {
+            return false;
+        };
+        let overdue = task
+            .postponed_at
+            .is_some_and(|since| now.since(since) >= POSTPONED_AT_MOST);
+        let Some(full) = full.filter(|_| !overdue) else {
+            return true;
+        };
         if task.postponed_at.is_none() {
             *self.postponements.entry(full).or_default() += 1;
         }
@@ -85,7 +112,11 @@ impl Swarm {
         self.looks_at_postponed = false;
         for (_, _, task_slot) in std::mem::take(&mut self.postponed) {
             self.ensure_source(now, rng, task_slot);
-            if self.tasks.get(task_slot).is_some_and(|task| task.postponed_at.is_some()) {
+            if self
+                .tasks
+                .get(task_slot)
+                .is_some_and(|task| task.postponed_at.is_some())
+            {
                 self.tell_all(now, task_slot, Duration::ZERO);
             }
         }
@@ -95,7 +126,9 @@ impl Swarm {
     /// task, which comes to this scheduler just now, by a restart or because another one is gone.
     fn awaits_issuer(&self, now: Time, task: &Task, issuer: PeerId) -> Option<Time> {
         let slot = self.by_id.get(&issuer).copied();
-        let is_here = slot.and_then(|slot| self.peers.get(slot)).is_some_and(|peer| peer.gone_at.is_none());
+        let is_here = slot
+            .and_then(|slot| self.peers.get(slot))
+            .is_some_and(|peer| peer.gone_at.is_none());
         let until = match (is_here, slot.and_then(|slot| task.copy(slot))) {
             _ if self.conduct.is_isolated(now, issuer) => return None,
             (false, _) => self.elects_from + ISSUER_RETURNS,
@@ -113,8 +146,18 @@ impl Swarm {
     }
 
     /// A peer no longer counts as elected; where it was, somebody else takes over.
-    pub(super) fn dismiss<R: Rng + ?Sized>(&mut self, now: Time, rng: &mut R, task_slot: Slot, slot: Slot) {
-        let Some(task) = self.tasks.get_mut(task_slot).filter(|task| task.elected() == Some(slot)) else {
+    pub(super) fn dismiss<R: Rng + ?Sized>(
+        &mut self,
+        now: Time,
+        rng: &mut R,
+        task_slot: Slot,
+        slot: Slot,
+    ) {
+        let Some(task) = self
+            .tasks
+            .get_mut(task_slot)
+            .filter(|task| task.elected() == Some(slot))
+        else {
             return;
         };
         task.election = None;
@@ -128,16 +171,30 @@ impl Swarm {
 
     /// Somebody wants the task again: from now on its elected peer is expected to get on.
     pub(super) fn watch_election(&mut self, now: Time, task_slot: Slot) {
-        if let Some(election) = self.tasks.get_mut(task_slot).and_then(|task| task.election.as_mut()) {
+        if let Some(election) = self
+            .tasks
+            .get_mut(task_slot)
+            .and_then(|task| task.election.as_mut())
+        {
             election.progress_at = now;
-            self.timers.insert((now + ELECTION_STALL, Timer::Stall(task_slot)));
+            self.timers
+                .insert((now + ELECTION_STALL, Timer::Stall(task_slot)));
         }
     }
 
     /// Replaces an elected peer that announced nothing new for too long.
-    pub(super) fn check_election<R: Rng + ?Sized>(&mut self, now: Time, rng: &mut R, task_slot: Slot) {
-        let Some(task) = self.tasks.get(task_slot).filter(|task| task.wanting > 0) else { return };
-        let Some(election) = &task.election else { return };
+    pub(super) fn check_election<R: Rng + ?Sized>(
+        &mut self,
+        now: Time,
+        rng: &mut R,
+        task_slot: Slot,
+    ) {
+        let Some(task) = self.tasks.get(task_slot).filter(|task| task.wanting > 0) else {
+            return;
+        };
+        let Some(election) = &task.election else {
+            return;
+        };
         if task.copy(election.peer).is_some_and(|copy| copy.complete) {
             // Done; unless it loses its copy.
             self.watch_election(now, task_slot);
@@ -156,8 +213,16 @@ impl Swarm {
         self.elect(now, rng, task_slot, tried);
     }
 
-    fn elect<R: Rng + ?Sized>(&mut self, now: Time, rng: &mut R, task_slot: Slot, tried: Vec<Slot>) {
-        let Some(task) = self.tasks.get(task_slot) else { return };
+    fn elect<R: Rng + ?Sized>(
+        &mut self,
+        now: Time,
+        rng: &mut R,
+        task_slot: Slot,
+        tried: Vec<Slot>,
+    ) {
+        let Some(task) = self.tasks.get(task_slot) else {
+            return;
+        };
         // Whoever issued before is believed already; a complete holder only has to sign; then whoever has to read least.
         // Equals: by chance.
         let named = task.named_issuers();
@@ -165,15 +230,32 @@ impl Swarm {
             let peer = self.peers.get(copy.peer).map(|peer| peer.about.peer);
             peer.and_then(|peer| named.get(&peer).copied()).unwrap_or(0)
         };
-        let rank = |copy: &Copy| (!tried.contains(&copy.peer), named(copy), copy.complete, copy.pieces);
+        let rank = |copy: &Copy| {
+            (
+                !tried.contains(&copy.peer),
+                named(copy),
+                copy.complete,
+                copy.pieces,
+            )
+        };
         let private = task.is_private();
-        let eligible = task.copies.iter().filter(|copy| self.is_eligible(now, copy, private));
-        let elected = eligible.map(|copy| (rank(copy), rng.random::<u32>(), copy.peer)).max();
+        let eligible = task
+            .copies
+            .iter()
+            .filter(|copy| self.is_eligible(now, copy, private));
+        let elected = eligible
+            .map(|copy| (rank(copy), rng.random::<u32>(), copy.peer))
+            .max();
         let Some((_, _, peer)) = elected else { return };
         let is_waiting = task.copy(peer).is_some_and(|copy| copy.want.is_some());
         if let Some(task) = self.tasks.get_mut(task_slot) {
             let labels = task.purpose().labels;
-            task.election = Some(Election { peer, progress_at: now, tried, labels });
+            task.election = Some(Election {
+                peer,
+                progress_at: now,
+                tried,
+                labels,
+            });
             task.postponed_at = None;
         }
         self.watch_election(now, task_slot);
@@ -184,13 +266,22 @@ impl Swarm {
     }
 
     fn is_eligible(&self, now: Time, copy: &Copy, private: bool) -> bool {
-        let reads = copy.want.as_ref().is_some_and(|want| !want.guest && (want.reads || !private))
-            && self.peers.get(copy.peer).is_some_and(|peer| peer.about.reads_origins);
+        let reads = copy
+            .want
+            .as_ref()
+            .is_some_and(|want| !want.guest && (want.reads || !private))
+            && self
+                .peers
+                .get(copy.peer)
+                .is_some_and(|peer| peer.about.reads_origins);
         (copy.complete || reads) && self.is_namable(now, copy.peer)
     }
 
     /// Takes in a report, as far as the reporter's allowance goes.
-    #[expect(clippy::too_many_arguments, reason = "they are what the peer said, one by one")]
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "they are what the peer said, one by one"
+    )]
     pub(super) fn report<R: Rng + ?Sized>(
         &mut self,
         now: Time,
@@ -201,12 +292,17 @@ impl Swarm {
         kind: ReportKind,
         is_vouched_for: bool,
     ) {
-        let (Some(from), Some(about)) =
-            (self.by_id.get(&reporter).copied(), self.by_id.get(&accused).copied())
-        else {
+        let (Some(from), Some(about)) = (
+            self.by_id.get(&reporter).copied(),
+            self.by_id.get(&accused).copied(),
+        ) else {
             return;
         };
-        if !self.peers.get_mut(from).is_some_and(|peer| peer.may_report(now)) {
+        if !self
+            .peers
+            .get_mut(from)
+            .is_some_and(|peer| peer.may_report(now))
+        {
             return;
         }
         let is_accusation = !matches!(kind, ReportKind::Served(_));
@@ -214,9 +310,16 @@ impl Swarm {
             return;
         }
         if kind == ReportKind::WrongBytes && !is_vouched_for {
-            self.outputs.push_back(Output::Vouched { reporter, peer: accused, task: *task, kind });
+            self.outputs.push_back(Output::Vouched {
+                reporter,
+                peer: accused,
+                task: *task,
+                kind,
+            });
         }
-        let Some(peer) = self.peers.get_mut(about) else { return };
+        let Some(peer) = self.peers.get_mut(about) else {
+            return;
+        };
         if let ReportKind::Served(bytes) = kind {
             peer.served_bytes = peer.served_bytes.saturating_add(bytes);
         } else if kind != ReportKind::WrongBytes && peer.gone_at.is_some() {
@@ -231,7 +334,9 @@ impl Swarm {
 
     /// Whether one of the two was named to the other for this task: transfers go both ways over a link.
     fn have_met(&self, one: Slot, other: Slot, task: &Digest) -> bool {
-        let (Some(one), Some(other)) = (self.peers.get(one), self.peers.get(other)) else { return false };
+        let (Some(one), Some(other)) = (self.peers.get(one), self.peers.get(other)) else {
+            return false;
+        };
         one.was_named(other.about.peer, task) || other.was_named(one.about.peer, task)
     }
 
@@ -239,9 +344,19 @@ impl Swarm {
         if !self.seeds.contains_key(&accused) {
             return Standing::Peer;
         }
-        let is_here = |slot: &Slot| self.peers.get(*slot).is_some_and(|peer| peer.gone_at.is_none());
-        let others = self.seeds.iter().filter(|(seed, slot)| **seed != accused && is_here(slot));
-        match others.map(|(seed, _)| *seed).any(|seed| !self.conduct.is_isolated(now, seed)) {
+        let is_here = |slot: &Slot| {
+            self.peers
+                .get(*slot)
+                .is_some_and(|peer| peer.gone_at.is_none())
+        };
+        let others = self
+            .seeds
+            .iter()
+            .filter(|(seed, slot)| **seed != accused && is_here(slot));
+        match others
+            .map(|(seed, _)| *seed)
+            .any(|seed| !self.conduct.is_isolated(now, seed))
+        {
             true => Standing::Seed,
             false => Standing::LastSeed,
         }
@@ -251,7 +366,9 @@ impl Swarm {
     pub(super) fn contradicted<R: Rng + ?Sized>(&mut self, now: Time, rng: &mut R, issuer: PeerId) {
         let slot = self.by_id.get(&issuer).copied();
         if let Some(slot) = slot
-            && self.conduct.convict(now, issuer, Guilt::Contradiction, ISOLATION)
+            && self
+                .conduct
+                .convict(now, issuer, Guilt::Contradiction, ISOLATION)
         {
             self.isolate(now, rng, slot);
         }
@@ -263,11 +380,17 @@ impl Swarm {
         if let Some((guilt, _)) = id.and_then(|peer| self.conduct.isolation(now, peer)) {
             *self.isolations.entry(guilt).or_default() += 1;
         }
-        self.outputs.push_back(Output::Isolated(self.conduct.isolated(now)));
-        let Some(peer) = self.peers.get_mut(slot) else { return };
+        self.outputs
+            .push_back(Output::Isolated(self.conduct.isolated(now)));
+        let Some(peer) = self.peers.get_mut(slot) else {
+            return;
+        };
         peer.children = 0;
         for task_slot in peer.tasks.iter().copied().collect::<Vec<_>>() {
-            let copy = self.tasks.get_mut(task_slot).and_then(|task| task.copy_mut(slot));
+            let copy = self
+                .tasks
+                .get_mut(task_slot)
+                .and_then(|task| task.copy_mut(slot));
             let children = copy.map_or(0, |copy| std::mem::take(&mut copy.children));
             self.unlink(now, task_slot, slot, children);
             self.dismiss(now, rng, task_slot, slot);

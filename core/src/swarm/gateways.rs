@@ -30,11 +30,17 @@ pub(super) struct Gateways {
 
 impl Gateways {
     const fn new(now: Time) -> Self {
-        Self { takers: [None; SHARES as usize], since: now }
+        Self {
+            takers: [None; SHARES as usize],
+            since: now,
+        }
     }
 
     fn shares(&self, taker: Option<Slot>) -> impl Iterator<Item = usize> + '_ {
-        (0..).zip(&self.takers).filter(move |(_, other)| **other == taker).map(|(share, _)| share)
+        (0..)
+            .zip(&self.takers)
+            .filter(move |(_, other)| **other == taker)
+            .map(|(share, _)| share)
     }
 
     fn has(&self, slot: Slot) -> bool {
@@ -44,13 +50,22 @@ impl Gateways {
     /// One more takes what is free, `most` shares of it, or one of those who have several. Whose share it got.
     fn add(&mut self, slot: Slot, most: usize) -> Option<Slot> {
         let free: Vec<usize> = self.shares(None).take(most).collect();
-        free.iter().for_each(|share| self.takers[*share] = Some(slot));
+        free.iter()
+            .for_each(|share| self.takers[*share] = Some(slot));
         if !free.is_empty() || self.has(slot) {
             return None;
         }
         let count = |taker: Slot| self.shares(Some(taker)).count();
-        let richest = self.takers.iter().flatten().copied().max_by_key(|taker| count(*taker))?;
-        let share = self.shares(Some(richest)).last().filter(|_| count(richest) > 1)?;
+        let richest = self
+            .takers
+            .iter()
+            .flatten()
+            .copied()
+            .max_by_key(|taker| count(*taker))?;
+        let share = self
+            .shares(Some(richest))
+            .last()
+            .filter(|_| count(richest) > 1)?;
         self.takers[share] = Some(slot);
         Some(richest)
     }
@@ -67,23 +82,41 @@ impl Swarm {
 
     /// Makes a child a gateway of its zone where that needs one.
     pub(super) fn open_gate(&mut self, now: Time, task_slot: Slot, child: Slot) {
-        let (Some(task), Some(peer)) = (self.tasks.get(task_slot), self.peers.get(child)) else { return };
-        let wants = task.copy(child).and_then(|copy| copy.want.as_deref()).is_some_and(|want| !want.partial);
+        let (Some(task), Some(peer)) = (self.tasks.get(task_slot), self.peers.get(child)) else {
+            return;
+        };
+        let wants = task
+            .copy(child)
+            .and_then(|copy| copy.want.as_deref())
+            .is_some_and(|want| !want.partial);
         if !self.has_zones() || !wants || self.is_seed(child) {
             return;
         }
         let zone = Arc::clone(&peer.about.place.zone);
         let here = self.zones.get(&zone).copied().unwrap_or(1).clamp(1, SHARES);
         let is_new = !task.gateways.contains_key(&zone);
-        let mut gateways = task.gateways.get(&zone).cloned().unwrap_or_else(|| Gateways::new(now));
+        let mut gateways = task
+            .gateways
+            .get(&zone)
+            .cloned()
+            .unwrap_or_else(|| Gateways::new(now));
         for taker in &mut gateways.takers {
             let brings = |copy: &Copy| copy.complete || copy.want.is_some();
-            let counts = |slot: &Slot| task.copy(*slot).is_some_and(brings) && self.is_namable(now, *slot);
+            let counts =
+                |slot: &Slot| task.copy(*slot).is_some_and(brings) && self.is_namable(now, *slot);
             *taker = taker.filter(|slot| counts(slot) && self.is_near(*slot, child));
         }
         let settled = now.since(gateways.since) >= SETTLES_AFTER;
-        let most = if settled { SHARES } else { SHARES.div_ceil(here) };
-        let most = if gateways.has(child) && !settled { 0 } else { most as usize };
+        let most = if settled {
+            SHARES
+        } else {
+            SHARES.div_ceil(here)
+        };
+        let most = if gateways.has(child) && !settled {
+            0
+        } else {
+            most as usize
+        };
         let poorer = gateways.add(child, most);
         if let Some(task) = self.tasks.get_mut(task_slot) {
             task.gateways.insert(zone, gateways);
@@ -92,7 +125,8 @@ impl Swarm {
             self.tell_soon(now, task_slot, poorer);
         }
         if is_new && here > 1 {
-            self.timers.insert((now + SETTLES_AFTER, Timer::Settle(task_slot, child)));
+            self.timers
+                .insert((now + SETTLES_AFTER, Timer::Settle(task_slot, child)));
         }
     }
 
@@ -101,8 +135,12 @@ impl Swarm {
         if !self.has_zones() || !self.is_gateway(task_slot, slot) {
             return;
         }
-        let Some(task) = self.tasks.get(task_slot) else { return };
-        let heir = task.wanters().find(|wanter| *wanter != slot && self.is_near(*wanter, slot));
+        let Some(task) = self.tasks.get(task_slot) else {
+            return;
+        };
+        let heir = task
+            .wanters()
+            .find(|wanter| *wanter != slot && self.is_near(*wanter, slot));
         if let Some(heir) = heir {
             self.tell_soon(now, task_slot, heir);
         }
@@ -110,12 +148,16 @@ impl Swarm {
 
     /// The gateways of a peer's zone.
     fn gateways(&self, task_slot: Slot, slot: Slot) -> Option<&Gateways> {
-        self.tasks.get(task_slot)?.gateways.get(&self.peers.get(slot)?.about.place.zone)
+        self.tasks
+            .get(task_slot)?
+            .gateways
+            .get(&self.peers.get(slot)?.about.place.zone)
     }
 
     /// Whether a peer is a gateway of its zone.
     pub(super) fn is_gateway(&self, task_slot: Slot, slot: Slot) -> bool {
-        self.gateways(task_slot, slot).is_some_and(|gateways| gateways.has(slot))
+        self.gateways(task_slot, slot)
+            .is_some_and(|gateways| gateways.has(slot))
     }
 
     /// Parents in other zones for a gateway: gateways there.
@@ -128,7 +170,10 @@ impl Swarm {
         if shares.is_empty() {
             return Vec::new();
         }
-        let elsewhere = task.gateways.iter().filter(|(zone, _)| **zone != peer.about.place.zone);
+        let elsewhere = task
+            .gateways
+            .iter()
+            .filter(|(zone, _)| **zone != peer.about.place.zone);
         let mut ranked: BTreeMap<Slot, (bool, Slot)> = BTreeMap::new();
         for (share, taker) in elsewhere.flat_map(|(_, gateways)| (0..).zip(gateways.takers)) {
             let Some(taker) =
@@ -141,15 +186,23 @@ impl Swarm {
             let rank = ranked.entry(taker).or_insert((true, lot));
             rank.0 &= !shares.contains(&share);
         }
-        let mut ranked: Vec<((bool, Slot), Slot)> =
-            ranked.into_iter().map(|(slot, rank)| (rank, slot)).collect();
+        let mut ranked: Vec<((bool, Slot), Slot)> = ranked
+            .into_iter()
+            .map(|(slot, rank)| (rank, slot))
+            .collect();
         ranked.sort_unstable();
-        ranked.into_iter().take(FAR_PARENTS).map(|(_, slot)| slot).collect()
+        ranked
+            .into_iter()
+            .take(FAR_PARENTS)
+            .map(|(_, slot)| slot)
+            .collect()
     }
 
     /// What a child is to take from other zones.
     pub(super) fn share(&self, now: Time, task_slot: Slot, child: Slot) -> Share {
-        let Some(task) = self.tasks.get(task_slot) else { return Share::ALL };
+        let Some(task) = self.tasks.get(task_slot) else {
+            return Share::ALL;
+        };
         let want = task.copy(child).and_then(|copy| copy.want.as_deref());
         // Whom its own zone did not suffice takes all from anywhere.
         if !self.has_zones() || self.is_seed(child) || want.is_none_or(|want| want.again) {
@@ -167,12 +220,17 @@ impl Swarm {
             (is_complete || reads) && self.is_near(source, child)
         };
         if want.is_some_and(|want| want.parents.iter().any(has_all))
-            || self.sources(now, task_slot, child, true).into_iter().any(brings)
+            || self
+                .sources(now, task_slot, child, true)
+                .into_iter()
+                .any(brings)
         {
             return Share::NONE;
         }
         let gateways = self.gateways(task_slot, child);
-        gateways.map_or(Share::NONE, |gateways| Share::of(gateways.shares(Some(child))))
+        gateways.map_or(Share::NONE, |gateways| {
+            Share::of(gateways.shares(Some(child)))
+        })
     }
 }
 

@@ -9,8 +9,8 @@ use super::gateways::FAR_PARENTS;
 use super::slab::Slot;
 use super::task::{Copy, Task};
 use super::{
-    MAX_COMPLETE, MAX_PARENTS, MAX_SEEDS, MESH_DEGREE, Nearness, Output, PUSH_DELAY, PUSH_DOUBLINGS, Place,
-    SAMPLE, SOURCE_CHILDREN, Swarm, Timer,
+    MAX_COMPLETE, MAX_PARENTS, MAX_SEEDS, MESH_DEGREE, Nearness, Output, PUSH_DELAY,
+    PUSH_DOUBLINGS, Place, SAMPLE, SOURCE_CHILDREN, Swarm, Timer,
 };
 use crate::Time;
 use crate::message::Role;
@@ -29,8 +29,12 @@ impl Swarm {
         again: bool,
     ) {
         for source in self.sources(now, task_slot, child, again) {
-            self.peers.get_mut(source).map(|peer| peer.tasks.insert(task_slot));
-            self.tasks.get_mut(task_slot).map(|task| task.copy_or_empty(source).peer);
+            self.peers
+                .get_mut(source)
+                .map(|peer| peer.tasks.insert(task_slot));
+            self.tasks
+                .get_mut(task_slot)
+                .map(|task| task.copy_or_empty(source).peer);
             self.link_both(now, task_slot, child, source);
         }
         self.open_gate(now, task_slot, child);
@@ -56,11 +60,16 @@ impl Swarm {
         task_slot: Slot,
         holder: Slot,
     ) {
-        let Some(task) = self.tasks.get(task_slot).filter(|task| task.wanting > 0) else { return };
-        let Some(copy) = task.copy(holder).filter(|_| self.is_namable(now, holder)) else { return };
+        let Some(task) = self.tasks.get(task_slot).filter(|task| task.wanting > 0) else {
+            return;
+        };
+        let Some(copy) = task.copy(holder).filter(|_| self.is_namable(now, holder)) else {
+            return;
+        };
         let mut room = (MESH_DEGREE as u32).saturating_sub(copy.children);
-        let may =
-            |child: Slot| self.is_near(child, holder) || copy.complete && self.is_gateway(task_slot, child);
+        let may = |child: Slot| {
+            self.is_near(child, holder) || copy.complete && self.is_gateway(task_slot, child)
+        };
         let wanters: Vec<Slot> = sample(rng, &task.copies)
             .filter(|copy| copy.want.is_some())
             .map(|copy| copy.peer)
@@ -76,7 +85,9 @@ impl Swarm {
 
     /// Tells everybody who wants the task of their parents, after `delay`.
     pub(super) fn tell_all(&mut self, now: Time, task_slot: Slot, delay: Duration) {
-        let Some(task) = self.tasks.get(task_slot) else { return };
+        let Some(task) = self.tasks.get(task_slot) else {
+            return;
+        };
         for child in task.wanters().collect::<Vec<_>>() {
             self.tell_at(now + delay, task_slot, child);
         }
@@ -91,7 +102,10 @@ impl Swarm {
         task_slot: Slot,
         child: Slot,
     ) {
-        let want = self.tasks.get_mut(task_slot).and_then(|task| task.want_mut(child));
+        let want = self
+            .tasks
+            .get_mut(task_slot)
+            .and_then(|task| task.want_mut(child));
         if want.is_some_and(|want| want.push_at == Some(due)) {
             self.find_parents(now, rng, task_slot, child, &[], false);
             self.tell(now, task_slot, child);
@@ -103,7 +117,9 @@ impl Swarm {
         let spread = self.spread_for(now, task_slot, child);
         let named = self.named_issuer(now, task_slot, child);
         let share = self.share(now, task_slot, child);
-        let Some(task) = self.tasks.get_mut(task_slot) else { return };
+        let Some(task) = self.tasks.get_mut(task_slot) else {
+            return;
+        };
         let elected = task.elected();
         let mut parents = Vec::new();
         if let Some(want) = task.want_mut(child) {
@@ -111,7 +127,11 @@ impl Swarm {
             want.told = want.told.saturating_add(1);
             parents.clone_from(&want.parents);
         }
-        let is_seed = |slot: Slot| self.peers.get(slot).is_some_and(|peer| peer.about.role == Role::Seed);
+        let is_seed = |slot: Slot| {
+            self.peers
+                .get(slot)
+                .is_some_and(|peer| peer.about.role == Role::Seed)
+        };
         parents.sort_by_key(|parent| (!is_seed(*parent), Some(*parent) != elected));
         let id = |slot: Slot| self.peers.get(slot).map(|peer| peer.about.peer);
         let Some(to) = id(child) else { return };
@@ -131,13 +151,21 @@ impl Swarm {
     /// The issuer that a peer named, which counts for it as long as nobody is elected here.
     fn named_issuer(&self, now: Time, task_slot: Slot, child: Slot) -> Option<PeerId> {
         let copy = self.tasks.get(task_slot)?.copy(child)?;
-        copy.want.as_deref()?.issuer.filter(|issuer| !self.conduct.is_isolated(now, *issuer))
+        copy.want
+            .as_deref()?
+            .issuer
+            .filter(|issuer| !self.conduct.is_isolated(now, *issuer))
     }
 
     /// Over how many schedulers a peer is told that the task is spread.
     fn spread_for(&self, now: Time, task_slot: Slot, child: Slot) -> u32 {
-        let Some(task) = self.tasks.get(task_slot) else { return 0 };
-        let is_guest = task.copy(child).and_then(|copy| copy.want.as_deref()).is_some_and(|want| want.guest);
+        let Some(task) = self.tasks.get(task_slot) else {
+            return 0;
+        };
+        let is_guest = task
+            .copy(child)
+            .and_then(|copy| copy.want.as_deref())
+            .is_some_and(|want| want.guest);
         match is_guest {
             false => task.spread,
             true => u32::from(self.sources(now, task_slot, child, true).is_empty()),
@@ -146,10 +174,14 @@ impl Swarm {
 
     /// Takes a parent from all its children, who are told soon. `children`: how many it had.
     pub(super) fn unlink(&mut self, now: Time, task_slot: Slot, parent: Slot, children: u32) {
-        let Some(task) = self.tasks.get_mut(task_slot).filter(|_| children > 0) else { return };
+        let Some(task) = self.tasks.get_mut(task_slot).filter(|_| children > 0) else {
+            return;
+        };
         let mut orphans = Vec::new();
         for copy in &mut task.copies {
-            let Some(want) = copy.want.as_deref_mut() else { continue };
+            let Some(want) = copy.want.as_deref_mut() else {
+                continue;
+            };
             if let Some(at) = want.parents.iter().position(|other| *other == parent) {
                 want.parents.remove(at);
                 orphans.push(copy.peer);
@@ -162,8 +194,12 @@ impl Swarm {
 
     /// A child fewer for `parent`. A seed's copy that was only expected, and that nobody waits for any more, goes.
     pub(super) fn release(&mut self, task_slot: Slot, parent: Slot) {
-        let Some(task) = self.tasks.get_mut(task_slot) else { return };
-        let Some(copy) = task.copy_mut(parent) else { return };
+        let Some(task) = self.tasks.get_mut(task_slot) else {
+            return;
+        };
+        let Some(copy) = task.copy_mut(parent) else {
+            return;
+        };
         copy.children = copy.children.saturating_sub(1);
         let is_over = copy.children == 0 && copy.is_empty() && copy.want.is_none();
         if is_over {
@@ -179,24 +215,31 @@ impl Swarm {
 
     /// Whether a peer may be named: it is here and not isolated.
     pub(super) fn is_namable(&self, now: Time, slot: Slot) -> bool {
-        self.peers
-            .get(slot)
-            .is_some_and(|peer| peer.gone_at.is_none() && !self.conduct.is_isolated(now, peer.about.peer))
+        self.peers.get(slot).is_some_and(|peer| {
+            peer.gone_at.is_none() && !self.conduct.is_isolated(now, peer.about.peer)
+        })
     }
 
     pub(super) fn is_seed(&self, slot: Slot) -> bool {
-        self.peers.get(slot).is_some_and(|peer| peer.about.role == Role::Seed)
+        self.peers
+            .get(slot)
+            .is_some_and(|peer| peer.about.role == Role::Seed)
     }
 
     /// Whether two stand in the same zone.
     pub(super) fn is_near(&self, one: Slot, other: Slot) -> bool {
         let place = |slot: Slot| self.peers.get(slot).map(|peer| &peer.about.place);
-        place(one).zip(place(other)).is_some_and(|(one, other)| one.nearness(other) >= Nearness::Zone)
+        place(one)
+            .zip(place(other))
+            .is_some_and(|(one, other)| one.nearness(other) >= Nearness::Zone)
     }
 
     /// Seeds that are not isolated. One in its grace counts: it may be reading the origin all the while.
     pub(super) fn live_seeds(&self, now: Time) -> impl Iterator<Item = PeerId> + '_ {
-        self.seeds.keys().copied().filter(move |seed| !self.conduct.is_isolated(now, *seed))
+        self.seeds
+            .keys()
+            .copied()
+            .filter(move |seed| !self.conduct.is_isolated(now, *seed))
     }
 
     /// Names a parent to a child, and the child to the parent if that wants the task, too: it would have been told of the
@@ -211,9 +254,17 @@ impl Swarm {
     /// Makes `parent`, which has a copy, a parent of `child`. `false`: it is one, or the child has no room or no wish.
     fn link(&mut self, task_slot: Slot, child: Slot, parent: Slot) -> bool {
         // Near ones leave room for those elsewhere: without these a gateway is none.
-        let kept_free = if self.has_zones() && self.is_near(child, parent) { FAR_PARENTS } else { 0 };
-        let Some(task) = self.tasks.get_mut(task_slot).filter(|_| child != parent) else { return false };
-        let Some(want) = task.want_mut(child) else { return false };
+        let kept_free = if self.has_zones() && self.is_near(child, parent) {
+            FAR_PARENTS
+        } else {
+            0
+        };
+        let Some(task) = self.tasks.get_mut(task_slot).filter(|_| child != parent) else {
+            return false;
+        };
+        let Some(want) = task.want_mut(child) else {
+            return false;
+        };
         if want.parents.len() >= MAX_PARENTS - kept_free || want.parents.contains(&parent) {
             return false;
         }
@@ -222,7 +273,9 @@ impl Swarm {
             copy.children += 1;
         }
         let digest = task.digest;
-        let Some(peer) = self.peers.get_mut(parent) else { return true };
+        let Some(peer) = self.peers.get_mut(parent) else {
+            return true;
+        };
         peer.children += 1;
         let id = peer.about.peer;
         if let Some(peer) = self.peers.get_mut(child) {
@@ -233,24 +286,50 @@ impl Swarm {
 
     /// How many parents a child is still to get.
     fn room(&self, task_slot: Slot, child: Slot) -> usize {
-        let Some(task) = self.tasks.get(task_slot) else { return 0 };
+        let Some(task) = self.tasks.get(task_slot) else {
+            return 0;
+        };
         let all_know_all = task.copies.len() <= MAX_PARENTS + 1;
-        let target = if all_know_all { MAX_PARENTS } else { MESH_DEGREE };
-        let Some(want) = task.copy(child).and_then(|copy| copy.want.as_deref()) else { return 0 };
-        let near = want.parents.iter().filter(|parent| !self.has_zones() || self.is_near(**parent, child));
+        let target = if all_know_all {
+            MAX_PARENTS
+        } else {
+            MESH_DEGREE
+        };
+        let Some(want) = task.copy(child).and_then(|copy| copy.want.as_deref()) else {
+            return 0;
+        };
+        let near = want
+            .parents
+            .iter()
+            .filter(|parent| !self.has_zones() || self.is_near(**parent, child));
         target.saturating_sub(near.count())
     }
 
     fn complete_parents(&self, task_slot: Slot, child: Slot) -> usize {
-        let Some(task) = self.tasks.get(task_slot) else { return 0 };
-        let Some(want) = task.copy(child).and_then(|copy| copy.want.as_deref()) else { return 0 };
-        want.parents.iter().filter(|parent| task.copy(**parent).is_some_and(|copy| copy.complete)).count()
+        let Some(task) = self.tasks.get(task_slot) else {
+            return 0;
+        };
+        let Some(want) = task.copy(child).and_then(|copy| copy.want.as_deref()) else {
+            return 0;
+        };
+        want.parents
+            .iter()
+            .filter(|parent| task.copy(**parent).is_some_and(|copy| copy.complete))
+            .count()
     }
 
     /// Who brings the task into the swarm, and may be named to this child: the elected peer; else seeds that have the
     /// task or are getting it; else the seed that owns it.
-    pub(super) fn sources(&self, now: Time, task_slot: Slot, child: Slot, again: bool) -> Vec<Slot> {
-        let Some(task) = self.tasks.get(task_slot) else { return Vec::new() };
+    pub(super) fn sources(
+        &self,
+        now: Time,
+        task_slot: Slot,
+        child: Slot,
+        again: bool,
+    ) -> Vec<Slot> {
+        let Some(task) = self.tasks.get(task_slot) else {
+            return Vec::new();
+        };
         // A child's own wish makes it no source for itself.
         let part = |slot: Slot| task.copy(slot).filter(|_| slot != child);
         let mut seeds: Vec<Slot> = rendezvous::order(&task.digest, self.live_seeds(now))
@@ -258,14 +337,20 @@ impl Swarm {
             .filter_map(|seed| self.seeds.get(&seed).copied())
             .collect();
         // Where nobody is elected, the child may know from elsewhere who is.
-        let named =
-            self.named_issuer(now, task_slot, child).and_then(|issuer| self.by_id.get(&issuer).copied());
-        let reader = task.elected().or(named.filter(|issuer| self.is_namable(now, *issuer)));
+        let named = self
+            .named_issuer(now, task_slot, child)
+            .and_then(|issuer| self.by_id.get(&issuer).copied());
+        let reader = task
+            .elected()
+            .or(named.filter(|issuer| self.is_namable(now, *issuer)));
         let sources: Vec<Slot> = match reader {
             Some(elected) => {
-                let holders =
-                    seeds.into_iter().filter(|seed| part(*seed).is_some_and(|copy| !copy.is_empty()));
-                std::iter::once(elected).chain(holders.take(MAX_SEEDS)).collect()
+                let holders = seeds
+                    .into_iter()
+                    .filter(|seed| part(*seed).is_some_and(|copy| !copy.is_empty()));
+                std::iter::once(elected)
+                    .chain(holders.take(MAX_SEEDS))
+                    .collect()
             }
             None => {
                 seeds.sort_by_key(|seed| match part(*seed) {
@@ -285,9 +370,18 @@ impl Swarm {
             seeds_left = seeds_left.saturating_sub(usize::from(is_seed));
             may
         };
-        let has_room =
-            |slot: &Slot| again || task.copy(*slot).is_none_or(|copy| copy.children < SOURCE_CHILDREN);
-        sources.into_iter().filter(is_named).filter(|slot| *slot != child).filter(has_room).collect()
+        let has_room = |slot: &Slot| {
+            again
+                || task
+                    .copy(*slot)
+                    .is_none_or(|copy| copy.children < SOURCE_CHILDREN)
+        };
+        sources
+            .into_iter()
+            .filter(is_named)
+            .filter(|slot| *slot != child)
+            .filter(has_room)
+            .collect()
     }
 
     /// How many seeds are named to a child, if its application or its tag is limited in that.
@@ -313,8 +407,10 @@ impl Swarm {
         let (Some(task), Some(peer)) = (self.tasks.get(task_slot), self.peers.get(child)) else {
             return Vec::new();
         };
-        let named =
-            task.copy(child).and_then(|copy| copy.want.as_deref()).map_or(&[][..], |want| &want.parents);
+        let named = task
+            .copy(child)
+            .and_then(|copy| copy.want.as_deref())
+            .map_or(&[][..], |want| &want.parents);
         // Where these are limited, they are named as sources alone.
         let without_seeds = self.seeds_for(task, child).is_some();
         let is_gateway = self.is_gateway(task_slot, child);
@@ -326,10 +422,14 @@ impl Swarm {
         sample(rng, &task.copies)
             .filter(may)
             .filter(|copy| {
-                copy.peer != child && !named.contains(&copy.peer) && Some(copy.peer) != task.elected()
+                copy.peer != child
+                    && !named.contains(&copy.peer)
+                    && Some(copy.peer) != task.elected()
             })
             .filter(|copy| self.is_namable(now, copy.peer))
-            .filter_map(|copy| self.candidate(now, task, copy, &peer.about.place, tried, rng.random()))
+            .filter_map(|copy| {
+                self.candidate(now, task, copy, &peer.about.place, tried, rng.random())
+            })
             .collect()
     }
 
@@ -360,14 +460,27 @@ impl Swarm {
     }
 
     pub(super) fn tell_soon(&mut self, now: Time, task_slot: Slot, child: Slot) {
-        let told =
-            self.tasks.get_mut(task_slot).and_then(|task| task.want_mut(child)).map_or(0, |want| want.told);
-        self.tell_at(now + PUSH_DELAY * (1 << told.min(PUSH_DOUBLINGS)), task_slot, child);
+        let told = self
+            .tasks
+            .get_mut(task_slot)
+            .and_then(|task| task.want_mut(child))
+            .map_or(0, |want| want.told);
+        self.tell_at(
+            now + PUSH_DELAY * (1 << told.min(PUSH_DOUBLINGS)),
+            task_slot,
+            child,
+        );
     }
 
     /// Tells a child its parents at `due`, or when it is told anyway before that.
     pub(super) fn tell_at(&mut self, due: Time, task_slot: Slot, child: Slot) {
-        let Some(want) = self.tasks.get_mut(task_slot).and_then(|task| task.want_mut(child)) else { return };
+        let Some(want) = self
+            .tasks
+            .get_mut(task_slot)
+            .and_then(|task| task.want_mut(child))
+        else {
+            return;
+        };
         if want.push_at.is_none_or(|at| due < at) {
             want.push_at = Some(due);
             self.timers.insert((due, Timer::Push(task_slot, child)));
@@ -383,7 +496,9 @@ fn sample<'a, R: Rng + ?Sized>(
     let mut picks: Vec<usize> = if copies.len() <= SAMPLE {
         (0..copies.len()).collect()
     } else {
-        (0..SAMPLE).map(|_| rng.random_range(0..copies.len())).collect()
+        (0..SAMPLE)
+            .map(|_| rng.random_range(0..copies.len()))
+            .collect()
     };
     picks.sort_unstable();
     picks.dedup();

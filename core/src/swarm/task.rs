@@ -134,13 +134,24 @@ impl Task {
     }
 
     pub(super) fn copy_mut(&mut self, peer: Slot) -> Option<&mut Copy> {
-        self.position(peer).ok().and_then(|at| self.copies.get_mut(at))
+        self.position(peer)
+            .ok()
+            .and_then(|at| self.copies.get_mut(at))
     }
 
     /// The peer's copy; an empty one when there was none.
     pub(super) fn copy_or_empty(&mut self, peer: Slot) -> &mut Copy {
         let at = self.position(peer).unwrap_or_else(|at| {
-            self.copies.insert(at, Copy { peer, pieces: 0, children: 0, complete: false, want: None });
+            self.copies.insert(
+                at,
+                Copy {
+                    peer,
+                    pieces: 0,
+                    children: 0,
+                    complete: false,
+                    want: None,
+                },
+            );
             at
         });
         &mut self.copies[at]
@@ -149,7 +160,10 @@ impl Task {
     pub(super) fn take_copy(&mut self, peer: Slot) -> Option<Copy> {
         let at = self.position(peer).ok()?;
         let copy = self.copies.remove(at);
-        copy.want.as_deref().into_iter().for_each(|want| self.uncount(want));
+        copy.want
+            .as_deref()
+            .into_iter()
+            .for_each(|want| self.uncount(want));
         if self.copies.is_empty() {
             self.copies.shrink_to_fit();
         }
@@ -170,9 +184,13 @@ impl Task {
     /// Opens a peer's question, or changes it. The peer has a copy.
     pub(super) fn change_want(&mut self, peer: Slot, change: impl FnOnce(&mut Want)) {
         let was_named = self.naming > 0;
-        let Some(copy) = self.copy_mut(peer) else { return };
+        let Some(copy) = self.copy_mut(peer) else {
+            return;
+        };
         let mut want = copy.want.take();
-        want.as_deref().into_iter().for_each(|want| self.uncount(want));
+        want.as_deref()
+            .into_iter()
+            .for_each(|want| self.uncount(want));
         let mut want = want.take().unwrap_or_default();
         change(&mut want);
         self.wanting += 1;
@@ -218,7 +236,10 @@ impl Task {
         let mut named = BTreeMap::new();
         if self.naming > 0 {
             let wants = self.copies.iter().filter_map(|copy| copy.want.as_deref());
-            for issuer in wants.filter(|want| want.names_issuer()).filter_map(|want| want.issuer) {
+            for issuer in wants
+                .filter(|want| want.names_issuer())
+                .filter_map(|want| want.issuer)
+            {
                 *named.entry(issuer).or_default() += 1;
             }
         }
@@ -227,15 +248,20 @@ impl Task {
 
     /// What those who want it want it for, all together.
     pub(super) fn purpose(&self) -> Purpose {
-        let (default, wants) =
-            (Purpose::default(), self.copies.iter().filter_map(|copy| copy.want.as_deref()));
+        let (default, wants) = (
+            Purpose::default(),
+            self.copies.iter().filter_map(|copy| copy.want.as_deref()),
+        );
         let purposes = wants.map(|want| want.purpose.as_deref().unwrap_or(&default));
         Purpose::common(purposes).unwrap_or_default()
     }
 
     /// Who wants it, ascending.
     pub(super) fn wanters(&self) -> impl Iterator<Item = Slot> + '_ {
-        self.copies.iter().filter(|copy| copy.want.is_some()).map(|copy| copy.peer)
+        self.copies
+            .iter()
+            .filter(|copy| copy.want.is_some())
+            .map(|copy| copy.peer)
     }
 
     /// Whether seeds may not read it at its origin, by the word of somebody who may.
@@ -252,7 +278,9 @@ impl Task {
         if copy.complete {
             return 1.0;
         }
-        let pieces = self.size_bytes.map_or(u32::MAX, |size| PieceLayout::new(size).count());
+        let pieces = self
+            .size_bytes
+            .map_or(u32::MAX, |size| PieceLayout::new(size).count());
         copy.pieces as f32 / pieces.max(1) as f32
     }
 

@@ -32,7 +32,10 @@ fn registration(n: u32, role: Role, zone: &str) -> Registration {
     Registration {
         peer: peer(n),
         role,
-        place: Place { zone: zone.into(), ..Place::default() },
+        place: Place {
+            zone: zone.into(),
+            ..Place::default()
+        },
         upload_slots: 8,
         upload_rate_bytes: 0,
         reads_origins: true,
@@ -87,8 +90,24 @@ impl World {
     fn listen(&mut self) {
         while let Some(output) = self.swarm.poll() {
             match output.clone() {
-                Output::Parents { to, task, parents, issuer, fetch_from_origin, spread, share, later } => {
-                    let told = Told { parents, issuer, fetch_from_origin, spread, share, later };
+                Output::Parents {
+                    to,
+                    task,
+                    parents,
+                    issuer,
+                    fetch_from_origin,
+                    spread,
+                    share,
+                    later,
+                } => {
+                    let told = Told {
+                        parents,
+                        issuer,
+                        fetch_from_origin,
+                        spread,
+                        share,
+                        later,
+                    };
                     self.told.insert((to, task), told);
                 }
                 Output::Isolated(all) => self.isolated = all,
@@ -102,7 +121,10 @@ impl World {
     fn wait(&mut self, time: Duration) {
         let end = self.now + time;
         while let Some(deadline) = self.swarm.deadline().filter(|deadline| *deadline <= end) {
-            assert!(deadline >= self.now || deadline == Time::default(), "a deadline in the past");
+            assert!(
+                deadline >= self.now || deadline == Time::default(),
+                "a deadline in the past"
+            );
             self.now = deadline.max(self.now);
             self.swarm.tick(self.now, &mut self.rng);
             assert!(
@@ -130,22 +152,53 @@ impl World {
 
     fn want_on(&mut self, n: u32, t: u32, terms: Terms) {
         let (peer, task, size_bytes) = (peer(n), task(t), Some(20 * MIB));
-        self.input(Input::Want { peer, task, size_bytes, again: false, reads: false, terms });
+        self.input(Input::Want {
+            peer,
+            task,
+            size_bytes,
+            again: false,
+            reads: false,
+            terms,
+        });
     }
 
     /// A question for an application.
     fn want_for(&mut self, n: u32, t: u32, purpose: &Purpose) {
-        self.want_on(n, t, Terms { purpose: purpose.clone(), ..Terms::default() });
+        self.want_on(
+            n,
+            t,
+            Terms {
+                purpose: purpose.clone(),
+                ..Terms::default()
+            },
+        );
     }
 
     /// A question of somebody who was told who the issuer is, here before a restart or, as a guest, elsewhere.
     fn want_naming(&mut self, n: u32, t: u32, issuer: u32, guest: bool) {
-        self.want_on(n, t, Terms { issuer: Some(peer(issuer)), guest, ..Terms::default() });
+        self.want_on(
+            n,
+            t,
+            Terms {
+                issuer: Some(peer(issuer)),
+                guest,
+                ..Terms::default()
+            },
+        );
     }
 
     fn hold(&mut self, n: u32, t: u32, pieces: u32, complete: bool) {
-        let holding = Holding { task: task(t), size_bytes: 20 * MIB, pieces, complete };
-        self.input(Input::Holdings { peer: peer(n), replaces_all: false, holdings: vec![holding] });
+        let holding = Holding {
+            task: task(t),
+            size_bytes: 20 * MIB,
+            pieces,
+            complete,
+        };
+        self.input(Input::Holdings {
+            peer: peer(n),
+            replaces_all: false,
+            holdings: vec![holding],
+        });
     }
 
     fn leave(&mut self, n: u32) {
@@ -154,7 +207,13 @@ impl World {
 
     fn report(&mut self, reporter: u32, accused: u32, kind: ReportKind, is_vouched_for: bool) {
         let (reporter, peer) = (peer(reporter), peer(accused));
-        self.input(Input::Report { reporter, peer, task: task(1), kind, is_vouched_for });
+        self.input(Input::Report {
+            reporter,
+            peer,
+            task: task(1),
+            kind,
+            is_vouched_for,
+        });
     }
 
     /// Wrong bytes in task 1.
@@ -178,40 +237,81 @@ impl World {
     /// Who was told last to read the origin.
     fn readers(&self, t: u32) -> Vec<PeerId> {
         let of_task = self.told.iter().filter(|((_, told), _)| *told == task(t));
-        of_task.filter(|(_, told)| told.fetch_from_origin).map(|((peer, _), _)| *peer).collect()
+        of_task
+            .filter(|(_, told)| told.fetch_from_origin)
+            .map(|((peer, _), _)| *peer)
+            .collect()
     }
 
     /// Counts again, in the plain way, what the swarm keeps count of.
     fn audit(&self) {
         let swarm = &self.swarm;
         for (id, slot) in &swarm.by_id {
-            let here = swarm.peers.get(*slot).expect("by_id names peers that exist");
+            let here = swarm
+                .peers
+                .get(*slot)
+                .expect("by_id names peers that exist");
             assert_eq!(here.about.peer, *id);
-            let copies =
-                || here.tasks.iter().map(|task| swarm.tasks.get(*task).and_then(|task| task.copy(*slot)));
-            assert!(copies().all(|copy| copy.is_some()), "a peer's tasks have copies of it");
-            assert_eq!(here.children, copies().flatten().map(|copy| copy.children).sum::<u32>());
-            assert_eq!(here.wants as usize, copies().flatten().filter(|copy| copy.want.is_some()).count());
+            let copies = || {
+                here.tasks
+                    .iter()
+                    .map(|task| swarm.tasks.get(*task).and_then(|task| task.copy(*slot)))
+            };
+            assert!(
+                copies().all(|copy| copy.is_some()),
+                "a peer's tasks have copies of it"
+            );
+            assert_eq!(
+                here.children,
+                copies().flatten().map(|copy| copy.children).sum::<u32>()
+            );
+            assert_eq!(
+                here.wants as usize,
+                copies()
+                    .flatten()
+                    .filter(|copy| copy.want.is_some())
+                    .count()
+            );
         }
         assert_eq!(swarm.by_id.len(), swarm.peers.len());
         assert_eq!(swarm.by_digest.len(), swarm.tasks.len());
         assert_eq!(swarm.idle.len(), swarm.tasks.len());
         for (digest, slot) in &swarm.by_digest {
-            let task = swarm.tasks.get(*slot).expect("by_digest names tasks that exist");
+            let task = swarm
+                .tasks
+                .get(*slot)
+                .expect("by_digest names tasks that exist");
             assert_eq!(task.digest, *digest);
             assert!(task.copies.is_sorted_by_key(|copy| copy.peer) && !task.copies.is_empty());
             let wants = || task.copies.iter().filter_map(|copy| copy.want.as_deref());
             assert_eq!(task.wanting as usize, wants().count());
-            assert_eq!(task.readers as usize, wants().filter(|want| want.reads && !want.guest).count());
-            assert_eq!(task.guests as usize, wants().filter(|want| want.guest).count());
+            assert_eq!(
+                task.readers as usize,
+                wants().filter(|want| want.reads && !want.guest).count()
+            );
+            assert_eq!(
+                task.guests as usize,
+                wants().filter(|want| want.guest).count()
+            );
             let naming = wants().filter(|want| want.issuer.is_some() && !want.guest);
             assert_eq!(task.naming as usize, naming.count());
             assert_eq!(swarm.wanted.contains(slot), task.wanting > 0);
             for copy in &task.copies {
-                let lists =
-                    task.copies.iter().filter_map(|copy| copy.want.as_ref()).map(|want| &want.parents);
-                assert_eq!(copy.children as usize, lists.filter(|list| list.contains(&copy.peer)).count());
-                assert!(swarm.peers.get(copy.peer).is_some_and(|peer| peer.tasks.contains(slot)));
+                let lists = task
+                    .copies
+                    .iter()
+                    .filter_map(|copy| copy.want.as_ref())
+                    .map(|want| &want.parents);
+                assert_eq!(
+                    copy.children as usize,
+                    lists.filter(|list| list.contains(&copy.peer)).count()
+                );
+                assert!(
+                    swarm
+                        .peers
+                        .get(copy.peer)
+                        .is_some_and(|peer| peer.tasks.contains(slot))
+                );
                 for parent in copy.want.iter().flat_map(|want| &want.parents) {
                     assert!(task.copy(*parent).is_some(), "a parent has a copy");
                     assert_ne!(*parent, copy.peer, "nobody is its own parent");
@@ -236,7 +336,11 @@ fn in_a_small_burst_everybody_gets_everybody_and_the_seed_first() {
         assert_eq!(world.told(n, 1).issuer, None, "a seed needs no election");
     }
     assert!(world.readers(1).is_empty());
-    assert!(world.said.len() < 30 * 7, "news are gathered: {}", world.said.len());
+    assert!(
+        world.said.len() < 30 * 7,
+        "news are gathered: {}",
+        world.said.len()
+    );
     world.audit();
 }
 
@@ -260,11 +364,24 @@ fn in_a_big_burst_links_are_bounded_on_both_sides() {
     let mut children: BTreeMap<PeerId, usize> = BTreeMap::new();
     for n in 1..=1000 {
         let parents = world.parents(n, 1);
-        assert!((MESH_DEGREE..=MAX_PARENTS).contains(&parents.len()), "{n}: {}", parents.len());
-        parents.iter().for_each(|parent| *children.entry(*parent).or_default() += 1);
+        assert!(
+            (MESH_DEGREE..=MAX_PARENTS).contains(&parents.len()),
+            "{n}: {}",
+            parents.len()
+        );
+        parents
+            .iter()
+            .for_each(|parent| *children.entry(*parent).or_default() += 1);
     }
-    assert_eq!(children[&peer(0)], SOURCE_CHILDREN as usize, "the seed talks to some, not to all");
-    assert!(children.values().all(|count| *count <= 100), "nobody is everybody's parent");
+    assert_eq!(
+        children[&peer(0)],
+        SOURCE_CHILDREN as usize,
+        "the seed talks to some, not to all"
+    );
+    assert!(
+        children.values().all(|count| *count <= 100),
+        "nobody is everybody's parent"
+    );
     world.audit();
 }
 
@@ -275,7 +392,10 @@ fn the_seed_asked_is_the_one_that_rendezvous_hashing_names() {
     world.join([9]);
     for t in 0..50 {
         world.want(9, t);
-        assert_eq!(world.parents(9, t), [rendezvous::owner(&task(t), (0..5).map(peer)).unwrap()]);
+        assert_eq!(
+            world.parents(9, t),
+            [rendezvous::owner(&task(t), (0..5).map(peer)).unwrap()]
+        );
     }
 }
 
@@ -300,11 +420,19 @@ fn a_seed_that_has_it_goes_before_the_owner_and_the_owner_is_not_its_own_parent(
 fn complete_holders_are_few_and_from_the_same_zone_first() {
     let mut world = World::new();
     for n in 0..100 {
-        world.input(Input::Joined(registration(n, Role::Peer, if n % 2 == 0 { "a" } else { "b" })));
+        world.input(Input::Joined(registration(
+            n,
+            Role::Peer,
+            if n % 2 == 0 { "a" } else { "b" },
+        )));
     }
     (0..60).for_each(|n| world.hold(n, 1, 23, true));
     world.want(98, 1);
-    let near = world.parents(98, 1).iter().filter(|id| (0..60).step_by(2).any(|n| peer(n) == **id)).count();
+    let near = world
+        .parents(98, 1)
+        .iter()
+        .filter(|id| (0..60).step_by(2).any(|n| peer(n) == **id))
+        .count();
     // The elected peer comes on top.
     assert!(world.parents(98, 1).len() <= MAX_COMPLETE + 1);
     assert!(near >= MAX_COMPLETE - 1, "{near}");
@@ -330,7 +458,10 @@ fn without_a_seed_exactly_one_is_elected_and_named_to_all() {
     world.wait(ms(1000));
     assert_eq!(world.readers(1), [peer(1)], "the first to want it");
     assert!((1..=10).all(|n| world.told(n, 1).issuer == Some(peer(1))));
-    assert!((2..=10).all(|n| world.parents(n, 1)[0] == peer(1)), "and it comes first");
+    assert!(
+        (2..=10).all(|n| world.parents(n, 1)[0] == peer(1)),
+        "and it comes first"
+    );
 }
 
 #[test]
@@ -352,9 +483,17 @@ fn the_elected_peer_is_replaced_when_it_is_gone() {
     world.hold(4, 1, 7, false);
     world.leave(1);
     world.wait(GRACE - ms(100));
-    assert_eq!(world.told(2, 1).issuer, Some(peer(1)), "within its grace it counts");
+    assert_eq!(
+        world.told(2, 1).issuer,
+        Some(peer(1)),
+        "within its grace it counts"
+    );
     world.wait(ms(200));
-    assert_eq!(world.told(4, 1).issuer, Some(peer(4)), "the one with most pieces");
+    assert_eq!(
+        world.told(4, 1).issuer,
+        Some(peer(4)),
+        "the one with most pieces"
+    );
     assert!(world.told(4, 1).fetch_from_origin && world.told(2, 1).issuer == Some(peer(4)));
     assert!((2..=5).all(|n| !world.parents(n, 1).contains(&peer(1))));
 }
@@ -375,7 +514,10 @@ fn whoever_comes_back_may_be_elected_for_what_it_wanted_while_it_was_away() {
 fn a_complete_holder_is_elected_where_no_wanter_may_read_the_origin() {
     let mut world = World::new();
     for n in 1..=2 {
-        let about = Registration { reads_origins: false, ..registration(n, Role::Peer, "") };
+        let about = Registration {
+            reads_origins: false,
+            ..registration(n, Role::Peer, "")
+        };
         world.input(Input::Joined(about));
     }
     world.want(1, 1);
@@ -403,11 +545,18 @@ fn who_may_read_what_seeds_may_not_is_elected_in_spite_of_them() {
     world.input(input(2));
     world.wait(ms(1000));
     assert!(world.told(2, 1).fetch_from_origin);
-    assert!((1..=3).all(|n| world.told(n, 1).issuer == Some(peer(2))), "and by its word for all");
+    assert!(
+        (1..=3).all(|n| world.told(n, 1).issuer == Some(peer(2))),
+        "and by its word for all"
+    );
     world.input(input(3));
     world.leave(2);
     world.wait(GRACE + ms(1000));
-    assert_eq!(world.told(1, 1).issuer, Some(peer(3)), "only who may read it comes after");
+    assert_eq!(
+        world.told(1, 1).issuer,
+        Some(peer(3)),
+        "only who may read it comes after"
+    );
 }
 
 #[test]
@@ -423,7 +572,10 @@ fn the_elected_peer_is_replaced_when_it_gets_nowhere_or_gives_up() {
     world.wait(ELECTION_STALL + ms(100));
     let second = world.told(2, 1).issuer;
     assert!(second.is_some_and(|issuer| issuer != peer(1)));
-    world.input(Input::Forget { peer: second.unwrap(), task: task(1) });
+    world.input(Input::Forget {
+        peer: second.unwrap(),
+        task: task(1),
+    });
     world.wait(ms(10));
     let third = world.told(1, 1).issuer;
     assert!(third.is_some() && third != second);
@@ -439,7 +591,11 @@ fn a_stream_that_breaks_for_a_moment_changes_nothing() {
     world.leave(1);
     world.wait(ms(500));
     world.join([1]);
-    world.input(Input::Holdings { peer: peer(1), replaces_all: true, holdings: Vec::new() });
+    world.input(Input::Holdings {
+        peer: peer(1),
+        replaces_all: true,
+        holdings: Vec::new(),
+    });
     world.want(1, 1);
     world.wait(GRACE + ms(1000));
     assert_eq!(world.told, before);
@@ -453,7 +609,11 @@ fn what_a_peer_does_not_say_again_is_forgotten() {
     world.hold(2, 2, 23, true);
     world.wait(ms(1));
     world.join([1, 2]);
-    world.input(Input::Holdings { peer: peer(2), replaces_all: true, holdings: Vec::new() });
+    world.input(Input::Holdings {
+        peer: peer(2),
+        replaces_all: true,
+        holdings: Vec::new(),
+    });
     world.wait(GRACE + ms(100));
     assert_eq!(world.swarm.task_count(), 0);
     world.audit();
@@ -480,7 +640,10 @@ fn after_a_restart_the_issuer_is_who_it_was() {
     world.hold(1, 1, 9, false);
     (1..=3).for_each(|n| world.want_naming(n, 1, 2, false));
     world.want(4, 1);
-    assert!((1..=3).all(|n| world.told(n, 1).issuer == Some(peer(2))), "its table counts on meanwhile");
+    assert!(
+        (1..=3).all(|n| world.told(n, 1).issuer == Some(peer(2))),
+        "its table counts on meanwhile"
+    );
     assert!(world.told(2, 1).fetch_from_origin, "and it reads on");
     world.wait(WARM_UP + ms(1000));
     assert_eq!(world.readers(1), [peer(2)]);
@@ -557,11 +720,24 @@ fn a_hot_task_is_spread_step_by_step_and_only_while_it_is_hot() {
     world.want(HOT_WANTERS + 1, 1);
     assert_eq!(world.told(HOT_WANTERS + 1, 1).spread, 2);
     (HOT_WANTERS + 2..=HOT_WANTERS + 100).for_each(|n| world.want(n, 1));
-    assert_eq!(world.told(HOT_WANTERS + 100, 1).spread, 2, "those who were told have time to move");
+    assert_eq!(
+        world.told(HOT_WANTERS + 100, 1).spread,
+        2,
+        "those who were told have time to move"
+    );
     world.wait(SPREAD_EVERY);
     world.want(HOT_WANTERS + 101, 1);
-    assert_eq!(world.told(HOT_WANTERS + 101, 1).spread, 3, "it is still too many");
-    (1..=HOT_WANTERS * 2).for_each(|n| world.input(Input::Forget { peer: peer(n), task: task(1) }));
+    assert_eq!(
+        world.told(HOT_WANTERS + 101, 1).spread,
+        3,
+        "it is still too many"
+    );
+    (1..=HOT_WANTERS * 2).for_each(|n| {
+        world.input(Input::Forget {
+            peer: peer(n),
+            task: task(1),
+        })
+    });
     world.want(1, 1);
     assert_eq!(world.told(1, 1).spread, 1);
 }
@@ -576,7 +752,12 @@ fn guests_get_parents_and_the_issuer_they_know_and_nobody_is_elected_for_them() 
     for n in 2..=3 {
         let told = world.told(n, 1);
         assert_eq!((told.issuer, told.spread), (Some(peer(1)), 0));
-        assert!([1, 4, 5 - n].iter().all(|other| told.parents.contains(&peer(*other))), "{told:?}");
+        assert!(
+            [1, 4, 5 - n]
+                .iter()
+                .all(|other| told.parents.contains(&peer(*other))),
+            "{told:?}"
+        );
     }
     assert!(world.readers(1).is_empty());
     world.leave(1);
@@ -590,7 +771,10 @@ fn guests_get_parents_and_the_issuer_they_know_and_nobody_is_elected_for_them() 
 fn a_guest_s_right_to_read_counts_for_nothing() {
     let mut world = World::new();
     world.join(1..=2);
-    let terms = Terms { guest: true, ..Terms::default() };
+    let terms = Terms {
+        guest: true,
+        ..Terms::default()
+    };
     world.input(Input::Want {
         peer: peer(1),
         task: task(1),
@@ -600,13 +784,20 @@ fn a_guest_s_right_to_read_counts_for_nothing() {
         terms,
     });
     world.want(2, 1);
-    assert_eq!(world.readers(1), [peer(2)], "it is elected elsewhere, or not at all");
+    assert_eq!(
+        world.readers(1),
+        [peer(2)],
+        "it is elected elsewhere, or not at all"
+    );
 }
 
 #[test]
 fn a_seed_known_from_before_the_restart_is_waited_for() {
     let mut world = World::cold();
-    world.input(Input::Expected(registration(0, Role::Seed, ""), Duration::from_secs(20)));
+    world.input(Input::Expected(
+        registration(0, Role::Seed, ""),
+        Duration::from_secs(20),
+    ));
     world.join([1]);
     world.wait(WARM_UP);
     world.want(1, 1);
@@ -636,7 +827,11 @@ fn the_last_seed_gone_an_election_follows_and_a_seed_that_comes_leaves_the_elect
     );
     world.join_seed(0);
     world.want(2, 1);
-    assert_eq!(world.parents(2, 1), [peer(1)], "one copy from the origin, not two");
+    assert_eq!(
+        world.parents(2, 1),
+        [peer(1)],
+        "one copy from the origin, not two"
+    );
     world.want(2, 2);
     assert_eq!(world.parents(2, 2), [peer(0)], "new tasks are the seed's");
 }
@@ -649,12 +844,19 @@ fn two_reporters_isolate_for_everyone_and_probation_ends_it() {
     world.wait(ms(1000));
     world.accuse(2, 1);
     world.accuse(2, 1);
-    assert!(world.isolated.is_empty(), "one reporter is not enough, however often");
+    assert!(
+        world.isolated.is_empty(),
+        "one reporter is not enough, however often"
+    );
     world.accuse(3, 1);
     assert_eq!(world.isolated, [peer(1)]);
     world.wait(ms(2000));
     assert!((2..=6).all(|n| !world.parents(n, 1).contains(&peer(1))));
-    assert_ne!(world.told(2, 1).issuer, Some(peer(1)), "nor does it read the origin for others");
+    assert_ne!(
+        world.told(2, 1).issuer,
+        Some(peer(1)),
+        "nor does it read the origin for others"
+    );
     world.want(4, 2);
     world.want(1, 2);
     world.wait(ms(2000));
@@ -663,24 +865,39 @@ fn two_reporters_isolate_for_everyone_and_probation_ends_it() {
     assert!(world.isolated.is_empty());
     world.join_seed(0);
     [1, 2, 3, 5].into_iter().for_each(|n| world.want(n, 3));
-    assert_eq!(world.parents(5, 3).last(), Some(&peer(1)), "on probation it comes last");
+    assert_eq!(
+        world.parents(5, 3).last(),
+        Some(&peer(1)),
+        "on probation it comes last"
+    );
 }
 
 #[test]
 fn an_accusation_counts_only_between_peers_that_met_in_that_task() {
     let mut world = World::new();
     world.join(1..=5);
-    let vouched =
-        |world: &World| world.said.iter().filter(|said| matches!(said, Output::Vouched { .. })).count();
+    let vouched = |world: &World| {
+        world
+            .said
+            .iter()
+            .filter(|said| matches!(said, Output::Vouched { .. }))
+            .count()
+    };
     (2..=5).for_each(|n| world.accuse(n, 1));
     (1..=3).for_each(|n| world.want(n, 2));
     (2..=5).for_each(|n| world.accuse(n, 1));
-    assert!(world.isolated.is_empty(), "they met in another task, or not at all");
+    assert!(
+        world.isolated.is_empty(),
+        "they met in another task, or not at all"
+    );
     assert_eq!(vouched(&world), 0);
     (1..=3).for_each(|n| world.want(n, 1));
     world.accuse(2, 1);
     // A report comes a second after the task is done.
-    world.input(Input::Forget { peer: peer(3), task: task(1) });
+    world.input(Input::Forget {
+        peer: peer(3),
+        task: task(1),
+    });
     world.accuse(4, 1);
     assert!(world.isolated.is_empty());
     world.accuse(3, 1);
@@ -754,7 +971,12 @@ fn an_issuer_that_contradicts_itself_is_isolated_at_once() {
     world.input(Input::Contradicted(peer(99)));
     assert_eq!(world.isolated, [peer(1)]);
     world.wait(ms(1000));
-    assert!(world.told(2, 1).issuer.is_some_and(|issuer| issuer != peer(1)));
+    assert!(
+        world
+            .told(2, 1)
+            .issuer
+            .is_some_and(|issuer| issuer != peer(1))
+    );
     assert_eq!(world.swarm.isolations(Guilt::Contradiction), 1);
 }
 
@@ -779,7 +1001,10 @@ fn a_flood_of_reports_is_cut_off() {
     for _ in 0..10_000 {
         world.report(1, 2, ReportKind::Served(1), false);
     }
-    assert_eq!(world.swarm.peer_state(world.now, peer(2)).served_bytes, REPORTS_BURST as u64);
+    assert_eq!(
+        world.swarm.peer_state(world.now, peer(2)).served_bytes,
+        REPORTS_BURST as u64
+    );
 }
 
 #[test]
@@ -787,7 +1012,11 @@ fn who_wants_too_much_is_not_answered() {
     let mut world = World::new();
     world.join([1]);
     (0..=MAX_WANTS_PER_PEER).for_each(|t| world.want(1, t));
-    assert!(!world.told.contains_key(&(peer(1), task(MAX_WANTS_PER_PEER))));
+    assert!(
+        !world
+            .told
+            .contains_key(&(peer(1), task(MAX_WANTS_PER_PEER)))
+    );
     assert_eq!(world.swarm.task_count() as u32, MAX_WANTS_PER_PEER);
     world.audit();
 }
@@ -823,7 +1052,13 @@ fn asking_again_names_the_seed_and_prefers_others() {
     });
     let after = world.parents(200, 1);
     assert_eq!(after[0], peer(0));
-    assert!(after.iter().filter(|parent| before.contains(parent)).count() < before.len() / 2);
+    assert!(
+        after
+            .iter()
+            .filter(|parent| before.contains(parent))
+            .count()
+            < before.len() / 2
+    );
     world.audit();
 }
 
@@ -834,7 +1069,9 @@ fn zoned(peers: u32, wanters: u32) -> World {
     world.input(Input::Joined(registration(1, Role::Seed, "a")));
     (2..10).for_each(|n| world.input(Input::Joined(registration(n, Role::Peer, "a"))));
     (100..100 + peers).for_each(|n| world.input(Input::Joined(registration(n, Role::Peer, "b"))));
-    (2..10).chain(100..100 + wanters).for_each(|n| world.want(n, 1));
+    (2..10)
+        .chain(100..100 + wanters)
+        .for_each(|n| world.want(n, 1));
     world.wait(ms(2000));
     world
 }
@@ -847,7 +1084,9 @@ fn gateways(world: &World, wanters: u32) -> (Vec<u32>, Vec<u32>) {
 /// By how many each piece is taken from other zones.
 fn takers(world: &World, peers: impl Iterator<Item = u32>) -> Vec<usize> {
     let shares: Vec<Share> = peers.map(|n| world.told(n, 1).share).collect();
-    (0..8).map(|piece| shares.iter().filter(|share| share.contains(piece)).count()).collect()
+    (0..8)
+        .map(|piece| shares.iter().filter(|share| share.contains(piece)).count())
+        .collect()
 }
 
 #[test]
@@ -858,12 +1097,19 @@ fn in_a_zone_without_a_source_each_piece_is_taken_from_elsewhere_by_one() {
         assert_eq!(takers(&world, 2..10), [0; 8], "the seed is here");
         let (gateways, others) = gateways(&world, wanters);
         for n in gateways {
-            let elsewhere = world.parents(n, 1).iter().filter(|parent| (2..10).any(|n| peer(n) == **parent));
+            let elsewhere = world
+                .parents(n, 1)
+                .iter()
+                .filter(|parent| (2..10).any(|n| peer(n) == **parent));
             assert_eq!(elsewhere.count(), 8, "{n}");
         }
         for n in others {
-            let near = |parent: &PeerId| *parent == peer(1) || (100..120).any(|n| peer(n) == *parent);
-            assert!(world.parents(n, 1).iter().all(near), "but for the seed it knows nobody elsewhere");
+            let near =
+                |parent: &PeerId| *parent == peer(1) || (100..120).any(|n| peer(n) == *parent);
+            assert!(
+                world.parents(n, 1).iter().all(near),
+                "but for the seed it knows nobody elsewhere"
+            );
         }
         world.audit();
     }
@@ -875,10 +1121,15 @@ fn the_share_of_a_gateway_that_is_gone_or_isolated_is_taken_over() {
     let (gateways, _) = gateways(&world, 20);
     let (gone, liar, weary) = (gateways[0], gateways[1], gateways[2]);
     world.leave(gone);
-    [2, 3].into_iter().for_each(|reporter| world.accuse_elsewhere(reporter, liar));
+    [2, 3]
+        .into_iter()
+        .for_each(|reporter| world.accuse_elsewhere(reporter, liar));
     // One gives up with a part of it.
     world.hold(weary, 1, 3, false);
-    world.input(Input::Forget { peer: peer(weary), task: task(1) });
+    world.input(Input::Forget {
+        peer: peer(weary),
+        task: task(1),
+    });
     world.wait(GRACE + ms(2000));
     let others = (100..120).filter(|n| ![gone, liar, weary].contains(n));
     assert_eq!(takers(&world, others), [1; 8]);
@@ -886,17 +1137,29 @@ fn the_share_of_a_gateway_that_is_gone_or_isolated_is_taken_over() {
 }
 
 #[test]
-fn whom_its_zone_does_not_suffice_takes_everything_from_anywhere_and_who_is_near_a_holder_of_all_nothing() {
+fn whom_its_zone_does_not_suffice_takes_everything_from_anywhere_and_who_is_near_a_holder_of_all_nothing()
+ {
     let mut world = zoned(10, 9);
     let (_, others) = gateways(&world, 9);
     let outsider = others[0];
     let (peer, task, size_bytes) = (peer(outsider), task(1), Some(20 * MIB));
     let terms = Terms::default();
-    world.input(Input::Want { peer, task, size_bytes, again: true, reads: false, terms });
+    world.input(Input::Want {
+        peer,
+        task,
+        size_bytes,
+        again: true,
+        reads: false,
+        terms,
+    });
     assert_eq!(world.told(outsider, 1).share, Share::ALL);
     world.hold(outsider, 1, 3, false);
     world.wait(ms(2000));
-    assert_eq!(world.told(outsider, 1).share, Share::NONE, "it gets on again");
+    assert_eq!(
+        world.told(outsider, 1).share,
+        Share::NONE,
+        "it gets on again"
+    );
     world.hold(100, 1, 20, true);
     world.want(109, 1);
     assert_eq!(world.told(109, 1).share, Share::NONE);
@@ -909,7 +1172,14 @@ fn where_whoever_alone_could_read_it_is_gone_another_is_elected() {
     world.join(0..2);
     let want = |world: &mut World, n, reads| {
         let (peer, task, size_bytes, terms) = (peer(n), task(1), Some(20 * MIB), Terms::default());
-        world.input(Input::Want { peer, task, size_bytes, again: false, reads, terms });
+        world.input(Input::Want {
+            peer,
+            task,
+            size_bytes,
+            again: false,
+            reads,
+            terms,
+        });
     };
     // Its stream is over: it may not be elected, and what it said counts as long as it may come back.
     world.leave(0);
@@ -975,10 +1245,22 @@ fn apply(world: &mut World, step: &Step) {
         Step::WantNaming(n, t, issuer, guest) => world.want_naming(n, t, issuer, guest),
         Step::Hold(n, t, pieces) => world.hold(n, t, pieces, pieces == 23),
         Step::HoldOnly(n, t) => {
-            let holdings = vec![Holding { task: task(t), size_bytes: 20 * MIB, pieces: 23, complete: true }];
-            world.input(Input::Holdings { peer: peer(n), replaces_all: true, holdings });
+            let holdings = vec![Holding {
+                task: task(t),
+                size_bytes: 20 * MIB,
+                pieces: 23,
+                complete: true,
+            }];
+            world.input(Input::Holdings {
+                peer: peer(n),
+                replaces_all: true,
+                holdings,
+            });
         }
-        Step::Forget(n, t) => world.input(Input::Forget { peer: peer(n), task: task(t) }),
+        Step::Forget(n, t) => world.input(Input::Forget {
+            peer: peer(n),
+            task: task(t),
+        }),
         Step::Accuse(n, accused) => world.accuse_elsewhere(n, accused),
         Step::Remove(n) => world.input(Input::Removed(peer(n))),
         Step::Wait(time) => world.wait(ms(time)),
@@ -988,14 +1270,31 @@ fn apply(world: &mut World, step: &Step) {
 /// What must hold of everything that was said since `from`, by what is known of the peers now.
 fn check_said(world: &World, from: usize) {
     for output in &world.said[from..] {
-        let Output::Parents { to, parents, issuer, fetch_from_origin, spread, .. } = output else { continue };
+        let Output::Parents {
+            to,
+            parents,
+            issuer,
+            fetch_from_origin,
+            spread,
+            ..
+        } = output
+        else {
+            continue;
+        };
         assert!(parents.len() <= MAX_PARENTS);
         assert!(!parents.contains(to), "nobody is named to itself");
         assert!(
-            parents.iter().all(|parent| world.swarm.by_id.contains_key(parent)),
+            parents
+                .iter()
+                .all(|parent| world.swarm.by_id.contains_key(parent)),
             "the gone are not named"
         );
-        assert!(parents.iter().all(|parent| !world.isolated.contains(parent)), "the isolated are not named");
+        assert!(
+            parents
+                .iter()
+                .all(|parent| !world.isolated.contains(parent)),
+            "the isolated are not named"
+        );
         let unique: BTreeSet<_> = parents.iter().collect();
         assert_eq!(unique.len(), parents.len());
         assert_eq!(*fetch_from_origin, *issuer == Some(*to));
@@ -1058,7 +1357,13 @@ proptest! {
 #[test]
 fn no_more_peers_are_elected_for_an_application_than_may_be_and_the_most_urgent_task_is_next() {
     let mut world = World::new();
-    world.swarm.applications(limited("batch", Limits { origins: Some(1), ..Limits::default() }));
+    world.swarm.applications(limited(
+        "batch",
+        Limits {
+            origins: Some(1),
+            ..Limits::default()
+        },
+    ));
     world.join(0..6);
     world.want_for(0, 0, &purpose("batch", 3));
     world.want_for(1, 1, &purpose("batch", 6));
@@ -1067,7 +1372,11 @@ fn no_more_peers_are_elected_for_an_application_than_may_be_and_the_most_urgent_
     assert_eq!(world.readers(0), [peer(0)]);
     assert_eq!(world.readers(3), [peer(3)], "nobody limits it");
     for n in [1, 2] {
-        assert!(world.readers(n).is_empty() && world.told(n, n).later, "{:?}", world.told(n, n));
+        assert!(
+            world.readers(n).is_empty() && world.told(n, n).later,
+            "{:?}",
+            world.told(n, n)
+        );
     }
     let labels = purpose("batch", 3).labels;
     assert_eq!(world.swarm.application_elections(), [(labels, 1, 2)]);
@@ -1077,7 +1386,10 @@ fn no_more_peers_are_elected_for_an_application_than_may_be_and_the_most_urgent_
     assert!(world.said.len() > heard);
     world.hold(0, 0, 20, true);
     world.wait(POSTPONED_FOR + ms(1));
-    assert_eq!((world.readers(2), world.readers(1)), (vec![peer(2)], vec![]));
+    assert_eq!(
+        (world.readers(2), world.readers(1)),
+        (vec![peer(2)], vec![])
+    );
     assert!(!world.told(2, 2).later && world.told(1, 1).later);
     // Whoever waits gives up, or the limit goes: nothing is left behind.
     world.swarm.applications(Arc::default());
@@ -1089,7 +1401,13 @@ fn no_more_peers_are_elected_for_an_application_than_may_be_and_the_most_urgent_
 #[test]
 fn for_a_task_that_has_waited_for_long_one_is_elected_before_each_reads_it_itself() {
     let mut world = World::new();
-    world.swarm.applications(limited("batch", Limits { origins: Some(1), ..Limits::default() }));
+    world.swarm.applications(limited(
+        "batch",
+        Limits {
+            origins: Some(1),
+            ..Limits::default()
+        },
+    ));
     world.join(0..6);
     world.want_for(0, 0, &purpose("batch", 3));
     (1..4).for_each(|n| world.want_for(n, 1, &purpose("batch", 3)));
@@ -1107,7 +1425,13 @@ fn for_a_task_that_has_waited_for_long_one_is_elected_before_each_reads_it_itsel
 #[test]
 fn an_application_is_named_no_more_seeds_than_it_may_have() {
     let mut world = World::new();
-    world.swarm.applications(limited("batch", Limits { seeds: Some(1), ..Limits::default() }));
+    world.swarm.applications(limited(
+        "batch",
+        Limits {
+            seeds: Some(1),
+            ..Limits::default()
+        },
+    ));
     (100..104).for_each(|seed| world.join_seed(seed));
     world.join(0..2);
     (100..104).for_each(|seed| world.hold(seed, 0, 20, true));
@@ -1119,5 +1443,8 @@ fn an_application_is_named_no_more_seeds_than_it_may_have() {
     };
     assert!(seeds(0) > 1);
     assert_eq!(seeds(1), 1);
-    assert!(world.parents(1, 0).contains(&peer(0)), "others are named all the same");
+    assert!(
+        world.parents(1, 0).contains(&peer(0)),
+        "others are named all the same"
+    );
 }

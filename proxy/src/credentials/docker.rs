@@ -37,14 +37,22 @@ impl Auth {
         }
         match some(self.auth) {
             Some(encoded) => Credential::from_encoded(&encoded),
-            None => Credential::of(self.username.unwrap_or_default(), self.password.unwrap_or_default()),
+            None => Credential::of(
+                self.username.unwrap_or_default(),
+                self.password.unwrap_or_default(),
+            ),
         }
     }
 }
 
 /// Entries by registry, as patterns. Keys that are none are left out.
-pub(super) fn listed(auths: impl IntoIterator<Item = (String, Auth)>) -> Vec<(Pattern, Credential)> {
-    auths.into_iter().filter_map(|(key, auth)| Some((Pattern::parse(&key)?, auth.credential()?))).collect()
+pub(super) fn listed(
+    auths: impl IntoIterator<Item = (String, Auth)>,
+) -> Vec<(Pattern, Credential)> {
+    auths
+        .into_iter()
+        .filter_map(|(key, auth)| Some((Pattern::parse(&key)?, auth.credential()?)))
+        .collect()
 }
 
 pub(super) fn parse(text: &str) -> Result<Entries, String> {
@@ -52,7 +60,9 @@ pub(super) fn parse(text: &str) -> Result<Entries, String> {
     let helpers = config.cred_helpers.unwrap_or_default().into_iter();
     Ok(Entries {
         listed: listed(config.auths.unwrap_or_default()),
-        helpers: helpers.filter_map(|(key, helper)| Some((Pattern::parse(&key)?, helper))).collect(),
+        helpers: helpers
+            .filter_map(|(key, helper)| Some((Pattern::parse(&key)?, helper)))
+            .collect(),
         store: config.creds_store.filter(|store| !store.is_empty()),
     })
 }

@@ -32,22 +32,36 @@ pub(super) async fn get(helper: &str, registry: &str) -> Result<Option<Credentia
     if helper.is_empty() || !helper.chars().all(legal) {
         return Err("its name can't be a program's: letters, digits, - _ and .".to_owned());
     }
-    let server = if registry == "docker.io" { HUB } else { registry };
+    let server = if registry == "docker.io" {
+        HUB
+    } else {
+        registry
+    };
     ask(&format!("docker-credential-{helper}"), server, ANSWER).await
 }
 
-async fn ask(program: &str, server: &str, deadline: Duration) -> Result<Option<Credential>, String> {
+async fn ask(
+    program: &str,
+    server: &str,
+    deadline: Duration,
+) -> Result<Option<Credential>, String> {
     let (success, output) = timeout(deadline, run(program, server))
         .await
         .map_err(|_| format!("{program} did not answer within {deadline:?}"))?
         .map_err(|e| format!("{program} can't be run: {e}"))?;
     if output.len() as u64 > MAX_ANSWER_BYTES {
-        return Err(format!("{program} answered more than {MAX_ANSWER_BYTES} bytes"));
+        return Err(format!(
+            "{program} answered more than {MAX_ANSWER_BYTES} bytes"
+        ));
     }
     if !success {
         // The one failure that is none, in the words that the protocol has for it.
         let nothing = String::from_utf8_lossy(&output).contains("credentials not found");
-        return if nothing { Ok(None) } else { Err(format!("{program} failed")) };
+        return if nothing {
+            Ok(None)
+        } else {
+            Err(format!("{program} failed"))
+        };
     }
     let answer: Answer = serde_json::from_slice(&output)
         .map_err(|_| format!("{program} answered something else than name and secret"))?;
@@ -69,7 +83,10 @@ async fn run(program: &str, server: &str) -> io::Result<(bool, Vec<u8>)> {
         let _ = stdin.write_all(server.as_bytes()).await;
     }
     if let Some(stdout) = child.stdout.take() {
-        stdout.take(MAX_ANSWER_BYTES + 1).read_to_end(&mut output).await?;
+        stdout
+            .take(MAX_ANSWER_BYTES + 1)
+            .read_to_end(&mut output)
+            .await?;
     }
     Ok((child.wait().await?.success(), output))
 }
@@ -92,8 +109,12 @@ mod tests {
 
     #[tokio::test]
     async fn a_helper_is_asked_on_its_standard_input() {
-        let script = r#"[ "$*" = get ] && printf '{"ServerURL":"x","Username":"%s","Secret":"s"}' "$(cat)""#;
-        let expected = Credential::Password { user: "a.example:5000".into(), password: Secret::new("s") };
+        let script =
+            r#"[ "$*" = get ] && printf '{"ServerURL":"x","Username":"%s","Secret":"s"}' "$(cat)""#;
+        let expected = Credential::Password {
+            user: "a.example:5000".into(),
+            password: Secret::new("s"),
+        };
         assert_eq!(answer(script, "a.example:5000").await, Ok(Some(expected)));
         let script = r#"echo '{"Username":"<token>","Secret":"refresh"}'"#;
         let expected = Credential::IdentityToken(Secret::new("refresh"));
@@ -110,16 +131,29 @@ mod tests {
             ("head -c 100000 /dev/zero", "more than 65536 bytes"),
         ] {
             let error = answer(script, "a").await.unwrap_err();
-            assert!(error.contains(told) && !error.contains("hunter2"), "{error}");
+            assert!(
+                error.contains(told) && !error.contains("hunter2"),
+                "{error}"
+            );
         }
         for name in ["", "../evil", "a b", "x;y"] {
             assert!(get(name, "a").await.unwrap_err().contains("name"), "{name}");
         }
-        assert!(get("that-nobody-has", "a").await.unwrap_err().contains("can't be run"));
+        assert!(
+            get("that-nobody-has", "a")
+                .await
+                .unwrap_err()
+                .contains("can't be run")
+        );
     }
 
     #[tokio::test]
     async fn a_helper_that_says_nothing_is_given_up() {
-        assert!(answer("exec sleep 600", "a").await.unwrap_err().contains("within 2s"));
+        assert!(
+            answer("exec sleep 600", "a")
+                .await
+                .unwrap_err()
+                .contains("within 2s")
+        );
     }
 }

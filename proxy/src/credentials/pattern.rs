@@ -14,7 +14,10 @@ enum Host {
     /// As [`canonical_host`] writes it.
     Exact(String),
     /// Label by label, `*` and `?` in them.
-    Glob { labels: Vec<String>, port: Option<String> },
+    Glob {
+        labels: Vec<String>,
+        port: Option<String>,
+    },
 }
 
 /// How closely a pattern matches: a longer path more than a shorter one, then a host more than a glob.
@@ -28,20 +31,33 @@ impl Pattern {
     /// The pattern of a key as docker, podman and kubelet write it; `None` for what is none.
     pub(super) fn parse(key: &str) -> Option<Self> {
         let key = key.trim();
-        let key = key.strip_prefix("https://").or_else(|| key.strip_prefix("http://")).unwrap_or(key);
+        let key = key
+            .strip_prefix("https://")
+            .or_else(|| key.strip_prefix("http://"))
+            .unwrap_or(key);
         let (host, path) = key.split_once('/').unwrap_or((key, ""));
-        let mut path: Vec<String> =
-            path.split('/').filter(|part| !part.is_empty()).map(str::to_owned).collect();
+        let mut path: Vec<String> = path
+            .split('/')
+            .filter(|part| !part.is_empty())
+            .map(str::to_owned)
+            .collect();
         // The version of the API that docker's oldest entries name says nothing.
-        if path.first().is_some_and(|first| first == "v1" || first == "v2") {
+        if path
+            .first()
+            .is_some_and(|first| first == "v1" || first == "v2")
+        {
             path.remove(0);
         }
         let host = match host.contains(['*', '?']) {
             true => {
-                let (name, port) =
-                    host.split_once(':').map_or((host, None), |(name, port)| (name, Some(port)));
+                let (name, port) = host
+                    .split_once(':')
+                    .map_or((host, None), |(name, port)| (name, Some(port)));
                 let labels = name.split('.').map(str::to_ascii_lowercase).collect();
-                Host::Glob { labels, port: port.filter(|port| *port != "443").map(str::to_owned) }
+                Host::Glob {
+                    labels,
+                    port: port.filter(|port| *port != "443").map(str::to_owned),
+                }
             }
             false => Host::Exact(canonical_host(host).ok()?),
         };
@@ -54,8 +70,12 @@ impl Pattern {
     /// `quay.io/organisation`.
     pub(super) fn matches(&self, registry: &str, repository: &str) -> Option<Closeness> {
         let mut parts = repository.split('/');
-        let matches = self.host.matches(registry) && self.path.iter().all(|part| parts.next() == Some(part));
-        matches.then_some(Closeness { path: self.path.len(), exact: matches!(self.host, Host::Exact(_)) })
+        let matches =
+            self.host.matches(registry) && self.path.iter().all(|part| parts.next() == Some(part));
+        matches.then_some(Closeness {
+            path: self.path.len(),
+            exact: matches!(self.host, Host::Exact(_)),
+        })
     }
 }
 
@@ -70,7 +90,9 @@ impl Host {
                     .map_or((registry, None), |(name, port)| (name, Some(port)));
                 let mut its_labels = name.split('.');
                 port.as_deref() == its_port
-                    && labels.iter().all(|glob| its_labels.next().is_some_and(|label| fits(glob, label)))
+                    && labels
+                        .iter()
+                        .all(|glob| its_labels.next().is_some_and(|label| fits(glob, label)))
                     && its_labels.next().is_none()
             }
         }
@@ -122,13 +144,43 @@ mod tests {
             ("quay.io:443", "quay.io", "a", Some((0, true))),
             ("quay.io", "quay.io:8443", "a", None),
             ("quay.io", "evilquay.io", "a", None),
-            ("https://index.docker.io/v1/", "docker.io", "library/debian", Some((0, true))),
-            ("index.docker.io", "docker.io", "library/debian", Some((0, true))),
-            ("registry-1.docker.io", "docker.io", "library/debian", Some((0, true))),
+            (
+                "https://index.docker.io/v1/",
+                "docker.io",
+                "library/debian",
+                Some((0, true)),
+            ),
+            (
+                "index.docker.io",
+                "docker.io",
+                "library/debian",
+                Some((0, true)),
+            ),
+            (
+                "registry-1.docker.io",
+                "docker.io",
+                "library/debian",
+                Some((0, true)),
+            ),
             ("docker.io", "docker.io", "library/debian", Some((0, true))),
-            ("docker.io/library", "docker.io", "library/debian", Some((1, true))),
-            ("docker.io/library/debian", "docker.io", "library/debian", Some((2, true))),
-            ("docker.io/library/debian/x", "docker.io", "library/debian", None),
+            (
+                "docker.io/library",
+                "docker.io",
+                "library/debian",
+                Some((1, true)),
+            ),
+            (
+                "docker.io/library/debian",
+                "docker.io",
+                "library/debian",
+                Some((2, true)),
+            ),
+            (
+                "docker.io/library/debian/x",
+                "docker.io",
+                "library/debian",
+                None,
+            ),
             ("docker.io/lib", "docker.io", "library/debian", None),
             ("docker.io/library", "docker.io", "", None),
             ("*.azurecr.io", "x.azurecr.io", "a", Some((0, false))),
@@ -138,7 +190,12 @@ mod tests {
             ("registry.*", "registry.io", "a", Some((0, false))),
             ("app*.k8s.io", "app-1.k8s.io", "a", Some((0, false))),
             ("app?.k8s.io", "app-1.k8s.io", "a", None),
-            ("*.example.com:5000/team", "r.example.com:5000", "team/x", Some((1, false))),
+            (
+                "*.example.com:5000/team",
+                "r.example.com:5000",
+                "team/x",
+                Some((1, false)),
+            ),
             ("*.example.com:5000", "r.example.com", "team/x", None),
             ("*.example.com", "r.example.com:5000", "team/x", None),
             ("*", "[::1]:5000", "a", None),

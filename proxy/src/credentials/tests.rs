@@ -4,7 +4,10 @@ use std::os::unix::fs::symlink;
 use super::*;
 
 fn password(user: &str, password: &str) -> Credential {
-    Credential::Password { user: user.into(), password: Secret::new(password) }
+    Credential::Password {
+        user: user.into(),
+        password: Secret::new(password),
+    }
 }
 
 fn token(token: &str) -> Credential {
@@ -17,7 +20,11 @@ fn encoded(text: &str) -> String {
 
 fn say(entries: &Entries, wanted: &[(&str, &str)], expected: &[&[Found<'_>]]) {
     for ((registry, repository), expected) in wanted.iter().zip(expected) {
-        assert_eq!(entries.find(registry, repository), *expected, "{registry}/{repository}");
+        assert_eq!(
+            entries.find(registry, repository),
+            *expected,
+            "{registry}/{repository}"
+        );
     }
 }
 
@@ -41,8 +48,12 @@ fn a_docker_config_is_read_with_its_helpers() {
         team = encoded("team:special\0\0").trim_end_matches('='),
         ignored = encoded("00000000:"),
     );
-    let (hub, general, team, acr) =
-        (password("hub", "a:b"), password("u", "general"), password("team", "special"), token("refresh"));
+    let (hub, general, team, acr) = (
+        password("hub", "a:b"),
+        password("u", "general"),
+        password("team", "special"),
+        token("refresh"),
+    );
     let wanted = [
         ("docker.io", "library/debian"),
         ("quay.io", "other/x"),
@@ -71,7 +82,11 @@ fn a_docker_config_is_read_with_its_helpers() {
 
 #[test]
 fn containerds_configuration_is_read_in_each_of_its_versions() {
-    for plugin in ["\"io.containerd.grpc.v1.cri\"", "\"io.containerd.cri.v1.images\"", "cri"] {
+    for plugin in [
+        "\"io.containerd.grpc.v1.cri\"",
+        "\"io.containerd.cri.v1.images\"",
+        "cri",
+    ] {
         let text = format!(
             "version = 2\n[plugins.{plugin}.registry]\nconfig_path = '/etc/containerd/certs.d'\n\
              [plugins.{plugin}.registry.configs.\"a.example:5000\".auth]\nusername = 'u'\npassword = 'p'\n\
@@ -81,8 +96,18 @@ fn containerds_configuration_is_read_in_each_of_its_versions() {
             encoded("old:way"),
         );
         let (a, c, d) = (password("u", "p"), token("refresh"), password("old", "way"));
-        let wanted = [("a.example:5000", "x"), ("b.example", "x"), ("c.example", "x"), ("d.example", "x")];
-        let expected: [&[Found<'_>]; 4] = [&[Found::Here(&a)], &[], &[Found::Here(&c)], &[Found::Here(&d)]];
+        let wanted = [
+            ("a.example:5000", "x"),
+            ("b.example", "x"),
+            ("c.example", "x"),
+            ("d.example", "x"),
+        ];
+        let expected: [&[Found<'_>]; 4] = [
+            &[Found::Here(&a)],
+            &[],
+            &[Found::Here(&c)],
+            &[Found::Here(&d)],
+        ];
         say(&containerd::parse(&text).unwrap(), &wanted, &expected);
     }
     assert!(containerd::parse("version = 3").unwrap().listed.is_empty());
@@ -90,14 +115,20 @@ fn containerds_configuration_is_read_in_each_of_its_versions() {
 
 #[test]
 fn pull_secrets_are_read_in_each_of_their_shapes() {
-    let auths = format!(r#"{{ "*.corp.example": {{ "auth": "{}" }} }}"#, encoded("u:p"));
+    let auths = format!(
+        r#"{{ "*.corp.example": {{ "auth": "{}" }} }}"#,
+        encoded("u:p")
+    );
     let config = format!(r#"{{ "auths": {auths}, "credsStore": "never-run" }}"#);
     let secret = format!(
         r#"{{ "kind": "Secret", "type": "kubernetes.io/dockerconfigjson",
               "data": {{ ".dockerconfigjson": "{}" }} }}"#,
         encoded(&config)
     );
-    let old = format!(r#"{{ "kind": "Secret", "data": {{ ".dockercfg": "{}" }} }}"#, encoded(&auths));
+    let old = format!(
+        r#"{{ "kind": "Secret", "data": {{ ".dockercfg": "{}" }} }}"#,
+        encoded(&auths)
+    );
     let plain = serde_json::json!({ "stringData": { ".dockerconfigjson": config } }).to_string();
     let opaque = r#"{ "kind": "Secret", "data": { "key": "dmFsdWU=" } }"#;
     let list = format!(r#"{{ "kind": "List", "items": [{opaque}, {secret}] }}"#);
@@ -138,14 +169,20 @@ fn secrets_are_not_in_debug() {
             encoded("u:hunter2")
         ))
     );
-    assert!(!shown.contains("hunter2") && !shown.contains(&encoded("u:hunter2")), "{shown}");
+    assert!(
+        !shown.contains("hunter2") && !shown.contains(&encoded("u:hunter2")),
+        "{shown}"
+    );
     assert!(!format!("{:?}", password("u", "hunter2").to_basic()).contains(&encoded("u:hunter2")));
 }
 
 #[test]
 fn basic_is_read_and_written() {
     for (header, expected) in [
-        (format!("Basic {}", encoded("u:p:q")), Some(password("u", "p:q"))),
+        (
+            format!("Basic {}", encoded("u:p:q")),
+            Some(password("u", "p:q")),
+        ),
         (format!("basic {}", encoded("u:")), Some(password("u", ""))),
         (format!("Basic {}", encoded("<token>:t")), Some(token("t"))),
         (format!("Basic {}", encoded(":")), None),
@@ -163,13 +200,19 @@ fn basic_is_read_and_written() {
 }
 
 fn config_of(user: &str) -> String {
-    format!(r#"{{ "auths": {{ "a.example": {{ "auth": "{}" }} }} }}"#, encoded(&format!("{user}:p")))
+    format!(
+        r#"{{ "auths": {{ "a.example": {{ "auth": "{}" }} }} }}"#,
+        encoded(&format!("{user}:p"))
+    )
 }
 
 #[tokio::test]
 async fn the_first_source_that_has_one_counts_and_files_are_read_again_when_they_change() {
     let folder = tempfile::tempdir().unwrap();
-    let (first, second) = (folder.path().join("first.json"), folder.path().join("second.json"));
+    let (first, second) = (
+        folder.path().join("first.json"),
+        folder.path().join("second.json"),
+    );
     let keychain = Keychain::new(vec![
         CredentialSource::Environment("HAWKER_TEST_THAT_NOBODY_SETS".into()),
         CredentialSource::Docker(first.clone()),
@@ -177,12 +220,21 @@ async fn the_first_source_that_has_one_counts_and_files_are_read_again_when_they
     ]);
     assert_eq!(keychain.find("a.example", "x").await, None);
     fs::write(&second, config_of("second")).unwrap();
-    assert_eq!(keychain.find("a.example", "x").await, Some(password("second", "p")));
+    assert_eq!(
+        keychain.find("a.example", "x").await,
+        Some(password("second", "p"))
+    );
     fs::write(&first, config_of("first")).unwrap();
-    assert_eq!(keychain.find("a.example", "x").await, Some(password("first", "p")));
+    assert_eq!(
+        keychain.find("a.example", "x").await,
+        Some(password("first", "p"))
+    );
     assert_eq!(keychain.find("b.example", "x").await, None);
     fs::write(&first, "nonsense").unwrap();
-    assert_eq!(keychain.find("a.example", "x").await, Some(password("second", "p")));
+    assert_eq!(
+        keychain.find("a.example", "x").await,
+        Some(password("second", "p"))
+    );
 }
 
 #[tokio::test]
@@ -198,10 +250,23 @@ async fn a_mounted_folder_of_secrets_is_followed() {
     publish("..1", "one");
     symlink("..data/.dockerconfigjson", at(".dockerconfigjson")).unwrap();
     fs::create_dir(at("team")).unwrap();
-    fs::write(at("team/secret.json"), config_of("team").replace("a.example", "b.example")).unwrap();
+    fs::write(
+        at("team/secret.json"),
+        config_of("team").replace("a.example", "b.example"),
+    )
+    .unwrap();
     let keychain = Keychain::new(vec![CredentialSource::Kubernetes(volume.path().to_owned())]);
-    assert_eq!(keychain.find("a.example", "x").await, Some(password("one", "p")));
-    assert_eq!(keychain.find("b.example", "x").await, Some(password("team", "p")));
+    assert_eq!(
+        keychain.find("a.example", "x").await,
+        Some(password("one", "p"))
+    );
+    assert_eq!(
+        keychain.find("b.example", "x").await,
+        Some(password("team", "p"))
+    );
     publish("..2", "two");
-    assert_eq!(keychain.find("a.example", "x").await, Some(password("two", "p")));
+    assert_eq!(
+        keychain.find("a.example", "x").await,
+        Some(password("two", "p"))
+    );
 }

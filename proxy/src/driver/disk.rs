@@ -4,7 +4,13 @@ use super::*;
 
 impl Driver {
     /// What becomes of a piece's bytes.
-    pub(super) fn take(&mut self, task: Digest, piece: PieceIndex, buffer: PieceBuffer, verdict: Verdict) {
+    pub(super) fn take(
+        &mut self,
+        task: Digest,
+        piece: PieceIndex,
+        buffer: PieceBuffer,
+        verdict: Verdict,
+    ) {
         match verdict {
             Verdict::Drop => return,
             Verdict::Wrong => {
@@ -14,7 +20,9 @@ impl Driver {
             }
             Verdict::Keep => {}
         }
-        let Some(state) = self.tasks.get_mut(&task) else { return };
+        let Some(state) = self.tasks.get_mut(&task) else {
+            return;
+        };
         let data = buffer.freeze();
         state.shared.update(|s| s.hot.insert(piece, data.clone()));
         if state.in_memory() {
@@ -22,7 +30,14 @@ impl Driver {
         }
         match state.disk.partial().cloned() {
             Some(partial) => {
-                write(state, partial, self.config.events.clone(), task, piece, data);
+                write(
+                    state,
+                    partial,
+                    self.config.events.clone(),
+                    task,
+                    piece,
+                    data,
+                );
             }
             None => state.unwritten.push(piece),
         }
@@ -31,11 +46,24 @@ impl Driver {
 
     /// Writes what came before the file was there.
     pub(super) fn flush(&mut self, task: Digest) {
-        let Some(state) = self.tasks.get_mut(&task) else { return };
-        let Some(partial) = state.disk.partial().cloned() else { return };
+        let Some(state) = self.tasks.get_mut(&task) else {
+            return;
+        };
+        let Some(partial) = state.disk.partial().cloned() else {
+            return;
+        };
         for piece in std::mem::take(&mut state.unwritten) {
-            let Some(data) = state.shared.lock().hot.get(&piece).cloned() else { continue };
-            write(state, partial.clone(), self.config.events.clone(), task, piece, data);
+            let Some(data) = state.shared.lock().hot.get(&piece).cloned() else {
+                continue;
+            };
+            write(
+                state,
+                partial.clone(),
+                self.config.events.clone(),
+                task,
+                piece,
+                data,
+            );
         }
         self.commit_if_written(task);
     }
@@ -47,7 +75,13 @@ impl Driver {
         piece: PieceIndex,
         outcome: Result<(), StoreError>,
     ) {
-        let Some(state) = self.tasks.get_mut(&task).filter(|t| t.generation == generation) else { return };
+        let Some(state) = self
+            .tasks
+            .get_mut(&task)
+            .filter(|t| t.generation == generation)
+        else {
+            return;
+        };
         state.writing -= 1;
         match outcome {
             Ok(()) => {
@@ -84,11 +118,15 @@ impl Driver {
 
     pub(super) fn commit_if_written(&mut self, task: Digest) {
         let is_complete = self.node.phase(&task) == Phase::Committing;
-        let Some(state) = self.tasks.get_mut(&task).filter(|_| is_complete) else { return };
+        let Some(state) = self.tasks.get_mut(&task).filter(|_| is_complete) else {
+            return;
+        };
         if state.writing > 0 || !state.unwritten.is_empty() || state.in_memory() {
             return;
         }
-        let (OnDisk::Partial(partial), Some(table)) = (&state.disk, self.node.table(&task).cloned()) else {
+        let (OnDisk::Partial(partial), Some(table)) =
+            (&state.disk, self.node.table(&task).cloned())
+        else {
             return;
         };
         let partial = partial.clone();
@@ -97,17 +135,34 @@ impl Driver {
         lanes::start(Lane::Downloads, move || {
             let outcome = partial.commit(&table);
             drop(partial);
-            let _ = events.blocking_send(Event::Committed { task, generation, outcome });
+            let _ = events.blocking_send(Event::Committed {
+                task,
+                generation,
+                outcome,
+            });
         });
     }
 
-    pub(super) fn committed(&mut self, task: Digest, generation: u64, outcome: Result<Blob, StoreError>) {
-        let Some(state) = self.tasks.get_mut(&task).filter(|t| t.generation == generation) else { return };
+    pub(super) fn committed(
+        &mut self,
+        task: Digest,
+        generation: u64,
+        outcome: Result<Blob, StoreError>,
+    ) {
+        let Some(state) = self
+            .tasks
+            .get_mut(&task)
+            .filter(|t| t.generation == generation)
+        else {
+            return;
+        };
         match outcome {
             Ok(blob) => {
                 info!(%task, size_bytes = blob.size_bytes(), "committed");
                 self.sizes_doubted.remove(&task);
-                state.shared.update(|s| s.file = Some(Arc::clone(&blob.file)));
+                state
+                    .shared
+                    .update(|s| s.file = Some(Arc::clone(&blob.file)));
                 (state.origin, state.reading) = (None, None);
                 let (size_bytes, count) = (blob.size_bytes(), blob.table.layout().count());
                 state.disk = OnDisk::Blob(blob);
@@ -116,7 +171,9 @@ impl Driver {
                 self.holding(&task, size_bytes, count, true);
             }
             // The pieces are verified and readable; only the commit is missing. A restart finds them.
-            Err(error) => warn!(%task, %error, "could not commit: the blob is served but may not be kept"),
+            Err(error) => {
+                warn!(%task, %error, "could not commit: the blob is served but may not be kept")
+            }
         }
         // Only now: before, the scheduler would know neither a holder nor anybody who is about to be one.
         self.unwant(&task);
@@ -141,7 +198,12 @@ impl Driver {
 
     pub(super) fn holding(&self, task: &Digest, size_bytes: u64, pieces: u32, complete: bool) {
         if let Some(tracker) = &self.config.tracker {
-            tracker.holding(Holding { task: *task, size_bytes, pieces, complete });
+            tracker.holding(Holding {
+                task: *task,
+                size_bytes,
+                pieces,
+                complete,
+            });
         }
     }
 }
@@ -161,6 +223,11 @@ fn write(
         let outcome = partial.write(piece, &data);
         // The memory is free before the driver hears of it.
         drop(data);
-        let _ = events.blocking_send(Event::Written { task, generation, piece, outcome });
+        let _ = events.blocking_send(Event::Written {
+            task,
+            generation,
+            piece,
+            outcome,
+        });
     });
 }

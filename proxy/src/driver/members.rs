@@ -31,14 +31,22 @@ const MET: usize = 8192;
 
 impl MembersState {
     fn named(&self, member: &Member) -> Named {
-        Named { peer: member.peer, far: member.zone != self.zone }
+        Named {
+            peer: member.peer,
+            far: member.zone != self.zone,
+        }
     }
 }
 
 impl Members {
     pub(crate) fn of(zone: String) -> Self {
-        let state = MembersState { zone, ..MembersState::default() };
-        Self { state: std::sync::Mutex::new(state) }
+        let state = MembersState {
+            zone,
+            ..MembersState::default()
+        };
+        Self {
+            state: std::sync::Mutex::new(state),
+        }
     }
 
     /// A member as a parent: far when it stands in another zone.
@@ -59,13 +67,18 @@ impl Members {
     }
 
     pub(super) fn with<T>(&self, act: impl FnOnce(&mut MembersState) -> T) -> T {
-        act(&mut self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner))
+        act(&mut self
+            .state
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner))
     }
 
     /// Forgets members that were removed from the cluster.
     pub(super) fn forget(&self, removed: &[PeerId]) {
         self.with(|state| {
-            state.listed.retain(|member| !removed.contains(&member.peer));
+            state
+                .listed
+                .retain(|member| !removed.contains(&member.peer));
             state.met.retain(|peer, _| !removed.contains(peer));
             state.static_seeds.retain(|peer| !removed.contains(peer));
         });
@@ -87,7 +100,11 @@ impl Members {
 
     fn addresses(&self, peer: PeerId) -> Vec<String> {
         self.with(|state| {
-            let listed = state.listed.iter().find(|m| m.peer == peer).or_else(|| state.met.get(&peer));
+            let listed = state
+                .listed
+                .iter()
+                .find(|m| m.peer == peer)
+                .or_else(|| state.met.get(&peer));
             listed.map(|m| m.addresses.clone()).unwrap_or_default()
         })
     }
@@ -95,7 +112,11 @@ impl Members {
     /// Seeds, by list and by configuration.
     pub(crate) fn seeds(&self) -> Vec<PeerId> {
         self.with(|state| {
-            let listed = state.listed.iter().filter(|m| m.role == Role::Seed).map(|m| m.peer);
+            let listed = state
+                .listed
+                .iter()
+                .filter(|m| m.role == Role::Seed)
+                .map(|m| m.peer);
             let all: BTreeSet<PeerId> = listed.chain(state.static_seeds.iter().copied()).collect();
             all.into_iter().collect()
         })
@@ -104,7 +125,10 @@ impl Members {
     /// How to dial a member; `None` when no address is known.
     pub(crate) fn dial(&self, peer: PeerId) -> Option<Dial> {
         let addresses = self.addresses(peer);
-        (!addresses.is_empty()).then_some(Dial { peer: Some(peer), addresses })
+        (!addresses.is_empty()).then_some(Dial {
+            peer: Some(peer),
+            addresses,
+        })
     }
 
     /// Everybody known: member, connected, isolated.
@@ -115,8 +139,10 @@ impl Members {
             let mut all: Vec<_> = all
                 .into_values()
                 .map(|m| {
-                    let (connected, isolated) =
-                        (state.connected.contains(&m.peer), state.isolated.get(&m.peer).cloned());
+                    let (connected, isolated) = (
+                        state.connected.contains(&m.peer),
+                        state.isolated.get(&m.peer).cloned(),
+                    );
                     (m, connected, isolated)
                 })
                 .collect();

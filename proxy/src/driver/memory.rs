@@ -15,12 +15,25 @@ impl Driver {
     /// The disk refuses this task: it goes on in memory.
     pub(super) fn enter_memory(&mut self, task: Digest) {
         let now = self.now();
-        let Some(state) = self.tasks.get_mut(&task) else { return };
+        let Some(state) = self.tasks.get_mut(&task) else {
+            return;
+        };
         state.degrade();
         let on_disk = state.shared.lock().written.clone();
         let Some(on_disk) = on_disk else { return };
-        let budget_bytes = if state.is_barred_from_memory() { 0 } else { WINDOW_BYTES };
-        self.node.handle(now, Input::WithoutDisk { task, on_disk, budget_bytes });
+        let budget_bytes = if state.is_barred_from_memory() {
+            0
+        } else {
+            WINDOW_BYTES
+        };
+        self.node.handle(
+            now,
+            Input::WithoutDisk {
+                task,
+                on_disk,
+                budget_bytes,
+            },
+        );
         self.claim_memory(task);
         self.announce(&task);
     }
@@ -46,7 +59,8 @@ impl Driver {
         let mut others: Vec<Digest> = Vec::new();
         for (task, state) in without_disk {
             let layout = state.shared.lock().layout;
-            let claims = matches!(state.memory_claim, MemoryClaim::Since(at) if at.elapsed() < CLAIMED_FOR);
+            let claims =
+                matches!(state.memory_claim, MemoryClaim::Since(at) if at.elapsed() < CLAIMED_FOR);
             let needs = claims || self.node.needs_memory(task);
             match layout.filter(|_| !state.is_barred_from_memory() && needs) {
                 Some(layout) => needing.push((state.since, *task, layout.piece_bytes())),
@@ -54,12 +68,22 @@ impl Driver {
             }
         }
         needing.sort();
-        let pieces_bytes: Vec<u64> = needing.iter().map(|(_, _, piece_bytes)| *piece_bytes).collect();
+        let pieces_bytes: Vec<u64> = needing
+            .iter()
+            .map(|(_, _, piece_bytes)| *piece_bytes)
+            .collect();
         let shares = shares(self.config.memory_bytes / 2, WINDOW_BYTES, &pieces_bytes);
         let needing = needing.into_iter().map(|(_, task, _)| task).zip(shares);
         for (task, bytes) in needing.chain(others.into_iter().map(|task| (task, 0))) {
-            let storage = if bytes == 0 { Storage::Nowhere } else { Storage::Memory };
-            self.tell(Input::MemoryBudget { task, budget_bytes: bytes });
+            let storage = if bytes == 0 {
+                Storage::Nowhere
+            } else {
+                Storage::Memory
+            };
+            self.tell(Input::MemoryBudget {
+                task,
+                budget_bytes: bytes,
+            });
             if let Some(state) = self.tasks.get(&task)
                 && state.shared.lock().storage != storage
             {
@@ -77,7 +101,9 @@ impl Driver {
         self.trying_disk = true;
         let (store, events) = (self.config.store.clone(), self.config.events.clone());
         lanes::start(Lane::Downloads, move || {
-            let _ = events.blocking_send(Event::DiskTried { takes_writes: store.takes_writes() });
+            let _ = events.blocking_send(Event::DiskTried {
+                takes_writes: store.takes_writes(),
+            });
         });
     }
 
@@ -87,12 +113,18 @@ impl Driver {
         if !takes_writes {
             return;
         }
-        let waits =
-            |state: &TaskState| state.in_memory() && !state.is_barred_from_memory() && state.is_ready();
+        let waits = |state: &TaskState| {
+            state.in_memory() && !state.is_barred_from_memory() && state.is_ready()
+        };
         let waiting = self.tasks.iter().filter(|(_, state)| waits(state));
         let waiting: Vec<(Digest, bool, u64, Option<PieceLayout>)> = waiting
             .map(|(task, state)| {
-                (*task, state.disk.partial().is_some(), state.generation, state.shared.lock().layout)
+                (
+                    *task,
+                    state.disk.partial().is_some(),
+                    state.generation,
+                    state.shared.lock().layout,
+                )
             })
             .collect();
         for (task, has_file, generation, layout) in waiting {
@@ -109,14 +141,24 @@ impl Driver {
     /// A task has a file again: all that is in memory goes there.
     pub(super) fn leave_memory(&mut self, task: Digest) {
         let now = self.now();
-        let Some(state) = self.tasks.get_mut(&task).filter(|state| state.in_memory()) else { return };
+        let Some(state) = self.tasks.get_mut(&task).filter(|state| state.in_memory()) else {
+            return;
+        };
         info!(%task, "the disk takes this task again");
         let (on_disk, in_memory) = state.shared.update(|s| {
             s.storage = Storage::Disk;
             let on_disk = s.written.clone();
-            let is_written = |piece| on_disk.as_ref().is_some_and(|written| written.contains(piece));
-            let in_memory: Vec<PieceIndex> =
-                s.hot.keys().copied().filter(|piece| !is_written(*piece)).collect();
+            let is_written = |piece| {
+                on_disk
+                    .as_ref()
+                    .is_some_and(|written| written.contains(piece))
+            };
+            let in_memory: Vec<PieceIndex> = s
+                .hot
+                .keys()
+                .copied()
+                .filter(|piece| !is_written(*piece))
+                .collect();
             (on_disk, in_memory)
         });
         state.window.send_replace(PieceIndex::MAX);
@@ -147,6 +189,12 @@ impl Driver {
         }
         self.enter_memory(*task);
         self.holding(task, 0, 0, false);
-        self.node.handle(now, Input::OriginOver { task: *task, failure: None });
+        self.node.handle(
+            now,
+            Input::OriginOver {
+                task: *task,
+                failure: None,
+            },
+        );
     }
 }

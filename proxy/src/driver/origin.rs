@@ -14,17 +14,29 @@ impl Driver {
         self.generation += 1;
         let generation = self.generation;
         debug!(%task, from, "reading from the origin");
-        let Some(state) = self.tasks.get_mut(&task) else { return };
+        let Some(state) = self.tasks.get_mut(&task) else {
+            return;
+        };
         state.reading = Some(generation);
-        let rest = Rest { generation, from, chain };
-        self.with_origin(&task, |origin| origin.wish(|wishes| wishes.rest = Some(rest)));
+        let rest = Rest {
+            generation,
+            from,
+            chain,
+        };
+        self.with_origin(&task, |origin| {
+            origin.wish(|wishes| wishes.rest = Some(rest))
+        });
         self.wish_ranges(&task);
     }
 
     /// A reader waits for bytes that nobody else can give.
     pub(super) fn read_at_origin(&mut self, task: Digest, reader: u64, ranges: Vec<Range<u64>>) {
-        let Some(state) = self.tasks.get_mut(&task) else { return };
-        let Some(reading) = state.readers.get_mut(&reader) else { return };
+        let Some(state) = self.tasks.get_mut(&task) else {
+            return;
+        };
+        let Some(reading) = state.readers.get_mut(&reader) else {
+            return;
+        };
         reading.at_origin = ranges;
         self.with_origin(&task, |_| {});
         self.wish_ranges(&task);
@@ -32,13 +44,18 @@ impl Driver {
 
     /// Tells the origin's reader what clients wait for.
     pub(super) fn wish_ranges(&self, task: &Digest) {
-        let Some(state) = self.tasks.get(task) else { return };
-        let (Some(origin), Some(layout)) = (&state.origin, state.shared.lock().layout) else { return };
+        let Some(state) = self.tasks.get(task) else {
+            return;
+        };
+        let (Some(origin), Some(layout)) = (&state.origin, state.shared.lock().layout) else {
+            return;
+        };
         let reads_rest = state.reading.is_some();
         let ranges = |reading: &Reading| match &reading.pieces {
             _ if !reading.at_origin.is_empty() => reading.at_origin.clone(),
             Some(pieces) if reads_rest && !pieces.is_empty() => {
-                std::iter::once(layout.start(pieces.start)..layout.range(pieces.end - 1).end).collect()
+                std::iter::once(layout.start(pieces.start)..layout.range(pieces.end - 1).end)
+                    .collect()
             }
             _ => Vec::new(),
         };
@@ -49,7 +66,9 @@ impl Driver {
     /// Does something with the task's reader; a first one begins here.
     fn with_origin(&mut self, task: &Digest, act: impl FnOnce(&OriginReader)) {
         let layout = self.node.table(task).map(PieceTable::layout);
-        let Some(state) = self.tasks.get_mut(task) else { return };
+        let Some(state) = self.tasks.get_mut(task) else {
+            return;
+        };
         if state.origin.is_none() {
             let source = (self.config.sources)(*task, state.grants.subscribe());
             let reader = OriginReader::start(Setup {
@@ -63,7 +82,12 @@ impl Driver {
                 resumes: state.resumes.subscribe(),
                 events: self.config.events.clone(),
             });
-            let file = state.disk.partial().cloned().filter(|_| !state.in_memory()).map(LooseFile);
+            let file = state
+                .disk
+                .partial()
+                .cloned()
+                .filter(|_| !state.in_memory())
+                .map(LooseFile);
             reader.wish(|wishes| wishes.file = file);
             state.origin = Some(reader);
         }
@@ -83,9 +107,14 @@ impl Driver {
     ) {
         let now = self.now();
         info!(%task, ?failure, reason, "the origin gave no more");
-        let Some(state) = self.tasks.get_mut(&task) else { return };
+        let Some(state) = self.tasks.get_mut(&task) else {
+            return;
+        };
         let error = FlightError::of(task, failure, &reason);
-        state.readers.values_mut().for_each(|reading| reading.at_origin.clear());
+        state
+            .readers
+            .values_mut()
+            .for_each(|reading| reading.at_origin.clear());
         state.shared.update(|s| {
             s.loose_failures += 1;
             s.loose_failed = Some(error);
@@ -93,14 +122,22 @@ impl Driver {
         state.last_failure = reason;
         if generation.is_some_and(|generation| state.reading == Some(generation)) {
             state.reading = None;
-            self.node.handle(now, Input::OriginOver { task, failure: Some(failure) });
+            self.node.handle(
+                now,
+                Input::OriginOver {
+                    task,
+                    failure: Some(failure),
+                },
+            );
         }
         self.wish_ranges(&task);
     }
 
     /// A piece was hashed from the file, where its bytes were loose.
     pub(super) fn note_on_disk(&mut self, task: Digest, piece: PieceIndex, buffer: PieceBuffer) {
-        let Some(state) = self.tasks.get_mut(&task) else { return };
+        let Some(state) = self.tasks.get_mut(&task) else {
+            return;
+        };
         let Some(partial) = state.disk.partial().cloned().filter(|_| !state.in_memory()) else {
             return self.take(task, piece, buffer, Verdict::Keep);
         };
@@ -110,7 +147,12 @@ impl Driver {
         let (generation, events) = (state.generation, self.config.events.clone());
         lanes::start(Lane::Downloads, move || {
             let outcome = partial.note(piece);
-            let _ = events.blocking_send(Event::Written { task, generation, piece, outcome });
+            let _ = events.blocking_send(Event::Written {
+                task,
+                generation,
+                piece,
+                outcome,
+            });
         });
         self.announce(&task);
     }

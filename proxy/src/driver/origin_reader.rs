@@ -151,9 +151,16 @@ impl Context {
     }
 
     /// Writes the first part of a piece as loose bytes.
-    pub(super) async fn write_part(&self, piece: PieceIndex, buffer: PieceBuffer, place: &Arc<str>) {
+    pub(super) async fn write_part(
+        &self,
+        piece: PieceIndex,
+        buffer: PieceBuffer,
+        place: &Arc<str>,
+    ) {
         let Some(layout) = self.layout else { return };
-        let Some(LooseFile(partial)) = self.wishes.borrow().file.clone() else { return };
+        let Some(LooseFile(partial)) = self.wishes.borrow().file.clone() else {
+            return;
+        };
         let start = layout.start(piece);
         let range = start..start + buffer.filled().len() as u64;
         let write = move || partial.write_loose(start, buffer.filled());
@@ -193,10 +200,29 @@ const SIZING: SpanId = SpanId(u32::MAX);
 
 impl Actor {
     fn new(setup: Setup, wishes: watch::Receiver<Wishes>) -> Self {
-        let Setup { task, source, layout, pool, shared, slots, window, resumes, events } = setup;
+        let Setup {
+            task,
+            source,
+            layout,
+            pool,
+            shared,
+            slots,
+            window,
+            resumes,
+            events,
+        } = setup;
         let (news, heard) = mpsc::channel(CHUNKS);
         Self {
-            context: Context { task, layout, pool, shared, window, resumes, events, wishes },
+            context: Context {
+                task,
+                layout,
+                pool,
+                shared,
+                window,
+                resumes,
+                events,
+                wishes,
+            },
             source,
             slots,
             started: Instant::now(),
@@ -228,7 +254,11 @@ impl Actor {
     async fn work(&mut self) -> Result<(), Unheard> {
         loop {
             let now = self.now();
-            let wait = self.reads.as_ref().and_then(|reads| reads.deadline(now)).map(|at| at.since(now));
+            let wait = self
+                .reads
+                .as_ref()
+                .and_then(|reads| reads.deadline(now))
+                .map(|at| at.since(now));
             let looks_at = self.in_order.looks_at();
             tokio::select! {
                 biased;
@@ -287,13 +317,20 @@ impl Actor {
         }
         let is_wanted = |span: &SpanTask, end: u64| {
             self.in_order.is_active()
-                || wishes.readers.iter().any(|reader| reader.start < end && span.at < reader.end)
+                || wishes
+                    .readers
+                    .iter()
+                    .any(|reader| reader.start < end && span.at < reader.end)
         };
         let unwanted: Vec<SpanId> = self
             .spans
             .iter()
             .filter(|(id, span)| {
-                let end = self.reads.as_ref().and_then(|reads| reads.end_of(**id)).unwrap_or(0);
+                let end = self
+                    .reads
+                    .as_ref()
+                    .and_then(|reads| reads.end_of(**id))
+                    .unwrap_or(0);
                 !is_wanted(span, end)
             })
             .map(|(id, _)| *id)
@@ -312,9 +349,14 @@ impl Actor {
         for (id, span) in &mut self.spans {
             let pauses = in_order_only && position.is_some_and(|position| position < span.at);
             self.is_to_plan |= std::mem::replace(&mut span.is_paused, pauses) != pauses;
-            let end = self.reads.as_ref().and_then(|reads| reads.end_of(*id)).unwrap_or(u64::MAX);
+            let end = self
+                .reads
+                .as_ref()
+                .and_then(|reads| reads.end_of(*id))
+                .unwrap_or(u64::MAX);
             let until = if pauses { 0 } else { end };
-            span.until.send_if_modified(|known| std::mem::replace(known, until) != until);
+            span.until
+                .send_if_modified(|known| std::mem::replace(known, until) != until);
         }
     }
 
@@ -338,7 +380,10 @@ impl Actor {
         }
         let mut present = self.context.shared.lock().present();
         present.insert(self.in_order.passed().clone());
-        let may_go_on = self.in_order.piece().is_some_and(|piece| piece < *self.context.window.borrow());
+        let may_go_on = self
+            .in_order
+            .piece()
+            .is_some_and(|piece| piece < *self.context.window.borrow());
         let rest = match self.in_order.position(Some(layout)) {
             // Nothing is asked for that could not be taken in yet.
             Some(position) if may_go_on => {
@@ -349,16 +394,25 @@ impl Actor {
         };
         let in_order_only = wishes.file.is_none();
         let (needs_room, is_open) = (in_order_only && !rest.is_empty(), !self.spans.is_empty());
-        let rest = match self.in_order.has_room(&self.context, layout, needs_room, is_open) {
+        let rest = match self
+            .in_order
+            .has_room(&self.context, layout, needs_room, is_open)
+        {
             true => rest,
             false => 0..0,
         };
         // Bytes that are gathered and not written yet are neither loose nor under way.
-        self.spans.values().for_each(|span| present.insert(span.block_at..span.at));
-        let readers = if in_order_only { Vec::new() } else { wishes.readers };
+        self.spans
+            .values()
+            .for_each(|span| present.insert(span.block_at..span.at));
+        let readers = if in_order_only {
+            Vec::new()
+        } else {
+            wishes.readers
+        };
         // A rate holds bytes back as they are hashed: read out of order, they would come faster than that.
-        let is_held_back =
-            self.in_order.is_active() && *self.context.resumes.borrow() > tokio::time::Instant::now();
+        let is_held_back = self.in_order.is_active()
+            && *self.context.resumes.borrow() > tokio::time::Instant::now();
         let lone = in_order_only || is_held_back;
         let paused = self.spans.values().filter(|span| span.is_paused).count();
         while let Some(reads) = &mut self.reads {
@@ -374,7 +428,9 @@ impl Actor {
                 lone,
                 paused,
             };
-            let Some(span) = reads.next(now, &demand) else { break };
+            let Some(span) = reads.next(now, &demand) else {
+                break;
+            };
             let slot = self.slots.take(&place);
             if slot.is_none() && !self.spans.is_empty() {
                 reads.ended(now, span.id, SpanEnd::Done);
@@ -384,8 +440,10 @@ impl Actor {
         }
         let failed = self.reads.as_ref().is_some_and(OriginReads::is_failed);
         if failed && self.spans.is_empty() && (self.in_order.is_active() || !readers.is_empty()) {
-            let error =
-                self.last_error.take().unwrap_or_else(|| SourceError::Broken("it gave nothing".to_owned()));
+            let error = self
+                .last_error
+                .take()
+                .unwrap_or_else(|| SourceError::Broken("it gave nothing".to_owned()));
             self.fail(error).await?;
         }
         Ok(())
@@ -396,23 +454,58 @@ impl Actor {
     fn begin_span(&mut self, span: Span, slot: Option<Slot>) {
         let Span { id, bytes, plain } = span;
         debug!(task = %self.context.task, ?id, ?bytes, plain, "a request to the origin begins");
-        let resumes = self.in_order.is_active().then(|| self.context.resumes.clone());
+        let resumes = self
+            .in_order
+            .is_active()
+            .then(|| self.context.resumes.clone());
         let size_bytes = self.context.layout.map(|layout| layout.size_bytes());
-        let ask = Ask { range: (!plain).then(|| bytes.clone()), size_bytes };
-        let request = Request::begin(&self.source, id, ask, resumes, &self.news, Duration::ZERO, slot);
-        self.spans.insert(id, SpanTask::new(plain, bytes.start, Arc::from(""), request));
+        let ask = Ask {
+            range: (!plain).then(|| bytes.clone()),
+            size_bytes,
+        };
+        let request = Request::begin(
+            &self.source,
+            id,
+            ask,
+            resumes,
+            &self.news,
+            Duration::ZERO,
+            slot,
+        );
+        self.spans.insert(
+            id,
+            SpanTask::new(plain, bytes.start, Arc::from(""), request),
+        );
     }
 
     fn ask_for_size(&mut self) {
         let slot = self.slots.take(&self.source.place());
-        let ask = Ask { range: first_range(self.context.wishes.borrow().size_guess), size_bytes: None };
-        let (resumes, wait) = (Some(self.context.resumes.clone()), SIZING_WAIT * self.sizing_failures);
-        self.sizing = Some(Request::begin(&self.source, SIZING, ask, resumes, &self.news, wait, slot));
+        let ask = Ask {
+            range: first_range(self.context.wishes.borrow().size_guess),
+            size_bytes: None,
+        };
+        let (resumes, wait) = (
+            Some(self.context.resumes.clone()),
+            SIZING_WAIT * self.sizing_failures,
+        );
+        self.sizing = Some(Request::begin(
+            &self.source,
+            SIZING,
+            ask,
+            resumes,
+            &self.news,
+            wait,
+            slot,
+        ));
     }
 
     async fn hear(&mut self, id: SpanId, news: News) -> Result<(), Unheard> {
         // The request that told the size is a span like any other afterwards.
-        let id = if id == SIZING { self.sizing_span.unwrap_or(id) } else { id };
+        let id = if id == SIZING {
+            self.sizing_span.unwrap_or(id)
+        } else {
+            id
+        };
         match news {
             News::Opened(head) => self.opened(id, head).await,
             News::Chunk(bytes) => self.chunk(id, bytes).await,
@@ -426,7 +519,9 @@ impl Actor {
 
     /// An answer ended before its span did: its origin gives less than it is asked for, or broke off.
     async fn ended_short(&mut self, id: SpanId) {
-        let Some(span) = self.spans.get(&id) else { return };
+        let Some(span) = self.spans.get(&id) else {
+            return;
+        };
         let came_bytes = span.at - span.start;
         let end = match came_bytes {
             _ if span.plain => SpanEnd::Broken,
@@ -435,7 +530,11 @@ impl Actor {
             _ => {
                 self.short_parts += 1;
                 let is_hopeless = self.short_parts >= SHORT_PARTS_MAX && self.in_order.is_active();
-                if is_hopeless { SpanEnd::RangeIgnored } else { SpanEnd::Done }
+                if is_hopeless {
+                    SpanEnd::RangeIgnored
+                } else {
+                    SpanEnd::Done
+                }
             }
         };
         self.end_span(id, end).await;
@@ -447,7 +546,9 @@ impl Actor {
             return self.sized(head).await;
         }
         let is_only = self.spans.len() == 1;
-        let (Some(span), Some(reads)) = (self.spans.get_mut(&id), &mut self.reads) else { return Ok(()) };
+        let (Some(span), Some(reads)) = (self.spans.get_mut(&id), &mut self.reads) else {
+            return Ok(());
+        };
         span.place = head.place;
         if head.is_range || span.plain {
             reads.answered(head.takes_ranges);
@@ -462,40 +563,62 @@ impl Actor {
         reads.became_plain(id);
         (span.plain, span.start, span.at, span.block_at) = (true, 0, 0, 0);
         if !self.in_order.is_active() {
-            self.context.tell(Event::OriginWholeOnly { task: self.context.task }).await?;
+            self.context
+                .tell(Event::OriginWholeOnly {
+                    task: self.context.task,
+                })
+                .await?;
         }
         Ok(())
     }
 
     /// A request told the size, or did not.
     async fn sized(&mut self, head: Head) -> Result<(), Unheard> {
-        let (Some(generation), Some(request)) = (self.in_order.generation(), self.sizing.take()) else {
+        let (Some(generation), Some(request)) = (self.in_order.generation(), self.sizing.take())
+        else {
             return Ok(());
         };
         let Some(size_bytes) = head.size_bytes else {
             let reason = "it does not say how long the blob is".to_owned();
-            return self.fail(SourceError::Final { failure: Failure::UnknownLength, reason }).await;
+            return self
+                .fail(SourceError::Final {
+                    failure: Failure::UnknownLength,
+                    reason,
+                })
+                .await;
         };
         let layout = *self.context.layout.insert(PieceLayout::new(size_bytes));
         let now = self.now();
         let experience = self.slots.experience(&self.source.place());
-        let reads = self.reads.insert(OriginReads::new(layout.size_bytes(), experience));
+        let reads = self
+            .reads
+            .insert(OriginReads::new(layout.size_bytes(), experience));
         let plain = !head.is_range;
         let span = reads.adopt_first(now, plain);
         reads.answered(head.takes_ranges);
         let registry = head.place.to_string();
-        self.spans.insert(span.id, SpanTask::new(plain, 0, head.place, request));
+        self.spans
+            .insert(span.id, SpanTask::new(plain, 0, head.place, request));
         self.sizing_span = Some(span.id);
         self.in_order.start_passing(self.context.layout);
         self.context
-            .tell(Event::OriginSized { task: self.context.task, generation, size_bytes, registry })
+            .tell(Event::OriginSized {
+                task: self.context.task,
+                generation,
+                size_bytes,
+                registry,
+            })
             .await
     }
 
     async fn chunk(&mut self, id: SpanId, mut bytes: Bytes) -> Result<(), Unheard> {
         let now = self.now();
-        let (Some(span), Some(reads)) = (self.spans.get_mut(&id), &mut self.reads) else { return Ok(()) };
-        let Some(end) = reads.end_of(id) else { return Ok(()) };
+        let (Some(span), Some(reads)) = (self.spans.get_mut(&id), &mut self.reads) else {
+            return Ok(());
+        };
+        let Some(end) = reads.end_of(id) else {
+            return Ok(());
+        };
         let at = span.at;
         bytes.truncate(end.saturating_sub(at) as usize);
         span.at += bytes.len() as u64;
@@ -528,11 +651,16 @@ impl Actor {
     async fn broke(&mut self, id: SpanId, error: SourceError) -> Result<(), Unheard> {
         let is_first = !self.has_moved && self.spans.len() <= 1;
         let end = match &error {
-            SourceError::Final { failure: Failure::Status(500..), .. } if self.has_moved => SpanEnd::Broken,
+            SourceError::Final {
+                failure: Failure::Status(500..),
+                ..
+            } if self.has_moved => SpanEnd::Broken,
             SourceError::Final { .. } => return self.fail(error).await,
             SourceError::Throttled { .. } if is_first => return self.fail(error).await,
             SourceError::Throttled { .. } => SpanEnd::Throttled,
-            SourceError::Broken(_) if self.spans.get(&id).is_some_and(|span| span.is_paused) => SpanEnd::Done,
+            SourceError::Broken(_) if self.spans.get(&id).is_some_and(|span| span.is_paused) => {
+                SpanEnd::Done
+            }
             SourceError::Broken(_) => SpanEnd::Broken,
         };
         if id == SIZING {
@@ -565,7 +693,14 @@ impl Actor {
         };
         let generation = self.in_order.fail();
         let task = self.context.task;
-        self.context.tell(Event::OriginFailed { task, generation, failure, reason: error.to_string() }).await
+        self.context
+            .tell(Event::OriginFailed {
+                task,
+                generation,
+                failure,
+                reason: error.to_string(),
+            })
+            .await
     }
 
     // ---- bytes --------------------------------------------------------------------------------------------------
@@ -598,7 +733,10 @@ impl Actor {
             if is_next {
                 self.write_block(id).await;
                 let before = bytes.len() as u64;
-                bytes = self.in_order.extend(&self.context, bytes, &place, false).await?;
+                bytes = self
+                    .in_order
+                    .extend(&self.context, bytes, &place, false)
+                    .await?;
                 let taken = before - bytes.len() as u64;
                 at += taken;
                 new_bytes += taken;
@@ -647,23 +785,35 @@ impl Actor {
 
     /// Writes the loose bytes that a span has gathered, and shows them to readers.
     async fn write_block(&mut self, id: SpanId) {
-        let Some(span) = self.spans.get_mut(&id) else { return };
+        let Some(span) = self.spans.get_mut(&id) else {
+            return;
+        };
         let (block, start) = (span.block.split().freeze(), span.block_at);
         if block.is_empty() {
             return;
         }
         span.block_at += block.len() as u64;
         let place = Arc::clone(&span.place);
-        let Some(LooseFile(partial)) = self.context.wishes.borrow().file.clone() else { return };
+        let Some(LooseFile(partial)) = self.context.wishes.borrow().file.clone() else {
+            return;
+        };
         let range = start..start + block.len() as u64;
         match lanes::run(Lane::Downloads, move || partial.write_loose(start, &block)).await {
             Some(Ok(())) => {
-                self.context.shared.update(|state| state.loose.insert(&place, range));
+                self.context
+                    .shared
+                    .update(|state| state.loose.insert(&place, range));
                 self.is_loose_new = true;
             }
             Some(Err(error)) => {
                 // An error here means that the driver is gone.
-                let _ = self.context.tell(Event::DiskRefused { task: self.context.task, error }).await;
+                let _ = self
+                    .context
+                    .tell(Event::DiskRefused {
+                        task: self.context.task,
+                        error,
+                    })
+                    .await;
             }
             None => {}
         }

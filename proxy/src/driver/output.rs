@@ -7,7 +7,9 @@ impl Driver {
         match output {
             Output::Dial(peer) => self.dial(peer),
             Output::Send(peer, message) => {
-                if let Message::Reject { reason, .. } | Message::Unavailable { reason, .. } = &message {
+                if let Message::Reject { reason, .. } | Message::Unavailable { reason, .. } =
+                    &message
+                {
                     self.config.metrics.refused(Refused::Peer, *reason);
                 }
                 if let Some(peers) = &self.config.peers {
@@ -17,7 +19,14 @@ impl Driver {
                     debug!(%task, %peer, "left");
                 }
             }
-            Output::Download { peer, request, task, piece, prefetch, priority } => {
+            Output::Download {
+                peer,
+                request,
+                task,
+                piece,
+                prefetch,
+                priority,
+            } => {
                 self.download(peer, request, task, piece, prefetch, priority);
             }
             Output::Cancel { peer, request } => {
@@ -25,7 +34,12 @@ impl Driver {
                     peers.cancel(peer, request);
                 }
             }
-            Output::Upload { peer, request, task, piece } => self.upload(peer, request, task, piece, false),
+            Output::Upload {
+                peer,
+                request,
+                task,
+                piece,
+            } => self.upload(peer, request, task, piece, false),
             Output::ReadOrigin { task, from } => self.read_origin(task, from),
             Output::StopOrigin(task) => {
                 if let Some(state) = self.tasks.get_mut(&task) {
@@ -35,13 +49,28 @@ impl Driver {
                     }
                 }
             }
-            Output::Want { task, again, reads, partial } => {
+            Output::Want {
+                task,
+                again,
+                reads,
+                partial,
+            } => {
                 if let (Some(tracker), Some(state)) = (&self.config.tracker, self.tasks.get(&task))
                     && let Some(grant) = state.grants.borrow().last()
                 {
                     let size_bytes = self.node.table(&task).map(|t| t.layout().size_bytes());
                     let (source, purpose) = (grant.source.clone(), self.node.purpose_of(&task));
-                    tracker.want(&task, Want { size_bytes, source, purpose, again, reads, partial });
+                    tracker.want(
+                        &task,
+                        Want {
+                            size_bytes,
+                            source,
+                            purpose,
+                            again,
+                            reads,
+                            partial,
+                        },
+                    );
                 }
             }
             Output::Report(peer, task, fault) => {
@@ -60,7 +89,13 @@ impl Driver {
                     tracker.contradiction(*tables);
                 }
             }
-            Output::Load { task, source, token, size_bytes, child } => {
+            Output::Load {
+                task,
+                source,
+                token,
+                size_bytes,
+                child,
+            } => {
                 self.load(task, source, token.as_ref(), child);
                 if let Some(state) = self.tasks.get_mut(&task) {
                     state.size_guess = state.size_guess.or(size_bytes);
@@ -69,11 +104,17 @@ impl Driver {
             Output::Recheck(task) => self.complained(task),
             Output::Drop(task, piece) => {
                 if let Some(state) = self.tasks.get(&task).filter(|state| state.in_memory()) {
-                    let is_held = self.node.held(&task).is_some_and(|held| held.contains(piece));
+                    let is_held = self
+                        .node
+                        .held(&task)
+                        .is_some_and(|held| held.contains(piece));
                     state.shared.update(|s| {
                         s.hot.remove(&piece);
                         // It is shown again when it has come again.
-                        s.shown.as_mut().filter(|_| !is_held).map(|shown| shown.remove(piece));
+                        s.shown
+                            .as_mut()
+                            .filter(|_| !is_held)
+                            .map(|shown| shown.remove(piece));
                     });
                 }
             }
@@ -92,7 +133,9 @@ impl Driver {
             Output::Sized(task, size_bytes) => self.sized(task, size_bytes),
             Output::Show(task, piece) => {
                 if let Some(state) = self.tasks.get(&task) {
-                    state.shared.update(|s| s.shown.as_mut().map(|shown| shown.insert(piece)));
+                    state
+                        .shared
+                        .update(|s| s.shown.as_mut().map(|shown| shown.insert(piece)));
                 }
             }
             Output::TableGrew(task) => {
@@ -114,7 +157,9 @@ impl Driver {
             Output::Alone(task, is_alone) => {
                 if let Some(state) = self.tasks.get(&task) {
                     let has_no_peers = self.config.peers.is_none();
-                    state.shared.update(|s| s.is_alone = is_alone || has_no_peers);
+                    state
+                        .shared
+                        .update(|s| s.is_alone = is_alone || has_no_peers);
                 }
             }
             Output::Poisoned(task) => self.poisoned(task),
@@ -123,7 +168,10 @@ impl Driver {
     }
 
     pub(super) fn dial(&self, peer: PeerId) {
-        let (Some(peers), dial) = (self.config.peers.clone(), self.config.members.dial(peer)) else { return };
+        let (Some(peers), dial) = (self.config.peers.clone(), self.config.members.dial(peer))
+        else {
+            return;
+        };
         let events = self.config.events.clone();
         tokio::spawn(async move {
             let reached = match dial {
@@ -149,16 +197,39 @@ impl Driver {
         prefetch: bool,
         priority: Priority,
     ) {
-        let Some(table) = self.node.table(&task) else { return };
-        let (Some(chain), Some(peers)) = (table.chain_at(piece), self.config.peers.clone()) else { return };
+        let Some(table) = self.node.table(&task) else {
+            return;
+        };
+        let (Some(chain), Some(peers)) = (table.chain_at(piece), self.config.peers.clone()) else {
+            return;
+        };
         let len = table.layout().len_bytes(piece) as usize;
         let (pool, events) = (self.pool.clone(), self.config.events.clone());
         tokio::spawn(async move {
             let buffer = pool.get(len).await;
             let (done, outcome) = oneshot::channel();
-            peers.download(peer, Download { request, task, piece, prefetch, priority, buffer, chain, done });
+            peers.download(
+                peer,
+                Download {
+                    request,
+                    task,
+                    piece,
+                    prefetch,
+                    priority,
+                    buffer,
+                    chain,
+                    done,
+                },
+            );
             let outcome = outcome.await.unwrap_or(Err(PeerError::Lost));
-            let _ = events.send(Event::Piece { task, peer, request, outcome }).await;
+            let _ = events
+                .send(Event::Piece {
+                    task,
+                    peer,
+                    request,
+                    outcome,
+                })
+                .await;
         });
     }
 
@@ -173,7 +244,9 @@ impl Driver {
         is_rotten: bool,
     ) {
         let state = self.tasks.get(&task);
-        let source = state.filter(|_| !is_rotten).and_then(|state| state.piece_source(piece));
+        let source = state
+            .filter(|_| !is_rotten)
+            .and_then(|state| state.piece_source(piece));
         let unchecked = state.and_then(|state| state.disk.blob()).filter(|blob| {
             let range = blob.table.layout().range(piece);
             source.is_some() && !blob.is_checked(&range)
@@ -182,20 +255,38 @@ impl Driver {
             let events = self.config.events.clone();
             tokio::spawn(async move {
                 let right = blob.check(piece).await;
-                let _ = events.send(Event::Checked { task, peer, request, piece, blob, right }).await;
+                let _ = events
+                    .send(Event::Checked {
+                        task,
+                        peer,
+                        request,
+                        piece,
+                        blob,
+                        right,
+                    })
+                    .await;
             });
             return;
         }
         match (source, &self.config.peers) {
             (Some(source), Some(peers)) => {
-                let len = self.node.table(&task).map_or(0, |table| table.layout().len_bytes(piece));
-                self.config.desk.moved(&self.node.childs_labels(&task, peer), Moved::Uploaded, len);
+                let len = self
+                    .node
+                    .table(&task)
+                    .map_or(0, |table| table.layout().len_bytes(piece));
+                self.config
+                    .desk
+                    .moved(&self.node.childs_labels(&task, peer), Moved::Uploaded, len);
                 peers.upload(peer, request, source);
             }
             (None, Some(peers)) => {
                 // A piece in memory may have had to go just before its turn.
                 let in_memory = self.tasks.get(&task).is_some_and(TaskState::in_memory);
-                let reason = if in_memory { Refusal::Unable } else { Refusal::NotHeld };
+                let reason = if in_memory {
+                    Refusal::Unable
+                } else {
+                    Refusal::NotHeld
+                };
                 self.config.metrics.refused(Refused::Peer, reason);
                 peers.send(peer, &Message::Reject { request, reason });
                 self.tell(Input::Uploaded { peer, request });
@@ -207,7 +298,13 @@ impl Driver {
     }
 
     /// A peer asks for a task.
-    pub(super) fn load(&mut self, task: Digest, source: Source, token: Option<&Bearer>, child: Child) {
+    pub(super) fn load(
+        &mut self,
+        task: Digest,
+        source: Source,
+        token: Option<&Bearer>,
+        child: Child,
+    ) {
         let peer = child.peer;
         // It may have gone since.
         if !self.node.is_connected(peer) {
@@ -216,28 +313,50 @@ impl Driver {
         let is_held = || self.node.is_complete(&task) || self.config.store.has(&task);
         // An empty name: it is asked only for what is held. The settings count before anything is asked for a member's sake.
         let names_none = source.registry.is_empty();
-        if self.config.seed && !names_none && !is_held() && !self.config.origin.may_be_asked(&source.registry)
+        if self.config.seed
+            && !names_none
+            && !is_held()
+            && !self.config.origin.may_be_asked(&source.registry)
         {
             debug!(%task, %peer, registry = source.registry, "a member names a registry that is not to be asked");
-            return self.tell(Input::Refuse { peer, task, reason: Refusal::Origin(403) });
+            return self.tell(Input::Refuse {
+                peer,
+                task,
+                reason: Refusal::Origin(403),
+            });
         }
-        let grant = Grant { source, authorization: token.and_then(Authorization::bearer) };
+        let grant = Grant {
+            source,
+            authorization: token.and_then(Authorization::bearer),
+        };
         if self.tasks.get(&task).is_some_and(TaskState::is_ready) {
             if self.config.seed {
                 self.enter_for_peer(task, grant);
             }
             self.adopt(task, &child);
         } else if self.tasks.len() >= TASKS && !self.tasks.contains_key(&task) {
-            self.tell(Input::Refuse { peer, task, reason: Refusal::Busy });
+            self.tell(Input::Refuse {
+                peer,
+                task,
+                reason: Refusal::Busy,
+            });
         } else if self.config.seed || self.tasks.contains_key(&task) || self.held_on_disk(&task) {
             let is_seed = self.config.seed;
             let state = self.enter_for_peer(task, grant);
             state.for_peers |= is_seed;
-            if let Some(early) = state.disk.early().filter(|early| early.asking.len() < task::ASKING) {
+            if let Some(early) = state
+                .disk
+                .early()
+                .filter(|early| early.asking.len() < task::ASKING)
+            {
                 early.asking.push(child);
             }
         } else {
-            self.tell(Input::Refuse { peer, task, reason: Refusal::NotHeld });
+            self.tell(Input::Refuse {
+                peer,
+                task,
+                reason: Refusal::NotHeld,
+            });
         }
     }
 
@@ -256,22 +375,32 @@ impl Driver {
     }
 
     /// Hashes again what the disk has of these bytes. `reply` is told whether they are right, or dropped where not all are there.
-    pub(super) fn recheck(&self, task: Digest, bytes: Range<u64>, reply: Option<oneshot::Sender<bool>>) {
+    pub(super) fn recheck(
+        &self,
+        task: Digest,
+        bytes: Range<u64>,
+        reply: Option<oneshot::Sender<bool>>,
+    ) {
         let seen = self.tasks.get(&task).map(|state| Arc::clone(&state.shared));
         let table = self.node.table(&task).cloned();
         let (store, events) = (Arc::clone(&self.config.store), self.config.events.clone());
         lanes::start(Lane::Upkeep, move || {
             let right = match (&seen, table) {
-                (Some(seen), Some(table)) if !store.has(&task) => {
-                    seen.on_disk().and_then(|(file, written)| held_is_right(&file, &table, &written, bytes))
-                }
+                (Some(seen), Some(table)) if !store.has(&task) => seen
+                    .on_disk()
+                    .and_then(|(file, written)| held_is_right(&file, &table, &written, bytes)),
                 _ => store.recheck(&task, bytes).unwrap_or_else(|error| {
                     warn!(%task, %error, "a rotten blob can't be deleted");
                     Some(false)
                 }),
             };
             if let Some(right) = right {
-                let _ = events.blocking_send(Event::Rechecked { task, seen, right, reply });
+                let _ = events.blocking_send(Event::Rechecked {
+                    task,
+                    seen,
+                    right,
+                    reply,
+                });
             }
         });
     }
@@ -308,14 +437,20 @@ impl Driver {
             s.take_back();
             s.failed = Some(FlightError::Rotten(task));
         });
-        match self.node.table(&task).map(|table| table.layout().size_bytes()) {
+        match self
+            .node
+            .table(&task)
+            .map(|table| table.layout().size_bytes())
+        {
             Some(size_bytes) => self.start_over(task, Some(size_bytes)),
             None => self.gone(&task),
         }
     }
 
     pub(super) fn sized(&mut self, task: Digest, size_bytes: u64) {
-        let Some(state) = self.tasks.get_mut(&task) else { return };
+        let Some(state) = self.tasks.get_mut(&task) else {
+            return;
+        };
         let layout = PieceLayout::new(size_bytes);
         if state.shared.lock().layout.is_some() {
             return;
@@ -326,19 +461,30 @@ impl Driver {
             let (store, events) = (Arc::clone(&self.config.store), self.config.events.clone());
             lanes::start(Lane::Downloads, move || {
                 let found = begin(&*store, &task, size_bytes);
-                let _ = events.blocking_send(Event::Found { task, generation, found });
+                let _ = events.blocking_send(Event::Found {
+                    task,
+                    generation,
+                    found,
+                });
             });
         }
     }
 
     pub(super) fn keep_table(&self, task: Digest) {
-        let Some(state) = self.tasks.get(&task) else { return };
-        self.node.table(&task).into_iter().for_each(|table| self.config.proofs.claims(table));
+        let Some(state) = self.tasks.get(&task) else {
+            return;
+        };
+        self.node
+            .table(&task)
+            .into_iter()
+            .for_each(|table| self.config.proofs.claims(table));
         if state.disk.blob().is_some() {
             self.config.proofs.settle(&task);
         }
-        let (Some(partial), Some(table)) = (state.disk.partial().cloned(), self.node.table(&task).cloned())
-        else {
+        let (Some(partial), Some(table)) = (
+            state.disk.partial().cloned(),
+            self.node.table(&task).cloned(),
+        ) else {
             return;
         };
         // The table is kept when the disk takes pieces again.
@@ -357,7 +503,9 @@ impl Driver {
         self.config.metrics.tables_poisoned.inc();
         self.config.proofs.forget(&task);
         self.generation += 1;
-        let Some(state) = self.tasks.get_mut(&task) else { return };
+        let Some(state) = self.tasks.get_mut(&task) else {
+            return;
+        };
         state.generation = self.generation;
         state.writing = 0;
         state.unwritten.clear();
@@ -374,14 +522,20 @@ impl Driver {
                 }
                 drop(partial);
                 let found = begin(&*store, &task, size_bytes);
-                let _ = events.blocking_send(Event::Found { task, generation, found });
+                let _ = events.blocking_send(Event::Found {
+                    task,
+                    generation,
+                    found,
+                });
             });
         }
     }
 
     pub(super) fn failed(&mut self, task: Digest, failure: Failure) {
         self.unwant(&task);
-        let Some(state) = self.tasks.get(&task) else { return };
+        let Some(state) = self.tasks.get(&task) else {
+            return;
+        };
         let error = FlightError::of(task, failure, &state.last_failure);
         state.shared.update(|s| s.failed = Some(error));
         if matches!(failure, Failure::WrongDigest | Failure::WrongSize) {
@@ -411,10 +565,15 @@ impl Driver {
             self.sizes_proven.clear();
         }
         self.sizes_proven.insert(task, size_bytes);
-        let Some(state) = self.tasks.get(&task) else { return };
+        let Some(state) = self.tasks.get(&task) else {
+            return;
+        };
         let is_wrong = {
             let shared = state.shared.lock();
-            !shared.is_size_proven && shared.layout.is_some_and(|layout| layout.size_bytes() != size_bytes)
+            !shared.is_size_proven
+                && shared
+                    .layout
+                    .is_some_and(|layout| layout.size_bytes() != size_bytes)
         };
         if is_wrong {
             info!(%task, size_bytes, "the size was told wrong: the download begins anew");
@@ -428,13 +587,17 @@ impl Driver {
 
     /// Throws away all that is held of a task, and what is known of it beside `size_hint`.
     fn start_over(&mut self, task: Digest, size_hint: Option<u64>) {
-        let Some(mut state) = self.tasks.remove(&task) else { return };
+        let Some(mut state) = self.tasks.remove(&task) else {
+            return;
+        };
         self.tell(Input::Close(task));
         self.config.proofs.forget(&task);
         self.holding(&task, 0, 0, false);
         self.generation += 1;
         let mut fresh = TaskState::new(Arc::new(Shared::new(task)));
-        fresh.shared.update(|s| s.is_alone = state.shared.lock().is_alone);
+        fresh
+            .shared
+            .update(|s| s.is_alone = state.shared.lock().is_alone);
         let partial = state.disk.take_partial();
         fresh.grants = state.grants;
         fresh.generation = self.generation;
@@ -457,7 +620,10 @@ impl Driver {
         first: impl FnOnce(&dyn TaskStore) + Send + 'static,
     ) {
         let (store, events) = (Arc::clone(&self.config.store), self.config.events.clone());
-        let (proofs, doubted) = (Arc::clone(&self.config.proofs), self.sizes_doubted.contains(&task));
+        let (proofs, doubted) = (
+            Arc::clone(&self.config.proofs),
+            self.sizes_doubted.contains(&task),
+        );
         let proven = self.sizes_proven.get(&task).copied();
         lanes::start(Lane::Downloads, move || {
             first(&*store);
@@ -465,7 +631,11 @@ impl Driver {
             if let Found::Blob(blob) = &found {
                 proofs.reopened(&blob.table);
             }
-            let _ = events.blocking_send(Event::Found { task, generation, found });
+            let _ = events.blocking_send(Event::Found {
+                task,
+                generation,
+                found,
+            });
         });
     }
 }

@@ -66,7 +66,11 @@ impl OnDisk {
     }
 
     pub(super) const fn blob(&self) -> Option<&Blob> {
-        if let Self::Blob(blob) = self { Some(blob) } else { None }
+        if let Self::Blob(blob) = self {
+            Some(blob)
+        } else {
+            None
+        }
     }
 
     /// The file with some or all of the pieces; from now on there is none.
@@ -78,7 +82,9 @@ impl OnDisk {
 
     /// The events that came before the disk had been looked at, if it had not been. Now it has.
     pub(super) fn take_early(&mut self) -> Option<Early> {
-        let Self::Unknown(early) = self else { return None };
+        let Self::Unknown(early) = self else {
+            return None;
+        };
         let early = std::mem::take(early);
         *self = Self::Nothing;
         Some(early)
@@ -86,7 +92,11 @@ impl OnDisk {
 
     /// The events that come before the disk has been looked at.
     pub(super) const fn early(&mut self) -> Option<&mut Early> {
-        if let Self::Unknown(early) = self { Some(early) } else { None }
+        if let Self::Unknown(early) = self {
+            Some(early)
+        } else {
+            None
+        }
     }
 }
 
@@ -173,7 +183,8 @@ impl TaskState {
     pub(super) fn add_grant(&self, grant: Grant) {
         let named = |grant: &Grant| !grant.source.registry.is_empty();
         let same = |old: &Grant| {
-            old.source == grant.source && old.authorization.is_some() == grant.authorization.is_some()
+            old.source == grant.source
+                && old.authorization.is_some() == grant.authorization.is_some()
         };
         self.grants.send_if_modified(|grants| {
             if grants.last() == Some(&grant) || !named(&grant) && !grants.is_empty() {
@@ -265,7 +276,10 @@ impl TaskState {
         if state.written.as_ref().is_some_and(|w| w.contains(piece))
             && let Some(file) = &state.file
         {
-            return Some(PieceSource::File { file: Arc::clone(file), range: layout.range(piece) });
+            return Some(PieceSource::File {
+                file: Arc::clone(file),
+                range: layout.range(piece),
+            });
         }
         state.hot.get(&piece).map(super::memory)
     }

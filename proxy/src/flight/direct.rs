@@ -76,10 +76,21 @@ impl Direct {
         layout: PieceLayout,
         stretch: Stretch,
     ) -> Self {
-        let Stretch { range, until, is_proved, may_skip: skips } = stretch;
-        let proof = is_proved.then(|| Proof { chain: Chain::new(task.algorithm()), held_back: Vec::new() });
+        let Stretch {
+            range,
+            until,
+            is_proved,
+            may_skip: skips,
+        } = stretch;
+        let proof = is_proved.then(|| Proof {
+            chain: Chain::new(task.algorithm()),
+            held_back: Vec::new(),
+        });
         let at = if is_proved { 0 } else { range.start };
-        let target = Target { source: grant.source.clone(), content: Content::Blob(task) };
+        let target = Target {
+            source: grant.source.clone(),
+            content: Content::Blob(task),
+        };
         let (headers, ready) = (grant.headers(), VecDeque::new());
         let (whole, body) = (false, None);
         let asked_at = at;
@@ -135,7 +146,11 @@ impl Direct {
                     self.whole |= self.skips && self.at - self.asked_at < LEAST_PART_BYTES;
                     self.body = None;
                 }
-                None => return Err(FlightError::Unreachable("the origin's answer was short".into()).into()),
+                None => {
+                    return Err(
+                        FlightError::Unreachable("the origin's answer was short".into()).into(),
+                    );
+                }
             }
         }
     }
@@ -143,7 +158,11 @@ impl Direct {
     /// What is ready of the range; what comes before it is dropped.
     fn take_ready(&mut self) -> Option<Bytes> {
         while let Some((mut start, mut bytes)) = self.ready.pop_front() {
-            let passed = self.range.start.saturating_sub(start).min(bytes.len() as u64);
+            let passed = self
+                .range
+                .start
+                .saturating_sub(start)
+                .min(bytes.len() as u64);
             drop(bytes.split_to(passed as usize));
             start += passed;
             let wanted = self.range.end.saturating_sub(start).min(BLOCK_BYTES as u64);
@@ -161,16 +180,26 @@ impl Direct {
 
     /// The origin's body from where we are, and the first of its bytes if they had to be cut off from others.
     async fn ask(&mut self) -> Result<(OriginBody, Bytes), Stopped> {
-        let end = if self.proof.is_some() { self.layout.size_bytes() } else { self.until };
+        let end = if self.proof.is_some() {
+            self.layout.size_bytes()
+        } else {
+            self.until
+        };
         loop {
             let mut headers = self.headers.clone();
             let partial = !self.whole && (self.at > 0 || end < self.layout.size_bytes());
             if partial && let Some(range) = range_header(self.at, end) {
                 headers.insert(header::RANGE, range);
             }
-            let answer = self.origin.get(&self.target, &headers).await.map_err(|e| unreachable(&e))?;
+            let answer = self
+                .origin
+                .get(&self.target, &headers)
+                .await
+                .map_err(|e| unreachable(&e))?;
             match Answered::of(answer.status(), answer.headers(), self.at, partial) {
-                Answered::From(start) if start == self.at => return Ok((answer.into_body(), Bytes::new())),
+                Answered::From(start) if start == self.at => {
+                    return Ok((answer.into_body(), Bytes::new()));
+                }
                 // What comes before is the rest of a piece at most, or else the client wants it skipped.
                 Answered::From(start) if self.skips || start > 0 => {
                     let skipped = skip(answer.into_body(), self.at - start).await;
@@ -179,7 +208,9 @@ impl Direct {
                 Answered::From(_) => return Err(Stopped::WholeOnly),
                 Answered::NoRanges if self.skips || self.at == 0 => self.whole = true,
                 Answered::NoRanges => return Err(Stopped::WholeOnly),
-                Answered::Nothing(status) => return Err(FlightError::Origin(status.as_u16()).into()),
+                Answered::Nothing(status) => {
+                    return Err(FlightError::Origin(status.as_u16()).into());
+                }
             }
         }
     }
@@ -199,8 +230,12 @@ impl Direct {
             return Err(FlightError::WrongDigest(self.task));
         }
         let over = self.at == self.layout.size_bytes();
-        let tail =
-            over.then(|| (proof.chain.clone().finish() == self.task, std::mem::take(&mut proof.held_back)));
+        let tail = over.then(|| {
+            (
+                proof.chain.clone().finish() == self.task,
+                std::mem::take(&mut proof.held_back),
+            )
+        });
         self.show(start, bytes.slice(..cut));
         match tail {
             Some((true, tail)) => {

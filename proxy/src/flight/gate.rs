@@ -35,7 +35,13 @@ pub(crate) struct Gate {
 
 impl Gate {
     pub(crate) const fn new(proofs: Arc<Proofs>, client: IpAddr, headers: HeaderMap) -> Self {
-        Self { proofs, client, headers, passed: None, held_back: None }
+        Self {
+            proofs,
+            client,
+            headers,
+            passed: None,
+            held_back: None,
+        }
     }
 
     /// All that was here turned out to be wrong: proofs were about other bytes.
@@ -53,7 +59,10 @@ impl Gate {
         let mut at = bytes.start;
         while at < end {
             let piece = layout.containing(at);
-            let passed = self.passed.as_ref().is_some_and(|passed| passed.contains(piece));
+            let passed = self
+                .passed
+                .as_ref()
+                .is_some_and(|passed| passed.contains(piece));
             if !passed && !self.proofs.has_given(registry, task, piece) {
                 break;
             }
@@ -88,22 +97,32 @@ impl Gate {
             let whole = state.shown.as_ref().is_some_and(PieceSet::is_full);
             (readable(&state, layout), whole, state.epoch)
         };
-        let passed = self.passed.get_or_insert_with(|| PieceSet::empty(layout.count()));
+        let passed = self
+            .passed
+            .get_or_insert_with(|| PieceSet::empty(layout.count()));
         news.subtract(passed);
-        self.proofs.subtract_given(&source.registry, &shared.task, &mut news);
+        self.proofs
+            .subtract_given(&source.registry, &shared.task, &mut news);
         let enough = passed.is_empty() || whole || news.len() >= passed.len().div_ceil(2);
         if news.is_empty() || !enough && since < PROOF_EVERY {
             tokio::time::sleep(LOOK_EVERY).await;
             return Ok(());
         }
         let held: Vec<Range<u64>> = news.iter().map(|piece| layout.range(piece)).collect();
-        let asking = Asking { source, headers: self.headers.clone(), client: self.client };
+        let asking = Asking {
+            source,
+            headers: self.headers.clone(),
+            client: self.client,
+        };
         let read = |bytes: &Range<u64>| shared.lock().bytes_at(bytes.start, bytes.end);
-        self.proofs.challenge(&asking, &shared.task, &held, read).await.map_err(|reason| match reason {
-            Unproved::Unclear(task) => FlightError::Unprovable(task),
-            Unproved::Refused(status, _) => FlightError::Origin(status.as_u16()),
-            reason => FlightError::Unproved(reason.to_string()),
-        })?;
+        self.proofs
+            .challenge(&asking, &shared.task, &held, read)
+            .await
+            .map_err(|reason| match reason {
+                Unproved::Unclear(task) => FlightError::Unprovable(task),
+                Unproved::Refused(status, _) => FlightError::Origin(status.as_u16()),
+                reason => FlightError::Unproved(reason.to_string()),
+            })?;
         if shared.lock().epoch != epoch {
             return Ok(());
         }
@@ -119,7 +138,8 @@ impl Gate {
 fn readable(state: &State, layout: PieceLayout) -> PieceSet {
     let mut pieces = PieceSet::empty(layout.count());
     for piece in state.shown.iter().flat_map(PieceSet::iter) {
-        let in_file = state.file.is_some() && state.written.as_ref().is_some_and(|w| w.contains(piece));
+        let in_file =
+            state.file.is_some() && state.written.as_ref().is_some_and(|w| w.contains(piece));
         if in_file || state.hot.contains_key(&piece) {
             pieces.insert(piece);
         }

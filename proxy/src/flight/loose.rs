@@ -16,12 +16,17 @@ impl Loose {
     /// A registry gave these bytes, and they have been written.
     pub(crate) fn insert(&mut self, registry: &Arc<str>, range: Range<u64>) {
         self.remove(range.clone());
-        self.by.entry(Arc::clone(registry)).or_default().insert(range);
+        self.by
+            .entry(Arc::clone(registry))
+            .or_default()
+            .insert(range);
     }
 
     /// These bytes count no more.
     pub(crate) fn remove(&mut self, range: Range<u64>) {
-        self.by.values_mut().for_each(|bytes| bytes.remove(range.clone()));
+        self.by
+            .values_mut()
+            .for_each(|bytes| bytes.remove(range.clone()));
         self.by.retain(|_, bytes| !bytes.is_empty());
     }
 
@@ -32,13 +37,20 @@ impl Loose {
 
     /// The end of the bytes from `at` on that one registry gave, and that registry.
     pub(crate) fn run_at(&self, at: u64) -> Option<(u64, Arc<str>)> {
-        let mut runs = self.by.iter().map(|(registry, bytes)| (bytes.end_of(at), registry));
-        runs.find(|(end, _)| *end > at).map(|(end, registry)| (end, Arc::clone(registry)))
+        let mut runs = self
+            .by
+            .iter()
+            .map(|(registry, bytes)| (bytes.end_of(at), registry));
+        runs.find(|(end, _)| *end > at)
+            .map(|(end, registry)| (end, Arc::clone(registry)))
     }
 
     /// Adds all of them to `set`.
     pub(crate) fn add_to(&self, set: &mut ByteSet) {
-        self.by.values().flat_map(ByteSet::iter).for_each(|range| set.insert(range));
+        self.by
+            .values()
+            .flat_map(ByteSet::iter)
+            .for_each(|range| set.insert(range));
     }
 }
 
@@ -52,7 +64,10 @@ mod tests {
         let mut loose = Loose::default();
         loose.insert(&a, 0..100);
         loose.insert(&b, 40..60);
-        assert_eq!((loose.end_of("a.test", 0), loose.end_of("b.test", 0)), (40, 0));
+        assert_eq!(
+            (loose.end_of("a.test", 0), loose.end_of("b.test", 0)),
+            (40, 0)
+        );
         assert_eq!(loose.run_at(40), Some((60, b)));
         assert_eq!(loose.run_at(60), Some((100, Arc::clone(&a))));
         let mut all = ByteSet::default();

@@ -63,8 +63,12 @@ impl Authority {
         };
         let key = String::from_utf8(files::read(&dir.join(KEY_FILE))?).map_err(unusable)?;
         // A parser's error may quote what it read.
-        let key = KeyPair::from_pem(&key)
-            .map_err(|_| unusable(format!("{} has no private key", dir.join(KEY_FILE).display())))?;
+        let key = KeyPair::from_pem(&key).map_err(|_| {
+            unusable(format!(
+                "{} has no private key",
+                dir.join(KEY_FILE).display()
+            ))
+        })?;
         Self::assemble(key, files::certificate(&certificate)?)
     }
 
@@ -74,14 +78,22 @@ impl Authority {
         let params = authority_params("Hawker", &name, AUTHORITY_LIFE)?;
         let certificate = params.self_signed(&key).map_err(unusable)?.der().clone();
         files::write(&dir.join(KEY_FILE), key.serialize_pem().as_bytes())?;
-        files::write(&dir.join(CERTIFICATE_FILE), &files::certificate_pem(&certificate))?;
+        files::write(
+            &dir.join(CERTIFICATE_FILE),
+            &files::certificate_pem(&certificate),
+        )?;
         Self::assemble(key, certificate)
     }
 
     fn assemble(key: KeyPair, certificate: CertificateDer<'static>) -> Result<Self, IdentityError> {
         let issuer = Issuer::from_ca_cert_der(&certificate, key).map_err(unusable)?;
         let leaf_key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).map_err(unusable)?;
-        Ok(Self { issuer, certificate, leaf_key, leaves: Mutex::new(LruCache::new(HOSTS)) })
+        Ok(Self {
+            issuer,
+            certificate,
+            leaf_key,
+            leaves: Mutex::new(LruCache::new(HOSTS)),
+        })
     }
 
     /// TLS as this host, a name or an address without brackets.
@@ -103,7 +115,9 @@ impl Authority {
         // An address in text becomes an address in the certificate.
         let mut params = CertificateParams::new([host.to_owned()]).map_err(unusable)?;
         params.distinguished_name = DistinguishedName::new();
-        params.distinguished_name.push(DnType::OrganizationName, "Hawker forward proxy");
+        params
+            .distinguished_name
+            .push(DnType::OrganizationName, "Hawker forward proxy");
         params.is_ca = IsCa::ExplicitNoCa;
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
@@ -111,9 +125,17 @@ impl Authority {
         params.use_authority_key_identifier_extension = true;
         params.not_before = (now - CLOCK_SLACK).into();
         params.not_after = (now + LEAF_LIFE).into();
-        let leaf = params.signed_by(&self.leaf_key, &self.issuer).map_err(unusable)?.der().clone();
+        let leaf = params
+            .signed_by(&self.leaf_key, &self.issuer)
+            .map_err(unusable)?
+            .der()
+            .clone();
         let key = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(self.leaf_key.serialize_der()));
-        let config = tls::server_config(vec![leaf, self.certificate.clone()], key).map_err(unusable)?;
-        Ok(Leaf { config, renew_at: now + (LEAF_LIFE - LEAF_RENEWAL) })
+        let config =
+            tls::server_config(vec![leaf, self.certificate.clone()], key).map_err(unusable)?;
+        Ok(Leaf {
+            config,
+            renew_at: now + (LEAF_LIFE - LEAF_RENEWAL),
+        })
     }
 }

@@ -58,13 +58,24 @@ impl ForwardProxy {
     ) -> Result<Self, IdentityError> {
         let authority = Authority::open_or_create(dir, name)?;
         let tunnels = Arc::new(Semaphore::new(MAX_TUNNELS));
-        Ok(Self { inner: Arc::new(Inner { mirror, origin, live, authority, tunnels }) })
+        Ok(Self {
+            inner: Arc::new(Inner {
+                mirror,
+                origin,
+                live,
+                authority,
+                tunnels,
+            }),
+        })
     }
 
     /// Serves until `stop` is cancelled; then what is under way may go on for `drain`, and ends short after that.
     pub async fn serve(&self, listener: TcpListener, stop: CancellationToken, drain: Duration) {
         let service = Arc::new(self.clone());
-        self.inner.mirror.serve_as(service, listener, stop, drain).await;
+        self.inner
+            .mirror
+            .serve_as(service, listener, stop, drain)
+            .await;
     }
 
     /// What becomes of a request that names a host, and of the connection if it is for one.
@@ -78,7 +89,10 @@ impl ForwardProxy {
         let way = settings.intercept.way(&upstream.name, allowed);
         upstream.is_registry = way == Way::Open;
         match way {
-            Way::Refuse => Err(Problem::RefusedHost { host: upstream.name, scheme: upstream.scheme }),
+            Way::Refuse => Err(Problem::RefusedHost {
+                host: upstream.name,
+                scheme: upstream.scheme,
+            }),
             _ if *request.method() != Method::CONNECT => {
                 Box::pin(self.inner.hand_on(&upstream, request, client)).await
             }
@@ -90,20 +104,30 @@ impl ForwardProxy {
     /// TLS ends here.
     fn opened(&self, upstream: Upstream) -> Result<Reply, Problem> {
         let host = upstream.authority.host();
-        let host = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
+        let host = host
+            .strip_prefix('[')
+            .and_then(|host| host.strip_suffix(']'))
+            .unwrap_or(host);
         let config = self.inner.authority.server_config(host, SystemTime::now());
         let config = config.map_err(|error| {
             tracing::warn!(%host, %error, "there is no certificate for the host");
             Problem::NoCertificate(host.to_owned())
         })?;
-        let inside = Inside { inner: Arc::clone(&self.inner), upstream };
+        let inside = Inside {
+            inner: Arc::clone(&self.inner),
+            upstream,
+        };
         Ok(Reply::Connected(Becomes::Tls(config, Arc::new(inside))))
     }
 
     async fn tunnel(&self, upstream: &Upstream) -> Result<Reply, Problem> {
         let place = Arc::clone(&self.inner.tunnels).try_acquire_owned();
         let place = place.map_err(|_| Problem::TooManyTunnels)?;
-        let there = self.inner.origin.tunnel(&upstream.name, &upstream.authority).await?;
+        let there = self
+            .inner
+            .origin
+            .tunnel(&upstream.name, &upstream.authority)
+            .await?;
         Ok(Reply::Connected(Becomes::Tunnel(there, place)))
     }
 }
@@ -163,17 +187,33 @@ impl Inner {
         request: Request<Incoming>,
         client: IpAddr,
     ) -> Result<Reply, Problem> {
-        let action = self.live.load().intercept.action(&upstream.name, request.uri().path());
+        let action = self
+            .live
+            .load()
+            .intercept
+            .action(&upstream.name, request.uri().path());
         if action == Action::P2p && is_content(&upstream.name, &request) {
             let (request, _body) = request.into_parts();
-            return Ok(Reply::Answer(Box::pin(self.mirror.answer_as(&upstream.name, request, client)).await));
+            return Ok(Reply::Answer(
+                Box::pin(self.mirror.answer_as(&upstream.name, request, client)).await,
+            ));
         }
         let is_head = *request.method() == Method::HEAD;
         let (head, body) = self.origin.pass(upstream, request).await?.into_parts();
         let length = content_length(&head.headers);
-        let bodiless = is_head || matches!(head.status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED);
-        let payload = if bodiless { Payload::Empty } else { Payload::Origin(body, length) };
-        self.mirror.metrics().request(RequestKind::Passed, head.status.as_u16());
+        let bodiless = is_head
+            || matches!(
+                head.status,
+                StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED
+            );
+        let payload = if bodiless {
+            Payload::Empty
+        } else {
+            Payload::Origin(body, length)
+        };
+        self.mirror
+            .metrics()
+            .request(RequestKind::Passed, head.status.as_u16());
         let mut answer = Answer::new(payload);
         (*answer.status_mut(), *answer.headers_mut()) = (head.status, head.headers);
         Ok(Reply::Answer(answer))
@@ -192,7 +232,9 @@ impl Inner {
 fn is_content(registry: &str, request: &Request<Incoming>) -> bool {
     let (method, uri) = (request.method().as_str(), request.uri());
     match reference::parse_at(registry, method, uri.path(), uri.query()) {
-        Ok(Asked::Content(asked)) => matches!(asked.content, Content::Manifest(_) | Content::Blob(_)),
+        Ok(Asked::Content(asked)) => {
+            matches!(asked.content, Content::Manifest(_) | Content::Blob(_))
+        }
         _ => false,
     }
 }

@@ -24,18 +24,29 @@ pub(super) fn of<B>(request: &Request<B>, registries: &Registries) -> Result<Ups
         return Err(Problem::Malformed("CONNECT names no port"));
     }
     let name = name(authority, &scheme, registries)?;
-    Ok(Upstream { name, scheme, authority: authority.clone(), is_registry: false })
+    Ok(Upstream {
+        name,
+        scheme,
+        authority: authority.clone(),
+        is_registry: false,
+    })
 }
 
 /// A host in its one spelling, without a port that goes without saying.
-fn name(authority: &Authority, scheme: &Scheme, registries: &Registries) -> Result<String, Problem> {
+fn name(
+    authority: &Authority,
+    scheme: &Scheme,
+    registries: &Registries,
+) -> Result<String, Problem> {
     let bad = |_| Problem::Malformed("its address has no host");
     let name = canonical_host(authority.as_str()).map_err(bad)?;
     match name.strip_suffix(HTTP_SUFFIX) {
         // A registry may well be named with it.
         Some(host) if !is_listed(registries, &name) => Ok(host.to_owned()),
         // HTTPS's port, with plain HTTP, is not what goes without saying.
-        None if *scheme == Scheme::HTTP && authority.port_u16() == Some(443) => Ok(format!("{name}:443")),
+        None if *scheme == Scheme::HTTP && authority.port_u16() == Some(443) => {
+            Ok(format!("{name}:443"))
+        }
         _ => Ok(name),
     }
 }
@@ -48,7 +59,9 @@ pub(super) fn is_allowed(upstream: &Upstream, registries: &Registries) -> bool {
 }
 
 fn is_allowed_name(name: &str, registries: &Registries) -> bool {
-    let with_port = name.rsplit_once(':').is_some_and(|(_, port)| port.bytes().all(|b| b.is_ascii_digit()));
+    let with_port = name
+        .rsplit_once(':')
+        .is_some_and(|(_, port)| port.bytes().all(|b| b.is_ascii_digit()));
     is_listed(registries, name) || (registries.allow.is_empty() && !with_port)
 }
 
@@ -58,7 +71,10 @@ mod tests {
     use crate::settings::RegistrySettings;
 
     fn registries() -> Registries {
-        let mut registries = Registries { default: Some("docker.io".into()), ..Registries::default() };
+        let mut registries = Registries {
+            default: Some("docker.io".into()),
+            ..Registries::default()
+        };
         for known in ["reg:5000", "old:80", "[fd00::1]:5000"] {
             let own = RegistrySettings::default();
             registries.known.insert(known.into(), own);
@@ -67,7 +83,11 @@ mod tests {
     }
 
     fn named(method: &str, target: &str) -> Option<(String, bool)> {
-        let request = Request::builder().method(method).uri(target).body(()).unwrap();
+        let request = Request::builder()
+            .method(method)
+            .uri(target)
+            .body(())
+            .unwrap();
         let registries = registries();
         let upstream = of(&request, &registries).ok()?;
         let allowed = is_allowed(&upstream, &registries);
@@ -78,18 +98,30 @@ mod tests {
     fn a_host_is_known_by_one_name_and_strange_ports_by_their_own() {
         for (method, target, expected) in [
             ("CONNECT", "quay.io:443", Some(("quay.io", true))),
-            ("CONNECT", "Registry-1.Docker.IO:443", Some(("docker.io", true))),
+            (
+                "CONNECT",
+                "Registry-1.Docker.IO:443",
+                Some(("docker.io", true)),
+            ),
             ("CONNECT", "reg:5000", Some(("reg:5000", true))),
             ("CONNECT", "reg:5001", Some(("reg:5001", false))),
             ("CONNECT", "quay.io:22", Some(("quay.io:22", false))),
             ("CONNECT", "quay.io:80", Some(("quay.io", true))),
-            ("CONNECT", "[FD00:0::1]:5000", Some(("[fd00::1]:5000", true))),
+            (
+                "CONNECT",
+                "[FD00:0::1]:5000",
+                Some(("[fd00::1]:5000", true)),
+            ),
             ("CONNECT", "[fd00::1]:443", Some(("[fd00::1]", true))),
             ("CONNECT", "quay.io", None),
             ("GET", "http://quay.io/v2/", Some(("quay.io", true))),
             ("GET", "http://quay.io:80/v2/", Some(("quay.io", true))),
             ("GET", "http://old:80/v2/", Some(("old:80", true))),
-            ("GET", "http://quay.io:443/v2/", Some(("quay.io:443", false))),
+            (
+                "GET",
+                "http://quay.io:443/v2/",
+                Some(("quay.io:443", false)),
+            ),
             ("GET", "https://quay.io/v2/", Some(("quay.io", true))),
             ("GET", "http://reg:5000/v2/", Some(("reg:5000", true))),
             ("GET", "/v2/", None),
@@ -104,11 +136,21 @@ mod tests {
 
     #[test]
     fn realms_of_the_configuration_are_reached_and_nothing_else_on_their_host() {
-        let mut registries = Registries { allow: vec!["quay.io".into()], ..Registries::default() };
-        let realms = vec!["http://sso.corp:8080/x".parse().unwrap(), "https://sso.corp/y".parse().unwrap()];
-        registries
-            .known
-            .insert("reg.corp".into(), RegistrySettings { realms, ..RegistrySettings::default() });
+        let mut registries = Registries {
+            allow: vec!["quay.io".into()],
+            ..Registries::default()
+        };
+        let realms = vec![
+            "http://sso.corp:8080/x".parse().unwrap(),
+            "https://sso.corp/y".parse().unwrap(),
+        ];
+        registries.known.insert(
+            "reg.corp".into(),
+            RegistrySettings {
+                realms,
+                ..RegistrySettings::default()
+            },
+        );
         for (method, target, allowed) in [
             ("GET", "http://sso.corp:8080/token", true),
             ("CONNECT", "sso.corp:443", true),
@@ -117,16 +159,31 @@ mod tests {
             ("CONNECT", "sso.corp:22", false),
             ("CONNECT", "other.corp:443", false),
         ] {
-            let request = Request::builder().method(method).uri(target).body(()).unwrap();
+            let request = Request::builder()
+                .method(method)
+                .uri(target)
+                .body(())
+                .unwrap();
             let upstream = of(&request, &registries).unwrap();
-            assert_eq!(is_allowed(&upstream, &registries), allowed, "{method} {target}");
+            assert_eq!(
+                is_allowed(&upstream, &registries),
+                allowed,
+                "{method} {target}"
+            );
         }
     }
 
     #[test]
     fn with_an_allow_list_nothing_else_is_reached() {
-        let registries = Registries { allow: vec!["*.example.com".into()], ..Registries::default() };
-        for (name, allowed) in [("a.example.com", true), ("a.example.com:22", false), ("quay.io", false)] {
+        let registries = Registries {
+            allow: vec!["*.example.com".into()],
+            ..Registries::default()
+        };
+        for (name, allowed) in [
+            ("a.example.com", true),
+            ("a.example.com:22", false),
+            ("quay.io", false),
+        ] {
             assert_eq!(is_allowed_name(name, &registries), allowed, "{name}");
         }
     }

@@ -125,9 +125,19 @@ enum Refusal {
 impl Rights {
     pub(super) fn new(settings: Arc<LiveSettings>) -> Self {
         let keychain = Keychain::new(settings.credentials.clone());
-        let (held, replaced) = (Mutex::new(LruCache::new(CAPACITY)), Mutex::new(LruCache::new(CAPACITY)));
+        let (held, replaced) = (
+            Mutex::new(LruCache::new(CAPACITY)),
+            Mutex::new(LruCache::new(CAPACITY)),
+        );
         let pinged = Mutex::new(LruCache::new(CAPACITY));
-        Self { settings, keychain, held, replaced, pinged, getting: Coalesced::default() }
+        Self {
+            settings,
+            keychain,
+            held,
+            replaced,
+            pinged,
+            getting: Coalesced::default(),
+        }
     }
 
     fn all(&self) -> MutexGuard<'_, LruCache<Place, Held>> {
@@ -146,7 +156,15 @@ impl Rights {
 
     fn keep(&self, place: &Place, right: Right, life: Duration) {
         let since = Instant::now();
-        self.all().put(place.clone(), Held { right, since, until: since + life, proven: false });
+        self.all().put(
+            place.clone(),
+            Held {
+                right,
+                since,
+                until: since + life,
+                proven: false,
+            },
+        );
     }
 
     /// This header has opened something.
@@ -193,7 +211,10 @@ impl Rights {
         }
         let earn = async {
             let (right, life) = match self.earn(asked, place, challenges).await {
-                Ok((granted, credential)) => (Right::Shown(granted.authorization, credential), granted.life),
+                Ok((granted, credential)) => (
+                    Right::Shown(granted.authorization, credential),
+                    granted.life,
+                ),
                 Err(Denied::Refused(_)) => (Right::Refused, REFUSED),
                 Err(denied) => return Err(denied),
             };
@@ -212,13 +233,28 @@ impl Rights {
     ) -> Result<(Granted, Option<Credential>), Denied> {
         let mut credential = self.credential(asked, &place.repository).await;
         let Some((bearer, realm)) = asked.bearer(challenges) else {
-            let wants_basic = challenges.iter().any(|c| matches!(c, Challenge::Basic { .. }));
-            let basic = credential.as_ref().and_then(Credential::to_basic).filter(|_| wants_basic);
+            let wants_basic = challenges
+                .iter()
+                .any(|c| matches!(c, Challenge::Basic { .. }));
+            let basic = credential
+                .as_ref()
+                .and_then(Credential::to_basic)
+                .filter(|_| wants_basic);
             let authorization = basic.ok_or(Denied::Refused(StatusCode::UNAUTHORIZED))?;
-            return Ok((Granted { authorization, life: BASIC }, credential));
+            return Ok((
+                Granted {
+                    authorization,
+                    life: BASIC,
+                },
+                credential,
+            ));
         };
         let scopes = bearer.scopes(&remote_name(asked.endpoint, &place.repository));
-        let wanted = Wanted { realm: &realm, service: bearer.service.as_deref(), scopes: &scopes };
+        let wanted = Wanted {
+            realm: &realm,
+            service: bearer.service.as_deref(),
+            scopes: &scopes,
+        };
         let mut again = true;
         while let Some(shown) = credential {
             let status = match token::get(asked, &wanted, Some(&shown)).await {
@@ -231,10 +267,16 @@ impl Rights {
             credential = now.filter(|now| std::mem::take(&mut again) && *now != shown);
             if credential.is_none() {
                 let (registry, status) = (asked.registry, status.as_u16());
-                tracing::warn!(registry, status, "this node's credentials are refused; asking without any");
+                tracing::warn!(
+                    registry,
+                    status,
+                    "this node's credentials are refused; asking without any"
+                );
             }
         }
-        token::get(asked, &wanted, None).await.map(|granted| (granted, None))
+        token::get(asked, &wanted, None)
+            .await
+            .map(|granted| (granted, None))
     }
 
     /// What `/v2/` of the endpoint asks for; nothing where it is open.
@@ -266,7 +308,10 @@ impl Rights {
             }
             Err(_) => (Vec::new(), PING_FAILED),
         };
-        let pinged = Pinged { challenges: found.clone(), until: Instant::now() + life };
+        let pinged = Pinged {
+            challenges: found.clone(),
+            until: Instant::now() + life,
+        };
         let mut all = self.pinged.lock().unwrap_or_else(PoisonError::into_inner);
         all.put(asked.endpoint.clone(), pinged);
         found
@@ -300,13 +345,19 @@ impl Rights {
         let registry = asked.registry;
         let may = self.settings.registries.authorization(registry) == AuthorizationMode::Node
             && asked.endpoint == asked.route.home(registry);
-        if may { self.keychain.find(registry, repository).await } else { None }
+        if may {
+            self.keychain.find(registry, repository).await
+        } else {
+            None
+        }
     }
 
     /// Says of an answer whether this node's credentials opened it.
     fn mark(&self, answer: &mut Response<Incoming>, by_credentials: bool) {
         if by_credentials {
-            answer.extensions_mut().insert(ByCredentials(Arc::clone(&self.settings)));
+            answer
+                .extensions_mut()
+                .insert(ByCredentials(Arc::clone(&self.settings)));
         }
     }
 }
@@ -350,7 +401,10 @@ impl Asked<'_> {
         };
         let is_final = match refusal {
             Refusal::Asked => {
-                held == Some(Right::Refused) || used.as_ref().is_some_and(|used| rights.is_new(&place, used))
+                held == Some(Right::Refused)
+                    || used
+                        .as_ref()
+                        .is_some_and(|used| rights.is_new(&place, used))
             }
             Refusal::Hidden => !rights.could_help(self, &place, held.as_ref(), status).await,
         };
@@ -420,10 +474,16 @@ impl Asked<'_> {
         let mut refusal = None;
         let places = [Content::Ping, Content::Tags];
         // A login is for no repository.
-        let places = if repository.is_empty() { &places[..1] } else { &places[..] };
+        let places = if repository.is_empty() {
+            &places[..1]
+        } else {
+            &places[..]
+        };
         for content in places {
             let url = join(self.endpoint, &content.path(repository), None);
-            let answer = self.follow(&Method::GET, url.clone(), headers.clone()).await?;
+            let answer = self
+                .follow(&Method::GET, url.clone(), headers.clone())
+                .await?;
             match answer.status() {
                 StatusCode::UNAUTHORIZED => {
                     let asks = has_challenge(answer.headers());
@@ -436,17 +496,26 @@ impl Asked<'_> {
                     return Ok(Exchanged::Busy(answer.headers().get(RETRY_AFTER).cloned()));
                 }
                 status if status.is_server_error() => {
-                    return Err(super::unreachable(self.registry, format!("it answered {status}")));
+                    return Err(super::unreachable(
+                        self.registry,
+                        format!("it answered {status}"),
+                    ));
                 }
                 _ => finish(answer).await,
             }
         }
-        let Some((url, first)) = refusal else { return Ok(Exchanged::Open) };
+        let Some((url, first)) = refusal else {
+            return Ok(Exchanged::Open);
+        };
         let challenges = challenges(first.headers());
         finish(first).await;
         if let Some((bearer, realm)) = self.bearer(&challenges) {
             let scopes = bearer.scopes(&remote_name(self.endpoint, repository));
-            let wanted = Wanted { realm: &realm, service: bearer.service.as_deref(), scopes: &scopes };
+            let wanted = Wanted {
+                realm: &realm,
+                service: bearer.service.as_deref(),
+                scopes: &scopes,
+            };
             return match token::get(self, &wanted, Some(credential)).await {
                 Ok(granted) => Ok(Exchanged::Granted(granted)),
                 Err(Denied::Refused(status)) => Ok(Exchanged::Refused(status)),
@@ -454,15 +523,22 @@ impl Asked<'_> {
                 Err(Denied::Failed(error)) => Err(error),
             };
         }
-        let wants_basic = challenges.iter().any(|c| matches!(c, Challenge::Basic { .. }));
+        let wants_basic = challenges
+            .iter()
+            .any(|c| matches!(c, Challenge::Basic { .. }));
         let Some(authorization) = credential.to_basic().filter(|_| wants_basic) else {
             return Err(self.broken("it asks for a right that can't be got here".to_owned()));
         };
         headers.insert(AUTHORIZATION, authorization.clone());
         let second = self.follow(&Method::GET, url, headers).await?;
         Ok(match second.status() {
-            status @ (StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN) => Exchanged::Refused(status),
-            _ => Exchanged::Granted(Granted { authorization, life: BASIC }),
+            status @ (StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN) => {
+                Exchanged::Refused(status)
+            }
+            _ => Exchanged::Granted(Granted {
+                authorization,
+                life: BASIC,
+            }),
         })
     }
 
@@ -475,7 +551,9 @@ impl Asked<'_> {
     }
 
     fn trusted(&self, bearer: &Bearer) -> Option<Url> {
-        let realm = self.route.realm(self.registry, self.endpoint, &bearer.realm);
+        let realm = self
+            .route
+            .realm(self.registry, self.endpoint, &bearer.realm);
         realm
             .inspect_err(|reason| {
                 tracing::warn!(registry = self.registry, %reason, "the registry's realm is not trusted");
@@ -493,21 +571,28 @@ impl Asked<'_> {
         headers.remove(WWW_AUTHENTICATE);
         for mut challenge in all {
             if let Challenge::Bearer(bearer) = &mut challenge {
-                let Some(realm) = self.trusted(bearer) else { continue };
+                let Some(realm) = self.trusted(bearer) else {
+                    continue;
+                };
                 if bearer.realm.starts_with('/') {
                     bearer.realm = realm.into();
                 }
                 bearer.error.take_if(|_| own);
             }
             headers.extend(
-                HeaderValue::try_from(challenge.to_string()).ok().map(|line| (WWW_AUTHENTICATE, line)),
+                HeaderValue::try_from(challenge.to_string())
+                    .ok()
+                    .map(|line| (WWW_AUTHENTICATE, line)),
             );
         }
     }
 }
 
 fn is_basic(value: &HeaderValue) -> bool {
-    value.as_bytes().get(..6).is_some_and(|scheme| scheme.eq_ignore_ascii_case(b"basic "))
+    value
+        .as_bytes()
+        .get(..6)
+        .is_some_and(|scheme| scheme.eq_ignore_ascii_case(b"basic "))
 }
 
 fn has_challenge(headers: &HeaderMap) -> bool {
@@ -515,12 +600,19 @@ fn has_challenge(headers: &HeaderMap) -> bool {
 }
 
 fn add_challenges(headers: &mut HeaderMap, challenges: &[Challenge]) {
-    let lines = challenges.iter().filter_map(|challenge| HeaderValue::try_from(challenge.to_string()).ok());
+    let lines = challenges
+        .iter()
+        .filter_map(|challenge| HeaderValue::try_from(challenge.to_string()).ok());
     headers.extend(lines.map(|line| (WWW_AUTHENTICATE, line)));
 }
 
 fn challenges(headers: &HeaderMap) -> Vec<Challenge> {
-    challenge::parse(headers.get_all(WWW_AUTHENTICATE).iter().map(HeaderValue::as_bytes))
+    challenge::parse(
+        headers
+            .get_all(WWW_AUTHENTICATE)
+            .iter()
+            .map(HeaderValue::as_bytes),
+    )
 }
 
 /// A 429 that nobody sent.

@@ -36,12 +36,16 @@ impl Backoff {
     /// How long a registry is not to be asked yet; `None` when it may be asked.
     pub(super) fn remaining(&self, whose: &Whose, now: Instant) -> Option<Duration> {
         let until = *self.all().get(whose)?;
-        until.checked_duration_since(now).filter(|rest| !rest.is_zero())
+        until
+            .checked_duration_since(now)
+            .filter(|rest| !rest.is_zero())
     }
 
     /// It answered 429 with these headers.
     pub(super) fn begin(&self, whose: Whose, headers: &HeaderMap, now: Instant) {
-        let wait = retry_after(headers, SystemTime::now()).unwrap_or(DEFAULT).min(LONGEST);
+        let wait = retry_after(headers, SystemTime::now())
+            .unwrap_or(DEFAULT)
+            .min(LONGEST);
         self.all().put(whose, now + wait);
     }
 }
@@ -60,7 +64,12 @@ fn parse_retry_after(value: &HeaderValue, now: SystemTime) -> Option<Duration> {
     let text = value.to_str().ok()?.trim();
     match text.parse() {
         Ok(seconds) => Some(Duration::from_secs(seconds)),
-        Err(_) => Some(httpdate::parse_http_date(text).ok()?.duration_since(now).unwrap_or_default()),
+        Err(_) => Some(
+            httpdate::parse_http_date(text)
+                .ok()?
+                .duration_since(now)
+                .unwrap_or_default(),
+        ),
     }
 }
 
@@ -85,8 +94,14 @@ mod tests {
             let (whose, other) = (("r".to_owned(), None), ("other".to_owned(), None));
             backoff.begin(whose.clone(), &headers.into_iter().collect(), now);
             let remaining = backoff.remaining(&whose, now).unwrap_or_default();
-            assert!(remaining.as_secs_f64() - f64::from(seconds) < 1.5, "{said:?} {remaining:?}");
-            assert!(remaining.as_secs() >= seconds as u64, "{said:?} {remaining:?}");
+            assert!(
+                remaining.as_secs_f64() - f64::from(seconds) < 1.5,
+                "{said:?} {remaining:?}"
+            );
+            assert!(
+                remaining.as_secs() >= seconds as u64,
+                "{said:?} {remaining:?}"
+            );
             assert_eq!(backoff.remaining(&whose, now + LONGEST), None);
             assert_eq!(backoff.remaining(&other, now), None);
         }

@@ -53,27 +53,37 @@ impl OriginBody {
         }
         let frame = self.pending.split_to(self.pending.len().min(FRAME_BYTES));
         self.metrics.received_origin.inc_by(frame.len() as u64);
-        self.limits.take(Direction::Origin, frame.len() as u64).await;
+        self.limits
+            .take(Direction::Origin, frame.len() as u64)
+            .await;
         Ok(Some(frame))
     }
 
     /// What the connection has read; not empty.
     async fn receive(&mut self) -> Result<Option<Bytes>, OriginError> {
         loop {
-            let Some(incoming) = &mut self.incoming else { return Ok(None) };
+            let Some(incoming) = &mut self.incoming else {
+                return Ok(None);
+            };
             let frame = match timeout(BODY_IDLE, incoming.frame()).await {
-                Err(_) => return Err(self.broken(format!("nothing came for {} s", BODY_IDLE.as_secs()))),
+                Err(_) => {
+                    return Err(self.broken(format!("nothing came for {} s", BODY_IDLE.as_secs())));
+                }
                 Ok(Some(Err(e))) => return Err(self.broken(reasons(&e))),
                 Ok(Some(Ok(frame))) => frame,
                 Ok(None) => {
                     self.incoming = None;
                     return match self.remaining_bytes {
-                        Some(missing @ 1..) => Err(self.broken(format!("{missing} bytes are missing"))),
+                        Some(missing @ 1..) => {
+                            Err(self.broken(format!("{missing} bytes are missing")))
+                        }
                         _ => Ok(None),
                     };
                 }
             };
-            let Ok(data) = frame.into_data() else { continue };
+            let Ok(data) = frame.into_data() else {
+                continue;
+            };
             if data.is_empty() {
                 continue;
             }
@@ -88,7 +98,10 @@ impl OriginBody {
     }
 
     fn broken(&self, reason: String) -> OriginError {
-        OriginError::Broken { registry: self.registry.clone(), reason }
+        OriginError::Broken {
+            registry: self.registry.clone(),
+            reason,
+        }
     }
 }
 
@@ -108,7 +121,11 @@ impl PassedBody {
     /// A body that may give way to others once its client has not read for `may_wait`.
     pub(crate) fn new(body: OriginBody, may_wait: Duration) -> Self {
         let registry = body.registry.clone();
-        Self { place: Some(Place::Here(body)), may_wait, registry }
+        Self {
+            place: Some(Place::Here(body)),
+            may_wait,
+            registry,
+        }
     }
 
     /// The next bytes, at most 64 KiB; `None` at the end. [`OriginError::GaveWay`] when the body was dropped meanwhile.
@@ -117,7 +134,11 @@ impl PassedBody {
             Place::Here(body) => body,
             Place::Parked(ticket) => match ticket.take() {
                 Some(body) => body,
-                None => return Some(Err(OriginError::GaveWay { registry: self.registry.clone() })),
+                None => {
+                    return Some(Err(OriginError::GaveWay {
+                        registry: self.registry.clone(),
+                    }));
+                }
             },
         };
         let next = body.next().await;

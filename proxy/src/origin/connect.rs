@@ -70,19 +70,38 @@ pub(super) struct Proxies {
 
 impl Proxies {
     pub(super) fn new(matcher: Matcher, own: Vec<SocketAddr>) -> Self {
-        Self { matcher, without: Vec::new(), own }
+        Self {
+            matcher,
+            without: Vec::new(),
+            own,
+        }
     }
 
     /// The proxies that the environment names.
     pub(super) fn from_env(own: Vec<SocketAddr>) -> Self {
-        let listed = ["NO_PROXY", "no_proxy"].into_iter().find_map(|name| std::env::var(name).ok());
+        let listed = ["NO_PROXY", "no_proxy"]
+            .into_iter()
+            .find_map(|name| std::env::var(name).ok());
         let without = with_ports(&listed.unwrap_or_default());
-        for name in ["HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"] {
+        for name in [
+            "HTTPS_PROXY",
+            "https_proxy",
+            "HTTP_PROXY",
+            "http_proxy",
+            "ALL_PROXY",
+            "all_proxy",
+        ] {
             if std::env::var(name).is_ok_and(|proxy| proxy.starts_with("socks4")) {
-                tracing::warn!(variable = name, "socks4 proxies are not supported; use socks5:// or http://");
+                tracing::warn!(
+                    variable = name,
+                    "socks4 proxies are not supported; use socks5:// or http://"
+                );
             }
         }
-        Self { without, ..Self::new(Matcher::from_env(), own) }
+        Self {
+            without,
+            ..Self::new(Matcher::from_env(), own)
+        }
     }
 
     /// The proxy to use for `uri`, if any.
@@ -93,23 +112,35 @@ impl Proxies {
         {
             return None;
         }
-        self.matcher.intercept(uri).filter(|proxy| !self.is_own(proxy.uri()))
+        self.matcher
+            .intercept(uri)
+            .filter(|proxy| !self.is_own(proxy.uri()))
     }
 
     /// Whether a connection has come back to this daemon: from one of its own addresses to a listener of its own.
     pub(super) fn leads_back(&self, stream: &TcpStream) -> bool {
-        let (Ok(here), Ok(there)) = (stream.local_addr(), stream.peer_addr()) else { return true };
+        let (Ok(here), Ok(there)) = (stream.local_addr(), stream.peer_addr()) else {
+            return true;
+        };
         let local = there.ip() == here.ip() || there.ip().to_canonical().is_loopback();
-        local && self.own.iter().any(|listener| listener.port() == there.port())
+        local
+            && self
+                .own
+                .iter()
+                .any(|listener| listener.port() == there.port())
     }
 
     fn is_own(&self, proxy: &Uri) -> bool {
-        let Some(host) = proxy.host().map(bare) else { return false };
+        let Some(host) = proxy.host().map(bare) else {
+            return false;
+        };
         let port = proxy.port_u16().unwrap_or(80);
         self.own.iter().any(|listener| {
             listener.port() == port
                 && match host.parse::<IpAddr>() {
-                    Ok(ip) => ip == listener.ip() || (ip.is_loopback() && listener.ip().is_unspecified()),
+                    Ok(ip) => {
+                        ip == listener.ip() || (ip.is_loopback() && listener.ip().is_unspecified())
+                    }
                     Err(_) => host.eq_ignore_ascii_case("localhost"),
                 }
         })
@@ -118,7 +149,9 @@ impl Proxies {
 
 /// The entries of `NO_PROXY` that name a port. Go's clients know them.
 fn with_ports(listed: &str) -> Vec<String> {
-    let entries = listed.split(',').map(|entry| entry.trim().to_ascii_lowercase());
+    let entries = listed
+        .split(',')
+        .map(|entry| entry.trim().to_ascii_lowercase());
     let has_port = |entry: &String| {
         entry.rsplit_once(':').is_some_and(|(host, port)| {
             port.parse::<u16>().is_ok() && (!host.contains(':') || host.starts_with('['))
@@ -129,11 +162,17 @@ fn with_ports(listed: &str) -> Vec<String> {
 
 fn is_without(entries: &[String], host: &str, port: u16) -> bool {
     let host = host.to_ascii_lowercase();
-    entries.iter().filter_map(|entry| entry.rsplit_once(':')).any(|(entry, of)| {
-        let entry = bare(entry).trim_start_matches("*.").trim_start_matches('.');
-        let below = || host.strip_suffix(entry).is_some_and(|rest| rest.ends_with('.'));
-        of.parse() == Ok(port) && (host == entry || below())
-    })
+    entries
+        .iter()
+        .filter_map(|entry| entry.rsplit_once(':'))
+        .any(|(entry, of)| {
+            let entry = bare(entry).trim_start_matches("*.").trim_start_matches('.');
+            let below = || {
+                host.strip_suffix(entry)
+                    .is_some_and(|rest| rest.ends_with('.'))
+            };
+            of.parse() == Ok(port) && (host == entry || below())
+        })
 }
 
 impl Service<Uri> for Dialer {
@@ -166,7 +205,9 @@ impl Dialer {
         let (host, port) = host_port(&uri)?;
         let Some(proxy) = self.proxies.to(&uri) else {
             let addresses = self.allowed(&host, port, self.resolve(&host, port).await?)?;
-            return Ok(Link::new(Stream::Tcp(race(addresses).await.map_err(|why| failed(&host, why))?)));
+            return Ok(Link::new(Stream::Tcp(
+                race(addresses).await.map_err(|why| failed(&host, why))?,
+            )));
         };
         // The proxy resolves the name; what resolves here is checked here all the same.
         if let Ok(addresses) = self.resolve(&host, port).await {
@@ -180,11 +221,16 @@ impl Dialer {
                 greeted.map_err(|why| through(why.to_string()))?;
                 Ok(stream)
             });
-            let stream = stream.await.map_err(|_| through("it did not answer in time".into()))??;
+            let stream = stream
+                .await
+                .map_err(|_| through("it did not answer in time".into()))??;
             return Ok(Link::new(stream));
         }
         if uri.scheme_str() == Some("http") {
-            return Ok(Link { proxied: true, ..Link::new(dial_proxy(proxy.uri()).await?) });
+            return Ok(Link {
+                proxied: true,
+                ..Link::new(dial_proxy(proxy.uri()).await?)
+            });
         }
         let dial = |proxy: Uri| async move { dial_proxy(&proxy).await.map(Link::new) };
         let mut tunnel = Tunnel::new(proxy.uri().clone(), tower::service_fn(dial));
@@ -192,14 +238,24 @@ impl Dialer {
             tunnel = tunnel.with_auth(auth.clone());
         }
         let link = timeout(PROXY, tunnel.call(uri)).await;
-        link.map_err(|_| through("it did not answer in time".into()))?.map_err(|why| through(reasons(&why)))
+        link.map_err(|_| through("it did not answer in time".into()))?
+            .map_err(|why| through(reasons(&why)))
     }
 
     /// All addresses of a host. Names of the configuration don't wait for names of clients.
     async fn resolve(&self, host: &str, port: u16) -> Result<Vec<SocketAddr>, ConnectError> {
         let registries = &self.settings.registries;
         let is_own = self.reach != Reach::Public && is_in_configuration(registries, host);
-        resolve(host, port, if is_own { NamedBy::Configuration } else { NamedBy::Client }).await
+        resolve(
+            host,
+            port,
+            if is_own {
+                NamedBy::Configuration
+            } else {
+                NamedBy::Client
+            },
+        )
+        .await
     }
 
     /// Those of `addresses` that may be reached.
@@ -209,8 +265,15 @@ impl Dialer {
         port: u16,
         mut addresses: Vec<SocketAddr>,
     ) -> Result<Vec<SocketAddr>, ConnectError> {
-        addresses.retain(|a| self.reach.allows(&self.settings.registries, host, port, a.ip()));
-        if addresses.is_empty() { Err(ConnectError::Forbidden(host.to_owned())) } else { Ok(addresses) }
+        addresses.retain(|a| {
+            self.reach
+                .allows(&self.settings.registries, host, port, a.ip())
+        });
+        if addresses.is_empty() {
+            Err(ConnectError::Forbidden(host.to_owned()))
+        } else {
+            Ok(addresses)
+        }
     }
 }
 
@@ -233,12 +296,15 @@ async fn dial_proxy(proxy: &Uri) -> Result<Stream, ConnectError> {
         ));
     }
     let addresses = resolve(&host, port, NamedBy::Configuration).await?;
-    let stream = race(addresses).await.map_err(|why| because(why.to_string()))?;
+    let stream = race(addresses)
+        .await
+        .map_err(|why| because(why.to_string()))?;
     if !is_tls {
         return Ok(Stream::Tcp(stream));
     }
     let config = tls::client_config(&Trust::default()).map_err(&because)?;
-    let name = ServerName::try_from(bare(&host).to_owned()).map_err(|error| because(error.to_string()))?;
+    let name =
+        ServerName::try_from(bare(&host).to_owned()).map_err(|error| because(error.to_string()))?;
     let handshake = TlsConnector::from(Arc::new(config)).connect(name, stream);
     match timeout(CONNECT, handshake).await {
         Ok(Ok(stream)) => Ok(Stream::Tls(Box::new(stream))),
@@ -249,11 +315,15 @@ async fn dial_proxy(proxy: &Uri) -> Result<Stream, ConnectError> {
 
 /// A host without the brackets of an IPv6 literal.
 fn bare(host: &str) -> &str {
-    host.strip_prefix('[').and_then(|h| h.strip_suffix(']')).unwrap_or(host)
+    host.strip_prefix('[')
+        .and_then(|h| h.strip_suffix(']'))
+        .unwrap_or(host)
 }
 
 fn host_port(uri: &Uri) -> Result<(String, u16), ConnectError> {
-    let host = uri.host().ok_or_else(|| ConnectError::Failed("the address has no host".into()))?;
+    let host = uri
+        .host()
+        .ok_or_else(|| ConnectError::Failed("the address has no host".into()))?;
     let default = match uri.scheme_str() {
         Some("http") => 80,
         Some("socks5" | "socks5h") => 1080,
@@ -263,8 +333,14 @@ fn host_port(uri: &Uri) -> Result<(String, u16), ConnectError> {
 }
 
 /// All addresses of a host, IPv6 and IPv4 in turn.
-async fn resolve(host: &str, port: u16, named_by: NamedBy) -> Result<Vec<SocketAddr>, ConnectError> {
-    let found = names::resolve(host, port, named_by).await.map_err(|e| failed(host, e))?;
+async fn resolve(
+    host: &str,
+    port: u16,
+    named_by: NamedBy,
+) -> Result<Vec<SocketAddr>, ConnectError> {
+    let found = names::resolve(host, port, named_by)
+        .await
+        .map_err(|e| failed(host, e))?;
     let (v6, v4): (Vec<_>, Vec<_>) = found.into_iter().partition(SocketAddr::is_ipv6);
     let mut in_turn = Vec::with_capacity(v6.len() + v4.len());
     let (mut v6, mut v4) = (v6.into_iter(), v4.into_iter());
@@ -302,7 +378,12 @@ async fn race(addresses: Vec<SocketAddr>) -> io::Result<TcpStream> {
 async fn connect(address: SocketAddr) -> io::Result<TcpStream> {
     let stream = timeout(CONNECT, TcpStream::connect(address))
         .await
-        .map_err(|_| io::Error::new(io::ErrorKind::TimedOut, format!("{address} did not answer in time")))?
+        .map_err(|_| {
+            io::Error::new(
+                io::ErrorKind::TimedOut,
+                format!("{address} did not answer in time"),
+            )
+        })?
         .map_err(|e| io::Error::new(e.kind(), format!("{address}: {e}")))?;
     stream.set_nodelay(true)?;
     Ok(stream)
@@ -339,7 +420,11 @@ impl AsyncRead for Stream {
 }
 
 impl AsyncWrite for Stream {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
         match &mut *self {
             Stream::Tcp(stream) => Pin::new(stream).poll_write(cx, buf),
             Stream::Tls(stream) => Pin::new(stream).poll_write(cx, buf),
@@ -378,7 +463,11 @@ impl AsyncRead for Capped {
 }
 
 impl AsyncWrite for Capped {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
         Pin::new(self.inner.get_mut()).poll_write(cx, buf)
     }
 
@@ -400,7 +489,12 @@ pub(super) struct Link {
 
 impl Link {
     fn new(stream: Stream) -> Self {
-        Self { io: TokioIo::new(Capped { inner: stream.take(0) }), proxied: false }
+        Self {
+            io: TokioIo::new(Capped {
+                inner: stream.take(0),
+            }),
+            proxied: false,
+        }
     }
 }
 
@@ -421,7 +515,11 @@ impl Read for Link {
 }
 
 impl Write for Link {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
         Pin::new(&mut self.io).poll_write(cx, buf)
     }
 

@@ -45,23 +45,37 @@ impl Remembered {
 
     /// `manifest`, read from `source`, names this part.
     pub(super) fn note(&self, source: &Source, manifest: &Digest, part: &Part) {
-        let urls: Vec<Url> = part.urls.iter().filter_map(|url| usable(url)).take(MAX_URLS).collect();
+        let urls: Vec<Url> = part
+            .urls
+            .iter()
+            .filter_map(|url| usable(url))
+            .take(MAX_URLS)
+            .collect();
         if !urls.is_empty() {
-            let elsewhere = Elsewhere { manifest: *manifest, size_bytes: part.size_bytes, urls };
-            self.all().put((source.clone(), part.digest), Arc::new(elsewhere));
+            let elsewhere = Elsewhere {
+                manifest: *manifest,
+                size_bytes: part.size_bytes,
+                urls,
+            };
+            self.all()
+                .put((source.clone(), part.digest), Arc::new(elsewhere));
         }
     }
 
     /// What is known of the blob asked for.
     pub(super) fn of(&self, target: &Target) -> Option<Arc<Elsewhere>> {
-        let Content::Blob(blob) = &target.content else { return None };
+        let Content::Blob(blob) = &target.content else {
+            return None;
+        };
         self.all().get(&(target.source.clone(), *blob)).cloned()
     }
 }
 
 /// The URL, if it is one that a blob may be fetched from. A name and password in it are nobody's to use.
 fn usable(text: &str) -> Option<Url> {
-    let mut url = Url::parse(text).ok().filter(|url| text.len() <= MAX_URL_BYTES && url.has_host())?;
+    let mut url = Url::parse(text)
+        .ok()
+        .filter(|url| text.len() <= MAX_URL_BYTES && url.has_host())?;
     url.set_fragment(None);
     let bare = url.set_username("").is_ok() && url.set_password(None).is_ok();
     (bare && matches!(url.scheme(), "http" | "https")).then_some(url)
@@ -76,17 +90,41 @@ mod tests {
     #[test]
     fn urls_are_remembered_for_the_repository_whose_manifest_names_them() {
         let digest = |n: u8| Digest::of(Algorithm::Sha256, &[n]);
-        let source = |name: &str| Source { registry: "r.example".into(), repository: name.into() };
-        let target = |name: &str, n: u8| Target { source: source(name), content: Content::Blob(digest(n)) };
+        let source = |name: &str| Source {
+            registry: "r.example".into(),
+            repository: name.into(),
+        };
+        let target = |name: &str, n: u8| Target {
+            source: source(name),
+            content: Content::Blob(digest(n)),
+        };
         let long = format!("https://x.example/{}", "a".repeat(MAX_URL_BYTES));
-        let urls = ["file:///etc/passwd", "ftp://x.example/l", "nonsense", "http://", &long]
-            .into_iter()
-            .chain(["https://me:secret@x.example/layer?a=b#c", "http://10.0.0.1/l"])
-            .map(str::to_owned);
+        let urls = [
+            "file:///etc/passwd",
+            "ftp://x.example/l",
+            "nonsense",
+            "http://",
+            &long,
+        ]
+        .into_iter()
+        .chain([
+            "https://me:secret@x.example/layer?a=b#c",
+            "http://10.0.0.1/l",
+        ])
+        .map(str::to_owned);
         let remembered = Remembered::new();
-        let part = |n, urls| Part { digest: digest(n), size_bytes: Some(9), urls, vouched: false };
+        let part = |n, urls| Part {
+            digest: digest(n),
+            size_bytes: Some(9),
+            urls,
+            vouched: false,
+        };
         remembered.note(&source("a"), &digest(0), &part(1, urls.collect()));
-        remembered.note(&source("a"), &digest(0), &part(2, vec!["gopher://x.example".to_owned()]));
+        remembered.note(
+            &source("a"),
+            &digest(0),
+            &part(2, vec!["gopher://x.example".to_owned()]),
+        );
         let known = remembered.of(&target("a", 1)).unwrap();
         let told: Vec<&str> = known.urls.iter().map(Url::as_str).collect();
         assert_eq!(told, ["https://x.example/layer?a=b", "http://10.0.0.1/l"]);
@@ -94,6 +132,12 @@ mod tests {
         assert_eq!(remembered.of(&target("a", 2)), None);
         assert_eq!(remembered.of(&target("b", 1)), None);
         let manifest = Content::Manifest(digest(1).to_string());
-        assert_eq!(remembered.of(&Target { source: source("a"), content: manifest }), None);
+        assert_eq!(
+            remembered.of(&Target {
+                source: source("a"),
+                content: manifest
+            }),
+            None
+        );
     }
 }

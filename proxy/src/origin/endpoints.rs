@@ -57,7 +57,11 @@ impl Dead {
         let known = self.all().put(key(endpoint), now + DEAD).is_some();
         if !known {
             let (host, seconds) = (endpoint.host_str(), DEAD.as_secs());
-            tracing::warn!(host, seconds, "an endpoint can't be reached; others are asked first for a while");
+            tracing::warn!(
+                host,
+                seconds,
+                "an endpoint can't be reached; others are asked first for a while"
+            );
         }
     }
 
@@ -81,16 +85,24 @@ mod tests {
 
     #[test]
     fn dead_endpoints_come_last_and_one_request_tries_them_again() {
-        let urls: Vec<Url> = ["https://a.example/x", "https://b.example", "https://c.example"]
-            .map(|u| u.parse().unwrap())
-            .into();
+        let urls: Vec<Url> = [
+            "https://a.example/x",
+            "https://b.example",
+            "https://c.example",
+        ]
+        .map(|u| u.parse().unwrap())
+        .into();
         let (dead, start) = (Dead::new(), Instant::now());
         let order = |at: Duration| -> String {
             let order = dead.in_order(&urls, start + at);
             order
                 .iter()
                 .map(|(url, dead)| {
-                    format!("{}{}", &url.host_str().unwrap()[..1], if *dead { "!" } else { "" })
+                    format!(
+                        "{}{}",
+                        &url.host_str().unwrap()[..1],
+                        if *dead { "!" } else { "" }
+                    )
                 })
                 .collect()
         };
@@ -104,7 +116,15 @@ mod tests {
         for url in &urls {
             dead.note(url, start);
         }
-        assert_eq!(order(Duration::from_secs(1)), "a!b!c!", "all are still asked");
-        assert_eq!(dead.in_order(&urls[..1], start), [(&urls[0], false)], "there is no other");
+        assert_eq!(
+            order(Duration::from_secs(1)),
+            "a!b!c!",
+            "all are still asked"
+        );
+        assert_eq!(
+            dead.in_order(&urls[..1], start),
+            [(&urls[0], false)],
+            "there is no other"
+        );
     }
 }

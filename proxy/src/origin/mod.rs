@@ -32,8 +32,8 @@ use hawker_core::manifest::Part;
 use hawker_core::media_type;
 use hawker_core::reference::Source;
 use http::header::{
-    ACCEPT, ACCEPT_ENCODING, AUTHORIZATION, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, IF_NONE_MATCH,
-    IF_RANGE, RANGE, USER_AGENT, VIA,
+    ACCEPT, ACCEPT_ENCODING, AUTHORIZATION, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE,
+    IF_NONE_MATCH, IF_RANGE, RANGE, USER_AGENT, VIA,
 };
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Response, StatusCode};
 use http_body_util::{Either, Full};
@@ -86,7 +86,8 @@ const MAX_HEADERS: usize = 2048;
 /// What of a client's request an origin gets to see.
 const PASSED_ON: [HeaderName; 4] = [RANGE, IF_NONE_MATCH, IF_RANGE, AUTHORIZATION];
 /// What registries are told that we are.
-const OWN_NAME: HeaderValue = HeaderValue::from_static(concat!("hawker/", env!("CARGO_PKG_VERSION")));
+const OWN_NAME: HeaderValue =
+    HeaderValue::from_static(concat!("hawker/", env!("CARGO_PKG_VERSION")));
 
 /// What to ask of a registry.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -205,7 +206,11 @@ struct Current {
 impl Current {
     fn new(settings: Arc<LiveSettings>) -> Self {
         let rights = Arc::new(Rights::new(Arc::clone(&settings)));
-        Self { settings, clients: HashMap::new(), rights }
+        Self {
+            settings,
+            clients: HashMap::new(),
+            rights,
+        }
     }
 }
 
@@ -276,7 +281,9 @@ impl Origin {
             elsewhere: Remembered::new(),
             lot: Arc::default(),
         };
-        Self { inner: Arc::new(inner) }
+        Self {
+            inner: Arc::new(inner),
+        }
     }
 
     /// This node's name in `Via` headers, new at each start: a request that carries it has come round in a circle.
@@ -294,8 +301,15 @@ impl Origin {
     /// As with [`Origin::get`] and [`Origin::get_page`], a request without `Authorization` is made with this node's own right:
     /// what the registry's realm gives to anybody or, where the configuration says so, for this node's credentials. A 401 is
     /// then the last word. Its challenges are the registry's own, but for those whose realm is not to be trusted.
-    pub async fn head(&self, target: &Target, headers: &HeaderMap) -> Result<Response<()>, OriginError> {
-        Ok(self.ask(Method::HEAD, target, None, headers).await?.map(drop))
+    pub async fn head(
+        &self,
+        target: &Target,
+        headers: &HeaderMap,
+    ) -> Result<Response<()>, OriginError> {
+        Ok(self
+            .ask(Method::HEAD, target, None, headers)
+            .await?
+            .map(drop))
     }
 
     /// GET, with `headers` (Accept, Range, Authorization …) passed on; redirects are followed here.
@@ -314,7 +328,10 @@ impl Origin {
         query: Option<&str>,
         headers: &HeaderMap,
     ) -> Result<Response<()>, OriginError> {
-        Ok(self.ask(Method::HEAD, target, query, headers).await?.map(drop))
+        Ok(self
+            .ask(Method::HEAD, target, query, headers)
+            .await?
+            .map(drop))
     }
 
     /// GET with a query, for lists that come in pages.
@@ -347,7 +364,10 @@ impl Origin {
         headers: &HeaderMap,
     ) -> Result<Response<OriginBody>, OriginError> {
         let registry = &target.source.registry;
-        let whose = (registry.clone(), Authorization::of(headers).map(|authorization| authorization.hash()));
+        let whose = (
+            registry.clone(),
+            Authorization::of(headers).map(|authorization| authorization.hash()),
+        );
         if let Some(rest) = self.inner.backoff.remaining(&whose, Instant::now()) {
             return Ok(self.too_many(registry, rest));
         }
@@ -355,16 +375,23 @@ impl Origin {
         let whole_for_part = response.status() == StatusCode::PARTIAL_CONTENT
             && !headers.contains_key(RANGE)
             && !response.headers().contains_key(CONTENT_RANGE);
-        if matches!(target.content, Content::Blob(_)) && (is_whole(response.status()) || whole_for_part) {
+        if matches!(target.content, Content::Blob(_))
+            && (is_whole(response.status()) || whole_for_part)
+        {
             // The bytes are compared with the digest, whatever a registry or a proxy before it calls the success.
             *response.status_mut() = StatusCode::OK;
         }
         match response.status() {
             StatusCode::TOO_MANY_REQUESTS => {
-                self.inner.backoff.begin(whose, response.headers(), Instant::now());
+                self.inner
+                    .backoff
+                    .begin(whose, response.headers(), Instant::now());
             }
             StatusCode::NOT_FOUND if method == Method::GET => {
-                return Ok(self.ask_elsewhere(target, headers).await.unwrap_or(response));
+                return Ok(self
+                    .ask_elsewhere(target, headers)
+                    .await
+                    .unwrap_or(response));
             }
             _ => {}
         }
@@ -372,7 +399,11 @@ impl Origin {
     }
 
     /// The blob, or the part of it that is asked for, from the first of its URLs that gives it.
-    async fn ask_elsewhere(&self, target: &Target, headers: &HeaderMap) -> Option<Response<OriginBody>> {
+    async fn ask_elsewhere(
+        &self,
+        target: &Target,
+        headers: &HeaderMap,
+    ) -> Option<Response<OriginBody>> {
         let elsewhere = self.elsewhere(target)?;
         let settings = self.inner.live.load_full();
         let mut headers = self.outgoing(headers);
@@ -382,10 +413,15 @@ impl Origin {
             let ask = async {
                 let route = Route::elsewhere(&settings.registries, url)?;
                 let host = url.host_str().unwrap_or_default();
-                let means = self.means(&settings, &route).map_err(|reason| unreachable(host, reason))?;
+                let means = self
+                    .means(&settings, &route)
+                    .map_err(|reason| unreachable(host, reason))?;
                 let asked = self.asked(&means, &route, host, url);
                 Ok::<_, OriginError>(
-                    asked.follow(&Method::GET, url.clone(), headers.clone()).await?.map(Some),
+                    asked
+                        .follow(&Method::GET, url.clone(), headers.clone())
+                        .await?
+                        .map(Some),
                 )
             };
             self.inner.metrics.origin_requests.inc();
@@ -399,7 +435,11 @@ impl Origin {
                     return Some(self.with_body(host, &Method::GET, response));
                 }
                 Ok(Ok(response)) => {
-                    tracing::info!(host, status = response.status().as_u16(), "a layer's URL gave nothing")
+                    tracing::info!(
+                        host,
+                        status = response.status().as_u16(),
+                        "a layer's URL gave nothing"
+                    )
                 }
                 Ok(Err(reason)) => tracing::info!(host, %reason, "a layer's URL gave nothing"),
                 Err(_) => tracing::info!(host, "a layer's URL did not answer in time"),
@@ -410,7 +450,8 @@ impl Origin {
 
     /// What the registry would say, had it been asked.
     fn too_many(&self, registry: &str, rest: Duration) -> Response<OriginBody> {
-        auth::too_many(Some((rest.as_secs() + 1).into())).map(|none| self.body(registry, none, Some(0)))
+        auth::too_many(Some((rest.as_secs() + 1).into()))
+            .map(|none| self.body(registry, none, Some(0)))
     }
 
     /// Asks the registry's endpoints in order. What the last one says counts, unless only an earlier one said something.
@@ -424,11 +465,17 @@ impl Origin {
         let settings = self.inner.live.load_full();
         let registry = &target.source.registry;
         let route = Route::to(&settings.registries, registry)?;
-        let means = self.means(&settings, &route).map_err(|reason| unreachable(registry, reason))?;
+        let means = self
+            .means(&settings, &route)
+            .map_err(|reason| unreachable(registry, reason))?;
         let headers = self.outgoing(headers);
         let own = !headers.contains_key(AUTHORIZATION);
         let deadline = Instant::now() + HEAD;
-        let endpoints = if own { &route.endpoints[..] } else { std::slice::from_ref(route.home(registry)) };
+        let endpoints = if own {
+            &route.endpoints[..]
+        } else {
+            std::slice::from_ref(route.home(registry))
+        };
         let endpoints = self.inner.dead.in_order(endpoints, Instant::now());
         let mut best = None;
         for (i, (endpoint, is_dead)) in endpoints.iter().copied().enumerate() {
@@ -437,21 +484,37 @@ impl Origin {
             }
             let more = i + 1 < endpoints.len();
             self.inner.metrics.origin_requests.inc();
-            let until = if more { deadline.min(Instant::now() + HEAD_OF_MIRROR) } else { deadline };
+            let until = if more {
+                deadline.min(Instant::now() + HEAD_OF_MIRROR)
+            } else {
+                deadline
+            };
             let asked = self.asked(&means, &route, registry, endpoint);
-            let (url, headers) =
-                (join(endpoint, &target.content.path(&target.source.repository), query), headers.clone());
+            let (url, headers) = (
+                join(
+                    endpoint,
+                    &target.content.path(&target.source.repository),
+                    query,
+                ),
+                headers.clone(),
+            );
             let answer = async {
                 if own {
                     let repository = &target.source.repository;
-                    return Box::pin(asked.by_own_right(&means.rights, repository, method, url, headers))
-                        .await;
+                    return Box::pin(asked.by_own_right(
+                        &means.rights,
+                        repository,
+                        method,
+                        url,
+                        headers,
+                    ))
+                    .await;
                 }
                 Ok(asked.follow(method, url, headers).await?.map(Some))
             };
             let answer = timeout_at(until, answer).await;
-            let answer =
-                answer.unwrap_or_else(|_| Err(unreachable(registry, "it did not answer in time".into())));
+            let answer = answer
+                .unwrap_or_else(|_| Err(unreachable(registry, "it did not answer in time".into())));
             match &answer {
                 Err(OriginError::Unreachable { .. }) if endpoints.len() > 1 => {
                     self.inner.dead.note(endpoint, Instant::now());
@@ -461,7 +524,9 @@ impl Origin {
             }
             match answer {
                 // A page instead of content is that of something in front of the registry.
-                Ok(mut response) if !more || settles(response.status()) && !is_page(response.headers()) => {
+                Ok(mut response)
+                    if !more || settles(response.status()) && !is_page(response.headers()) =>
+                {
                     asked.keep_trusted(response.headers_mut(), own);
                     return Ok(self.with_body(registry, method, response));
                 }
@@ -473,16 +538,23 @@ impl Origin {
                 Err(_) => {}
             }
         }
-        let best = best.unwrap_or_else(|| Err(unreachable(registry, "no endpoint is configured".into())));
+        let best =
+            best.unwrap_or_else(|| Err(unreachable(registry, "no endpoint is configured".into())));
         best.map(|response| self.with_body(registry, method, response))
     }
 
     /// What the registry, or its realm, gives for a client's name and password: the right to read one repository.
-    pub async fn exchange(&self, source: &Source, credential: &Credential) -> Result<Exchanged, OriginError> {
+    pub async fn exchange(
+        &self,
+        source: &Source,
+        credential: &Credential,
+    ) -> Result<Exchanged, OriginError> {
         let settings = self.inner.live.load_full();
         let registry = &source.registry;
         let route = Route::to(&settings.registries, registry)?;
-        let means = self.means(&settings, &route).map_err(|reason| unreachable(registry, reason))?;
+        let means = self
+            .means(&settings, &route)
+            .map_err(|reason| unreachable(registry, reason))?;
         let asked = self.asked(&means, &route, registry, route.home(registry));
         let headers = self.outgoing(&HeaderMap::new());
         let exchange = Box::pin(asked.exchange(&source.repository, credential, headers));
@@ -515,15 +587,32 @@ impl Origin {
         method: &Method,
         response: Response<Option<Incoming>>,
     ) -> Response<OriginBody> {
-        let length = if *method == Method::HEAD { None } else { content_length(response.headers()) };
+        let length = if *method == Method::HEAD {
+            None
+        } else {
+            content_length(response.headers())
+        };
         response.map(|incoming| self.body(registry, incoming, length))
     }
 
-    fn body(&self, registry: &str, incoming: Option<Incoming>, remaining_bytes: Option<u64>) -> OriginBody {
+    fn body(
+        &self,
+        registry: &str,
+        incoming: Option<Incoming>,
+        remaining_bytes: Option<u64>,
+    ) -> OriginBody {
         let (registry, limits) = (registry.to_owned(), self.inner.limits.clone());
         let metrics = Arc::clone(&self.inner.metrics);
         let lot = Arc::clone(&self.inner.lot);
-        OriginBody { incoming, pending: Bytes::new(), remaining_bytes, registry, limits, metrics, lot }
+        OriginBody {
+            incoming,
+            pending: Bytes::new(),
+            remaining_bytes,
+            registry,
+            limits,
+            metrics,
+            lot,
+        }
     }
 
     /// The headers an origin gets: what is passed on of the client's, and who we are.
@@ -550,7 +639,11 @@ impl Origin {
     }
 
     fn means(&self, settings: &Arc<LiveSettings>, route: &Route) -> Result<Means, String> {
-        let mut current = self.inner.current.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut current = self
+            .inner
+            .current
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         if !Arc::ptr_eq(&current.settings, settings) {
             *current = Current::new(Arc::clone(settings));
         }
@@ -561,7 +654,12 @@ impl Origin {
         })
     }
 
-    fn clients(&self, current: &mut Current, trust: &Trust, reach: Reach) -> Result<Clients, String> {
+    fn clients(
+        &self,
+        current: &mut Current,
+        trust: &Trust,
+        reach: Reach,
+    ) -> Result<Clients, String> {
         let home = self.client(current, trust, reach)?;
         let away = match trust.identity {
             Some(_) => self.client(current, &trust.without_identity(), reach)?,
@@ -572,28 +670,51 @@ impl Origin {
 
     /// The client for these certificates, made anew when their files have changed. New files that can't be used (a new
     /// certificate without its key, as in the middle of a rotation) change nothing.
-    fn client(&self, current: &mut Current, trust: &Trust, reach: Reach) -> Result<HttpClient, String> {
+    fn client(
+        &self,
+        current: &mut Current,
+        trust: &Trust,
+        reach: Reach,
+    ) -> Result<HttpClient, String> {
         let (key, now) = ((trust.clone(), reach), Instant::now());
         let kept = current.clients.get(&key);
         if let Some(kept) = kept.filter(|kept| now.duration_since(kept.looked) < LOOK_AT_FILES) {
             return Ok(kept.client.clone());
         }
         let stamps: Vec<_> = trust.files().iter().map(|file| Stamp::of(file)).collect();
-        if let Some(kept) = current.clients.get_mut(&key).filter(|kept| kept.stamps == stamps) {
+        if let Some(kept) = current
+            .clients
+            .get_mut(&key)
+            .filter(|kept| kept.stamps == stamps)
+        {
             kept.looked = now;
             return Ok(kept.client.clone());
         }
         let settings = Arc::clone(&current.settings);
-        let dialer = Dialer { settings, reach, proxies: Arc::clone(&self.inner.proxies) };
+        let dialer = Dialer {
+            settings,
+            reach,
+            proxies: Arc::clone(&self.inner.proxies),
+        };
         let client = match (new_client(dialer, trust), current.clients.get(&key)) {
             (Ok(client), _) => client,
             (Err(reason), Some(kept)) => {
-                tracing::warn!(reason, "changed certificate files can't be used; the ones before still are");
+                tracing::warn!(
+                    reason,
+                    "changed certificate files can't be used; the ones before still are"
+                );
                 kept.client.clone()
             }
             (Err(reason), None) => return Err(reason),
         };
-        current.clients.insert(key, Kept { client: client.clone(), stamps, looked: now });
+        current.clients.insert(
+            key,
+            Kept {
+                client: client.clone(),
+                stamps,
+                looked: now,
+            },
+        );
         Ok(client)
     }
 }
@@ -619,13 +740,22 @@ fn new_client(dialer: Dialer, trust: &Trust) -> Result<HttpClient, String> {
 
 /// Whether an answer makes asking the next endpoint pointless.
 fn settles(status: StatusCode) -> bool {
-    has_content(status) || matches!(status, StatusCode::NOT_MODIFIED | StatusCode::RANGE_NOT_SATISFIABLE)
+    has_content(status)
+        || matches!(
+            status,
+            StatusCode::NOT_MODIFIED | StatusCode::RANGE_NOT_SATISFIABLE
+        )
 }
 
 /// Whether an answer is for people's eyes.
 pub(crate) fn is_page(head: &HeaderMap) -> bool {
-    let types = head.get_all(CONTENT_TYPE).iter().filter_map(|line| line.to_str().ok());
-    types.filter_map(media_type::normal).any(|told| media_type::is_page(&told))
+    let types = head
+        .get_all(CONTENT_TYPE)
+        .iter()
+        .filter_map(|line| line.to_str().ok());
+    types
+        .filter_map(media_type::normal)
+        .any(|told| media_type::is_page(&told))
 }
 
 /// Whether an answer with this status brings content, or a part of it.
@@ -658,7 +788,9 @@ fn join(endpoint: &Url, path: &str, query: Option<&str>) -> Url {
 /// The name of a repository at an endpoint.
 fn remote_name(endpoint: &Url, repository: &str) -> String {
     match split(endpoint).1 {
-        Some(project) if !project.is_empty() && !repository.is_empty() => format!("{project}/{repository}"),
+        Some(project) if !project.is_empty() && !repository.is_empty() => {
+            format!("{project}/{repository}")
+        }
         _ => repository.to_owned(),
     }
 }
@@ -677,7 +809,11 @@ fn split(endpoint: &Url) -> (&str, Option<&str>) {
 
 /// Repeated lines of a header as one.
 fn joined(headers: &HeaderMap, name: &HeaderName) -> Option<HeaderValue> {
-    let lines: Vec<&[u8]> = headers.get_all(name).iter().map(HeaderValue::as_bytes).collect();
+    let lines: Vec<&[u8]> = headers
+        .get_all(name)
+        .iter()
+        .map(HeaderValue::as_bytes)
+        .collect();
     if lines.is_empty() {
         return None;
     }
@@ -686,7 +822,13 @@ fn joined(headers: &HeaderMap, name: &HeaderName) -> Option<HeaderValue> {
 
 /// The length a response's head announces.
 pub(crate) fn content_length(headers: &HeaderMap) -> Option<u64> {
-    headers.get(CONTENT_LENGTH)?.to_str().ok()?.trim().parse().ok()
+    headers
+        .get(CONTENT_LENGTH)?
+        .to_str()
+        .ok()?
+        .trim()
+        .parse()
+        .ok()
 }
 
 #[cfg(test)]

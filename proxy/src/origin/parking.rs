@@ -34,7 +34,12 @@ struct Body<B> {
 
 impl<B> Default for Lot<B> {
     fn default() -> Self {
-        Self { parked: Mutex::new(Parked { next: 0, bodies: BTreeMap::new() }) }
+        Self {
+            parked: Mutex::new(Parked {
+                next: 0,
+                bodies: BTreeMap::new(),
+            }),
+        }
     }
 }
 
@@ -45,11 +50,21 @@ impl<B> Lot<B> {
         let mut parked = self.lock();
         let number = parked.next;
         parked.next += 1;
-        parked.bodies.insert(number, Body { since: now, may_wait, body });
+        parked.bodies.insert(
+            number,
+            Body {
+                since: now,
+                may_wait,
+                body,
+            },
+        );
         let gone = parked.overdue(now);
         drop(parked);
         drop(gone);
-        Ticket { lot: Arc::clone(self), number }
+        Ticket {
+            lot: Arc::clone(self),
+            number,
+        }
     }
 
     /// Drops the bodies that have waited too long, where too many wait.
@@ -70,15 +85,24 @@ impl<B> Parked<B> {
         if excess == 0 {
             return Vec::new();
         }
-        let overdue = self.bodies.iter().filter(|(_, body)| now.duration_since(body.since) >= body.may_wait);
+        let overdue = self
+            .bodies
+            .iter()
+            .filter(|(_, body)| now.duration_since(body.since) >= body.may_wait);
         let mut numbers: Vec<u64> = overdue.map(|(number, _)| *number).take(excess).collect();
         let left = self.bodies.len() - numbers.len();
         if left > PLACES {
-            let oldest = self.bodies.keys().filter(|number| numbers.binary_search(number).is_err());
+            let oldest = self
+                .bodies
+                .keys()
+                .filter(|number| numbers.binary_search(number).is_err());
             let oldest: Vec<u64> = oldest.copied().take(left - PLACES).collect();
             numbers.extend(oldest);
         }
-        numbers.iter().filter_map(|number| self.bodies.remove(number)).collect()
+        numbers
+            .iter()
+            .filter_map(|number| self.bodies.remove(number))
+            .collect()
     }
 }
 
@@ -134,7 +158,11 @@ mod tests {
         let (lot, now) = (Arc::new(Lot::default()), Instant::now());
         let tickets = parked(&lot, now, FREE_PLACES + 10);
         lot.sweep(now + SOON / 2);
-        assert_eq!(lot.lock().bodies.len(), FREE_PLACES + 10, "none has waited long");
+        assert_eq!(
+            lot.lock().bodies.len(),
+            FREE_PLACES + 10,
+            "none has waited long"
+        );
         lot.sweep(now + SOON);
         assert_eq!(left(tickets), (10..FREE_PLACES + 10).collect::<Vec<_>>());
     }

@@ -79,10 +79,13 @@ impl Origin {
         let (name, method) = (upstream.name.as_str(), request.method().clone());
         let (host, port) = (upstream.authority.host(), upstream.port());
         let route = Route::to_named(&settings.registries, name, host, port)?;
-        let means = self.means(&settings, &route).map_err(|reason| unreachable(name, reason))?;
+        let means = self
+            .means(&settings, &route)
+            .map_err(|reason| unreachable(name, reason))?;
         let asked = self.asked(&means, &route, name, route.home(name));
         let uri = upstream.uri(&route, request.uri());
-        let uri = uri.ok_or_else(|| asked.broken("its address can't be used in a request".into()))?;
+        let uri =
+            uri.ok_or_else(|| asked.broken("its address can't be used in a request".into()))?;
 
         let (head, body) = request.into_parts();
         let moved = Arc::new(Mutex::new(Instant::now()));
@@ -113,13 +116,24 @@ impl Origin {
     }
 
     /// A connection to a host that may be reached; which of its addresses may be is decided here.
-    pub(crate) async fn tunnel(&self, name: &str, authority: &Authority) -> Result<Stream, OriginError> {
+    pub(crate) async fn tunnel(
+        &self,
+        name: &str,
+        authority: &Authority,
+    ) -> Result<Stream, OriginError> {
         let settings = self.inner.live.load_full();
         let port = authority.port_u16().unwrap_or(443);
         let reach = Route::to_named(&settings.registries, name, authority.host(), port)?.reach;
-        let dialer = Dialer { settings, reach, proxies: Arc::clone(&self.inner.proxies) };
-        let uri =
-            Uri::builder().scheme(Scheme::HTTPS).authority(authority.clone()).path_and_query("/").build();
+        let dialer = Dialer {
+            settings,
+            reach,
+            proxies: Arc::clone(&self.inner.proxies),
+        };
+        let uri = Uri::builder()
+            .scheme(Scheme::HTTPS)
+            .authority(authority.clone())
+            .path_and_query("/")
+            .build();
         let uri = uri.map_err(|e| unreachable(name, e.to_string()))?;
         match timeout(CONNECT, dialer.tunnel(uri)).await {
             Ok(Ok(stream)) => Ok(stream),
@@ -140,8 +154,14 @@ impl Origin {
 /// The headers that are about more than one connection.
 fn end_to_end(headers: &HeaderMap) -> HeaderMap {
     let mut all = headers.clone();
-    let lines = headers.get_all(CONNECTION).iter().filter_map(|line| line.to_str().ok());
-    for name in lines.flat_map(|line| line.split(',')).filter_map(|name| name.trim().parse().ok()) {
+    let lines = headers
+        .get_all(CONNECTION)
+        .iter()
+        .filter_map(|line| line.to_str().ok());
+    for name in lines
+        .flat_map(|line| line.split(','))
+        .filter_map(|name| name.trim().parse().ok())
+    {
         let name: HeaderName = name;
         all.remove(name);
     }
@@ -162,7 +182,12 @@ impl Upstream {
     fn uri(&self, route: &Route, asked: &Uri) -> Option<Uri> {
         let rest = asked.path_and_query().map_or("/", PathAndQuery::as_str);
         let base = match self.endpoint(route) {
-            Some(endpoint) => return join(endpoint, asked.path(), asked.query()).as_str().parse().ok(),
+            Some(endpoint) => {
+                return join(endpoint, asked.path(), asked.query())
+                    .as_str()
+                    .parse()
+                    .ok();
+            }
             None if self.is_registry => format!("https://{}", self.authority),
             None => format!("{}://{}", self.scheme, self.authority),
         };
@@ -172,8 +197,9 @@ impl Upstream {
     /// The registry's own endpoint, unless it was asked under another of its names: Docker Hub's do different things.
     fn endpoint<'a>(&self, route: &'a Route) -> Option<&'a Url> {
         let asked = hawker_core::reference::api_host(&self.name);
-        let same =
-            [asked, &self.name].iter().any(|name| self.authority.host().eq_ignore_ascii_case(bare(name)));
+        let same = [asked, &self.name]
+            .iter()
+            .any(|name| self.authority.host().eq_ignore_ascii_case(bare(name)));
         Some(route.home(&self.name)).filter(|_| self.is_registry && same)
     }
 }
@@ -226,7 +252,10 @@ struct Pace {
 
 impl Pace {
     fn new(now: Instant) -> Self {
-        Self { due: now + LEAST_WITHIN, came_bytes: 0 }
+        Self {
+            due: now + LEAST_WITHIN,
+            came_bytes: 0,
+        }
     }
 
     fn came(&mut self, bytes: u64, now: Instant) {
@@ -252,7 +281,12 @@ impl Upload {
     fn new(incoming: Incoming, moved: Arc<Mutex<Instant>>) -> Self {
         let pace = Pace::new(Instant::now());
         let due = Box::pin(sleep_until(pace.due));
-        Self { incoming, moved, pace, due }
+        Self {
+            incoming,
+            moved,
+            pace,
+            due,
+        }
     }
 }
 
@@ -274,8 +308,12 @@ impl Body for Upload {
         };
         let now = Instant::now();
         *self.moved.lock().unwrap_or_else(PoisonError::into_inner) = now;
-        if let Some(Ok(data)) = frame.as_ref().map(|frame| frame.as_ref().map(Frame::data_ref)) {
-            self.pace.came(data.map_or(0, |data| data.len() as u64), now);
+        if let Some(Ok(data)) = frame
+            .as_ref()
+            .map(|frame| frame.as_ref().map(Frame::data_ref))
+        {
+            self.pace
+                .came(data.map_or(0, |data| data.len() as u64), now);
         }
         Poll::Ready(frame.map(|frame| frame.map_err(UploadError::from)))
     }
@@ -339,17 +377,45 @@ mod tests {
             ("corp.example", "https://corp.example/sub"),
         ] {
             let endpoints = vec![endpoint.parse().unwrap()];
-            let own = crate::settings::RegistrySettings { endpoints, ..Default::default() };
+            let own = crate::settings::RegistrySettings {
+                endpoints,
+                ..Default::default()
+            };
             registries.known.insert(name.to_owned(), own);
         }
         for (name, base, is_registry, expected) in [
-            ("reg:5000", "https://reg:5000", true, "http://10.0.0.1:5000/a?b=%2f"),
-            ("docker.io", "https://registry-1.docker.io", true, "https://registry-1.docker.io/a?b=%2f"),
-            ("docker.io", "https://index.docker.io", true, "https://index.docker.io/a?b=%2f"),
-            ("corp.example", "https://corp.example", true, "https://corp.example/sub/a?b=%2f"),
+            (
+                "reg:5000",
+                "https://reg:5000",
+                true,
+                "http://10.0.0.1:5000/a?b=%2f",
+            ),
+            (
+                "docker.io",
+                "https://registry-1.docker.io",
+                true,
+                "https://registry-1.docker.io/a?b=%2f",
+            ),
+            (
+                "docker.io",
+                "https://index.docker.io",
+                true,
+                "https://index.docker.io/a?b=%2f",
+            ),
+            (
+                "corp.example",
+                "https://corp.example",
+                true,
+                "https://corp.example/sub/a?b=%2f",
+            ),
             // nydusd's `use_http`: the proxy speaks TLS for it.
             ("quay.io", "http://quay.io", true, "https://quay.io/a?b=%2f"),
-            ("web.example", "http://web.example:8080", false, "http://web.example:8080/a?b=%2f"),
+            (
+                "web.example",
+                "http://web.example:8080",
+                false,
+                "http://web.example:8080/a?b=%2f",
+            ),
         ] {
             let base: Uri = base.parse().unwrap();
             let upstream = Upstream {

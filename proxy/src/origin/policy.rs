@@ -37,13 +37,19 @@ pub(super) struct Trust {
 impl Trust {
     /// The files that it depends on.
     pub(super) fn files(&self) -> Vec<PathBuf> {
-        let identity = self.identity.iter().flat_map(|identity| [&identity.certificate, &identity.key]);
+        let identity = self
+            .identity
+            .iter()
+            .flat_map(|identity| [&identity.certificate, &identity.key]);
         self.ca.iter().chain(identity).cloned().collect()
     }
 
     /// The same for hosts that the identity is not for.
     pub(super) fn without_identity(&self) -> Self {
-        Self { identity: None, ..self.clone() }
+        Self {
+            identity: None,
+            ..self.clone()
+        }
     }
 }
 
@@ -91,15 +97,28 @@ impl Route {
         let forbidden = || OriginError::Forbidden(host.to_owned());
         let Some(known) = registries.known.get(host) else {
             let endpoints = vec![own_endpoint(host).ok_or_else(forbidden)?];
-            return Ok(Self { endpoints, trust: Trust::default(), reach: Reach::Public, realms: Vec::new() });
+            return Ok(Self {
+                endpoints,
+                trust: Trust::default(),
+                reach: Reach::Public,
+                realms: Vec::new(),
+            });
         };
         let endpoints = match known.endpoints.as_slice() {
             [] => vec![own_endpoint(host).ok_or_else(forbidden)?],
             listed => listed.to_vec(),
         };
-        let trust =
-            Trust { ca: known.ca.clone(), insecure: known.insecure, identity: known.identity.clone() };
-        Ok(Self { endpoints, trust, reach: Reach::Known, realms: known.realms.clone() })
+        let trust = Trust {
+            ca: known.ca.clone(),
+            insecure: known.insecure,
+            identity: known.identity.clone(),
+        };
+        Ok(Self {
+            endpoints,
+            trust,
+            reach: Reach::Known,
+            realms: known.realms.clone(),
+        })
     }
 
     /// Whether a connection could be made to any of the endpoints, as far as that can be told without looking names up.
@@ -111,14 +130,19 @@ impl Route {
                 Some(Host::Domain(_)) => return true,
                 None => return false,
             };
-            let (host, port) = (url.host_str().unwrap_or_default(), url.port_or_known_default());
+            let (host, port) = (
+                url.host_str().unwrap_or_default(),
+                url.port_or_known_default(),
+            );
             port.is_some_and(|port| self.reach.allows(registries, host, port, ip))
         })
     }
 
     /// Whether a URL is on the host of an endpoint.
     pub(super) fn is_at_home(&self, url: &Url) -> bool {
-        self.endpoints.iter().any(|endpoint| endpoint.host() == url.host())
+        self.endpoints
+            .iter()
+            .any(|endpoint| endpoint.host() == url.host())
     }
 
     /// The way to `host:port` that a client of the forward proxy names, `name` being its name among registries. Realms of the
@@ -139,28 +163,57 @@ impl Route {
     /// The endpoint that credentials may go to: the registry itself, which is the one on its own host, or else the last one.
     pub(super) fn home(&self, registry: &str) -> &Url {
         let host = api_host(registry);
-        let own = self.endpoints.iter().find(|url| url.authority().eq_ignore_ascii_case(host));
-        own.or(self.endpoints.last()).expect("a route has an endpoint")
+        let own = self
+            .endpoints
+            .iter()
+            .find(|url| url.authority().eq_ignore_ascii_case(host));
+        own.or(self.endpoints.last())
+            .expect("a route has an endpoint")
     }
 
     /// The address of a realm, if it may speak for `registry`. One that begins with `/` is on the host of the endpoint that named
     /// it.
-    pub(super) fn realm(&self, registry: &str, endpoint: &Url, realm: &str) -> Result<Url, Untrusted> {
-        let parsed = if realm.starts_with('/') { endpoint.join(realm) } else { Url::parse(realm) };
+    pub(super) fn realm(
+        &self,
+        registry: &str,
+        endpoint: &Url,
+        realm: &str,
+    ) -> Result<Url, Untrusted> {
+        let parsed = if realm.starts_with('/') {
+            endpoint.join(realm)
+        } else {
+            Url::parse(realm)
+        };
         let mut url = parsed.map_err(|_| Untrusted::Address)?;
         url.set_fragment(None);
         let host = match (url.scheme(), url.host_str()) {
-            ("http" | "https", Some(host)) if url.username().is_empty() && url.password().is_none() => host,
+            ("http" | "https", Some(host))
+                if url.username().is_empty() && url.password().is_none() =>
+            {
+                host
+            }
             _ => return Err(Untrusted::Address),
         };
-        if self.realms.iter().any(|listed| listed.origin() == url.origin()) {
+        if self
+            .realms
+            .iter()
+            .any(|listed| listed.origin() == url.origin())
+        {
             return Ok(url);
         }
-        let plain = self.trust.insecure || self.endpoints.iter().any(|endpoint| endpoint.scheme() == "http");
+        let plain = self.trust.insecure
+            || self
+                .endpoints
+                .iter()
+                .any(|endpoint| endpoint.scheme() == "http");
         if url.scheme() == "http" && !plain {
             return Err(Untrusted::Plain(host.to_owned()));
         }
-        let hosts = self.endpoints.iter().filter_map(Url::host_str).chain([registry]);
+        let hosts = self
+            .endpoints
+            .iter()
+            .filter_map(Url::host_str)
+            .chain([registry]);
         match hosts.into_iter().any(|own| is_trusted(own, host)) {
             true => Ok(url),
             false => Err(Untrusted::Foreign(host.to_owned())),
@@ -188,12 +241,18 @@ impl Route {
 /// Whether the configuration names a registry, given as [`canonical_host`] writes it.
 pub(crate) fn is_listed(registries: &Registries, registry: &str) -> bool {
     registries.known.contains_key(registry)
-        || registries.default.as_deref().is_some_and(|d| d.eq_ignore_ascii_case(registry))
+        || registries
+            .default
+            .as_deref()
+            .is_some_and(|d| d.eq_ignore_ascii_case(registry))
         || is_allowed(registries, registry)
 }
 
 fn is_allowed(registries: &Registries, host: &str) -> bool {
-    registries.allow.iter().any(|pattern| host_matches(pattern, host))
+    registries
+        .allow
+        .iter()
+        .any(|pattern| host_matches(pattern, host))
 }
 
 /// Where a registry is asked when nothing is configured: over TLS. One in the clear is configured with an `http` address.
@@ -205,7 +264,10 @@ impl Reach {
     /// Whether a connection made for `host:port` may go to the address `ip`.
     pub(super) fn allows(self, registries: &Registries, host: &str, port: u16, ip: IpAddr) -> bool {
         is_public(ip)
-            || registries.allow_networks.iter().any(|network| network.contains(ip))
+            || registries
+                .allow_networks
+                .iter()
+                .any(|network| network.contains(ip))
             || match self {
                 Reach::Public => false,
                 Reach::Known => is_known_endpoint(registries, |url| is_at(url, host, Some(port))),
@@ -218,7 +280,11 @@ impl Reach {
 
     /// The same for the realms of the registries that this is for.
     pub(super) fn of_realms(self) -> Self {
-        if self == Reach::Public { Reach::Public } else { Reach::Realms }
+        if self == Reach::Public {
+            Reach::Public
+        } else {
+            Reach::Realms
+        }
     }
 }
 
@@ -228,10 +294,13 @@ fn is_at(url: &Url, host: &str, port: Option<u16>) -> bool {
 }
 
 fn is_known_endpoint(registries: &Registries, here: impl Fn(&Url) -> bool) -> bool {
-    registries.known.iter().any(|(registry, settings)| match settings.endpoints.as_slice() {
-        [] => own_endpoint(registry).is_some_and(|own| here(&own)),
-        listed => listed.iter().any(&here),
-    })
+    registries
+        .known
+        .iter()
+        .any(|(registry, settings)| match settings.endpoints.as_slice() {
+            [] => own_endpoint(registry).is_some_and(|own| here(&own)),
+            listed => listed.iter().any(&here),
+        })
 }
 
 /// Whether the configuration names a host as that of an endpoint or a realm.
@@ -256,14 +325,24 @@ mod tests {
 
     fn known(endpoints: &[&str], insecure: bool) -> RegistrySettings {
         let endpoints = endpoints.iter().map(|e| e.parse().unwrap()).collect();
-        RegistrySettings { endpoints, insecure, ..RegistrySettings::default() }
+        RegistrySettings {
+            endpoints,
+            insecure,
+            ..RegistrySettings::default()
+        }
     }
 
     #[test]
     fn a_registry_is_asked_only_where_the_configuration_lets_it() {
         let any = Registries::default();
-        let mut some = Registries { allow: vec!["quay.io".into(), "*.example.com".into()], ..any.clone() };
-        some.known.insert("10.0.0.1:5000".into(), known(&["http://10.0.0.1:5000"], false));
+        let mut some = Registries {
+            allow: vec!["quay.io".into(), "*.example.com".into()],
+            ..any.clone()
+        };
+        some.known.insert(
+            "10.0.0.1:5000".into(),
+            known(&["http://10.0.0.1:5000"], false),
+        );
         for (registries, registry, allowed) in [
             (&any, "quay.io", true),
             (&any, "docker.io", true),
@@ -277,14 +356,21 @@ mod tests {
             (&some, "10.0.0.1:5000", true),
             (&some, "10.0.0.1:5001", false),
         ] {
-            assert_eq!(Route::to(registries, registry).is_ok(), allowed, "{registry}");
+            assert_eq!(
+                Route::to(registries, registry).is_ok(),
+                allowed,
+                "{registry}"
+            );
         }
     }
 
     #[test]
     fn a_private_address_that_the_configuration_does_not_name_is_not_asked() {
         let mut registries = Registries::default();
-        registries.known.insert("10.0.0.1:5000".into(), known(&["http://10.0.0.1:5000"], false));
+        registries.known.insert(
+            "10.0.0.1:5000".into(),
+            known(&["http://10.0.0.1:5000"], false),
+        );
         for (registry, reachable) in [
             ("quay.io", true),
             ("10.0.0.1:5000", true),
@@ -294,14 +380,21 @@ mod tests {
             ("8.8.8.8", true),
         ] {
             let route = Route::to(&registries, registry);
-            assert_eq!(route.is_ok_and(|route| route.is_reachable(&registries)), reachable, "{registry}");
+            assert_eq!(
+                route.is_ok_and(|route| route.is_reachable(&registries)),
+                reachable,
+                "{registry}"
+            );
         }
     }
 
     #[test]
     fn no_manifest_leads_to_what_is_sent_in_the_clear_unless_the_configuration_does() {
         let mut registries = Registries::default();
-        registries.known.insert("plain.example".into(), known(&["http://10.0.0.1:5000"], false));
+        registries.known.insert(
+            "plain.example".into(),
+            known(&["http://10.0.0.1:5000"], false),
+        );
         for (url, allowed) in [
             ("https://x.example/layer", true),
             ("http://x.example/layer", false),
@@ -309,23 +402,33 @@ mod tests {
             ("http://10.0.0.1:5001/layer", false),
             ("http://10.0.0.1/layer", false),
         ] {
-            assert_eq!(Route::elsewhere(&registries, &url.parse().unwrap()).is_ok(), allowed, "{url}");
+            assert_eq!(
+                Route::elsewhere(&registries, &url.parse().unwrap()).is_ok(),
+                allowed,
+                "{url}"
+            );
         }
     }
 
     #[test]
     fn endpoints_come_from_the_configuration_or_the_name() {
         let mut registries = Registries::default();
-        registries.known.insert("old.example".into(), known(&[], true));
         registries
             .known
-            .insert("m.example".into(), known(&["https://a.example/x", "https://m.example"], false));
+            .insert("old.example".into(), known(&[], true));
+        registries.known.insert(
+            "m.example".into(),
+            known(&["https://a.example/x", "https://m.example"], false),
+        );
         for (registry, endpoints) in [
             ("docker.io", vec!["https://registry-1.docker.io/"]),
             ("quay.io:8443", vec!["https://quay.io:8443/"]),
             ("[2606:4700::1]:5000", vec!["https://[2606:4700::1]:5000/"]),
             ("old.example", vec!["https://old.example/"]),
-            ("m.example", vec!["https://a.example/x", "https://m.example/"]),
+            (
+                "m.example",
+                vec!["https://a.example/x", "https://m.example/"],
+            ),
         ] {
             let route = Route::to(&registries, registry).unwrap();
             let got: Vec<&str> = route.endpoints.iter().map(Url::as_str).collect();
@@ -341,7 +444,9 @@ mod tests {
                 .into(),
             ..Registries::default()
         };
-        registries.known.insert("r:5000".into(), known(&["http://r:5000"], false));
+        registries
+            .known
+            .insert("r:5000".into(), known(&["http://r:5000"], false));
         for (reach, host, port, ip, allowed) in [
             (Reach::Public, "x", 443, "8.8.8.8", true),
             (Reach::Public, "x", 443, "10.0.0.1", false),
@@ -365,11 +470,16 @@ mod tests {
     #[test]
     fn a_realm_speaks_for_its_registry_or_is_listed() {
         let mut registries = Registries::default();
-        registries.known.insert("plain:5000".into(), known(&["http://plain:5000"], false));
-        registries.known.insert("old.example".into(), known(&[], true));
         registries
             .known
-            .insert("m.example".into(), known(&["https://a.corp.net", "https://m.example"], false));
+            .insert("plain:5000".into(), known(&["http://plain:5000"], false));
+        registries
+            .known
+            .insert("old.example".into(), known(&[], true));
+        registries.known.insert(
+            "m.example".into(),
+            known(&["https://a.corp.net", "https://m.example"], false),
+        );
         let listed = RegistrySettings {
             realms: vec!["http://sso.corp.net:8080/x".parse().unwrap()],
             ..known(&["https://r.example"], false)
@@ -377,22 +487,54 @@ mod tests {
         registries.known.insert("r.example".into(), listed);
         for (registry, realm, trusted) in [
             ("docker.io", "https://auth.docker.io/token", Ok(())),
-            ("docker.io", "http://auth.docker.io/token", Err(Untrusted::Plain("auth.docker.io".into()))),
-            ("docker.io", "https://auth.evil.io/token", Err(Untrusted::Foreign("auth.evil.io".into()))),
-            ("docker.io", "https://user@auth.docker.io/token", Err(Untrusted::Address)),
-            ("docker.io", "ftp://auth.docker.io/token", Err(Untrusted::Address)),
+            (
+                "docker.io",
+                "http://auth.docker.io/token",
+                Err(Untrusted::Plain("auth.docker.io".into())),
+            ),
+            (
+                "docker.io",
+                "https://auth.evil.io/token",
+                Err(Untrusted::Foreign("auth.evil.io".into())),
+            ),
+            (
+                "docker.io",
+                "https://user@auth.docker.io/token",
+                Err(Untrusted::Address),
+            ),
+            (
+                "docker.io",
+                "ftp://auth.docker.io/token",
+                Err(Untrusted::Address),
+            ),
             ("docker.io", "token", Err(Untrusted::Address)),
             ("docker.io", "/token", Ok(())),
             ("docker.io", "//auth.docker.io/token", Ok(())),
-            ("docker.io", "//auth.evil.io/token", Err(Untrusted::Foreign("auth.evil.io".into()))),
+            (
+                "docker.io",
+                "//auth.evil.io/token",
+                Err(Untrusted::Foreign("auth.evil.io".into())),
+            ),
             ("docker.io", "https://AUTH.docker.io/token?a=b#c", Ok(())),
             ("plain:5000", "http://plain:5001/token", Ok(())),
-            ("plain:5000", "http://other/token", Err(Untrusted::Foreign("other".into()))),
+            (
+                "plain:5000",
+                "http://other/token",
+                Err(Untrusted::Foreign("other".into())),
+            ),
             ("old.example", "http://old.example/token", Ok(())),
             ("m.example", "https://auth.corp.net/token", Ok(())),
             ("r.example", "http://sso.corp.net:8080/token", Ok(())),
-            ("r.example", "http://sso.corp.net/token", Err(Untrusted::Plain("sso.corp.net".into()))),
-            ("r.example", "https://sso.corp.net:8080/token", Err(Untrusted::Foreign("sso.corp.net".into()))),
+            (
+                "r.example",
+                "http://sso.corp.net/token",
+                Err(Untrusted::Plain("sso.corp.net".into())),
+            ),
+            (
+                "r.example",
+                "https://sso.corp.net:8080/token",
+                Err(Untrusted::Foreign("sso.corp.net".into())),
+            ),
         ] {
             let route = Route::to(&registries, registry).unwrap();
             let judged = route.realm(registry, route.home(registry), realm);
@@ -406,7 +548,11 @@ mod tests {
             (reach, "other", 5000, false),
             (Reach::Public.of_realms(), "plain", 5000, false),
         ] {
-            assert_eq!(reach.allows(&registries, host, port, inside), allowed, "{host}:{port}");
+            assert_eq!(
+                reach.allows(&registries, host, port, inside),
+                allowed,
+                "{host}:{port}"
+            );
         }
     }
 }

@@ -67,7 +67,10 @@ pub(crate) fn content_range_size(headers: &HeaderMap) -> Option<u64> {
 }
 
 /// Throws away the first `bytes` of a body. The answer holds the rest of the chunk in which they ended.
-pub(crate) async fn skip(mut body: OriginBody, bytes: u64) -> Result<(OriginBody, Bytes), OriginError> {
+pub(crate) async fn skip(
+    mut body: OriginBody,
+    bytes: u64,
+) -> Result<(OriginBody, Bytes), OriginError> {
     let mut left = bytes;
     while left > 0 {
         match body.next().await {
@@ -97,16 +100,46 @@ mod tests {
             (206, Some("bytes 6-9/10"), 5, true, Answered::NoRanges),
             (206, Some("items 5-9/10"), 5, true, Answered::NoRanges),
             (206, None, 5, true, Answered::NoRanges),
-            (206, None, 5, false, Answered::Nothing(StatusCode::BAD_GATEWAY)),
+            (
+                206,
+                None,
+                5,
+                false,
+                Answered::Nothing(StatusCode::BAD_GATEWAY),
+            ),
             (200, None, 5, true, Answered::From(0)),
             (416, None, 5, true, Answered::NoRanges),
-            (416, None, 5, false, Answered::Nothing(StatusCode::RANGE_NOT_SATISFIABLE)),
+            (
+                416,
+                None,
+                5,
+                false,
+                Answered::Nothing(StatusCode::RANGE_NOT_SATISFIABLE),
+            ),
             (400, None, 5, true, Answered::NoRanges),
             (501, None, 5, true, Answered::NoRanges),
             (404, None, 5, true, Answered::Nothing(StatusCode::NOT_FOUND)),
-            (401, None, 5, true, Answered::Nothing(StatusCode::UNAUTHORIZED)),
-            (429, None, 5, true, Answered::Nothing(StatusCode::TOO_MANY_REQUESTS)),
-            (503, None, 5, true, Answered::Nothing(StatusCode::SERVICE_UNAVAILABLE)),
+            (
+                401,
+                None,
+                5,
+                true,
+                Answered::Nothing(StatusCode::UNAUTHORIZED),
+            ),
+            (
+                429,
+                None,
+                5,
+                true,
+                Answered::Nothing(StatusCode::TOO_MANY_REQUESTS),
+            ),
+            (
+                503,
+                None,
+                5,
+                true,
+                Answered::Nothing(StatusCode::SERVICE_UNAVAILABLE),
+            ),
         ] {
             let value = range.map(|range| (header::CONTENT_RANGE, HeaderValue::from_static(range)));
             let status = StatusCode::from_u16(status).unwrap();

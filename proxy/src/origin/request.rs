@@ -50,7 +50,9 @@ impl Asked<'_> {
     ) -> Result<Response<Incoming>, OriginError> {
         for _ in 0..=MAX_REDIRECTS {
             let response = self.send(method, &url, &headers, &Bytes::new()).await?;
-            let Some(next) = self.redirect(&url, &response)? else { return Ok(response) };
+            let Some(next) = self.redirect(&url, &response)? else {
+                return Ok(response);
+            };
             if !keeps_credentials(&url, &next) {
                 headers.remove(AUTHORIZATION);
             }
@@ -81,11 +83,17 @@ impl Asked<'_> {
     }
 
     /// Where the response sends us, if it does.
-    fn redirect(&self, from: &Url, response: &Response<Incoming>) -> Result<Option<Url>, OriginError> {
+    fn redirect(
+        &self,
+        from: &Url,
+        response: &Response<Incoming>,
+    ) -> Result<Option<Url>, OriginError> {
         if !matches!(response.status().as_u16(), 301 | 302 | 303 | 307 | 308) {
             return Ok(None);
         }
-        let Some(location) = response.headers().get(LOCATION) else { return Ok(None) };
+        let Some(location) = response.headers().get(LOCATION) else {
+            return Ok(None);
+        };
         let to = from.join(&readable(location.as_bytes())).ok();
         let mut to = to.ok_or_else(|| self.broken("its redirect is no address".into()))?;
         to.set_fragment(None);
@@ -108,12 +116,19 @@ impl Asked<'_> {
         headers: &HeaderMap,
         body: &Bytes,
     ) -> Result<Response<Incoming>, OriginError> {
-        let client = if self.route.is_at_home(url) { &self.clients.home } else { &self.clients.away };
+        let client = if self.route.is_at_home(url) {
+            &self.clients.home
+        } else {
+            &self.clients.away
+        };
         let started = Instant::now();
         let mut left = SENDS;
         loop {
             left -= 1;
-            match client.request(self.request(method, url, headers, body)?).await {
+            match client
+                .request(self.request(method, url, headers, body)?)
+                .await
+            {
                 Ok(response) => return Ok(response),
                 Err(e) if left == 0 || e.is_connect() || started.elapsed() > SEND_AGAIN_WITHIN => {
                     return Err(self.refused(&e));
@@ -130,8 +145,10 @@ impl Asked<'_> {
         headers: &HeaderMap,
         body: &Bytes,
     ) -> Result<Request<Sent>, OriginError> {
-        let uri: Uri =
-            url.as_str().parse().map_err(|_| self.broken("its address can't be used in a request".into()))?;
+        let uri: Uri = url
+            .as_str()
+            .parse()
+            .map_err(|_| self.broken("its address can't be used in a request".into()))?;
         let mut request = Request::new(Either::Left(Full::new(body.clone())));
         *request.method_mut() = method.clone();
         *request.headers_mut() = headers.clone();
@@ -142,7 +159,10 @@ impl Asked<'_> {
 
     /// Adds what the environment's proxy wants to see. In a tunnel that went with CONNECT.
     pub(super) fn authorize_to_proxy(&self, uri: &Uri, headers: &mut HeaderMap) {
-        if let Some(proxy) = self.proxies.to(uri).filter(|_| uri.scheme_str() == Some("http"))
+        if let Some(proxy) = self
+            .proxies
+            .to(uri)
+            .filter(|_| uri.scheme_str() == Some("http"))
             && let Some(auth) = proxy.basic_auth()
         {
             let mut auth = auth.clone();
@@ -166,7 +186,10 @@ impl Asked<'_> {
     }
 
     pub(super) fn broken(&self, reason: String) -> OriginError {
-        OriginError::Broken { registry: self.registry.to_owned(), reason }
+        OriginError::Broken {
+            registry: self.registry.to_owned(),
+            reason,
+        }
     }
 }
 
@@ -187,7 +210,10 @@ fn readable(location: &[u8]) -> Cow<'_, str> {
 /// Whether a redirect may take the credentials along: to the same host, whatever its port and scheme, but never from TLS to plain
 /// text. A trailing dot makes no other host.
 fn keeps_credentials(from: &Url, to: &Url) -> bool {
-    let host = |url: &Url| url.host_str().map(|host| host.strip_suffix('.').unwrap_or(host).to_owned());
+    let host = |url: &Url| {
+        url.host_str()
+            .map(|host| host.strip_suffix('.').unwrap_or(host).to_owned())
+    };
     host(from) == host(to) && (from.scheme() == to.scheme() || to.scheme() == "https")
 }
 
@@ -196,7 +222,10 @@ pub(super) fn forbidden(registry: &str, why: &dyn std::error::Error) -> OriginEr
 }
 
 pub(super) fn unreachable(registry: &str, reason: String) -> OriginError {
-    OriginError::Unreachable { registry: registry.to_owned(), reason }
+    OriginError::Unreachable {
+        registry: registry.to_owned(),
+        reason,
+    }
 }
 
 /// An error with all its causes.
@@ -221,7 +250,10 @@ mod tests {
     fn an_address_that_is_no_text_is_escaped() {
         let from: Url = "https://r.example/v2/".parse().unwrap();
         for (location, address) in [
-            (&b"/caf\xc3\xa9?a=%20"[..], "https://r.example/caf%C3%A9?a=%20"),
+            (
+                &b"/caf\xc3\xa9?a=%20"[..],
+                "https://r.example/caf%C3%A9?a=%20",
+            ),
             (b"/caf\xe9?a=%20", "https://r.example/caf%E9?a=%20"),
         ] {
             assert_eq!(from.join(&readable(location)).unwrap().as_str(), address);
@@ -238,11 +270,23 @@ mod tests {
             ("http://r.example/v2/", "https://r.example/v2/", true),
             ("http://r.example/v2/", "http://r.example:5000/v2/", true),
             ("https://r.example/v2/", "http://r.example/v2/", false),
-            ("https://r.example:8443/v2/", "http://r.example:8443/v2/", false),
+            (
+                "https://r.example:8443/v2/",
+                "http://r.example:8443/v2/",
+                false,
+            ),
             ("https://r.example/v2/", "https://blobs.r.example/", false),
             ("https://blobs.r.example/", "https://r.example/", false),
-            ("https://r.example/", "https://r.example.evil.example/", false),
-            ("https://r.example/", "https://r.example@evil.example/", false),
+            (
+                "https://r.example/",
+                "https://r.example.evil.example/",
+                false,
+            ),
+            (
+                "https://r.example/",
+                "https://r.example@evil.example/",
+                false,
+            ),
             ("http://10.0.0.1:5000/", "http://10.0.0.1:5001/", true),
             ("http://10.0.0.1:5000/", "http://10.0.0.2:5000/", false),
             ("http://[fd00::1]:5000/", "http://[fd00:0::1]:5001/", true),

@@ -26,7 +26,9 @@ pub(super) enum SocksError {
     #[error("{0} is longer than 255 bytes")]
     TooLong(&'static str),
     /// It wants something else than is given.
-    #[error("it takes no connection without a name and a password; write them into the proxy's address")]
+    #[error(
+        "it takes no connection without a name and a password; write them into the proxy's address"
+    )]
     Credentials,
     /// Wrong name or password.
     #[error("it refuses the name and the password")]
@@ -43,8 +45,11 @@ pub(super) async fn greet<S: AsyncRead + AsyncWrite + Unpin>(
     host: &str,
     port: u16,
 ) -> Result<(), SocksError> {
-    let methods =
-        if credentials.is_some() { &[NO_AUTHENTICATION, PASSWORD][..] } else { &[NO_AUTHENTICATION] };
+    let methods = if credentials.is_some() {
+        &[NO_AUTHENTICATION, PASSWORD][..]
+    } else {
+        &[NO_AUTHENTICATION]
+    };
     let mut hello = vec![VERSION, methods.len() as u8];
     hello.extend_from_slice(methods);
     stream.write_all(&hello).await?;
@@ -85,7 +90,9 @@ pub(super) async fn greet<S: AsyncRead + AsyncWrite + Unpin>(
     stream.write_all(&connect).await?;
     let mut answer = [0; 4];
     stream.read_exact(&mut answer).await?;
-    let [VERSION, status, _, kind] = answer else { return Err(SocksError::Protocol) };
+    let [VERSION, status, _, kind] = answer else {
+        return Err(SocksError::Protocol);
+    };
     if status != 0 {
         return Err(SocksError::Answered(meaning(status)));
     }
@@ -188,9 +195,21 @@ mod tests {
         for (credentials, answers, reason) in [
             (None, vec![&b"HTTP/1.1 400"[..]], "it does not speak SOCKS5"),
             (None, vec![&[5, 255][..]], "name and a password"),
-            (Some(("u", "pw")), vec![&[5, 2][..], &[1, 1]], "refuses the name"),
-            (None, vec![&[5, 0][..], &[5, 5, 0, 1]], "refuses the connection"),
-            (None, vec![&[5, 0][..], &[5, 0, 0, 9]], "it does not speak SOCKS5"),
+            (
+                Some(("u", "pw")),
+                vec![&[5, 2][..], &[1, 1]],
+                "refuses the name",
+            ),
+            (
+                None,
+                vec![&[5, 0][..], &[5, 5, 0, 1]],
+                "refuses the connection",
+            ),
+            (
+                None,
+                vec![&[5, 0][..], &[5, 0, 0, 9]],
+                "it does not speak SOCKS5",
+            ),
         ] {
             let (done, _) = run(credentials, "r.io", &answers).await;
             let why = done.unwrap_err().to_string();

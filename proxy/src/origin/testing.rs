@@ -28,7 +28,10 @@ pub(crate) struct Seen {
 
 impl Seen {
     pub(crate) fn header(&self, name: &str) -> Option<&str> {
-        self.headers.iter().find(|(n, _)| n.eq_ignore_ascii_case(name)).map(|(_, value)| value.as_str())
+        self.headers
+            .iter()
+            .find(|(n, _)| n.eq_ignore_ascii_case(name))
+            .map(|(_, value)| value.as_str())
     }
 }
 
@@ -50,10 +53,9 @@ pub(crate) fn say(seen: &Seen, status: u16, headers: &[(&str, &str)], body: &[u8
     for (name, value) in headers {
         bytes += &format!("{name}: {value}\r\n");
     }
-    if !headers
-        .iter()
-        .any(|(name, _)| name.eq_ignore_ascii_case("content-length") || *name == "transfer-encoding")
-    {
+    if !headers.iter().any(|(name, _)| {
+        name.eq_ignore_ascii_case("content-length") || *name == "transfer-encoding"
+    }) {
         bytes += &format!("Content-Length: {}\r\n", body.len());
     }
     let mut bytes = (bytes + "\r\n").into_bytes();
@@ -91,7 +93,10 @@ impl TestRegistry {
         Self::start_at("127.0.0.1:0", reply).await
     }
 
-    pub(crate) async fn start_at(at: &str, reply: impl Fn(&Seen) -> Reply + Send + Sync + 'static) -> Self {
+    pub(crate) async fn start_at(
+        at: &str,
+        reply: impl Fn(&Seen) -> Reply + Send + Sync + 'static,
+    ) -> Self {
         let listener = TcpListener::bind(at).await.unwrap();
         let address = listener.local_addr().unwrap();
         let seen: Arc<Mutex<Vec<Seen>>> = Arc::default();
@@ -99,12 +104,19 @@ impl TestRegistry {
         let task = tokio::spawn(async move {
             let mut conversations = tokio::task::JoinSet::new();
             for connection in 0.. {
-                let Ok((socket, _)) = listener.accept().await else { break };
+                let Ok((socket, _)) = listener.accept().await else {
+                    break;
+                };
                 let (log, reply) = (Arc::clone(&log), Arc::clone(&reply));
-                conversations.spawn(async move { converse(socket, connection, &log, &*reply).await });
+                conversations
+                    .spawn(async move { converse(socket, connection, &log, &*reply).await });
             }
         });
-        Self { address, seen, task }
+        Self {
+            address,
+            seen,
+            task,
+        }
     }
 
     /// The registry as references name it.
@@ -113,16 +125,25 @@ impl TestRegistry {
     }
 
     pub(crate) fn source(&self, repository: &str) -> Source {
-        Source { registry: self.name(), repository: repository.to_owned() }
+        Source {
+            registry: self.name(),
+            repository: repository.to_owned(),
+        }
     }
 
     pub(crate) fn seen(&self) -> Vec<Seen> {
-        self.seen.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.seen
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
     }
 
     /// How many requests `METHOD /path…` came.
     pub(crate) fn count(&self, method: &str, target: &str) -> usize {
-        self.seen().iter().filter(|s| s.method == method && s.target.starts_with(target)).count()
+        self.seen()
+            .iter()
+            .filter(|s| s.method == method && s.target.starts_with(target))
+            .count()
     }
 }
 
@@ -146,7 +167,11 @@ async fn converse(
         let head = String::from_utf8_lossy(&buffer[..end]).into_owned();
         buffer.drain(..end);
         let mut lines = head.lines();
-        let mut first = lines.next().unwrap_or_default().split(' ').map(str::to_owned);
+        let mut first = lines
+            .next()
+            .unwrap_or_default()
+            .split(' ')
+            .map(str::to_owned);
         let mut seen = Seen {
             method: first.next().unwrap_or_default(),
             target: first.next().unwrap_or_default(),
@@ -157,14 +182,18 @@ async fn converse(
             body: String::new(),
             connection,
         };
-        let body_bytes = seen.header("content-length").map_or(0, |length| length.parse().unwrap());
+        let body_bytes = seen
+            .header("content-length")
+            .map_or(0, |length| length.parse().unwrap());
         while buffer.len() < body_bytes {
             if !matches!(socket.read_buf(&mut buffer).await, Ok(1..)) {
                 return;
             }
         }
         seen.body = String::from_utf8(buffer.drain(..body_bytes).collect()).unwrap();
-        log.lock().unwrap_or_else(PoisonError::into_inner).push(seen.clone());
+        log.lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(seen.clone());
         let (bytes, then) = match reply(&seen) {
             Reply::Say(bytes) => (bytes, "go on"),
             Reply::Cut(bytes) => (bytes, "close"),
@@ -192,16 +221,30 @@ pub(crate) fn knowing(registries: &[&TestRegistry]) -> Arc<ArcSwap<LiveSettings>
     let mut settings = Registries::default();
     for registry in registries {
         let endpoints = vec![format!("http://{}", registry.address).parse().unwrap()];
-        settings.known.insert(registry.name(), RegistrySettings { endpoints, ..RegistrySettings::default() });
+        settings.known.insert(
+            registry.name(),
+            RegistrySettings {
+                endpoints,
+                ..RegistrySettings::default()
+            },
+        );
     }
-    Arc::new(ArcSwap::from_pointee(LiveSettings { registries: settings, ..LiveSettings::default() }))
+    Arc::new(ArcSwap::from_pointee(LiveSettings {
+        registries: settings,
+        ..LiveSettings::default()
+    }))
 }
 
 /// A client with these settings, without the environment's proxy.
 pub(crate) fn origin(live: &Arc<ArcSwap<LiveSettings>>) -> Origin {
     let matcher = hyper_util::client::proxy::matcher::Matcher::builder().build();
     let proxies = super::connect::Proxies::new(matcher, Vec::new());
-    Origin::through(Arc::clone(live), Limits::new(Arc::clone(live)), proxies, Arc::default())
+    Origin::through(
+        Arc::clone(live),
+        Limits::new(Arc::clone(live)),
+        proxies,
+        Arc::default(),
+    )
 }
 
 /// Bytes that look like nothing, the same for the same seed.

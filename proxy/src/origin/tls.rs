@@ -32,7 +32,9 @@ pub(super) fn client_config(trust: &Trust) -> Result<ClientConfig, String> {
         .with_safe_default_protocol_versions()
         .map_err(|e| e.to_string())?;
     let builder = if trust.insecure {
-        builder.dangerous().with_custom_certificate_verifier(Arc::new(AnyCertificate(provider)))
+        builder
+            .dangerous()
+            .with_custom_certificate_verifier(Arc::new(AnyCertificate(provider)))
     } else {
         let mut roots = NATIVE.clone();
         if let Some(file) = &trust.ca {
@@ -40,16 +42,28 @@ pub(super) fn client_config(trust: &Trust) -> Result<ClientConfig, String> {
         }
         builder.with_root_certificates(roots)
     };
-    let Some((certificates, key)) = identity else { return Ok(builder.with_no_client_auth()) };
-    let files = trust.identity.as_ref().map(ClientIdentity::to_string).unwrap_or_default();
+    let Some((certificates, key)) = identity else {
+        return Ok(builder.with_no_client_auth());
+    };
+    let files = trust
+        .identity
+        .as_ref()
+        .map(ClientIdentity::to_string)
+        .unwrap_or_default();
     builder
         .with_client_auth_cert(certificates, key)
-        .map_err(|e| format!("{files} can't be used: {e}; give the key that belongs to the certificate"))
+        .map_err(|e| {
+            format!("{files} can't be used: {e}; give the key that belongs to the certificate")
+        })
 }
 
 /// Reads a certificate and its key, and tries them. The error is for people: it names the file, and shows nothing of the key.
 pub fn check_identity(identity: &ClientIdentity) -> Result<(), String> {
-    client_config(&Trust { identity: Some(identity.clone()), ..Trust::default() }).map(drop)
+    client_config(&Trust {
+        identity: Some(identity.clone()),
+        ..Trust::default()
+    })
+    .map(drop)
 }
 
 type Identity = (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>);
@@ -64,11 +78,20 @@ fn read_identity(identity: &ClientIdentity) -> Result<Identity, String> {
             pem::Error::NoItemsFound => "; give an unencrypted PEM file",
             _ => "",
         };
-        format!("the client's {what} {} can't be used: {why}{cure}", file.display())
+        format!(
+            "the client's {what} {} can't be used: {why}{cure}",
+            file.display()
+        )
     };
     let certificates = CertificateDer::pem_file_iter(certificate)
         .and_then(Iterator::collect::<Result<Vec<_>, _>>)
-        .and_then(|all| if all.is_empty() { Err(pem::Error::NoItemsFound) } else { Ok(all) })
+        .and_then(|all| {
+            if all.is_empty() {
+                Err(pem::Error::NoItemsFound)
+            } else {
+                Ok(all)
+            }
+        })
         .map_err(|why| unusable("certificate", certificate, &why))?;
     let key = PrivateKeyDer::from_pem_file(key).map_err(|why| unusable("key", key, &why))?;
     Ok((certificates, key))
@@ -83,7 +106,9 @@ fn add_authorities(roots: &mut RootCertStore, file: &Path) -> Result<(), String>
         return Err(unusable("it has no certificate".into()));
     }
     for certificate in certificates {
-        roots.add(certificate).map_err(|e| unusable(e.to_string()))?;
+        roots
+            .add(certificate)
+            .map_err(|e| unusable(e.to_string()))?;
     }
     Ok(())
 }
@@ -110,7 +135,12 @@ impl ServerCertVerifier for AnyCertificate {
         cert: &CertificateDer<'_>,
         dss: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls12_signature(message, cert, dss, &self.0.signature_verification_algorithms)
+        verify_tls12_signature(
+            message,
+            cert,
+            dss,
+            &self.0.signature_verification_algorithms,
+        )
     }
 
     fn verify_tls13_signature(
@@ -119,7 +149,12 @@ impl ServerCertVerifier for AnyCertificate {
         cert: &CertificateDer<'_>,
         dss: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls13_signature(message, cert, dss, &self.0.signature_verification_algorithms)
+        verify_tls13_signature(
+            message,
+            cert,
+            dss,
+            &self.0.signature_verification_algorithms,
+        )
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {

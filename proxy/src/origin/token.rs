@@ -65,10 +65,21 @@ pub(super) async fn get(
     wanted: &Wanted<'_>,
     credential: Option<&Credential>,
 ) -> Result<Granted, Denied> {
-    let realm = Realm { asked: Asked { clients: asked.realm_clients, ..*asked }, wanted };
-    let denied = timeout(TOKEN, realm.ask(credential)).await.unwrap_or_else(|_| {
-        Err(Denied::Failed(unreachable(asked.registry, "it did not answer in time".into())))
-    });
+    let realm = Realm {
+        asked: Asked {
+            clients: asked.realm_clients,
+            ..*asked
+        },
+        wanted,
+    };
+    let denied = timeout(TOKEN, realm.ask(credential))
+        .await
+        .unwrap_or_else(|_| {
+            Err(Denied::Failed(unreachable(
+                asked.registry,
+                "it did not answer in time".into(),
+            )))
+        });
     denied.map_err(|denied| realm.explain(denied))
 }
 
@@ -82,14 +93,22 @@ impl Realm<'_> {
         let begun = Instant::now();
         let mut response = match credential {
             Some(Credential::IdentityToken(token)) => {
-                self.post(&[("grant_type", "refresh_token"), ("refresh_token", token.reveal())]).await?
+                self.post(&[
+                    ("grant_type", "refresh_token"),
+                    ("refresh_token", token.reveal()),
+                ])
+                .await?
             }
             other => self.fetch(other).await?,
         };
         if let Some(Credential::Password { user, password }) = credential
             && matches!(response.status().as_u16(), 400 | 404 | 405)
         {
-            let grant = [("grant_type", "password"), ("username", user), ("password", password.reveal())];
+            let grant = [
+                ("grant_type", "password"),
+                ("username", user),
+                ("password", password.reveal()),
+            ];
             response = self.post(&grant).await?;
         }
         match response.status() {
@@ -118,14 +137,23 @@ impl Realm<'_> {
                 query.append_pair("account", user);
             }
         }
-        self.asked.follow(&Method::GET, url, headers).await.map_err(Denied::Failed)
+        self.asked
+            .follow(&Method::GET, url, headers)
+            .await
+            .map_err(Denied::Failed)
     }
 
     /// POST of a grant. A redirect that keeps the method is followed on the realm's own host, as it takes a secret along.
     async fn post(&self, grant: &[(&str, &str)]) -> Result<Response<Incoming>, Denied> {
         let mut headers = own_headers(&self.asked);
-        headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/x-www-form-urlencoded"));
-        self.asked.follow_post(self.wanted.realm, &headers, &self.form(grant)).await.map_err(Denied::Failed)
+        headers.insert(
+            CONTENT_TYPE,
+            HeaderValue::from_static("application/x-www-form-urlencoded"),
+        );
+        self.asked
+            .follow_post(self.wanted.realm, &headers, &self.form(grant))
+            .await
+            .map_err(Denied::Failed)
     }
 
     fn form(&self, grant: &[(&str, &str)]) -> Bytes {
@@ -138,21 +166,34 @@ impl Realm<'_> {
         form.finish().into()
     }
 
-    async fn granted(&self, response: Response<Incoming>, begun: Instant) -> Result<Granted, Denied> {
-        let body = Limited::new(response.into_body(), MAX_ANSWER_BYTES).collect().await;
+    async fn granted(
+        &self,
+        response: Response<Incoming>,
+        begun: Instant,
+    ) -> Result<Granted, Denied> {
+        let body = Limited::new(response.into_body(), MAX_ANSWER_BYTES)
+            .collect()
+            .await;
         let body = body.map_err(|e| self.failed(reasons(&*e)))?.to_bytes();
         // The parser's own words may quote the token.
-        let answer: Answer =
-            serde_json::from_slice(&body).map_err(|_| self.failed("its answer is no token".into()))?;
-        let token = answer.token.filter(|token| !token.is_empty()).or(answer.access_token);
+        let answer: Answer = serde_json::from_slice(&body)
+            .map_err(|_| self.failed("its answer is no token".into()))?;
+        let token = answer
+            .token
+            .filter(|token| !token.is_empty())
+            .or(answer.access_token);
         let authorization = token
             .filter(|token| (1..=MAX_TOKEN_BYTES).contains(&token.len()))
             .filter(|token| token.bytes().all(|c| c.is_ascii_graphic()))
             .and_then(|token| HeaderValue::try_from(format!("Bearer {token}")).ok());
-        let mut authorization = authorization.ok_or_else(|| self.failed("its answer is no token".into()))?;
+        let mut authorization =
+            authorization.ok_or_else(|| self.failed("its answer is no token".into()))?;
         authorization.set_sensitive(true);
         let life = life(answer.expires_in.as_ref());
-        Ok(Granted { authorization, life: (life - life / 10).saturating_sub(begun.elapsed()) })
+        Ok(Granted {
+            authorization,
+            life: (life - life / 10).saturating_sub(begun.elapsed()),
+        })
     }
 
     fn failed(&self, reason: String) -> Denied {
@@ -173,10 +214,16 @@ impl Realm<'_> {
                 Denied::Refused(StatusCode::UNAUTHORIZED)
             }
             Denied::Failed(OriginError::Unreachable { registry, reason }) => {
-                Denied::Failed(OriginError::Unreachable { registry, reason: at(reason) })
+                Denied::Failed(OriginError::Unreachable {
+                    registry,
+                    reason: at(reason),
+                })
             }
             Denied::Failed(OriginError::Broken { registry, reason }) => {
-                Denied::Failed(OriginError::Broken { registry, reason: at(reason) })
+                Denied::Failed(OriginError::Broken {
+                    registry,
+                    reason: at(reason),
+                })
             }
             other => other,
         }
@@ -200,7 +247,9 @@ fn life(expires_in: Option<&Value>) -> Duration {
     };
     let life = seconds.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
     // A life of nothing is no statement: each request would need a token of its own.
-    life.filter(|life| !life.is_zero()).unwrap_or(DEFAULT_LIFE).min(LONGEST_LIFE)
+    life.filter(|life| !life.is_zero())
+        .unwrap_or(DEFAULT_LIFE)
+        .min(LONGEST_LIFE)
 }
 
 #[cfg(test)]

@@ -122,12 +122,18 @@ struct Filling {
 
 impl Slot {
     pub(super) fn missing(&self) -> usize {
-        self.0.as_ref().map_or(0, |filling| filling.buffer.missing())
+        self.0
+            .as_ref()
+            .map_or(0, |filling| filling.buffer.missing())
     }
 
     /// The memory to append to.
     pub(super) fn vec(&mut self) -> &mut Vec<u8> {
-        self.0.as_mut().expect("only `finish` and `fail` take it, and end the slot").buffer.as_mut_vec()
+        self.0
+            .as_mut()
+            .expect("only `finish` and `fail` take it, and end the slot")
+            .buffer
+            .as_mut_vec()
     }
 
     /// Runs the hash over the last `count` bytes of the memory.
@@ -140,7 +146,11 @@ impl Slot {
 
     pub(super) fn finish(mut self) {
         if let Some(filling) = self.0.take() {
-            let Filling { buffer, chain, done } = *filling;
+            let Filling {
+                buffer,
+                chain,
+                done,
+            } = *filling;
             // Nobody may wait any more: the memory goes back to the pool.
             let _ = done.send(Ok(Received { buffer, chain }));
         }
@@ -179,7 +189,11 @@ pub(super) enum Asked {
 }
 
 impl Connection {
-    pub(super) fn new(remote: Remote, member: Arc<Member>, close: CancellationToken) -> (Arc<Self>, Queues) {
+    pub(super) fn new(
+        remote: Remote,
+        member: Arc<Member>,
+        close: CancellationToken,
+    ) -> (Arc<Self>, Queues) {
         let (control, control_queue) = mpsc::channel(CONTROL_QUEUE);
         let (orders, order_queue) = mpsc::channel(2 * ASKED_AT_MOST);
         let connection = Self {
@@ -196,7 +210,13 @@ impl Connection {
             close,
             gone: CancellationToken::new(),
         };
-        (Arc::new(connection), Queues { control: control_queue, orders: order_queue })
+        (
+            Arc::new(connection),
+            Queues {
+                control: control_queue,
+                orders: order_queue,
+            },
+        )
     }
 
     /// Says something about pieces; `false` when that is impossible.
@@ -205,8 +225,18 @@ impl Connection {
     }
 
     /// Says something. A connection whose control queue is full is closed.
-    pub(super) fn say_raw(&self, message: v1::PeerMessage, room: Option<OwnedSemaphorePermit>) -> bool {
-        let said = self.control.try_send(Outgoing { message, _room: room }).is_ok();
+    pub(super) fn say_raw(
+        &self,
+        message: v1::PeerMessage,
+        room: Option<OwnedSemaphorePermit>,
+    ) -> bool {
+        let said = self
+            .control
+            .try_send(Outgoing {
+                message,
+                _room: room,
+            })
+            .is_ok();
         if !said {
             self.close.cancel();
         }
@@ -215,18 +245,41 @@ impl Connection {
 
     /// Asks for a piece.
     pub(super) fn download(&self, download: Download) {
-        let Download { request, task, piece, prefetch, priority, buffer, chain, done } = download;
-        let slot = Slot(Some(Box::new(Filling { buffer, chain, done })));
+        let Download {
+            request,
+            task,
+            piece,
+            prefetch,
+            priority,
+            buffer,
+            chain,
+            done,
+        } = download;
+        let slot = Slot(Some(Box::new(Filling {
+            buffer,
+            chain,
+            done,
+        })));
         {
             let mut under_way = self.under_way();
             if under_way.closed {
                 return; // dropping the slot tells
             }
             under_way.given_up.retain(|number| *number != request);
-            let entry = Entry { slot: Some(slot), moved: self.clock.now(), served: false };
+            let entry = Entry {
+                slot: Some(slot),
+                moved: self.clock.now(),
+                served: false,
+            };
             under_way.downloads.insert(request, entry);
         }
-        self.say(&Message::Request { request, task, piece, prefetch, priority });
+        self.say(&Message::Request {
+            request,
+            task,
+            piece,
+            prefetch,
+            priority,
+        });
     }
 
     /// Gives up one of our requests; `false` when it is not under way here.
@@ -251,10 +304,18 @@ impl Connection {
     /// Takes a piece out to be filled.
     pub(super) fn take(&self, request: u32) -> Taken {
         let mut under_way = self.under_way();
-        if let Some(slot) = under_way.downloads.get_mut(&request).and_then(|entry| entry.slot.take()) {
+        if let Some(slot) = under_way
+            .downloads
+            .get_mut(&request)
+            .and_then(|entry| entry.slot.take())
+        {
             return Taken::Slot(slot);
         }
-        if under_way.given_up.contains(&request) { Taken::Skip } else { Taken::NotAsked }
+        if under_way.given_up.contains(&request) {
+            Taken::Skip
+        } else {
+            Taken::NotAsked
+        }
     }
 
     /// Puts a piece back after a frame, or tells that it has come whole.
@@ -272,7 +333,11 @@ impl Connection {
             None => false,
         };
         drop(under_way);
-        if known { slot.finish() } else { slot.fail(PeerError::Cancelled) }
+        if known {
+            slot.finish()
+        } else {
+            slot.fail(PeerError::Cancelled)
+        }
     }
 
     /// Notes that the peer asks for a piece.
@@ -309,7 +374,10 @@ impl Connection {
             return Err(piece);
         }
         match self.orders.try_send(Order::Send(request, piece)) {
-            Err(TrySendError::Full(Order::Send(_, piece)) | TrySendError::Closed(Order::Send(_, piece))) => {
+            Err(
+                TrySendError::Full(Order::Send(_, piece))
+                | TrySendError::Closed(Order::Send(_, piece)),
+            ) => {
                 under_way.asked.remove(&request);
                 Err(piece)
             }
@@ -329,13 +397,30 @@ impl Connection {
         digest: &Digest,
         token: Option<&Bearer>,
     ) -> Result<Manifest, PeerError> {
-        let _room = self.manifest_room.acquire().await.map_err(|_| PeerError::Lost)?;
+        let _room = self
+            .manifest_room
+            .acquire()
+            .await
+            .map_err(|_| PeerError::Lost)?;
         let (request, answered) = self.expect_manifest().ok_or(PeerError::Lost)?;
-        let _over = Expected { connection: self, request };
+        let _over = Expected {
+            connection: self,
+            request,
+        };
         let source = Some(convert::source(source));
         let token = convert::token(token);
-        let asked = v1::ManifestRequest { request, source, digest: digest.to_string(), token };
-        self.say_raw(v1::PeerMessage { message: Some(Wire::ManifestRequest(asked)) }, None);
+        let asked = v1::ManifestRequest {
+            request,
+            source,
+            digest: digest.to_string(),
+            token,
+        };
+        self.say_raw(
+            v1::PeerMessage {
+                message: Some(Wire::ManifestRequest(asked)),
+            },
+            None,
+        );
         answered.await.map_err(|_| PeerError::Lost)
     }
 
@@ -369,7 +454,11 @@ impl Connection {
             .downloads
             .iter()
             .filter(|(_, entry)| {
-                let patience = if entry.served { STALLED_AFTER } else { QUEUED_AT_MOST };
+                let patience = if entry.served {
+                    STALLED_AFTER
+                } else {
+                    QUEUED_AT_MOST
+                };
                 // One that is being filled has its deadline in the reader.
                 entry.slot.is_some() && now.saturating_sub(entry.moved) >= patience
             })
@@ -382,14 +471,16 @@ impl Connection {
 
     /// Something other than a ping was said.
     pub(super) fn note_traffic(&self) {
-        self.traffic_ms.store(self.opened.elapsed().as_millis() as u64, Ordering::Relaxed);
+        self.traffic_ms
+            .store(self.opened.elapsed().as_millis() as u64, Ordering::Relaxed);
     }
 
     /// For how long nothing but pings was said while nothing is under way; `None` while something is.
     pub(super) fn idle(&self) -> Option<Duration> {
         let under_way = self.under_way();
-        let busy =
-            !under_way.downloads.is_empty() || !under_way.asked.is_empty() || !under_way.manifests.is_empty();
+        let busy = !under_way.downloads.is_empty()
+            || !under_way.asked.is_empty()
+            || !under_way.manifests.is_empty();
         let traffic = Duration::from_millis(self.traffic_ms.load(Ordering::Relaxed));
         (!busy).then(|| self.opened.elapsed().saturating_sub(traffic))
     }
@@ -410,7 +501,9 @@ impl Connection {
     }
 
     fn under_way(&self) -> MutexGuard<'_, UnderWay> {
-        self.under_way.lock().unwrap_or_else(PoisonError::into_inner)
+        self.under_way
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -464,7 +557,9 @@ impl ReadingClock {
             held_since: None,
             heard: Duration::ZERO,
         };
-        Self { state: Mutex::new(state) }
+        Self {
+            state: Mutex::new(state),
+        }
     }
 
     pub(super) fn now(&self) -> Duration {
@@ -508,7 +603,9 @@ mod tests {
         let clock = ReadingClock::new();
         clock.heard();
         let before = clock.now();
-        clock.hold(tokio::time::sleep(Duration::from_millis(300))).await;
+        clock
+            .hold(tokio::time::sleep(Duration::from_millis(300)))
+            .await;
         assert!(clock.now() - before < Duration::from_millis(100));
         assert!(clock.silence() < Duration::from_millis(100));
         tokio::time::sleep(Duration::from_millis(20)).await;

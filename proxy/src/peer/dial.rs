@@ -50,12 +50,21 @@ pub(super) struct Halves {
 /// A connection with this member, new or warm. Concurrent dials of one member are one.
 pub(super) async fn dial(hub: &Arc<Hub>, dial: &Dial) -> Result<PeerId, PeerError> {
     if dial.peer == Some(hub.identity.peer_id()) {
-        return Err(PeerError::Unreachable("that is this node itself".to_owned()));
+        return Err(PeerError::Unreachable(
+            "that is this node itself".to_owned(),
+        ));
     }
     if hub.is_draining() {
         return Err(PeerError::Unreachable("this node is stopping".to_owned()));
     }
-    let key: DialKey = (dial.peer, if dial.peer.is_some() { Vec::new() } else { dial.addresses.clone() });
+    let key: DialKey = (
+        dial.peer,
+        if dial.peer.is_some() {
+            Vec::new()
+        } else {
+            dial.addresses.clone()
+        },
+    );
     let (waiter, over) = oneshot::channel();
     match hub.dial_turn(dial, &key, waiter) {
         DialTurn::Warm(peer) => return Ok(peer),
@@ -89,10 +98,20 @@ async fn try_addresses(hub: &Arc<Hub>, dial: &Dial) -> Result<PeerId, PeerError>
     Err(PeerError::Unreachable(failures.join("; ")))
 }
 
-async fn try_address(hub: &Arc<Hub>, peer: Option<PeerId>, address: &str) -> Result<PeerId, String> {
+async fn try_address(
+    hub: &Arc<Hub>,
+    peer: Option<PeerId>,
+    address: &str,
+) -> Result<PeerId, String> {
     // Addresses of the configuration come without an identity to expect.
-    let named_by = if peer.is_some() { NamedBy::Member } else { NamedBy::Configuration };
-    let resolved = names::resolve_address(address, named_by).await.map_err(|e| e.to_string())?;
+    let named_by = if peer.is_some() {
+        NamedBy::Member
+    } else {
+        NamedBy::Configuration
+    };
+    let resolved = names::resolve_address(address, named_by)
+        .await
+        .map_err(|e| e.to_string())?;
     let mut failure = "the name has no address".to_owned();
     for socket in resolved.into_iter().take(RESOLVED_AT_MOST) {
         match try_socket(hub, peer, address, socket).await {
@@ -113,14 +132,21 @@ async fn try_socket(
         return Err("all connections are busy".to_owned());
     }
     let tcp = timeout(CONNECT_DEADLINE, TcpStream::connect(socket)).await;
-    let tcp = tcp.map_err(|_| "no answer in time")?.map_err(|e| e.to_string())?;
+    let tcp = tcp
+        .map_err(|_| "no answer in time")?
+        .map_err(|e| e.to_string())?;
     let name = peer.map_or_else(|| identity::role_name(Role::Seed), identity::peer_name);
     let greeting = async {
-        let tls = hub.connector.connect(name, tune(tcp)).await.map_err(|e| e.to_string())?;
+        let tls = hub
+            .connector
+            .connect(name, tune(tcp))
+            .await
+            .map_err(|e| e.to_string())?;
         greet(hub, tls.into(), socket.ip(), Some(address.to_owned())).await
     };
-    let (remote, halves) =
-        timeout(GREETING_DEADLINE, greeting).await.map_err(|_| "no greeting in time")??;
+    let (remote, halves) = timeout(GREETING_DEADLINE, greeting)
+        .await
+        .map_err(|_| "no greeting in time")??;
     let peer = remote.peer;
     hub.adopt(remote, halves).await.map_err(|e| e.to_string())?;
     Ok(peer)
@@ -153,7 +179,11 @@ pub(super) async fn accept(hub: Arc<Hub>, listener: TcpListener) {
         let task_hub = Arc::clone(&hub);
         hub.tasks.spawn(async move {
             let greeting = async {
-                let tls = task_hub.acceptor.accept(tune(tcp)).await.map_err(|e| e.to_string())?;
+                let tls = task_hub
+                    .acceptor
+                    .accept(tune(tcp))
+                    .await
+                    .map_err(|e| e.to_string())?;
                 greet(&task_hub, tls.into(), from.ip(), None).await
             };
             let greeted = tokio::select! {
@@ -169,7 +199,9 @@ pub(super) async fn accept(hub: Arc<Hub>, listener: TcpListener) {
                         tracing::debug!(%from, name, %error, "turned a member away");
                     }
                 }
-                Ok(Ok(_)) => tracing::debug!(%from, "turned a member away: all connections are busy"),
+                Ok(Ok(_)) => {
+                    tracing::debug!(%from, "turned a member away: all connections are busy")
+                }
                 Ok(Err(error)) => {
                     if let Some(left_out) = task_hub.refused_log.admit() {
                         tracing::info!(%from, %error, left_out, "refused a connection");
@@ -219,17 +251,27 @@ async fn greet(
             session.peer_certificates()
         }
     };
-    let certificate = session.and_then(|chain| chain.first()).ok_or("it showed no certificate")?;
+    let certificate = session
+        .and_then(|chain| chain.first())
+        .ok_or("it showed no certificate")?;
     let (peer, role) = identity::member_of(certificate).map_err(|e| e.to_string())?;
     if peer == hub.identity.peer_id() {
         return Err("that is this node itself".to_owned());
     }
     if let Some(left) = hub.refused_for(peer) {
-        return Err(format!("it broke the protocol and is refused for {} s more", left.as_secs() + 1));
+        return Err(format!(
+            "it broke the protocol and is refused for {} s more",
+            left.as_secs() + 1
+        ));
     }
     let (reader, mut writer) = tokio::io::split(tls);
     let mut frame = Vec::new();
-    put_control(&v1::PeerMessage { message: Some(Wire::Hello(hub.hello.clone())) }, &mut frame);
+    put_control(
+        &v1::PeerMessage {
+            message: Some(Wire::Hello(hub.hello.clone())),
+        },
+        &mut frame,
+    );
     writer.write_all(&frame).await.map_err(|e| e.to_string())?;
     writer.flush().await.map_err(|e| e.to_string())?;
     let mut frames = FrameReader::new(reader);
@@ -246,12 +288,24 @@ async fn greet(
     if addresses.is_empty() {
         addresses.extend(dialled.clone());
     }
-    Ok((Remote { peer, role, name, addresses, instance, dialled }, Halves { frames, writer }))
+    Ok((
+        Remote {
+            peer,
+            role,
+            name,
+            addresses,
+            instance,
+            dialled,
+        },
+        Halves { frames, writer },
+    ))
 }
 
 /// Whether `host:port` is a port of this address.
 fn is_at(address: &str, ip: IpAddr) -> bool {
-    address.parse::<SocketAddr>().is_ok_and(|address| address.ip().to_canonical() == ip.to_canonical())
+    address
+        .parse::<SocketAddr>()
+        .is_ok_and(|address| address.ip().to_canonical() == ip.to_canonical())
 }
 
 async fn hear_hello(frames: &mut FrameReader<ReadHalf<Stream>>) -> Result<v1::Hello, FrameError> {

@@ -101,7 +101,10 @@ pub(super) struct FrameReader<R> {
 
 impl<R: AsyncRead + Unpin> FrameReader<R> {
     pub(super) const fn new(io: R) -> Self {
-        Self { io, control: Vec::new() }
+        Self {
+            io,
+            control: Vec::new(),
+        }
     }
 
     /// The next frame; `None` at the stream's end. The frame before must have been read whole.
@@ -118,11 +121,19 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
             .ok_or_else(|| protocol("a frame without kind"))?;
         match kind {
             DATA => {
-                let len = payload.checked_sub(4).filter(|len| (1..=DATA_AT_MOST_BYTES).contains(len));
-                let len = len.ok_or_else(|| protocol(format!("a data frame of {payload} bytes")))?;
-                Ok(Some(Frame::Data { request: self.io.read_u32().await?, len }))
+                let len = payload
+                    .checked_sub(4)
+                    .filter(|len| (1..=DATA_AT_MOST_BYTES).contains(len));
+                let len =
+                    len.ok_or_else(|| protocol(format!("a data frame of {payload} bytes")))?;
+                Ok(Some(Frame::Data {
+                    request: self.io.read_u32().await?,
+                    len,
+                }))
             }
-            _ if payload > CONTROL_AT_MOST_BYTES => Err(protocol(format!("a frame of {payload} bytes"))),
+            _ if payload > CONTROL_AT_MOST_BYTES => {
+                Err(protocol(format!("a frame of {payload} bytes")))
+            }
             CONTROL => Ok(Some(Frame::Control(payload))),
             _ => Ok(Some(Frame::Unknown(payload))),
         }
@@ -140,13 +151,17 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
         while self.control.len() < len {
             let missing = len - self.control.len();
             self.read_more(missing).await?;
-            let kind = self.control.first().map_or(Kind::Ordinary, |tag| Kind::of(*tag));
+            let kind = self
+                .control
+                .first()
+                .map_or(Kind::Ordinary, |tag| Kind::of(*tag));
             if len > ORDINARY_AT_MOST_BYTES && !may_be_long(kind) {
                 return Err(protocol(format!("a message of {len} bytes")));
             }
             heard();
         }
-        let message = v1::PeerMessage::decode(&self.control[..]).map_err(|e| protocol(e.to_string()));
+        let message =
+            v1::PeerMessage::decode(&self.control[..]).map_err(|e| protocol(e.to_string()));
         if self.control.capacity() > CONTROL_KEPT_BYTES {
             self.control = Vec::new();
         }
@@ -154,7 +169,11 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
     }
 
     /// Appends to `out` some of the bytes of a data frame: at most `len`, at least one.
-    pub(super) async fn data(&mut self, out: &mut Vec<u8>, len: usize) -> Result<usize, FrameError> {
+    pub(super) async fn data(
+        &mut self,
+        out: &mut Vec<u8>,
+        len: usize,
+    ) -> Result<usize, FrameError> {
         read_some(&mut self.io, out, len).await
     }
 
@@ -193,11 +212,16 @@ mod tests {
     use super::*;
 
     fn ping(nonce: u64) -> v1::PeerMessage {
-        v1::PeerMessage { message: Some(v1::peer_message::Message::Ping(v1::Ping { nonce })) }
+        v1::PeerMessage {
+            message: Some(v1::peer_message::Message::Ping(v1::Ping { nonce })),
+        }
     }
 
     fn block_on<F: Future>(future: F) -> F::Output {
-        tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(future)
+        tokio::runtime::Builder::new_current_thread()
+            .build()
+            .unwrap()
+            .block_on(future)
     }
 
     /// Reads until the end or an error, as a connection does; how many frames there were.
@@ -208,7 +232,9 @@ mod tests {
         let end = loop {
             let step = match reader.next().await {
                 Ok(None) => break Ok(()),
-                Ok(Some(Frame::Control(len))) => reader.control(len, || (), |_| true).await.map(|_| ()),
+                Ok(Some(Frame::Control(len))) => {
+                    reader.control(len, || (), |_| true).await.map(|_| ())
+                }
                 Ok(Some(Frame::Unknown(len))) => reader.skip(len).await,
                 Ok(Some(Frame::Data { len, .. })) => {
                     sink.clear();
@@ -235,15 +261,22 @@ mod tests {
         put_control(&ping(8), &mut wire);
         block_on(async {
             let mut reader = FrameReader::new(&wire[..]);
-            let Some(Frame::Control(len)) = reader.next().await.unwrap() else { panic!() };
+            let Some(Frame::Control(len)) = reader.next().await.unwrap() else {
+                panic!()
+            };
             assert_eq!(reader.control(len, || (), |_| true).await.unwrap(), ping(7));
-            assert_eq!(reader.next().await.unwrap(), Some(Frame::Data { request: 9, len: 3 }));
+            assert_eq!(
+                reader.next().await.unwrap(),
+                Some(Frame::Data { request: 9, len: 3 })
+            );
             let mut data = Vec::with_capacity(3);
             assert_eq!(reader.data(&mut data, 3).await.unwrap(), 3);
             assert_eq!(data, b"abc");
             assert_eq!(reader.next().await.unwrap(), Some(Frame::Unknown(2)));
             reader.skip(2).await.unwrap();
-            let Some(Frame::Control(len)) = reader.next().await.unwrap() else { panic!() };
+            let Some(Frame::Control(len)) = reader.next().await.unwrap() else {
+                panic!()
+            };
             assert_eq!(reader.control(len, || (), |_| true).await.unwrap(), ping(8));
             assert_eq!(reader.next().await.unwrap(), None);
         });
@@ -264,7 +297,10 @@ mod tests {
         for (length, kind) in cases {
             let wire = [length, &[kind], &[0; 64]].concat();
             let (_, largest, end) = block_on(read_all(&wire));
-            assert!(matches!(end, Err(FrameError::Protocol(_))), "{length:?} {kind}");
+            assert!(
+                matches!(end, Err(FrameError::Protocol(_))),
+                "{length:?} {kind}"
+            );
             assert!(largest <= DATA_AT_MOST_BYTES);
         }
     }

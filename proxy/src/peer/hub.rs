@@ -112,8 +112,21 @@ pub(super) enum DialTurn {
 
 impl Hub {
     pub(super) fn new(config: PeersConfig) -> Arc<Self> {
-        let PeersConfig { identity, name, addresses, limits, max_connections, manifests, events } = config;
-        let hello = v1::Hello { version: Some(VERSION), name, addresses, instance: rand::random() };
+        let PeersConfig {
+            identity,
+            name,
+            addresses,
+            limits,
+            max_connections,
+            manifests,
+            events,
+        } = config;
+        let hello = v1::Hello {
+            version: Some(VERSION),
+            name,
+            addresses,
+            instance: rand::random(),
+        };
         Arc::new(Self {
             connector: TlsConnector::from(identity.client_config(ALPN)),
             acceptor: TlsAcceptor::from(identity.server_config(ALPN, false)),
@@ -143,7 +156,14 @@ impl Hub {
 
     /// All connections with a peer, the newest first.
     pub(super) fn with(&self, peer: PeerId) -> Vec<Arc<Connection>> {
-        self.state().peers.get(&peer).into_iter().flatten().rev().map(Arc::clone).collect()
+        self.state()
+            .peers
+            .get(&peer)
+            .into_iter()
+            .flatten()
+            .rev()
+            .map(Arc::clone)
+            .collect()
     }
 
     pub(super) fn all(&self) -> Vec<Arc<Connection>> {
@@ -162,12 +182,19 @@ impl Hub {
     pub(super) fn handshake(self: &Arc<Self>, address: IpAddr) -> Option<Handshake> {
         let mut state = self.state();
         let begun = state.handshakes.begin(self.now(), address)?;
-        if let Some(other) = begun.instead_of.and_then(|other| state.strangers.remove(&other)) {
+        if let Some(other) = begun
+            .instead_of
+            .and_then(|other| state.strangers.remove(&other))
+        {
             other.cancel();
         }
         let gives_way = CancellationToken::new();
         state.strangers.insert(begun.handshake, gives_way.clone());
-        Some(Handshake { hub: Arc::clone(self), number: begun.handshake, gives_way })
+        Some(Handshake {
+            hub: Arc::clone(self),
+            number: begun.handshake,
+            gives_way,
+        })
     }
 
     /// How long a member is refused because it broke the protocol.
@@ -179,7 +206,12 @@ impl Hub {
     pub(super) fn broke_protocol(&self, peer: PeerId, name: &str, error: &str) {
         let refused_for = {
             let mut state = self.state();
-            state.peers.get(&peer).into_iter().flatten().for_each(|connection| connection.close.cancel());
+            state
+                .peers
+                .get(&peer)
+                .into_iter()
+                .flatten()
+                .for_each(|connection| connection.close.cancel());
             state.refusals.broke_protocol(self.now(), peer)
         };
         if let Some(left_out) = self.refused_log.admit() {
@@ -201,7 +233,11 @@ impl Hub {
         }
         let waiters = state.dials.entry(key.clone()).or_default();
         waiters.push(waiter);
-        if waiters.len() == 1 { DialTurn::Ours } else { DialTurn::Wait }
+        if waiters.len() == 1 {
+            DialTurn::Ours
+        } else {
+            DialTurn::Wait
+        }
     }
 
     pub(super) fn dial_over(&self, key: &DialKey, result: &Result<PeerId, PeerError>) {
@@ -214,7 +250,8 @@ impl Hub {
     /// Whether there is, or could be made, room for a member that dials in.
     pub(super) fn may_have_room(&self) -> bool {
         let state = self.state();
-        state.connections().count() < self.max_connections || state.peers.values().any(|list| list.len() > 1)
+        state.connections().count() < self.max_connections
+            || state.peers.values().any(|list| list.len() > 1)
     }
 
     /// Makes room for one more connection by ending the idlest; `false` when all are busy. A member that dials in gets the place of one
@@ -224,10 +261,14 @@ impl Hub {
         if state.connections().count() < self.max_connections {
             return true;
         }
-        let lists = state.peers.values().filter(|list| !dials_in || list.len() > 1);
+        let lists = state
+            .peers
+            .values()
+            .filter(|list| !dials_in || list.len() > 1);
         let idle = lists.flat_map(|list| {
             let several = dials_in.then_some(list.len());
-            list.iter().filter_map(move |c| c.idle().map(|idle| ((several, idle), c)))
+            list.iter()
+                .filter_map(move |c| c.idle().map(|idle| ((several, idle), c)))
         });
         match idle.max_by_key(|(rank, _)| *rank) {
             Some((_, idlest)) => {
@@ -239,12 +280,17 @@ impl Hub {
     }
 
     /// Takes in an authenticated connection: from here on it lives on its own.
-    pub(super) async fn adopt(self: &Arc<Self>, remote: Remote, halves: Halves) -> Result<(), PeerError> {
+    pub(super) async fn adopt(
+        self: &Arc<Self>,
+        remote: Remote,
+        halves: Halves,
+    ) -> Result<(), PeerError> {
         let member = self.member(&remote);
         let (connection, queues) = Connection::new(remote, member, self.stop.child_token());
         self.register(&connection).await?;
         let hub = Arc::clone(self);
-        self.tasks.spawn(async move { hub.run(connection, halves, queues).await });
+        self.tasks
+            .spawn(async move { hub.run(connection, halves, queues).await });
         Ok(())
     }
 
@@ -252,9 +298,14 @@ impl Hub {
     fn member(&self, remote: &Remote) -> Arc<Member> {
         let mut state = self.state();
         if state.members.len() >= MEMBERS_REMEMBERED {
-            state.members.retain(|_, member| Arc::strong_count(member) > 1);
+            state
+                .members
+                .retain(|_, member| Arc::strong_count(member) > 1);
         }
-        let member = state.members.entry(remote.peer).or_insert_with(|| Arc::new(Member::new(remote.role)));
+        let member = state
+            .members
+            .entry(remote.peer)
+            .or_insert_with(|| Arc::new(Member::new(remote.role)));
         Arc::clone(member)
     }
 
@@ -274,13 +325,19 @@ impl Hub {
                 }
                 // Its handshake may have been over just before it was removed.
                 if self.identity.removed().contains(peer) {
-                    return Err(PeerError::Unreachable("it was removed from the cluster".to_owned()));
+                    return Err(PeerError::Unreachable(
+                        "it was removed from the cluster".to_owned(),
+                    ));
                 }
                 let list = state.peers.entry(peer).or_default();
-                let stale = list.iter().find(|old| old.remote.instance != connection.remote.instance);
+                let stale = list
+                    .iter()
+                    .find(|old| old.remote.instance != connection.remote.instance);
                 match stale.map(Arc::clone) {
                     None if list.len() >= CONNECTIONS_A_MEMBER => {
-                        return Err(PeerError::Unreachable("it has too many connections".to_owned()));
+                        return Err(PeerError::Unreachable(
+                            "it has too many connections".to_owned(),
+                        ));
                     }
                     None => {
                         if list.is_empty() {
@@ -297,7 +354,10 @@ impl Hub {
             drop(permit);
             let Some(stale) = stale else { continue };
             stale.close.cancel();
-            if tokio::time::timeout_at(deadline, stale.gone.cancelled()).await.is_err() {
+            if tokio::time::timeout_at(deadline, stale.gone.cancelled())
+                .await
+                .is_err()
+            {
                 return Err(PeerError::Lost);
             }
         }
@@ -305,9 +365,14 @@ impl Hub {
 
     async fn run(self: Arc<Self>, connection: Arc<Connection>, halves: Halves, queues: Queues) {
         let Halves { frames, writer } = halves;
-        let transmitter = Transmitter::new(Arc::clone(&self), Arc::clone(&connection), writer, queues);
+        let transmitter =
+            Transmitter::new(Arc::clone(&self), Arc::clone(&connection), writer, queues);
         let writing = self.tasks.spawn(transmitter.run());
-        let mut receiver = Receiver { hub: Arc::clone(&self), connection: Arc::clone(&connection), frames };
+        let mut receiver = Receiver {
+            hub: Arc::clone(&self),
+            connection: Arc::clone(&connection),
+            frames,
+        };
         let end = tokio::select! {
             end = receiver.run() => Some(end),
             () = look_after(&connection, &self.limits) => None,
@@ -315,7 +380,11 @@ impl Hub {
         };
         let quiet = match &end {
             Some(Err(error @ FrameError::Protocol(_))) => {
-                self.broke_protocol(connection.remote.peer, &connection.remote.name, &error.to_string());
+                self.broke_protocol(
+                    connection.remote.peer,
+                    &connection.remote.name,
+                    &error.to_string(),
+                );
                 false
             }
             _ => connection.is_quiet(),
@@ -360,14 +429,26 @@ impl Hub {
     /// Tells the driver how an upload ended.
     pub(super) async fn uploaded(&self, peer: PeerId, request: u32, bytes: u64, complete: bool) {
         // An error means that the daemon is ending.
-        let _ = self.events.send(PeerEvent::Uploaded { peer, request, bytes, complete }).await;
+        let _ = self
+            .events
+            .send(PeerEvent::Uploaded {
+                peer,
+                request,
+                bytes,
+                complete,
+            })
+            .await;
     }
 
     /// Ends what is under way within `deadline`, then everything.
     pub(super) async fn drain(&self, deadline: Duration) {
         self.draining.cancel();
         let uploads_over = async {
-            while self.all().iter().any(|connection| connection.is_uploading()) {
+            while self
+                .all()
+                .iter()
+                .any(|connection| connection.is_uploading())
+            {
                 tokio::time::sleep(TICK / 10).await;
             }
         };
@@ -388,15 +469,29 @@ fn warm(state: &State, dial: &Dial) -> Option<PeerId> {
     match dial.peer {
         Some(peer) => state.peers.contains_key(&peer).then_some(peer),
         None => state.connections().map(|c| &c.remote).find_map(|remote| {
-            let dialled = remote.dialled.as_ref().is_some_and(|address| dial.addresses.contains(address));
+            let dialled = remote
+                .dialled
+                .as_ref()
+                .is_some_and(|address| dial.addresses.contains(address));
             (remote.role == Role::Seed && dialled).then_some(remote.peer)
         }),
     }
 }
 
 fn up(connection: &Connection) -> PeerEvent {
-    let Remote { peer, role, name, addresses, .. } = &connection.remote;
-    PeerEvent::Up { peer: *peer, role: *role, name: name.clone(), addresses: addresses.clone() }
+    let Remote {
+        peer,
+        role,
+        name,
+        addresses,
+        ..
+    } = &connection.remote;
+    PeerEvent::Up {
+        peer: *peer,
+        role: *role,
+        name: name.clone(),
+        addresses: addresses.clone(),
+    }
 }
 
 /// Pings, and ends the connection when it is idle or dead; gives up pieces that do not move.
@@ -407,7 +502,10 @@ async fn look_after(connection: &Connection, limits: &Limits) {
     loop {
         let now = ticks.tick().await;
         connection.give_up_stalled();
-        if connection.idle().is_some_and(|idle| idle >= *limits.settings().config.peer_idle_timeout) {
+        if connection
+            .idle()
+            .is_some_and(|idle| idle >= *limits.settings().config.peer_idle_timeout)
+        {
             return;
         }
         if connection.clock.silence() >= SILENCE_AT_MOST {
@@ -416,7 +514,11 @@ async fn look_after(connection: &Connection, limits: &Limits) {
         }
         if now.duration_since(pinged) >= PING_EVERY {
             pinged = now;
-            let ping = v1::PeerMessage { message: Some(Wire::Ping(v1::Ping { nonce: rand::random() })) };
+            let ping = v1::PeerMessage {
+                message: Some(Wire::Ping(v1::Ping {
+                    nonce: rand::random(),
+                })),
+            };
             connection.say_raw(ping, None);
         }
     }

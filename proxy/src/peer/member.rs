@@ -53,7 +53,10 @@ impl Member {
         };
         let cost = cost + len as f64 / BYTES;
         let now = Time(self.started.elapsed());
-        self.allowance.lock().unwrap_or_else(PoisonError::into_inner).take(now, cost)
+        self.allowance
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take(now, cost)
     }
 }
 
@@ -69,7 +72,9 @@ mod tests {
         let have = Wire::Have(v1::Have::default());
         let member = Member::new(Role::Peer);
         assert!((0..10_000).all(|_| member.count(Some(&have), 60).is_zero()));
-        let waits: Vec<Duration> = (0..6000).map(|_| member.count(Some(&interest), 200)).collect();
+        let waits: Vec<Duration> = (0..6000)
+            .map(|_| member.count(Some(&interest), 200))
+            .collect();
         assert!(waits[..300].iter().all(Duration::is_zero));
         assert!(waits[5999] > Duration::from_secs(50), "{:?}", waits[5999]);
     }
@@ -78,7 +83,9 @@ mod tests {
     fn long_tables_are_counted_by_their_length() {
         let table = Wire::Table(v1::Table::default());
         let member = Member::new(Role::Peer);
-        let waits: Vec<Duration> = (0..100).map(|_| member.count(Some(&table), 4 << 20)).collect();
+        let waits: Vec<Duration> = (0..100)
+            .map(|_| member.count(Some(&table), 4 << 20))
+            .collect();
         assert!(waits[99] > Duration::from_secs(50), "{:?}", waits[99]);
     }
 }

@@ -84,8 +84,20 @@ impl MemoryNetwork {
             }
         });
         let (address, conduct) = (address.to_owned(), Conduct::default());
-        self.lock().members.insert(me, Member { role, address, conduct, inbox, sent_bytes: 0 });
-        MemoryPeers { network: self.clone(), me }
+        self.lock().members.insert(
+            me,
+            Member {
+                role,
+                address,
+                conduct,
+                inbox,
+                sent_bytes: 0,
+            },
+        );
+        MemoryPeers {
+            network: self.clone(),
+            me,
+        }
     }
 
     /// The member behaves like this from now on.
@@ -97,39 +109,73 @@ impl MemoryNetwork {
 
     /// The bytes of pieces that a member has sent.
     pub(crate) fn sent_bytes(&self, peer: PeerId) -> u64 {
-        self.lock().members.get(&peer).map_or(0, |member| member.sent_bytes)
+        self.lock()
+            .members
+            .get(&peer)
+            .map_or(0, |member| member.sent_bytes)
     }
 
     /// A member is gone at once, as after a power failure.
     pub(crate) fn remove(&self, peer: PeerId) {
         let mut network = self.lock();
         network.members.remove(&peer);
-        network.neighbours(peer).into_iter().for_each(|other| network.disconnect(peer, other));
+        network
+            .neighbours(peer)
+            .into_iter()
+            .for_each(|other| network.disconnect(peer, other));
     }
 
     /// Sends a piece that was handed over, all at once when its time has come.
-    async fn transmit(self, from: PeerId, to: PeerId, request: u32, serial: u64, piece: PieceSource) {
+    async fn transmit(
+        self,
+        from: PeerId,
+        to: PeerId,
+        request: u32,
+        serial: u64,
+        piece: PieceSource,
+    ) {
         let bytes = match piece {
             PieceSource::Memory(bytes) => Some(bytes),
             PieceSource::File { file, range } => {
                 let read = move || {
                     let mut bytes = vec![0; (range.end - range.start) as usize];
-                    file.read_exact_at(&mut bytes, range.start).ok().map(|()| Bytes::from(bytes))
+                    file.read_exact_at(&mut bytes, range.start)
+                        .ok()
+                        .map(|()| Bytes::from(bytes))
                 };
                 lanes::run(Lane::Uploads, read).await.flatten()
             }
         };
-        let conduct = self.lock().members.get(&from).map(|member| member.conduct).unwrap_or_default();
+        let conduct = self
+            .lock()
+            .members
+            .get(&from)
+            .map(|member| member.conduct)
+            .unwrap_or_default();
         if let (Some(rate_bytes), Some(bytes)) = (conduct.rate_bytes, &bytes) {
-            tokio::time::sleep(Duration::from_secs_f64(bytes.len() as f64 / rate_bytes as f64)).await;
+            tokio::time::sleep(Duration::from_secs_f64(
+                bytes.len() as f64 / rate_bytes as f64,
+            ))
+            .await;
         }
         let mut network = self.lock();
         // Its end was told when it was cancelled or lost.
-        if network.requests.get(&(to, from, request)).is_none_or(|request| request.serial != serial) {
+        if network
+            .requests
+            .get(&(to, from, request))
+            .is_none_or(|request| request.serial != serial)
+        {
             return;
         }
-        let Some(Request { download, .. }) = network.requests.remove(&(to, from, request)) else { return };
-        let Download { mut buffer, mut chain, done, .. } = download;
+        let Some(Request { download, .. }) = network.requests.remove(&(to, from, request)) else {
+            return;
+        };
+        let Download {
+            mut buffer,
+            mut chain,
+            done,
+            ..
+        } = download;
         let (outcome, sent_bytes) = match bytes {
             Some(bytes) => {
                 let mut bytes = Vec::from(bytes);
@@ -142,7 +188,11 @@ impl MemoryNetwork {
                 chain.update(&bytes[..taken]);
                 let is_whole = buffer.missing() == 0 && taken == bytes.len();
                 (
-                    if is_whole { Ok(Received { buffer, chain }) } else { Err(PeerError::Stalled) },
+                    if is_whole {
+                        Ok(Received { buffer, chain })
+                    } else {
+                        Err(PeerError::Stalled)
+                    },
                     taken as u64,
                 )
             }
@@ -154,7 +204,15 @@ impl MemoryNetwork {
         }
         // Nobody may wait any more.
         let _ = done.send(outcome);
-        network.tell(from, PeerEvent::Uploaded { peer: to, request, bytes: sent_bytes, complete });
+        network.tell(
+            from,
+            PeerEvent::Uploaded {
+                peer: to,
+                request,
+                bytes: sent_bytes,
+                complete,
+            },
+        );
     }
 }
 
@@ -167,7 +225,11 @@ impl Network {
     }
 
     fn neighbours(&self, peer: PeerId) -> Vec<PeerId> {
-        self.links.iter().filter(|(one, _)| *one == peer).map(|(_, other)| *other).collect()
+        self.links
+            .iter()
+            .filter(|(one, _)| *one == peer)
+            .map(|(_, other)| *other)
+            .collect()
     }
 
     fn disconnect(&mut self, one: PeerId, other: PeerId) {
@@ -176,8 +238,12 @@ impl Network {
         }
         let is_between =
             |asker: PeerId, asked: PeerId| [(one, other), (other, one)].contains(&(asker, asked));
-        let lost: Vec<_> =
-            self.requests.keys().filter(|(asker, asked, _)| is_between(*asker, *asked)).copied().collect();
+        let lost: Vec<_> = self
+            .requests
+            .keys()
+            .filter(|(asker, asked, _)| is_between(*asker, *asked))
+            .copied()
+            .collect();
         for key in lost {
             self.end_request(key, PeerError::Lost);
         }
@@ -187,18 +253,36 @@ impl Network {
 
     /// A request comes to nothing; whether there was one.
     fn end_request(&mut self, key: (PeerId, PeerId, u32), error: PeerError) -> bool {
-        let Some(ended) = self.requests.remove(&key) else { return false };
+        let Some(ended) = self.requests.remove(&key) else {
+            return false;
+        };
         let _ = ended.download.done.send(Err(error));
         if ended.is_sent {
             let (peer, asked, request) = key;
-            self.tell(asked, PeerEvent::Uploaded { peer, request, bytes: 0, complete: false });
+            self.tell(
+                asked,
+                PeerEvent::Uploaded {
+                    peer,
+                    request,
+                    bytes: 0,
+                    complete: false,
+                },
+            );
         }
         true
     }
 
     /// The member at an address, if it is the one that is sought; else why not.
-    fn reach(&self, me: PeerId, sought: Option<PeerId>, address: &str) -> Result<PeerId, &'static str> {
-        let at_address = self.members.iter().find(|(_, member)| member.address == address);
+    fn reach(
+        &self,
+        me: PeerId,
+        sought: Option<PeerId>,
+        address: &str,
+    ) -> Result<PeerId, &'static str> {
+        let at_address = self
+            .members
+            .iter()
+            .find(|(_, member)| member.address == address);
         let (peer, member) = at_address.ok_or("nobody answers")?;
         match sought {
             _ if *peer == me => Err("that is this node itself"),
@@ -218,8 +302,11 @@ pub(crate) struct MemoryPeers {
 impl MemoryPeers {
     fn connect(&self, dial: &Dial) -> Result<(PeerId, Option<oneshot::Receiver<()>>), PeerError> {
         let mut network = self.network.lock();
-        let reached: Vec<_> =
-            dial.addresses.iter().map(|address| network.reach(self.me, dial.peer, address)).collect();
+        let reached: Vec<_> = dial
+            .addresses
+            .iter()
+            .map(|address| network.reach(self.me, dial.peer, address))
+            .collect();
         let Some(peer) = reached.iter().find_map(|reached| reached.ok()) else {
             let why: Vec<&str> = reached.iter().filter_map(|reached| reached.err()).collect();
             return Err(PeerError::Unreachable(why.join("; ")));
@@ -231,7 +318,9 @@ impl MemoryPeers {
         let (taken, is_taken) = oneshot::channel();
         let mut taken = Some(taken);
         for (to, about) in [(self.me, peer), (peer, self.me)] {
-            let (Some(member), Some(other)) = (network.members.get(&to), network.members.get(&about)) else {
+            let (Some(member), Some(other)) =
+                (network.members.get(&to), network.members.get(&about))
+            else {
                 continue;
             };
             let up = PeerEvent::Up {
@@ -268,7 +357,14 @@ impl Peers for MemoryPeers {
             }
             _ => {
                 let (message, places) = (message.clone(), Vec::new());
-                network.tell(peer, PeerEvent::Message { peer: self.me, message, places });
+                network.tell(
+                    peer,
+                    PeerEvent::Message {
+                        peer: self.me,
+                        message,
+                        places,
+                    },
+                );
             }
         }
         true
@@ -276,7 +372,8 @@ impl Peers for MemoryPeers {
 
     fn download(&self, peer: PeerId, download: Download) {
         let mut network = self.network.lock();
-        let is_theirs = |(asker, asked, _): &&(PeerId, PeerId, u32)| (*asker, *asked) == (self.me, peer);
+        let is_theirs =
+            |(asker, asked, _): &&(PeerId, PeerId, u32)| (*asker, *asked) == (self.me, peer);
         let refusal = match network.requests.keys().filter(is_theirs).count() {
             _ if !network.links.contains(&(self.me, peer)) => Some(PeerError::Lost),
             ASKED_AT_MOST.. => Some(PeerError::Refused(Refusal::Busy)),
@@ -286,19 +383,53 @@ impl Peers for MemoryPeers {
             let _ = download.done.send(Err(refusal));
             return;
         }
-        let Download { request, task, piece, prefetch, priority, .. } = download;
+        let Download {
+            request,
+            task,
+            piece,
+            prefetch,
+            priority,
+            ..
+        } = download;
         network.next_serial += 1;
         let serial = network.next_serial;
-        network.requests.insert((self.me, peer, request), Request { serial, download, is_sent: false });
-        let message = Message::Request { request, task, piece, prefetch, priority };
-        network.tell(peer, PeerEvent::Message { peer: self.me, message, places: Vec::new() });
+        network.requests.insert(
+            (self.me, peer, request),
+            Request {
+                serial,
+                download,
+                is_sent: false,
+            },
+        );
+        let message = Message::Request {
+            request,
+            task,
+            piece,
+            prefetch,
+            priority,
+        };
+        network.tell(
+            peer,
+            PeerEvent::Message {
+                peer: self.me,
+                message,
+                places: Vec::new(),
+            },
+        );
     }
 
     fn cancel(&self, peer: PeerId, request: u32) {
         let mut network = self.network.lock();
         if network.end_request((self.me, peer, request), PeerError::Cancelled) {
             let (message, places) = (Message::Cancel { request }, Vec::new());
-            network.tell(peer, PeerEvent::Message { peer: self.me, message, places });
+            network.tell(
+                peer,
+                PeerEvent::Message {
+                    peer: self.me,
+                    message,
+                    places,
+                },
+            );
         }
     }
 
@@ -308,10 +439,22 @@ impl Peers for MemoryPeers {
             Some(asked) if !asked.is_sent => {
                 asked.is_sent = true;
                 let serial = asked.serial;
-                tokio::spawn(self.network.clone().transmit(self.me, peer, request, serial, piece));
+                tokio::spawn(
+                    self.network
+                        .clone()
+                        .transmit(self.me, peer, request, serial, piece),
+                );
             }
             // The asker is gone or has cancelled.
-            _ => network.tell(self.me, PeerEvent::Uploaded { peer, request, bytes: 0, complete: false }),
+            _ => network.tell(
+                self.me,
+                PeerEvent::Uploaded {
+                    peer,
+                    request,
+                    bytes: 0,
+                    complete: false,
+                },
+            ),
         }
     }
 
@@ -320,7 +463,12 @@ impl Peers for MemoryPeers {
     }
 
     fn connected(&self) -> Vec<PeerId> {
-        let connected: BTreeSet<PeerId> = self.network.lock().neighbours(self.me).into_iter().collect();
+        let connected: BTreeSet<PeerId> = self
+            .network
+            .lock()
+            .neighbours(self.me)
+            .into_iter()
+            .collect();
         connected.into_iter().collect()
     }
 }

@@ -148,12 +148,14 @@ pub enum PieceSource {
 }
 
 /// Status, media type, body, and whether the registry that was asked about gave this to the seed.
-pub type ManifestAnswer<'a> = std::pin::Pin<Box<dyn Future<Output = (u16, String, Bytes, bool)> + Send + 'a>>;
+pub type ManifestAnswer<'a> =
+    std::pin::Pin<Box<dyn Future<Output = (u16, String, Bytes, bool)> + Send + 'a>>;
 
 /// Gives manifests to peers that ask: the seed's registry side.
 pub trait ManifestSource: Send + Sync + 'static {
     /// `token`: lent by the peer, to read it at its origin.
-    fn manifest(&self, source: Source, digest: Digest, token: Option<Bearer>) -> ManifestAnswer<'_>;
+    fn manifest(&self, source: Source, digest: Digest, token: Option<Bearer>)
+    -> ManifestAnswer<'_>;
 }
 
 /// A future of [`Peers`].
@@ -218,7 +220,8 @@ impl TlsPeers {
         for listener in listeners {
             let accepting = dial::accept(Arc::clone(&hub), listener);
             let stop = hub.stop.clone();
-            hub.tasks.spawn(async move { stop.run_until_cancelled(accepting).await });
+            hub.tasks
+                .spawn(async move { stop.run_until_cancelled(accepting).await });
         }
         let stop = Arc::new(hub.stop.clone().drop_guard());
         Self { hub, _stop: stop }
@@ -235,7 +238,9 @@ impl TlsPeers {
     ) -> Result<(u16, String, Bytes, bool), PeerError> {
         let connection = self.hub.newest(peer).ok_or(PeerError::Lost)?;
         let answer = connection.ask_manifest(source, digest, token);
-        tokio::time::timeout(receive::MANIFEST_DEADLINE, answer).await.unwrap_or(Err(PeerError::Stalled))
+        tokio::time::timeout(receive::MANIFEST_DEADLINE, answer)
+            .await
+            .unwrap_or(Err(PeerError::Stalled))
     }
 
     /// Stops accepting, tells nobody, ends what is under way within `deadline`.
@@ -253,10 +258,16 @@ impl Peers for TlsPeers {
         if let Message::Reject { request, .. } = message {
             // It belongs to the connection on which it was asked; one that was cancelled needs no answer.
             let connections = self.hub.with(peer);
-            let asked = connections.iter().find(|connection| connection.no_more_asked(*request));
-            return asked.map_or(!connections.is_empty(), |connection| connection.say(message));
+            let asked = connections
+                .iter()
+                .find(|connection| connection.no_more_asked(*request));
+            return asked.map_or(!connections.is_empty(), |connection| {
+                connection.say(message)
+            });
         }
-        self.hub.newest(peer).is_some_and(|connection| connection.say(message))
+        self.hub
+            .newest(peer)
+            .is_some_and(|connection| connection.say(message))
     }
 
     fn download(&self, peer: PeerId, download: Download) {
@@ -268,20 +279,29 @@ impl Peers for TlsPeers {
     }
 
     fn cancel(&self, peer: PeerId, request: u32) {
-        self.hub.with(peer).iter().any(|connection| connection.give_up(request, PeerError::Cancelled));
+        self.hub
+            .with(peer)
+            .iter()
+            .any(|connection| connection.give_up(request, PeerError::Cancelled));
     }
 
     fn upload(&self, peer: PeerId, request: u32, piece: PieceSource) {
-        let refused = self.hub.with(peer).iter().try_fold(piece, |piece, connection| {
-            match connection.upload(request, piece) {
-                Ok(()) => Err(()),
-                Err(piece) => Ok(piece),
-            }
-        });
+        let refused = self
+            .hub
+            .with(peer)
+            .iter()
+            .try_fold(piece, |piece, connection| {
+                match connection.upload(request, piece) {
+                    Ok(()) => Err(()),
+                    Err(piece) => Ok(piece),
+                }
+            });
         if refused.is_ok() {
             // The asker is gone or has cancelled: told as every other end is.
             let hub = Arc::clone(&self.hub);
-            self.hub.tasks.spawn(async move { hub.uploaded(peer, request, 0, false).await });
+            self.hub
+                .tasks
+                .spawn(async move { hub.uploaded(peer, request, 0, false).await });
         }
     }
 

@@ -50,7 +50,8 @@ impl<R: AsyncRead + Unpin> Receiver<R> {
                     };
                     let message = self.frames.control(len, || clock.heard(), may_be_long);
                     let message = timeout(LONG_MESSAGE_DEADLINE, message).await;
-                    let message = message.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
+                    let message =
+                        message.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
                     let wait = connection.member.count(message.message.as_ref(), len);
                     if !wait.is_zero() {
                         clock.hold(tokio::time::sleep(wait)).await;
@@ -102,7 +103,9 @@ impl<R: AsyncRead + Unpin> Receiver<R> {
     ) -> Result<(), FrameError> {
         match message.message {
             Some(Wire::Ping(v1::Ping { nonce })) => {
-                let pong = v1::PeerMessage { message: Some(Wire::Pong(v1::Pong { nonce })) };
+                let pong = v1::PeerMessage {
+                    message: Some(Wire::Pong(v1::Pong { nonce })),
+                };
                 self.connection.say_raw(pong, None);
                 return Ok(());
             }
@@ -141,12 +144,18 @@ impl<R: AsyncRead + Unpin> Receiver<R> {
                     Asked::Noted => None,
                 };
                 if let Some(reason) = refusal {
-                    self.connection.say(&Message::Reject { request: *request, reason });
+                    self.connection.say(&Message::Reject {
+                        request: *request,
+                        reason,
+                    });
                     return Ok(());
                 }
             }
             Message::Cancel { request } => {
-                self.connection.clock.hold(self.connection.drop_upload(*request)).await;
+                self.connection
+                    .clock
+                    .hold(self.connection.drop_upload(*request))
+                    .await;
             }
             Message::Reject { request, reason } => {
                 self.connection.refused(*request, *reason);
@@ -156,14 +165,27 @@ impl<R: AsyncRead + Unpin> Receiver<R> {
         }
         let place = Arc::clone(&self.connection.member.queue).acquire_owned();
         places.extend(self.connection.clock.hold(place).await.ok());
-        let event = PeerEvent::Message { peer: self.connection.remote.peer, message, places };
+        let event = PeerEvent::Message {
+            peer: self.connection.remote.peer,
+            message,
+            places,
+        };
         // An error means that the daemon is ending; so will this connection.
-        let _ = self.connection.clock.hold(self.hub.events.send(event)).await;
+        let _ = self
+            .connection
+            .clock
+            .hold(self.hub.events.send(event))
+            .await;
         Ok(())
     }
 
     fn answer_manifest(&self, asked: v1::ManifestRequest) -> Result<(), FrameError> {
-        let v1::ManifestRequest { request, source, digest, token } = asked;
+        let v1::ManifestRequest {
+            request,
+            source,
+            digest,
+            token,
+        } = asked;
         let digest = convert::from_task(&digest).map_err(|e| protocol(e.to_string()))?;
         let source = convert::from_source(source).map_err(|e| protocol(e.to_string()))?;
         let token = convert::from_token(&token).map_err(|e| protocol(e.to_string()))?;
@@ -188,7 +210,9 @@ impl<R: AsyncRead + Unpin> Receiver<R> {
     }
 
     fn take_manifest(&self, reply: v1::ManifestReply) {
-        let Some(answer) = self.connection.manifest_over(reply.request) else { return };
+        let Some(answer) = self.connection.manifest_over(reply.request) else {
+            return;
+        };
         // A status that is none is the seed's failure.
         let status = convert::from_status(reply.status).unwrap_or(502);
         let _ = answer.send((status, reply.media_type, reply.body, reply.given));

@@ -24,8 +24,13 @@ impl Cluster {
     pub(super) fn identity(&self, role: Role) -> Identity {
         let pending = Identity::request().unwrap();
         let life = Duration::from_secs(3600);
-        let certificate = self.0.issue(&pending.certificate_request, role, life, SystemTime::now()).unwrap();
-        pending.complete(certificate, self.0.certificate().clone()).unwrap()
+        let certificate = self
+            .0
+            .issue(&pending.certificate_request, role, life, SystemTime::now())
+            .unwrap();
+        pending
+            .complete(certificate, self.0.certificate().clone())
+            .unwrap()
     }
 }
 
@@ -45,7 +50,13 @@ impl<P: Peers> Node<P> {
         identity: Identity,
         address: String,
     ) -> Self {
-        Self { peers, events, identity, address, pool: BufferPool::new(256 * MIB as u64) }
+        Self {
+            peers,
+            events,
+            identity,
+            address,
+            pool: BufferPool::new(256 * MIB as u64),
+        }
     }
 
     pub(super) fn id(&self) -> PeerId {
@@ -53,11 +64,17 @@ impl<P: Peers> Node<P> {
     }
 
     pub(super) fn dial_to(&self) -> Dial {
-        Dial { peer: Some(self.id()), addresses: vec![self.address.clone()] }
+        Dial {
+            peer: Some(self.id()),
+            addresses: vec![self.address.clone()],
+        }
     }
 
     pub(super) async fn event(&mut self) -> PeerEvent {
-        timeout(SOON, self.events.recv()).await.expect("an event in time").unwrap()
+        timeout(SOON, self.events.recv())
+            .await
+            .expect("an event in time")
+            .unwrap()
     }
 
     pub(super) async fn expect_up(&mut self, who: PeerId) {
@@ -77,8 +94,11 @@ impl<P: Peers> Node<P> {
     /// The next request of a peer.
     pub(super) async fn expect_request(&mut self) -> (PeerId, u32, PieceIndex) {
         loop {
-            if let PeerEvent::Message { peer, message: Message::Request { request, piece, .. }, .. } =
-                self.event().await
+            if let PeerEvent::Message {
+                peer,
+                message: Message::Request { request, piece, .. },
+                ..
+            } = self.event().await
             {
                 return (peer, request, piece);
             }
@@ -87,7 +107,13 @@ impl<P: Peers> Node<P> {
 
     pub(super) async fn expect_uploaded(&mut self) -> (u32, u64, bool) {
         loop {
-            if let PeerEvent::Uploaded { request, bytes, complete, .. } = self.event().await {
+            if let PeerEvent::Uploaded {
+                request,
+                bytes,
+                complete,
+                ..
+            } = self.event().await
+            {
                 return (request, bytes, complete);
             }
         }
@@ -137,7 +163,10 @@ pub(super) fn file_with(data: &[u8]) -> Arc<File> {
 pub(super) async fn outcome(
     receiver: oneshot::Receiver<Result<Received, PeerError>>,
 ) -> Result<Received, PeerError> {
-    timeout(SOON, receiver).await.expect("an outcome in time").expect("told once")
+    timeout(SOON, receiver)
+        .await
+        .expect("an outcome in time")
+        .expect("told once")
 }
 
 /// Connects two nodes, and takes the events of that.
@@ -183,7 +212,10 @@ struct Memory {
 
 impl Memory {
     fn new() -> Self {
-        Self { network: MemoryNetwork::default(), cluster: Cluster::new() }
+        Self {
+            network: MemoryNetwork::default(),
+            cluster: Cluster::new(),
+        }
     }
 }
 
@@ -194,7 +226,9 @@ impl Kind for Memory {
         let (events_in, events) = mpsc::channel(1024);
         let identity = self.cluster.identity(role);
         let address = format!("{}.memory", identity.peer_id());
-        let peers = self.network.join(identity.peer_id(), role, &address, events_in);
+        let peers = self
+            .network
+            .join(identity.peer_id(), role, &address, events_in);
         Node::new(peers, events, identity, address)
     }
 }
@@ -204,8 +238,20 @@ async fn pieces_go_from_memory_and_from_files_and_are_hashed_as_they_come(kind: 
     let data = bytes(3 * MIB + 4321);
     for (number, source) in [
         (1, PieceSource::Memory(data.clone())),
-        (2, PieceSource::File { file: file_with(&data), range: 0..data.len() as u64 }),
-        (3, PieceSource::File { file: file_with(&data), range: 100_000..data.len() as u64 }),
+        (
+            2,
+            PieceSource::File {
+                file: file_with(&data),
+                range: 0..data.len() as u64,
+            },
+        ),
+        (
+            3,
+            PieceSource::File {
+                file: file_with(&data),
+                range: 100_000..data.len() as u64,
+            },
+        ),
         (4, PieceSource::Memory(data.slice(..1))),
     ] {
         let expected = match &source {
@@ -217,16 +263,34 @@ async fn pieces_go_from_memory_and_from_files_and_are_hashed_as_they_come(kind: 
         seed.peers.upload(child.id(), number, source);
         let received = outcome(receiver).await.unwrap();
         assert_eq!(received.buffer.filled(), expected);
-        assert_eq!(received.chain.finish(), Digest::of(Algorithm::Sha256, &expected));
-        assert_eq!(seed.expect_uploaded().await, (number, expected.len() as u64, true));
+        assert_eq!(
+            received.chain.finish(),
+            Digest::of(Algorithm::Sha256, &expected)
+        );
+        assert_eq!(
+            seed.expect_uploaded().await,
+            (number, expected.len() as u64, true)
+        );
     }
 }
 
 async fn up_tells_who_it_is_and_messages_go_both_ways(kind: impl Kind) {
     let (mut child, mut seed) = (kind.node(Role::Peer).await, kind.node(Role::Seed).await);
-    child.peers.dial(&Dial { peer: None, addresses: vec![seed.address.clone()] }).await.unwrap();
+    child
+        .peers
+        .dial(&Dial {
+            peer: None,
+            addresses: vec![seed.address.clone()],
+        })
+        .await
+        .unwrap();
     match child.event().await {
-        PeerEvent::Up { peer, role, name, addresses } => {
+        PeerEvent::Up {
+            peer,
+            role,
+            name,
+            addresses,
+        } => {
             assert_eq!((peer, role, name.as_str()), (seed.id(), Role::Seed, "test"));
             assert_eq!(addresses, [seed.address.clone()]);
         }
@@ -238,24 +302,35 @@ async fn up_tells_who_it_is_and_messages_go_both_ways(kind: impl Kind) {
         assert!(from.send(to, &said));
     }
     for node in [&mut child, &mut seed] {
-        assert!(matches!(node.event().await, PeerEvent::Message { message, .. } if message == said));
+        assert!(
+            matches!(node.event().await, PeerEvent::Message { message, .. } if message == said)
+        );
     }
     assert!(!child.peers.send(PeerId([7; 16]), &said));
 }
 
 async fn messages_come_in_the_order_in_which_they_were_sent(kind: impl Kind) {
     let (child, mut seed) = kind.pair().await;
-    let tasks: Vec<Digest> = (0..100_u8).map(|n| Digest::of(Algorithm::Sha256, &[n])).collect();
-    tasks.iter().for_each(|task| assert!(child.peers.send(seed.id(), &Message::Leave { task: *task })));
+    let tasks: Vec<Digest> = (0..100_u8)
+        .map(|n| Digest::of(Algorithm::Sha256, &[n]))
+        .collect();
+    tasks
+        .iter()
+        .for_each(|task| assert!(child.peers.send(seed.id(), &Message::Leave { task: *task })));
     for task in tasks {
         let said = Message::Leave { task };
-        assert!(matches!(seed.event().await, PeerEvent::Message { message, .. } if message == said));
+        assert!(
+            matches!(seed.event().await, PeerEvent::Message { message, .. } if message == said)
+        );
     }
 }
 
 async fn a_warm_connection_is_reused(kind: impl Kind) {
     let (child, seed) = kind.pair().await;
-    let any = Dial { peer: None, addresses: vec![seed.address.clone()] };
+    let any = Dial {
+        peer: None,
+        addresses: vec![seed.address.clone()],
+    };
     assert_eq!(child.peers.dial(&any).await, Ok(seed.id()));
     assert_eq!(child.peers.dial(&seed.dial_to()).await, Ok(seed.id()));
     assert_eq!(child.peers.connected(), [seed.id()]);
@@ -265,30 +340,67 @@ async fn a_warm_connection_is_reused(kind: impl Kind) {
 async fn another_member_role_or_oneself_is_not_reached(kind: impl Kind) {
     let (child, other) = (kind.node(Role::Peer).await, kind.node(Role::Peer).await);
     for dial in [
-        Dial { peer: None, addresses: vec![other.address.clone()] },
-        Dial { peer: Some(PeerId([1; 16])), addresses: vec![other.address.clone()] },
-        Dial { peer: Some(other.id()), addresses: vec![] },
-        Dial { peer: Some(other.id()), addresses: vec!["nowhere.invalid:1".to_owned()] },
+        Dial {
+            peer: None,
+            addresses: vec![other.address.clone()],
+        },
+        Dial {
+            peer: Some(PeerId([1; 16])),
+            addresses: vec![other.address.clone()],
+        },
+        Dial {
+            peer: Some(other.id()),
+            addresses: vec![],
+        },
+        Dial {
+            peer: Some(other.id()),
+            addresses: vec!["nowhere.invalid:1".to_owned()],
+        },
         child.dial_to(),
     ] {
         let result = child.peers.dial(&dial).await;
-        assert!(matches!(result, Err(PeerError::Unreachable(_))), "{dial:?} {result:?}");
+        assert!(
+            matches!(result, Err(PeerError::Unreachable(_))),
+            "{dial:?} {result:?}"
+        );
     }
     assert!(child.peers.connected().is_empty());
 }
 
 async fn the_next_address_is_tried_when_one_fails(kind: impl Kind) {
     let (child, seed) = (kind.node(Role::Peer).await, kind.node(Role::Seed).await);
-    let addresses = vec!["127.0.0.1:1".to_owned(), child.address.clone(), seed.address.clone()];
-    assert_eq!(child.peers.dial(&Dial { peer: Some(seed.id()), addresses }).await, Ok(seed.id()));
+    let addresses = vec![
+        "127.0.0.1:1".to_owned(),
+        child.address.clone(),
+        seed.address.clone(),
+    ];
+    assert_eq!(
+        child
+            .peers
+            .dial(&Dial {
+                peer: Some(seed.id()),
+                addresses
+            })
+            .await,
+        Ok(seed.id())
+    );
 }
 
 async fn a_refusal_is_the_outcome_of_its_request(kind: impl Kind) {
     let (child, mut seed) = kind.pair().await;
     let receiver = child.ask(seed.id(), 1, 10).await;
     seed.expect_request().await;
-    assert!(seed.peers.send(child.id(), &Message::Reject { request: 1, reason: Refusal::Busy }));
-    assert!(matches!(outcome(receiver).await, Err(PeerError::Refused(Refusal::Busy))));
+    assert!(seed.peers.send(
+        child.id(),
+        &Message::Reject {
+            request: 1,
+            reason: Refusal::Busy
+        }
+    ));
+    assert!(matches!(
+        outcome(receiver).await,
+        Err(PeerError::Refused(Refusal::Busy))
+    ));
 }
 
 async fn too_many_requests_are_told_busy(kind: impl Kind) {
@@ -298,10 +410,14 @@ async fn too_many_requests_are_told_busy(kind: impl Kind) {
         receivers.push(child.ask(seed.id(), request, 10).await);
     }
     let last = receivers.pop().unwrap();
-    assert!(matches!(outcome(last).await, Err(PeerError::Refused(Refusal::Busy))));
+    assert!(matches!(
+        outcome(last).await,
+        Err(PeerError::Refused(Refusal::Busy))
+    ));
     for _ in 0..64 {
         let (_, request, _) = seed.expect_request().await;
-        seed.peers.upload(child.id(), request, PieceSource::Memory(bytes(10)));
+        seed.peers
+            .upload(child.id(), request, PieceSource::Memory(bytes(10)));
     }
     for receiver in receivers {
         outcome(receiver).await.unwrap();
@@ -315,14 +431,25 @@ async fn a_cancelled_request_ends_at_both_sides(kind: impl Kind) {
     child.peers.cancel(seed.id(), 1);
     assert!(matches!(outcome(receiver).await, Err(PeerError::Cancelled)));
     let told = seed.event().await;
-    assert!(matches!(told, PeerEvent::Message { message: Message::Cancel { request: 1 }, .. }), "{told:?}");
+    assert!(
+        matches!(
+            told,
+            PeerEvent::Message {
+                message: Message::Cancel { request: 1 },
+                ..
+            }
+        ),
+        "{told:?}"
+    );
     // An upload that is handed over after the cancel ends like every other one.
-    seed.peers.upload(child.id(), 1, PieceSource::Memory(bytes(10)));
+    seed.peers
+        .upload(child.id(), 1, PieceSource::Memory(bytes(10)));
     assert_eq!(seed.expect_uploaded().await, (1, 0, false));
     // The number is free again.
     let receiver = child.ask(seed.id(), 1, 10).await;
     seed.expect_request().await;
-    seed.peers.upload(child.id(), 1, PieceSource::Memory(bytes(10)));
+    seed.peers
+        .upload(child.id(), 1, PieceSource::Memory(bytes(10)));
     assert_eq!(outcome(receiver).await.unwrap().buffer.filled(), bytes(10));
     assert_eq!(seed.expect_uploaded().await, (1, 10, true));
 }
@@ -340,8 +467,18 @@ async fn a_piece_that_cannot_be_read_is_refused(kind: impl Kind) {
     let receiver = child.ask(seed.id(), 1, MIB).await;
     seed.expect_request().await;
     let file = file_with(&bytes(MIB / 2));
-    seed.peers.upload(child.id(), 1, PieceSource::File { file, range: 0..MIB as u64 });
-    assert!(matches!(outcome(receiver).await, Err(PeerError::Refused(Refusal::Unable))));
+    seed.peers.upload(
+        child.id(),
+        1,
+        PieceSource::File {
+            file,
+            range: 0..MIB as u64,
+        },
+    );
+    assert!(matches!(
+        outcome(receiver).await,
+        Err(PeerError::Refused(Refusal::Unable))
+    ));
     assert!(!seed.expect_uploaded().await.2);
 }
 
@@ -409,11 +546,24 @@ of_all_kinds!(in_memory, Memory::new());
 async fn a_member_in_memory_lies_and_is_slow_on_demand() {
     let kind = Memory::new();
     let (child, mut seed) = kind.pair().await;
-    kind.network.conduct(seed.id(), Conduct { lies: true, rate_bytes: Some(1 << 20) });
+    kind.network.conduct(
+        seed.id(),
+        Conduct {
+            lies: true,
+            rate_bytes: Some(1 << 20),
+        },
+    );
     let began = std::time::Instant::now();
     let receiver = child.ask(seed.id(), 1, 100 << 10).await;
     seed.expect_request().await;
-    seed.peers.upload(child.id(), 1, PieceSource::Memory(bytes(100 << 10)));
-    assert_ne!(outcome(receiver).await.unwrap().buffer.filled(), bytes(100 << 10));
-    assert!(began.elapsed() >= Duration::from_millis(97) && kind.network.sent_bytes(seed.id()) == 100 << 10);
+    seed.peers
+        .upload(child.id(), 1, PieceSource::Memory(bytes(100 << 10)));
+    assert_ne!(
+        outcome(receiver).await.unwrap().buffer.filled(),
+        bytes(100 << 10)
+    );
+    assert!(
+        began.elapsed() >= Duration::from_millis(97)
+            && kind.network.sent_bytes(seed.id()) == 100 << 10
+    );
 }

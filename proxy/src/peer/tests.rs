@@ -22,11 +22,21 @@ const ALPN: &[u8] = b"hawker-peer/3";
 struct NoManifests;
 
 impl ManifestSource for NoManifests {
-    fn manifest(&self, source: Source, digest: Digest, token: Option<Bearer>) -> ManifestAnswer<'_> {
+    fn manifest(
+        &self,
+        source: Source,
+        digest: Digest,
+        token: Option<Bearer>,
+    ) -> ManifestAnswer<'_> {
         Box::pin(async move {
             {
                 let token = token.map_or_else(String::new, |token| token.reveal().to_owned());
-                (200, source.repository + &token, Bytes::from(digest.to_string()), true)
+                (
+                    200,
+                    source.repository + &token,
+                    Bytes::from(digest.to_string()),
+                    true,
+                )
             }
         })
     }
@@ -39,7 +49,12 @@ impl Cluster {
 }
 
 async fn start(identity: Identity, max_connections: usize, live: LiveSettings) -> Node<TlsPeers> {
-    start_live(identity, max_connections, Arc::new(ArcSwap::from_pointee(live))).await
+    start_live(
+        identity,
+        max_connections,
+        Arc::new(ArcSwap::from_pointee(live)),
+    )
+    .await
 }
 
 async fn start_live(
@@ -62,11 +77,19 @@ async fn start_live(
         manifests: Arc::new(NoManifests),
         events: sender,
     };
-    Node::new(TlsPeers::start(config, vec![listener]), events, identity, address)
+    Node::new(
+        TlsPeers::start(config, vec![listener]),
+        events,
+        identity,
+        address,
+    )
 }
 
 async fn connected_pair(cluster: &Cluster) -> (Node<TlsPeers>, Node<TlsPeers>) {
-    let (mut child, mut seed) = (cluster.node(Role::Peer).await, cluster.node(Role::Seed).await);
+    let (mut child, mut seed) = (
+        cluster.node(Role::Peer).await,
+        cluster.node(Role::Seed).await,
+    );
     connect(&mut child, &mut seed).await;
     (child, seed)
 }
@@ -80,17 +103,29 @@ struct Rogue {
 
 impl Rogue {
     async fn connect(cluster: &Cluster, to: &mut Node<TlsPeers>) -> Self {
-        let rogue = Self::connect_saying(cluster.identity(Role::Seed), to, hello(VERSION.major, 1)).await;
+        let rogue =
+            Self::connect_saying(cluster.identity(Role::Seed), to, hello(VERSION.major, 1)).await;
         to.expect_up(rogue.identity.peer_id()).await;
         rogue
     }
 
-    async fn connect_saying(identity: Identity, to: &Node<TlsPeers>, first: v1::PeerMessage) -> Self {
+    async fn connect_saying(
+        identity: Identity,
+        to: &Node<TlsPeers>,
+        first: v1::PeerMessage,
+    ) -> Self {
         let tcp = TcpStream::connect(&to.address).await.unwrap();
         let connector = TlsConnector::from(identity.client_config(ALPN));
-        let tls = connector.connect(identity::peer_name(to.id()), tcp).await.unwrap();
+        let tls = connector
+            .connect(identity::peer_name(to.id()), tcp)
+            .await
+            .unwrap();
         let (reader, out) = tokio::io::split(TlsStream::from(tls));
-        let mut rogue = Self { frames: FrameReader::new(reader), out, identity };
+        let mut rogue = Self {
+            frames: FrameReader::new(reader),
+            out,
+            identity,
+        };
         rogue.say(first).await;
         rogue
     }
@@ -107,12 +142,15 @@ impl Rogue {
     }
 
     async fn data(&mut self, request: u32, data: &[u8]) {
-        self.write(&[&data_header(request, data.len())[..], data].concat()).await;
+        self.write(&[&data_header(request, data.len())[..], data].concat())
+            .await;
     }
 
     async fn hear(&mut self) -> Option<v1::PeerMessage> {
         match timeout(SOON, self.frames.next()).await.unwrap() {
-            Ok(Some(Frame::Control(len))) => Some(self.frames.control(len, || (), |_| true).await.unwrap()),
+            Ok(Some(Frame::Control(len))) => {
+                Some(self.frames.control(len, || (), |_| true).await.unwrap())
+            }
             Ok(Some(_)) => panic!("data"),
             Ok(None) | Err(_) => None,
         }
@@ -120,7 +158,9 @@ impl Rogue {
 
     async fn hear_request(&mut self) -> u32 {
         loop {
-            if let Some(Wire::Request(request)) = self.hear().await.expect("still connected").message {
+            if let Some(Wire::Request(request)) =
+                self.hear().await.expect("still connected").message
+            {
                 return request.request;
             }
         }
@@ -129,17 +169,34 @@ impl Rogue {
 
 fn hello(major: u32, instance: u64) -> v1::PeerMessage {
     let version = Some(v1::Version { major, minor: 9 });
-    let hello = v1::Hello { version, name: "rogue".to_owned(), addresses: vec![], instance };
-    v1::PeerMessage { message: Some(Wire::Hello(hello)) }
+    let hello = v1::Hello {
+        version,
+        name: "rogue".to_owned(),
+        addresses: vec![],
+        instance,
+    };
+    v1::PeerMessage {
+        message: Some(Wire::Hello(hello)),
+    }
 }
 
 #[tokio::test]
 async fn a_warm_connection_is_reused_and_concurrent_dials_are_one() {
     let cluster = Cluster::new();
-    let (mut child, mut seed) = (cluster.node(Role::Peer).await, cluster.node(Role::Seed).await);
+    let (mut child, mut seed) = (
+        cluster.node(Role::Peer).await,
+        cluster.node(Role::Seed).await,
+    );
     let dial = seed.dial_to();
-    let any = Dial { peer: None, ..dial.clone() };
-    let (a, b, c) = tokio::join!(child.peers.dial(&dial), child.peers.dial(&dial), child.peers.dial(&dial));
+    let any = Dial {
+        peer: None,
+        ..dial.clone()
+    };
+    let (a, b, c) = tokio::join!(
+        child.peers.dial(&dial),
+        child.peers.dial(&dial),
+        child.peers.dial(&dial)
+    );
     assert_eq!((a, b, c), (Ok(seed.id()), Ok(seed.id()), Ok(seed.id())));
     assert_eq!(child.peers.dial(&any).await, Ok(seed.id()));
     child.expect_up(seed.id()).await;
@@ -151,15 +208,30 @@ async fn a_warm_connection_is_reused_and_concurrent_dials_are_one() {
 #[tokio::test]
 async fn the_wrong_member_role_cluster_or_oneself_is_not_reached() {
     let (cluster, foreign) = (Cluster::new(), Cluster::new());
-    let (child, other) = (cluster.node(Role::Peer).await, cluster.node(Role::Peer).await);
+    let (child, other) = (
+        cluster.node(Role::Peer).await,
+        cluster.node(Role::Peer).await,
+    );
     let stranger = foreign.node(Role::Seed).await;
     let dials = [
-        Dial { peer: None, addresses: vec![other.address.to_string()] },
-        Dial { peer: Some(PeerId([1; 16])), addresses: vec![other.address.to_string()] },
+        Dial {
+            peer: None,
+            addresses: vec![other.address.to_string()],
+        },
+        Dial {
+            peer: Some(PeerId([1; 16])),
+            addresses: vec![other.address.to_string()],
+        },
         stranger.dial_to(),
-        Dial { peer: None, addresses: vec![stranger.address.to_string()] },
+        Dial {
+            peer: None,
+            addresses: vec![stranger.address.to_string()],
+        },
         child.dial_to(),
-        Dial { peer: Some(other.id()), addresses: vec![] },
+        Dial {
+            peer: Some(other.id()),
+            addresses: vec![],
+        },
         Dial {
             peer: Some(other.id()),
             addresses: vec!["nowhere.invalid:1".to_owned(), "127.0.0.1:1".to_owned()],
@@ -167,10 +239,16 @@ async fn the_wrong_member_role_cluster_or_oneself_is_not_reached() {
     ];
     for dial in dials {
         let result = child.peers.dial(&dial).await;
-        assert!(matches!(result, Err(PeerError::Unreachable(_))), "{dial:?} {result:?}");
+        assert!(
+            matches!(result, Err(PeerError::Unreachable(_))),
+            "{dial:?} {result:?}"
+        );
     }
     let seed = cluster.node(Role::Seed).await;
-    let own = Dial { peer: None, addresses: vec![seed.address.to_string()] };
+    let own = Dial {
+        peer: None,
+        addresses: vec![seed.address.to_string()],
+    };
     assert!(
         matches!(seed.peers.dial(&own).await, Err(PeerError::Unreachable(why)) if why.contains("itself"))
     );
@@ -181,7 +259,10 @@ async fn the_wrong_member_role_cluster_or_oneself_is_not_reached() {
 async fn two_that_dial_each_other_at_once_see_each_other_come_up_once() {
     let cluster = Cluster::new();
     for _ in 0..5 {
-        let (mut a, mut b) = (cluster.node(Role::Peer).await, cluster.node(Role::Peer).await);
+        let (mut a, mut b) = (
+            cluster.node(Role::Peer).await,
+            cluster.node(Role::Peer).await,
+        );
         let (to_a, to_b) = (a.dial_to(), b.dial_to());
         let (x, y) = tokio::join!(a.peers.dial(&to_b), b.peers.dial(&to_a));
         assert_eq!((x, y), (Ok(b.id()), Ok(a.id())));
@@ -190,7 +271,10 @@ async fn two_that_dial_each_other_at_once_see_each_other_come_up_once() {
         let receiver = a.ask(b.id(), 1, 1000).await;
         b.expect_request().await;
         b.peers.upload(a.id(), 1, PieceSource::Memory(bytes(1000)));
-        assert_eq!(outcome(receiver).await.unwrap().buffer.filled(), bytes(1000));
+        assert_eq!(
+            outcome(receiver).await.unwrap().buffer.filled(),
+            bytes(1000)
+        );
         b.peers.drop_peer(a.id());
         a.expect_down(b.id()).await;
         b.expect_down(a.id()).await;
@@ -213,18 +297,24 @@ async fn control_overtakes_the_bytes_of_a_big_upload_and_pieces_are_interleaved(
         let small = child.ask(seed.id(), 2, MIB).await;
         for len in [data.len(), MIB] {
             let (_, request, _) = seed.expect_request().await;
-            seed.peers.upload(child.id(), request, PieceSource::Memory(data.slice(..len)));
+            seed.peers
+                .upload(child.id(), request, PieceSource::Memory(data.slice(..len)));
         }
         tokio::time::sleep(Duration::from_millis(10)).await;
         let mut slowest = Duration::ZERO;
         for _ in 0..10 {
             let said = Instant::now();
-            assert!(seed.peers.send(child.id(), &Message::Working { task: task() }));
+            assert!(
+                seed.peers
+                    .send(child.id(), &Message::Working { task: task() })
+            );
             assert!(matches!(child.event().await, PeerEvent::Message { .. }));
             slowest = slowest.max(said.elapsed());
         }
         let meanwhile = big.try_recv().is_err();
-        println!("rate {rate:?}: slowest control message {slowest:?}, upload under way: {meanwhile}");
+        println!(
+            "rate {rate:?}: slowest control message {slowest:?}, upload under way: {meanwhile}"
+        );
         assert!(slowest < Duration::from_millis(500), "{slowest:?}");
         // The small one ends long before the big one though it was asked for after it.
         outcome(small).await.unwrap();
@@ -250,7 +340,10 @@ async fn a_cancelled_piece_stops_and_the_connection_goes_on() {
     seed.peers.upload(
         child.id(),
         1,
-        PieceSource::File { file: file_with(&data), range: 0..data.len() as u64 },
+        PieceSource::File {
+            file: file_with(&data),
+            range: 0..data.len() as u64,
+        },
     );
     tokio::time::sleep(Duration::from_millis(100)).await;
     child.peers.cancel(seed.id(), 1);
@@ -260,7 +353,8 @@ async fn a_cancelled_piece_stops_and_the_connection_goes_on() {
     assert!(sent < data.len() as u64);
     let receiver = child.ask(seed.id(), 2, 10).await;
     seed.expect_request().await;
-    seed.peers.upload(child.id(), 2, PieceSource::Memory(data.slice(..10)));
+    seed.peers
+        .upload(child.id(), 2, PieceSource::Memory(data.slice(..10)));
     outcome(receiver).await.unwrap();
     // Handed over after the cancel, or never asked for: told all the same.
     seed.expect_uploaded().await;
@@ -285,10 +379,20 @@ async fn more_bytes_than_the_piece_has_end_the_connection() {
 async fn bytes_and_frames_that_no_honest_member_sends_end_the_connection() {
     let cluster = Cluster::new();
     let request = || {
-        let request =
-            v1::Request { request: 5, task: task().to_string(), piece: 0, prefetch: false, priority: None };
+        let request = v1::Request {
+            request: 5,
+            task: task().to_string(),
+            piece: 0,
+            prefetch: false,
+            priority: None,
+        };
         let mut frame = Vec::new();
-        put_control(&v1::PeerMessage { message: Some(Wire::Request(request)) }, &mut frame);
+        put_control(
+            &v1::PeerMessage {
+                message: Some(Wire::Request(request)),
+            },
+            &mut frame,
+        );
         frame
     };
     let cases: [Vec<u8>; 5] = [
@@ -314,8 +418,16 @@ async fn unknown_messages_and_kinds_of_later_versions_are_ignored() {
     rogue.write(&[0, 0, 0, 3, 99, 1, 2]).await;
     // Field 900 of the message, empty.
     rogue.write(&[0, 0, 0, 4, 1, 0xa2, 0x38, 0x00]).await;
-    rogue.say(convert::peer_message(&Message::Working { task: task() })).await;
-    assert!(matches!(node.event().await, PeerEvent::Message { message: Message::Working { .. }, .. }));
+    rogue
+        .say(convert::peer_message(&Message::Working { task: task() }))
+        .await;
+    assert!(matches!(
+        node.event().await,
+        PeerEvent::Message {
+            message: Message::Working { .. },
+            ..
+        }
+    ));
 }
 
 #[tokio::test]
@@ -330,7 +442,9 @@ async fn a_peer_that_stalls_fails_the_piece_and_its_late_bytes_are_ignored() {
     rogue.data(1, &[0; 600]).await;
     let within = child.ask(id, 2, 1000).await;
     rogue.hear_request().await;
-    rogue.write(&[&data_header(2, 1000)[..], &[0; 10]].concat()).await;
+    rogue
+        .write(&[&data_header(2, 1000)[..], &[0; 10]].concat())
+        .await;
     let asked = Instant::now();
     assert!(matches!(outcome(between).await, Err(PeerError::Stalled)));
     assert!(matches!(outcome(within).await, Err(PeerError::Stalled)));
@@ -359,9 +473,16 @@ async fn a_peer_that_lets_control_pile_up_is_dropped() {
 async fn another_major_version_is_refused() {
     let cluster = Cluster::new();
     let mut node = cluster.node(Role::Peer).await;
-    let mut rogue =
-        Rogue::connect_saying(cluster.identity(Role::Seed), &node, hello(VERSION.major + 1, 1)).await;
-    assert!(matches!(rogue.hear().await.unwrap().message, Some(Wire::Hello(_))));
+    let mut rogue = Rogue::connect_saying(
+        cluster.identity(Role::Seed),
+        &node,
+        hello(VERSION.major + 1, 1),
+    )
+    .await;
+    assert!(matches!(
+        rogue.hear().await.unwrap().message,
+        Some(Wire::Hello(_))
+    ));
     assert!(rogue.hear().await.is_none());
     assert!(node.events.try_recv().is_err());
 }
@@ -372,7 +493,8 @@ async fn a_member_that_restarted_is_seen_to_go_and_come_back() {
     let mut node = cluster.node(Role::Peer).await;
     let first = Rogue::connect(&cluster, &mut node).await;
     let id = first.identity.peer_id();
-    let _second = Rogue::connect_saying(first.identity.clone(), &node, hello(VERSION.major, 2)).await;
+    let _second =
+        Rogue::connect_saying(first.identity.clone(), &node, hello(VERSION.major, 2)).await;
     node.expect_down(id).await;
     node.expect_up(id).await;
 }
@@ -384,9 +506,19 @@ async fn a_renewed_certificate_is_shown_on_new_connections() {
     let seed = cluster.node(Role::Seed).await;
     let request = seed.identity.renewal_request().unwrap();
     // As if the authority had made it an ordinary peer: its new certificate has no seed's name.
-    let renewed =
-        cluster.0.issue(&request, Role::Peer, Duration::from_secs(3600), SystemTime::now()).unwrap();
-    let any = Dial { peer: None, addresses: vec![seed.address.to_string()] };
+    let renewed = cluster
+        .0
+        .issue(
+            &request,
+            Role::Peer,
+            Duration::from_secs(3600),
+            SystemTime::now(),
+        )
+        .unwrap();
+    let any = Dial {
+        peer: None,
+        addresses: vec![seed.address.to_string()],
+    };
     assert_eq!(child.peers.dial(&any).await, Ok(seed.id()));
     child.peers.drop_peer(seed.id());
     while !child.peers.connected().is_empty() {
@@ -401,17 +533,32 @@ async fn a_renewed_certificate_is_shown_on_new_connections() {
 async fn manifests_are_asked_for_and_answered() {
     let cluster = Cluster::new();
     let (child, seed) = connected_pair(&cluster).await;
-    let source = Source { registry: "docker.io".to_owned(), repository: "library/debian".to_owned() };
+    let source = Source {
+        registry: "docker.io".to_owned(),
+        repository: "library/debian".to_owned(),
+    };
     let (task, token) = (task(), Bearer::new("-lent"));
-    let asks = (0..40).map(|_| child.peers.manifest(seed.id(), &source, &task, token.as_ref()));
+    let asks = (0..40).map(|_| {
+        child
+            .peers
+            .manifest(seed.id(), &source, &task, token.as_ref())
+    });
     let mut answers = Vec::new();
     for ask in asks {
         answers.push(ask.await.unwrap());
     }
-    let expected = (200, "library/debian-lent".to_owned(), Bytes::from(task.to_string()), true);
+    let expected = (
+        200,
+        "library/debian-lent".to_owned(),
+        Bytes::from(task.to_string()),
+        true,
+    );
     assert!(answers.iter().all(|answer| *answer == expected));
     assert!(matches!(
-        child.peers.manifest(PeerId([1; 16]), &source, &task, None).await,
+        child
+            .peers
+            .manifest(PeerId([1; 16]), &source, &task, None)
+            .await,
         Err(PeerError::Lost)
     ));
 }
@@ -420,8 +567,11 @@ async fn manifests_are_asked_for_and_answered() {
 async fn past_the_limit_inbound_is_turned_away_and_outbound_replaces_the_idlest() {
     let cluster = Cluster::new();
     let mut full = start(cluster.identity(Role::Peer), 2, LiveSettings::default()).await;
-    let (a, b, c) =
-        (cluster.node(Role::Peer).await, cluster.node(Role::Peer).await, cluster.node(Role::Peer).await);
+    let (a, b, c) = (
+        cluster.node(Role::Peer).await,
+        cluster.node(Role::Peer).await,
+        cluster.node(Role::Peer).await,
+    );
     full.peers.dial(&a.dial_to()).await.unwrap();
     full.expect_up(a.id()).await;
     full.peers.dial(&b.dial_to()).await.unwrap();
@@ -433,8 +583,14 @@ async fn past_the_limit_inbound_is_turned_away_and_outbound_replaces_the_idlest(
     full.peers.dial(&c.dial_to()).await.unwrap();
     let mut seen = vec![full.event().await, full.event().await];
     seen.sort_by_key(|event| matches!(event, PeerEvent::Up { .. }));
-    assert!(matches!(seen[0], PeerEvent::Down { peer } if peer == b.id()), "{seen:?}");
-    assert!(matches!(seen[1], PeerEvent::Up { peer, .. } if peer == c.id()), "{seen:?}");
+    assert!(
+        matches!(seen[0], PeerEvent::Down { peer } if peer == b.id()),
+        "{seen:?}"
+    );
+    assert!(
+        matches!(seen[1], PeerEvent::Up { peer, .. } if peer == c.id()),
+        "{seen:?}"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -449,14 +605,18 @@ async fn draining_ends_uploads_first_and_refuses_new_work() {
     let data = bytes(4 * MIB);
     let receiver = child.ask(seed.id(), 1, data.len()).await;
     seed.expect_request().await;
-    seed.peers.upload(child.id(), 1, PieceSource::Memory(data.clone()));
+    seed.peers
+        .upload(child.id(), 1, PieceSource::Memory(data.clone()));
     let draining = tokio::spawn({
         let peers = seed.peers.clone();
         async move { peers.drain(Duration::from_secs(10)).await }
     });
     tokio::time::sleep(Duration::from_millis(50)).await;
     let late = child.ask(seed.id(), 2, 10).await;
-    assert!(matches!(outcome(late).await, Err(PeerError::Refused(Refusal::Draining))));
+    assert!(matches!(
+        outcome(late).await,
+        Err(PeerError::Refused(Refusal::Draining))
+    ));
     assert_eq!(outcome(receiver).await.unwrap().buffer.filled(), data);
     timeout(SOON, draining).await.unwrap().unwrap();
     child.expect_down(seed.id()).await;
@@ -495,7 +655,11 @@ async fn idle_strangers_do_not_shut_the_port() {
     let member = cluster.node(Role::Peer).await;
     member.peers.dial(&node.dial_to()).await.unwrap();
     node.expect_up(member.id()).await;
-    assert!(asked.elapsed() < Duration::from_secs(1), "{:?}", asked.elapsed());
+    assert!(
+        asked.elapsed() < Duration::from_secs(1),
+        "{:?}",
+        asked.elapsed()
+    );
 }
 
 #[tokio::test]
@@ -504,7 +668,11 @@ async fn strangers_that_say_nothing_are_dropped_soon() {
     let node = cluster.node(Role::Peer).await;
     let mut idle = TcpStream::connect(&node.address).await.unwrap();
     let mut byte = [0];
-    let end = timeout(Duration::from_secs(5), tokio::io::AsyncReadExt::read(&mut idle, &mut byte)).await;
+    let end = timeout(
+        Duration::from_secs(5),
+        tokio::io::AsyncReadExt::read(&mut idle, &mut byte),
+    )
+    .await;
     assert!(matches!(end, Ok(Ok(0) | Err(_))), "{end:?}");
 }
 
@@ -515,14 +683,22 @@ async fn one_member_has_few_connections() {
     let first = Rogue::connect(&cluster, &mut node).await;
     let mut others = Vec::new();
     for _ in 0..10 {
-        let mut other = Rogue::connect_saying(first.identity.clone(), &node, hello(VERSION.major, 1)).await;
-        assert!(matches!(other.hear().await.unwrap().message, Some(Wire::Hello(_))));
+        let mut other =
+            Rogue::connect_saying(first.identity.clone(), &node, hello(VERSION.major, 1)).await;
+        assert!(matches!(
+            other.hear().await.unwrap().message,
+            Some(Wire::Hello(_))
+        ));
         others.push(other);
     }
     let mut open = 0;
     for other in &mut others {
         // Only pings are said on those that stand.
-        open += usize::from(timeout(Duration::from_millis(200), other.frames.next()).await.is_err());
+        open += usize::from(
+            timeout(Duration::from_millis(200), other.frames.next())
+                .await
+                .is_err(),
+        );
     }
     assert_eq!(open, 3, "beside the first");
     let member = cluster.node(Role::Peer).await;
@@ -540,7 +716,10 @@ async fn a_member_that_breaks_the_protocol_is_refused_for_a_while_and_others_are
     node.expect_down(identity.peer_id()).await;
     let mut again = Rogue::connect_saying(identity.clone(), &node, hello(VERSION.major, 1)).await;
     assert!(again.hear().await.is_none(), "not even a hello");
-    let to_rogue = Dial { peer: Some(identity.peer_id()), addresses: vec!["127.0.0.1:1".to_owned()] };
+    let to_rogue = Dial {
+        peer: Some(identity.peer_id()),
+        addresses: vec!["127.0.0.1:1".to_owned()],
+    };
     assert!(node.peers.dial(&to_rogue).await.is_err());
     let member = cluster.node(Role::Peer).await;
     member.peers.dial(&node.dial_to()).await.unwrap();
@@ -556,7 +735,11 @@ async fn only_tables_and_manifests_that_were_asked_for_may_be_long() {
         let mut rogue = Rogue::connect(&cluster, &mut node).await;
         rogue.write(&(1u32 << 20).to_be_bytes()).await;
         rogue.write(&[1, tag, 0]).await;
-        let down = timeout(Duration::from_millis(500), node.expect_down(rogue.identity.peer_id())).await;
+        let down = timeout(
+            Duration::from_millis(500),
+            node.expect_down(rogue.identity.peer_id()),
+        )
+        .await;
         assert_eq!(down.is_err(), is_allowed, "{tag}");
     }
 }
@@ -597,10 +780,13 @@ fn the_data_path_is_cheap() {
     };
     let (here, there) = (runtime("cost-receive"), runtime("cost-send"));
     let cluster = Cluster::new();
-    let mut child =
-        here.block_on(here.spawn(async move { (cluster.node(Role::Peer).await, cluster) })).unwrap();
+    let mut child = here
+        .block_on(here.spawn(async move { (cluster.node(Role::Peer).await, cluster) }))
+        .unwrap();
     let cluster = child.1;
-    let mut seed = there.block_on(there.spawn(async move { cluster.node(Role::Seed).await })).unwrap();
+    let mut seed = there
+        .block_on(there.spawn(async move { cluster.node(Role::Seed).await }))
+        .unwrap();
     let data = bytes(4 * MIB);
     let pieces = 96;
     let (to_seed, child_id) = (seed.dial_to(), child.0.id());
@@ -609,7 +795,14 @@ fn the_data_path_is_cheap() {
         for _ in 0..pieces {
             let (_, request, _) = seed.expect_request().await;
             let range = 0..4 * MIB as u64;
-            seed.peers.upload(child_id, request, PieceSource::File { file: Arc::clone(&file), range });
+            seed.peers.upload(
+                child_id,
+                request,
+                PieceSource::File {
+                    file: Arc::clone(&file),
+                    range,
+                },
+            );
         }
         seed
     });
@@ -632,7 +825,9 @@ fn the_data_path_is_cheap() {
     let gib = f64::from(pieces) * data.len() as f64 / f64::from(1 << 30);
     let rate = gib * 1024.0 / wall.elapsed().as_secs_f64();
     let (receiving, sending) = (cpu_s("cost-receive") / gib, cpu_s("cost-send") / gib);
-    println!("{rate:.0} MiB/s; CPU seconds per GiB: receiving {receiving:.2}, sending {sending:.2}");
+    println!(
+        "{rate:.0} MiB/s; CPU seconds per GiB: receiving {receiving:.2}, sending {sending:.2}"
+    );
     drop(here.block_on(serve).unwrap());
     // Generous, for other tests run beside this one: in quiet it is a quarter.
     assert!(receiving < 4.0 && sending < 4.0);
@@ -643,10 +838,16 @@ fn cpu_s(name: &str) -> f64 {
     let mut ticks = 0;
     for task in std::fs::read_dir("/proc/self/task").unwrap().flatten() {
         let stat = std::fs::read_to_string(task.path().join("stat")).unwrap_or_default();
-        let Some((start, rest)) = stat.rsplit_once(')') else { continue };
+        let Some((start, rest)) = stat.rsplit_once(')') else {
+            continue;
+        };
         if start.ends_with(&format!("({name}")) {
-            let fields: Vec<u64> =
-                rest.split_whitespace().skip(11).take(2).map(|f| f.parse().unwrap()).collect();
+            let fields: Vec<u64> = rest
+                .split_whitespace()
+                .skip(11)
+                .take(2)
+                .map(|f| f.parse().unwrap())
+                .collect();
             ticks += fields.iter().sum::<u64>();
         }
     }

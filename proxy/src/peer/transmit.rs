@@ -95,9 +95,14 @@ impl Sending {
     fn new(piece: PieceSource) -> Self {
         match piece {
             PieceSource::Memory(bytes) => Self::Memory(bytes),
-            PieceSource::File { file, range } => {
-                Self::File { file, unread: range, reading: false, now: Vec::new(), at: 0, ahead: None }
-            }
+            PieceSource::File { file, range } => Self::File {
+                file,
+                unread: range,
+                reading: false,
+                now: Vec::new(),
+                at: 0,
+                ahead: None,
+            },
         }
     }
 }
@@ -118,9 +123,14 @@ impl Upload {
     fn is_over(&self) -> bool {
         match &self.source {
             Sending::Memory(bytes) => bytes.is_empty(),
-            Sending::File { unread, reading, now, at, ahead, .. } => {
-                unread.is_empty() && !reading && *at == now.len() && ahead.is_none()
-            }
+            Sending::File {
+                unread,
+                reading,
+                now,
+                at,
+                ahead,
+                ..
+            } => unread.is_empty() && !reading && *at == now.len() && ahead.is_none(),
         }
     }
 
@@ -209,7 +219,9 @@ impl<W: AsyncWrite + Unpin> Transmitter<W> {
 
     fn gather(&mut self) {
         while self.control.len() < GATHERED_BYTES {
-            let Ok(outgoing) = self.queues.control.try_recv() else { break };
+            let Ok(outgoing) = self.queues.control.try_recv() else {
+                break;
+            };
             put(&self.connection, &mut self.control, &outgoing);
         }
     }
@@ -225,10 +237,17 @@ impl<W: AsyncWrite + Unpin> Transmitter<W> {
             self.end(at, true);
         }
         while self.active.len() < ACTIVE_AT_MOST {
-            let Some((request, piece)) = self.waiting.pop_front() else { break };
+            let Some((request, piece)) = self.waiting.pop_front() else {
+                break;
+            };
             let serial = self.next_serial;
             self.next_serial += 1;
-            self.active.push_back(Upload { serial, request, sent: 0, source: Sending::new(piece) });
+            self.active.push_back(Upload {
+                serial,
+                request,
+                sent: 0,
+                source: Sending::new(piece),
+            });
         }
         for at in 0..self.active.len() {
             self.read_ahead(at);
@@ -239,11 +258,23 @@ impl<W: AsyncWrite + Unpin> Transmitter<W> {
         match order {
             Order::Send(request, piece) => self.waiting.push_back((request, piece)),
             Order::Drop(request) => {
-                if let Some(at) = self.active.iter().position(|upload| upload.request == request) {
+                if let Some(at) = self
+                    .active
+                    .iter()
+                    .position(|upload| upload.request == request)
+                {
                     self.end(at, false);
-                } else if let Some(at) = self.waiting.iter().position(|(waiting, _)| *waiting == request) {
+                } else if let Some(at) = self
+                    .waiting
+                    .iter()
+                    .position(|(waiting, _)| *waiting == request)
+                {
                     self.waiting.remove(at);
-                    self.over.push_back(Over { request, sent: 0, complete: false });
+                    self.over.push_back(Over {
+                        request,
+                        sent: 0,
+                        complete: false,
+                    });
                 }
             }
         }
@@ -253,22 +284,45 @@ impl<W: AsyncWrite + Unpin> Transmitter<W> {
     fn end(&mut self, at: usize, complete: bool) {
         if let Some(Upload { request, sent, .. }) = self.active.remove(at) {
             self.connection.no_more_asked(request);
-            self.over.push_back(Over { request, sent, complete });
+            self.over.push_back(Over {
+                request,
+                sent,
+                complete,
+            });
         }
     }
 
     async fn tell_over(&mut self) {
-        while let Some(Over { request, sent, complete }) = self.over.front() {
-            self.hub.uploaded(self.connection.remote.peer, *request, *sent, *complete).await;
+        while let Some(Over {
+            request,
+            sent,
+            complete,
+        }) = self.over.front()
+        {
+            self.hub
+                .uploaded(self.connection.remote.peer, *request, *sent, *complete)
+                .await;
             self.over.pop_front();
         }
     }
 
     /// Keeps one chunk of a file ahead of the one being sent.
     fn read_ahead(&mut self, at: usize) {
-        let Some(upload) = self.active.get_mut(at) else { return };
+        let Some(upload) = self.active.get_mut(at) else {
+            return;
+        };
         let serial = upload.serial;
-        let Sending::File { file, unread, reading, now, at, ahead } = &mut upload.source else { return };
+        let Sending::File {
+            file,
+            unread,
+            reading,
+            now,
+            at,
+            ahead,
+        } = &mut upload.source
+        else {
+            return;
+        };
         if *at == now.len()
             && let Some(next) = ahead.take()
         {
@@ -291,13 +345,24 @@ impl<W: AsyncWrite + Unpin> Transmitter<W> {
             bytes.resize(len as usize, 0);
             let bytes = file.read_exact_at(&mut bytes, offset).map(|()| bytes);
             // An error means that the connection has ended and nobody wants it.
-            let _ = chunk_in.blocking_send(Chunk { upload: serial, bytes });
+            let _ = chunk_in.blocking_send(Chunk {
+                upload: serial,
+                bytes,
+            });
         });
     }
 
     fn place(&mut self, chunk: Chunk) {
-        let Some(at) = self.active.iter().position(|upload| upload.serial == chunk.upload) else { return };
-        let Sending::File { reading, ahead, .. } = &mut self.active[at].source else { return };
+        let Some(at) = self
+            .active
+            .iter()
+            .position(|upload| upload.serial == chunk.upload)
+        else {
+            return;
+        };
+        let Sending::File { reading, ahead, .. } = &mut self.active[at].source else {
+            return;
+        };
         *reading = false;
         match chunk.bytes {
             Ok(bytes) => *ahead = Some(bytes),
@@ -305,7 +370,10 @@ impl<W: AsyncWrite + Unpin> Transmitter<W> {
                 tracing::warn!(%error, "a piece can't be read from the store; its upload is broken off");
                 let request = self.active[at].request;
                 self.end(at, false);
-                self.connection.say(&Message::Reject { request, reason: Refusal::Unable });
+                self.connection.say(&Message::Reject {
+                    request,
+                    reason: Refusal::Unable,
+                });
             }
         }
     }
@@ -325,14 +393,17 @@ impl<W: AsyncWrite + Unpin> Transmitter<W> {
         if self.asked_for == 0 {
             self.asked_for = bytes;
             let limits = self.hub.limits.clone();
-            self.grant.set(async move { limits.take(Direction::Upload, bytes).await });
+            self.grant
+                .set(async move { limits.take(Direction::Upload, bytes).await });
         }
     }
 
     /// Sends a frame of the upload in front and puts it behind the others.
     async fn write_frame(&mut self) -> io::Result<()> {
         // It stays in its place while the write is under way: the write may be broken off, its end must be told.
-        let Some(upload) = self.active.front() else { return Ok(()) };
+        let Some(upload) = self.active.front() else {
+            return Ok(());
+        };
         let len = upload.next_frame_bytes();
         let header = data_header(upload.request, len);
         write_all_vectored(&mut self.io, &header, &upload.ready()[..len]).await?;
@@ -361,7 +432,11 @@ impl<W: AsyncWrite + Unpin> Transmitter<W> {
             self.end(0, upload.is_over());
         }
         for (request, _) in std::mem::take(&mut self.waiting) {
-            self.over.push_back(Over { request, sent: 0, complete: false });
+            self.over.push_back(Over {
+                request,
+                sent: 0,
+                complete: false,
+            });
         }
         self.tell_over().await;
     }
@@ -394,5 +469,7 @@ async fn write_all_vectored<W: AsyncWrite + Unpin>(
 }
 
 async fn write_within<T>(write: impl Future<Output = io::Result<T>>) -> io::Result<T> {
-    timeout(WRITE_DEADLINE, write).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+    timeout(WRITE_DEADLINE, write)
+        .await
+        .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
 }

@@ -73,7 +73,10 @@ pub(super) type Parts = Arc<[u64]>;
 
 /// A digest's first bytes. That two parts of one repository share them opens nothing that the caller may not have.
 fn short(digest: &Digest) -> u64 {
-    digest.as_bytes().first_chunk().map_or(0, |bytes| u64::from_be_bytes(*bytes))
+    digest
+        .as_bytes()
+        .first_chunk()
+        .map_or(0, |bytes| u64::from_be_bytes(*bytes))
 }
 
 /// The short form of what a manifest names.
@@ -117,14 +120,22 @@ impl Readable {
         match caller {
             _ if self.by.as_ref().is_some_and(|by| !Arc::ptr_eq(by, live)) => Age::Void,
             _ if age <= self.life => Age::Fresh,
-            Caller::Anybody if self.by.is_none() && age <= live.staleness.public_grace => Age::Stale,
+            Caller::Anybody if self.by.is_none() && age <= live.staleness.public_grace => {
+                Age::Stale
+            }
             _ => Age::Void,
         }
     }
 
     /// Whether a pull that outlives its token may have this blob: a manifest that the caller read in time names it, it has not
     /// gone to the caller yet, and the pull moves.
-    fn may_finish(&self, blob: &Digest, size_bytes: Option<u64>, pull_grace: Duration, now: Instant) -> bool {
+    fn may_finish(
+        &self,
+        blob: &Digest,
+        size_bytes: Option<u64>,
+        pull_grace: Duration,
+        now: Instant,
+    ) -> bool {
         let moves = now.saturating_duration_since(self.used) <= pull_grace;
         let in_time = now.saturating_duration_since(self.confirmed) <= self.life + LONGEST_PULL;
         let blob = short(blob);
@@ -153,7 +164,10 @@ impl Belonging {
 impl Caller {
     /// Whose right a grant is.
     pub(super) fn of(grant: &Grant) -> Self {
-        grant.authorization.as_ref().map_or(Caller::Anybody, |a| Caller::Client(a.hash()))
+        grant
+            .authorization
+            .as_ref()
+            .map_or(Caller::Anybody, |a| Caller::Client(a.hash()))
     }
 }
 
@@ -164,7 +178,10 @@ impl Access {
             belongs: LruCache::new(CAPACITY),
             read: LruCache::new(MANIFESTS),
         };
-        Self { facts: Mutex::new(facts), pull_grace }
+        Self {
+            facts: Mutex::new(facts),
+            pull_grace,
+        }
     }
 
     fn facts(&self) -> MutexGuard<'_, Facts> {
@@ -230,12 +247,30 @@ impl Access {
         by: Option<Arc<LiveSettings>>,
         now: Instant,
     ) {
-        let life = if caller == Caller::Anybody { READABLE } else { life };
+        let life = if caller == Caller::Anybody {
+            READABLE
+        } else {
+            life
+        };
         let (key, mut facts) = ((caller, source.clone()), self.facts());
         // Anew within its token's life: what went out before does not count against it.
-        let pulls = facts.readable.pop(&key).map(|before| before.pulls).unwrap_or_default();
+        let pulls = facts
+            .readable
+            .pop(&key)
+            .map(|before| before.pulls)
+            .unwrap_or_default();
         let served = HashMap::new();
-        facts.readable.put(key, Readable { confirmed: now, life, used: now, pulls, served, by });
+        facts.readable.put(
+            key,
+            Readable {
+                confirmed: now,
+                life,
+                used: now,
+                pulls,
+                served,
+                by,
+            },
+        );
     }
 
     /// The caller has read a manifest that names these blobs. It counts within its token's life only.
@@ -249,7 +284,9 @@ impl Access {
     ) {
         let mut facts = self.facts();
         let readable = facts.readable.get_mut(&(caller, source.clone()));
-        let Some(readable) = readable.filter(|r| r.age(caller, live, now) == Age::Fresh) else { return };
+        let Some(readable) = readable.filter(|r| r.age(caller, live, now) == Age::Fresh) else {
+            return;
+        };
         if caller == Caller::Anybody || readable.pulls.contains(&parts) {
             return;
         }
@@ -260,7 +297,14 @@ impl Access {
     }
 
     /// Bytes of a blob went to the caller.
-    pub(super) fn served(&self, caller: Caller, source: &Source, blob: &Digest, bytes: u64, now: Instant) {
+    pub(super) fn served(
+        &self,
+        caller: Caller,
+        source: &Source,
+        blob: &Digest,
+        bytes: u64,
+        now: Instant,
+    ) {
         if let Some(readable) = self.facts().readable.get_mut(&(caller, source.clone())) {
             readable.used = now;
             let blob = short(blob);
@@ -278,15 +322,32 @@ impl Access {
     }
 
     /// The origin, or a manifest read there, says that `digest` is part of the repository.
-    pub(super) fn belongs(&self, source: &Source, digest: &Digest, size_bytes: Option<u64>, now: Instant) {
+    pub(super) fn belongs(
+        &self,
+        source: &Source,
+        digest: &Digest,
+        size_bytes: Option<u64>,
+        now: Instant,
+    ) {
         let mut facts = self.facts();
         let key = (source.clone(), *digest);
         let size_bytes = size_bytes.or_else(|| facts.belongs.peek(&key).and_then(|b| b.size_bytes));
-        facts.belongs.put(key, Belonging { confirmed: now, size_bytes });
+        facts.belongs.put(
+            key,
+            Belonging {
+                confirmed: now,
+                size_bytes,
+            },
+        );
     }
 
     /// What a manifest of this repository names, if that was noted within the last minute: a manifest may be long.
-    pub(super) fn parts_of(&self, source: &Source, manifest: &Digest, now: Instant) -> Option<Parts> {
+    pub(super) fn parts_of(
+        &self,
+        source: &Source,
+        manifest: &Digest,
+        now: Instant,
+    ) -> Option<Parts> {
         let mut facts = self.facts();
         let (at, parts) = facts.read.get(&(source.clone(), *manifest))?;
         (now.saturating_duration_since(*at) < READ).then(|| Arc::clone(parts))
@@ -294,7 +355,9 @@ impl Access {
 
     /// A manifest of this repository names these.
     pub(super) fn names(&self, source: &Source, manifest: &Digest, parts: &Parts, now: Instant) {
-        self.facts().read.put((source.clone(), *manifest), (now, Arc::clone(parts)));
+        self.facts()
+            .read
+            .put((source.clone(), *manifest), (now, Arc::clone(parts)));
     }
 
     /// The origin refuses the repository to this caller. A refusal within the life of its token is a revocation and ends
@@ -325,8 +388,14 @@ mod tests {
 
     /// Settings with that grace for what is public.
     fn grace(public_grace: Duration) -> Arc<LiveSettings> {
-        let staleness = Staleness { tags: None, public_grace };
-        Arc::new(LiveSettings { staleness, ..LiveSettings::default() })
+        let staleness = Staleness {
+            tags: None,
+            public_grace,
+        };
+        Arc::new(LiveSettings {
+            staleness,
+            ..LiveSettings::default()
+        })
     }
 
     /// A day.
@@ -335,7 +404,10 @@ mod tests {
     }
 
     fn source(repository: &str) -> Source {
-        Source { registry: "r.example".into(), repository: repository.into() }
+        Source {
+            registry: "r.example".into(),
+            repository: repository.into(),
+        }
     }
 
     fn blob() -> Digest {
@@ -355,9 +427,15 @@ mod tests {
         let (a, digest, t) = (source("a"), blob(), Instant::now());
         let minutes = |m: u64| t + Duration::from_secs(60 * m);
         let access = access();
-        assert_eq!(access.standing(Caller::Anybody, &a, &digest, &live(), t), Standing::Unknown);
+        assert_eq!(
+            access.standing(Caller::Anybody, &a, &digest, &live(), t),
+            Standing::Unknown
+        );
         access.readable(Caller::Anybody, &a, LIFE, None, t);
-        assert_eq!(access.standing(Caller::Anybody, &a, &digest, &live(), t), Standing::Unknown);
+        assert_eq!(
+            access.standing(Caller::Anybody, &a, &digest, &live(), t),
+            Standing::Unknown
+        );
         access.belongs(&a, &digest, Some(1), t);
         for (at, expected) in [
             (0, Standing::Confirmed(Some(1))),
@@ -386,12 +464,25 @@ mod tests {
             access.readable(caller, &a, LIFE, None, t);
         }
         let hours = |h: u64| Duration::from_secs(3600 * h);
-        for (grace_hours, after, stale) in [(0, 1, false), (1, 1, true), (2, 3, false), (48, 47, true)] {
+        for (grace_hours, after, stale) in
+            [(0, 1, false), (1, 1, true), (2, 3, false), (48, 47, true)]
+        {
             let (live, at) = (grace(hours(grace_hours)), t + hours(after));
             let standing = access.standing(Caller::Anybody, &a, &digest, &live, at);
-            assert_eq!(standing == Standing::Stale(None), stale, "{grace_hours} {after}");
-            assert_eq!(access.reads(Caller::Anybody, &a, &live, at), stale, "{grace_hours} {after}");
-            assert!(!access.reads(client(1), &a, &live, at), "{grace_hours} {after}");
+            assert_eq!(
+                standing == Standing::Stale(None),
+                stale,
+                "{grace_hours} {after}"
+            );
+            assert_eq!(
+                access.reads(Caller::Anybody, &a, &live, at),
+                stale,
+                "{grace_hours} {after}"
+            );
+            assert!(
+                !access.reads(client(1), &a, &live, at),
+                "{grace_hours} {after}"
+            );
         }
         assert!(
             access.reads(client(1), &a, &grace(Duration::ZERO), t)
@@ -407,11 +498,19 @@ mod tests {
         access.readable(Caller::Anybody, &a, LIFE, Some(Arc::clone(&before)), t);
         let standing = |live, at| access.standing(Caller::Anybody, &a, &digest, live, at);
         assert_eq!(standing(&before, t), Standing::Confirmed(None));
-        assert_eq!(standing(&after, t), Standing::Unknown, "the configuration was read anew");
-        assert!(
-            access.reads(Caller::Anybody, &a, &before, t) && !access.reads(Caller::Anybody, &a, &after, t)
+        assert_eq!(
+            standing(&after, t),
+            Standing::Unknown,
+            "the configuration was read anew"
         );
-        assert_eq!(standing(&before, t + READABLE + Duration::from_secs(1)), Standing::Unknown);
+        assert!(
+            access.reads(Caller::Anybody, &a, &before, t)
+                && !access.reads(Caller::Anybody, &a, &after, t)
+        );
+        assert_eq!(
+            standing(&before, t + READABLE + Duration::from_secs(1)),
+            Standing::Unknown
+        );
         access.readable(Caller::Anybody, &a, LIFE, None, t);
         assert_eq!(
             standing(&after, t),
@@ -426,11 +525,23 @@ mod tests {
         let access = access();
         access.readable(client(1), &a, LIFE, None, t);
         access.belongs(&a, &digest, Some(1), t);
-        assert_eq!(access.standing(client(2), &a, &digest, &live(), t), Standing::Unknown);
-        assert_eq!(access.standing(Caller::Anybody, &a, &digest, &live(), t), Standing::Unknown);
-        assert_eq!(access.standing(client(1), &a, &digest, &live(), t), Standing::Confirmed(Some(1)));
+        assert_eq!(
+            access.standing(client(2), &a, &digest, &live(), t),
+            Standing::Unknown
+        );
+        assert_eq!(
+            access.standing(Caller::Anybody, &a, &digest, &live(), t),
+            Standing::Unknown
+        );
+        assert_eq!(
+            access.standing(client(1), &a, &digest, &live(), t),
+            Standing::Confirmed(Some(1))
+        );
         let silent = t + LIFE + Duration::from_secs(1);
-        assert_eq!(access.standing(client(1), &a, &digest, &live(), silent), Standing::Unknown);
+        assert_eq!(
+            access.standing(client(1), &a, &digest, &live(), silent),
+            Standing::Unknown
+        );
     }
 
     /// Two blobs of a manifest that client 1 read at `t`, with a token of 100 s; a third one that it does not name.
@@ -438,14 +549,23 @@ mod tests {
         let (access, t) = (access(), Instant::now());
         let blobs = [b"x", b"y", b"z"].map(|data| Digest::of(Algorithm::Sha256, data));
         access.readable(client(1), &source("a"), LIFE, None, t);
-        blobs.iter().for_each(|blob| access.belongs(&source("a"), blob, Some(1000), t));
+        blobs
+            .iter()
+            .for_each(|blob| access.belongs(&source("a"), blob, Some(1000), t));
         let read = t + Duration::from_secs(read_after_s);
-        access.pulls(client(1), &source("a"), short_parts(blobs[..2].iter()), &live(), read);
+        access.pulls(
+            client(1),
+            &source("a"),
+            short_parts(blobs[..2].iter()),
+            &live(),
+            read,
+        );
         (access, blobs, t)
     }
 
     fn let_in(access: &Access, blob: &Digest, at: Instant) -> bool {
-        access.standing(client(1), &source("a"), blob, &live(), at) == Standing::Confirmed(Some(1000))
+        access.standing(client(1), &source("a"), blob, &live(), at)
+            == Standing::Confirmed(Some(1000))
     }
 
     #[test]
@@ -463,17 +583,34 @@ mod tests {
         assert_eq!(last, Some(950), "100 s of its token and 15 minutes");
         let (access, [moving, waiting, _], t) = pull(0);
         access.served(client(1), &source("a"), &moving, 1, t + LIFE);
-        assert!(let_in(&access, &waiting, t + LIFE + Duration::from_secs(60)));
-        assert!(!let_in(&access, &waiting, t + LIFE + Duration::from_secs(61)), "61 s without a byte end it");
-        assert!(!access.reads(client(1), &source("a"), &live(), t + LIFE + Duration::from_secs(1)));
+        assert!(let_in(
+            &access,
+            &waiting,
+            t + LIFE + Duration::from_secs(60)
+        ));
+        assert!(
+            !let_in(&access, &waiting, t + LIFE + Duration::from_secs(61)),
+            "61 s without a byte end it"
+        );
+        assert!(!access.reads(
+            client(1),
+            &source("a"),
+            &live(),
+            t + LIFE + Duration::from_secs(1)
+        ));
     }
 
     #[test]
     fn asking_alone_keeps_no_pull_alive() {
         let (access, [_, waiting, _], t) = pull(0);
-        let asked =
-            (100..400).step_by(10).take_while(|s| let_in(&access, &waiting, t + Duration::from_secs(*s)));
-        assert_eq!(asked.last(), Some(160), "its last request within its token's life was the one at 100 s");
+        let asked = (100..400)
+            .step_by(10)
+            .take_while(|s| let_in(&access, &waiting, t + Duration::from_secs(*s)));
+        assert_eq!(
+            asked.last(),
+            Some(160),
+            "its last request within its token's life was the one at 100 s"
+        );
     }
 
     #[test]
@@ -499,14 +636,18 @@ mod tests {
         let (access, [first, ..], t) = pull(0);
         access.served(client(1), &source("a"), &first, 1, t);
         access.refused(client(1), &source("a"), t + Duration::from_secs(1));
-        assert!(!let_in(&access, &first, t + Duration::from_secs(2)), "its token was revoked");
+        assert!(
+            !let_in(&access, &first, t + Duration::from_secs(2)),
+            "its token was revoked"
+        );
     }
 
     #[test]
     fn a_manifest_that_was_read_too_late_begins_no_pull() {
         let (access, [first, ..], t) = pull(101);
         assert!(
-            let_in(&access, &first, t + LIFE) && !let_in(&access, &first, t + LIFE + Duration::from_secs(1))
+            let_in(&access, &first, t + LIFE)
+                && !let_in(&access, &first, t + LIFE + Duration::from_secs(1))
         );
     }
 
@@ -517,7 +658,10 @@ mod tests {
         access.readable(client(1), &a, LIFE, None, t);
         access.readable(client(1), &b, LIFE, None, t);
         access.belongs(&a, &digest, None, t);
-        assert_eq!(access.standing(client(1), &b, &digest, &live(), t), Standing::Unknown);
+        assert_eq!(
+            access.standing(client(1), &b, &digest, &live(), t),
+            Standing::Unknown
+        );
     }
 
     #[test]
@@ -525,14 +669,21 @@ mod tests {
         let (a, digest, t) = (source("a"), blob(), Instant::now());
         let access = access();
         for take_back in [
-            (|access, source| access.refused(client(1), source, Instant::now())) as fn(&Access, &Source),
+            (|access, source| access.refused(client(1), source, Instant::now()))
+                as fn(&Access, &Source),
             |access, source| access.gone(source, &blob()),
         ] {
             access.readable(client(1), &a, LIFE, None, t);
             access.belongs(&a, &digest, Some(3), t);
-            assert_eq!(access.standing(client(1), &a, &digest, &live(), t), Standing::Confirmed(Some(3)));
+            assert_eq!(
+                access.standing(client(1), &a, &digest, &live(), t),
+                Standing::Confirmed(Some(3))
+            );
             take_back(&access, &a);
-            assert_eq!(access.standing(client(1), &a, &digest, &live(), t), Standing::Unknown);
+            assert_eq!(
+                access.standing(client(1), &a, &digest, &live(), t),
+                Standing::Unknown
+            );
         }
     }
 
@@ -541,7 +692,13 @@ mod tests {
         let (access, t) = (access(), Instant::now());
         access.names(&source("a"), &blob(), &short_parts([blob()].iter()), t);
         let known = |repository, seconds| {
-            access.parts_of(&source(repository), &blob(), t + Duration::from_secs(seconds)).is_some()
+            access
+                .parts_of(
+                    &source(repository),
+                    &blob(),
+                    t + Duration::from_secs(seconds),
+                )
+                .is_some()
         };
         assert!(known("a", 0) && known("a", 59) && !known("b", 1) && !known("a", 60));
     }
@@ -553,6 +710,9 @@ mod tests {
         access.readable(Caller::Anybody, &a, LIFE, None, t);
         access.belongs(&a, &digest, Some(3), t);
         access.belongs(&a, &digest, None, t);
-        assert_eq!(access.standing(Caller::Anybody, &a, &digest, &live(), t), Standing::Confirmed(Some(3)));
+        assert_eq!(
+            access.standing(Caller::Anybody, &a, &digest, &live(), t),
+            Standing::Confirmed(Some(3))
+        );
     }
 }

@@ -21,7 +21,8 @@ use crate::flight::Flights;
 use crate::lanes::{self, Lane};
 use crate::origin::ranges::content_range_size;
 use crate::origin::{
-    ByCredentials, Content, FromElsewhere, OriginError, Target, content_length, has_content, is_page,
+    ByCredentials, Content, FromElsewhere, OriginError, Target, content_length, has_content,
+    is_page,
 };
 use crate::proof::Proofs;
 
@@ -39,7 +40,9 @@ pub(super) async fn unless_slow<T>(
     if !another {
         return ask.await;
     }
-    timeout(WITH_ANOTHER_ANSWER, ask).await.unwrap_or(Err(Problem::Slow))
+    timeout(WITH_ANOTHER_ANSWER, ask)
+        .await
+        .unwrap_or(Err(Problem::Slow))
 }
 
 /// What is confirmed of a digest that a caller may have.
@@ -66,14 +69,21 @@ pub(super) async fn confirm(
 ) -> Result<Confirmed, Problem> {
     let source = &ask.grant.source;
     let live = mirror.live.load_full();
-    let standing = |caller| mirror.access.standing(caller, source, digest, &live, Instant::now());
+    let standing = |caller| {
+        mirror
+            .access
+            .standing(caller, source, digest, &live, Instant::now())
+    };
     let remembered = standing(ask.caller);
     if let Standing::Confirmed(size) = remembered
         && !is_due(mirror, ask, digest, &content)
     {
         return Ok(Confirmed::Here(size));
     }
-    let target = Target { source: source.clone(), content };
+    let target = Target {
+        source: source.clone(),
+        content,
+    };
     let another = remembered != Standing::Unknown || standing(Caller::Anybody) != Standing::Unknown;
     let problem = match unless_slow(another, claimed(mirror, ask, digest, &target)).await {
         Ok(size) => {
@@ -86,7 +96,10 @@ pub(super) async fn confirm(
                 return Err(problem);
             };
             let content = Content::Manifest(elsewhere.manifest.to_string());
-            let target = Target { source: source.clone(), content };
+            let target = Target {
+                source: source.clone(),
+                content,
+            };
             match head(mirror, ask, &target).await {
                 // What a URL has given before may be given again.
                 Ok(head) if is_about(mirror, source, &elsewhere.manifest, &head).await => {
@@ -160,10 +173,14 @@ async fn claimed(
 /// unless that is only that the registry does not understand it.
 pub(super) fn may_get(method: &Method, problem: &Problem) -> bool {
     match problem {
-        Problem::Odd(_) | Problem::NoManifest | Problem::Unasked(OriginError::Broken { .. }) => true,
+        Problem::Odd(_) | Problem::NoManifest | Problem::Unasked(OriginError::Broken { .. }) => {
+            true
+        }
         Problem::Origin { status, .. } => match *status {
             StatusCode::UNAUTHORIZED | StatusCode::TOO_MANY_REQUESTS => false,
-            StatusCode::BAD_REQUEST | StatusCode::METHOD_NOT_ALLOWED | StatusCode::NOT_IMPLEMENTED => true,
+            StatusCode::BAD_REQUEST
+            | StatusCode::METHOD_NOT_ALLOWED
+            | StatusCode::NOT_IMPLEMENTED => true,
             _ => *method == Method::GET,
         },
         _ => false,
@@ -202,7 +219,11 @@ pub(super) async fn claimed_by_get(
 
 fn something_else(digest: &Digest, target: &Target) -> Problem {
     let registry = target.source.registry.clone();
-    OriginError::Broken { registry, reason: format!("it answers with something else than {digest}") }.into()
+    OriginError::Broken {
+        registry,
+        reason: format!("it answers with something else than {digest}"),
+    }
+    .into()
 }
 
 /// Asks the origin by HEAD.
@@ -220,14 +241,24 @@ async fn head(mirror: &Inner, ask: &Ask, target: &Target) -> Result<Response<()>
 /// page of its own, which is a 200 too. A digest of another algorithm says nothing here; the bytes are compared in any case. The
 /// length of what is here counts only for a registry that has it: others would learn it.
 async fn is_about(mirror: &Inner, source: &Source, digest: &Digest, answer: &Response<()>) -> bool {
-    let mut told =
-        digests_of(answer.headers()).filter(|told| told.algorithm() == digest.algorithm()).peekable();
+    let mut told = digests_of(answer.headers())
+        .filter(|told| told.algorithm() == digest.algorithm())
+        .peekable();
     if told.peek().is_some() {
         return told.any(|told| told == *digest);
     }
-    let is_theirs = mirror.proofs.knows(&mirror.live.load_full(), &source.registry, digest).await;
-    let held_bytes = if is_theirs { mirror.store.blob_bytes(digest) } else { None };
-    let same = held_bytes.zip(size_told(digest, answer)).is_none_or(|(held, told)| held == told);
+    let is_theirs = mirror
+        .proofs
+        .knows(&mirror.live.load_full(), &source.registry, digest)
+        .await;
+    let held_bytes = if is_theirs {
+        mirror.store.blob_bytes(digest)
+    } else {
+        None
+    };
+    let same = held_bytes
+        .zip(size_told(digest, answer))
+        .is_none_or(|(held, told)| held == told);
     same && !is_page(answer.headers())
 }
 
@@ -244,29 +275,46 @@ pub(super) fn size_told(digest: &Digest, answer: &Response<()>) -> Option<u64> {
 /// The origin gave the caller something of the repository, in an answer with these extensions.
 pub(super) fn readable(mirror: &Inner, ask: &Ask, answer: &Extensions) {
     let authorization = ask.grant.authorization.as_ref();
-    let life = authorization.map(|a| a.life(SystemTime::now())).unwrap_or_default();
+    let life = authorization
+        .map(|a| a.life(SystemTime::now()))
+        .unwrap_or_default();
     let by = answer.get::<ByCredentials>().map(|by| Arc::clone(&by.0));
-    mirror.access.readable(ask.caller, &ask.grant.source, life, by, Instant::now());
+    mirror
+        .access
+        .readable(ask.caller, &ask.grant.source, life, by, Instant::now());
 }
 
 /// What the registry vouches for with a manifest belongs to the repository that it was read through.
 pub(super) async fn note_parts(mirror: &Inner, ask: &Ask, found: &Manifest) {
     let (source, now) = (&ask.grant.source, Instant::now());
-    let pulls = |parts| mirror.access.pulls(ask.caller, source, parts, &mirror.live.load_full(), now);
+    let pulls = |parts| {
+        mirror
+            .access
+            .pulls(ask.caller, source, parts, &mirror.live.load_full(), now)
+    };
     if let Some(parts) = mirror.access.parts_of(source, &found.digest, now) {
         return pulls(parts);
     }
     let body = found.body.clone();
     let parts = match body.len() {
         ..=SHORT_BYTES => parts(&body),
-        _ => lanes::run(Lane::Clients, move || parts(&body)).await.unwrap_or_default(),
+        _ => lanes::run(Lane::Clients, move || parts(&body))
+            .await
+            .unwrap_or_default(),
     };
-    let named = short_parts(parts.iter().filter(|part| part.vouched).map(|part| &part.digest));
+    let named = short_parts(
+        parts
+            .iter()
+            .filter(|part| part.vouched)
+            .map(|part| &part.digest),
+    );
     mirror.access.names(source, &found.digest, &named, now);
     pulls(named);
     for part in parts {
         if part.vouched {
-            mirror.access.belongs(source, &part.digest, part.size_bytes, now);
+            mirror
+                .access
+                .belongs(source, &part.digest, part.size_bytes, now);
         }
         mirror.origin.note_urls(source, &found.digest, &part);
     }
@@ -285,18 +333,28 @@ impl Given {
     /// What a manifest of the repository that is asked for says is to be had elsewhere.
     pub(super) fn elsewhere(mirror: &Inner, ask: &Ask, digest: &Digest) -> Self {
         let (access, proofs) = (Arc::clone(&mirror.access), Arc::clone(&mirror.proofs));
-        Self { access, proofs, source: ask.grant.source.clone(), digest: *digest, flights: None }
+        Self {
+            access,
+            proofs,
+            source: ask.grant.source.clone(),
+            digest: *digest,
+            flights: None,
+        }
     }
 
     /// The downloads learn its size as well: registries disagree on that.
     pub(super) fn proving_size(self, flights: &Flights) -> Self {
-        Self { flights: Some(flights.clone()), ..self }
+        Self {
+            flights: Some(flights.clone()),
+            ..self
+        }
     }
 
     /// All of it has come, and is what its digest says: it belongs to the repository like any other.
     pub(super) fn whole(self, size_bytes: u64) {
         self.proofs.note(&self.source.registry, &self.digest);
-        self.access.belongs(&self.source, &self.digest, Some(size_bytes), Instant::now());
+        self.access
+            .belongs(&self.source, &self.digest, Some(size_bytes), Instant::now());
         if let Some(flights) = self.flights {
             flights.size_proven(self.digest, size_bytes);
         }
@@ -305,7 +363,10 @@ impl Given {
 
 /// The digests that an answer says its content has. One that can't be read is none.
 pub(super) fn digests_of(headers: &HeaderMap) -> impl Iterator<Item = Digest> {
-    let lines = headers.get_all(&DOCKER_CONTENT_DIGEST).iter().filter_map(|line| line.to_str().ok());
+    let lines = headers
+        .get_all(&DOCKER_CONTENT_DIGEST)
+        .iter()
+        .filter_map(|line| line.to_str().ok());
     lines.filter_map(|line| line.trim().parse().ok())
 }
 
@@ -313,13 +374,16 @@ pub(super) fn digests_of(headers: &HeaderMap) -> impl Iterator<Item = Digest> {
 pub(super) fn digest_of(headers: &HeaderMap) -> Option<Digest> {
     let mut told = digests_of(headers);
     let first = told.next()?;
-    told.all(|other| other == first || other.algorithm() != first.algorithm()).then_some(first)
+    told.all(|other| other == first || other.algorithm() != first.algorithm())
+        .then_some(first)
 }
 
 /// A refusal takes the caller's right back.
 pub(super) fn note_refusal(mirror: &Inner, ask: &Ask, status: StatusCode) {
     if matches!(status, StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN) {
-        mirror.access.refused(ask.caller, &ask.grant.source, Instant::now());
+        mirror
+            .access
+            .refused(ask.caller, &ask.grant.source, Instant::now());
     }
 }
 
@@ -341,7 +405,9 @@ struct Asker(Caller, Source, Digest);
 /// Marks an answer as a blob that a client's credentials got.
 pub(super) fn mark(answer: &mut Answer, ask: &Ask, blob: &Digest) {
     if ask.caller != Caller::Anybody {
-        answer.extensions_mut().insert(Asker(ask.caller, ask.grant.source.clone(), *blob));
+        answer
+            .extensions_mut()
+            .insert(Asker(ask.caller, ask.grant.source.clone(), *blob));
     }
 }
 
@@ -357,7 +423,12 @@ impl Underway {
         let turn = answer.extensions_mut().remove::<Arc<Turn>>();
         if ask.is_some() || turn.is_some() {
             let (mirror, moved) = (Arc::clone(mirror), Mutex::new((0, Instant::now())));
-            answer.extensions_mut().insert(Arc::new(Self { mirror, ask, moved, turn }));
+            answer.extensions_mut().insert(Arc::new(Self {
+                mirror,
+                ask,
+                moved,
+                turn,
+            }));
         }
     }
 
@@ -381,7 +452,9 @@ impl Underway {
     fn note(&self, moved: &mut (u64, Instant)) {
         let bytes = std::mem::replace(moved, (0, Instant::now())).0;
         if let Some(Asker(caller, source, blob)) = self.ask.as_ref().filter(|_| bytes > 0) {
-            self.mirror.access.served(*caller, source, blob, bytes, Instant::now());
+            self.mirror
+                .access
+                .served(*caller, source, blob, bytes, Instant::now());
         }
     }
 }

@@ -36,7 +36,10 @@ pub(super) async fn blob(mirror: &Inner, ask: &Ask, digest: &Digest) -> Result<A
     if ask.method == Method::HEAD {
         return given(mirror, ask, digest).await;
     }
-    let turn = mirror.desk.admit(&ask.purpose).ok_or(Problem::ApplicationFull)?;
+    let turn = mirror
+        .desk
+        .admit(&ask.purpose)
+        .ok_or(Problem::ApplicationFull)?;
     let mut answer = given(mirror, ask, digest).await?;
     auth::counted(&mut answer, turn);
     Ok(answer)
@@ -69,10 +72,15 @@ async fn given(mirror: &Inner, ask: &Ask, digest: &Digest) -> Result<Answer, Pro
     if let Some(blob) = committed(mirror, digest).await {
         let (size, wanted) = (blob.size_bytes(), resolve(range, blob.size_bytes())?);
         // What the disk let rot while no daemon ran is downloaded like anything that is not there.
-        if ask.method == Method::HEAD || Stored::is_sound(&blob, &wanted.ranges(size), &mirror.flights).await
+        if ask.method == Method::HEAD
+            || Stored::is_sound(&blob, &wanted.ranges(size), &mirror.flights).await
         {
             let (flights, grant) = (mirror.flights.clone(), ask.grant.clone());
-            let again = Again { flights, grant, purpose: ask.purpose.clone() };
+            let again = Again {
+                flights,
+                grant,
+                purpose: ask.purpose.clone(),
+            };
             return Ok(content(digest, size, wanted, Held::Store(blob, again)));
         }
     }
@@ -97,13 +105,26 @@ async fn prove(
     }
     let source = &ask.grant.source;
     let proof = async {
-        let asking = Asking { source, headers: ask.for_origin(), client: ask.client };
+        let asking = Asking {
+            source,
+            headers: ask.for_origin(),
+            client: ask.client,
+        };
         let (whole, drawn): (Range<u64>, Mutex<Range<u64>>) = (0..size, Mutex::new(0..0));
         let read = |range: &Range<u64>| {
-            drawn.lock().unwrap_or_else(PoisonError::into_inner).clone_from(range);
-            Some(Segment::File { file: Arc::clone(&blob.file), range: range.clone() })
+            drawn
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .clone_from(range);
+            Some(Segment::File {
+                file: Arc::clone(&blob.file),
+                range: range.clone(),
+            })
         };
-        let proved = mirror.proofs.challenge(&asking, digest, std::slice::from_ref(&whole), read).await;
+        let proved = mirror
+            .proofs
+            .challenge(&asking, digest, std::slice::from_ref(&whole), read)
+            .await;
         match proved {
             Ok(()) => mirror.proofs.note(&source.registry, digest),
             // It may be this node that is wrong.
@@ -118,7 +139,10 @@ async fn prove(
         }
         proved
     };
-    mirror.proving.run((ask.caller, source.clone(), *digest), proof).await
+    mirror
+        .proving
+        .run((ask.caller, source.clone(), *digest), proof)
+        .await
 }
 
 fn unproved(reason: Unproved) -> Problem {
@@ -132,7 +156,10 @@ fn unproved(reason: Unproved) -> Problem {
 }
 
 fn target(ask: &Ask, digest: &Digest) -> Target {
-    Target { source: ask.grant.source.clone(), content: Content::Blob(*digest) }
+    Target {
+        source: ask.grant.source.clone(),
+        content: Content::Blob(*digest),
+    }
 }
 
 /// The answer to a HEAD for what is not here: never a reason to download it.
@@ -146,10 +173,15 @@ async fn head(
     let size = match size {
         Some(size) => Some(size),
         None => {
-            let head = mirror.origin.head(&target(ask, digest), &ask.for_origin()).await?;
+            let head = mirror
+                .origin
+                .head(&target(ask, digest), &ask.for_origin())
+                .await?;
             match head.status() {
                 StatusCode::OK => size_told(digest, &head),
-                StatusCode::UNAUTHORIZED | StatusCode::NOT_FOUND | StatusCode::TOO_MANY_REQUESTS => {
+                StatusCode::UNAUTHORIZED
+                | StatusCode::NOT_FOUND
+                | StatusCode::TOO_MANY_REQUESTS => {
                     note_refusal(mirror, ask, head.status());
                     return Err(Problem::refusal(head.status(), head.headers()));
                 }
@@ -186,7 +218,9 @@ async fn download(
         return answer.ok().filter(is_longer).ok_or(problem);
     }
     // Who reads from somewhere to the end reads the whole, in one go or in several.
-    let partial = range.and_then(|r| Ranges::parse(r).ok()).is_some_and(|r| r.open_from().is_none());
+    let partial = range
+        .and_then(|r| Ranges::parse(r).ok())
+        .is_some_and(|r| r.open_from().is_none());
     // Nobody else asks for the size where only a part is read.
     let size = match size {
         None if partial => match claimed_by_get(mirror, ask, digest, &target(ask, digest)).await {
@@ -195,7 +229,15 @@ async fn download(
         },
         size => size,
     };
-    let open = || mirror.flights.open(*digest, ask.grant.clone(), ask.purpose.clone(), size, partial);
+    let open = || {
+        mirror.flights.open(
+            *digest,
+            ask.grant.clone(),
+            ask.purpose.clone(),
+            size,
+            partial,
+        )
+    };
     let flight = match open().await {
         Ok(flight) => flight,
         Err(FlightError::UnknownLength | FlightError::OtherSize(_)) => {
@@ -205,9 +247,13 @@ async fn download(
     };
     let known = size;
     let size = flight.size_bytes();
-    let gate = || (!is_theirs).then(|| Gate::new(Arc::clone(&mirror.proofs), ask.client, ask.for_origin()));
+    let gate = || {
+        (!is_theirs).then(|| Gate::new(Arc::clone(&mirror.proofs), ask.client, ask.for_origin()))
+    };
     if known.is_some_and(|known| known != size) && flight.is_size_proven() && is_theirs {
-        mirror.access.belongs(&ask.grant.source, digest, Some(size), Instant::now());
+        mirror
+            .access
+            .belongs(&ask.grant.source, digest, Some(size), Instant::now());
     }
     let wanted = match resolve(range, size) {
         // The size may be known from elsewhere: the registry itself says what it has to say.
@@ -249,12 +295,20 @@ async fn doubt(mirror: &Inner, ask: &Ask, digest: &Digest, range: Option<&str>, 
         Some(Ok(ranges)) => (ranges.span(size), true),
         Some(Err(_)) => return,
     };
-    mirror.rechecks.asked(ask.client, *digest, bytes, held).await;
+    mirror
+        .rechecks
+        .asked(ask.client, *digest, bytes, held)
+        .await;
 }
 
 /// Passes on what the blob's own URLs give, all of it, compared with its digest on the way. What is held here already shows
 /// nothing of that, and is not given.
-async fn elsewhere(mirror: &Inner, ask: &Ask, digest: &Digest, size: Option<u64>) -> Result<Answer, Problem> {
+async fn elsewhere(
+    mirror: &Inner,
+    ask: &Ask,
+    digest: &Digest,
+    size: Option<u64>,
+) -> Result<Answer, Problem> {
     if let (&Method::HEAD, Some(size)) = (&ask.method, size) {
         return Ok(content(digest, size, Wanted::Whole, Held::Elsewhere));
     }
@@ -293,7 +347,11 @@ async fn straight(mirror: &Inner, ask: &Ask, digest: &Digest) -> Result<Answer, 
         if head.status() != StatusCode::OK {
             return Err(Problem::refusal(head.status(), head.headers()));
         }
-        return Ok(with(StatusCode::OK, merged(digest, head.headers()), Payload::Empty));
+        return Ok(with(
+            StatusCode::OK,
+            merged(digest, head.headers()),
+            Payload::Empty,
+        ));
     }
     let response = mirror.origin.get(&target, &headers).await?;
     match response.status() {
@@ -303,7 +361,11 @@ async fn straight(mirror: &Inner, ask: &Ask, digest: &Digest) -> Result<Answer, 
             not_encoded(response.headers(), &target.source)?;
             let (head, body) = response.into_parts();
             let (headers, length) = (merged(digest, &head.headers), content_length(&head.headers));
-            Ok(with(StatusCode::PARTIAL_CONTENT, headers, Payload::Origin(body, length)))
+            Ok(with(
+                StatusCode::PARTIAL_CONTENT,
+                headers,
+                Payload::Origin(body, length),
+            ))
         }
         _ if is_entire(&response) => {
             let given = Given::elsewhere(mirror, ask, digest).proving_size(&mirror.flights);
@@ -315,8 +377,10 @@ async fn straight(mirror: &Inner, ask: &Ask, digest: &Digest) -> Result<Answer, 
 
 /// Whether an answer brings the whole blob. Its bytes are still compared with the digest.
 fn is_entire(response: &Response<OriginBody>) -> bool {
-    let is_all =
-        || content_length(response.headers()).is_some_and(|len| is_whole_range(response.headers(), len));
+    let is_all = || {
+        content_length(response.headers())
+            .is_some_and(|len| is_whole_range(response.headers(), len))
+    };
     match response.status() {
         StatusCode::OK => true,
         StatusCode::PARTIAL_CONTENT => is_all(),
@@ -395,7 +459,9 @@ fn asked_range<'a>(headers: &'a HeaderMap, digest: &Digest) -> Option<&'a str> {
 }
 
 fn resolve(range: Option<&str>, size: u64) -> Result<Wanted, Problem> {
-    let Some(range) = range else { return Ok(Wanted::Whole) };
+    let Some(range) = range else {
+        return Ok(Wanted::Whole);
+    };
     let ranges = Ranges::parse(range).map_err(|error| match error {
         RangeError::Malformed => Problem::Unsatisfiable(size),
         RangeError::TooMany => Problem::TooManyRanges,
@@ -433,12 +499,20 @@ fn content(digest: &Digest, size: u64, wanted: Wanted, held: Held) -> Answer {
         Wanted::Part(range) => {
             let text = HeaderValue::try_from(content_range(&range, size));
             headers.insert(CONTENT_RANGE, text.expect("digits are a header's value"));
-            (StatusCode::PARTIAL_CONTENT, range.end - range.start, held.range(range))
+            (
+                StatusCode::PARTIAL_CONTENT,
+                range.end - range.start,
+                held.range(range),
+            )
         }
         Wanted::Parts(ranges) => {
             let multipart = Multipart::new(ranges, size);
             headers.insert(CONTENT_TYPE, multipart.content_type());
-            (StatusCode::PARTIAL_CONTENT, multipart.len_bytes(), held.parts(multipart))
+            (
+                StatusCode::PARTIAL_CONTENT,
+                multipart.len_bytes(),
+                held.parts(multipart),
+            )
         }
     };
     headers.insert(CONTENT_LENGTH, len.into());

@@ -78,9 +78,15 @@ impl Payload {
         match self {
             Payload::Empty => Some(0),
             Payload::Full(bytes) | Payload::Notice(bytes) => Some(bytes.len() as u64),
-            Payload::File(_, range) | Payload::Blob(_, range) => Some(range.end.saturating_sub(range.start)),
-            Payload::Stored(_, len) | Payload::Flight(_, len) | Payload::Parts(_, len) => Some(*len),
-            Payload::Origin(_, len) | Payload::Passed(_, len) | Payload::Checked(_, len, ..) => *len,
+            Payload::File(_, range) | Payload::Blob(_, range) => {
+                Some(range.end.saturating_sub(range.start))
+            }
+            Payload::Stored(_, len) | Payload::Flight(_, len) | Payload::Parts(_, len) => {
+                Some(*len)
+            }
+            Payload::Origin(_, len) | Payload::Passed(_, len) | Payload::Checked(_, len, ..) => {
+                *len
+            }
         }
     }
 }
@@ -163,16 +169,24 @@ impl Body {
             Payload::Empty => (None, Rest::Nothing, None),
             Payload::Full(bytes) | Payload::Notice(bytes) => (None, Rest::Memory(bytes), None),
             Payload::File(file, range) => (Some((file, range)), Rest::Nothing, None),
-            Payload::Blob(blob, range) => (Some((Arc::clone(&blob.file), range)), Rest::Nothing, Some(blob)),
+            Payload::Blob(blob, range) => (
+                Some((Arc::clone(&blob.file), range)),
+                Rest::Nothing,
+                Some(blob),
+            ),
             Payload::Stored(stored, _) => (None, feed(Feed::Stored(stored)), None),
             Payload::Flight(reader, _) => (None, feed(Feed::Flight(reader)), None),
             Payload::Parts(parts, _) => (None, feed(Feed::Parts(parts)), None),
-            Payload::Origin(body, _) | Payload::Passed(body, _) => {
-                (None, feed(Feed::Origin(PassedBody::new(body, MAY_WAIT))), None)
-            }
-            Payload::Checked(body, _, digest, given) => {
-                (None, feed(Feed::Checked(Box::new(Checked::new(body, digest, given)))), None)
-            }
+            Payload::Origin(body, _) | Payload::Passed(body, _) => (
+                None,
+                feed(Feed::Origin(PassedBody::new(body, MAY_WAIT))),
+                None,
+            ),
+            Payload::Checked(body, _, digest, given) => (
+                None,
+                feed(Feed::Checked(Box::new(Checked::new(body, digest, given)))),
+                None,
+            ),
         };
         let span = Span::current();
         Self {
@@ -232,7 +246,8 @@ impl Body {
                             self.rest = Rest::Fed(future);
                             self.holds_buffer = matches!(segment, Segment::Passed(_));
                             match segment {
-                                Segment::Memory(bytes) | Segment::Passed(bytes) if bytes.is_empty() => {}
+                                Segment::Memory(bytes) | Segment::Passed(bytes)
+                                    if bytes.is_empty() => {}
                                 Segment::Memory(bytes) | Segment::Passed(bytes) => {
                                     return Poll::Ready(Some(Ok(bytes)));
                                 }
@@ -248,7 +263,9 @@ impl Body {
     /// The next part of the file that is being sent.
     fn next_of_file(&mut self) -> Option<Bytes> {
         let (file, range) = self.file.as_mut()?;
-        let bytes = self.line.phantom(file, range, self.remaining_bytes.unwrap_or(u64::MAX));
+        let bytes = self
+            .line
+            .phantom(file, range, self.remaining_bytes.unwrap_or(u64::MAX));
         match &bytes {
             Some(bytes) => range.start += bytes.len() as u64,
             None => self.file = None,
@@ -270,7 +287,10 @@ impl hyper::body::Body for Body {
     type Data = Bytes;
     type Error = Cut;
 
-    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Cut>>> {
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Cut>>> {
         match ready!(self.poll_next(cx)) {
             None => {
                 self.ended = true;
@@ -285,8 +305,12 @@ impl hyper::body::Body for Body {
                 let bytes = self.clip(bytes);
                 self.line.owe();
                 self.sent_bytes += bytes.len() as u64;
-                self.from.iter().for_each(|from| self.metrics.served(*from, bytes.len() as u64));
-                self.underway.iter().for_each(|underway| underway.served(bytes.len() as u64));
+                self.from
+                    .iter()
+                    .for_each(|from| self.metrics.served(*from, bytes.len() as u64));
+                self.underway
+                    .iter()
+                    .for_each(|underway| underway.served(bytes.len() as u64));
                 Poll::Ready(Some(Ok(Frame::data(bytes))))
             }
         }
@@ -297,7 +321,8 @@ impl hyper::body::Body for Body {
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.remaining_bytes.map_or_else(SizeHint::default, SizeHint::with_exact)
+        self.remaining_bytes
+            .map_or_else(SizeHint::default, SizeHint::with_exact)
     }
 }
 
@@ -329,7 +354,15 @@ impl Checked {
     fn new(body: OriginBody, digest: Digest, given: Option<Box<Given>>) -> Self {
         let chain = Some(Chain::new(digest.algorithm()));
         let body = PassedBody::new(body, MAY_WAIT);
-        Self { body, chain, digest, held: VecDeque::new(), held_bytes: 0, size_bytes: 0, given }
+        Self {
+            body,
+            chain,
+            digest,
+            held: VecDeque::new(),
+            held_bytes: 0,
+            size_bytes: 0,
+            given,
+        }
     }
 
     async fn next(&mut self) -> Result<Option<Bytes>, Cut> {
@@ -337,7 +370,9 @@ impl Checked {
             if let Some(bytes) = self.release() {
                 return Ok(Some(bytes));
             }
-            let Some(chain) = &mut self.chain else { return Ok(None) };
+            let Some(chain) = &mut self.chain else {
+                return Ok(None);
+            };
             match self.body.next().await.transpose()? {
                 Some(bytes) => {
                     chain.update(&bytes);
@@ -345,7 +380,11 @@ impl Checked {
                     self.held_bytes += bytes.len();
                     self.held.push_back(bytes);
                 }
-                None if self.chain.take().is_some_and(|chain| chain.finish() == self.digest) => {
+                None if self
+                    .chain
+                    .take()
+                    .is_some_and(|chain| chain.finish() == self.digest) =>
+                {
                     if let Some(given) = self.given.take() {
                         given.whole(self.size_bytes);
                     }

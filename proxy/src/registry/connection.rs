@@ -52,7 +52,8 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// The type of a TLS record that begins a handshake (RFC 8446, 5.1). No method of HTTP begins with it.
 const TLS_HANDSHAKE: u8 = 22;
 
-const TOO_MANY: &[u8] = b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nRetry-After: 1\r\n\
+const TOO_MANY: &[u8] =
+    b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nRetry-After: 1\r\n\
     Content-Type: application/json\r\nContent-Length: 76\r\n\r\n\
     {\"errors\":[{\"code\":\"UNKNOWN\",\"message\":\"too many connections, come again\"}]}";
 
@@ -130,7 +131,12 @@ pub(super) async fn serve(
         };
         if let Some(place) = places.take(client.ip()) {
             let (metrics, stop) = (Arc::clone(&metrics), stop.clone());
-            let visit = Visit { socket: Arc::new(socket), client, metrics, stop };
+            let visit = Visit {
+                socket: Arc::new(socket),
+                client,
+                metrics,
+                stop,
+            };
             tasks.spawn(visit.live(Arc::clone(&service), place));
         } else {
             metrics.connections_refused.inc();
@@ -182,7 +188,10 @@ impl Visit {
     /// Goes on with whatever the connection becomes; why it is over.
     async fn go_on(&self, mut service: Arc<dyn Service>, line: &Arc<Line>) -> &'static str {
         // What says nothing costs no more than its socket.
-        if !matches!(self.unless_stopped(self.socket.readable()).await, Some(Ok(()))) {
+        if !matches!(
+            self.unless_stopped(self.socket.readable()).await,
+            Some(Ok(()))
+        ) {
             return "it said nothing";
         }
         let plain = Plain::new(Arc::clone(&self.socket));
@@ -222,8 +231,15 @@ impl Visit {
     }
 
     /// Agrees on TLS with the client.
-    async fn agree(&self, plain: Plain, config: Arc<ServerConfig>) -> Result<Channel, &'static str> {
-        match self.unless_stopped(TlsAcceptor::from(config).accept(plain)).await {
+    async fn agree(
+        &self,
+        plain: Plain,
+        config: Arc<ServerConfig>,
+    ) -> Result<Channel, &'static str> {
+        match self
+            .unless_stopped(TlsAcceptor::from(config).accept(plain))
+            .await
+        {
             Some(Ok(tls)) => Ok(Channel::Tls(Box::new(tls))),
             Some(Err(error)) => {
                 tracing::info!(client = %self.client, %error, "no TLS was agreed on");
@@ -241,8 +257,16 @@ impl Visit {
     }
 
     /// Requests and responses.
-    async fn converse(&self, service: Arc<dyn Service>, channel: Channel, line: &Arc<Line>) -> Ended {
-        let wire = Wire { channel, line: Arc::clone(line) };
+    async fn converse(
+        &self,
+        service: Arc<dyn Service>,
+        channel: Channel,
+        line: &Arc<Line>,
+    ) -> Ended {
+        let wire = Wire {
+            channel,
+            line: Arc::clone(line),
+        };
         let talk = Arc::new(Talk {
             service,
             line: Arc::clone(line),
@@ -347,14 +371,30 @@ impl Talk {
 
     /// What the connection becomes, if it ended for that.
     async fn ended(&self) -> Ended {
-        let taken = self.becomes.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let Some((upgrade, becomes)) = taken else { return Ended::Over("it ended") };
+        let taken = self
+            .becomes
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        let Some((upgrade, becomes)) = taken else {
+            return Ended::Over("it ended");
+        };
         // It is there: the connection ended for it.
-        let Some(parts) = upgrade.await.ok().and_then(|upgraded| upgraded.downcast::<Wire>().ok()) else {
+        let Some(parts) = upgrade
+            .await
+            .ok()
+            .and_then(|upgraded| upgraded.downcast::<Wire>().ok())
+        else {
             return Ended::Over("it ended");
         };
         match parts.io.channel {
-            Channel::Plain(plain) => Ended::Becomes(becomes, Plain { early: parts.read_buf, ..plain }),
+            Channel::Plain(plain) => Ended::Becomes(
+                becomes,
+                Plain {
+                    early: parts.read_buf,
+                    ..plain
+                },
+            ),
             Channel::Tls(_) => Ended::Over("it asked for a tunnel inside a tunnel"),
         }
     }

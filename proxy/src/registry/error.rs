@@ -3,7 +3,9 @@
 use bytes::Bytes;
 use hawker_core::digest::Digest;
 use hawker_core::reference::Refused;
-use http::header::{ALLOW, CONNECTION, CONTENT_RANGE, CONTENT_TYPE, RETRY_AFTER, WARNING, WWW_AUTHENTICATE};
+use http::header::{
+    ALLOW, CONNECTION, CONTENT_RANGE, CONTENT_TYPE, RETRY_AFTER, WARNING, WWW_AUTHENTICATE,
+};
 use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode};
 
 use super::Answer;
@@ -24,7 +26,9 @@ pub(crate) enum Problem {
     #[error("the request is malformed: {0}")]
     Malformed(&'static str),
     /// It is none for a forward proxy.
-    #[error("this is a forward proxy, for HTTP_PROXY and HTTPS_PROXY: requests name a whole address here")]
+    #[error(
+        "this is a forward proxy, for HTTP_PROXY and HTTPS_PROXY: requests name a whole address here"
+    )]
     NotProxied,
     /// It names another host than the connection was made for.
     #[error("this connection leads to {0} and nowhere else")]
@@ -103,7 +107,9 @@ pub(crate) enum Problem {
     #[error("the origin's manifest is longer than {0} bytes")]
     TooLong(usize),
     /// Something that is no manifest.
-    #[error("the origin's answer is not what was asked for; perhaps it is a page that asks for a login")]
+    #[error(
+        "the origin's answer is not what was asked for; perhaps it is a page that asks for a login"
+    )]
     NoManifest,
     /// The origin's bytes are not what it, or the request, says they are.
     #[error("the origin's manifest does not match {0}")]
@@ -132,7 +138,10 @@ impl Problem {
         for name in OF_A_REFUSAL {
             let may_pass = |value: &&HeaderValue| name != RETRY_AFTER || is_retry_after(value);
             headers.extend(
-                from.get_all(&name).iter().filter(may_pass).map(|value| (name.clone(), value.clone())),
+                from.get_all(&name)
+                    .iter()
+                    .filter(may_pass)
+                    .map(|value| (name.clone(), value.clone())),
             );
         }
         Problem::Origin { status, headers }
@@ -140,7 +149,8 @@ impl Problem {
 
     /// The status of the answer.
     pub(super) fn status(&self) -> StatusCode {
-        let from_number = |status: u16| StatusCode::from_u16(status).unwrap_or(StatusCode::BAD_GATEWAY);
+        let from_number =
+            |status: u16| StatusCode::from_u16(status).unwrap_or(StatusCode::BAD_GATEWAY);
         match self {
             Problem::Malformed(_) | Problem::NotProxied => StatusCode::BAD_REQUEST,
             Problem::Misdirected(_) => StatusCode::MISDIRECTED_REQUEST,
@@ -193,11 +203,14 @@ impl Problem {
         match self {
             Problem::Refused(refused) => refused.code(),
             Problem::NoRegistry => "NAME_UNKNOWN",
-            Problem::Loop | Problem::TooManyRanges | Problem::Malformed(_) | Problem::NotProxied => {
-                "UNSUPPORTED"
-            }
+            Problem::Loop
+            | Problem::TooManyRanges
+            | Problem::Malformed(_)
+            | Problem::NotProxied => "UNSUPPORTED",
             Problem::Unsatisfiable(_) => "SIZE_INVALID",
-            Problem::TooLong(_) | Problem::NoManifest | Problem::WrongManifest(_) => "MANIFEST_INVALID",
+            Problem::TooLong(_) | Problem::NoManifest | Problem::WrongManifest(_) => {
+                "MANIFEST_INVALID"
+            }
             _ => match (self.status().as_u16(), kind) {
                 (401, _) => "UNAUTHORIZED",
                 (403, _) => "DENIED",
@@ -271,31 +284,98 @@ mod tests {
     #[test]
     fn each_problem_has_its_status_and_code() {
         let digest = Digest::of(Algorithm::Sha256, b"");
-        let origin = |status: u16| Problem::refusal(StatusCode::from_u16(status).unwrap(), &HeaderMap::new());
-        let refused_host = Problem::RefusedHost { host: "r:5000".into(), scheme: http::uri::Scheme::HTTPS };
+        let origin = |status: u16| {
+            Problem::refusal(StatusCode::from_u16(status).unwrap(), &HeaderMap::new())
+        };
+        let refused_host = Problem::RefusedHost {
+            host: "r:5000".into(),
+            scheme: http::uri::Scheme::HTTPS,
+        };
         let words = refused_host.to_string();
-        for cure in ["[registries.\"r:5000\"]", "endpoints = [\"https://r:5000\"]", "host = \"r:5000\""] {
+        for cure in [
+            "[registries.\"r:5000\"]",
+            "endpoints = [\"https://r:5000\"]",
+            "host = \"r:5000\"",
+        ] {
             assert!(words.contains(cure), "{words}");
         }
-        let unreachable = OriginError::Unreachable { registry: "r".into(), reason: "down".into() };
+        let unreachable = OriginError::Unreachable {
+            registry: "r".into(),
+            reason: "down".into(),
+        };
         for (problem, kind, status, code) in [
-            (Refused::Method.into(), RequestKind::Other, 405, "UNSUPPORTED"),
-            (Refused::Endpoint.into(), RequestKind::Other, 404, "UNSUPPORTED"),
-            (Refused::Name.into(), RequestKind::Other, 400, "NAME_INVALID"),
-            (Refused::Digest(DigestError::Hex).into(), RequestKind::Other, 400, "DIGEST_INVALID"),
-            (Problem::Malformed("x"), RequestKind::Other, 400, "UNSUPPORTED"),
+            (
+                Refused::Method.into(),
+                RequestKind::Other,
+                405,
+                "UNSUPPORTED",
+            ),
+            (
+                Refused::Endpoint.into(),
+                RequestKind::Other,
+                404,
+                "UNSUPPORTED",
+            ),
+            (
+                Refused::Name.into(),
+                RequestKind::Other,
+                400,
+                "NAME_INVALID",
+            ),
+            (
+                Refused::Digest(DigestError::Hex).into(),
+                RequestKind::Other,
+                400,
+                "DIGEST_INVALID",
+            ),
+            (
+                Problem::Malformed("x"),
+                RequestKind::Other,
+                400,
+                "UNSUPPORTED",
+            ),
             (Problem::NotProxied, RequestKind::Other, 400, "UNSUPPORTED"),
-            (Problem::Misdirected("r".into()), RequestKind::Other, 421, "UNKNOWN"),
+            (
+                Problem::Misdirected("r".into()),
+                RequestKind::Other,
+                421,
+                "UNKNOWN",
+            ),
             (refused_host, RequestKind::Tunnel, 403, "DENIED"),
-            (Problem::Unproved("r".into()), RequestKind::Blob, 502, "UNKNOWN"),
-            (Problem::NoCertificate("r".into()), RequestKind::Tunnel, 500, "UNKNOWN"),
+            (
+                Problem::Unproved("r".into()),
+                RequestKind::Blob,
+                502,
+                "UNKNOWN",
+            ),
+            (
+                Problem::NoCertificate("r".into()),
+                RequestKind::Tunnel,
+                500,
+                "UNKNOWN",
+            ),
             (Problem::SlowClient, RequestKind::Passed, 408, "UNKNOWN"),
             (Problem::TooManyTunnels, RequestKind::Tunnel, 503, "UNKNOWN"),
             (Problem::Crowded, RequestKind::Manifest, 503, "UNKNOWN"),
             (Problem::Loop, RequestKind::Manifest, 508, "UNSUPPORTED"),
-            (Problem::NoRegistry, RequestKind::Manifest, 404, "NAME_UNKNOWN"),
-            (Problem::TooManyRanges, RequestKind::Blob, 400, "UNSUPPORTED"),
-            (Problem::Unsatisfiable(7), RequestKind::Blob, 416, "SIZE_INVALID"),
+            (
+                Problem::NoRegistry,
+                RequestKind::Manifest,
+                404,
+                "NAME_UNKNOWN",
+            ),
+            (
+                Problem::TooManyRanges,
+                RequestKind::Blob,
+                400,
+                "UNSUPPORTED",
+            ),
+            (
+                Problem::Unsatisfiable(7),
+                RequestKind::Blob,
+                416,
+                "SIZE_INVALID",
+            ),
             (origin(401), RequestKind::Blob, 401, "UNAUTHORIZED"),
             (origin(403), RequestKind::Blob, 403, "DENIED"),
             (origin(404), RequestKind::Blob, 404, "BLOB_UNKNOWN"),
@@ -303,24 +383,78 @@ mod tests {
             (origin(404), RequestKind::Tags, 404, "NAME_UNKNOWN"),
             (origin(429), RequestKind::Blob, 429, "TOOMANYREQUESTS"),
             (origin(503), RequestKind::Blob, 503, "UNKNOWN"),
-            (OriginError::Forbidden("r".into()).into(), RequestKind::Blob, 403, "DENIED"),
+            (
+                OriginError::Forbidden("r".into()).into(),
+                RequestKind::Blob,
+                403,
+                "DENIED",
+            ),
             (unreachable.into(), RequestKind::Blob, 502, "UNKNOWN"),
-            (FlightError::Origin(404).into(), RequestKind::Blob, 404, "BLOB_UNKNOWN"),
-            (FlightError::Origin(304).into(), RequestKind::Blob, 502, "UNKNOWN"),
+            (
+                FlightError::Origin(404).into(),
+                RequestKind::Blob,
+                404,
+                "BLOB_UNKNOWN",
+            ),
+            (
+                FlightError::Origin(304).into(),
+                RequestKind::Blob,
+                502,
+                "UNKNOWN",
+            ),
             (origin(204), RequestKind::Blob, 502, "UNKNOWN"),
             (origin(206), RequestKind::Manifest, 502, "UNKNOWN"),
             (origin(302), RequestKind::Manifest, 502, "UNKNOWN"),
             (origin(304), RequestKind::Tags, 502, "UNKNOWN"),
-            (FlightError::Unreachable("x".into()).into(), RequestKind::Blob, 502, "UNKNOWN"),
-            (FlightError::WrongDigest(digest).into(), RequestKind::Blob, 502, "UNKNOWN"),
-            (FlightError::Stopping.into(), RequestKind::Blob, 503, "UNKNOWN"),
-            (Problem::TooLong(4), RequestKind::Manifest, 502, "MANIFEST_INVALID"),
-            (Problem::NoManifest, RequestKind::Manifest, 502, "MANIFEST_INVALID"),
-            (Problem::WrongManifest(digest), RequestKind::Manifest, 502, "MANIFEST_INVALID"),
+            (
+                FlightError::Unreachable("x".into()).into(),
+                RequestKind::Blob,
+                502,
+                "UNKNOWN",
+            ),
+            (
+                FlightError::WrongDigest(digest).into(),
+                RequestKind::Blob,
+                502,
+                "UNKNOWN",
+            ),
+            (
+                FlightError::Stopping.into(),
+                RequestKind::Blob,
+                503,
+                "UNKNOWN",
+            ),
+            (
+                Problem::TooLong(4),
+                RequestKind::Manifest,
+                502,
+                "MANIFEST_INVALID",
+            ),
+            (
+                Problem::NoManifest,
+                RequestKind::Manifest,
+                502,
+                "MANIFEST_INVALID",
+            ),
+            (
+                Problem::WrongManifest(digest),
+                RequestKind::Manifest,
+                502,
+                "MANIFEST_INVALID",
+            ),
             (Problem::Slow, RequestKind::Blob, 504, "UNKNOWN"),
-            (Problem::Challenged(HeaderValue::from_static("Bearer")), RequestKind::Ping, 401, "UNAUTHORIZED"),
+            (
+                Problem::Challenged(HeaderValue::from_static("Bearer")),
+                RequestKind::Ping,
+                401,
+                "UNAUTHORIZED",
+            ),
         ] {
-            assert_eq!((problem.status().as_u16(), problem.code(kind)), (status, code), "{problem:?}");
+            assert_eq!(
+                (problem.status().as_u16(), problem.code(kind)),
+                (status, code),
+                "{problem:?}"
+            );
         }
     }
 
@@ -329,7 +463,10 @@ mod tests {
         let mut headers = HeaderMap::new();
         let status = StatusCode::TOO_MANY_REQUESTS;
         let retry_after = |headers: &HeaderMap| {
-            Problem::refusal(status, headers).answer(RequestKind::Blob).headers()[RETRY_AFTER].clone()
+            Problem::refusal(status, headers)
+                .answer(RequestKind::Blob)
+                .headers()[RETRY_AFTER]
+                .clone()
         };
         assert_eq!(retry_after(&headers), "5");
         headers.insert(RETRY_AFTER, HeaderValue::from_static("60"));
@@ -339,10 +476,17 @@ mod tests {
     #[test]
     fn a_challenge_is_passed_on_and_nothing_else_is() {
         let mut headers = HeaderMap::new();
-        headers.append(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer realm=\"https://r/token\""));
-        headers.append(WWW_AUTHENTICATE, HeaderValue::from_static("Basic realm=\"r\""));
+        headers.append(
+            WWW_AUTHENTICATE,
+            HeaderValue::from_static("Bearer realm=\"https://r/token\""),
+        );
+        headers.append(
+            WWW_AUTHENTICATE,
+            HeaderValue::from_static("Basic realm=\"r\""),
+        );
         headers.append("set-cookie", HeaderValue::from_static("a=b"));
-        let answer = Problem::refusal(StatusCode::UNAUTHORIZED, &headers).answer(RequestKind::Manifest);
+        let answer =
+            Problem::refusal(StatusCode::UNAUTHORIZED, &headers).answer(RequestKind::Manifest);
         assert_eq!(answer.headers().get_all(WWW_AUTHENTICATE).iter().count(), 2);
         assert!(!answer.headers().contains_key("set-cookie"));
     }

@@ -26,13 +26,18 @@ const PASSED_ON: [&str; 11] = [
     "www-authenticate",
 ];
 /// `Docker-Content-Digest`
-pub(super) const DOCKER_CONTENT_DIGEST: HeaderName = HeaderName::from_static("docker-content-digest");
+pub(super) const DOCKER_CONTENT_DIGEST: HeaderName =
+    HeaderName::from_static("docker-content-digest");
 
 /// Those headers of an origin's answer that a client gets to see.
 pub(super) fn passed_on(from: &HeaderMap) -> HeaderMap {
-    let wanted =
-        |name: &HeaderName| PASSED_ON.contains(&name.as_str()) || name.as_str().starts_with("ratelimit-");
-    from.iter().filter(|(name, _)| wanted(name)).map(|(name, value)| (name.clone(), value.clone())).collect()
+    let wanted = |name: &HeaderName| {
+        PASSED_ON.contains(&name.as_str()) || name.as_str().starts_with("ratelimit-")
+    };
+    from.iter()
+        .filter(|(name, _)| wanted(name))
+        .map(|(name, value)| (name.clone(), value.clone()))
+        .collect()
 }
 
 /// An origin's answer as it is: a list, a ping or an error, which count as no content. `conditional`: the client told what it has.
@@ -45,10 +50,18 @@ pub(super) fn forward(
     let status = status_for_client(head.status, &head.headers, conditional)?;
     if let Err(encoded) = not_encoded(&head.headers, source) {
         // A refusal needs no body.
-        return Err(if is_refusal(status) { Problem::refusal(status, &head.headers) } else { encoded });
+        return Err(if is_refusal(status) {
+            Problem::refusal(status, &head.headers)
+        } else {
+            encoded
+        });
     }
     let length = content_length(&head.headers);
-    let mut answer = with(status, passed_on(&head.headers), Payload::Passed(body, length));
+    let mut answer = with(
+        status,
+        passed_on(&head.headers),
+        Payload::Passed(body, length),
+    );
     if status == StatusCode::OK {
         answer.headers_mut().remove(CONTENT_RANGE);
     }
@@ -67,7 +80,11 @@ pub(super) fn forward_head(response: &Response<()>, conditional: bool) -> Result
 
 /// The status with which a client gets an answer whose bytes are not compared with anything. An error for what is neither the
 /// whole content nor a refusal.
-fn status_for_client(status: StatusCode, head: &HeaderMap, conditional: bool) -> Result<StatusCode, Problem> {
+fn status_for_client(
+    status: StatusCode,
+    head: &HeaderMap,
+    conditional: bool,
+) -> Result<StatusCode, Problem> {
     let is_all = || content_length(head).is_some_and(|bytes| is_whole_range(head, bytes));
     match status {
         StatusCode::OK | StatusCode::NON_AUTHORITATIVE_INFORMATION if is_page(head) => {
@@ -112,11 +129,17 @@ pub(super) fn is_encoded(headers: &HeaderMap) -> bool {
 
 /// The link to the next page of a list, so that it leads the same way as the request at `uri` did.
 pub(super) fn next_page(uri: &Uri, head: &HeaderMap) -> Option<HeaderValue> {
-    let lines = head.get_all(LINK).iter().filter_map(|line| line.to_str().ok());
+    let lines = head
+        .get_all(LINK)
+        .iter()
+        .filter_map(|line| line.to_str().ok());
     let links: Vec<_> = lines.flat_map(links).collect();
     let next = match links.as_slice() {
         [(address, None)] => Some(*address),
-        links => links.iter().find(|(_, rel)| rel.is_some_and(is_next)).map(|(address, _)| *address),
+        links => links
+            .iter()
+            .find(|(_, rel)| rel.is_some_and(is_next))
+            .map(|(address, _)| *address),
     };
     let target = reference::next_page(uri.path(), uri.query(), next?)?;
     HeaderValue::try_from(format!("<{target}>; rel=\"next\"")).ok()
@@ -130,7 +153,10 @@ fn links(line: &str) -> Vec<(&str, Option<&str>)> {
     }
     let mut links = Vec::new();
     let mut rest = line;
-    while let Some((address, after)) = rest.split_once('<').and_then(|(_, link)| link.split_once('>')) {
+    while let Some((address, after)) = rest
+        .split_once('<')
+        .and_then(|(_, link)| link.split_once('>'))
+    {
         let (parameters, others) = after.split_at(after.find('<').unwrap_or(after.len()));
         links.push((address.trim(), relation(parameters)));
         rest = others;
@@ -147,12 +173,16 @@ fn relation(parameters: &str) -> Option<&str> {
     });
     between.find_map(|parameter| {
         let (name, value) = parameter.split_once('=')?;
-        name.trim().eq_ignore_ascii_case("rel").then(|| value.trim().trim_matches('"'))
+        name.trim()
+            .eq_ignore_ascii_case("rel")
+            .then(|| value.trim().trim_matches('"'))
     })
 }
 
 fn is_next(relations: &str) -> bool {
-    relations.split_whitespace().any(|relation| relation.eq_ignore_ascii_case("next"))
+    relations
+        .split_whitespace()
+        .any(|relation| relation.eq_ignore_ascii_case("next"))
 }
 
 #[cfg(test)]
@@ -162,13 +192,24 @@ mod tests {
     #[test]
     fn only_what_clients_need_is_passed_on() {
         let mut from = HeaderMap::new();
-        for name in ["content-type", "docker-content-digest", "warning", "ratelimit-limit", "oci-subject"] {
+        for name in [
+            "content-type",
+            "docker-content-digest",
+            "warning",
+            "ratelimit-limit",
+            "oci-subject",
+        ] {
             from.insert(HeaderName::from_static(name), HeaderValue::from_static("x"));
         }
         let kept = from.len();
-        for name in
-            ["set-cookie", "content-encoding", "transfer-encoding", "connection", "location", "server"]
-        {
+        for name in [
+            "set-cookie",
+            "content-encoding",
+            "transfer-encoding",
+            "connection",
+            "location",
+            "server",
+        ] {
             from.insert(HeaderName::from_static(name), HeaderValue::from_static("x"));
         }
         assert_eq!(passed_on(&from).len(), kept);
@@ -178,14 +219,32 @@ mod tests {
     fn a_link_to_the_next_page_leads_the_way_that_this_request_came() {
         let uri = Uri::from_static("/v2/r.example:5000/a/b/tags/list?n=2");
         for (lines, next) in [
-            (&["</v2/a/b/tags/list?last=x&n=2>; rel=\"next\""][..], Some("last=x&n=2")),
-            (&["<https://r.example:5000/v2/a/b/tags/list?last=x>; rel=\"next\""], Some("last=x")),
-            (&["<?t=a%2Fb%3D%3D>; Rel=NEXT; title=\"x\""], Some("t=a%2Fb%3D%3D")),
-            (&["</v2/x?p=0>; rel=\"prev\", </v2/x?p=2,3>; rel=\"last next\""], Some("p=2,3")),
-            (&["</v2/x?p=0>; rel=prev", "</v2/x?p=2>; rel=next"], Some("p=2")),
+            (
+                &["</v2/a/b/tags/list?last=x&n=2>; rel=\"next\""][..],
+                Some("last=x&n=2"),
+            ),
+            (
+                &["<https://r.example:5000/v2/a/b/tags/list?last=x>; rel=\"next\""],
+                Some("last=x"),
+            ),
+            (
+                &["<?t=a%2Fb%3D%3D>; Rel=NEXT; title=\"x\""],
+                Some("t=a%2Fb%3D%3D"),
+            ),
+            (
+                &["</v2/x?p=0>; rel=\"prev\", </v2/x?p=2,3>; rel=\"last next\""],
+                Some("p=2,3"),
+            ),
+            (
+                &["</v2/x?p=0>; rel=prev", "</v2/x?p=2>; rel=next"],
+                Some("p=2"),
+            ),
             (&["</v2/x?p=2>"], Some("p=2")),
             (&["/v2/x?p=2; rel=\"next\""], Some("p=2")),
-            (&["</v2/x?p=2>; title=\"a, b; rel=prev\"; rel=\"next\""], Some("p=2")),
+            (
+                &["</v2/x?p=2>; title=\"a, b; rel=prev\"; rel=\"next\""],
+                Some("p=2"),
+            ),
             (&["</v2/x?p=0>; rel=\"prev\""], None),
             (&["</v2/x?p=0>, </v2/x?p=1>"], None),
             (&["</v2/a/b/tags/list>; rel=\"next\""], None),
@@ -194,10 +253,12 @@ mod tests {
             (&[""], None),
             (&[], None),
         ] {
-            let lines = lines.iter().map(|line| (LINK, HeaderValue::from_static(line)));
+            let lines = lines
+                .iter()
+                .map(|line| (LINK, HeaderValue::from_static(line)));
             let found = next_page(&uri, &lines.clone().collect());
-            let expected =
-                next.map(|query| format!("</v2/r.example:5000/a/b/tags/list?{query}>; rel=\"next\""));
+            let expected = next
+                .map(|query| format!("</v2/r.example:5000/a/b/tags/list?{query}>; rel=\"next\""));
             assert_eq!(
                 found.as_ref().map(|link| link.to_str().unwrap()),
                 expected.as_deref(),
@@ -212,10 +273,18 @@ mod tests {
         let head = |pairs: &[(&'static str, &'static str)]| {
             pairs
                 .iter()
-                .map(|(name, value)| (HeaderName::from_static(name), HeaderValue::from_static(value)))
+                .map(|(name, value)| {
+                    (
+                        HeaderName::from_static(name),
+                        HeaderValue::from_static(value),
+                    )
+                })
                 .collect()
         };
-        let (plain, whole) = (head(&[]), head(&[("content-range", "bytes 0-4/5"), ("content-length", "5")]));
+        let (plain, whole) = (
+            head(&[]),
+            head(&[("content-range", "bytes 0-4/5"), ("content-length", "5")]),
+        );
         let part = head(&[("content-range", "bytes 0-4/9"), ("content-length", "5")]);
         let page = head(&[("content-type", "Text/HTML; charset=utf-8")]);
         for (status, head, conditional, expected) in [
@@ -237,7 +306,9 @@ mod tests {
             (501, &plain, false, Some(501)),
         ] {
             let status = StatusCode::from_u16(status).unwrap();
-            let found = status_for_client(status, head, conditional).ok().map(|status| status.as_u16());
+            let found = status_for_client(status, head, conditional)
+                .ok()
+                .map(|status| status.as_u16());
             assert_eq!(found, expected, "{status} {head:?} {conditional}");
         }
     }

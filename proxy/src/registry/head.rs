@@ -13,15 +13,17 @@ use super::error::Problem;
 pub(super) fn check<B>(request: &Request<B>) -> Result<(), Problem> {
     let host = host(request.headers(), request.version())?;
     coding(request.headers())?;
-    let Some(target) = request.uri().authority() else { return Ok(()) };
+    let Some(target) = request.uri().authority() else {
+        return Ok(());
+    };
     if has_user(target) {
         return Err(Problem::Malformed("it carries a user name in its address"));
     }
     // RFC 9112, 3.2.2, has the target count; a Host that says something else is nobody's honest mistake.
     match host {
-        Some(host) if !same(&host, target, default_port(request.uri())) => {
-            Err(Problem::Malformed("its address and its Host are not the same"))
-        }
+        Some(host) if !same(&host, target, default_port(request.uri())) => Err(Problem::Malformed(
+            "its address and its Host are not the same",
+        )),
         _ => Ok(()),
     }
 }
@@ -49,7 +51,9 @@ fn coding(headers: &HeaderMap) -> Result<(), Problem> {
     match (first, second) {
         (None, _) => Ok(()),
         (Some(coding), None) if coding.as_bytes().eq_ignore_ascii_case(b"chunked") => Ok(()),
-        _ => Err(Problem::Malformed("its Transfer-Encoding is not just chunked")),
+        _ => Err(Problem::Malformed(
+            "its Transfer-Encoding is not just chunked",
+        )),
     }
 }
 
@@ -64,7 +68,11 @@ pub(crate) fn same(a: &Authority, b: &Authority, default: u16) -> bool {
 }
 
 fn default_port(uri: &Uri) -> u16 {
-    if uri.scheme_str() == Some("http") { 80 } else { 443 }
+    if uri.scheme_str() == Some("http") {
+        80
+    } else {
+        443
+    }
 }
 
 #[cfg(test)]
@@ -90,8 +98,20 @@ mod tests {
             ("/v2/", &[("Host", "a b")], false),
             ("/v2/", &[("Host", "me@a.example")], false),
             ("/v2/", &[host, ("Transfer-Encoding", "Chunked")], true),
-            ("/v2/", &[host, ("Transfer-Encoding", "gzip, chunked")], false),
-            ("/v2/", &[host, ("Transfer-Encoding", "identity"), ("Transfer-Encoding", "chunked")], false),
+            (
+                "/v2/",
+                &[host, ("Transfer-Encoding", "gzip, chunked")],
+                false,
+            ),
+            (
+                "/v2/",
+                &[
+                    host,
+                    ("Transfer-Encoding", "identity"),
+                    ("Transfer-Encoding", "chunked"),
+                ],
+                false,
+            ),
             ("http://a.example/v2/", &[host], true),
             ("http://A.example:80/v2/", &[host], true),
             ("http://a.example:81/v2/", &[host], false),
@@ -101,7 +121,11 @@ mod tests {
             ("a.example:443", &[host], true),
             ("a.example:443", &[("Host", "b.example:443")], false),
         ] {
-            assert_eq!(checked(target, headers, Version::HTTP_11), fine, "{target} {headers:?}");
+            assert_eq!(
+                checked(target, headers, Version::HTTP_11),
+                fine,
+                "{target} {headers:?}"
+            );
         }
         assert!(checked("/v2/", &[], Version::HTTP_10));
     }

@@ -62,7 +62,8 @@ pub(super) struct Manifest {
 }
 
 /// Downloads of manifests under way: requests for the same one, with the same right and the same `Accept`, wait for it.
-pub(super) type Fetching = Coalesced<(Caller, Source, Digest, HeaderValue, Under), Result<Manifest, Problem>>;
+pub(super) type Fetching =
+    Coalesced<(Caller, Source, Digest, HeaderValue, Under), Result<Manifest, Problem>>;
 
 /// The settings that a caller came under. They say what right this node has of its own: what is being fetched with one that it
 /// has lost since is not for those who come after.
@@ -83,11 +84,19 @@ impl Hash for Under {
     }
 }
 
-pub(super) async fn manifest(mirror: &Inner, ask: &Ask, reference: &ManifestRef) -> Result<Answer, Problem> {
+pub(super) async fn manifest(
+    mirror: &Inner,
+    ask: &Ask,
+    reference: &ManifestRef,
+) -> Result<Answer, Problem> {
     match reference {
         ManifestRef::Digest(digest) => {
             let found = by_digest(mirror, ask, digest).await?;
-            Ok(if not_modified(&ask.headers, digest) { unchanged(digest) } else { found.answer() })
+            Ok(if not_modified(&ask.headers, digest) {
+                unchanged(digest)
+            } else {
+                found.answer()
+            })
         }
         ManifestRef::Tag(tag) => Box::pin(tags::by_tag(mirror, ask, tag)).await,
     }
@@ -95,7 +104,11 @@ pub(super) async fn manifest(mirror: &Inner, ask: &Ask, reference: &ManifestRef)
 
 /// For a peer, which has made sure of its client's right: status, media type, body, whether the registry that the peer names has
 /// given it. Content from elsewhere is asked of that registry once, for all peers.
-pub(super) async fn for_peer(mirror: &Inner, grant: Grant, digest: &Digest) -> (u16, String, Bytes, bool) {
+pub(super) async fn for_peer(
+    mirror: &Inner,
+    grant: Grant,
+    digest: &Digest,
+) -> (u16, String, Bytes, bool) {
     let registry = grant.source.registry.clone();
     let ask = Ask::of_peer(grant);
     let given = mirror.proofs.has_proved(&registry, digest).await;
@@ -112,18 +125,28 @@ pub(super) async fn for_peer(mirror: &Inner, grant: Grant, digest: &Digest) -> (
                 Ok((found, false))
             }
         },
-        Ok(None) => fetch_once(mirror, &ask, digest, false).await.map(|found| (found, true)),
+        Ok(None) => fetch_once(mirror, &ask, digest, false)
+            .await
+            .map(|found| (found, true)),
         Err(problem) => Err(problem),
     };
     match found {
         // The peer could not compare it with its digest.
-        Ok((found, _)) if found.is_signed => {
-            (StatusCode::NOT_FOUND.as_u16(), "application/json".to_owned(), Bytes::new(), false)
-        }
+        Ok((found, _)) if found.is_signed => (
+            StatusCode::NOT_FOUND.as_u16(),
+            "application/json".to_owned(),
+            Bytes::new(),
+            false,
+        ),
         Ok((found, given)) => (StatusCode::OK.as_u16(), found.media_type, found.body, given),
         Err(problem) => {
             let kind = crate::metrics::RequestKind::Manifest;
-            (problem.status().as_u16(), "application/json".to_owned(), problem.body(kind), false)
+            (
+                problem.status().as_u16(),
+                "application/json".to_owned(),
+                problem.body(kind),
+                false,
+            )
         }
     }
 }
@@ -139,11 +162,18 @@ async fn by_digest(mirror: &Inner, ask: &Ask, digest: &Digest) -> Result<Manifes
 }
 
 /// The same, once it is confirmed that the caller may have it.
-pub(super) async fn confirmed(mirror: &Inner, ask: &Ask, digest: &Digest) -> Result<Manifest, Problem> {
+pub(super) async fn confirmed(
+    mirror: &Inner,
+    ask: &Ask,
+    digest: &Digest,
+) -> Result<Manifest, Problem> {
     // What came here from elsewhere is not for the clients of a registry that has not given it.
     let is_theirs = is_for_clients_of(mirror, ask, digest).await;
-    let Some(found) = (if is_theirs { cached(mirror, &ask.grant.source, digest).await? } else { None })
-    else {
+    let Some(found) = (if is_theirs {
+        cached(mirror, &ask.grant.source, digest).await?
+    } else {
+        None
+    }) else {
         return fetch_once(mirror, ask, digest, true).await;
     };
     // Its parts belong to this repository too, even if it came here through another one.
@@ -153,7 +183,10 @@ pub(super) async fn confirmed(mirror: &Inner, ask: &Ask, digest: &Digest) -> Res
 
 /// Whether what is here may go to a client of this registry: that is believed, or has given it.
 pub(super) async fn is_for_clients_of(mirror: &Inner, ask: &Ask, digest: &Digest) -> bool {
-    mirror.proofs.knows(&mirror.live.load_full(), &ask.grant.source.registry, digest).await
+    mirror
+        .proofs
+        .knows(&mirror.live.load_full(), &ask.grant.source.registry, digest)
+        .await
 }
 
 /// Gets a manifest that is not cached; of many who ask at once only one does.
@@ -164,11 +197,25 @@ pub(super) async fn fetch_once(
     ask_seed: bool,
 ) -> Result<Manifest, Problem> {
     let under = Under(mirror.live.load_full());
-    let key = (ask.caller, ask.grant.source.clone(), *digest, ask.accept(), under);
-    mirror.fetching.run(key, Box::pin(fetch(mirror, ask, digest, ask_seed))).await
+    let key = (
+        ask.caller,
+        ask.grant.source.clone(),
+        *digest,
+        ask.accept(),
+        under,
+    );
+    mirror
+        .fetching
+        .run(key, Box::pin(fetch(mirror, ask, digest, ask_seed)))
+        .await
 }
 
-async fn fetch(mirror: &Inner, ask: &Ask, digest: &Digest, ask_seed: bool) -> Result<Manifest, Problem> {
+async fn fetch(
+    mirror: &Inner,
+    ask: &Ask,
+    digest: &Digest,
+    ask_seed: bool,
+) -> Result<Manifest, Problem> {
     let source = &ask.grant.source;
     if ask_seed
         && let Some((found, given)) = from_seed(mirror, &ask.grant, digest).await
@@ -180,7 +227,10 @@ async fn fetch(mirror: &Inner, ask: &Ask, digest: &Digest, ask_seed: bool) -> Re
         }
         return Ok(found);
     }
-    let target = Target { source: source.clone(), content: Content::Manifest(digest.to_string()) };
+    let target = Target {
+        source: source.clone(),
+        content: Content::Manifest(digest.to_string()),
+    };
     let mut headers = ask.for_origin();
     headers.insert(ACCEPT, ask.accept());
     let response = mirror.origin.get(&target, &headers).await?;
@@ -195,7 +245,12 @@ async fn fetch(mirror: &Inner, ask: &Ask, digest: &Digest, ask_seed: bool) -> Re
     mirror.told.note(source, digest, response.headers());
     let found = read(mirror, response, Some(digest), source).await?;
     readable(mirror, ask, &extensions);
-    mirror.access.belongs(source, digest, Some(found.body.len() as u64), Instant::now());
+    mirror.access.belongs(
+        source,
+        digest,
+        Some(found.body.len() as u64),
+        Instant::now(),
+    );
     let found = keep(mirror, ask, found).await;
     // One that is signed inside was not compared with the digest.
     if !found.is_signed {
@@ -219,7 +274,14 @@ async fn from_seed(mirror: &Inner, grant: &Grant, digest: &Digest) -> Option<(Ma
     let told = mirror.told.get(&grant.source, digest);
     let media_type = media_type::media_type(&body, told.as_deref());
     let headers = HeaderMap::new();
-    let found = Manifest { digest: *digest, media_type, body, is_signed: false, file: None, headers };
+    let found = Manifest {
+        digest: *digest,
+        media_type,
+        body,
+        is_signed: false,
+        file: None,
+        headers,
+    };
     Some((found, given))
 }
 
@@ -261,16 +323,25 @@ pub(super) async fn read(
     }
     let body = taken.by(body.freeze());
     let (told, seen) = (told(&head.headers), body.clone());
-    let judge =
-        move || (identified(&seen, &announced), media_type::media_type(&seen, told.as_deref()), announced);
+    let judge = move || {
+        (
+            identified(&seen, &announced),
+            media_type::media_type(&seen, told.as_deref()),
+            announced,
+        )
+    };
     let (identified, media_type, announced) = match body.len() {
         ..=SHORT_BYTES => judge(),
-        _ => lanes::run(Lane::Clients, judge).await.ok_or(Problem::Slow)?,
+        _ => lanes::run(Lane::Clients, judge)
+            .await
+            .ok_or(Problem::Slow)?,
     };
     let Some((digest, is_signed)) = identified else {
         not_encoded(&head.headers, source)?;
         return Err(match announced.first() {
-            Some(digest) if !is_page(&head.headers) && is_object(&body) => Problem::WrongManifest(*digest),
+            Some(digest) if !is_page(&head.headers) && is_object(&body) => {
+                Problem::WrongManifest(*digest)
+            }
             _ => Problem::NoManifest,
         });
     };
@@ -283,14 +354,27 @@ pub(super) async fn read(
     let mut headers = passed_on(&head.headers);
     headers.remove(CONTENT_RANGE);
     headers.remove(ACCEPT_RANGES);
-    Ok(Manifest { digest, media_type, body, is_signed, file: None, headers })
+    Ok(Manifest {
+        digest,
+        media_type,
+        body,
+        is_signed,
+        file: None,
+        headers,
+    })
 }
 
 /// Whether a document is a registry's error and no manifest.
 fn is_error(body: &[u8]) -> bool {
     const OF_MANIFESTS: [&str; 4] = ["schemaVersion", "mediaType", "manifests", "layers"];
-    let document = (body.len() <= SHORT_BYTES).then(|| serde_json::from_slice::<Value>(body).ok()).flatten();
-    let has = |key: &str| document.as_ref().is_some_and(|document| document.get(key).is_some());
+    let document = (body.len() <= SHORT_BYTES)
+        .then(|| serde_json::from_slice::<Value>(body).ok())
+        .flatten();
+    let has = |key: &str| {
+        document
+            .as_ref()
+            .is_some_and(|document| document.get(key).is_some())
+    };
     has("errors") && !OF_MANIFESTS.into_iter().any(has)
 }
 
@@ -306,14 +390,24 @@ fn identified(body: &[u8], announced: &[Digest]) -> Option<(Digest, bool)> {
     }
     if announced.is_empty() && media_type::is_whole(body) {
         let payload = schema_1::digest(body, Algorithm::Sha256);
-        return Some(
-            payload.map_or_else(|| (Digest::of(Algorithm::Sha256, body), false), |digest| (digest, true)),
-        );
+        return Some(payload.map_or_else(
+            || (Digest::of(Algorithm::Sha256, body), false),
+            |digest| (digest, true),
+        ));
     }
     let is_whole = |announced: &&Digest| Digest::of(announced.algorithm(), body) == **announced;
-    let is_payload = |announced: &&Digest| schema_1::digest(body, announced.algorithm()) == Some(**announced);
-    let whole = announced.iter().find(is_whole).map(|digest| (*digest, false));
-    whole.or_else(|| announced.iter().find(is_payload).map(|digest| (*digest, true)))
+    let is_payload =
+        |announced: &&Digest| schema_1::digest(body, announced.algorithm()) == Some(**announced);
+    let whole = announced
+        .iter()
+        .find(is_whole)
+        .map(|digest| (*digest, false));
+    whole.or_else(|| {
+        announced
+            .iter()
+            .find(is_payload)
+            .map(|digest| (*digest, true))
+    })
 }
 
 /// Whether an answer whose bytes nothing else proves is a whole one: a 203 comes from a proxy that has looked at it.
@@ -329,12 +423,30 @@ impl Ask {
     /// What the origin is asked for by digest: the client's own types first, since some registries take them literally, then all
     /// that are known.
     pub(super) fn accept(&self) -> HeaderValue {
-        let lines = self.headers.get_all(ACCEPT).iter().filter_map(|line| line.to_str().ok());
-        let mut accept: Vec<&str> =
-            lines.flat_map(|line| line.split(',')).map(str::trim).filter(|range| !range.is_empty()).collect();
-        let bare = |range: &str| range.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
+        let lines = self
+            .headers
+            .get_all(ACCEPT)
+            .iter()
+            .filter_map(|line| line.to_str().ok());
+        let mut accept: Vec<&str> = lines
+            .flat_map(|line| line.split(','))
+            .map(str::trim)
+            .filter(|range| !range.is_empty())
+            .collect();
+        let bare = |range: &str| {
+            range
+                .split(';')
+                .next()
+                .unwrap_or_default()
+                .trim()
+                .to_ascii_lowercase()
+        };
         let named: Vec<String> = accept.iter().map(|range| bare(range)).collect();
-        accept.extend(ANY_TYPE.iter().filter(|known| !named.iter().any(|named| named == *known)));
+        accept.extend(
+            ANY_TYPE
+                .iter()
+                .filter(|known| !named.iter().any(|named| named == *known)),
+        );
         HeaderValue::from_str(&accept.join(", ")).unwrap_or(HeaderValue::from_static("*/*"))
     }
 }
@@ -346,7 +458,14 @@ impl Manifest {
         let media_type = media_type::media_type(&body, told);
         let file = (body.len() >= FROM_FILE_BYTES).then_some(place);
         let headers = HeaderMap::new();
-        Self { digest, media_type, body: taken.by(body), is_signed: false, file, headers }
+        Self {
+            digest,
+            media_type,
+            body: taken.by(body),
+            is_signed: false,
+            file,
+            headers,
+        }
     }
 
     pub(super) fn answer(self) -> Answer {
@@ -385,12 +504,20 @@ pub(super) async fn cached(
     source: &Source,
     digest: &Digest,
 ) -> Result<Option<Manifest>, Problem> {
-    let Some(bytes) = mirror.store.manifest_bytes(digest) else { return Ok(None) };
-    let taken = mirror.room.take(usize::try_from(bytes).unwrap_or(usize::MAX)).await?;
+    let Some(bytes) = mirror.store.manifest_bytes(digest) else {
+        return Ok(None);
+    };
+    let taken = mirror
+        .room
+        .take(usize::try_from(bytes).unwrap_or(usize::MAX))
+        .await?;
     let (store, digest) = (mirror.store.clone(), *digest);
     let told = mirror.told.get(source, &digest);
-    let read =
-        move || store.manifest(&digest).map(|kept| Manifest::kept(digest, kept, told.as_deref(), taken));
+    let read = move || {
+        store
+            .manifest(&digest)
+            .map(|kept| Manifest::kept(digest, kept, told.as_deref(), taken))
+    };
     Ok(lanes::run(Lane::Clients, read).await.flatten())
 }
 

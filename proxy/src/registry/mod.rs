@@ -63,7 +63,8 @@ pub(crate) type Answer = Response<Payload>;
 
 /// Status, media type and body of a manifest, and whether the registry asked about gave it to the seed; `None` when there is no
 /// seed, or none that answers.
-pub type SeedAnswer<'a> = Pin<Box<dyn Future<Output = Option<(u16, String, Bytes, bool)>> + Send + 'a>>;
+pub type SeedAnswer<'a> =
+    Pin<Box<dyn Future<Output = Option<(u16, String, Bytes, bool)>> + Send + 'a>>;
 
 /// Asks the seed that a manifest belongs to.
 pub trait SeedManifests: Send + Sync + 'static {
@@ -122,7 +123,17 @@ struct Inner {
 impl Mirror {
     /// A mirror that knows nothing yet.
     pub fn new(config: MirrorConfig) -> Self {
-        let MirrorConfig { store, flights, origin, proofs, seeds, live, metrics, desk, pull_grace } = config;
+        let MirrorConfig {
+            store,
+            flights,
+            origin,
+            proofs,
+            seeds,
+            live,
+            metrics,
+            desk,
+            pull_grace,
+        } = config;
         let rechecks = Arc::new(recheck::Rechecks::new(flights.clone()));
         Self {
             inner: Arc::new(Inner {
@@ -154,7 +165,8 @@ impl Mirror {
 
     /// Serves until `stop` is cancelled; then bodies under way may go on for `drain`, and end short after that.
     pub async fn serve(&self, listener: TcpListener, stop: CancellationToken, drain: Duration) {
-        self.serve_as(Arc::new(self.clone()), listener, stop, drain).await;
+        self.serve_as(Arc::new(self.clone()), listener, stop, drain)
+            .await;
     }
 
     /// The same for another service, in front of this mirror.
@@ -165,7 +177,10 @@ impl Mirror {
         stop: CancellationToken,
         drain: Duration,
     ) {
-        let (metrics, places) = (Arc::clone(&self.inner.metrics), Arc::clone(&self.inner.places));
+        let (metrics, places) = (
+            Arc::clone(&self.inner.metrics),
+            Arc::clone(&self.inner.places),
+        );
         connection::serve(service, metrics, places, listener, stop, drain).await;
     }
 
@@ -203,8 +218,16 @@ impl Service for Mirror {
 }
 
 impl ManifestSource for Mirror {
-    fn manifest(&self, source: Source, digest: Digest, token: Option<Bearer>) -> ManifestAnswer<'_> {
-        let grant = Grant { source, authorization: token.as_ref().and_then(Authorization::bearer) };
+    fn manifest(
+        &self,
+        source: Source,
+        digest: Digest,
+        token: Option<Bearer>,
+    ) -> ManifestAnswer<'_> {
+        let grant = Grant {
+            source,
+            authorization: token.as_ref().and_then(Authorization::bearer),
+        };
         Box::pin(async move { manifest::for_peer(&self.inner, grant, &digest).await })
     }
 }
@@ -217,7 +240,10 @@ fn etag(digest: &Digest) -> HeaderValue {
 /// Whether the client says it has this content already (RFC 9110, 13.1.2).
 fn not_modified(headers: &HeaderMap, digest: &Digest) -> bool {
     let own = format!("\"{digest}\"");
-    let lines = headers.get_all(IF_NONE_MATCH).iter().filter_map(|line| line.to_str().ok());
+    let lines = headers
+        .get_all(IF_NONE_MATCH)
+        .iter()
+        .filter_map(|line| line.to_str().ok());
     lines
         .flat_map(|line| line.split(','))
         .map(str::trim)

@@ -26,7 +26,11 @@ impl Multipart {
     pub(super) fn new(ranges: Vec<Range<u64>>, size_bytes: u64) -> Self {
         // It must not occur in the parts, and nobody can look through them beforehand: 128 random bits do not.
         let boundary = format!("{:032x}", rand::random::<u128>());
-        Self { boundary, size_bytes, ranges }
+        Self {
+            boundary,
+            size_bytes,
+            ranges,
+        }
     }
 
     /// The answer's `Content-Type`. Some clients know the boundary only without quotes.
@@ -37,9 +41,15 @@ impl Multipart {
 
     /// The length of the whole body.
     pub(super) fn len_bytes(&self) -> u64 {
-        let heads: usize =
-            (0..self.ranges.len()).filter_map(|part| self.head(part)).map(|head| head.len()).sum();
-        let parts: u64 = self.ranges.iter().map(|range| range.end - range.start).sum();
+        let heads: usize = (0..self.ranges.len())
+            .filter_map(|part| self.head(part))
+            .map(|head| head.len())
+            .sum();
+        let parts: u64 = self
+            .ranges
+            .iter()
+            .map(|range| range.end - range.start)
+            .sum();
         parts + (heads + self.end().len()) as u64
     }
 
@@ -55,7 +65,15 @@ impl Multipart {
 
     fn of(self, source: Source) -> Payload {
         let len_bytes = self.len_bytes();
-        Payload::Parts(Box::new(Parts { multipart: self, source, next: 0, inside: false }), len_bytes)
+        Payload::Parts(
+            Box::new(Parts {
+                multipart: self,
+                source,
+                next: 0,
+                inside: false,
+            }),
+            len_bytes,
+        )
     }
 
     /// What comes before the bytes of a part.
@@ -114,10 +132,15 @@ impl Parts {
             Source::Flight(reader) if part > 0 => {
                 reader.next_part();
             }
-            Source::Blob(stored) => stored.read(self.multipart.ranges.get(part).cloned().unwrap_or(0..0)),
+            Source::Blob(stored) => {
+                stored.read(self.multipart.ranges.get(part).cloned().unwrap_or(0..0))
+            }
             Source::Flight(_) => {}
         }
-        let text = self.multipart.head(part).unwrap_or_else(|| self.multipart.end());
+        let text = self
+            .multipart
+            .head(part)
+            .unwrap_or_else(|| self.multipart.end());
         Ok(Some(Segment::Memory(text.into())))
     }
 
@@ -137,18 +160,36 @@ mod tests {
     #[test]
     fn the_length_is_that_of_all_heads_parts_and_the_end() {
         let multipart = Multipart::new(vec![0..1, 5..1000], 1 << 40);
-        let between: usize = [multipart.head(0), multipart.head(1)].iter().flatten().map(String::len).sum();
-        assert_eq!(multipart.len_bytes(), (between + multipart.end().len()) as u64 + 1 + 995);
+        let between: usize = [multipart.head(0), multipart.head(1)]
+            .iter()
+            .flatten()
+            .map(String::len)
+            .sum();
+        assert_eq!(
+            multipart.len_bytes(),
+            (between + multipart.end().len()) as u64 + 1 + 995
+        );
         let other = Multipart::new(vec![0..1, 5..1000], 1 << 40);
         assert_ne!(other.boundary, multipart.boundary);
-        assert_eq!(other.len_bytes(), multipart.len_bytes(), "HEAD tells what GET sends");
+        assert_eq!(
+            other.len_bytes(),
+            multipart.len_bytes(),
+            "HEAD tells what GET sends"
+        );
     }
 
     #[test]
     fn the_boundary_is_one_that_clients_find() {
         let text = Multipart::new(vec![0..1, 2..3], 9).content_type();
-        let boundary = text.to_str().unwrap().strip_prefix("multipart/byteranges; boundary=").unwrap();
+        let boundary = text
+            .to_str()
+            .unwrap()
+            .strip_prefix("multipart/byteranges; boundary=")
+            .unwrap();
         // containers/image looks for `[A-Za-z-0-9:]+`.
-        assert!(boundary.len() == 32 && boundary.bytes().all(|b| b.is_ascii_alphanumeric()), "{boundary}");
+        assert!(
+            boundary.len() == 32 && boundary.bytes().all(|b| b.is_ascii_alphanumeric()),
+            "{boundary}"
+        );
     }
 }

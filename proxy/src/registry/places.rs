@@ -76,12 +76,18 @@ impl Places {
     /// As many as the limit on open files allows.
     pub(super) fn new() -> Self {
         let files = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
-        let files = files.and_then(|files| usize::try_from(files).ok()).unwrap_or(usize::MAX);
+        let files = files
+            .and_then(|files| usize::try_from(files).ok())
+            .unwrap_or(usize::MAX);
         Self::within(connections::Places::within(MAX_CONNECTIONS, files))
     }
 
     fn within(bounds: connections::Places) -> Self {
-        Self { bounds, started: Instant::now(), state: Mutex::default() }
+        Self {
+            bounds,
+            started: Instant::now(),
+            state: Mutex::default(),
+        }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -125,9 +131,17 @@ impl State {
         };
         let occupant = |(id, held): (&u64, &Held)| {
             let (doing, since) = held.line.doing(now);
-            Occupant { id: *id, doing, since: Time(since.saturating_duration_since(started)) }
+            Occupant {
+                id: *id,
+                doing,
+                since: Time(since.saturating_duration_since(started)),
+            }
         };
-        self.held.iter().filter(|(_, held)| is_in(held)).map(occupant).collect()
+        self.held
+            .iter()
+            .filter(|(_, held)| is_in(held))
+            .map(occupant)
+            .collect()
     }
 
     /// Ends the connections that have waited longest where too many wait: they cost memory.
@@ -147,12 +161,26 @@ impl State {
         self.next += 1;
         *self.by_client.entry(client).or_default() += 1;
         self.remote += usize::from(client != Client::Own);
-        self.held.insert(id, Held { client, line: Arc::clone(&line), leave: leave.clone() });
-        Place { places: Arc::clone(places), id, line, leave }
+        self.held.insert(
+            id,
+            Held {
+                client,
+                line: Arc::clone(&line),
+                leave: leave.clone(),
+            },
+        );
+        Place {
+            places: Arc::clone(places),
+            id,
+            line,
+            leave,
+        }
     }
 
     fn remove(&mut self, id: u64, asked_to_leave: bool) {
-        let Some(Held { client, leave, .. }) = self.held.remove(&id) else { return };
+        let Some(Held { client, leave, .. }) = self.held.remove(&id) else {
+            return;
+        };
         if asked_to_leave {
             leave.cancel();
         }
@@ -177,11 +205,18 @@ mod tests {
     use super::*;
 
     fn places(all: usize, remote: usize, one_remote: usize) -> Arc<Places> {
-        Arc::new(Places::within(connections::Places { all, remote, one_remote, waiting: all }))
+        Arc::new(Places::within(connections::Places {
+            all,
+            remote,
+            one_remote,
+            waiting: all,
+        }))
     }
 
-    const FAR: [IpAddr; 2] =
-        [IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1)), IpAddr::V4(Ipv4Addr::new(192, 0, 2, 2))];
+    const FAR: [IpAddr; 2] = [
+        IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1)),
+        IpAddr::V4(Ipv4Addr::new(192, 0, 2, 2)),
+    ];
 
     #[tokio::test]
     async fn a_silent_connection_gives_way_and_one_with_a_request_stays() {
@@ -221,12 +256,26 @@ mod tests {
 
     #[tokio::test]
     async fn few_connections_may_wait_for_a_request() {
-        let bounds = connections::Places { all: 4096, remote: 4096, one_remote: 4096, waiting: 50 };
+        let bounds = connections::Places {
+            all: 4096,
+            remote: 4096,
+            one_remote: 4096,
+            waiting: 50,
+        };
         let places = Arc::new(Places::within(bounds));
         let all: Vec<_> = (0..500).map(|_| places.take(FAR[0]).unwrap()).collect();
-        let staying = all.iter().filter(|place| !place.leave.is_cancelled()).count();
-        assert!((50..50 + 2 * COUNTED_EVERY as usize).contains(&staying), "{staying}");
-        assert!(all[450..].iter().all(|place| !place.leave.is_cancelled()), "the oldest leave");
+        let staying = all
+            .iter()
+            .filter(|place| !place.leave.is_cancelled())
+            .count();
+        assert!(
+            (50..50 + 2 * COUNTED_EVERY as usize).contains(&staying),
+            "{staying}"
+        );
+        assert!(
+            all[450..].iter().all(|place| !place.leave.is_cancelled()),
+            "the oldest leave"
+        );
         drop(all);
         assert!(places.state().by_client.is_empty() && places.state().remote == 0);
     }

@@ -40,12 +40,20 @@ impl Rechecks {
     }
 
     /// Notes that a client asks for these bytes. If it did before, and they are `held`, they are right after this, or gone.
-    pub(super) async fn asked(self: &Arc<Self>, client: IpAddr, task: Digest, bytes: Range<u64>, held: bool) {
+    pub(super) async fn asked(
+        self: &Arc<Self>,
+        client: IpAddr,
+        task: Digest,
+        bytes: Range<u64>,
+        held: bool,
+    ) {
         let is_suspicious = || self.with(|memory, now| memory.asked(client, task, &bytes, now));
         if !is_suspicious() || !held {
             return;
         }
-        let Ok(turn) = timeout(TURN, Arc::clone(&self.turn).lock_owned()).await else { return };
+        let Ok(turn) = timeout(TURN, Arc::clone(&self.turn).lock_owned()).await else {
+            return;
+        };
         // Whoever waited may find out that they were hashed meanwhile.
         if !is_suspicious() {
             return;

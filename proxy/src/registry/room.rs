@@ -29,7 +29,10 @@ pub(super) struct Taken(Option<OwnedSemaphorePermit>);
 
 impl Room {
     pub(super) fn new() -> Self {
-        Self { kib: Arc::new(Semaphore::new(ALL_KIB)), wait: WAIT }
+        Self {
+            kib: Arc::new(Semaphore::new(ALL_KIB)),
+            wait: WAIT,
+        }
     }
 
     /// Takes room for a manifest of so many bytes.
@@ -39,7 +42,11 @@ impl Room {
         }
         let kib = u32::try_from(bytes.div_ceil(1 << 10).min(ALL_KIB)).unwrap_or(u32::MAX);
         let permit = timeout(self.wait, Arc::clone(&self.kib).acquire_many_owned(kib)).await;
-        permit.ok().and_then(Result::ok).map(|permit| Taken(Some(permit))).ok_or(Problem::Crowded)
+        permit
+            .ok()
+            .and_then(Result::ok)
+            .map(|permit| Taken(Some(permit)))
+            .ok_or(Problem::Crowded)
     }
 }
 
@@ -52,7 +59,11 @@ impl Taken {
                 &self.0
             }
         }
-        if self.0.is_none() { body } else { Bytes::from_owner(Held(body, self)) }
+        if self.0.is_none() {
+            body
+        } else {
+            Bytes::from_owner(Held(body, self))
+        }
     }
 }
 
@@ -62,17 +73,28 @@ mod tests {
 
     #[tokio::test]
     async fn long_manifests_wait_for_room_and_short_ones_never_do() {
-        let room = Room { wait: Duration::from_millis(20), ..Room::new() };
+        let room = Room {
+            wait: Duration::from_millis(20),
+            ..Room::new()
+        };
         let longest = 4 << 20;
         let mut held = Vec::new();
         for _ in 0..16 {
-            held.push(room.take(longest).await.unwrap().by(Bytes::from_static(b"{}")));
+            held.push(
+                room.take(longest)
+                    .await
+                    .unwrap()
+                    .by(Bytes::from_static(b"{}")),
+            );
         }
         assert!(matches!(room.take(longest).await, Err(Problem::Crowded)));
         room.take(SHORT_BYTES).await.unwrap();
         let copy = held[0].clone();
         held.remove(0);
-        assert!(room.take(longest).await.is_err(), "a copy is still on its way");
+        assert!(
+            room.take(longest).await.is_err(),
+            "a copy is still on its way"
+        );
         drop(copy);
         room.take(longest).await.unwrap();
         room.take(usize::MAX).await.unwrap_err();

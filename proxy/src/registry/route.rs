@@ -53,15 +53,32 @@ impl Ask {
         let told = applications::told(&headers).map_err(Problem::Malformed)?;
         applications::strip(&mut headers);
         let purpose = mirror.desk.purpose(&source, &told);
-        let grant = Grant { source, authorization: Authorization::of(&headers) };
-        Ok(Self { method, caller: Caller::of(&grant), grant, purpose, headers, client })
+        let grant = Grant {
+            source,
+            authorization: Authorization::of(&headers),
+        };
+        Ok(Self {
+            method,
+            caller: Caller::of(&grant),
+            grant,
+            purpose,
+            headers,
+            client,
+        })
     }
 
     /// That of a peer, for whom this node is the seed.
     pub(super) fn of_peer(grant: Grant) -> Self {
         let (headers, client) = (HeaderMap::new(), IpAddr::V6(Ipv6Addr::UNSPECIFIED));
         let (method, purpose) = (Method::GET, Purpose::default());
-        Self { method, caller: Caller::of(&grant), grant, purpose, headers, client }
+        Self {
+            method,
+            caller: Caller::of(&grant),
+            grant,
+            purpose,
+            headers,
+            client,
+        }
     }
 
     /// The headers to ask the origin with on the client's behalf: its right, and the way that its request has come, so that a
@@ -94,7 +111,12 @@ impl Ask {
 }
 
 /// Answers a request, whatever it is. `at`: it was sent to this registry, and is answered as from there.
-pub(super) async fn answer(mirror: &Inner, mut request: Parts, at: Option<&str>, client: IpAddr) -> Answer {
+pub(super) async fn answer(
+    mirror: &Inner,
+    mut request: Parts,
+    at: Option<&str>,
+    client: IpAddr,
+) -> Answer {
     let is_head = request.method == Method::HEAD;
     let method = request.method.as_str();
     let (path, query) = (request.uri.path(), request.uri.query());
@@ -103,8 +125,16 @@ pub(super) async fn answer(mirror: &Inner, mut request: Parts, at: Option<&str>,
         Some(registry) => reference::parse_at(registry, method, path, query),
     };
     let kind = asked.as_ref().map_or(RequestKind::Other, kind_of);
-    let named = asked.as_ref().ok().and_then(registry_of).filter(|_| at.is_none()).cloned();
-    let recent = asked.as_ref().ok().and_then(|asked| RecentRequest::of(method, asked, at));
+    let named = asked
+        .as_ref()
+        .ok()
+        .and_then(registry_of)
+        .filter(|_| at.is_none())
+        .cloned();
+    let recent = asked
+        .as_ref()
+        .ok()
+        .and_then(|asked| RecentRequest::of(method, asked, at));
     let mut admission = Admission::default();
     let asked = asked.map_err(Problem::from).and_then(|asked| {
         not_in_a_circle(mirror, &request.headers)?;
@@ -165,16 +195,30 @@ fn registry_of(asked: &Asked) -> Option<&String> {
 
 /// An error if a request has passed through this daemon before.
 pub(super) fn not_in_a_circle(mirror: &Inner, headers: &HeaderMap) -> Result<(), Problem> {
-    if is_loop(headers, mirror.origin.pseudonym()) { Err(Problem::Loop) } else { Ok(()) }
+    if is_loop(headers, mirror.origin.pseudonym()) {
+        Err(Problem::Loop)
+    } else {
+        Ok(())
+    }
 }
 
 /// Whether a request has passed through this daemon before.
 pub(super) fn is_loop(headers: &HeaderMap, pseudonym: &str) -> bool {
-    let lines = headers.get_all(VIA).iter().filter_map(|line| line.to_str().ok());
-    lines.flat_map(|line| line.split(',')).any(|hop| hop.split_whitespace().nth(1) == Some(pseudonym))
+    let lines = headers
+        .get_all(VIA)
+        .iter()
+        .filter_map(|line| line.to_str().ok());
+    lines
+        .flat_map(|line| line.split(','))
+        .any(|hop| hop.split_whitespace().nth(1) == Some(pseudonym))
 }
 
-async fn dispatch(mirror: &Inner, request: Parts, asked: Asked, client: IpAddr) -> Result<Answer, Problem> {
+async fn dispatch(
+    mirror: &Inner,
+    request: Parts,
+    asked: Asked,
+    client: IpAddr,
+) -> Result<Answer, Problem> {
     let default = mirror.live.load().registries.default.clone();
     let authorized = request.headers.contains_key(AUTHORIZATION);
     let offer = token::offer(&request, &asked);
@@ -216,17 +260,29 @@ async fn content(
 
 /// The answer to `/v2/`: this mirror speaks the API.
 fn pong(offer: Option<HeaderValue>) -> Answer {
-    let mut headers =
-        HeaderMap::from_iter([(http::header::CONTENT_TYPE, HeaderValue::from_static("application/json"))]);
+    let mut headers = HeaderMap::from_iter([(
+        http::header::CONTENT_TYPE,
+        HeaderValue::from_static("application/json"),
+    )]);
     headers.extend(offer.map(|challenge| (WWW_AUTHENTICATE, challenge)));
     with(StatusCode::OK, headers, Payload::Notice("{}".into()))
 }
 
 /// `/v2/` with credentials: whether they are good is for the registry to say.
 async fn ping(mirror: &Inner, registry: String, headers: &HeaderMap) -> Result<Answer, Problem> {
-    let source = reference::Source { registry, repository: String::new() };
-    let target = Target { source, content: Content::Ping };
-    forward(mirror.origin.get(&target, headers).await?, &target.source, false)
+    let source = reference::Source {
+        registry,
+        repository: String::new(),
+    };
+    let target = Target {
+        source,
+        content: Content::Ping,
+    };
+    forward(
+        mirror.origin.get(&target, headers).await?,
+        &target.source,
+        false,
+    )
 }
 
 /// Tags and referrers, as the origin has them now. `uri` is the client's own, from which the next page is to be had as well.
@@ -237,13 +293,19 @@ async fn list(
     query: &str,
     uri: &Uri,
 ) -> Result<Answer, Problem> {
-    let target = Target { source: ask.grant.source.clone(), content };
+    let target = Target {
+        source: ask.grant.source.clone(),
+        content,
+    };
     let headers = ask.without_ranges();
     let query = Some(query).filter(|query| !query.is_empty());
     let conditional = headers.contains_key(IF_NONE_MATCH);
     let (mut answer, next) = if ask.method == Method::HEAD {
         let head = mirror.origin.head_page(&target, query, &headers).await?;
-        (forward_head(&head, conditional)?, next_page(uri, head.headers()))
+        (
+            forward_head(&head, conditional)?,
+            next_page(uri, head.headers()),
+        )
     } else {
         let response = mirror.origin.get_page(&target, query, &headers).await?;
         note_refusal(mirror, ask, response.status());
@@ -258,7 +320,10 @@ async fn list(
 
 /// The same answer for HEAD: it says how long the body would be.
 fn without_body(mut answer: Answer) -> Answer {
-    if let Some(len) = answer.body().len_bytes().filter(|_| !answer.headers().contains_key(CONTENT_LENGTH))
+    if let Some(len) = answer
+        .body()
+        .len_bytes()
+        .filter(|_| !answer.headers().contains_key(CONTENT_LENGTH))
         && !matches!(answer.body(), Payload::Empty)
     {
         answer.headers_mut().insert(CONTENT_LENGTH, len.into());

@@ -35,7 +35,14 @@ pub(crate) struct Stored {
 
 impl Stored {
     pub(super) const fn new(blob: Blob, again: Again) -> Self {
-        Self { blob, again, range: 0..0, ahead: None, download: None, rotten: false }
+        Self {
+            blob,
+            again,
+            range: 0..0,
+            ahead: None,
+            download: None,
+            rotten: false,
+        }
     }
 
     /// Reads this range next.
@@ -47,8 +54,12 @@ impl Stored {
 
     /// Makes sure of the first bytes, so that an answer is begun only with right ones. `false`: the blob is gone from the store.
     pub(super) async fn is_sound(blob: &Blob, ranges: &[Range<u64>], flights: &Flights) -> bool {
-        let Some(first) = ranges.iter().find(|range| !range.is_empty()) else { return true };
-        let right = blob.check(blob.table.layout().containing(first.start)).await;
+        let Some(first) = ranges.iter().find(|range| !range.is_empty()) else {
+            return true;
+        };
+        let right = blob
+            .check(blob.table.layout().containing(first.start))
+            .await;
         if !right {
             flights.rotten(blob).await;
         }
@@ -78,7 +89,10 @@ impl Stored {
             let (blob, next) = (self.blob.clone(), layout.containing(range.end));
             self.ahead = Some(tokio::spawn(async move { blob.check(next).await }));
         }
-        Ok(Some(Segment::File { file: Arc::clone(&self.blob.file), range }))
+        Ok(Some(Segment::File {
+            file: Arc::clone(&self.blob.file),
+            range,
+        }))
     }
 
     async fn is_next_right(&mut self) -> bool {
@@ -87,18 +101,26 @@ impl Stored {
         {
             return false;
         }
-        self.blob.check(self.blob.table.layout().containing(self.range.start)).await
+        self.blob
+            .check(self.blob.table.layout().containing(self.range.start))
+            .await
     }
 
     async fn download_rest(&mut self) -> Result<Option<Segment>, FlightError> {
         let (task, size_bytes) = (*self.blob.table.task(), self.blob.size_bytes());
-        let Again { flights, grant, purpose } = self.again.clone();
+        let Again {
+            flights,
+            grant,
+            purpose,
+        } = self.again.clone();
         if !std::mem::replace(&mut self.rotten, true) {
             tracing::info!(%task, at = self.range.start, "the rest of a rotten blob is downloaded again");
             flights.rotten(&self.blob).await;
         }
         let in_part = self.range.end < size_bytes;
-        let flight = flights.open(task, grant, purpose, Some(size_bytes), in_part).await?;
+        let flight = flights
+            .open(task, grant, purpose, Some(size_bytes), in_part)
+            .await?;
         if flight.size_bytes() != size_bytes {
             return Err(FlightError::WrongSize(task));
         }

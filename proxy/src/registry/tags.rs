@@ -12,7 +12,8 @@ use hawker_core::digest::Digest;
 use hawker_core::media_type;
 use hawker_core::reference::Source;
 use http::header::{
-    ACCEPT, ACCEPT_RANGES, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, ETAG, IF_NONE_MATCH, WARNING,
+    ACCEPT, ACCEPT_RANGES, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, ETAG, IF_NONE_MATCH,
+    WARNING,
 };
 use http::{HeaderMap, HeaderValue, Method, StatusCode};
 use lru::LruCache;
@@ -23,7 +24,9 @@ use super::auth::{digest_of, may_get, note_refusal, readable, unless_slow};
 use super::body::Payload;
 use super::error::Problem;
 use super::forward::{is_encoded, passed_on, with};
-use super::manifest::{Manifest, cached, confirmed, identity, is_for_clients_of, keep, read, unchanged};
+use super::manifest::{
+    Manifest, cached, confirmed, identity, is_for_clients_of, keep, read, unchanged,
+};
 use super::told::told;
 use super::{Answer, Ask, Inner, not_modified};
 use crate::origin::{Content, Target, content_length, has_content};
@@ -87,7 +90,9 @@ impl Tags {
 
 /// A copy of a header that may be remembered: one as it came holds on to all of its message's head.
 fn kept(value: &HeaderValue) -> Option<HeaderValue> {
-    HeaderValue::from_bytes(value.as_bytes()).ok().filter(|value| value.len() <= MAX_HEADER_BYTES)
+    HeaderValue::from_bytes(value.as_bytes())
+        .ok()
+        .filter(|value| value.len() <= MAX_HEADER_BYTES)
 }
 
 impl Pointer {
@@ -110,7 +115,12 @@ impl Pointer {
         match known.filter(|known| known.is_read && known.digest == self.digest) {
             Some(known) => {
                 let (media_type, size_bytes) = (known.media_type.clone(), known.size_bytes);
-                Self { media_type, size_bytes, is_read: true, ..self }
+                Self {
+                    media_type,
+                    size_bytes,
+                    is_read: true,
+                    ..self
+                }
             }
             None => self,
         }
@@ -119,7 +129,12 @@ impl Pointer {
     /// The same, with what the manifest itself shows.
     fn read(self, found: &Manifest) -> Self {
         let media_type = HeaderValue::try_from(&found.media_type).unwrap_or(self.media_type);
-        Self { media_type, size_bytes: Some(found.body.len() as u64), is_read: true, ..self }
+        Self {
+            media_type,
+            size_bytes: Some(found.body.len() as u64),
+            is_read: true,
+            ..self
+        }
     }
 
     /// Whether it is enough for the answer to a HEAD. containerd records the type for good.
@@ -143,11 +158,18 @@ impl Pointer {
 
 /// The answer to a request by tag.
 pub(super) async fn by_tag(mirror: &Inner, ask: &Ask, tag: &str) -> Result<Answer, Problem> {
-    let lines = ask.headers.get_all(ACCEPT).iter().map(|line| line.to_str().unwrap_or_default());
+    let lines = ask
+        .headers
+        .get_all(ACCEPT)
+        .iter()
+        .map(|line| line.to_str().unwrap_or_default());
     let request = Request {
         mirror,
         ask,
-        target: Target { source: ask.grant.source.clone(), content: Content::Manifest(tag.to_owned()) },
+        target: Target {
+            source: ask.grant.source.clone(),
+            content: Content::Manifest(tag.to_owned()),
+        },
         key: Accept::parse(lines).map(|accept| Key {
             caller: ask.caller,
             source: ask.grant.source.clone(),
@@ -186,7 +208,13 @@ impl Request<'_> {
         if let Some(etag) = known.as_ref().and_then(|known| known.etag.clone()) {
             headers.insert(IF_NONE_MATCH, etag);
         }
-        let head = match self.mirror.origin.head(&self.target, &headers).await.map_err(Problem::from) {
+        let head = match self
+            .mirror
+            .origin
+            .head(&self.target, &headers)
+            .await
+            .map_err(Problem::from)
+        {
             Ok(head) => head,
             Err(problem) if may_get(&self.ask.method, &problem) => return Ok(None),
             Err(problem) => return Err(problem),
@@ -196,7 +224,9 @@ impl Request<'_> {
             (status, known) if has_content(status) => match Pointer::of(head.headers()) {
                 Some(pointer) => {
                     readable(self.mirror, self.ask, head.extensions());
-                    self.mirror.told.note(&self.target.source, &pointer.digest, head.headers());
+                    self.mirror
+                        .told
+                        .note(&self.target.source, &pointer.digest, head.headers());
                     let pointer = pointer.after(known.as_ref());
                     self.remember(&pointer);
                     Ok(Some((pointer, told)))
@@ -205,7 +235,10 @@ impl Request<'_> {
             },
             (StatusCode::NOT_MODIFIED, Some(known)) => {
                 readable(self.mirror, self.ask, head.extensions());
-                let pointer = Pointer { confirmed: Instant::now(), ..known };
+                let pointer = Pointer {
+                    confirmed: Instant::now(),
+                    ..known
+                };
                 self.remember(&pointer);
                 Ok(Some((pointer, told)))
             }
@@ -229,7 +262,9 @@ impl Request<'_> {
 
     fn remember(&self, pointer: &Pointer) {
         let source = &self.target.source;
-        self.mirror.access.belongs(source, &pointer.digest, pointer.size_bytes, Instant::now());
+        self.mirror
+            .access
+            .belongs(source, &pointer.digest, pointer.size_bytes, Instant::now());
         if let Some(key) = &self.key {
             self.mirror.tags.put(key.clone(), pointer.clone());
         }
@@ -258,11 +293,18 @@ impl Request<'_> {
             Ok(found) => {
                 let pointer = pointer.read(&found);
                 self.remember(&pointer);
-                Ok(if is_head { pointer.head(told) } else { pointer.whole(told, found.payload()) })
+                Ok(if is_head {
+                    pointer.head(told)
+                } else {
+                    pointer.whole(told, found.payload())
+                })
             }
             Err(_) if is_head => Ok(pointer.head(told)),
             // A registry that converts manifests may know them by their tag alone.
-            Err(Problem::Origin { status: StatusCode::NOT_FOUND, .. }) => self.ask_origin().await,
+            Err(Problem::Origin {
+                status: StatusCode::NOT_FOUND,
+                ..
+            }) => self.ask_origin().await,
             Err(problem) => Err(problem),
         }
     }
@@ -288,7 +330,8 @@ impl Request<'_> {
 
     fn client_has(&self, pointer: &Pointer) -> bool {
         not_modified(&self.ask.headers, &pointer.digest)
-            || pointer.etag.is_some() && self.ask.headers.get(IF_NONE_MATCH) == pointer.etag.as_ref()
+            || pointer.etag.is_some()
+                && self.ask.headers.get(IF_NONE_MATCH) == pointer.etag.as_ref()
     }
 
     /// Reads the manifest by its tag, for a HEAD as well, and remembers it.
@@ -305,12 +348,18 @@ impl Request<'_> {
         readable(mirror, ask, &extensions);
         let found = keep(mirror, ask, found).await;
         if !found.is_signed {
-            mirror.proofs.note(&self.target.source.registry, &found.digest);
+            mirror
+                .proofs
+                .note(&self.target.source.registry, &found.digest);
         }
         match Pointer::to(&found, etag) {
             Some(pointer) => {
                 self.remember(&pointer);
-                Ok(if self.client_has(&pointer) { unchanged(&pointer.digest) } else { found.answer() })
+                Ok(if self.client_has(&pointer) {
+                    unchanged(&pointer.digest)
+                } else {
+                    found.answer()
+                })
             }
             None => Ok(found.answer()),
         }
@@ -320,11 +369,21 @@ impl Request<'_> {
     fn was(&self) -> Option<Pointer> {
         let live = self.mirror.live.load_full();
         let (key, longest) = (self.key.as_ref()?, live.staleness.tags?);
-        [key.caller, Caller::Anybody].into_iter().find_map(|caller| {
-            let may = self.mirror.access.reads(caller, &key.source, &live, Instant::now());
-            let pointer = may.then(|| self.mirror.tags.get(&Key { caller, ..key.clone() }))??;
-            (pointer.confirmed.elapsed() <= longest).then_some(pointer)
-        })
+        [key.caller, Caller::Anybody]
+            .into_iter()
+            .find_map(|caller| {
+                let may = self
+                    .mirror
+                    .access
+                    .reads(caller, &key.source, &live, Instant::now());
+                let pointer = may.then(|| {
+                    self.mirror.tags.get(&Key {
+                        caller,
+                        ..key.clone()
+                    })
+                })??;
+                (pointer.confirmed.elapsed() <= longest).then_some(pointer)
+            })
     }
 
     /// The tag as it was, if the origin can't be asked and that is enough.
@@ -333,7 +392,10 @@ impl Request<'_> {
         let body = match self.ask.method {
             Method::HEAD => Payload::Empty,
             _ if !is_for_clients_of(self.mirror, self.ask, &pointer.digest).await => return None,
-            _ => cached(self.mirror, &self.target.source, &pointer.digest).await.ok()??.payload(),
+            _ => cached(self.mirror, &self.target.source, &pointer.digest)
+                .await
+                .ok()??
+                .payload(),
         };
         tracing::info!(reason = %problem, digest = %pointer.digest, "the origin can't be asked; the tag is as it was");
         self.mirror.metrics.tags_stale.inc();

@@ -21,10 +21,19 @@ pub fn from_files(certificate: &Path, key: &Path) -> Result<Arc<ServerConfig>, S
         return Err(format!("{} has no certificate", certificate.display()));
     }
     // A parser's error may quote what it read.
-    let key_der = PrivateKeyDer::from_pem_file(key)
-        .map_err(|_| format!("{} has no private key in PEM form that can be read", key.display()))?;
-    server_config(chain, key_der)
-        .map_err(|e| format!("{} with the key {}: {e}", certificate.display(), key.display()))
+    let key_der = PrivateKeyDer::from_pem_file(key).map_err(|_| {
+        format!(
+            "{} has no private key in PEM form that can be read",
+            key.display()
+        )
+    })?;
+    server_config(chain, key_der).map_err(|e| {
+        format!(
+            "{} with the key {}: {e}",
+            certificate.display(),
+            key.display()
+        )
+    })
 }
 
 /// The configuration with this certificate, its issuers after it.

@@ -11,7 +11,9 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use hawker_core::challenge::{Bearer, Challenge, pull_scope, repository_of};
 use hawker_core::reference::{self, Asked, Refused, Source, canonical_host};
-use http::header::{AUTHORIZATION, CACHE_CONTROL, CONTENT_TYPE, HOST, RETRY_AFTER, WWW_AUTHENTICATE};
+use http::header::{
+    AUTHORIZATION, CACHE_CONTROL, CONTENT_TYPE, HOST, RETRY_AFTER, WWW_AUTHENTICATE,
+};
 use http::request::Parts;
 use http::uri::Authority;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
@@ -75,7 +77,11 @@ struct Minted {
 
 impl Minted {
     fn bytes(&self) -> usize {
-        self.rights.iter().filter_map(|(_, right)| right.as_ref()).map(HeaderValue::len).sum()
+        self.rights
+            .iter()
+            .filter_map(|(_, right)| right.as_ref())
+            .map(HeaderValue::len)
+            .sum()
     }
 }
 
@@ -85,7 +91,9 @@ impl Book {
         let over = self.all.push(token, minted);
         self.bytes -= over.map_or(0, |(_, minted)| minted.bytes());
         while self.bytes > CAPACITY_BYTES {
-            let Some((_, oldest)) = self.all.pop_lru() else { break };
+            let Some((_, oldest)) = self.all.pop_lru() else {
+                break;
+            };
             self.bytes -= oldest.bytes();
         }
     }
@@ -97,7 +105,10 @@ impl Book {
 
 impl Tokens {
     pub(super) fn new() -> Self {
-        Self(Mutex::new(Book { all: LruCache::new(CAPACITY), bytes: 0 }))
+        Self(Mutex::new(Book {
+            all: LruCache::new(CAPACITY),
+            bytes: 0,
+        }))
     }
 
     fn book(&self) -> MutexGuard<'_, Book> {
@@ -108,7 +119,13 @@ impl Tokens {
         let random: [u8; 32] = rand::random();
         let hex: String = random.iter().map(|byte| format!("{byte:02x}")).collect();
         let token = format!("{PREFIX}{hex}");
-        self.book().put(token.clone(), Minted { rights, until: Instant::now() + life + LONGEST_PULL });
+        self.book().put(
+            token.clone(),
+            Minted {
+                rights,
+                until: Instant::now() + life + LONGEST_PULL,
+            },
+        );
         token
     }
 
@@ -123,8 +140,14 @@ impl Tokens {
             book.remove(token);
             return None;
         }
-        let Some(source) = source else { return Some(None) };
-        minted.rights.iter().find(|(of, _)| of == source).map(|(_, right)| right.clone())
+        let Some(source) = source else {
+            return Some(None);
+        };
+        minted
+            .rights
+            .iter()
+            .find(|(of, _)| of == source)
+            .map(|(_, right)| right.clone())
     }
 }
 
@@ -138,7 +161,10 @@ pub(super) struct Admission {
 impl Admission {
     /// A client that has its tokens from here is not sent elsewhere for another one.
     pub(super) fn mend(self, answer: &mut Answer) {
-        if let Some(challenge) = self.challenge.filter(|_| answer.status() == StatusCode::UNAUTHORIZED) {
+        if let Some(challenge) = self
+            .challenge
+            .filter(|_| answer.status() == StatusCode::UNAUTHORIZED)
+        {
             answer.headers_mut().insert(WWW_AUTHENTICATE, challenge);
         }
     }
@@ -146,7 +172,11 @@ impl Admission {
 
 /// Puts the registry's own `Authorization` in place of a token of ours, or takes the token out where it stands for anybody.
 /// Where the registry is in token mode, whoever has none is sent to get one.
-pub(super) fn admit(mirror: &Inner, request: &mut Parts, asked: &Asked) -> Result<Admission, Problem> {
+pub(super) fn admit(
+    mirror: &Inner,
+    request: &mut Parts,
+    asked: &Asked,
+) -> Result<Admission, Problem> {
     let live = mirror.live.load();
     let token = own_token(&request.headers).map(str::to_owned);
     if token.is_none() && !needs_token(&live.registries, asked) {
@@ -163,11 +193,15 @@ pub(super) fn admit(mirror: &Inner, request: &mut Parts, asked: &Asked) -> Resul
         }
     };
     let challenge = |error| challenge(request, asked, error);
-    let Some(token) = token else { return Err(Problem::Challenged(challenge(None)?)) };
+    let Some(token) = token else {
+        return Err(Problem::Challenged(challenge(None)?));
+    };
     let Some(right) = mirror.tokens.right(&token, source.as_ref()) else {
         return Err(Problem::Challenged(challenge(Some("invalid_token"))?));
     };
-    let admission = Admission { challenge: Some(challenge(Some("insufficient_scope"))?) };
+    let admission = Admission {
+        challenge: Some(challenge(Some("insufficient_scope"))?),
+    };
     match right {
         Some(right) => drop(request.headers.insert(AUTHORIZATION, right)),
         None => drop(request.headers.remove(AUTHORIZATION)),
@@ -196,7 +230,10 @@ fn needs_token(registries: &Registries, asked: &Asked) -> bool {
         (Some(registry), _) => is_token(registries.authorization(registry)),
         (None, Asked::Content(_)) => false,
         (None, Asked::Ping { .. }) => {
-            let mut own = registries.known.values().filter_map(|known| known.authorization);
+            let mut own = registries
+                .known
+                .values()
+                .filter_map(|known| known.authorization);
             is_token(registries.authorization) || own.any(is_token)
         }
     }
@@ -209,7 +246,8 @@ fn is_token(mode: AuthorizationMode) -> bool {
 /// The token of ours that a request carries.
 fn own_token(headers: &HeaderMap) -> Option<&str> {
     let (scheme, token) = headers.get(AUTHORIZATION)?.to_str().ok()?.split_once(' ')?;
-    Some(token.trim()).filter(|token| scheme.eq_ignore_ascii_case("bearer") && token.starts_with(PREFIX))
+    Some(token.trim())
+        .filter(|token| scheme.eq_ignore_ascii_case("bearer") && token.starts_with(PREFIX))
 }
 
 fn challenge(request: &Parts, asked: &Asked, error: Option<&str>) -> Result<HeaderValue, Problem> {
@@ -223,18 +261,37 @@ fn challenge(request: &Parts, asked: &Asked, error: Option<&str>) -> Result<Head
         scope,
         error: error.map(str::to_owned),
     });
-    Ok(HeaderValue::try_from(challenge.to_string()).expect("hosts, names and words are a header's value"))
+    Ok(HeaderValue::try_from(challenge.to_string())
+        .expect("hosts, names and words are a header's value"))
 }
 
 /// Scheme and host of this mirror, as the client addressed it.
 fn addressed(request: &Parts) -> Result<String, Problem> {
-    let text = |name| request.headers.get(name).and_then(|value: &HeaderValue| value.to_str().ok());
-    let host = request.uri.authority().cloned().or_else(|| text(HOST)?.parse::<Authority>().ok());
-    let plain =
-        |host: &Authority| host.as_str().bytes().all(|c| c.is_ascii_alphanumeric() || b".:-_[]".contains(&c));
-    let host = host.filter(plain).ok_or(Refused::Registry(reference::HostError::Form))?;
-    let over_tls = request.uri.scheme_str() == Some("https") || text(FORWARDED_PROTO) == Some("https");
-    Ok(format!("{}://{host}", if over_tls { "https" } else { "http" }))
+    let text = |name| {
+        request
+            .headers
+            .get(name)
+            .and_then(|value: &HeaderValue| value.to_str().ok())
+    };
+    let host = request
+        .uri
+        .authority()
+        .cloned()
+        .or_else(|| text(HOST)?.parse::<Authority>().ok());
+    let plain = |host: &Authority| {
+        host.as_str()
+            .bytes()
+            .all(|c| c.is_ascii_alphanumeric() || b".:-_[]".contains(&c))
+    };
+    let host = host
+        .filter(plain)
+        .ok_or(Refused::Registry(reference::HostError::Form))?;
+    let over_tls =
+        request.uri.scheme_str() == Some("https") || text(FORWARDED_PROTO) == Some("https");
+    Ok(format!(
+        "{}://{host}",
+        if over_tls { "https" } else { "http" }
+    ))
 }
 
 /// Whether a request is for a token.
@@ -244,12 +301,16 @@ pub(super) fn is_for_token(request: &Parts) -> bool {
 
 /// Answers a request for a token.
 pub(super) async fn answer(mirror: &Inner, request: Parts, body: Incoming) -> Answer {
-    let given = timeout(ANSWER, give(mirror, request, body)).await.unwrap_or(Err(Problem::Slow));
+    let given = timeout(ANSWER, give(mirror, request, body))
+        .await
+        .unwrap_or(Err(Problem::Slow));
     let answer = given.unwrap_or_else(|problem| {
         tracing::info!(status = problem.status().as_u16(), reason = %problem, "no token given");
         problem.answer(RequestKind::Other)
     });
-    mirror.metrics.request(RequestKind::Other, answer.status().as_u16());
+    mirror
+        .metrics
+        .request(RequestKind::Other, answer.status().as_u16());
     answer
 }
 
@@ -257,7 +318,9 @@ async fn give(mirror: &Inner, request: Parts, body: Incoming) -> Result<Answer, 
     not_in_a_circle(mirror, &request.headers)?;
     let live = mirror.live.load_full();
     let wish = Wish::read(&request, body).await?;
-    let Some(credential) = wish.credential else { return Ok(given(ANYBODY, ANYBODY_LIFE)) };
+    let Some(credential) = wish.credential else {
+        return Ok(given(ANYBODY, ANYBODY_LIFE));
+    };
     let default = live.registries.default.clone();
     let mut sources: Vec<(Source, bool)> = Vec::new();
     for scope in wish.scopes.iter().take(MAX_SCOPES) {
@@ -265,7 +328,13 @@ async fn give(mirror: &Inner, request: Parts, body: Incoming) -> Result<Answer, 
         sources.extend(source.filter(|source| !sources.contains(source)));
     }
     if sources.is_empty() {
-        return login(mirror, &live.registries, wish.service.as_deref(), &credential).await;
+        return login(
+            mirror,
+            &live.registries,
+            wish.service.as_deref(),
+            &credential,
+        )
+        .await;
     }
     let mut life = None;
     let mut rights = Vec::new();
@@ -279,7 +348,9 @@ async fn give(mirror: &Inner, request: Parts, body: Incoming) -> Result<Answer, 
         rights.push((source, right.map(|granted| granted.authorization)));
     }
     // A password that no registry here takes opens what anybody may have. A client that has one for another registry stays here.
-    let Some(life) = life else { return Ok(given(ANYBODY, ANYBODY_LIFE)) };
+    let Some(life) = life else {
+        return Ok(given(ANYBODY, ANYBODY_LIFE));
+    };
     Ok(given(&mirror.tokens.mint(rights, life), life))
 }
 
@@ -304,7 +375,10 @@ async fn exchange(
         Exchanged::Open => Ok(None),
         Exchanged::Refused(status) => Err(Problem::refusal(status, &HeaderMap::new())),
         Exchanged::Busy(retry_after) => {
-            let headers = retry_after.map(|value| (RETRY_AFTER, value)).into_iter().collect();
+            let headers = retry_after
+                .map(|value| (RETRY_AFTER, value))
+                .into_iter()
+                .collect();
             Err(Problem::refusal(StatusCode::TOO_MANY_REQUESTS, &headers))
         }
     }
@@ -319,13 +393,22 @@ async fn login(
     credential: &Credential,
 ) -> Result<Answer, Problem> {
     let named = service.and_then(|service| canonical_host(service).ok());
-    let all = registries.known.keys().chain(&registries.default).chain(&named);
-    let mut all: Vec<&String> = all.filter(|name| is_token(registries.authorization(name))).collect();
+    let all = registries
+        .known
+        .keys()
+        .chain(&registries.default)
+        .chain(&named);
+    let mut all: Vec<&String> = all
+        .filter(|name| is_token(registries.authorization(name)))
+        .collect();
     all.retain(|name| named.as_ref().is_none_or(|named| named == *name));
     all.sort_unstable();
     all.dedup();
     if let [registry] = all[..] {
-        let source = Source { registry: registry.clone(), repository: String::new() };
+        let source = Source {
+            registry: registry.clone(),
+            repository: String::new(),
+        };
         exchange(mirror, &source, credential).await?;
     }
     Ok(given(ANYBODY, ANYBODY_LIFE))
@@ -342,12 +425,17 @@ struct Wish {
 impl Wish {
     /// GET, with Basic or without (token specification); POST of a form (OAuth2 specification).
     async fn read(request: &Parts, body: Incoming) -> Result<Self, Problem> {
-        let basic = request.headers.get(AUTHORIZATION).and_then(Credential::from_basic);
+        let basic = request
+            .headers
+            .get(AUTHORIZATION)
+            .and_then(Credential::from_basic);
         let mut wish = match request.method {
             Method::GET => Self::parse(request.uri.query().unwrap_or_default().as_bytes()),
             Method::POST => {
                 let form = timeout(FORM, Limited::new(body, MAX_FORM_BYTES).collect()).await;
-                let form = form.map_err(|_| Problem::Slow)?.map_err(|_| Refused::Query)?;
+                let form = form
+                    .map_err(|_| Problem::Slow)?
+                    .map_err(|_| Refused::Query)?;
                 Self::parse(&form.to_bytes())
             }
             _ => return Err(Refused::Method.into()),
@@ -366,7 +454,9 @@ impl Wish {
         for (name, value) in form_urlencoded::parse(form) {
             match &*name {
                 "service" => wish.service = Some(value.into_owned()),
-                "scope" => wish.scopes.extend(value.split_ascii_whitespace().map(str::to_owned)),
+                "scope" => wish
+                    .scopes
+                    .extend(value.split_ascii_whitespace().map(str::to_owned)),
                 "username" => user = Some(value.into_owned()),
                 "password" => password = Some(Secret::new(value)),
                 "refresh_token" => identity = Some(Secret::new(value)),
@@ -411,12 +501,19 @@ fn given(token: &str, life: Duration) -> Answer {
         (CONTENT_TYPE, HeaderValue::from_static("application/json")),
         (CACHE_CONTROL, HeaderValue::from_static("no-store")),
     ]);
-    with(StatusCode::OK, headers, Payload::Notice(body.to_string().into()))
+    with(
+        StatusCode::OK,
+        headers,
+        Payload::Notice(body.to_string().into()),
+    )
 }
 
 /// `2026-11-25T08:30:00Z`: days since 1970 to a date, years counted from March so that leap days come last.
 fn rfc3339(time: SystemTime) -> String {
-    let seconds = time.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+    let seconds = time
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default()
+        .as_secs();
     // Since 0000-03-01; an era is 400 years, 146,097 days.
     let days = seconds / 86_400 + 719_468;
     let (era, day) = (days / 146_097, days % 146_097);

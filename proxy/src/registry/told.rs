@@ -39,7 +39,10 @@ impl Told {
 
 /// The media type that an answer tells, in its normal form. Of several lines the first that can be a manifest's counts.
 pub(super) fn told(head: &HeaderMap) -> Option<String> {
-    let lines = head.get_all(CONTENT_TYPE).iter().filter_map(|line| line.to_str().ok());
+    let lines = head
+        .get_all(CONTENT_TYPE)
+        .iter()
+        .filter_map(|line| line.to_str().ok());
     let types: Vec<String> = lines.filter_map(media_type::normal).collect();
     let specific = types.iter().find(|told| media_type::is_specific(told));
     specific.or(types.first()).cloned()

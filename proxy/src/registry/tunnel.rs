@@ -19,7 +19,12 @@ const BUFFER_BYTES: usize = 16 << 10;
 const IDLE: Duration = Duration::from_secs(600);
 
 /// Carries bytes both ways until both sides have ended, one breaks off, or nothing moves any more; why it is over.
-pub(super) async fn run(client: Plain, there: Stream, stop: &Stop, metrics: &Metrics) -> &'static str {
+pub(super) async fn run(
+    client: Plain,
+    there: Stream,
+    stop: &Stop,
+    metrics: &Metrics,
+) -> &'static str {
     let moved = Mutex::new(Instant::now());
     let _open = metrics.tunnel();
     let both = async {
@@ -112,7 +117,12 @@ fn note(bytes: usize, moved: &Mutex<Instant>, metrics: &Metrics) {
     *moved.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
 }
 
-async fn send(to: &TcpStream, mut bytes: &[u8], moved: &Mutex<Instant>, metrics: &Metrics) -> io::Result<()> {
+async fn send(
+    to: &TcpStream,
+    mut bytes: &[u8],
+    moved: &Mutex<Instant>,
+    metrics: &Metrics,
+) -> io::Result<()> {
     while !bytes.is_empty() {
         to.writable().await?;
         match to.try_write(bytes) {

@@ -92,7 +92,14 @@ impl Line {
     pub(super) fn new() -> Self {
         let now = Instant::now();
         let (phase, spans) = (Phase::Head(now), VecDeque::new());
-        Self(Mutex::new(State { spans, phase, unsent: false, flushed: None, progress: now, moved_bytes: 0 }))
+        Self(Mutex::new(State {
+            spans,
+            phase,
+            unsent: false,
+            flushed: None,
+            progress: now,
+            moved_bytes: 0,
+        }))
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -101,20 +108,36 @@ impl Line {
 
     /// The next bytes of a file of which this `range` is to be sent, at most [`MAX_SPAN_BYTES`] and `limit_bytes`, as what goes into
     /// the body for them, if there are any. They must go there next.
-    pub(super) fn phantom(&self, file: &Arc<File>, range: &Range<u64>, limit_bytes: u64) -> Option<Bytes> {
-        let (offset, len) = (range.start, (range.end - range.start).min(MAX_SPAN_BYTES).min(limit_bytes));
+    pub(super) fn phantom(
+        &self,
+        file: &Arc<File>,
+        range: &Range<u64>,
+        limit_bytes: u64,
+    ) -> Option<Bytes> {
+        let (offset, len) = (
+            range.start,
+            (range.end - range.start)
+                .min(MAX_SPAN_BYTES)
+                .min(limit_bytes),
+        );
         if len == 0 {
             return None;
         }
         if offset / READ_AHEAD_BYTES != (offset + len) / READ_AHEAD_BYTES || offset == 0 {
             // Only a hint: where it does not work, reading waits for the disk. Not past the range: in a blob that still comes there
             // are holes, and the pages read of them would be filled twice.
-            let ahead = NonZeroU64::new(range.end.saturating_sub(offset + len).min(READ_AHEAD_BYTES));
+            let ahead =
+                NonZeroU64::new(range.end.saturating_sub(offset + len).min(READ_AHEAD_BYTES));
             let _ = ahead.map(|ahead| fadvise(file, offset + len, Some(ahead), Advice::WillNeed));
         }
         let phantom = Bytes::from_static(&PHANTOM[..len as usize]);
         let more = len < limit_bytes && offset + len < range.end;
-        self.state().spans.push_back(Span { file: Arc::clone(file), offset, len: phantom.len(), more });
+        self.state().spans.push_back(Span {
+            file: Arc::clone(file),
+            offset,
+            len: phantom.len(),
+            more,
+        });
         Some(phantom)
     }
 
@@ -235,13 +258,19 @@ fn is_phantom(slice: &[u8]) -> bool {
 }
 
 fn next<'a, 'b>(slices: &'a [IoSlice<'b>]) -> Next<'a, 'b> {
-    let first = slices.iter().position(|s| !s.is_empty()).unwrap_or(slices.len());
+    let first = slices
+        .iter()
+        .position(|s| !s.is_empty())
+        .unwrap_or(slices.len());
     let slices = &slices[first..];
     match slices.first() {
         None => Next::Nothing,
         Some(phantom) if is_phantom(phantom) => Next::Phantom(phantom.len()),
         Some(_) => {
-            let memory = slices.iter().position(|s| !s.is_empty() && is_phantom(s)).unwrap_or(slices.len());
+            let memory = slices
+                .iter()
+                .position(|s| !s.is_empty() && is_phantom(s))
+                .unwrap_or(slices.len());
             Next::Memory(&slices[..memory])
         }
     }
@@ -269,12 +298,19 @@ impl Line {
 }
 
 fn shrunk() -> io::Error {
-    io::Error::new(io::ErrorKind::UnexpectedEof, "a file in the store is shorter than it was")
+    io::Error::new(
+        io::ErrorKind::UnexpectedEof,
+        "a file in the store is shorter than it was",
+    )
 }
 
 impl Plain {
     pub(super) const fn new(socket: Arc<TcpStream>) -> Self {
-        Self { socket, early: Bytes::new(), corked: false }
+        Self {
+            socket,
+            early: Bytes::new(),
+            corked: false,
+        }
     }
 
     fn poll_send(
@@ -344,7 +380,11 @@ impl AsyncRead for Plain {
 }
 
 impl AsyncWrite for Plain {
-    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
         self.poll_send(cx, |socket| socket.try_write(buf))
     }
 
@@ -375,7 +415,9 @@ impl Channel {
             Channel::Plain(plain) => plain.poll_send_file(cx, span),
             Channel::Tls(tls) => {
                 let mut block = [0; BLOCK_BYTES];
-                let read = span.file.read_at(&mut block[..span.len.min(BLOCK_BYTES)], span.offset)?;
+                let read = span
+                    .file
+                    .read_at(&mut block[..span.len.min(BLOCK_BYTES)], span.offset)?;
                 if read == 0 {
                     return Poll::Ready(Err(shrunk()));
                 }
@@ -384,7 +426,11 @@ impl Channel {
         }
     }
 
-    fn poll_send(&mut self, cx: &mut Context<'_>, memory: &[IoSlice<'_>]) -> Poll<io::Result<usize>> {
+    fn poll_send(
+        &mut self,
+        cx: &mut Context<'_>,
+        memory: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
         match self {
             Channel::Plain(plain) => Pin::new(plain).poll_write_vectored(cx, memory),
             Channel::Tls(tls) => Pin::new(tls).poll_write_vectored(cx, memory),
@@ -393,7 +439,11 @@ impl Channel {
 }
 
 impl Write for Wire {
-    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
         self.poll_write_vectored(cx, &[IoSlice::new(buf)])
     }
 

@@ -96,17 +96,35 @@ impl Source for MemorySource {
 
 impl MemorySource {
     fn answer(&self, ask: Ask) -> Result<Opened, SourceError> {
-        let Ask { range, size_bytes: known } = ask;
-        let Behaviour { honours_ranges, tells_size, part_bytes, .. } = self.behaviour;
-        self.asked.lock().expect("no test panics with it").push(range.clone());
+        let Ask {
+            range,
+            size_bytes: known,
+        } = ask;
+        let Behaviour {
+            honours_ranges,
+            tells_size,
+            part_bytes,
+            ..
+        } = self.behaviour;
+        self.asked
+            .lock()
+            .expect("no test panics with it")
+            .push(range.clone());
         if let Some(status) = self.behaviour.refuses {
             let (failure, reason) = (Failure::Status(status), "it refuses".to_owned());
             return Err(SourceError::Final { failure, reason });
         }
-        if self.behaviour.throttles_above.is_some_and(|most| self.open_now.load(Ordering::Relaxed) >= most) {
+        if self
+            .behaviour
+            .throttles_above
+            .is_some_and(|most| self.open_now.load(Ordering::Relaxed) >= most)
+        {
             return Err(SourceError::Throttled { status: 429 });
         }
-        let told = self.behaviour.lies_about_size.unwrap_or(self.blob.len() as u64);
+        let told = self
+            .behaviour
+            .lies_about_size
+            .unwrap_or(self.blob.len() as u64);
         let size_bytes = tells_size.then_some(told);
         match (known, size_bytes) {
             (Some(known), Some(told)) if known != told => {
@@ -127,9 +145,20 @@ impl MemorySource {
         }
         let open = self.open_now.fetch_add(1, Ordering::Relaxed) + 1;
         self.most_open.fetch_max(open, Ordering::Relaxed);
-        let body = MemoryBody { of: self.clone(), at: range.start, end: range.end, sent_bytes: 0 };
+        let body = MemoryBody {
+            of: self.clone(),
+            at: range.start,
+            end: range.end,
+            sent_bytes: 0,
+        };
         let place = Arc::from(self.place().as_str());
-        Ok(Opened { size_bytes, is_range, takes_ranges: honours_ranges, place, body: Box::new(body) })
+        Ok(Opened {
+            size_bytes,
+            is_range,
+            takes_ranges: honours_ranges,
+            place,
+            body: Box::new(body),
+        })
     }
 }
 
@@ -153,13 +182,21 @@ impl SourceBody for MemoryBody {
             if len == 0 {
                 return None;
             }
-            if self.of.behaviour.breaks_after_bytes.is_some_and(|after| self.sent_bytes >= after) {
+            if self
+                .of
+                .behaviour
+                .breaks_after_bytes
+                .is_some_and(|after| self.sent_bytes >= after)
+            {
                 return Some(Err(SourceError::Broken("it broke off".to_owned())));
             }
             if let Some(rate) = self.of.behaviour.rate_bytes {
                 tokio::time::sleep(Duration::from_secs_f64(len as f64 / rate as f64)).await;
             }
-            let bytes = self.of.blob.slice(self.at as usize..(self.at + len) as usize);
+            let bytes = self
+                .of
+                .blob
+                .slice(self.at as usize..(self.at + len) as usize);
             self.at += len;
             self.sent_bytes += len;
             self.of.sent_bytes.fetch_add(len, Ordering::Relaxed);
@@ -176,6 +213,10 @@ mod tests {
     #[tokio::test]
     async fn the_memory_source_honours_ranges() {
         let blob: Vec<u8> = (0..300_000_u32).map(|n| n as u8).collect();
-        suite::honours_ranges(&MemorySource::new(blob.clone(), Behaviour::default()), &blob).await;
+        suite::honours_ranges(
+            &MemorySource::new(blob.clone(), Behaviour::default()),
+            &blob,
+        )
+        .await;
     }
 }

@@ -88,7 +88,10 @@ pub(crate) mod suite {
     use super::*;
 
     fn plain() -> Ask {
-        Ask { range: None, size_bytes: None }
+        Ask {
+            range: None,
+            size_bytes: None,
+        }
     }
 
     /// Reads a whole answer.
@@ -96,7 +99,11 @@ pub(crate) mod suite {
         let mut all = Vec::new();
         while let Some(bytes) = opened.body.next().await {
             let bytes = bytes?;
-            assert!(!bytes.is_empty() && bytes.len() <= 64 << 10, "{} bytes at once", bytes.len());
+            assert!(
+                !bytes.is_empty() && bytes.len() <= 64 << 10,
+                "{} bytes at once",
+                bytes.len()
+            );
             all.extend_from_slice(&bytes);
         }
         Ok(all)
@@ -108,15 +115,35 @@ pub(crate) mod suite {
         let whole = source.open(plain()).await.expect("the blob is there");
         assert_eq!((whole.size_bytes, whole.is_range), (Some(size), false));
         assert_eq!(collect(whole).await.as_deref(), Ok(blob));
-        for range in [0..1, 0..size, 5..size, size / 2..size / 2 + 7, size - 1..size] {
-            let ask = Ask { range: Some(range.clone()), size_bytes: Some(size) };
+        for range in [
+            0..1,
+            0..size,
+            5..size,
+            size / 2..size / 2 + 7,
+            size - 1..size,
+        ] {
+            let ask = Ask {
+                range: Some(range.clone()),
+                size_bytes: Some(size),
+            };
             let opened = source.open(ask).await.expect("the range is there");
             let told = (opened.size_bytes, opened.is_range, opened.takes_ranges);
             assert_eq!(told, (Some(size), true, true), "{range:?}");
             let part = &blob[range.start as usize..range.end as usize];
             assert_eq!(collect(opened).await.as_deref(), Ok(part), "{range:?}");
         }
-        let other = source.open(Ask { size_bytes: Some(size + 1), ..plain() }).await;
-        assert!(matches!(other, Err(SourceError::Final { failure: Failure::WrongSize, .. })));
+        let other = source
+            .open(Ask {
+                size_bytes: Some(size + 1),
+                ..plain()
+            })
+            .await;
+        assert!(matches!(
+            other,
+            Err(SourceError::Final {
+                failure: Failure::WrongSize,
+                ..
+            })
+        ));
     }
 }

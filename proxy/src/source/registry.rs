@@ -30,7 +30,11 @@ impl Source for RegistryBlob {
     }
 
     fn place(&self) -> String {
-        self.grants.borrow().last().map(|grant| grant.source.registry.clone()).unwrap_or_default()
+        self.grants
+            .borrow()
+            .last()
+            .map(|grant| grant.source.registry.clone())
+            .unwrap_or_default()
     }
 }
 
@@ -53,7 +57,12 @@ impl RegistryBlob {
     }
 
     fn untried(&self, tried: &[Grant]) -> Option<Grant> {
-        self.grants.borrow().iter().rev().find(|grant| !tried.contains(grant)).cloned()
+        self.grants
+            .borrow()
+            .iter()
+            .rev()
+            .find(|grant| !tried.contains(grant))
+            .cloned()
     }
 
     async fn open_by(&self, grant: &Grant, ask: &Ask) -> Result<Opened, SourceError> {
@@ -64,21 +73,33 @@ impl RegistryBlob {
         match Answered::of(answer.status(), answer.headers(), range.start, true) {
             Answered::From(start) if answer.status() == StatusCode::PARTIAL_CONTENT => {
                 let size_bytes = match told_size(&answer, ask) {
-                    Err(SourceError::Final { failure: Failure::UnknownLength, .. }) => {
+                    Err(SourceError::Final {
+                        failure: Failure::UnknownLength,
+                        ..
+                    }) => {
                         return self.open_whole(grant, ask).await;
                     }
                     told => told?,
                 };
-                let (body, first) = skip(answer.into_body(), range.start - start).await.map_err(broken)?;
+                let (body, first) = skip(answer.into_body(), range.start - start)
+                    .await
+                    .map_err(broken)?;
                 let body = Box::new(Rest { first, body });
                 let place = place(grant);
-                Ok(Opened { size_bytes, is_range: true, takes_ranges: true, place, body })
+                Ok(Opened {
+                    size_bytes,
+                    is_range: true,
+                    takes_ranges: true,
+                    place,
+                    body,
+                })
             }
             Answered::From(_) => opened_whole(answer, grant, ask),
             Answered::NoRanges => self.open_whole(grant, ask).await,
-            Answered::Nothing(status) if may_refuse_ranges(status, range.start) => {
-                self.open_whole(grant, ask).await.map_err(|_| refused(status))
-            }
+            Answered::Nothing(status) if may_refuse_ranges(status, range.start) => self
+                .open_whole(grant, ask)
+                .await
+                .map_err(|_| refused(status)),
             Answered::Nothing(status) => Err(refused(status)),
         }
     }
@@ -97,17 +118,23 @@ impl RegistryBlob {
         grant: &Grant,
         range: Option<&Range<u64>>,
     ) -> Result<Response<OriginBody>, SourceError> {
-        let target = Target { source: grant.source.clone(), content: Content::Blob(self.task) };
+        let target = Target {
+            source: grant.source.clone(),
+            content: Content::Blob(self.task),
+        };
         let mut headers: HeaderMap = grant.headers();
         let range = range.and_then(|range| range_header(range.start, range.end));
         headers.extend(range.map(|range| (RANGE, range)));
-        self.origin.get(&target, &headers).await.map_err(|error| match error {
-            OriginError::Forbidden(_) => SourceError::Final {
-                failure: Failure::Status(StatusCode::FORBIDDEN.as_u16()),
-                reason: error.to_string(),
-            },
-            error => broken(error),
-        })
+        self.origin
+            .get(&target, &headers)
+            .await
+            .map_err(|error| match error {
+                OriginError::Forbidden(_) => SourceError::Final {
+                    failure: Failure::Status(StatusCode::FORBIDDEN.as_u16()),
+                    reason: error.to_string(),
+                },
+                error => broken(error),
+            })
     }
 }
 
@@ -119,9 +146,9 @@ fn may_refuse_ranges(status: StatusCode, start: u64) -> bool {
         | StatusCode::NOT_FOUND
         | StatusCode::CONFLICT
         | StatusCode::PAYLOAD_TOO_LARGE => true,
-        StatusCode::INTERNAL_SERVER_ERROR | StatusCode::BAD_GATEWAY | StatusCode::GATEWAY_TIMEOUT => {
-            start == 0
-        }
+        StatusCode::INTERNAL_SERVER_ERROR
+        | StatusCode::BAD_GATEWAY
+        | StatusCode::GATEWAY_TIMEOUT => start == 0,
         _ => false,
     }
 }
@@ -130,11 +157,27 @@ fn place(grant: &Grant) -> Arc<str> {
     Arc::from(grant.source.registry.as_str())
 }
 
-fn opened_whole(answer: Response<OriginBody>, grant: &Grant, ask: &Ask) -> Result<Opened, SourceError> {
+fn opened_whole(
+    answer: Response<OriginBody>,
+    grant: &Grant,
+    ask: &Ask,
+) -> Result<Opened, SourceError> {
     let size_bytes = told_size(&answer, ask)?;
-    let takes_ranges = answer.headers().get(ACCEPT_RANGES).is_some_and(|value| value.as_bytes() == b"bytes");
-    let body = Box::new(Rest { first: Bytes::new(), body: answer.into_body() });
-    Ok(Opened { size_bytes, is_range: false, takes_ranges, place: place(grant), body })
+    let takes_ranges = answer
+        .headers()
+        .get(ACCEPT_RANGES)
+        .is_some_and(|value| value.as_bytes() == b"bytes");
+    let body = Box::new(Rest {
+        first: Bytes::new(),
+        body: answer.into_body(),
+    });
+    Ok(Opened {
+        size_bytes,
+        is_range: false,
+        takes_ranges,
+        place: place(grant),
+        body,
+    })
 }
 
 /// The blob's size as an answer tells it, if that is the size that is known.
@@ -147,11 +190,17 @@ fn told_size(answer: &Response<OriginBody>, ask: &Ask) -> Result<Option<u64>, So
     match (ask.size_bytes, told) {
         (Some(known), Some(told)) if known != told => {
             let reason = format!("it says {told} bytes where {known} are known");
-            Err(SourceError::Final { failure: Failure::WrongSize, reason })
+            Err(SourceError::Final {
+                failure: Failure::WrongSize,
+                reason,
+            })
         }
         (None, None) => {
             let reason = "it does not say how long the blob is".to_owned();
-            Err(SourceError::Final { failure: Failure::UnknownLength, reason })
+            Err(SourceError::Final {
+                failure: Failure::UnknownLength,
+                reason,
+            })
         }
         _ => Ok(told),
     }
@@ -159,9 +208,9 @@ fn told_size(answer: &Response<OriginBody>, ask: &Ask) -> Result<Option<u64>, So
 
 fn refused(status: StatusCode) -> SourceError {
     match status {
-        StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE => {
-            SourceError::Throttled { status: status.as_u16() }
-        }
+        StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE => SourceError::Throttled {
+            status: status.as_u16(),
+        },
         _ => SourceError::Final {
             failure: Failure::Status(status.as_u16()),
             reason: format!("it answered {status}"),
@@ -205,12 +254,15 @@ mod tests {
         let blob = blob();
         let task = Digest::of(hawker_core::digest::Algorithm::Sha256, &blob);
         let registry = TestRegistry::start(move |seen| {
-            let range = seen.header("range").and_then(|range| range.strip_prefix("bytes="));
+            let range = seen
+                .header("range")
+                .and_then(|range| range.strip_prefix("bytes="));
             let range = range.and_then(|range| range.split_once('-'));
             match (range, status) {
                 (None, _) => say(seen, 200, &[("Accept-Ranges", "bytes")], &blob),
                 (Some((first, last)), 206) => {
-                    let (first, last): (usize, usize) = (first.parse().unwrap(), last.parse().unwrap());
+                    let (first, last): (usize, usize) =
+                        (first.parse().unwrap(), last.parse().unwrap());
                     let told = format!("bytes {first}-{last}/{}", blob.len());
                     say(seen, 206, &[("Content-Range", &told)], &blob[first..=last])
                 }
@@ -218,9 +270,19 @@ mod tests {
             }
         })
         .await;
-        let grant = Grant { source: registry.source("a/b"), authorization: None };
+        let grant = Grant {
+            source: registry.source("a/b"),
+            authorization: None,
+        };
         let (_, grants) = watch::channel(vec![grant]);
-        (RegistryBlob { origin: origin(&knowing(&[&registry])), task, grants }, registry)
+        (
+            RegistryBlob {
+                origin: origin(&knowing(&[&registry])),
+                task,
+                grants,
+            },
+            registry,
+        )
     }
 
     #[tokio::test]
@@ -248,7 +310,12 @@ mod tests {
             (503, 0, false),
         ] {
             let (source, _registry) = source_before(status).await;
-            let opened = source.open(Ask { range: Some(start..9), size_bytes: Some(300_000) }).await;
+            let opened = source
+                .open(Ask {
+                    range: Some(start..9),
+                    size_bytes: Some(300_000),
+                })
+                .await;
             assert_eq!(opened.is_ok(), is_given, "{status} from {start}");
             if let Ok(opened) = opened {
                 assert!(!opened.is_range);

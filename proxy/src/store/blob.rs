@@ -77,11 +77,20 @@ impl Lease {
         table: Arc<PieceTable>,
         checks: Arc<Checks>,
     ) -> Arc<Self> {
-        Arc::new(Self { keeper, file, table, checks })
+        Arc::new(Self {
+            keeper,
+            file,
+            table,
+            checks,
+        })
     }
 
     pub(super) fn blob(self: Arc<Self>) -> Blob {
-        Blob { file: Arc::clone(&self.file), table: Arc::clone(&self.table), lease: self }
+        Blob {
+            file: Arc::clone(&self.file),
+            table: Arc::clone(&self.table),
+            lease: self,
+        }
     }
 }
 
@@ -96,7 +105,12 @@ impl Keeper for Inner {
         self.state().cache.release(&Key::Task(*task));
     }
 
-    fn drop_rotten(self: Arc<Self>, task: &Digest, copy: &Arc<Checks>, why: &str) -> Result<(), StoreError> {
+    fn drop_rotten(
+        self: Arc<Self>,
+        task: &Digest,
+        copy: &Arc<Checks>,
+        why: &str,
+    ) -> Result<(), StoreError> {
         self.remove_rotten(task, Some(copy), why)
     }
 
@@ -116,7 +130,10 @@ impl Keeper for Inner {
 
 /// Writes the table file of a blob, whole.
 pub(super) fn write_table(store: &Inner, table: &PieceTable) -> Result<(), StoreError> {
-    let about = record::Header { digest: *table.task(), size_bytes: table.layout().size_bytes() };
+    let about = record::Header {
+        digest: *table.task(),
+        size_bytes: table.layout().size_bytes(),
+    };
     let content = record::index(&about, table, &PieceSet::empty(0));
     let path = store.layout.table(table.task());
     store.write(
@@ -135,10 +152,19 @@ pub(super) fn enter(store: &Arc<Inner>, file: Arc<File>, table: &PieceTable) -> 
     let size_bytes = table.layout().size_bytes();
     let checks = Arc::new(Checks::all_right(&file));
     let entry_checks = Some(Arc::clone(&checks));
-    let lease = Lease::new(Arc::<Inner>::clone(store), file, Arc::new(table.clone()), checks);
+    let lease = Lease::new(
+        Arc::<Inner>::clone(store),
+        file,
+        Arc::new(table.clone()),
+        checks,
+    );
     let now = store.now();
     let mut state = store.state();
-    let entry = Entry::Blob { size_bytes, opened: Arc::downgrade(&lease), checks: entry_checks };
+    let entry = Entry::Blob {
+        size_bytes,
+        opened: Arc::downgrade(&lease),
+        checks: entry_checks,
+    };
     state.tasks.insert(task, entry);
     state.cache.insert(Key::Task(task), size_bytes, now);
     state.cache.lease(&Key::Task(task), now);
@@ -149,7 +175,9 @@ pub(super) fn enter(store: &Arc<Inner>, file: Arc<File>, table: &PieceTable) -> 
 /// The committed blob `task`, leased, if somebody has it open already. Does not block.
 pub(super) fn opened(store: &Arc<Inner>, task: &Digest) -> Option<Blob> {
     let mut state = store.state();
-    let Some(Entry::Blob { opened, .. }) = state.tasks.get(task) else { return None };
+    let Some(Entry::Blob { opened, .. }) = state.tasks.get(task) else {
+        return None;
+    };
     let shared = opened.upgrade()?;
     state.cache.touch(&Key::Task(*task), store.now());
     drop(state);
@@ -163,7 +191,12 @@ pub(super) fn open(store: &Arc<Inner>, task: &Digest) -> Option<Blob> {
     }
     let (size_bytes, checks) = {
         let mut state = store.state();
-        let Some(Entry::Blob { size_bytes, checks, .. }) = state.tasks.get_mut(task) else { return None };
+        let Some(Entry::Blob {
+            size_bytes, checks, ..
+        }) = state.tasks.get_mut(task)
+        else {
+            return None;
+        };
         let found = (*size_bytes, Arc::clone(checks.get_or_insert_default()));
         state.cache.lease(&Key::Task(*task), store.now());
         found
@@ -236,8 +269,8 @@ fn read_files(store: &Inner, task: &Digest, size_bytes: u64) -> Result<(File, Pi
 }
 
 fn read_table(raw: &[u8], task: &Digest) -> Result<PieceTable, Unfit> {
-    let contents =
-        record::read(raw).map_err(|why| Unfit::Rotten(format!("its table can't be read: {why}")))?;
+    let contents = record::read(raw)
+        .map_err(|why| Unfit::Rotten(format!("its table can't be read: {why}")))?;
     if contents.header.digest != *task || !contents.table_is_full() {
         return Err(Unfit::Rotten("its table is not whole".to_owned()));
     }
@@ -260,7 +293,9 @@ pub(super) fn recheck(
     task: &Digest,
     bytes: Range<u64>,
 ) -> Result<Option<bool>, StoreError> {
-    let Some(blob) = open(store, task) else { return Ok(None) };
+    let Some(blob) = open(store, task) else {
+        return Ok(None);
+    };
     let right = disk::blob_is_right(&blob.file, &blob.table, bytes);
     if !right {
         blob.drop_rotten("its bytes do not match the digest")?;

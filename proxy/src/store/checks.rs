@@ -71,8 +71,15 @@ impl Stamp {
 impl Checks {
     /// Those of a blob that this run of the daemon wrote.
     pub(super) fn all_right(file: &File) -> Self {
-        let state = State { stamp: Stamp::of(file).ok(), right: Right::All, rotten: false };
-        Self { state: Mutex::new(state), turn: Arc::default() }
+        let state = State {
+            stamp: Stamp::of(file).ok(),
+            right: Right::All,
+            rotten: false,
+        };
+        Self {
+            state: Mutex::new(state),
+            turn: Arc::default(),
+        }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -116,9 +123,17 @@ impl Checks {
         state.right = match std::mem::take(&mut state.right) {
             Right::All => Right::All,
             known => {
-                let mut right = if let Right::Some(right) = known { right } else { PieceSet::empty(count) };
+                let mut right = if let Right::Some(right) = known {
+                    right
+                } else {
+                    PieceSet::empty(count)
+                };
                 right.insert_range(pieces);
-                if right.is_full() { Right::All } else { Right::Some(right) }
+                if right.is_full() {
+                    Right::All
+                } else {
+                    Right::Some(right)
+                }
             }
         };
     }
@@ -140,7 +155,8 @@ impl State {
 impl Blob {
     /// Whether the pieces with these bytes were found right since the daemon started: they may leave as they are. Does not block.
     pub fn is_checked(&self, bytes: &Range<u64>) -> bool {
-        self.checks().has(&self.file, self.table.layout().covering(bytes.clone()))
+        self.checks()
+            .has(&self.file, self.table.layout().covering(bytes.clone()))
     }
 
     /// Whether both were read from the same copy of the blob on disk.
@@ -180,13 +196,17 @@ impl Blob {
         self.checks().state().look_at(&self.file);
         let right = disk::piece_is_right(&self.file, &self.table, piece);
         if !matches!(right, Ok(true)) {
-            let why = right.map_or_else(|error| format!("{error}"), |_| "its bytes are wrong".to_owned());
+            let why = right.map_or_else(
+                |error| format!("{error}"),
+                |_| "its bytes are wrong".to_owned(),
+            );
             if let Err(error) = self.drop_rotten(&format!("piece {piece}: {why}")) {
                 tracing::warn!(%task, %error, "a rotten blob can't be deleted");
             }
             return false;
         }
-        self.checks().found_right(&self.file, piece..piece + 1, self.table.layout().count());
+        self.checks()
+            .found_right(&self.file, piece..piece + 1, self.table.layout().count());
         true
     }
 }

@@ -120,7 +120,13 @@ fn sync_folder(path: &Path) -> io::Result<()> {
 
 /// A new, empty file for this user only.
 pub(super) fn create(path: &Path) -> io::Result<File> {
-    OpenOptions::new().read(true).write(true).create(true).truncate(true).mode(0o600).open(path)
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(path)
 }
 
 /// A file that is there, to read and write.
@@ -136,9 +142,16 @@ pub(super) fn open_to_read(path: &Path) -> io::Result<File> {
 /// Opens a regular file, and nothing else that stands in its place: a pipe would block, a link leads elsewhere.
 fn regular(options: &mut OpenOptions, path: &Path) -> io::Result<File> {
     let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
-    let other = || io::Error::new(ErrorKind::InvalidData, format!("{} is no regular file", path.display()));
+    let other = || {
+        io::Error::new(
+            ErrorKind::InvalidData,
+            format!("{} is no regular file", path.display()),
+        )
+    };
     let is_link_or_socket = |error: &io::Error| {
-        [Errno::LOOP, Errno::NXIO].iter().any(|errno| error.raw_os_error() == Some(errno.raw_os_error()))
+        [Errno::LOOP, Errno::NXIO]
+            .iter()
+            .any(|errno| error.raw_os_error() == Some(errno.raw_os_error()))
     };
     match options.custom_flags(flags.bits() as i32).open(path) {
         Err(error) if is_link_or_socket(&error) => Err(other()),
@@ -163,7 +176,11 @@ fn rename_over(from: &Path, to: &Path) -> io::Result<()> {
     }
 }
 
-fn replace_after(path: &Path, parts: &[&[u8]], sync: impl Fn(&File) -> io::Result<()>) -> io::Result<File> {
+fn replace_after(
+    path: &Path,
+    parts: &[&[u8]],
+    sync: impl Fn(&File) -> io::Result<()>,
+) -> io::Result<File> {
     let temporary = temporary_for(path);
     let written = create(&temporary).and_then(|mut file| {
         parts.iter().try_for_each(|part| file.write_all(part))?;
@@ -181,7 +198,10 @@ fn replace_after(path: &Path, parts: &[&[u8]], sync: impl Fn(&File) -> io::Resul
 fn temporary_for(path: &Path) -> PathBuf {
     static NEXT: AtomicU64 = AtomicU64::new(0);
     let mut name = path.as_os_str().to_owned();
-    name.push(format!(".{}{TEMPORARY}", NEXT.fetch_add(1, Ordering::Relaxed)));
+    name.push(format!(
+        ".{}{TEMPORARY}",
+        NEXT.fetch_add(1, Ordering::Relaxed)
+    ));
     name.into()
 }
 
@@ -198,29 +218,47 @@ pub(super) fn remove(path: &Path) -> io::Result<()> {
 pub(super) fn read_whole(file: &File, max_bytes: u64) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::with_capacity(file.metadata()?.len().min(max_bytes) as usize);
     file.take(max_bytes + 1).read_to_end(&mut bytes)?;
-    if bytes.len() as u64 > max_bytes { Err(ErrorKind::FileTooLarge.into()) } else { Ok(bytes) }
+    if bytes.len() as u64 > max_bytes {
+        Err(ErrorKind::FileTooLarge.into())
+    } else {
+        Ok(bytes)
+    }
 }
 
 /// Bytes of the file system that holds `path`: in all, and what may still be written.
 pub(super) fn room(path: &Path) -> io::Result<(u64, u64)> {
     let stat = rustix::fs::statvfs(path)?;
-    Ok((stat.f_blocks.saturating_mul(stat.f_frsize), stat.f_bavail.saturating_mul(stat.f_frsize)))
+    Ok((
+        stat.f_blocks.saturating_mul(stat.f_frsize),
+        stat.f_bavail.saturating_mul(stat.f_frsize),
+    ))
 }
 
 /// Whether deleting something may help: no space, no inodes, or no quota left.
 pub(super) fn is_full(error: &io::Error) -> bool {
-    matches!(error.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded)
+    matches!(
+        error.kind(),
+        ErrorKind::StorageFull | ErrorKind::QuotaExceeded
+    )
 }
 
 /// Whether a disk refuses to be written, full, failing or read-only: the daemon works on without it.
 pub fn disk_refuses(error: &io::Error) -> bool {
     let io_error = Errno::IO.raw_os_error();
-    is_full(error) || error.kind() == ErrorKind::ReadOnlyFilesystem || error.raw_os_error() == Some(io_error)
+    is_full(error)
+        || error.kind() == ErrorKind::ReadOnlyFilesystem
+        || error.raw_os_error() == Some(io_error)
 }
 
 /// Whether a piece in `file` is what the table says; `false` too when the table does not know.
-pub(super) fn piece_is_right(file: &File, table: &PieceTable, piece: PieceIndex) -> io::Result<bool> {
-    let Some(mut chain) = table.chain_at(piece) else { return Ok(false) };
+pub(super) fn piece_is_right(
+    file: &File,
+    table: &PieceTable,
+    piece: PieceIndex,
+) -> io::Result<bool> {
+    let Some(mut chain) = table.chain_at(piece) else {
+        return Ok(false);
+    };
     let range = table.layout().range(piece);
     let mut buffer = vec![0; HASH_BYTES];
     let mut at = range.start;
@@ -234,7 +272,12 @@ pub(super) fn piece_is_right(file: &File, table: &PieceTable, piece: PieceIndex)
 }
 
 /// Whether a file that is not whole has these bytes, and right; `None` where not all are there. Blocking.
-pub fn held_is_right(file: &File, table: &PieceTable, held: &PieceSet, bytes: Range<u64>) -> Option<bool> {
+pub fn held_is_right(
+    file: &File,
+    table: &PieceTable,
+    held: &PieceSet,
+    bytes: Range<u64>,
+) -> Option<bool> {
     let pieces = table.layout().covering(bytes);
     let (held, missing): (Vec<_>, Vec<_>) =
         pieces.partition(|piece| held.contains(*piece) && *piece < table.verifiable());
@@ -245,7 +288,11 @@ pub fn held_is_right(file: &File, table: &PieceTable, held: &PieceSet, bytes: Ra
 }
 
 /// Whether these pieces of a file are what its table says. One that can't be read is not.
-fn pieces_are_right(file: &File, table: &PieceTable, mut pieces: impl Iterator<Item = PieceIndex>) -> bool {
+fn pieces_are_right(
+    file: &File,
+    table: &PieceTable,
+    mut pieces: impl Iterator<Item = PieceIndex>,
+) -> bool {
     pieces.all(|piece| piece_is_right(file, table, piece).unwrap_or(false))
 }
 

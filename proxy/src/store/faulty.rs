@@ -66,7 +66,10 @@ impl Faults {
             }
         };
         match refused {
-            Some(kind) => Err(StoreError::Disk { what: what.to_owned(), source: kind.into() }),
+            Some(kind) => Err(StoreError::Disk {
+                what: what.to_owned(),
+                source: kind.into(),
+            }),
             None => Ok(()),
         }
     }
@@ -95,7 +98,10 @@ impl TaskStore for FaultyStore {
     fn begin(&self, task: &Digest, size_bytes: u64) -> Result<Partial, StoreError> {
         self.faults.write("beginning a task", 0)?;
         let inner = self.inner.begin(task, size_bytes)?;
-        Ok(Arc::new(FaultyPartial { inner, faults: self.faults.clone() }))
+        Ok(Arc::new(FaultyPartial {
+            inner,
+            faults: self.faults.clone(),
+        }))
     }
 
     fn partial_size(&self, task: &Digest) -> Option<u64> {
@@ -119,7 +125,8 @@ impl TaskStore for FaultyStore {
     }
 
     fn add_origin(&self, digest: &Digest, registry: &str) -> Result<(), StoreError> {
-        self.faults.write("noting an origin", registry.len() as u64)?;
+        self.faults
+            .write("noting an origin", registry.len() as u64)?;
         self.inner.add_origin(digest, registry)
     }
 }
@@ -153,7 +160,8 @@ impl PartialTask for FaultyPartial {
     }
 
     fn write_loose(&self, start: u64, data: &[u8]) -> Result<(), StoreError> {
-        self.faults.write("writing loose bytes", data.len() as u64)?;
+        self.faults
+            .write("writing loose bytes", data.len() as u64)?;
         self.inner.write_loose(start, data)
     }
 

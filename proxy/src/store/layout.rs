@@ -21,7 +21,9 @@ pub(super) struct Layout {
 
 impl Layout {
     pub(super) fn new(root: &Path) -> Self {
-        Self { root: root.to_owned() }
+        Self {
+            root: root.to_owned(),
+        }
     }
 
     pub(super) fn root(&self) -> &Path {

@@ -30,7 +30,11 @@ pub struct StoredManifest {
 }
 
 /// Writes a manifest; where its body is then, unless it is too long to be kept.
-pub(super) fn put(store: &Inner, digest: &Digest, body: &Bytes) -> Result<Option<Place>, StoreError> {
+pub(super) fn put(
+    store: &Inner,
+    digest: &Digest,
+    body: &Bytes,
+) -> Result<Option<Place>, StoreError> {
     if body.len() > MAX_MANIFEST_BYTES {
         return Ok(None);
     }
@@ -47,7 +51,10 @@ pub(super) fn put(store: &Inner, digest: &Digest, body: &Bytes) -> Result<Option
         || store.disk.replace_unsynced(&path, &[&before, body, &after]),
     )?;
     let now = store.now();
-    store.state().cache.insert(Key::Manifest(*digest), file_bytes, now);
+    store
+        .state()
+        .cache
+        .insert(Key::Manifest(*digest), file_bytes, now);
     Ok(Some((Arc::new(file), start..end)))
 }
 
@@ -58,7 +65,10 @@ pub(super) fn get(store: &Inner, digest: &Digest) -> Option<StoredManifest> {
         return None;
     }
     let path = store.layout.manifest(digest);
-    let Some(kept) = disk::open_to_read(&path).ok().and_then(|file| read(file, digest)) else {
+    let Some(kept) = disk::open_to_read(&path)
+        .ok()
+        .and_then(|file| read(file, digest))
+    else {
         tracing::warn!(%digest, "a cached manifest is rotten or gone");
         store.state().cache.remove(&Key::Manifest(*digest));
         leave(&path);
@@ -74,5 +84,8 @@ fn read(file: File, digest: &Digest) -> Option<StoredManifest> {
     let body = raw.slice(range.clone());
     let right = named == *digest && Digest::of(digest.algorithm(), &body) == *digest;
     let range = range.start as u64..range.end as u64;
-    right.then(|| StoredManifest { body, place: (Arc::new(file), range) })
+    right.then(|| StoredManifest {
+        body,
+        place: (Arc::new(file), range),
+    })
 }

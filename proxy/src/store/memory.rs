@@ -36,7 +36,11 @@ struct State {
 
 #[derive(Clone)]
 enum Entry {
-    Blob { file: Arc<File>, table: Arc<PieceTable>, checks: Arc<Checks> },
+    Blob {
+        file: Arc<File>,
+        table: Arc<PieceTable>,
+        checks: Arc<Checks>,
+    },
     Partial(Box<Kept>),
 }
 
@@ -56,15 +60,30 @@ impl MemoryStore {
     pub(crate) fn restarted(&self) -> Self {
         let state = self.inner.state();
         let reopened = |entry: &Entry| match entry.clone() {
-            Entry::Blob { file, table, .. } => Entry::Blob { file, table, checks: Arc::default() },
+            Entry::Blob { file, table, .. } => Entry::Blob {
+                file,
+                table,
+                checks: Arc::default(),
+            },
             Entry::Partial(mut kept) => {
                 (kept.is_verified, kept.is_open) = (false, false);
                 Entry::Partial(kept)
             }
         };
-        let tasks = state.tasks.iter().map(|(task, entry)| (*task, reopened(entry))).collect();
-        let state = State { tasks, origins: state.origins.clone() };
-        Self { inner: Arc::new(Inner { state: Mutex::new(state) }) }
+        let tasks = state
+            .tasks
+            .iter()
+            .map(|(task, entry)| (*task, reopened(entry)))
+            .collect();
+        let state = State {
+            tasks,
+            origins: state.origins.clone(),
+        };
+        Self {
+            inner: Arc::new(Inner {
+                state: Mutex::new(state),
+            }),
+        }
     }
 
     fn partial(&self, task: &Digest) -> Option<Kept> {
@@ -91,8 +110,18 @@ impl State {
 impl TaskStore for MemoryStore {
     fn committed(&self, task: &Digest) -> Option<Blob> {
         let mut state = self.inner.state();
-        let Some(Entry::Blob { file, table, checks }) = state.tasks.get(task).cloned() else { return None };
-        if file.metadata().is_ok_and(|meta| meta.len() == table.layout().size_bytes()) {
+        let Some(Entry::Blob {
+            file,
+            table,
+            checks,
+        }) = state.tasks.get(task).cloned()
+        else {
+            return None;
+        };
+        if file
+            .metadata()
+            .is_ok_and(|meta| meta.len() == table.layout().size_bytes())
+        {
             let keeper: Arc<dyn Keeper> = Arc::<Inner>::clone(&self.inner);
             return Some(Lease::new(keeper, file, table, checks).blob());
         }
@@ -134,7 +163,8 @@ impl TaskStore for MemoryStore {
     }
 
     fn partial_size(&self, task: &Digest) -> Option<u64> {
-        self.partial(task).map(|kept| kept.table.layout().size_bytes())
+        self.partial(task)
+            .map(|kept| kept.table.layout().size_bytes())
     }
 
     fn recheck(&self, task: &Digest, bytes: Range<u64>) -> Result<Option<bool>, StoreError> {
@@ -145,7 +175,10 @@ impl TaskStore for MemoryStore {
             }
             return Ok(Some(is_right));
         }
-        let Some(kept) = self.partial(task).filter(|kept| kept.is_verified && !kept.is_open) else {
+        let Some(kept) = self
+            .partial(task)
+            .filter(|kept| kept.is_verified && !kept.is_open)
+        else {
             return Ok(None);
         };
         let is_right = held_is_right(&kept.file, &kept.table, &kept.held, bytes);
@@ -166,7 +199,12 @@ impl TaskStore for MemoryStore {
     }
 
     fn origins(&self, digest: &Digest) -> Vec<String> {
-        self.inner.state().origins.get(digest).cloned().unwrap_or_default()
+        self.inner
+            .state()
+            .origins
+            .get(digest)
+            .cloned()
+            .unwrap_or_default()
     }
 
     fn add_origin(&self, digest: &Digest, registry: &str) -> Result<(), StoreError> {
@@ -184,10 +222,14 @@ impl TaskStore for MemoryStore {
 impl Keeper for Inner {
     fn release(&self, _: &Digest) {}
 
-    fn drop_rotten(self: Arc<Self>, task: &Digest, copy: &Arc<Checks>, _: &str) -> Result<(), StoreError> {
+    fn drop_rotten(
+        self: Arc<Self>,
+        task: &Digest,
+        copy: &Arc<Checks>,
+        _: &str,
+    ) -> Result<(), StoreError> {
         let mut state = self.state();
-        let is_it =
-            matches!(state.tasks.get(task), Some(Entry::Blob { checks, .. }) if Arc::ptr_eq(checks, copy));
+        let is_it = matches!(state.tasks.get(task), Some(Entry::Blob { checks, .. }) if Arc::ptr_eq(checks, copy));
         if is_it {
             state.remove(task);
         }
@@ -211,7 +253,12 @@ fn still_right(kept: &Kept) -> Kept {
             held.remove(piece);
         }
     }
-    Kept { held, is_verified: true, is_open: true, ..kept.clone() }
+    Kept {
+        held,
+        is_verified: true,
+        is_open: true,
+        ..kept.clone()
+    }
 }
 
 fn new_file(size_bytes: u64) -> io::Result<File> {
@@ -221,7 +268,10 @@ fn new_file(size_bytes: u64) -> io::Result<File> {
 }
 
 fn refused(task: &Digest, source: io::Error) -> StoreError {
-    StoreError::Disk { what: format!("keeping {task} in memory"), source }
+    StoreError::Disk {
+        what: format!("keeping {task} in memory"),
+        source,
+    }
 }
 
 struct MemoryPartial {
@@ -296,10 +346,17 @@ impl PartialTask for MemoryPartial {
             return Err(self.misuse("the bytes lie past the end of the blob"));
         }
         self.with(|kept| {
-            for piece in self.layout.covering(start..end).filter(|piece| !kept.held.contains(*piece)) {
+            for piece in self
+                .layout
+                .covering(start..end)
+                .filter(|piece| !kept.held.contains(*piece))
+            {
                 let piece = self.layout.range(piece);
                 let part = piece.start.max(start)..piece.end.min(end);
-                self.write_at(&data[(part.start - start) as usize..(part.end - start) as usize], part.start)?;
+                self.write_at(
+                    &data[(part.start - start) as usize..(part.end - start) as usize],
+                    part.start,
+                )?;
             }
             Ok(())
         })
@@ -307,8 +364,12 @@ impl PartialTask for MemoryPartial {
 
     fn keep_table(&self, table: &PieceTable) -> Result<(), StoreError> {
         self.with(|kept| {
-            let extended = kept.table.extend(0, table.values(), table.signed().cloned());
-            extended.map(drop).map_err(|_| StoreError::Rotten(self.task))
+            let extended = kept
+                .table
+                .extend(0, table.values(), table.signed().cloned());
+            extended
+                .map(drop)
+                .map_err(|_| StoreError::Rotten(self.task))
         })
     }
 
@@ -326,13 +387,24 @@ impl PartialTask for MemoryPartial {
             }
             let checks = Arc::new(Checks::all_right(&kept.file));
             let keeper: Arc<dyn Keeper> = Arc::<Inner>::clone(&self.store);
-            Ok(Some(Lease::new(keeper, Arc::clone(&kept.file), Arc::new(table.clone()), checks)))
+            Ok(Some(Lease::new(
+                keeper,
+                Arc::clone(&kept.file),
+                Arc::new(table.clone()),
+                checks,
+            )))
         })?;
-        let Some(lease) = lease else { return Err(self.misuse("it is committed or thrown away already")) };
+        let Some(lease) = lease else {
+            return Err(self.misuse("it is committed or thrown away already"));
+        };
         let blob = lease.blob();
         self.is_finished.store(true, Ordering::Relaxed);
         let (file, table) = (Arc::clone(&blob.file), Arc::clone(&blob.table));
-        let entry = Entry::Blob { file, table, checks: Arc::clone(blob.checks()) };
+        let entry = Entry::Blob {
+            file,
+            table,
+            checks: Arc::clone(blob.checks()),
+        };
         self.store.state().tasks.insert(self.task, entry);
         Ok(blob)
     }

@@ -95,7 +95,9 @@ impl Store {
         recovery::make_folders(&layout)?;
         let lock = recovery::lock(&layout)?;
         let state = recovery::scan(&layout);
-        Ok(Self { inner: Arc::new(Inner::new(layout, settings, state, lock, means)) })
+        Ok(Self {
+            inner: Arc::new(Inner::new(layout, settings, state, lock, means)),
+        })
     }
 
     /// A committed blob that somebody reads already, leased. Does not block.
@@ -115,10 +117,15 @@ impl Store {
     pub fn holdings(&self) -> Vec<(Digest, u64, u32, bool)> {
         let state = self.inner.state();
         let holding = |(task, entry): (&Digest, &Entry)| match entry {
-            Entry::Blob { size_bytes, .. } => {
-                (*task, *size_bytes, PieceLayout::new(*size_bytes).count(), true)
-            }
-            Entry::Partial { size_bytes, pieces, .. } => (*task, *size_bytes, pieces.unwrap_or(0), false),
+            Entry::Blob { size_bytes, .. } => (
+                *task,
+                *size_bytes,
+                PieceLayout::new(*size_bytes).count(),
+                true,
+            ),
+            Entry::Partial {
+                size_bytes, pieces, ..
+            } => (*task, *size_bytes, pieces.unwrap_or(0), false),
         };
         state.tasks.iter().map(holding).collect()
     }
@@ -226,9 +233,15 @@ impl Store {
         use hawker_core::digest::{Algorithm, Chain};
         use hawker_core::piece::PieceTable;
 
-        let (digest, layout) = (Digest::of(Algorithm::Sha256, data), PieceLayout::new(data.len() as u64));
+        let (digest, layout) = (
+            Digest::of(Algorithm::Sha256, data),
+            PieceLayout::new(data.len() as u64),
+        );
         let partial = self.begin(&digest, data.len() as u64).unwrap();
-        let (mut table, mut chain) = (PieceTable::new(digest, layout), Chain::new(Algorithm::Sha256));
+        let (mut table, mut chain) = (
+            PieceTable::new(digest, layout),
+            Chain::new(Algorithm::Sha256),
+        );
         for piece in 0..layout.count() {
             let range = layout.range(piece);
             let bytes = &data[range.start as usize..range.end as usize];

@@ -15,12 +15,18 @@ const MAX_FILE_BYTES: u64 = 4 << 10;
 
 pub(super) fn get(store: &Inner, digest: &Digest) -> Vec<String> {
     let file = File::open(store.layout.origins_of(digest));
-    let raw = file.and_then(|file| disk::read_whole(&file, MAX_FILE_BYTES)).unwrap_or_default();
+    let raw = file
+        .and_then(|file| disk::read_whole(&file, MAX_FILE_BYTES))
+        .unwrap_or_default();
     let text = String::from_utf8(raw).unwrap_or_default();
     // A line that a crash cut off has no end and could be another name: the first line must be the digest, each line ended.
-    let mut lines = text.split_inclusive('\n').filter_map(|line| line.strip_suffix('\n'));
+    let mut lines = text
+        .split_inclusive('\n')
+        .filter_map(|line| line.strip_suffix('\n'));
     match lines.next() {
-        Some(first) if first == digest.to_string() => lines.take(MAX_ORIGINS).map(str::to_owned).collect(),
+        Some(first) if first == digest.to_string() => {
+            lines.take(MAX_ORIGINS).map(str::to_owned).collect()
+        }
         _ => Vec::new(),
     }
 }
@@ -42,7 +48,10 @@ pub(super) fn add(store: &Inner, digest: &Digest, registry: &str) -> Result<(), 
         names.remove(0);
     }
     names.push(registry.to_owned());
-    let text: String = std::iter::once(digest.to_string()).chain(names).map(|line| line + "\n").collect();
+    let text: String = std::iter::once(digest.to_string())
+        .chain(names)
+        .map(|line| line + "\n")
+        .collect();
     let path = store.layout.origins_of(digest);
     store
         .write(

@@ -101,9 +101,20 @@ impl PartialTask for FilePartial {
     }
 
     fn write(&self, piece: PieceIndex, data: &[u8]) -> Result<(), StoreError> {
-        let Self { store, task, layout, file, .. } = self;
+        let Self {
+            store,
+            task,
+            layout,
+            file,
+            ..
+        } = self;
         let range = layout.range(piece);
-        let what = || format!("writing piece {piece} of {}", store.layout.partial(task).display());
+        let what = || {
+            format!(
+                "writing piece {piece} of {}",
+                store.layout.partial(task).display()
+            )
+        };
         if range.is_empty() || range.end - range.start != data.len() as u64 {
             return Err(misuse(what(), "the piece has another length"));
         }
@@ -113,7 +124,9 @@ impl PartialTask for FilePartial {
         {
             let mut written = self.written();
             written.verified.insert(piece);
-            store.write(what, data.len() as u64, || write_at(&*store.disk, file, data, range.start))?;
+            store.write(what, data.len() as u64, || {
+                write_at(&*store.disk, file, data, range.start)
+            })?;
         }
         self.note(piece)
     }
@@ -137,8 +150,19 @@ impl PartialTask for FilePartial {
     }
 
     fn write_loose(&self, start: u64, data: &[u8]) -> Result<(), StoreError> {
-        let Self { store, task, layout, file, .. } = self;
-        let what = || format!("writing loose bytes of {}", store.layout.partial(task).display());
+        let Self {
+            store,
+            task,
+            layout,
+            file,
+            ..
+        } = self;
+        let what = || {
+            format!(
+                "writing loose bytes of {}",
+                store.layout.partial(task).display()
+            )
+        };
         let range = start..start.saturating_add(data.len() as u64);
         if range.end > layout.size_bytes() {
             return Err(misuse(what(), "the bytes lie past the end of the blob"));
@@ -154,7 +178,9 @@ impl PartialTask for FilePartial {
             let piece = layout.range(piece);
             let part = piece.start.max(range.start)..piece.end.min(range.end);
             let bytes = &data[(part.start - start) as usize..(part.end - start) as usize];
-            store.write(what, bytes.len() as u64, || write_at(&*store.disk, file, bytes, part.start))?;
+            store.write(what, bytes.len() as u64, || {
+                write_at(&*store.disk, file, bytes, part.start)
+            })?;
             written.loose.insert(part);
         }
         let loose_bytes = written.loose.len_bytes();
@@ -181,19 +207,27 @@ impl PartialTask for FilePartial {
             return Ok(());
         }
         let new_statement = newer.signed() != index.table.signed();
-        index.append(store, &self.index_path(), &record::table(&newer, known, new_statement))?;
+        index.append(
+            store,
+            &self.index_path(),
+            &record::table(&newer, known, new_statement),
+        )?;
         index.table = newer;
         Ok(())
     }
 
     /// By fsync, rename, fsync of the folder.
     fn commit(&self, table: &PieceTable) -> Result<Blob, StoreError> {
-        let Self { store, task, file, .. } = self;
+        let Self {
+            store, task, file, ..
+        } = self;
         let _claim = store.claim(task)?;
         self.check_complete(table)?;
         if let Err(source) = store.disk.sync(file) {
-            let error =
-                store.failed(format!("making {} durable", store.layout.partial(task).display()), source);
+            let error = store.failed(
+                format!("making {} durable", store.layout.partial(task).display()),
+                source,
+            );
             self.throw_away()?;
             return Err(error);
         }
@@ -205,7 +239,10 @@ impl PartialTask for FilePartial {
             // The file may be found under its old name after a crash, and then the index beside it is needed.
             Err(source) => {
                 let shard = store.layout.shard(task);
-                drop(store.failed(format!("making the names in {} durable", shard.display()), source));
+                drop(store.failed(
+                    format!("making the names in {} durable", shard.display()),
+                    source,
+                ));
             }
         }
         Ok(blob::enter(store, Arc::clone(file), table))
@@ -239,7 +276,10 @@ impl FilePartial {
     fn weigh(&self, held: &PieceSet, loose_bytes: u64) {
         let now = self.store.now();
         let mut state = self.store.state();
-        if let Some(Entry::Partial { pieces, held_bytes, .. }) = state.tasks.get_mut(&self.task) {
+        if let Some(Entry::Partial {
+            pieces, held_bytes, ..
+        }) = state.tasks.get_mut(&self.task)
+        {
             *pieces = Some(held.len());
             *held_bytes = bytes_of(self.layout, held).saturating_add(loose_bytes);
             let bytes = *held_bytes;
@@ -248,7 +288,12 @@ impl FilePartial {
     }
 
     fn check_complete(&self, table: &PieceTable) -> Result<(), StoreError> {
-        let what = || format!("committing {}", self.store.layout.partial(&self.task).display());
+        let what = || {
+            format!(
+                "committing {}",
+                self.store.layout.partial(&self.task).display()
+            )
+        };
         let index = self.index();
         if index.finished {
             return Err(misuse(what(), "it is committed or thrown away already"));
@@ -261,7 +306,11 @@ impl FilePartial {
             || table.layout() != self.layout
             || !table.values().starts_with(index.table.values())
             || (empty && Chain::new(self.task.algorithm()).finish() != self.task);
-        if rotten { Err(StoreError::Rotten(self.task)) } else { Ok(()) }
+        if rotten {
+            Err(StoreError::Rotten(self.task))
+        } else {
+            Ok(())
+        }
     }
 
     /// The caller holds a claim.
@@ -291,20 +340,34 @@ impl Drop for FilePartial {
 
 /// The caller did what it must not. It goes on without the disk, as after any other failure.
 fn misuse(what: String, why: &'static str) -> StoreError {
-    StoreError::Disk { what, source: io::Error::new(ErrorKind::InvalidInput, why) }
+    StoreError::Disk {
+        what,
+        source: io::Error::new(ErrorKind::InvalidInput, why),
+    }
 }
 
 /// Bytes of the pieces in `held`.
 pub(super) fn bytes_of(layout: PieceLayout, held: &PieceSet) -> u64 {
-    if held.is_full() { layout.size_bytes() } else { held.iter().map(|piece| layout.len_bytes(piece)).sum() }
+    if held.is_full() {
+        layout.size_bytes()
+    } else {
+        held.iter().map(|piece| layout.len_bytes(piece)).sum()
+    }
 }
 
 /// Goes on with the partial task on disk, or begins a new one.
-pub(super) fn begin(store: &Arc<Inner>, task: &Digest, size_bytes: u64) -> Result<Partial, StoreError> {
+pub(super) fn begin(
+    store: &Arc<Inner>,
+    task: &Digest,
+    size_bytes: u64,
+) -> Result<Partial, StoreError> {
     store.refuse_while_degraded()?;
     if size_bytes > MAX_BLOB_BYTES {
         let what = format!("beginning {task} of {size_bytes} bytes");
-        return Err(StoreError::Disk { what, source: ErrorKind::FileTooLarge.into() });
+        return Err(StoreError::Disk {
+            what,
+            source: ErrorKind::FileTooLarge.into(),
+        });
     }
     known_partial(store, task)?;
     let claim = store.claim(task)?;
@@ -340,14 +403,27 @@ struct Known {
 fn known_partial(store: &Inner, task: &Digest) -> Result<Option<Known>, StoreError> {
     match store.state().tasks.get(task) {
         None => Ok(None),
-        Some(Entry::Partial { size_bytes, held_bytes, pieces, open: false }) => {
-            Ok(Some(Known { size_bytes: *size_bytes, held_bytes: *held_bytes, verified: pieces.is_some() }))
-        }
+        Some(Entry::Partial {
+            size_bytes,
+            held_bytes,
+            pieces,
+            open: false,
+        }) => Ok(Some(Known {
+            size_bytes: *size_bytes,
+            held_bytes: *held_bytes,
+            verified: pieces.is_some(),
+        })),
         Some(_) => Err(StoreError::Busy),
     }
 }
 
-fn enter(store: &Arc<Inner>, task: &Digest, layout: PieceLayout, file: File, index: Index) -> Partial {
+fn enter(
+    store: &Arc<Inner>,
+    task: &Digest,
+    layout: PieceLayout,
+    file: File,
+    index: Index,
+) -> Partial {
     let held_bytes = bytes_of(layout, &index.held);
     let entry = Entry::Partial {
         size_bytes: layout.size_bytes(),
@@ -367,7 +443,10 @@ fn enter(store: &Arc<Inner>, task: &Digest, layout: PieceLayout, file: File, ind
         layout,
         file: Arc::new(file),
         begun_with: (index.held.clone(), index.table.clone()),
-        writing: Mutex::new(Written { verified: index.held.clone(), loose: ByteSet::default() }),
+        writing: Mutex::new(Written {
+            verified: index.held.clone(),
+            loose: ByteSet::default(),
+        }),
         index: Mutex::new(index),
     };
     Arc::new(partial)
@@ -375,7 +454,10 @@ fn enter(store: &Arc<Inner>, task: &Digest, layout: PieceLayout, file: File, ind
 
 fn create(store: &Inner, task: &Digest, size_bytes: u64) -> Result<(File, Index), StoreError> {
     let (path, index_path) = (store.layout.partial(task), store.layout.index(task));
-    let head = record::header(&Header { digest: *task, size_bytes });
+    let head = record::header(&Header {
+        digest: *task,
+        size_bytes,
+    });
     let made = store.write(
         || format!("beginning {}", path.display()),
         0,
@@ -408,7 +490,11 @@ fn create(store: &Inner, task: &Digest, size_bytes: u64) -> Result<(File, Index)
 }
 
 /// What the index at this path says, if it and its data file are those of `task`; else why not.
-pub(super) fn read_index(data: &File, index: &Path, task: &Digest) -> io::Result<Result<Contents, String>> {
+pub(super) fn read_index(
+    data: &File,
+    index: &Path,
+    task: &Digest,
+) -> io::Result<Result<Contents, String>> {
     let raw = disk::read_whole(&disk::open_to_read(index)?, MAX_INDEX_BYTES)?;
     let contents = match record::read(&raw) {
         Ok(contents) => contents,
@@ -423,7 +509,11 @@ pub(super) fn read_index(data: &File, index: &Path, task: &Digest) -> io::Result
 }
 
 /// Opens what is on disk; `None` when it is of no use.
-fn resume(store: &Inner, task: &Digest, known: &Known) -> Result<Option<(File, Index)>, StoreError> {
+fn resume(
+    store: &Inner,
+    task: &Digest,
+    known: &Known,
+) -> Result<Option<(File, Index)>, StoreError> {
     match try_resume(store, task, known) {
         Ok(Ok(both)) => Ok(Some(both)),
         Ok(Err(why)) => {
@@ -431,13 +521,18 @@ fn resume(store: &Inner, task: &Digest, known: &Known) -> Result<Option<(File, I
             Ok(None)
         }
         Err(e) if disk::means_another_thing(e.kind()) => Ok(None),
-        Err(source) => {
-            Err(store.failed(format!("going on with {}", store.layout.partial(task).display()), source))
-        }
+        Err(source) => Err(store.failed(
+            format!("going on with {}", store.layout.partial(task).display()),
+            source,
+        )),
     }
 }
 
-fn try_resume(store: &Inner, task: &Digest, known: &Known) -> io::Result<Result<(File, Index), String>> {
+fn try_resume(
+    store: &Inner,
+    task: &Digest,
+    known: &Known,
+) -> io::Result<Result<(File, Index), String>> {
     let path = store.layout.index(task);
     let file = disk::open(&store.layout.partial(task))?;
     let mut contents = match read_index(&file, &path, task)? {
@@ -457,7 +552,17 @@ fn try_resume(store: &Inner, task: &Digest, known: &Known) -> io::Result<Result<
     let index_file = disk::open(&path)?;
     store.disk.set_len(&index_file, end)?;
     let Contents { held, table, .. } = contents;
-    Ok(Ok((file, Index { file: index_file, end, torn: false, held, table, finished: false })))
+    Ok(Ok((
+        file,
+        Index {
+            file: index_file,
+            end,
+            torn: false,
+            held,
+            table,
+            finished: false,
+        },
+    )))
 }
 
 /// Hashes pieces of a partial task that nobody has open again. If one is rotten, all of them are before they count again.
@@ -466,7 +571,9 @@ pub(super) fn recheck(store: &Inner, task: &Digest, bytes: Range<u64>) -> Option
         return None;
     }
     let file = disk::open_to_read(&store.layout.partial(task)).ok()?;
-    let Contents { held, table, .. } = read_index(&file, &store.layout.index(task), task).ok()?.ok()?;
+    let Contents { held, table, .. } = read_index(&file, &store.layout.index(task), task)
+        .ok()?
+        .ok()?;
     let right = disk::held_is_right(&file, &table, &held, bytes);
     if right == Some(false) {
         store.doubt(task);

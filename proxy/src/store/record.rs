@@ -74,7 +74,11 @@ impl Contents {
     /// any.
     pub(super) fn drop_unverifiable(&mut self) -> bool {
         let verifiable = self.table.verifiable();
-        let beyond: Vec<_> = self.held.iter().filter(|piece| *piece >= verifiable).collect();
+        let beyond: Vec<_> = self
+            .held
+            .iter()
+            .filter(|piece| *piece >= verifiable)
+            .collect();
         beyond.iter().for_each(|piece| {
             self.held.remove(*piece);
         });
@@ -130,7 +134,9 @@ fn take_in(contents: &mut Contents, kind: u8, payload: &[u8]) -> Option<()> {
 }
 
 fn read_header(first: Option<(u8, &[u8])>) -> Result<Header, Unreadable> {
-    let Some((HEADER, payload)) = first else { return Err(Unreadable::NoHeader) };
+    let Some((HEADER, payload)) = first else {
+        return Err(Unreadable::NoHeader);
+    };
     let mut fields = Fields(payload);
     if fields.take(MAGIC.len()) != Some(MAGIC) {
         return Err(Unreadable::NoHeader);
@@ -140,7 +146,9 @@ fn read_header(first: Option<(u8, &[u8])>) -> Result<Header, Unreadable> {
         Some(other) => return Err(Unreadable::Version(other)),
         None => return Err(Unreadable::NoHeader),
     }
-    read_subject(&mut fields).filter(|h| h.size_bytes <= MAX_BLOB_BYTES).ok_or(Unreadable::NoHeader)
+    read_subject(&mut fields)
+        .filter(|h| h.size_bytes <= MAX_BLOB_BYTES)
+        .ok_or(Unreadable::NoHeader)
 }
 
 fn read_subject(fields: &mut Fields<'_>) -> Option<Header> {
@@ -167,7 +175,9 @@ fn read_signed(fields: &mut Fields<'_>) -> Option<SignedPrefix> {
     };
     // Earlier versions wrote none.
     while let Some(registry) = fields.counted() {
-        signed.registries.push(String::from_utf8(registry.to_vec()).ok()?);
+        signed
+            .registries
+            .push(String::from_utf8(registry.to_vec()).ok()?);
     }
     Some(signed)
 }
@@ -209,7 +219,10 @@ pub(super) fn table(table: &PieceTable, first: usize, signed: bool) -> Vec<u8> {
         payload.extend_from_slice(&signed.issuer.0);
         put_counted(&mut payload, &signed.certificate);
         put_counted(&mut payload, &signed.signature);
-        signed.registries.iter().for_each(|registry| put_counted(&mut payload, registry.as_bytes()));
+        signed
+            .registries
+            .iter()
+            .for_each(|registry| put_counted(&mut payload, registry.as_bytes()));
         out.extend(record(SIGNED, &payload));
     }
     out
@@ -225,7 +238,10 @@ pub(super) fn index(about: &Header, known: &PieceTable, held: &PieceSet) -> Vec<
 
 /// What a manifest file has before the body and behind it: a body may be long, and is not copied.
 pub(super) fn manifest(digest: &Digest, body: &[u8]) -> (Vec<u8>, [u8; SUM_BYTES]) {
-    let about = Header { digest: *digest, size_bytes: body.len() as u64 };
+    let about = Header {
+        digest: *digest,
+        size_bytes: body.len() as u64,
+    };
     let mut before = header(&about);
     let start = before.len();
     before.push(BODY);
@@ -330,7 +346,9 @@ impl<'a> Fields<'a> {
 
 /// CRC-32 as in ISO 3309 and ITU-T V.42 (reflected polynomial EDB88320).
 fn crc32<'a>(bytes: impl IntoIterator<Item = &'a u8>) -> u32 {
-    !bytes.into_iter().fold(!0, |sum, byte| sum >> 8 ^ CRC_TABLE[usize::from(sum as u8 ^ byte)])
+    !bytes.into_iter().fold(!0, |sum, byte| {
+        sum >> 8 ^ CRC_TABLE[usize::from(sum as u8 ^ byte)]
+    })
 }
 
 const CRC_TABLE: [u32; 256] = {
@@ -340,7 +358,11 @@ const CRC_TABLE: [u32; 256] = {
         let mut sum = at as u32;
         let mut bit = 0;
         while bit < 8 {
-            sum = if sum & 1 == 1 { sum >> 1 ^ 0xedb8_8320 } else { sum >> 1 };
+            sum = if sum & 1 == 1 {
+                sum >> 1 ^ 0xedb8_8320
+            } else {
+                sum >> 1
+            };
             bit += 1;
         }
         table[at] = sum;
@@ -357,7 +379,10 @@ mod tests {
     use super::*;
 
     fn about(algorithm: Algorithm, size_bytes: u64) -> Header {
-        Header { digest: Digest::of(algorithm, b"x"), size_bytes }
+        Header {
+            digest: Digest::of(algorithm, b"x"),
+            size_bytes,
+        }
     }
 
     fn signed(count: u32) -> SignedPrefix {
@@ -393,9 +418,11 @@ mod tests {
 
     #[test]
     fn what_is_written_is_read() {
-        for (algorithm, size) in
-            [(Algorithm::Sha256, 9 << 20), (Algorithm::Sha512, 3 << 19), (Algorithm::Sha256, 0)]
-        {
+        for (algorithm, size) in [
+            (Algorithm::Sha256, 9 << 20),
+            (Algorithm::Sha512, 3 << 19),
+            (Algorithm::Sha256, 0),
+        ] {
             let about = about(algorithm, size);
             let table = some_table(&about);
             let mut held = PieceSet::empty(table.layout().count());
@@ -403,8 +430,14 @@ mod tests {
             held.insert(3);
             let raw = index(&about, &table, &held);
             let got = read(&raw).unwrap();
-            assert_eq!((got.header.clone(), got.held.clone(), got.whole_bytes), (about, held, raw.len()));
-            assert_eq!((got.table.values(), got.table.signed()), (table.values(), table.signed()));
+            assert_eq!(
+                (got.header.clone(), got.held.clone(), got.whole_bytes),
+                (about, held, raw.len())
+            );
+            assert_eq!(
+                (got.table.values(), got.table.signed()),
+                (table.values(), table.signed())
+            );
             assert!(got.table_is_full());
         }
     }
@@ -430,30 +463,47 @@ mod tests {
 
         let mut payload = MAGIC.to_vec();
         payload.extend_from_slice(&[MAJOR + 1, 0]);
-        assert_eq!(read(&record(HEADER, &payload)).unwrap_err(), Unreadable::Version(MAJOR + 1));
+        assert_eq!(
+            read(&record(HEADER, &payload)).unwrap_err(),
+            Unreadable::Version(MAJOR + 1)
+        );
         assert_eq!(read(&piece(1)).unwrap_err(), Unreadable::NoHeader);
         assert_eq!(read(b"").unwrap_err(), Unreadable::NoHeader);
     }
 
     #[test]
     fn a_size_no_blob_has_is_refused_before_anything_is_allocated() {
-        assert_eq!(read(&header(&about(Algorithm::Sha256, u64::MAX))).unwrap_err(), Unreadable::NoHeader);
+        assert_eq!(
+            read(&header(&about(Algorithm::Sha256, u64::MAX))).unwrap_err(),
+            Unreadable::NoHeader
+        );
     }
 
     #[test]
     fn manifests_are_read_back() {
         let digest = Digest::of(Algorithm::Sha256, b"{}");
         let (before, after) = manifest(&digest, b"{}");
-        let (raw, body) = ([&before, &b"{}"[..], &after].concat(), before.len()..before.len() + 2);
+        let (raw, body) = (
+            [&before, &b"{}"[..], &after].concat(),
+            before.len()..before.len() + 2,
+        );
         assert_eq!(read_manifest(&raw), Some((digest, body)));
         for cut in 0..raw.len() {
             assert_eq!(read_manifest(&raw[..cut]), None);
         }
         let told = record(5, b"text/html");
-        let head = header(&Header { digest, size_bytes: 2 }).len();
+        let head = header(&Header {
+            digest,
+            size_bytes: 2,
+        })
+        .len();
         let old = [&before[..head], &told, &before[head..], b"{}", &after].concat();
         let start = before.len() + told.len();
-        assert_eq!(read_manifest(&old), Some((digest, start..start + 2)), "a file of an older version");
+        assert_eq!(
+            read_manifest(&old),
+            Some((digest, start..start + 2)),
+            "a file of an older version"
+        );
     }
 
     #[test]

@@ -13,7 +13,9 @@ use hawker_core::Time;
 use hawker_core::digest::{Algorithm, Digest};
 use hawker_core::piece::PieceLayout;
 
-use super::layout::{ALGORITHMS, INDEX, Layout, TABLE, TEMPORARY, parse_blob_name, parse_flat_name};
+use super::layout::{
+    ALGORITHMS, INDEX, Layout, TABLE, TEMPORARY, parse_blob_name, parse_flat_name,
+};
 use super::partial::{bytes_of, read_index};
 use super::state::{Entry, Key, State, leave, since_1970};
 use super::{StoreError, disk, disk_refuses};
@@ -21,7 +23,10 @@ use super::{StoreError, disk, disk_refuses};
 /// Makes the store's folders.
 pub(super) fn make_folders(layout: &Layout) -> Result<(), StoreError> {
     let blobs = ALGORITHMS.map(|algorithm| layout.blobs(algorithm));
-    for folder in blobs.iter().chain(&[layout.partials(), layout.manifests(), layout.origins()]) {
+    for folder in blobs
+        .iter()
+        .chain(&[layout.partials(), layout.manifests(), layout.origins()])
+    {
         match disk::make_folder(folder) {
             Err(error) if disk_refuses(&error) => {
                 tracing::warn!(%error, folder = %folder.display(), "the disk refuses: nothing will be kept");
@@ -39,10 +44,20 @@ pub(super) fn make_folders(layout: &Layout) -> Result<(), StoreError> {
 /// Locks the store for this process, until the file is closed. `None`: it can't be locked, since it can't be written.
 pub(super) fn lock(layout: &Layout) -> Result<Option<File>, StoreError> {
     let path = layout.lock();
-    let fail = |source| StoreError::Disk { what: format!("locking {}", path.display()), source };
+    let fail = |source| StoreError::Disk {
+        what: format!("locking {}", path.display()),
+        source,
+    };
     // Made first and opened for reading then: a store on a read-only disk can still be read.
-    let made = if path.exists() { Ok(()) } else { disk::create(&path).map(drop) };
-    if made.as_ref().is_err_and(|error| disk_refuses(error) || !layout.root().exists()) {
+    let made = if path.exists() {
+        Ok(())
+    } else {
+        disk::create(&path).map(drop)
+    };
+    if made
+        .as_ref()
+        .is_err_and(|error| disk_refuses(error) || !layout.root().exists())
+    {
         return Ok(None);
     }
     let file = made.and_then(|()| File::open(&path)).map_err(fail)?;
@@ -88,8 +103,16 @@ pub(super) fn scan(layout: &Layout) -> State {
         }
     }
     scan_manifests(&layout.manifests(), &mut found);
-    let committed =
-        found.iter().filter_map(|f| if let Key::Task(task) = f.key { Some(task) } else { None }).collect();
+    let committed = found
+        .iter()
+        .filter_map(|f| {
+            if let Key::Task(task) = f.key {
+                Some(task)
+            } else {
+                None
+            }
+        })
+        .collect();
     scan_partials(layout, &committed, &mut found);
     drop_orphaned_origins(layout, &found);
     enter(found)
@@ -115,7 +138,13 @@ fn enter(mut found: Vec<Found>) -> State {
     let now = since_1970(SystemTime::now());
     found.sort_unstable_by_key(|f| (f.used, f.key));
     let mut state = State::default();
-    for Found { key, entry, bytes, used } in found {
+    for Found {
+        key,
+        entry,
+        bytes,
+        used,
+    } in found
+    {
         state.cache.insert(key, bytes, Time(used.min(now)));
         if let (Key::Task(task), Some(entry)) = (key, entry) {
             state.tasks.insert(task, entry);
@@ -131,13 +160,17 @@ fn list(folder: &Path) -> Vec<(String, DirEntry)> {
         tracing::warn!(%error, folder = %folder.display(), "can't read a folder of the store");
         Vec::new()
     });
-    entries.into_iter().filter_map(|entry| Some((entry.file_name().into_string().ok()?, entry))).collect()
+    entries
+        .into_iter()
+        .filter_map(|entry| Some((entry.file_name().into_string().ok()?, entry)))
+        .collect()
 }
 
 /// The files of a folder, by name, without those that were being written when the daemon died: they go.
 fn list_whole(folder: &Path) -> Vec<(String, DirEntry)> {
-    let (torn, whole): (Vec<_>, Vec<_>) =
-        list(folder).into_iter().partition(|(name, _)| name.ends_with(TEMPORARY));
+    let (torn, whole): (Vec<_>, Vec<_>) = list(folder)
+        .into_iter()
+        .partition(|(name, _)| name.ends_with(TEMPORARY));
     torn.iter().for_each(|(_, entry)| leave(&entry.path()));
     whole
 }
@@ -162,7 +195,9 @@ fn scan_shard(algorithm: Algorithm, shard: &str, folder: &Path, found: &mut Vec<
     let names: HashSet<&str> = files.iter().map(|(name, _)| name.as_str()).collect();
     for (name, entry) in &files {
         let stem = name.strip_suffix(TABLE);
-        let Some(task) = parse_blob_name(algorithm, shard, stem.unwrap_or(name)) else { continue };
+        let Some(task) = parse_blob_name(algorithm, shard, stem.unwrap_or(name)) else {
+            continue;
+        };
         let whole = match stem {
             Some(stem) => names.contains(stem),
             None => names.contains(format!("{name}{TABLE}").as_str()),
@@ -172,7 +207,11 @@ fn scan_shard(algorithm: Algorithm, shard: &str, folder: &Path, found: &mut Vec<
         } else if stem.is_none()
             && let Some(meta) = regular(entry)
         {
-            let blob = Entry::Blob { size_bytes: meta.len(), opened: std::sync::Weak::new(), checks: None };
+            let blob = Entry::Blob {
+                size_bytes: meta.len(),
+                opened: std::sync::Weak::new(),
+                checks: None,
+            };
             found.push(Found {
                 key: Key::Task(task),
                 entry: Some(blob),
@@ -247,8 +286,17 @@ fn read_partial(layout: &Layout, task: &Digest) -> Result<Found, Unfit> {
     let index = layout.index(task);
     let contents = read_index(&file, &index, task)?.map_err(Unfit::Leftover)?;
     let held_bytes = bytes_of(PieceLayout::new(contents.header.size_bytes), &contents.held);
-    let entry =
-        Entry::Partial { size_bytes: contents.header.size_bytes, pieces: None, held_bytes, open: false };
+    let entry = Entry::Partial {
+        size_bytes: contents.header.size_bytes,
+        pieces: None,
+        held_bytes,
+        open: false,
+    };
     let used = used(&fs::metadata(&index)?);
-    Ok(Found { key: Key::Task(*task), entry: Some(entry), bytes: held_bytes, used })
+    Ok(Found {
+        key: Key::Task(*task),
+        entry: Some(entry),
+        bytes: held_bytes,
+        used,
+    })
 }

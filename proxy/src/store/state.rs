@@ -92,7 +92,10 @@ pub(super) struct Means {
 
 impl Default for Means {
     fn default() -> Self {
-        Self { disk: Box::new(FileSystem), retry_after: RETRY_AFTER }
+        Self {
+            disk: Box::new(FileSystem),
+            retry_after: RETRY_AFTER,
+        }
     }
 }
 
@@ -147,7 +150,10 @@ impl Inner {
             return Err(StoreError::Busy);
         }
         state.busy.insert(*task);
-        Ok(Claim { store: Arc::clone(self), task: *task })
+        Ok(Claim {
+            store: Arc::clone(self),
+            task: *task,
+        })
     }
 
     /// Does something that writes. On a full disk it evicts one round and tries once more.
@@ -158,7 +164,9 @@ impl Inner {
         attempt: impl Fn() -> io::Result<T>,
     ) -> Result<T, StoreError> {
         let outcome = match attempt() {
-            Err(e) if disk::is_full(&e) && self.make_room(size_bytes.max(MIN_ROUND_BYTES)) => attempt(),
+            Err(e) if disk::is_full(&e) && self.make_room(size_bytes.max(MIN_ROUND_BYTES)) => {
+                attempt()
+            }
             outcome => outcome,
         };
         match outcome {
@@ -189,7 +197,10 @@ impl Inner {
         let written = self.write(
             || format!("writing {}", path.display()),
             PROBE_BYTES as u64,
-            || self.disk.write_at(&self.disk.create(&path)?, &[0; PROBE_BYTES], 0),
+            || {
+                self.disk
+                    .write_at(&self.disk.create(&path)?, &[0; PROBE_BYTES], 0)
+            },
         );
         leave(&path);
         written.is_ok()
@@ -221,15 +232,32 @@ impl Inner {
     }
 
     /// An error when `size_bytes` more of `task` could not be kept even if all that may go went.
-    pub(super) fn refuse_what_never_fits(&self, task: &Digest, size_bytes: u64) -> Result<(), StoreError> {
-        let Ok((total, available)) = disk::room(self.layout.root()) else { return Ok(()) };
+    pub(super) fn refuse_what_never_fits(
+        &self,
+        task: &Digest,
+        size_bytes: u64,
+    ) -> Result<(), StoreError> {
+        let Ok((total, available)) = disk::room(self.layout.root()) else {
+            return Ok(());
+        };
         let evictable = {
             let state = self.state();
             let own_bytes = state.tasks.get(task).map_or(0, Entry::bytes);
             state.cache.evictable_bytes().saturating_sub(own_bytes)
         };
-        let CacheSettings { high_percent, max_bytes, .. } = self.settings();
-        if hawker_core::cache::admits(size_bytes, total, available, evictable, high_percent, max_bytes) {
+        let CacheSettings {
+            high_percent,
+            max_bytes,
+            ..
+        } = self.settings();
+        if hawker_core::cache::admits(
+            size_bytes,
+            total,
+            available,
+            evictable,
+            high_percent,
+            max_bytes,
+        ) {
             return Ok(());
         }
         Err(StoreError::Disk {
@@ -256,7 +284,11 @@ impl Inner {
                 (0, 0)
             }
         };
-        let CacheSettings { high_percent, low_percent, max_bytes } = self.settings();
+        let CacheSettings {
+            high_percent,
+            low_percent,
+            max_bytes,
+        } = self.settings();
         let held = self.state().cache.total_bytes();
         bytes_to_free(total, available, held, high_percent, low_percent, max_bytes)
     }
@@ -322,9 +354,11 @@ impl Inner {
     ) -> Result<(), StoreError> {
         let claim = self.claim(task)?;
         let is_it = match self.state().tasks.get(task) {
-            Some(Entry::Blob { checks, .. }) => {
-                of.is_none_or(|of| checks.as_ref().is_some_and(|checks| Arc::ptr_eq(of, checks)))
-            }
+            Some(Entry::Blob { checks, .. }) => of.is_none_or(|of| {
+                checks
+                    .as_ref()
+                    .is_some_and(|checks| Arc::ptr_eq(of, checks))
+            }),
             _ => false,
         };
         if !is_it {
@@ -334,13 +368,22 @@ impl Inner {
         self.state().forget(task);
         let deleted = self.delete_blob(task);
         drop(claim);
-        deleted
-            .map_err(|source| self.failed(format!("deleting {}", self.layout.blob(task).display()), source))
+        deleted.map_err(|source| {
+            self.failed(
+                format!("deleting {}", self.layout.blob(task).display()),
+                source,
+            )
+        })
     }
 
     /// What is on disk of a partial task that nobody has open counts only once it is hashed again.
     pub(super) fn doubt(&self, task: &Digest) {
-        if let Some(Entry::Partial { pieces, open: false, .. }) = self.state().tasks.get_mut(task) {
+        if let Some(Entry::Partial {
+            pieces,
+            open: false,
+            ..
+        }) = self.state().tasks.get_mut(task)
+        {
             *pieces = None;
         }
     }
@@ -349,12 +392,18 @@ impl Inner {
     pub(super) fn take_gone(&self) -> Vec<Digest> {
         let mut state = self.state();
         let gone = std::mem::take(&mut state.gone);
-        gone.into_iter().filter(|task| !state.tasks.contains_key(task)).collect()
+        gone.into_iter()
+            .filter(|task| !state.tasks.contains_key(task))
+            .collect()
     }
 
     pub(super) fn usage(&self) -> Usage {
         let state = self.state();
-        let blobs = state.tasks.values().filter(|entry| matches!(entry, Entry::Blob { .. })).count() as u64;
+        let blobs = state
+            .tasks
+            .values()
+            .filter(|entry| matches!(entry, Entry::Blob { .. }))
+            .count() as u64;
         let bytes = state.tasks.values().map(Entry::bytes).sum();
         Usage {
             blobs,
@@ -382,19 +431,29 @@ impl State {
     /// Removes victims from memory, claimed, before their files go.
     fn take_victims(&mut self, wanted: u64) -> Vec<Victim> {
         let keys = self.cache.victims(wanted);
-        keys.into_iter().filter_map(|key| self.take_victim(key)).collect()
+        keys.into_iter()
+            .filter_map(|key| self.take_victim(key))
+            .collect()
     }
 
     fn take_victim(&mut self, key: Key) -> Option<Victim> {
         let Key::Task(task) = key else {
-            return Some(Victim { key, entry: None, bytes: self.cache.remove(&key)? });
+            return Some(Victim {
+                key,
+                entry: None,
+                bytes: self.cache.remove(&key)?,
+            });
         };
         if self.busy.contains(&task) {
             return None;
         }
         let bytes = self.cache.remove(&key)?;
         self.busy.insert(task);
-        Some(Victim { key, entry: self.tasks.remove(&task), bytes })
+        Some(Victim {
+            key,
+            entry: self.tasks.remove(&task),
+            bytes,
+        })
     }
 
     /// Ends the claim on a victim. One whose files could not be deleted is still there.
@@ -437,5 +496,6 @@ impl Drop for Claim {
 
 /// Time since 1970; zero for what is before.
 pub(super) fn since_1970(at: SystemTime) -> Duration {
-    at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default()
+    at.duration_since(SystemTime::UNIX_EPOCH)
+        .unwrap_or_default()
 }

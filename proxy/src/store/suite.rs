@@ -32,7 +32,9 @@ impl Content {
         let mut state = seed.wrapping_mul(2).wrapping_add(1);
         let bytes: Vec<u8> = (0..len)
             .map(|_| {
-                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                state = state
+                    .wrapping_mul(6_364_136_223_846_793_005)
+                    .wrapping_add(1_442_695_040_888_963_407);
                 (state >> 56) as u8
             })
             .collect();
@@ -76,7 +78,9 @@ impl Content {
         partial: &Partial,
         pieces: impl IntoIterator<Item = PieceIndex>,
     ) -> Result<(), StoreError> {
-        pieces.into_iter().try_for_each(|piece| partial.write(piece, self.piece(piece)))
+        pieces
+            .into_iter()
+            .try_for_each(|piece| partial.write(piece, self.piece(piece)))
     }
 
     /// Goes on from what is there, to the end.
@@ -100,7 +104,10 @@ impl Content {
     pub(super) fn assert_held_is_right(&self, partial: &Partial) {
         for piece in partial.held().iter() {
             let mut read = vec![0; self.piece(piece).len()];
-            partial.file().read_exact_at(&mut read, self.table.layout().start(piece)).unwrap();
+            partial
+                .file()
+                .read_exact_at(&mut read, self.table.layout().start(piece))
+                .unwrap();
             assert_eq!(read, self.piece(piece), "piece {piece}");
         }
         assert!(self.table.values().starts_with(partial.table().values()));
@@ -139,7 +146,11 @@ impl Folder {
 
 impl Place for Folder {
     fn open(&self) -> Arc<dyn TaskStore> {
-        let settings = CacheSettings { high_percent: 100, low_percent: 100, max_bytes: None };
+        let settings = CacheSettings {
+            high_percent: 100,
+            low_percent: 100,
+            max_bytes: None,
+        };
         Arc::new(Store::open(&self.0.path().join("store"), settings).unwrap())
     }
 }
@@ -168,7 +179,10 @@ pub(crate) struct Faulty<P> {
 
 impl<P: Place> Faulty<P> {
     pub(crate) fn over(inner: P) -> Self {
-        Self { inner, faults: Faults::default() }
+        Self {
+            inner,
+            faults: Faults::default(),
+        }
     }
 }
 
@@ -201,7 +215,10 @@ fn a_partial_task_goes_on_after_a_restart(place: &dyn Place) {
         assert_eq!(store.partial_size(&content.task), None);
         let blob = store.committed(&content.task).unwrap();
         assert!(content.is_in(&blob.file));
-        assert_eq!((blob.table.values(), blob.size_bytes()), (content.table.values(), content.size()));
+        assert_eq!(
+            (blob.table.values(), blob.size_bytes()),
+            (content.table.values(), content.size())
+        );
         assert_eq!(store.recheck(&content.task, ALL).unwrap(), Some(true));
     }
 }
@@ -209,11 +226,15 @@ fn a_partial_task_goes_on_after_a_restart(place: &dyn Place) {
 fn pieces_that_the_kept_table_can_not_verify_do_not_count_after_a_restart(place: &dyn Place) {
     let content = Content::sha256(3 * MIB + 77, 1);
     let mut known = PieceTable::new(content.task, content.table.layout());
-    content.table.values()[..2].iter().for_each(|value| known.push(*value));
+    content.table.values()[..2]
+        .iter()
+        .for_each(|value| known.push(*value));
     {
         let partial = content.begin(&*place.open());
         partial.keep_table(&known).unwrap();
-        content.write(&partial, [0, 1, 2, content.count() - 1]).unwrap();
+        content
+            .write(&partial, [0, 1, 2, content.count() - 1])
+            .unwrap();
     }
     for _ in 0..2 {
         let partial = content.begin(&*place.open());
@@ -232,15 +253,25 @@ fn after_a_restart_only_pieces_that_match_count(place: &dyn Place) {
         known.extend(0, &content.table.values()[..3], None).unwrap();
         partial.keep_table(&known).unwrap();
         content.write(&partial, [0, 1, 2, 4]).unwrap();
-        partial.file().write_all_at(b"lost in the crash", content.table.layout().start(1) + 9).unwrap();
+        partial
+            .file()
+            .write_all_at(b"lost in the crash", content.table.layout().start(1) + 9)
+            .unwrap();
     }
     let store = place.open();
-    assert_eq!(store.recheck(&content.task, 0..1).unwrap(), None, "nothing counts before it is verified");
+    assert_eq!(
+        store.recheck(&content.task, 0..1).unwrap(),
+        None,
+        "nothing counts before it is verified"
+    );
     let partial = content.begin(&*store);
     assert_eq!(held(&partial), [0, 2], "1 is rotten, 4 can't be verified");
 
     // Verified in this run, they count at the next beginning without being hashed.
-    partial.file().write_all_at(b"rotten since", content.table.layout().start(2)).unwrap();
+    partial
+        .file()
+        .write_all_at(b"rotten since", content.table.layout().start(2))
+        .unwrap();
     drop(partial);
     assert_eq!(content.begin(&*store).held().len(), 2);
     assert_eq!(store.recheck(&content.task, 0..1).unwrap(), Some(true));
@@ -257,7 +288,11 @@ fn a_doubted_partial_task_is_hashed_again_unless_it_is_open(place: &dyn Place) {
     content.write(&partial, [0, 1]).unwrap();
     partial.file().write_all_at(b"rotten", 3).unwrap();
     store.doubt(&content.task);
-    assert_eq!(store.recheck(&content.task, ALL).unwrap(), None, "somebody has it open");
+    assert_eq!(
+        store.recheck(&content.task, ALL).unwrap(),
+        None,
+        "somebody has it open"
+    );
     drop(partial);
     assert_eq!(held(&content.begin(&*store)), [0, 1]);
     store.doubt(&content.task);
@@ -284,12 +319,22 @@ fn statements_and_seals_are_kept(place: &dyn Place) {
     assert!(!blob.table.is_sealed());
     assert!(store.committed(&content.task).unwrap().table.is_sealed());
     drop((partial, blob, store));
-    assert!(place.open().committed(&content.task).unwrap().table.is_sealed());
+    assert!(
+        place
+            .open()
+            .committed(&content.task)
+            .unwrap()
+            .table
+            .is_sealed()
+    );
 
     let store = place.open();
     let other = Content::sha256(3 * MIB, 2);
     let blob = store.committed(&content.task).unwrap();
-    assert!(matches!(blob.keep_table(&other.table), Err(StoreError::Rotten(_))));
+    assert!(matches!(
+        blob.keep_table(&other.table),
+        Err(StoreError::Rotten(_))
+    ));
 }
 
 fn a_blob_without_bytes_is_a_blob(place: &dyn Place) {
@@ -311,23 +356,41 @@ fn one_download_of_a_task_at_a_time(place: &dyn Place) {
     let content = Content::sha256(MIB, 10);
     let partial = content.begin(&*store);
     let second = partial.clone();
-    assert!(matches!(store.begin(&content.task, content.size()), Err(StoreError::Busy)));
+    assert!(matches!(
+        store.begin(&content.task, content.size()),
+        Err(StoreError::Busy)
+    ));
     drop(partial);
-    assert!(matches!(store.begin(&content.task, content.size()), Err(StoreError::Busy)));
+    assert!(matches!(
+        store.begin(&content.task, content.size()),
+        Err(StoreError::Busy)
+    ));
     drop(second);
     let partial = content.begin(&*store);
     let blob = content.finish(&partial).unwrap();
-    assert!(matches!(store.begin(&content.task, content.size()), Err(StoreError::Busy)), "it is committed");
+    assert!(
+        matches!(
+            store.begin(&content.task, content.size()),
+            Err(StoreError::Busy)
+        ),
+        "it is committed"
+    );
     assert!(partial.commit(&content.table).is_err(), "only once");
     partial.discard().unwrap();
-    assert!(store.has(&content.task), "a committed blob is not thrown away by who made it");
+    assert!(
+        store.has(&content.task),
+        "a committed blob is not thrown away by who made it"
+    );
     drop((partial, blob));
 
     let content = Content::sha256(MIB, 11);
     let winners = std::thread::scope(|scope| {
         let begin = || store.begin(&content.task, content.size()).ok();
         let threads: Vec<_> = (0..8).map(|_| scope.spawn(begin)).collect();
-        threads.into_iter().filter_map(|thread| thread.join().unwrap()).count()
+        threads
+            .into_iter()
+            .filter_map(|thread| thread.join().unwrap())
+            .count()
     });
     assert!(winners >= 1);
 }
@@ -347,7 +410,10 @@ fn a_discarded_task_begins_anew(place: &dyn Place) {
     old.keep_table(&content.table).unwrap();
     assert!(old.commit(&content.table).is_err());
     drop(old);
-    assert!(matches!(store.begin(&content.task, content.size()), Err(StoreError::Busy)));
+    assert!(matches!(
+        store.begin(&content.task, content.size()),
+        Err(StoreError::Busy)
+    ));
     assert!(content.is_in(&content.finish(&new).unwrap().file));
 }
 
@@ -356,18 +422,32 @@ fn nothing_incomplete_or_contradictory_is_committed(place: &dyn Place) {
     let content = Content::sha256(5 * MIB / 4, 13);
     let partial = content.begin(&*store);
     content.write(&partial, [0, 1, 2, 3]).unwrap();
-    assert!(partial.commit(&content.table).is_err(), "a piece is missing");
-    assert!(partial.write(4, &content.piece(4)[1..]).is_err(), "a piece of another length");
+    assert!(
+        partial.commit(&content.table).is_err(),
+        "a piece is missing"
+    );
+    assert!(
+        partial.write(4, &content.piece(4)[1..]).is_err(),
+        "a piece of another length"
+    );
     assert!(partial.write(5, b"").is_err(), "no such piece");
     content.write(&partial, [4]).unwrap();
     let empty = PieceTable::new(content.task, content.table.layout());
     assert!(partial.commit(&empty).is_err(), "values are missing");
     partial.keep_table(&content.table).unwrap();
     let mut other = empty;
-    other.extend(0, Content::sha256(5 * MIB / 4, 14).table.values(), None).unwrap();
+    other
+        .extend(0, Content::sha256(5 * MIB / 4, 14).table.values(), None)
+        .unwrap();
     assert!(matches!(partial.commit(&other), Err(StoreError::Rotten(_))));
-    assert!(matches!(partial.keep_table(&other), Err(StoreError::Rotten(_))));
-    assert!(store.begin(&Content::sha256(1, 0).task, 1).is_ok(), "that was not the disk's fault");
+    assert!(matches!(
+        partial.keep_table(&other),
+        Err(StoreError::Rotten(_))
+    ));
+    assert!(
+        store.begin(&Content::sha256(1, 0).task, 1).is_ok(),
+        "that was not the disk's fault"
+    );
     assert!(partial.commit(&content.table).is_ok());
 }
 
@@ -378,9 +458,15 @@ fn another_size_begins_anew_and_an_absurd_one_is_refused(place: &dyn Place) {
     assert_eq!(store.partial_size(&content.task), Some(77));
     assert!(content.is_in(&content.put(&*store).file));
     let task = Content::sha256(1, 0).task;
-    assert!(matches!(store.begin(&task, u64::MAX), Err(StoreError::Disk { .. })));
+    assert!(matches!(
+        store.begin(&task, u64::MAX),
+        Err(StoreError::Disk { .. })
+    ));
     assert_eq!(store.partial_size(&task), None);
-    assert!(store.begin(&task, 1).is_ok(), "that was not the disk's fault");
+    assert!(
+        store.begin(&task, 1).is_ok(),
+        "that was not the disk's fault"
+    );
 }
 
 fn loose_bytes_spare_verified_pieces_and_count_for_nothing(place: &dyn Place) {
@@ -389,14 +475,20 @@ fn loose_bytes_spare_verified_pieces_and_count_for_nothing(place: &dyn Place) {
         let partial = content.begin(&*place.open());
         content.write(&partial, [1]).unwrap();
         partial.write_loose(0, &vec![7; 600 * KIB]).unwrap();
-        assert!(partial.write_loose(content.size() - 1, &[1, 2]).is_err(), "past the end");
+        assert!(
+            partial.write_loose(content.size() - 1, &[1, 2]).is_err(),
+            "past the end"
+        );
         assert!(partial.write_loose(u64::MAX, &[1]).is_err());
         let mut came = vec![0; 600 * KIB];
         partial.file().read_exact_at(&mut came, 0).unwrap();
         let piece = content.table.layout().range(1);
         assert!(came[piece.start as usize..piece.end as usize] == *content.piece(1));
         assert!(
-            came[..piece.start as usize].iter().chain(&came[piece.end as usize..]).all(|byte| *byte == 7)
+            came[..piece.start as usize]
+                .iter()
+                .chain(&came[piece.end as usize..])
+                .all(|byte| *byte == 7)
         );
         // Bytes that turn out to be right need no second write.
         partial.write_loose(0, content.piece(0)).unwrap();
@@ -414,11 +506,21 @@ fn rechecking_finds_a_flipped_byte_and_lets_the_blob_go(place: &dyn Place) {
     let content = Content::sha256(5 * MIB, 9);
     let blob = content.put(&*store);
     assert_eq!(store.recheck(&content.task, ALL).unwrap(), Some(true));
-    blob.file.write_all_at(&[content.bytes[4 * MIB] ^ 1], 4 * MIB as u64).unwrap();
-    assert_eq!(store.recheck(&content.task, 0..MIB as u64).unwrap(), Some(true), "another range is right");
+    blob.file
+        .write_all_at(&[content.bytes[4 * MIB] ^ 1], 4 * MIB as u64)
+        .unwrap();
+    assert_eq!(
+        store.recheck(&content.task, 0..MIB as u64).unwrap(),
+        Some(true),
+        "another range is right"
+    );
     assert_eq!(store.recheck(&content.task, ALL).unwrap(), Some(false));
     assert!(store.committed(&content.task).is_none());
-    assert_eq!(store.recheck(&content.task, ALL).unwrap(), None, "it is not there");
+    assert_eq!(
+        store.recheck(&content.task, ALL).unwrap(),
+        None,
+        "it is not there"
+    );
     // The old lease does not hinder the blob's return.
     let again = content.put(&*store);
     drop(blob);
@@ -437,19 +539,29 @@ fn a_blob_of_another_length_is_not_served(place: &dyn Place) {
         }
         assert!(store.committed(&content.task).is_none());
         assert!(!store.has(&content.task));
-        assert!(content.is_in(&content.put(&*store).file), "it can be had again");
+        assert!(
+            content.is_in(&content.put(&*store).file),
+            "it can be had again"
+        );
         store.recheck(&content.task, ALL).unwrap();
         drop(store);
         // The next turn begins without it.
         let store = place.open();
-        store.committed(&content.task).unwrap().drop_rotten("the test begins again").unwrap();
+        store
+            .committed(&content.task)
+            .unwrap()
+            .drop_rotten("the test begins again")
+            .unwrap();
     }
 }
 
 #[tokio::main(flavor = "current_thread")]
 async fn pieces_of_an_earlier_run_count_once_they_were_hashed(place: &dyn Place) {
     let content = Content::sha256(5 * MIB, 9);
-    assert!(content.put(&*place.open()).is_checked(&ALL), "this run wrote it");
+    assert!(
+        content.put(&*place.open()).is_checked(&ALL),
+        "this run wrote it"
+    );
     let store = place.open();
     let blob = store.committed(&content.task).unwrap();
     assert!(!blob.is_checked(&(0..1)));
@@ -461,21 +573,31 @@ async fn pieces_of_an_earlier_run_count_once_they_were_hashed(place: &dyn Place)
     assert!(blob.is_checked(&ALL));
     drop(blob);
     let blob = store.committed(&content.task).unwrap();
-    assert!(blob.is_checked(&ALL), "it is not hashed again when it is opened again");
+    assert!(
+        blob.is_checked(&ALL),
+        "it is not hashed again when it is opened again"
+    );
 }
 
 #[tokio::main(flavor = "current_thread")]
 async fn a_wrong_piece_of_an_earlier_run_is_dropped_once(place: &dyn Place) {
     let content = Content::sha256(5 * MIB, 9);
     let at = 4 * MIB as u64;
-    content.put(&*place.open()).file.write_all_at(&[content.bytes[4 * MIB] ^ 1], at).unwrap();
+    content
+        .put(&*place.open())
+        .file
+        .write_all_at(&[content.bytes[4 * MIB] ^ 1], at)
+        .unwrap();
     let store = place.open();
     let blob = store.committed(&content.task).unwrap();
     let wrong = content.table.layout().containing(at);
     assert!(blob.check(0).await, "this piece is right");
     let (one, other) = tokio::join!(blob.check(wrong), blob.check(wrong));
     assert!(!one && !other && !store.has(&content.task));
-    assert!(!blob.is_checked(&(0..1)), "nothing of it is believed any more");
+    assert!(
+        !blob.is_checked(&(0..1)),
+        "nothing of it is believed any more"
+    );
 
     let again = content.put(&*store);
     assert!(!blob.is_same(&again) && again.is_same(&store.committed(&content.task).unwrap()));
@@ -487,7 +609,10 @@ fn origins_are_noted_beside_content_that_is_here(place: &dyn Place) {
     let content = Content::sha256(KIB, 17);
     let store = place.open();
     store.add_origin(&content.task, "early.test").unwrap();
-    assert!(store.origins(&content.task).is_empty(), "the content is not here yet");
+    assert!(
+        store.origins(&content.task).is_empty(),
+        "the content is not here yet"
+    );
     let blob = content.put(&*store);
     for name in ["a.test", "b.test", "a.test"] {
         store.add_origin(&content.task, name).unwrap();
@@ -495,7 +620,11 @@ fn origins_are_noted_beside_content_that_is_here(place: &dyn Place) {
     drop((blob, store));
     let store = place.open();
     assert_eq!(store.origins(&content.task), ["a.test", "b.test"]);
-    store.committed(&content.task).unwrap().drop_rotten("a test").unwrap();
+    store
+        .committed(&content.task)
+        .unwrap()
+        .drop_rotten("a test")
+        .unwrap();
     assert!(store.origins(&content.task).is_empty());
 }
 
@@ -508,7 +637,10 @@ fn writes_that_were_refused_do_not_count<P: Place>(place: &Faulty<P>) {
     place.faults.leave_room(content.piece(1).len() as u64);
     content.write(&partial, [1]).unwrap();
     let refused = content.write(&partial, [2]).unwrap_err();
-    assert!(refused.is_for_want_of_room() && !store.takes_writes(), "{refused}");
+    assert!(
+        refused.is_for_want_of_room() && !store.takes_writes(),
+        "{refused}"
+    );
     place.faults.refuse(ErrorKind::ReadOnlyFilesystem);
     assert!(partial.write_loose(0, &[1]).is_err() && partial.note(3).is_err());
     assert!(partial.keep_table(&content.table).is_err() && partial.commit(&content.table).is_err());

@@ -93,7 +93,12 @@ pub(super) trait Keeper: Send + Sync {
     fn release(&self, task: &Digest);
 
     /// Deletes a blob that is not what it should be, if it still is the `copy` that these checks are about.
-    fn drop_rotten(self: Arc<Self>, task: &Digest, copy: &Arc<Checks>, why: &str) -> Result<(), StoreError>;
+    fn drop_rotten(
+        self: Arc<Self>,
+        task: &Digest,
+        copy: &Arc<Checks>,
+        why: &str,
+    ) -> Result<(), StoreError>;
 
     /// Replaces the table that is kept of a blob by one with the same values.
     fn replace_table(self: Arc<Self>, table: &PieceTable) -> Result<(), StoreError>;

@@ -23,7 +23,11 @@ const MIB: usize = 1 << 20;
 const ALL: Range<u64> = 0..u64::MAX;
 
 fn unlimited() -> CacheSettings {
-    CacheSettings { high_percent: 100, low_percent: 100, max_bytes: None }
+    CacheSettings {
+        high_percent: 100,
+        low_percent: 100,
+        max_bytes: None,
+    }
 }
 
 fn open(dir: &Path) -> Store {
@@ -36,7 +40,15 @@ fn open_eager(dir: &Path, settings: CacheSettings) -> Store {
 }
 
 fn open_on(dir: &Path, settings: CacheSettings, retry_after: Duration, disk: FaultyDisk) -> Store {
-    Store::open_with(dir, settings, Means { disk: Box::new(disk), retry_after }).unwrap()
+    Store::open_with(
+        dir,
+        settings,
+        Means {
+            disk: Box::new(disk),
+            retry_after,
+        },
+    )
+    .unwrap()
 }
 
 /// The file system of the machine, which refuses all writes on demand.
@@ -53,7 +65,10 @@ impl FaultyDisk {
     }
 
     fn real(&self) -> io::Result<FileSystem> {
-        self.0.lock().unwrap().map_or(Ok(FileSystem), |kind| Err(kind.into()))
+        self.0
+            .lock()
+            .unwrap()
+            .map_or(Ok(FileSystem), |kind| Err(kind.into()))
     }
 }
 
@@ -109,7 +124,12 @@ fn folder() -> (TempDir, PathBuf) {
 /// What kill -9 at this moment leaves behind.
 fn snapshot(dir: &Path) -> (TempDir, PathBuf) {
     let (temporary, copy) = folder();
-    let status = Command::new("cp").arg("-a").arg(dir).arg(&copy).status().unwrap();
+    let status = Command::new("cp")
+        .arg("-a")
+        .arg(dir)
+        .arg(&copy)
+        .status()
+        .unwrap();
     assert!(status.success());
     (temporary, copy)
 }
@@ -160,7 +180,10 @@ fn a_partial_task_goes_on_after_a_restart() {
         let store = open(&dir);
         assert!(store.has(&content.task));
         assert_eq!(store.partial_size(&content.task), None);
-        assert_eq!(store.holdings(), [(content.task, content.size(), content.count(), true)]);
+        assert_eq!(
+            store.holdings(),
+            [(content.task, content.size(), content.count(), true)]
+        );
         let blob = store.committed(&content.task).unwrap();
         assert!(content.is_in(&blob.file));
         assert_eq!(blob.table.values(), content.table.values());
@@ -211,7 +234,11 @@ fn an_index_torn_at_any_byte_loses_its_tail_and_nothing_else() {
             held.len() >= seen && held.len() <= seen + 1,
             "pieces come back in the order they were noted"
         );
-        assert!(order[..held.len() as usize].iter().all(|piece| held.contains(*piece)));
+        assert!(
+            order[..held.len() as usize]
+                .iter()
+                .all(|piece| held.contains(*piece))
+        );
         seen = held.len();
         // It goes on: what is noted now is there at the next start.
         partial.keep_table(&content.table).unwrap();
@@ -224,7 +251,10 @@ fn an_index_torn_at_any_byte_loses_its_tail_and_nothing_else() {
             content.finish(&partial).unwrap();
             assert_eq!(store.recheck(&content.task, ALL).unwrap(), Some(true));
             drop(partial);
-            store.inner.remove_rotten(&content.task, None, "the test begins again").unwrap();
+            store
+                .inner
+                .remove_rotten(&content.task, None, "the test begins again")
+                .unwrap();
         }
     }
     assert_eq!(seen, order.len() as u32);
@@ -244,7 +274,12 @@ fn what_a_failed_append_left_is_never_read() {
     assert!(partial.keep_table(&content.table).is_err());
     let mut left = vec![0; record::piece(0).len()];
     left.extend(record::piece(3));
-    fs::File::options().write(true).open(&index).unwrap().write_all_at(&left, end).unwrap();
+    fs::File::options()
+        .write(true)
+        .open(&index)
+        .unwrap()
+        .write_all_at(&left, end)
+        .unwrap();
     disk.mend();
     content.write(&partial, [0]).unwrap();
     drop((partial, store));
@@ -263,7 +298,10 @@ fn a_task_that_can_not_be_made_durable_is_thrown_away() {
     partial.keep_table(&content.table).unwrap();
     content.write(&partial, 0..content.count()).unwrap();
     disk.refuse(ErrorKind::Other);
-    assert_eq!(disk_error(partial.commit(&content.table).err().unwrap()), ErrorKind::Other);
+    assert_eq!(
+        disk_error(partial.commit(&content.table).err().unwrap()),
+        ErrorKind::Other
+    );
     disk.mend();
     assert!(store.usage().degraded && store.holdings().is_empty());
     assert!(content.is_in(&partial.file()), "who reads along goes on");
@@ -281,7 +319,10 @@ fn after_a_restart_only_pieces_that_match_count() {
         known.extend(0, &content.table.values()[..3], None).unwrap();
         partial.keep_table(&known).unwrap();
         content.write(&partial, [0, 1, 2, 4]).unwrap();
-        partial.file().write_all_at(b"lost in the crash", content.table.layout().start(1) + 9).unwrap();
+        partial
+            .file()
+            .write_all_at(b"lost in the crash", content.table.layout().start(1) + 9)
+            .unwrap();
     }
     let store = open(&dir);
     assert_eq!(
@@ -290,18 +331,29 @@ fn after_a_restart_only_pieces_that_match_count() {
         "nothing counts before it is verified"
     );
     let partial = content.begin(&store);
-    assert_eq!(partial.held().iter().collect::<Vec<_>>(), [0, 2], "1 is rotten, 4 can't be verified");
+    assert_eq!(
+        partial.held().iter().collect::<Vec<_>>(),
+        [0, 2],
+        "1 is rotten, 4 can't be verified"
+    );
     assert_eq!(store.holdings()[0].2, 2);
 
     // Verified in this run, they count at the next beginning without being hashed.
-    partial.file().write_all_at(b"rotten since", content.table.layout().start(2)).unwrap();
+    partial
+        .file()
+        .write_all_at(b"rotten since", content.table.layout().start(2))
+        .unwrap();
     drop(partial);
     assert_eq!(content.begin(&store).held().len(), 2);
     assert_eq!(store.holdings()[0].2, 2);
     assert_eq!(store.recheck(&content.task, 0..1).unwrap(), Some(true));
     assert_eq!(content.begin(&store).held().len(), 2);
     assert_eq!(store.recheck(&content.task, ALL).unwrap(), Some(false));
-    assert_eq!(content.begin(&store).held().iter().collect::<Vec<_>>(), [0], "doubted, they are");
+    assert_eq!(
+        content.begin(&store).held().iter().collect::<Vec<_>>(),
+        [0],
+        "doubted, they are"
+    );
     drop(store);
 
     let store = open(&dir);
@@ -349,7 +401,11 @@ fn leftovers_are_removed_at_start_and_strangers_left_alone() {
     let content = Content::sha256(300 * KIB, 6);
     drop(content.put(&open(&dir)));
     let layout = Layout::new(&dir);
-    let (a, b, c) = (Content::sha256(1, 1).task, Content::sha256(1, 2).task, Content::sha256(1, 3).task);
+    let (a, b, c) = (
+        Content::sha256(1, 1).task,
+        Content::sha256(1, 2).task,
+        Content::sha256(1, 3).task,
+    );
     let leftovers = [
         layout.partial(&a),
         layout.index(&b),
@@ -384,22 +440,42 @@ fn a_committed_blob_whose_files_are_not_whole_is_not_served() {
     let other = Content::sha256(MIB, 8);
     type Spoil<'a> = Box<dyn Fn(&Layout) + 'a>;
     let spoil: [(&str, Spoil<'_>); 5] = [
-        ("table missing", Box::new(|l| fs::remove_file(l.table(&content.task)).unwrap())),
-        ("table garbage", Box::new(|l| fs::write(l.table(&content.task), b"garbage").unwrap())),
+        (
+            "table missing",
+            Box::new(|l| fs::remove_file(l.table(&content.task)).unwrap()),
+        ),
+        (
+            "table garbage",
+            Box::new(|l| fs::write(l.table(&content.task), b"garbage").unwrap()),
+        ),
         (
             "table of another blob",
-            Box::new(|l| fs::copy(l.table(&other.task), l.table(&content.task)).map(drop).unwrap()),
+            Box::new(|l| {
+                fs::copy(l.table(&other.task), l.table(&content.task))
+                    .map(drop)
+                    .unwrap()
+            }),
         ),
         (
             "table cut",
             Box::new(|l| {
-                fs::File::options().write(true).open(l.table(&content.task)).unwrap().set_len(120).unwrap()
+                fs::File::options()
+                    .write(true)
+                    .open(l.table(&content.task))
+                    .unwrap()
+                    .set_len(120)
+                    .unwrap()
             }),
         ),
         (
             "blob cut",
             Box::new(|l| {
-                fs::File::options().write(true).open(l.blob(&content.task)).unwrap().set_len(5).unwrap()
+                fs::File::options()
+                    .write(true)
+                    .open(l.blob(&content.task))
+                    .unwrap()
+                    .set_len(5)
+                    .unwrap()
             }),
         ),
     ];
@@ -418,7 +494,10 @@ fn a_committed_blob_whose_files_are_not_whole_is_not_served() {
             assert!(!store.has(&content.task), "{name}");
             assert!(!store.inner.layout.blob(&content.task).exists(), "{name}");
             assert!(store.committed(&other.task).is_some(), "{name}");
-            assert!(content.is_in(&content.put(&store).file), "{name}: it can be had again");
+            assert!(
+                content.is_in(&content.put(&store).file),
+                "{name}: it can be had again"
+            );
         }
     }
 }
@@ -447,7 +526,10 @@ async fn pieces_of_an_earlier_run_count_once_they_were_hashed() {
     assert!(blob.is_checked(&ALL));
     drop(blob);
     let blob = store.committed(&content.task).unwrap();
-    assert!(blob.is_checked(&ALL), "it is not hashed again when it is opened again");
+    assert!(
+        blob.is_checked(&ALL),
+        "it is not hashed again when it is opened again"
+    );
 
     // Somebody writes to the file, the same bytes even: it is looked at anew.
     std::thread::sleep(Duration::from_millis(20));
@@ -469,9 +551,15 @@ fn what_stands_in_the_place_of_a_file_is_neither_read_nor_in_the_way() {
             fs::create_dir(path).unwrap();
             fs::write(path.join("inside"), b"x").unwrap();
         }),
-        ("pipe", |path| assert!(Command::new("mkfifo").arg(path).status().unwrap().success())),
-        ("link", |path| std::os::unix::fs::symlink("/etc/hostname", path).unwrap()),
-        ("dangling link", |path| std::os::unix::fs::symlink("/nowhere", path).unwrap()),
+        ("pipe", |path| {
+            assert!(Command::new("mkfifo").arg(path).status().unwrap().success())
+        }),
+        ("link", |path| {
+            std::os::unix::fs::symlink("/etc/hostname", path).unwrap()
+        }),
+        ("dangling link", |path| {
+            std::os::unix::fs::symlink("/nowhere", path).unwrap()
+        }),
     ];
     let content = Content::sha256(MIB, 7);
     let body = Bytes::from_static(b"{}");
@@ -482,7 +570,9 @@ fn what_stands_in_the_place_of_a_file_is_neither_read_nor_in_the_way() {
         ("table", Layout::table),
         ("partial", Layout::partial),
         ("index", Layout::index),
-        ("manifest", |layout, _| layout.manifest(&Digest::of(Algorithm::Sha256, b"{}"))),
+        ("manifest", |layout, _| {
+            layout.manifest(&Digest::of(Algorithm::Sha256, b"{}"))
+        }),
     ];
     for (place, path) in places {
         for (kind, replace) in kinds {
@@ -527,13 +617,23 @@ fn rechecking_finds_a_flipped_byte_and_evicts_the_blob() {
     let content = Content::sha256(5 * MIB, 9);
     let blob = content.put(&store);
     assert_eq!(store.recheck(&content.task, ALL).unwrap(), Some(true));
-    blob.file.write_all_at(&[content.bytes[4 * MIB] ^ 1], 4 * MIB as u64).unwrap();
-    assert_eq!(store.recheck(&content.task, 0..MIB as u64).unwrap(), Some(true), "another range is right");
+    blob.file
+        .write_all_at(&[content.bytes[4 * MIB] ^ 1], 4 * MIB as u64)
+        .unwrap();
+    assert_eq!(
+        store.recheck(&content.task, 0..MIB as u64).unwrap(),
+        Some(true),
+        "another range is right"
+    );
     assert_eq!(store.recheck(&content.task, ALL).unwrap(), Some(false));
     assert!(store.committed(&content.task).is_none());
     assert_eq!(store.evict(), [content.task], "the tracker is told");
     assert_eq!(store.evict(), []);
-    assert_eq!(store.recheck(&content.task, ALL).unwrap(), None, "it is not there");
+    assert_eq!(
+        store.recheck(&content.task, ALL).unwrap(),
+        None,
+        "it is not there"
+    );
     // The old lease does not hinder the blob's return.
     let again = content.put(&store);
     drop(blob);
@@ -560,7 +660,12 @@ fn nobody_else_may_read_the_store() {
     let store = open(&dir);
     let _partial = Content::sha256(MIB, 16).begin(&store);
     Content::sha256(MIB, 17).put(&store);
-    let _ = store.put_manifest(&Digest::of(Algorithm::Sha256, b"{}"), &Bytes::from_static(b"{}")).unwrap();
+    let _ = store
+        .put_manifest(
+            &Digest::of(Algorithm::Sha256, b"{}"),
+            &Bytes::from_static(b"{}"),
+        )
+        .unwrap();
     let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
     for file in files_below(&dir) {
         assert_eq!(mode(&file), 0o600, "{}", file.display());
@@ -584,7 +689,10 @@ fn manifests_are_kept_and_rotten_ones_are_not_served() {
         assert!(store.manifest(&digest).is_none());
         let written = store.put_manifest(&digest, &body).unwrap().unwrap();
         assert_eq!(body_at(&written), body);
-        assert!(matches!(store.put_manifest(&digest, &Bytes::from_static(b"?")), Err(StoreError::Rotten(_))));
+        assert!(matches!(
+            store.put_manifest(&digest, &Bytes::from_static(b"?")),
+            Err(StoreError::Rotten(_))
+        ));
         let kept = store.manifest(&digest).unwrap();
         assert_eq!(kept.body, body);
         assert_eq!(kept.place.1, written.1);
@@ -605,7 +713,9 @@ fn manifests_are_kept_and_rotten_ones_are_not_served() {
 #[test]
 fn the_order_of_use_survives_a_restart() {
     let (_temporary, dir) = folder();
-    let contents: Vec<_> = (0..4).map(|seed| Content::sha256(100 * KIB, 20 + seed)).collect();
+    let contents: Vec<_> = (0..4)
+        .map(|seed| Content::sha256(100 * KIB, 20 + seed))
+        .collect();
     {
         let store = open(&dir);
         for content in &contents {
@@ -613,7 +723,12 @@ fn the_order_of_use_survives_a_restart() {
         }
         let hours_ago = |path: PathBuf, hours: u64| {
             let at = SystemTime::now() - Duration::from_secs(hours * 3600);
-            fs::File::options().write(true).open(path).unwrap().set_modified(at).unwrap();
+            fs::File::options()
+                .write(true)
+                .open(path)
+                .unwrap()
+                .set_modified(at)
+                .unwrap();
         };
         for (content, hours) in contents.iter().zip([2, 5, 6, 3]) {
             hours_ago(store.inner.layout.blob(&content.task), hours);
@@ -621,7 +736,13 @@ fn the_order_of_use_survives_a_restart() {
     }
     // Used now, the oldest becomes the newest.
     drop(open(&dir).committed(&contents[2].task).unwrap());
-    let store = open_eager(&dir, CacheSettings { max_bytes: Some(200 * KIB as u64), ..unlimited() });
+    let store = open_eager(
+        &dir,
+        CacheSettings {
+            max_bytes: Some(200 * KIB as u64),
+            ..unlimited()
+        },
+    );
     let mut gone = store.evict();
     gone.sort();
     let mut want = vec![contents[1].task, contents[3].task];
@@ -629,7 +750,10 @@ fn the_order_of_use_survives_a_restart() {
     assert_eq!(gone, want);
     assert_eq!(store.usage().bytes, 200 * KIB as u64);
     assert_eq!(files_below(&dir).len(), 5, "lock, two blobs, two tables");
-    store.set_limits(CacheSettings { max_bytes: Some(100 * KIB as u64), ..unlimited() });
+    store.set_limits(CacheSettings {
+        max_bytes: Some(100 * KIB as u64),
+        ..unlimited()
+    });
     assert_eq!(store.evict().len(), 1, "other marks count at once");
     assert_eq!(store.usage().bytes, 100 * KIB as u64);
 }
@@ -637,7 +761,13 @@ fn the_order_of_use_survives_a_restart() {
 #[test]
 fn partial_tasks_are_evicted_only_when_nobody_has_them_open() {
     let (_temporary, dir) = folder();
-    let store = open_eager(&dir, CacheSettings { max_bytes: Some(MIB as u64), ..unlimited() });
+    let store = open_eager(
+        &dir,
+        CacheSettings {
+            max_bytes: Some(MIB as u64),
+            ..unlimited()
+        },
+    );
     let (open, left) = (Content::sha256(MIB, 30), Content::sha256(MIB, 31));
     let partial = open.begin(&store);
     open.write(&partial, [0, 1, 2]).unwrap();
@@ -647,7 +777,13 @@ fn partial_tasks_are_evicted_only_when_nobody_has_them_open() {
     assert!(!store.inner.layout.partial(&left.task).exists());
     assert!(!store.inner.layout.index(&left.task).exists());
     assert!(open.is_in(&open.finish(&partial).unwrap().file));
-    assert!(matches!(store.begin(&left.task, 2 * MIB as u64), Err(StoreError::Disk { .. })), "it never fits");
+    assert!(
+        matches!(
+            store.begin(&left.task, 2 * MIB as u64),
+            Err(StoreError::Disk { .. })
+        ),
+        "it never fits"
+    );
     assert!(!store.usage().degraded);
 }
 
@@ -671,10 +807,16 @@ fn a_disk_that_fails_is_left_alone_for_a_while_and_then_tried_again() {
         assert!(store.usage().degraded, "nothing was written since");
         assert!(other.is_in(&other.put(&store).file));
         assert!(!store.usage().degraded);
-        assert!(content.is_in(&content.finish(&partial).unwrap().file), "the old one goes on too");
+        assert!(
+            content.is_in(&content.finish(&partial).unwrap().file),
+            "the old one goes on too"
+        );
         drop(partial);
         for task in [content.task, other.task] {
-            store.inner.remove_rotten(&task, None, "the test begins again").unwrap();
+            store
+                .inner
+                .remove_rotten(&task, None, "the test begins again")
+                .unwrap();
         }
     }
 }
@@ -691,7 +833,10 @@ impl Tmpfs {
     }
 
     fn remount(&self, options: &str) {
-        run(Command::new("mount").arg("-o").arg(format!("remount,{options}")).arg(self.0.path()));
+        run(Command::new("mount")
+            .arg("-o")
+            .arg(format!("remount,{options}"))
+            .arg(self.0.path()));
     }
 
     fn store(&self) -> PathBuf {
@@ -707,7 +852,10 @@ impl Drop for Tmpfs {
 
 fn run(command: &mut Command) {
     let status = command.status().unwrap();
-    assert!(status.success() || std::thread::panicking(), "{command:?} (needs root): {status}");
+    assert!(
+        status.success() || std::thread::panicking(),
+        "{command:?} (needs root): {status}"
+    );
 }
 
 #[test]
@@ -722,7 +870,12 @@ fn a_full_disk_is_told_and_takes_writes_again_when_there_is_room() {
     assert_eq!(disk_error(error), ErrorKind::StorageFull);
     assert!(store.usage().degraded);
     assert!(a.is_in(&blob.file), "what is leased is not evicted for it");
-    let held = store.holdings().iter().find(|holding| holding.0 == b.task).unwrap().2;
+    let held = store
+        .holdings()
+        .iter()
+        .find(|holding| holding.0 == b.task)
+        .unwrap()
+        .2;
     assert!(held > 0 && held < b.count(), "{held}");
 
     // The lease ends: one round of eviction makes the room.
@@ -732,7 +885,10 @@ fn a_full_disk_is_told_and_takes_writes_again_when_there_is_room() {
     assert!(b.is_in(&second.commit(&b.table).unwrap().file));
     assert_eq!(store.evict(), [a.task]);
     let huge = Content::sha256(5 * MIB, 52);
-    assert_eq!(disk_error(store.begin(&huge.task, huge.size()).err().unwrap()), ErrorKind::StorageFull);
+    assert_eq!(
+        disk_error(store.begin(&huge.task, huge.size()).err().unwrap()),
+        ErrorKind::StorageFull
+    );
     assert!(store.has(&b.task), "what can never fit evicts nothing");
 }
 
@@ -744,7 +900,10 @@ fn a_disk_without_inodes_makes_room_among_what_is_not_used() {
     let mut refused = None;
     for seed in 0..400 {
         let content = Content::sha256(KIB, 1000 + seed);
-        match store.begin(&content.task, content.size()).and_then(|partial| content.finish(&partial)) {
+        match store
+            .begin(&content.task, content.size())
+            .and_then(|partial| content.finish(&partial))
+        {
             Ok(blob) => leased.push((content, blob)),
             Err(error) => {
                 refused = Some(disk_error(error));
@@ -754,7 +913,11 @@ fn a_disk_without_inodes_makes_room_among_what_is_not_used() {
     }
     assert_eq!(refused, Some(ErrorKind::StorageFull));
     assert!(store.usage().degraded);
-    assert!(leased.iter().all(|(content, blob)| store.has(&content.task) && content.is_in(&blob.file)));
+    assert!(
+        leased
+            .iter()
+            .all(|(content, blob)| store.has(&content.task) && content.is_in(&blob.file))
+    );
     drop(leased);
     for seed in 0..300 {
         let content = Content::sha256(KIB, 2000 + seed);
@@ -765,22 +928,42 @@ fn a_disk_without_inodes_makes_room_among_what_is_not_used() {
     let store = open(&disk.store());
     let usage = store.usage();
     assert!(usage.partials == 0 && usage.blobs > 0, "{usage:?}");
-    assert!(store.holdings().iter().all(|(task, ..)| store.recheck(task, ALL).unwrap() == Some(true)));
+    assert!(
+        store
+            .holdings()
+            .iter()
+            .all(|(task, ..)| store.recheck(task, ALL).unwrap() == Some(true))
+    );
 }
 
 #[test]
 fn a_read_only_disk_is_read() {
     let disk = Tmpfs::mount("size=16m");
     let (old, new) = (Content::sha256(MIB, 60), Content::sha256(MIB, 61));
-    let store = open_eager(&disk.store(), CacheSettings { max_bytes: Some(2 * MIB as u64), ..unlimited() });
+    let store = open_eager(
+        &disk.store(),
+        CacheSettings {
+            max_bytes: Some(2 * MIB as u64),
+            ..unlimited()
+        },
+    );
     old.put(&store);
     disk.remount("ro");
     assert!(old.is_in(&store.committed(&old.task).unwrap().file));
-    assert_eq!(disk_error(store.begin(&new.task, new.size()).err().unwrap()), ErrorKind::ReadOnlyFilesystem);
+    assert_eq!(
+        disk_error(store.begin(&new.task, new.size()).err().unwrap()),
+        ErrorKind::ReadOnlyFilesystem
+    );
     assert!(store.usage().degraded);
     drop(store);
 
-    let store = open_eager(&disk.store(), CacheSettings { max_bytes: Some(0), ..unlimited() });
+    let store = open_eager(
+        &disk.store(),
+        CacheSettings {
+            max_bytes: Some(0),
+            ..unlimited()
+        },
+    );
     assert_eq!(store.evict(), [], "what can't be deleted is still there");
     assert!(old.is_in(&store.committed(&old.task).unwrap().file));
     drop(store);
@@ -795,8 +978,16 @@ fn a_read_only_disk_is_read() {
 fn readers_get_whole_blobs_while_others_are_evicted_and_come_back() {
     let (_temporary, dir) = folder();
     let max_bytes = Some(500 * KIB as u64);
-    let store = open_eager(&dir, CacheSettings { max_bytes, ..unlimited() });
-    let contents: Vec<_> = (0..4).map(|seed| Content::sha256(200 * KIB, 70 + seed)).collect();
+    let store = open_eager(
+        &dir,
+        CacheSettings {
+            max_bytes,
+            ..unlimited()
+        },
+    );
+    let contents: Vec<_> = (0..4)
+        .map(|seed| Content::sha256(200 * KIB, 70 + seed))
+        .collect();
     let failed = std::sync::atomic::AtomicBool::new(false);
     std::thread::scope(|scope| {
         for thread in 0..3 {

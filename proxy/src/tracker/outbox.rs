@@ -105,7 +105,13 @@ impl Outboxes {
         }
         let wanted = match self.wants.remove(task) {
             Some(wanted) => Wanted { want, ..wanted },
-            None => Wanted { want, asked: None, issuer: None, spread: 1, stays: false },
+            None => Wanted {
+                want,
+                asked: None,
+                issuer: None,
+                spread: 1,
+                stays: false,
+            },
         };
         let asked = wanted.asked;
         self.wants.insert(*task, wanted);
@@ -117,8 +123,12 @@ impl Outboxes {
     /// the one that was asked, and its word no longer counts.
     pub(super) fn heard_parents(&mut self, scheduler: PeerId, task: &Digest, said: Answer) -> bool {
         // Elected for what it holds, a node need not want it.
-        let Some(wanted) = self.wants.get_mut(task) else { return true };
-        let Some(asked) = wanted.asked.filter(|asked| asked.scheduler == scheduler) else { return false };
+        let Some(wanted) = self.wants.get_mut(task) else {
+            return true;
+        };
+        let Some(asked) = wanted.asked.filter(|asked| asked.scheduler == scheduler) else {
+            return false;
+        };
         wanted.issuer = said.issuer;
         match (asked.guest, said.spread) {
             (true, 1) => wanted.stays = true,
@@ -156,9 +166,15 @@ impl Outboxes {
             ReportKind::Failed => (Kind::Failed, 0),
             ReportKind::Served(bytes) => (Kind::Served, bytes),
         };
-        let Some(owner) = self.owner(task) else { return };
+        let Some(owner) = self.owner(task) else {
+            return;
+        };
         let is_told = |scheduler: &PeerId| kind == Kind::WrongBytes || *scheduler == owner;
-        for (_, outbox) in self.sessions.iter_mut().filter(|(scheduler, _)| is_told(scheduler)) {
+        for (_, outbox) in self
+            .sessions
+            .iter_mut()
+            .filter(|(scheduler, _)| is_told(scheduler))
+        {
             let key = (peer, *task, i32::from(kind));
             if outbox.reports.len() < MAX_REPORTS || outbox.reports.contains_key(&key) {
                 let sum = outbox.reports.entry(key).or_default();
@@ -169,14 +185,20 @@ impl Outboxes {
     }
 
     pub(super) fn contradiction(&mut self, tables: &[PieceTable; 2]) {
-        if tables.iter().any(|table| table.values().len() > MAX_PROOF_VALUES) {
+        if tables
+            .iter()
+            .any(|table| table.values().len() > MAX_PROOF_VALUES)
+        {
             debug!("two tables contradict each other that are too long to be shown");
             return;
         }
         let [one, other] = tables.each_ref().map(|table| Some(convert::table(table)));
         for outbox in self.sessions.values_mut() {
             if outbox.contradictions.len() < MAX_CONTRADICTIONS {
-                outbox.contradictions.push(v1::Contradiction { one: one.clone(), other: other.clone() });
+                outbox.contradictions.push(v1::Contradiction {
+                    one: one.clone(),
+                    other: other.clone(),
+                });
                 outbox.wake.notify_one();
             }
         }
@@ -184,8 +206,11 @@ impl Outboxes {
 
     /// Addresses of the connected, ascending.
     pub(super) fn connected(&self) -> Vec<String> {
-        let mut addresses: Vec<String> =
-            self.sessions.values().map(|outbox| outbox.address.clone()).collect();
+        let mut addresses: Vec<String> = self
+            .sessions
+            .values()
+            .map(|outbox| outbox.address.clone())
+            .collect();
         addresses.sort_unstable();
         addresses
     }
@@ -221,19 +246,33 @@ impl Outboxes {
 
     /// Wants and forgets that this scheduler is to be told now.
     pub(super) fn take_questions(&mut self, scheduler: PeerId) -> Vec<v1::from_peer::Event> {
-        let Some(outbox) = self.sessions.get_mut(&scheduler) else { return Vec::new() };
+        let Some(outbox) = self.sessions.get_mut(&scheduler) else {
+            return Vec::new();
+        };
         // First what is held of it, which is said more rarely: else the scheduler would know neither a holder nor a fetcher.
         let holdings = outbox.holdings.as_ref();
         let untold = |task: &Digest| holdings.is_some_and(|changes| changes.contains_key(task));
-        let (later, forgets) = std::mem::take(&mut outbox.forgets).into_iter().partition(untold);
+        let (later, forgets) = std::mem::take(&mut outbox.forgets)
+            .into_iter()
+            .partition(untold);
         outbox.forgets = later;
         let forgets: BTreeSet<Digest> = forgets;
-        let forgets = forgets
-            .into_iter()
-            .map(|task| v1::from_peer::Event::Forget(v1::Forget { task: task.to_string() }));
+        let forgets = forgets.into_iter().map(|task| {
+            v1::from_peer::Event::Forget(v1::Forget {
+                task: task.to_string(),
+            })
+        });
         let mut questions: Vec<_> = forgets.collect();
         for task in std::mem::take(&mut outbox.wants) {
-            let Some(Wanted { want, asked, issuer, .. }) = self.wants.get_mut(&task) else { continue };
+            let Some(Wanted {
+                want,
+                asked,
+                issuer,
+                ..
+            }) = self.wants.get_mut(&task)
+            else {
+                continue;
+            };
             questions.push(v1::from_peer::Event::Want(v1::Want {
                 task: task.to_string(),
                 size_bytes: want.size_bytes.unwrap_or(0),
@@ -255,7 +294,10 @@ impl Outboxes {
         let has_news = |outbox: &Outbox| {
             !outbox.reports.is_empty()
                 || !outbox.contradictions.is_empty()
-                || outbox.holdings.as_ref().is_none_or(|changes| !changes.is_empty())
+                || outbox
+                    .holdings
+                    .as_ref()
+                    .is_none_or(|changes| !changes.is_empty())
         };
         self.sessions.get(&scheduler).is_some_and(has_news)
     }
@@ -284,7 +326,13 @@ impl Outboxes {
             bytes,
             reporter: Vec::new(),
         };
-        (announcement, std::mem::take(&mut outbox.reports).into_iter().map(report).collect())
+        (
+            announcement,
+            std::mem::take(&mut outbox.reports)
+                .into_iter()
+                .map(report)
+                .collect(),
+        )
     }
 
     /// Notes the members that a scheduler told (`None`: the disk). Everybody, if that changes anything.
@@ -298,7 +346,8 @@ impl Outboxes {
         if from.is_some() {
             // The live know better than the dead and the disk.
             let sessions = &self.sessions;
-            self.members.retain(|from, _| from.is_some_and(|scheduler| sessions.contains_key(&scheduler)));
+            self.members
+                .retain(|from, _| from.is_some_and(|scheduler| sessions.contains_key(&scheduler)));
         }
         let now = self.members();
         (now != before).then_some(now)
@@ -311,14 +360,20 @@ impl Outboxes {
         for members in self.members.values_mut() {
             members.retain(|member| !removed.contains(&member.peer));
         }
-        self.sessions.values().for_each(|outbox| outbox.wake.notify_one());
+        self.sessions
+            .values()
+            .for_each(|outbox| outbox.wake.notify_one());
         let now = self.members();
         (now != before).then_some(now)
     }
 
     /// Seeds and schedulers, each once.
     pub(super) fn members(&self) -> Vec<Member> {
-        let all = self.members.values().flatten().map(|member| (member.peer, member.clone()));
+        let all = self
+            .members
+            .values()
+            .flatten()
+            .map(|member| (member.peer, member.clone()));
         all.collect::<BTreeMap<_, _>>().into_values().collect()
     }
 
@@ -331,7 +386,9 @@ impl Outboxes {
         let before = self.isolated();
         self.isolated.insert(from, isolated);
         let now = self.isolated();
-        let who = |all: &BTreeMap<PeerId, Isolation>| -> BTreeSet<PeerId> { all.keys().copied().collect() };
+        let who = |all: &BTreeMap<PeerId, Isolation>| -> BTreeSet<PeerId> {
+            all.keys().copied().collect()
+        };
         (who(&now) != who(&before)).then(|| now.into_values().collect())
     }
 
@@ -339,13 +396,21 @@ impl Outboxes {
     fn isolated(&self) -> BTreeMap<PeerId, Isolation> {
         let mut all: Vec<&Isolation> = self.isolated.values().flatten().collect();
         all.sort_by_key(|isolation| isolation.until);
-        all.into_iter().map(|isolation| (isolation.peer, isolation.clone())).collect()
+        all.into_iter()
+            .map(|isolation| (isolation.peer, isolation.clone()))
+            .collect()
     }
 
     /// The schedulers that are known: those with a stream, and those on the member lists.
     pub(super) fn schedulers(&self) -> Vec<PeerId> {
-        let listed = self.members().into_iter().filter(|member| member.role == Role::Scheduler);
-        listed.map(|member| member.peer).chain(self.sessions.keys().copied()).collect()
+        let listed = self
+            .members()
+            .into_iter()
+            .filter(|member| member.role == Role::Scheduler);
+        listed
+            .map(|member| member.peer)
+            .chain(self.sessions.keys().copied())
+            .collect()
     }
 
     fn owner(&self, task: &Digest) -> Option<PeerId> {
@@ -355,9 +420,16 @@ impl Outboxes {
     /// Where a task is to be asked for.
     fn place(&self, task: &Digest, wanted: &Wanted) -> Option<Asked> {
         // Who may read what seeds may not may be elected, which only the first does.
-        let spread = if wanted.stays || wanted.want.reads { 1 } else { wanted.spread };
+        let spread = if wanted.stays || wanted.want.reads {
+            1
+        } else {
+            wanted.spread
+        };
         let scheduler = rendezvous::share(task, self.sessions.keys().copied(), spread, self.me)?;
-        Some(Asked { scheduler, guest: spread > 1 && self.owner(task) != Some(scheduler) })
+        Some(Asked {
+            scheduler,
+            guest: spread > 1 && self.owner(task) != Some(scheduler),
+        })
     }
 
     fn ask(&mut self, asked: Option<Asked>, task: &Digest) {
@@ -385,12 +457,15 @@ impl Outboxes {
     }
 
     fn reassign_one(&mut self, task: &Digest) {
-        let Some(wanted) = self.wants.get(task) else { return };
+        let Some(wanted) = self.wants.get(task) else {
+            return;
+        };
         let (before, now) = (wanted.asked, self.place(task, wanted));
         if before == now {
             return;
         }
-        if let Some(before) = before.filter(|before| now.is_none_or(|now| now.scheduler != before.scheduler))
+        if let Some(before) =
+            before.filter(|before| now.is_none_or(|now| now.scheduler != before.scheduler))
         {
             self.withdraw(before.scheduler, task);
         }
@@ -421,19 +496,38 @@ mod tests {
     }
 
     fn want(again: bool) -> Want {
-        let source = Source { registry: "docker.io".into(), repository: "library/debian".into() };
-        Want { size_bytes: None, source, again, reads: false, partial: false, purpose: Purpose::default() }
+        let source = Source {
+            registry: "docker.io".into(),
+            repository: "library/debian".into(),
+        };
+        Want {
+            size_bytes: None,
+            source,
+            again,
+            reads: false,
+            partial: false,
+            purpose: Purpose::default(),
+        }
     }
 
     fn holding(n: u32, pieces: u32) -> Holding {
-        Holding { task: task(n), size_bytes: 1 << 20, pieces, complete: false }
+        Holding {
+            task: task(n),
+            size_bytes: 1 << 20,
+            pieces,
+            complete: false,
+        }
     }
 
     fn wanted(outboxes: &mut Outboxes, from: PeerId) -> BTreeSet<String> {
-        let wants = outboxes.take_questions(from).into_iter().filter_map(|question| match question {
-            Event::Want(want) => Some(want.task),
-            _ => None,
-        });
+        let wants =
+            outboxes
+                .take_questions(from)
+                .into_iter()
+                .filter_map(|question| match question {
+                    Event::Want(want) => Some(want.task),
+                    _ => None,
+                });
         wants.collect()
     }
 
@@ -447,7 +541,11 @@ mod tests {
         let moved = wanted(&mut outboxes, scheduler(2));
         assert!((20..80).contains(&moved.len()), "{}", moved.len());
         let forgets = outboxes.take_questions(scheduler(1));
-        assert_eq!(forgets.len(), moved.len(), "what moved is forgotten where it was");
+        assert_eq!(
+            forgets.len(),
+            moved.len(),
+            "what moved is forgotten where it was"
+        );
         outboxes.close(scheduler(2));
         assert_eq!(wanted(&mut outboxes, scheduler(1)), moved);
         outboxes.close(scheduler(1));
@@ -461,14 +559,21 @@ mod tests {
     }
 
     fn parents_said(issuer: Option<PeerId>, elected: bool, spread: u32) -> Answer {
-        Answer { issuer, elected, spread }
+        Answer {
+            issuer,
+            elected,
+            spread,
+        }
     }
 
     fn first_want(outboxes: &mut Outboxes, from: PeerId) -> Option<v1::Want> {
-        outboxes.take_questions(from).into_iter().find_map(|question| match question {
-            Event::Want(want) => Some(want),
-            _ => None,
-        })
+        outboxes
+            .take_questions(from)
+            .into_iter()
+            .find_map(|question| match question {
+                Event::Want(want) => Some(want),
+                _ => None,
+            })
     }
 
     #[test]
@@ -476,12 +581,24 @@ mod tests {
         let mut outboxes = Outboxes::new(scheduler(200));
         outboxes.open(scheduler(1), "a:1");
         outboxes.want(&task(1), want(false));
-        assert!(first_want(&mut outboxes, scheduler(1)).unwrap().issuer.is_empty());
-        assert!(outboxes.heard_parents(scheduler(1), &task(1), parents_said(Some(scheduler(9)), false, 1)));
+        assert!(
+            first_want(&mut outboxes, scheduler(1))
+                .unwrap()
+                .issuer
+                .is_empty()
+        );
+        assert!(outboxes.heard_parents(
+            scheduler(1),
+            &task(1),
+            parents_said(Some(scheduler(9)), false, 1)
+        ));
         outboxes.close(scheduler(1));
         outboxes.open(scheduler(1), "a:1");
         let again = first_want(&mut outboxes, scheduler(1)).unwrap();
-        assert_eq!((again.issuer, again.guest), (scheduler(9).0.to_vec(), false));
+        assert_eq!(
+            (again.issuer, again.guest),
+            (scheduler(9).0.to_vec(), false)
+        );
     }
 
     #[test]
@@ -493,8 +610,15 @@ mod tests {
             all().for_each(|scheduler| drop(outboxes.open(scheduler, "a:1")));
             outboxes.want(&task(1), want(false));
             let order = rendezvous::order(&task(1), all());
-            assert!(first_want(&mut outboxes, order[0]).is_some(), "the first in the order is asked first");
-            outboxes.heard_parents(order[0], &task(1), parents_said(Some(scheduler(9)), false, 2));
+            assert!(
+                first_want(&mut outboxes, order[0]).is_some(),
+                "the first in the order is asked first"
+            );
+            outboxes.heard_parents(
+                order[0],
+                &task(1),
+                parents_said(Some(scheduler(9)), false, 2),
+            );
             let Some(guest) = first_want(&mut outboxes, order[1]) else {
                 stayed += 1;
                 continue;
@@ -519,11 +643,13 @@ mod tests {
     #[test]
     fn a_guest_s_scheduler_that_becomes_the_first_is_asked_as_the_first() {
         let order = rendezvous::order(&task(1), (1..=2).map(scheduler));
-        let me = (0..)
-            .map(|me| PeerId([me; 16]))
-            .find(|me| rendezvous::share(&task(1), order.iter().copied(), 2, *me) == Some(order[1]));
+        let me = (0..).map(|me| PeerId([me; 16])).find(|me| {
+            rendezvous::share(&task(1), order.iter().copied(), 2, *me) == Some(order[1])
+        });
         let mut outboxes = Outboxes::new(me.unwrap());
-        order.iter().for_each(|scheduler| drop(outboxes.open(*scheduler, "a:1")));
+        order
+            .iter()
+            .for_each(|scheduler| drop(outboxes.open(*scheduler, "a:1")));
         outboxes.want(&task(1), want(false));
         outboxes.heard_parents(order[0], &task(1), parents_said(None, false, 2));
         assert!(first_want(&mut outboxes, order[1]).is_some_and(|want| want.guest));
@@ -538,7 +664,11 @@ mod tests {
             (1..=2).for_each(|n| drop(outboxes.open(scheduler(n), "a:1")));
             outboxes.want(&task(1), want(false));
             let order = rendezvous::order(&task(1), (1..=2).map(scheduler));
-            outboxes.heard_parents(order[0], &task(1), parents_said(Some(PeerId([me; 16])), true, 2));
+            outboxes.heard_parents(
+                order[0],
+                &task(1),
+                parents_said(Some(PeerId([me; 16])), true, 2),
+            );
             assert!(first_want(&mut outboxes, order[1]).is_none());
         }
     }
@@ -569,7 +699,10 @@ mod tests {
             "the scheduler does not know the holder yet"
         );
         outboxes.take_news(scheduler(1));
-        assert!(matches!(&outboxes.take_questions(scheduler(1))[..], [Event::Forget(_)]));
+        assert!(matches!(
+            &outboxes.take_questions(scheduler(1))[..],
+            [Event::Forget(_)]
+        ));
     }
 
     #[test]
@@ -582,9 +715,16 @@ mod tests {
         assert!(!outboxes.has_news(scheduler(1)));
         outboxes.holding(&holding(1, 2));
         outboxes.holding(&holding(1, 3));
-        assert_eq!(outboxes.take_news(scheduler(1)).0, Announcement::Changes(vec![holding(1, 3)]));
+        assert_eq!(
+            outboxes.take_news(scheduler(1)).0,
+            Announcement::Changes(vec![holding(1, 3)])
+        );
         (0..=MAX_HOLDINGS as u32).for_each(|n| outboxes.holding(&holding(n, 1)));
-        assert_eq!(outboxes.take_news(scheduler(1)).0, Announcement::All, "too many changes are all");
+        assert_eq!(
+            outboxes.take_news(scheduler(1)).0,
+            Announcement::All,
+            "too many changes are all"
+        );
     }
 
     #[test]
@@ -596,7 +736,13 @@ mod tests {
             outboxes.report(scheduler(9), &task(1), ReportKind::Served(5));
         }
         let (_, reports) = outboxes.take_news(scheduler(1));
-        assert_eq!(reports.iter().map(|report| report.bytes).collect::<Vec<_>>(), [15]);
+        assert_eq!(
+            reports
+                .iter()
+                .map(|report| report.bytes)
+                .collect::<Vec<_>>(),
+            [15]
+        );
         (0..5000).for_each(|n| outboxes.report(scheduler(9), &task(n), ReportKind::Stalled));
         assert_eq!(outboxes.take_news(scheduler(1)).1.len(), MAX_REPORTS);
     }
@@ -630,11 +776,22 @@ mod tests {
             zone: String::new(),
         };
         let mut outboxes = Outboxes::new(scheduler(200));
-        assert_eq!(outboxes.heard_members(None, vec![seed(50)]).unwrap(), [seed(50)]);
+        assert_eq!(
+            outboxes.heard_members(None, vec![seed(50)]).unwrap(),
+            [seed(50)]
+        );
         outboxes.open(scheduler(1), "a:1");
         outboxes.open(scheduler(2), "b:1");
-        assert_eq!(outboxes.heard_members(Some(scheduler(1)), vec![seed(51)]).unwrap(), [seed(51)]);
-        assert_eq!(outboxes.heard_members(Some(scheduler(2)), vec![seed(51)]), None);
+        assert_eq!(
+            outboxes
+                .heard_members(Some(scheduler(1)), vec![seed(51)])
+                .unwrap(),
+            [seed(51)]
+        );
+        assert_eq!(
+            outboxes.heard_members(Some(scheduler(2)), vec![seed(51)]),
+            None
+        );
         outboxes.heard_members(Some(scheduler(2)), vec![seed(52)]);
         outboxes.close(scheduler(1));
         assert_eq!(
@@ -642,7 +799,12 @@ mod tests {
             [seed(51), seed(52)],
             "who is gone is believed until somebody says more"
         );
-        assert_eq!(outboxes.heard_members(Some(scheduler(2)), vec![seed(52)]).unwrap(), [seed(52)]);
+        assert_eq!(
+            outboxes
+                .heard_members(Some(scheduler(2)), vec![seed(52)])
+                .unwrap(),
+            [seed(52)]
+        );
     }
 
     #[test]
@@ -652,14 +814,31 @@ mod tests {
         let start = Instant::now();
         let isolation = |peer: PeerId, seconds: u64| {
             let until = start + Duration::from_secs(seconds);
-            Isolation { peer, why: "stalling".into(), until }
+            Isolation {
+                peer,
+                why: "stalling".into(),
+                until,
+            }
         };
         let (brief, long, other) = (isolation(a, 10), isolation(a, 20), isolation(b, 5));
         assert_eq!(outboxes.heard_isolated(scheduler(1), Vec::new()), None);
-        assert_eq!(outboxes.heard_isolated(scheduler(1), vec![brief.clone()]).unwrap(), [brief]);
+        assert_eq!(
+            outboxes
+                .heard_isolated(scheduler(1), vec![brief.clone()])
+                .unwrap(),
+            [brief]
+        );
         let both = vec![long.clone(), other.clone()];
-        assert_eq!(outboxes.heard_isolated(scheduler(2), both).unwrap(), [long, other.clone()]);
+        assert_eq!(
+            outboxes.heard_isolated(scheduler(2), both).unwrap(),
+            [long, other.clone()]
+        );
         assert_eq!(outboxes.heard_isolated(scheduler(1), Vec::new()), None);
-        assert_eq!(outboxes.heard_isolated(scheduler(2), vec![other.clone()]).unwrap(), [other]);
+        assert_eq!(
+            outboxes
+                .heard_isolated(scheduler(2), vec![other.clone()])
+                .unwrap(),
+            [other]
+        );
     }
 }

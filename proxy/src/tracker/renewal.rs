@@ -25,10 +25,15 @@ pub(super) async fn keep_fresh(shared: Arc<Shared>) {
     let identity = &shared.config.identity;
     let mut wait = FIRST_WAIT;
     loop {
-        let until = identity.renew_at().duration_since(SystemTime::now()).unwrap_or_default();
+        let until = identity
+            .renew_at()
+            .duration_since(SystemTime::now())
+            .unwrap_or_default();
         if !until.is_zero() {
             // A short life (in tests) leaves little to spread over.
-            let spread = SPREAD.min(until / 10).mul_f64(rand::rng().random_range(0.0..1.0));
+            let spread = SPREAD
+                .min(until / 10)
+                .mul_f64(rand::rng().random_range(0.0..1.0));
             sleep(LOOK_INTERVAL.min(until + spread)).await;
             continue;
         }
@@ -53,8 +58,14 @@ async fn renew(shared: &Shared) -> Result<(), JoinError> {
     let mut addresses = shared.outboxes().connected();
     addresses.extend(shared.config.schedulers.iter().cloned());
     let members = shared.outboxes().members();
-    addresses.extend(members.into_iter().filter(|m| m.role == Role::Scheduler).flat_map(|m| m.addresses));
-    let mut last = JoinError::NoAuthority("no scheduler is known that could renew the certificate".into());
+    addresses.extend(
+        members
+            .into_iter()
+            .filter(|m| m.role == Role::Scheduler)
+            .flat_map(|m| m.addresses),
+    );
+    let mut last =
+        JoinError::NoAuthority("no scheduler is known that could renew the certificate".into());
     for (at, address) in addresses.iter().enumerate() {
         if addresses[..at].contains(address) {
             continue;

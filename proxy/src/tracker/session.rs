@@ -78,10 +78,15 @@ pub(super) async fn keep_all(shared: Arc<Shared>) {
 
 /// All schedulers, from the configuration and from the member list.
 fn wanted(shared: &Shared) -> BTreeSet<Target> {
-    let named = shared.config.schedulers.iter().map(|address| vec![address.clone()]);
+    let named = shared
+        .config
+        .schedulers
+        .iter()
+        .map(|address| vec![address.clone()]);
     let members = shared.outboxes().members();
-    let listed =
-        members.into_iter().filter(|member| member.role == Role::Scheduler && !member.addresses.is_empty());
+    let listed = members
+        .into_iter()
+        .filter(|member| member.role == Role::Scheduler && !member.addresses.is_empty());
     named.chain(listed.map(|member| member.addresses)).collect()
 }
 
@@ -96,11 +101,18 @@ async fn keep_one(shared: Arc<Shared>, target: Target) -> Target {
                 let opened = shared.outboxes().open(scheduler, &address);
                 if let Some(wake) = opened {
                     let begun = Instant::now();
-                    let ended = Session { shared: &shared, scheduler, target: &target, address: &address }
-                        .run(connection, &wake)
-                        .await;
+                    let ended = Session {
+                        shared: &shared,
+                        scheduler,
+                        target: &target,
+                        address: &address,
+                    }
+                    .run(connection, &wake)
+                    .await;
                     shared.outboxes().close(scheduler);
-                    let reason = ended.err().unwrap_or_else(|| "it ended the stream".to_owned());
+                    let reason = ended
+                        .err()
+                        .unwrap_or_else(|| "it ended the stream".to_owned());
                     info!(
                         address,
                         reason,
@@ -143,7 +155,13 @@ async fn connect(shared: &Shared, target: &Target) -> Result<(String, Connection
 
 /// Hands an event to the node. A node that takes none for so long has worse troubles: the event is dropped.
 async fn tell(shared: &Shared, event: TrackerEvent) {
-    if shared.config.events.send_timeout(event, EVENT_TIMEOUT).await.is_err() {
+    if shared
+        .config
+        .events
+        .send_timeout(event, EVENT_TIMEOUT)
+        .await
+        .is_err()
+    {
         warn!("the node does not take what a scheduler says");
     }
 }
@@ -163,8 +181,9 @@ impl Session<'_> {
         self.say(&say, Say::Register(self.register())).await?;
         let mut client = SchedulerClient::new(connection.channel);
         let opened = timeout(OPEN_TIMEOUT, client.track(ReceiverStream::new(outgoing))).await;
-        let opened =
-            opened.map_err(|_| "no answer in time")?.map_err(|status| status.message().to_owned())?;
+        let opened = opened
+            .map_err(|_| "no answer in time")?
+            .map_err(|status| status.message().to_owned())?;
         let mut incoming = opened.into_inner();
         info!(address = self.address, scheduler = %self.scheduler, "connected to a scheduler");
         self.shared.problems().remove(self.target);
@@ -173,7 +192,13 @@ impl Session<'_> {
         let mut news_at = tokio::time::Instant::now() + NEWS_INTERVAL;
         let mut configured_at: Option<tokio::time::Instant> = None;
         loop {
-            if self.shared.config.identity.removed().contains(self.scheduler) {
+            if self
+                .shared
+                .config
+                .identity
+                .removed()
+                .contains(self.scheduler)
+            {
                 return Err("this scheduler was removed from the cluster".to_owned());
             }
             self.say_questions(&say).await?;
@@ -218,7 +243,9 @@ impl Session<'_> {
     }
 
     async fn say(&self, to: &mpsc::Sender<v1::FromPeer>, event: Say) -> Result<(), String> {
-        let sent = to.send_timeout(v1::FromPeer { event: Some(event) }, SAY_TIMEOUT).await;
+        let sent = to
+            .send_timeout(v1::FromPeer { event: Some(event) }, SAY_TIMEOUT)
+            .await;
         sent.map_err(|_| "it does not take what we say".to_owned())
     }
 
@@ -237,11 +264,25 @@ impl Session<'_> {
             Announcement::Changes(changes) => (false, changes),
         };
         if replaces_all && holdings.is_empty() {
-            self.say(to, Say::Holdings(v1::Holdings { replaces_all, holdings: Vec::new() })).await?;
+            self.say(
+                to,
+                Say::Holdings(v1::Holdings {
+                    replaces_all,
+                    holdings: Vec::new(),
+                }),
+            )
+            .await?;
         }
         for some in holdings.chunks(HOLDINGS_PER_MESSAGE) {
             let holdings = some.iter().map(holding).collect();
-            self.say(to, Say::Holdings(v1::Holdings { replaces_all, holdings })).await?;
+            self.say(
+                to,
+                Say::Holdings(v1::Holdings {
+                    replaces_all,
+                    holdings,
+                }),
+            )
+            .await?;
             replaces_all = false;
         }
         if !reports.is_empty() {
@@ -273,22 +314,42 @@ impl Session<'_> {
                 self.heard_isolated(Vec::new()).await;
                 // A scheduler of an earlier version says nothing.
                 if let Some(zone) = welcome.zone {
-                    let zone = convert::from_label(zone, "zone").map_err(|error| error.to_string())?;
+                    let zone =
+                        convert::from_label(zone, "zone").map_err(|error| error.to_string())?;
                     tell(self.shared, TrackerEvent::Zone(zone)).await;
                 }
-                self.heard_members(welcome.members.unwrap_or_default()).await
+                self.heard_members(welcome.members.unwrap_or_default())
+                    .await
             }
             Some(Said::Members(members)) => self.heard_members(members).await,
             Some(Said::Parents(parents)) => {
                 let (spread, later) = (parents.spread, parents.later);
                 let event = parents_event(parents).map_err(|error| error.to_string())?;
-                if let TrackerEvent::Parents { task, issuer, fetch_from_origin, .. } = &event {
-                    let said = Answer { issuer: *issuer, elected: *fetch_from_origin, spread };
-                    if !self.shared.outboxes().heard_parents(self.scheduler, task, said) {
+                if let TrackerEvent::Parents {
+                    task,
+                    issuer,
+                    fetch_from_origin,
+                    ..
+                } = &event
+                {
+                    let said = Answer {
+                        issuer: *issuer,
+                        elected: *fetch_from_origin,
+                        spread,
+                    };
+                    if !self
+                        .shared
+                        .outboxes()
+                        .heard_parents(self.scheduler, task, said)
+                    {
                         return Ok(());
                     }
                 }
-                let task = if let TrackerEvent::Parents { task, .. } = &event { Some(*task) } else { None };
+                let task = if let TrackerEvent::Parents { task, .. } = &event {
+                    Some(*task)
+                } else {
+                    None
+                };
                 tell(self.shared, event).await;
                 if let Some(task) = task.filter(|_| later) {
                     tell(self.shared, TrackerEvent::Postponed(task)).await;
@@ -303,8 +364,10 @@ impl Session<'_> {
                 Ok(())
             }
             Some(Said::Isolated(isolated)) => {
-                let isolations: Result<_, _> = isolated.isolations.into_iter().map(isolation).collect();
-                self.heard_isolated(isolations.map_err(|error| error.to_string())?).await;
+                let isolations: Result<_, _> =
+                    isolated.isolations.into_iter().map(isolation).collect();
+                self.heard_isolated(isolations.map_err(|error| error.to_string())?)
+                    .await;
                 Ok(())
             }
         }
@@ -312,15 +375,20 @@ impl Session<'_> {
 
     /// Applies pushed configuration, or refuses it and keeps what applies now.
     async fn on_configuration(&self, pushed: v1::Configuration) -> v1::Configured {
-        let v1::Configuration { format, revision, document } = pushed;
+        let v1::Configuration {
+            format,
+            revision,
+            document,
+        } = pushed;
         let applied = match self.shared.config.push.clone() {
-            _ if format != convert::DOCUMENT_FORMAT => {
-                Err(format!("its form {format} is unknown here: upgrade this node"))
-            }
+            _ if format != convert::DOCUMENT_FORMAT => Err(format!(
+                "its form {format} is unknown here: upgrade this node"
+            )),
             None => Err("this node takes no pushed configuration".to_owned()),
             Some(push) => {
                 let (from, known) = (self.scheduler, self.shared.outboxes().schedulers());
-                let applied = lanes::run(Lane::Upkeep, move || push.push(from, &known, &document)).await;
+                let applied =
+                    lanes::run(Lane::Upkeep, move || push.push(from, &known, &document)).await;
                 applied.unwrap_or_else(|| Err("this node is stopping".to_owned()))
             }
         };
@@ -332,7 +400,10 @@ impl Session<'_> {
     }
 
     async fn heard_isolated(&self, isolated: Vec<Isolation>) {
-        let news = self.shared.outboxes().heard_isolated(self.scheduler, isolated);
+        let news = self
+            .shared
+            .outboxes()
+            .heard_isolated(self.scheduler, isolated);
         if let Some(all) = news {
             tell(self.shared, TrackerEvent::Isolated(all)).await;
         }
@@ -345,7 +416,10 @@ impl Session<'_> {
             return;
         }
         info!(removed = ?new, "members were removed from the cluster");
-        let (identity, dir) = (self.shared.config.identity.clone(), self.shared.identity_dir());
+        let (identity, dir) = (
+            self.shared.config.identity.clone(),
+            self.shared.identity_dir(),
+        );
         let saved = tokio::task::spawn_blocking(move || identity.save_removed(&dir)).await;
         if let Ok(Err(error)) = saved {
             warn!(%error, "the list of removed members cannot be saved; it comes again from a scheduler");
@@ -359,9 +433,13 @@ impl Session<'_> {
     }
 
     async fn heard_members(&self, members: v1::MemberList) -> Result<(), String> {
-        let mut members = convert::from_members(members.members).map_err(|error| error.to_string())?;
+        let mut members =
+            convert::from_members(members.members).map_err(|error| error.to_string())?;
         members.retain(|member| !self.shared.config.identity.removed().contains(member.peer));
-        let news = self.shared.outboxes().heard_members(Some(self.scheduler), members);
+        let news = self
+            .shared
+            .outboxes()
+            .heard_members(Some(self.scheduler), members);
         let Some(all) = news else { return Ok(()) };
         save(self.shared, all.clone()).await;
         tell(self.shared, TrackerEvent::Members(all)).await;
@@ -401,6 +479,13 @@ fn parents_event(parents: v1::Parents) -> Result<TrackerEvent, ConvertError> {
 fn isolation(said: v1::Isolation) -> Result<Isolation, ConvertError> {
     // However much longer it says: it is no longer than this until it is said again.
     let left = Duration::from_secs(said.for_s).min(ISOLATION);
-    let (peer, why) = (convert::from_peer_id(&said.peer_id)?, convert::from_label(said.why, "why")?);
-    Ok(Isolation { peer, why, until: Instant::now() + left })
+    let (peer, why) = (
+        convert::from_peer_id(&said.peer_id)?,
+        convert::from_label(said.why, "why")?,
+    );
+    Ok(Isolation {
+        peer,
+        why,
+        until: Instant::now() + left,
+    })
 }

@@ -14,12 +14,15 @@ pub(super) fn apply(
     for registry in registries {
         let file = Toml::parse(&edited)?;
         let mirrors = file.array(&["registry", registry, "mirrors"]);
-        let has = mirrors.is_some_and(|mirrors| mirrors.iter().any(|one| one.as_str() == Some(mirror)));
+        let has =
+            mirrors.is_some_and(|mirrors| mirrors.iter().any(|one| one.as_str() == Some(mirror)));
         if !has {
             edited = toml::prepend(&edited, &["registry", registry], "mirrors", mirror)?;
         }
     }
-    let now = Toml::parse(&edited)?.item(&["registry", mirror, "http"]).and_then(|item| item.as_bool());
+    let now = Toml::parse(&edited)?
+        .item(&["registry", mirror, "http"])
+        .and_then(|item| item.as_bool());
     match (http, now) {
         (true, Some(false)) | (false, Some(true)) => Err(Unfit::new(
             format!("says http = {} of {mirror}", !http),
@@ -37,7 +40,9 @@ pub(super) fn undo(
     registries: &[String],
     original: Option<&Toml<'_>>,
 ) -> Result<String, Unfit> {
-    let http = Toml::parse(text)?.item(&["registry", mirror, "http"]).and_then(|item| item.as_bool());
+    let http = Toml::parse(text)?
+        .item(&["registry", mirror, "http"])
+        .and_then(|item| item.as_bool());
     let mut left = match http {
         Some(true) => toml::unset(text, &["registry", mirror], "http", original)?,
         _ => text.to_owned(),
@@ -57,7 +62,11 @@ mod tests {
 
     fn edit() -> Edit {
         let registries = vec!["docker.io".to_owned(), "quay.io".to_owned()];
-        Edit::Buildkitd { mirror: "127.0.0.1:6500".into(), http: true, registries }
+        Edit::Buildkitd {
+            mirror: "127.0.0.1:6500".into(),
+            http: true,
+            registries,
+        }
     }
 
     #[test]
@@ -73,7 +82,10 @@ mod tests {
         );
         assert_eq!(edit().apply(Some(&after)).unwrap(), after, "twice is once");
         let changed = format!("{after}[grpc]\n");
-        assert_eq!(edit().undo(&changed, Some(before)), Ok(Some(format!("{before}[grpc]\n"))));
+        assert_eq!(
+            edit().undo(&changed, Some(before)),
+            Ok(Some(format!("{before}[grpc]\n")))
+        );
     }
 
     #[test]
@@ -81,9 +93,18 @@ mod tests {
         let ours = edit().apply(None).unwrap();
         assert_eq!(edit().undo(&ours, None), Ok(None));
         let text = "[registry.\"127.0.0.1:6500\"]\nhttp = false\n";
-        assert!(edit().apply(Some(text)).unwrap_err().what.contains("http = false"));
+        assert!(
+            edit()
+                .apply(Some(text))
+                .unwrap_err()
+                .what
+                .contains("http = false")
+        );
         let theirs = "[registry.\"127.0.0.1:6500\"]\n  http = true\n";
         let with = edit().apply(Some(theirs)).unwrap();
-        assert_eq!(edit().undo(&with, Some(theirs)), Ok(Some(theirs.to_owned())));
+        assert_eq!(
+            edit().undo(&with, Some(theirs)),
+            Ok(Some(theirs.to_owned()))
+        );
     }
 }

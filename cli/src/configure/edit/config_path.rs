@@ -18,9 +18,18 @@ pub(super) fn is_version(line: &str) -> bool {
 
 /// Sets the directory.
 pub(super) fn apply(text: Option<&str>, plugin: &str, dir: &str) -> Result<String, Unfit> {
-    let version = if plugin == CRI_OF_2 { VERSION_3 } else { VERSION_2 };
+    let version = if plugin == CRI_OF_2 {
+        VERSION_3
+    } else {
+        VERSION_2
+    };
     let new = format!("{NOTE}\n{version}\n");
-    toml::set(text.unwrap_or(&new), &table(plugin), "config_path", &toml::literal(dir))
+    toml::set(
+        text.unwrap_or(&new),
+        &table(plugin),
+        "config_path",
+        &toml::literal(dir),
+    )
 }
 
 /// Takes the directory out, unless it is another by now.
@@ -31,7 +40,9 @@ pub(super) fn undo(
     original: Option<&Toml<'_>>,
 ) -> Result<String, Unfit> {
     let path = ["plugins", plugin, "registry", "config_path"];
-    let now = Toml::parse(text)?.item(&path).and_then(|item| item.as_str().map(str::to_owned));
+    let now = Toml::parse(text)?
+        .item(&path)
+        .and_then(|item| item.as_str().map(str::to_owned));
     if now.as_deref() != Some(dir) {
         return Ok(text.to_owned());
     }
@@ -51,7 +62,10 @@ mod tests {
     const DIR: &str = "/etc/containerd/certs.d";
 
     fn edit() -> Edit {
-        Edit::ConfigPath { plugin: CRI.into(), dir: DIR.into() }
+        Edit::ConfigPath {
+            plugin: CRI.into(),
+            dir: DIR.into(),
+        }
     }
 
     #[test]
@@ -59,21 +73,34 @@ mod tests {
         let text = apply(None, CRI, DIR).unwrap();
         assert_eq!(
             text,
-            format!("{NOTE}\nversion = 2\n\n[plugins.\"{CRI}\".registry]\n  config_path = \"{DIR}\"\n")
+            format!(
+                "{NOTE}\nversion = 2\n\n[plugins.\"{CRI}\".registry]\n  config_path = \"{DIR}\"\n"
+            )
         );
         assert_eq!(edit().undo(&text, None), Ok(None));
         let of_2 = apply(None, CRI_OF_2, DIR).unwrap();
-        assert!(of_2.starts_with(&format!("{NOTE}\nversion = 3\n")), "{of_2}");
-        let edit_of_2 = Edit::ConfigPath { plugin: CRI_OF_2.into(), dir: DIR.into() };
+        assert!(
+            of_2.starts_with(&format!("{NOTE}\nversion = 3\n")),
+            "{of_2}"
+        );
+        let edit_of_2 = Edit::ConfigPath {
+            plugin: CRI_OF_2.into(),
+            dir: DIR.into(),
+        };
         assert_eq!(edit_of_2.undo(&of_2, None), Ok(None));
         let more = format!("{text}  [plugins.\"{CRI}\".registry.configs]\n");
         let left = edit().undo(&more, None).unwrap().unwrap();
-        assert!(left.contains("configs") && !left.contains("config_path"), "{left}");
+        assert!(
+            left.contains("configs") && !left.contains("config_path"),
+            "{left}"
+        );
     }
 
     #[test]
     fn a_directory_that_somebody_else_set_since_stays() {
-        let text = apply(Some("version = 2\n"), CRI, DIR).unwrap().replace(DIR, "/other");
+        let text = apply(Some("version = 2\n"), CRI, DIR)
+            .unwrap()
+            .replace(DIR, "/other");
         assert_eq!(edit().undo(&text, Some("version = 2\n")), Ok(Some(text)));
     }
 }

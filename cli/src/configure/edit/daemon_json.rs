@@ -26,14 +26,23 @@ pub(super) fn apply(text: &str, url: &str) -> Result<String, Unfit> {
         }
         [(name, property)] => {
             let array = property.array_value();
-            let array = array.ok_or_else(|| Unfit::new(format!("`{name}` is no list"), "mend it"))?;
+            let array =
+                array.ok_or_else(|| Unfit::new(format!("`{name}` is no list"), "mend it"))?;
             if position(&array, url).is_some() {
                 return Ok(text.to_owned());
             }
             array.insert(0, input);
-            wanted[name].as_array_mut().ok_or_else(unfit)?.insert(0, url.into());
+            wanted[name]
+                .as_array_mut()
+                .ok_or_else(unfit)?
+                .insert(0, url.into());
         }
-        _ => return Err(Unfit::new(format!("has `{KEY}` more than once"), "leave one of them")),
+        _ => {
+            return Err(Unfit::new(
+                format!("has `{KEY}` more than once"),
+                "leave one of them",
+            ));
+        }
     }
     meant(root.to_string(), &wanted)
 }
@@ -46,8 +55,11 @@ pub(super) fn undo(text: &str, url: &str, original: Option<&str>) -> Result<Stri
         let at = position(&array, url)?;
         Some((name, property, array, at))
     });
-    let Some((name, property, array, at)) = found else { return Ok(text.to_owned()) };
-    let there = original.is_some_and(|text| parse(text).is_ok_and(|(model, ..)| model.get(&name).is_some()));
+    let Some((name, property, array, at)) = found else {
+        return Ok(text.to_owned());
+    };
+    let there = original
+        .is_some_and(|text| parse(text).is_ok_and(|(model, ..)| model.get(&name).is_some()));
     let model = wanted.as_object_mut().ok_or_else(unfit)?;
     if array.elements().len() == 1 && !there {
         property.remove();
@@ -55,7 +67,10 @@ pub(super) fn undo(text: &str, url: &str, original: Option<&str>) -> Result<Stri
     } else {
         array.elements().swap_remove(at).remove();
         // A name that is there twice is the last one to the model, the first one here.
-        let list = model.get_mut(&name).and_then(Value::as_array_mut).filter(|list| at < list.len());
+        let list = model
+            .get_mut(&name)
+            .and_then(Value::as_array_mut)
+            .filter(|list| at < list.len());
         list.ok_or_else(unfit)?.remove(at);
     }
     meant(root.to_string(), &wanted)
@@ -73,7 +88,10 @@ fn parse(text: &str) -> Result<(Value, CstObject, CstRootNode), Unfit> {
         )
     })?;
     if !model.is_object() {
-        return Err(Unfit::new("holds no object", "write { } around its keys, or move it away"));
+        return Err(Unfit::new(
+            "holds no object",
+            "write { } around its keys, or move it away",
+        ));
     }
     let root = CstRootNode::parse(text, &ParseOptions::default()).map_err(|_| unfit())?;
     let object = root.object_value_or_create().ok_or_else(unfit)?;
@@ -84,14 +102,19 @@ fn parse(text: &str) -> Result<(Value, CstObject, CstRootNode), Unfit> {
 fn lists(object: &CstObject) -> Vec<(String, CstObjectProp)> {
     let named = |property: CstObjectProp| Some((property.decoded_name()?, property));
     let properties = object.properties().into_iter().filter_map(named);
-    properties.filter(|(name, _)| name.eq_ignore_ascii_case(KEY)).collect()
+    properties
+        .filter(|(name, _)| name.eq_ignore_ascii_case(KEY))
+        .collect()
 }
 
 /// Where the mirror is: dockerd ends each URL with a slash, whether it is written with one or without.
 fn position(array: &CstArray, url: &str) -> Option<usize> {
     let bare = |url: &str| url.strip_suffix('/').unwrap_or(url).to_owned();
     let text = |node: &CstNode| node.as_string_lit()?.decoded_value().ok();
-    array.elements().iter().position(|node| text(node).is_some_and(|text| bare(&text) == bare(url)))
+    array
+        .elements()
+        .iter()
+        .position(|node| text(node).is_some_and(|text| bare(&text) == bare(url)))
 }
 
 fn meant(edited: String, wanted: &Value) -> Result<String, Unfit> {
@@ -102,7 +125,10 @@ fn meant(edited: String, wanted: &Value) -> Result<String, Unfit> {
 }
 
 fn unfit() -> Unfit {
-    Unfit::new("has a key twice, or a form that cannot be added to", "mend it, or add the mirror by hand")
+    Unfit::new(
+        "has a key twice, or a form that cannot be added to",
+        "mend it, or add the mirror by hand",
+    )
 }
 
 #[cfg(test)]
@@ -119,8 +145,14 @@ mod tests {
     #[test]
     fn the_mirror_comes_first_and_the_rest_keeps_its_order_and_look() {
         for (before, after) in [
-            ("", "{\n  \"registry-mirrors\": [\"http://127.0.0.1:6500\"]\n}\n"),
-            ("{}", "{\n  \"registry-mirrors\": [\"http://127.0.0.1:6500\"]\n}"),
+            (
+                "",
+                "{\n  \"registry-mirrors\": [\"http://127.0.0.1:6500\"]\n}\n",
+            ),
+            (
+                "{}",
+                "{\n  \"registry-mirrors\": [\"http://127.0.0.1:6500\"]\n}",
+            ),
             (
                 "{\n    \"log-driver\": \"journald\",\n    \"a\": {\"z\":1,\"b\":2}\n}\n",
                 "{\n    \"registry-mirrors\": [\"http://127.0.0.1:6500\"],\n    \"log-driver\": \"journald\",\n    \
@@ -134,36 +166,65 @@ mod tests {
             let applied = apply(before, URL).unwrap();
             assert_eq!(applied, after);
             assert_eq!(apply(&applied, URL).unwrap(), applied, "twice is once");
-            assert_eq!(model(&undo(&applied, URL, Some(before)).unwrap()), model(before));
+            assert_eq!(
+                model(&undo(&applied, URL, Some(before)).unwrap()),
+                model(before)
+            );
         }
     }
 
     #[test]
     fn a_url_with_a_slash_is_the_same_and_a_key_in_other_case_is_refused() {
         let odd = "{\"Registry-Mirrors\": [\"https://b\"], \"x\": 1}";
-        assert!(apply(odd, URL).unwrap_err().what.contains("`Registry-Mirrors`: dockerd would not start"));
+        assert!(
+            apply(odd, URL)
+                .unwrap_err()
+                .what
+                .contains("`Registry-Mirrors`: dockerd would not start")
+        );
         // What was written beside such a key goes again.
-        let written = "{\"Registry-Mirrors\": [\"http://127.0.0.1:6500\", \"https://b\"], \"x\": 1}";
+        let written =
+            "{\"Registry-Mirrors\": [\"http://127.0.0.1:6500\", \"https://b\"], \"x\": 1}";
         assert_eq!(model(&undo(written, URL, Some(odd)).unwrap()), model(odd));
         let slashed = "{\"registry-mirrors\": [\"https://b\", \"http://127.0.0.1:6500/\"]}";
         assert_eq!(apply(slashed, URL).unwrap(), slashed, "it is there already");
         let ours = apply("{}", URL).unwrap().replace("6500", "6500/");
         assert_eq!(undo(&ours, URL, Some("{}")).unwrap(), "{}");
-        let twice =
-            "{\"registry-mirrors\": [\"http://127.0.0.1:6500\"], \"Registry-Mirrors\": [\"https://b\"]}";
-        assert!(apply(twice, URL).unwrap_err().what.contains("more than once"));
+        let twice = "{\"registry-mirrors\": [\"http://127.0.0.1:6500\"], \"Registry-Mirrors\": [\"https://b\"]}";
+        assert!(
+            apply(twice, URL)
+                .unwrap_err()
+                .what
+                .contains("more than once")
+        );
         let left = undo(twice, URL, Some("{\"Registry-Mirrors\": [\"https://b\"]}")).unwrap();
-        assert_eq!(left, "{ \"Registry-Mirrors\": [\"https://b\"]}", "what an earlier hawker wrote goes");
-        let alike = "{\"registry-mirrors\": [\"a\", \"http://127.0.0.1:6500\"], \"registry-mirrors\": []}";
+        assert_eq!(
+            left, "{ \"Registry-Mirrors\": [\"https://b\"]}",
+            "what an earlier hawker wrote goes"
+        );
+        let alike =
+            "{\"registry-mirrors\": [\"a\", \"http://127.0.0.1:6500\"], \"registry-mirrors\": []}";
         assert!(undo(alike, URL, Some("{}")).is_err());
     }
 
     #[test]
     fn what_dockerd_would_not_read_is_refused() {
-        for text in ["{", "[]", "{\"a\": 1,}", "{} // why", "{\"registry-mirrors\": \"http://a\"}", "null"] {
+        for text in [
+            "{",
+            "[]",
+            "{\"a\": 1,}",
+            "{} // why",
+            "{\"registry-mirrors\": \"http://a\"}",
+            "null",
+        ] {
             assert!(apply(text, URL).is_err(), "{text}");
         }
-        assert!(apply("{\"a\": 1,\n}", URL).unwrap_err().what.contains("line 2"));
+        assert!(
+            apply("{\"a\": 1,\n}", URL)
+                .unwrap_err()
+                .what
+                .contains("line 2")
+        );
     }
 
     #[test]

@@ -9,7 +9,10 @@ use super::{NOTE, Unfit};
 /// What hosts.toml must say for all registries at once (in `_default`), or for one. There is a `[host]` always: 1.6 and 1.7
 /// ignore a file without.
 pub(crate) fn table(url: &str) -> String {
-    format!("[host.{}]\n  capabilities = [\"pull\", \"resolve\"]\n", toml::literal(url))
+    format!(
+        "[host.{}]\n  capabilities = [\"pull\", \"resolve\"]\n",
+        toml::literal(url)
+    )
 }
 
 /// Puts the host first.
@@ -24,12 +27,18 @@ pub(super) fn apply(text: &str, url: &str) -> Result<String, Unfit> {
     let (at, before, behind) = place(text, &file);
     let eol = eol(text);
     let blank = |is: bool| if is { eol } else { "" };
-    let end = if text[..at].is_empty() || text[..at].ends_with('\n') { "" } else { eol };
+    let end = if text[..at].is_empty() || text[..at].ends_with('\n') {
+        ""
+    } else {
+        eol
+    };
     let ours = format!("{NOTE}\n{}", table(url)).replace('\n', eol);
     let block = format!("{end}{}{ours}{}", blank(before), blank(behind));
     let edited = toml::splice(text, at..at, &block);
     let capabilities = Value::Array(vec!["pull".into(), "resolve".into()]);
-    toml::meant(text, edited, |model| toml::put(model, &["host", url], "capabilities", capabilities))
+    toml::meant(text, edited, |model| {
+        toml::put(model, &["host", url], "capabilities", capabilities)
+    })
 }
 
 /// Where the host goes, and whether a blank line is needed before it and behind it.
@@ -48,7 +57,11 @@ pub(super) fn undo(text: &str, url: &str, original: Option<&str>) -> Result<Stri
     let mut left = text.to_owned();
     loop {
         let file = Toml::parse(&left)?;
-        let Some(header) = file.headers().iter().rfind(|header| header.is_below(&["host", url])) else {
+        let Some(header) = file
+            .headers()
+            .iter()
+            .rfind(|header| header.is_below(&["host", url]))
+        else {
             let gone = file.item(&["host", url]).is_none();
             return if gone { Ok(left) } else { Err(Unfit::shape()) };
         };
@@ -85,7 +98,11 @@ pub(crate) fn judge(text: &str, mirror: &str) -> Verdict {
         Ok(table) => table,
         Err(_) => return Verdict::Bad("is no TOML".to_owned()),
     };
-    let Some(hosts) = table.get("host").and_then(Value::as_table).filter(|hosts| !hosts.is_empty()) else {
+    let Some(hosts) = table
+        .get("host")
+        .and_then(Value::as_table)
+        .filter(|hosts| !hosts.is_empty())
+    else {
         return Verdict::Bad(
             "has no [host.\"…\"] table, and containerd 1.6 and 1.7 then ignore it".to_owned(),
         );
@@ -104,14 +121,18 @@ pub(crate) fn judge(text: &str, mirror: &str) -> Verdict {
             ));
         }
     }
-    let tls = ["ca", "client", "skip_verify"].into_iter().find(|key| host.get(key).is_some());
+    let tls = ["ca", "client", "skip_verify"]
+        .into_iter()
+        .find(|key| host.get(key).is_some());
     if let Some(key) = tls.filter(|_| url.starts_with("http://")) {
         return Verdict::Poor(format!(
             "the host {url} has `{key}`: containerd 1.7 and later then try HTTPS first"
         ));
     }
     if first_host(text).is_some_and(|first| first != *url) {
-        return Verdict::Poor(format!("another host stands before {url} and is asked first"));
+        return Verdict::Poor(format!(
+            "another host stands before {url} and is asked first"
+        ));
     }
     Verdict::Good
 }
@@ -119,7 +140,10 @@ pub(crate) fn judge(text: &str, mirror: &str) -> Verdict {
 /// The first host of the file.
 fn first_host(text: &str) -> Option<String> {
     let file = Toml::parse(text).ok()?;
-    let host = file.headers().iter().find(|header| header.path.len() == 2 && header.path[0] == "host")?;
+    let host = file
+        .headers()
+        .iter()
+        .find(|header| header.path.len() == 2 && header.path[0] == "host")?;
     Some(host.path[1].clone())
 }
 
@@ -140,15 +164,30 @@ mod tests {
                     [host.\"https://corp.example\".header]\n    x-key = [\"secret\"]\n";
         for (before, after) in [
             (String::new(), ours()),
-            ("server = \"https://a\"\n".into(), format!("server = \"https://a\"\n\n{}", ours())),
-            ("server = \"https://a\"".into(), format!("server = \"https://a\"\n\n{}", ours())),
+            (
+                "server = \"https://a\"\n".into(),
+                format!("server = \"https://a\"\n\n{}", ours()),
+            ),
+            (
+                "server = \"https://a\"".into(),
+                format!("server = \"https://a\"\n\n{}", ours()),
+            ),
             (corp.into(), format!("{}\n{corp}", ours())),
-            (format!("# the corporation's\n{corp}"), format!("{}\n# the corporation's\n{corp}", ours())),
+            (
+                format!("# the corporation's\n{corp}"),
+                format!("{}\n# the corporation's\n{corp}", ours()),
+            ),
             (
                 format!("# Licence\n\nserver = \"https://a\" # own\n\n\n# corp\n  {corp}# end"),
-                format!("# Licence\n\nserver = \"https://a\" # own\n\n\n{}\n# corp\n  {corp}# end", ours()),
+                format!(
+                    "# Licence\n\nserver = \"https://a\" # own\n\n\n{}\n# corp\n  {corp}# end",
+                    ours()
+                ),
             ),
-            (format!("# Licence\n\n{corp}"), format!("# Licence\n\n{}\n{corp}", ours())),
+            (
+                format!("# Licence\n\n{corp}"),
+                format!("# Licence\n\n{}\n{corp}", ours()),
+            ),
             (
                 format!("server = \"a\"\n{corp}").replace('\n', "\r\n"),
                 format!("server = \"a\"\n\n{}\n{corp}", ours()).replace('\n', "\r\n"),
@@ -163,7 +202,10 @@ mod tests {
             let changed = format!("# above\n{applied}\n[host.\"https://new.example\"]\n");
             let back = undo(&changed, URL, Some(&before)).unwrap();
             let lines = |text: &str| -> Vec<String> {
-                text.lines().filter(|line| !line.is_empty()).map(str::to_owned).collect()
+                text.lines()
+                    .filter(|line| !line.is_empty())
+                    .map(str::to_owned)
+                    .collect()
             };
             let expected = format!("# above\n{before}\n[host.\"https://new.example\"]\n");
             assert_eq!(lines(&back), lines(&expected));
@@ -187,10 +229,19 @@ mod tests {
     fn a_hosts_toml_is_judged_by_what_containerd_does_with_it() {
         let good = table(URL);
         assert_eq!(judge(&good, MIRROR), Verdict::Good);
-        assert_eq!(judge(&good.replace("127.0.0.1", "localhost"), MIRROR), Verdict::Good);
-        assert_eq!(judge(&format!("server = \"https://a\"\n{good}"), MIRROR), Verdict::Good);
+        assert_eq!(
+            judge(&good.replace("127.0.0.1", "localhost"), MIRROR),
+            Verdict::Good
+        );
+        assert_eq!(
+            judge(&format!("server = \"https://a\"\n{good}"), MIRROR),
+            Verdict::Good
+        );
         let bad = |text: &str| matches!(judge(text, MIRROR), Verdict::Bad(_));
-        assert!(bad("server = \"https://docker.io\"\n"), "1.6 and 1.7 ignore a file without a host");
+        assert!(
+            bad("server = \"https://docker.io\"\n"),
+            "1.6 and 1.7 ignore a file without a host"
+        );
         assert!(bad(&good.replace("6500", "6501")));
         assert!(bad(&good.replace("\"pull\", ", "")));
         assert!(bad("[host"));
@@ -198,6 +249,9 @@ mod tests {
         assert!(poor(&good.replace(", \"resolve\"", "")));
         assert!(poor(&format!("{good}  skip_verify = true\n")));
         assert!(poor(&format!("[host.\"https://a.example\"]\n{good}")));
-        assert_eq!(judge(&format!("{good}[host.\"https://a.example\"]\n"), MIRROR), Verdict::Good);
+        assert_eq!(
+            judge(&format!("{good}[host.\"https://a.example\"]\n"), MIRROR),
+            Verdict::Good
+        );
     }
 }

@@ -8,7 +8,10 @@ use crate::configure::yaml::{self, Node, Value};
 pub(crate) fn mirrored(text: &str) -> Vec<String> {
     let tree = yaml::parse(text).ok().flatten();
     let mirrors = tree.as_ref().and_then(|tree| tree.get("mirrors"));
-    let names = mirrors.into_iter().flat_map(Node::entries).filter_map(|(name, _)| name.as_str());
+    let names = mirrors
+        .into_iter()
+        .flat_map(Node::entries)
+        .filter_map(|(name, _)| name.as_str());
     names.map(str::to_owned).collect()
 }
 
@@ -27,7 +30,10 @@ pub(super) fn apply(text: Option<&str>, url: &str, registries: &[String]) -> Res
     let mut edited = text.map_or_else(|| format!("{NOTE}\n"), str::to_owned);
     for registry in registries {
         let next = apply_one(&edited, url, name(registry))?;
-        let (before, after) = (endpoints(&edited, name(registry))?, endpoints(&next, name(registry))?);
+        let (before, after) = (
+            endpoints(&edited, name(registry))?,
+            endpoints(&next, name(registry))?,
+        );
         let mut meant = vec![url.to_owned()];
         meant.extend(before.iter().filter(|endpoint| *endpoint != url).cloned());
         if before.first().is_some_and(|first| first == url) {
@@ -45,28 +51,60 @@ fn apply_one(text: &str, url: &str, registry: &str) -> Result<String, Unfit> {
     let tree = parse(text)?;
     let (key, item) = (quoted(registry), quoted(url));
     let eol = if text.contains("\r\n") { "\r\n" } else { "\n" };
-    let lines = |lines: &[String]| lines.iter().map(|line| format!("{line}{eol}")).collect::<String>();
+    let lines = |lines: &[String]| {
+        lines
+            .iter()
+            .map(|line| format!("{line}{eol}"))
+            .collect::<String>()
+    };
     let entry = |indent: usize| {
         let pad = " ".repeat(indent);
-        [format!("{pad}{key}:"), format!("{pad}  endpoint:"), format!("{pad}    - {item}")]
+        [
+            format!("{pad}{key}:"),
+            format!("{pad}  endpoint:"),
+            format!("{pad}    - {item}"),
+        ]
     };
     let mut all = vec!["mirrors:".to_owned()];
     all.extend(entry(2));
-    let Some(tree) = tree else { return Ok(at_the_end(text, &lines(&all), eol)) };
+    let Some(tree) = tree else {
+        return Ok(at_the_end(text, &lines(&all), eol));
+    };
     let Some((name, mirrors)) = tree.entry("mirrors") else {
-        return if is_block(text, &tree) { Ok(at_the_end(text, &lines(&all), eol)) } else { Err(shape()) };
+        return if is_block(text, &tree) {
+            Ok(at_the_end(text, &lines(&all), eol))
+        } else {
+            Err(shape())
+        };
     };
     if mirrors.is_null() {
-        return Ok(splice_line_after(text, name.at.start, &lines(&entry(2)), eol));
+        return Ok(splice_line_after(
+            text,
+            name.at.start,
+            &lines(&entry(2)),
+            eol,
+        ));
     }
-    let Some((first, _)) = mirrors.entries().first().filter(|_| is_block(text, mirrors)) else {
+    let Some((first, _)) = mirrors
+        .entries()
+        .first()
+        .filter(|_| is_block(text, mirrors))
+    else {
         return Err(shape());
     };
     let Some((own, settings)) = mirrors.entry(registry) else {
-        return Ok(splice_line_after(text, name.at.start, &lines(&entry(first.column)), eol));
+        return Ok(splice_line_after(
+            text,
+            name.at.start,
+            &lines(&entry(first.column)),
+            eol,
+        ));
     };
     let Some((endpoint, list)) = settings.entry("endpoint") else {
-        let indent = settings.entries().first().map_or(own.column + 2, |(key, _)| key.column);
+        let indent = settings
+            .entries()
+            .first()
+            .map_or(own.column + 2, |(key, _)| key.column);
         if !settings.is_null() && !is_block(text, settings) {
             return Err(shape());
         }
@@ -75,20 +113,31 @@ fn apply_one(text: &str, url: &str, registry: &str) -> Result<String, Unfit> {
         return Ok(splice_line_after(text, own.at.start, &more, eol));
     };
     match list.items().first() {
-        Some(first) if text[list.at.clone()].starts_with('[') => {
-            Ok(format!("{}{item}, {}", &text[..first.at.start], &text[first.at.start..]))
-        }
+        Some(first) if text[list.at.clone()].starts_with('[') => Ok(format!(
+            "{}{item}, {}",
+            &text[..first.at.start],
+            &text[first.at.start..]
+        )),
         Some(first) => {
             let line = text[..first.at.start].rfind('\n').map_or(0, |at| at + 1);
             let start = &text[line..first.at.start];
             if start.trim() != "-" {
                 return Err(shape());
             }
-            Ok(format!("{}{start}{item}{eol}{}", &text[..line], &text[line..]))
+            Ok(format!(
+                "{}{start}{item}{eol}{}",
+                &text[..line],
+                &text[line..]
+            ))
         }
         None if list.is_null() => {
             let pad = " ".repeat(endpoint.column + 2);
-            Ok(splice_line_after(text, endpoint.at.start, &lines(&[format!("{pad}- {item}")]), eol))
+            Ok(splice_line_after(
+                text,
+                endpoint.at.start,
+                &lines(&[format!("{pad}- {item}")]),
+                eol,
+            ))
         }
         None => Err(shape()),
     }
@@ -109,11 +158,23 @@ pub(super) fn undo(
 }
 
 fn undo_one(text: &str, url: &str, registry: &str, original: &str) -> Result<String, Unfit> {
-    let Some(tree) = parse(text)? else { return Ok(text.to_owned()) };
-    let Some((mirrors_key, mirrors)) = tree.entry("mirrors") else { return Ok(text.to_owned()) };
-    let Some((own, settings)) = mirrors.entry(registry) else { return Ok(text.to_owned()) };
-    let Some((endpoint, list)) = settings.entry("endpoint") else { return Ok(text.to_owned()) };
-    let Some(position) = list.items().iter().position(|item| item.as_str() == Some(url)) else {
+    let Some(tree) = parse(text)? else {
+        return Ok(text.to_owned());
+    };
+    let Some((mirrors_key, mirrors)) = tree.entry("mirrors") else {
+        return Ok(text.to_owned());
+    };
+    let Some((own, settings)) = mirrors.entry(registry) else {
+        return Ok(text.to_owned());
+    };
+    let Some((endpoint, list)) = settings.entry("endpoint") else {
+        return Ok(text.to_owned());
+    };
+    let Some(position) = list
+        .items()
+        .iter()
+        .position(|item| item.as_str() == Some(url))
+    else {
         return Ok(text.to_owned());
     };
     let before = yaml::parse(original).ok().flatten();
@@ -121,12 +182,19 @@ fn undo_one(text: &str, url: &str, registry: &str, original: &str) -> Result<Str
     let had = had_mirrors.and_then(|mirrors| mirrors.get(registry));
     let had_endpoint = had.is_some_and(|settings| settings.get("endpoint").is_some());
     let item = &list.items()[position];
-    let cut = match (list.items().len(), settings.entries().len(), mirrors.entries().len()) {
+    let cut = match (
+        list.items().len(),
+        settings.entries().len(),
+        mirrors.entries().len(),
+    ) {
         (1, 1, 1) if had_mirrors.is_none() => lines_of(text, mirrors_key.at.start, item.at.end),
         (1, 1, _) if had.is_none() => lines_of(text, own.at.start, item.at.end),
         (1, _, _) if !had_endpoint => lines_of(text, endpoint.at.start, item.at.end),
         _ if text[list.at.clone()].starts_with('[') => {
-            let next = list.items().get(position + 1).map_or(item.at.end, |next| next.at.start);
+            let next = list
+                .items()
+                .get(position + 1)
+                .map_or(item.at.end, |next| next.at.start);
             item.at.start..next
         }
         _ => lines_of(text, item.at.start, item.at.end),
@@ -139,23 +207,43 @@ fn undo_one(text: &str, url: &str, registry: &str, original: &str) -> Result<Str
 }
 
 fn parse(text: &str) -> Result<Option<Node>, Unfit> {
-    yaml::parse(text).map_err(|why| Unfit::new(format!("is no YAML: {why}"), "mend it, or move it away"))
+    yaml::parse(text)
+        .map_err(|why| Unfit::new(format!("is no YAML: {why}"), "mend it, or move it away"))
 }
 
 fn endpoints(text: &str, registry: &str) -> Result<Vec<String>, Unfit> {
     let tree = parse(text)?;
-    let list = tree.as_ref().and_then(|tree| tree.get("mirrors")?.get(registry)?.get("endpoint"));
-    Ok(list.into_iter().flat_map(Node::items).filter_map(Node::as_str).map(str::to_owned).collect())
+    let list = tree
+        .as_ref()
+        .and_then(|tree| tree.get("mirrors")?.get(registry)?.get("endpoint"));
+    Ok(list
+        .into_iter()
+        .flat_map(Node::items)
+        .filter_map(Node::as_str)
+        .map(str::to_owned)
+        .collect())
 }
 
 /// The file's meaning without one registry's endpoints, and without what is empty then.
 fn without(text: &str, registry: &str) -> Result<Option<Node>, Unfit> {
-    let Some(mut tree) = parse(text)? else { return Ok(None) };
-    let Value::Mapping(top) = &mut tree.value else { return Ok(Some(tree)) };
-    for (key, mirrors) in top.iter_mut().filter(|(key, _)| key.as_str() == Some("mirrors")) {
+    let Some(mut tree) = parse(text)? else {
+        return Ok(None);
+    };
+    let Value::Mapping(top) = &mut tree.value else {
+        return Ok(Some(tree));
+    };
+    for (key, mirrors) in top
+        .iter_mut()
+        .filter(|(key, _)| key.as_str() == Some("mirrors"))
+    {
         let _ = key;
-        let Value::Mapping(entries) = &mut mirrors.value else { continue };
-        for (_, settings) in entries.iter_mut().filter(|(key, _)| key.as_str() == Some(registry)) {
+        let Value::Mapping(entries) = &mut mirrors.value else {
+            continue;
+        };
+        for (_, settings) in entries
+            .iter_mut()
+            .filter(|(key, _)| key.as_str() == Some(registry))
+        {
             if let Value::Mapping(settings) = &mut settings.value {
                 settings.retain(|(key, _)| key.as_str() != Some("endpoint"));
             }
@@ -165,8 +253,9 @@ fn without(text: &str, registry: &str) -> Result<Option<Node>, Unfit> {
         };
         entries.retain(|(key, settings)| key.as_str() != Some(registry) || !is_empty(settings));
     }
-    let is_empty =
-        |value: &Node| value.is_null() || matches!(&value.value, Value::Mapping(all) if all.is_empty());
+    let is_empty = |value: &Node| {
+        value.is_null() || matches!(&value.value, Value::Mapping(all) if all.is_empty())
+    };
     top.retain(|(key, value)| key.as_str() != Some("mirrors") || !is_empty(value));
     let is_empty = top.is_empty();
     Ok(Some(tree).filter(|_| !is_empty))
@@ -177,7 +266,11 @@ fn is_block(text: &str, node: &Node) -> bool {
 }
 
 fn at_the_end(text: &str, more: &str, eol: &str) -> String {
-    let gap = if text.is_empty() || text.ends_with('\n') { "" } else { eol };
+    let gap = if text.is_empty() || text.ends_with('\n') {
+        ""
+    } else {
+        eol
+    };
     format!("{text}{gap}{more}")
 }
 
@@ -226,16 +319,30 @@ mod tests {
         ] {
             let edited = apply(Some(text), URL, &all).unwrap();
             for registry in ["*", "docker.io"] {
-                assert_eq!(endpoints(&edited, registry).unwrap()[0], URL, "{text}\n{edited}");
+                assert_eq!(
+                    endpoints(&edited, registry).unwrap()[0],
+                    URL,
+                    "{text}\n{edited}"
+                );
             }
             assert_eq!(apply(Some(&edited), URL, &all).unwrap(), edited, "{text}");
             if endpoints(text, "*").unwrap().is_empty() {
-                assert_eq!(undo(&edited, URL, &all, Some(text)).unwrap(), text, "{edited}");
+                assert_eq!(
+                    undo(&edited, URL, &all, Some(text)).unwrap(),
+                    text,
+                    "{edited}"
+                );
             }
         }
         let new = apply(None, URL, &[ALL.to_owned()]).unwrap();
-        assert_eq!(new, format!("{NOTE}\nmirrors:\n  \"*\":\n    endpoint:\n      - \"{URL}\"\n"));
-        let edit = Edit::RegistriesYaml { url: URL.into(), registries: vec![ALL.into()] };
+        assert_eq!(
+            new,
+            format!("{NOTE}\nmirrors:\n  \"*\":\n    endpoint:\n      - \"{URL}\"\n")
+        );
+        let edit = Edit::RegistriesYaml {
+            url: URL.into(),
+            registries: vec![ALL.into()],
+        };
         assert_eq!(edit.undo(&new, None), Ok(None));
     }
 
@@ -258,7 +365,10 @@ mod tests {
             "- a\n",
             "a: 1\n---\nb: 1\n",
         ] {
-            assert!(apply(Some(text), URL, &["docker.io".to_owned()]).is_err(), "{text}");
+            assert!(
+                apply(Some(text), URL, &["docker.io".to_owned()]).is_err(),
+                "{text}"
+            );
         }
     }
 }

@@ -16,23 +16,37 @@ pub(super) fn apply(text: Option<&str>, scopes: &[String]) -> Result<String, Unf
         _ => format!("{NOTE}\n{TOP}\n"),
     };
     let top = format!("{TOP}\n");
-    let found =
-        if edited.starts_with(&top) { Some(0) } else { edited.find(&format!("\n{top}")).map(|at| at + 1) };
-    let Some(at) = found.map(|at| at + top.len()) else {
-        return Err(Unfit::new("is there already, and not by `hawker configure`", "move it to another name"));
+    let found = if edited.starts_with(&top) {
+        Some(0)
+    } else {
+        edited.find(&format!("\n{top}")).map(|at| at + 1)
     };
-    let missing: String =
-        scopes.iter().map(|scope| lines(scope)).filter(|lines| !edited.contains(lines)).collect();
+    let Some(at) = found.map(|at| at + top.len()) else {
+        return Err(Unfit::new(
+            "is there already, and not by `hawker configure`",
+            "move it to another name",
+        ));
+    };
+    let missing: String = scopes
+        .iter()
+        .map(|scope| lines(scope))
+        .filter(|lines| !edited.contains(lines))
+        .collect();
     edited.insert_str(at, &missing);
     match yaml::parse(&edited) {
         Ok(_) => Ok(edited),
-        Err(why) => Err(Unfit::new(format!("would be no YAML: {why}"), "move it to another name")),
+        Err(why) => Err(Unfit::new(
+            format!("would be no YAML: {why}"),
+            "move it to another name",
+        )),
     }
 }
 
 /// Takes our locations out.
 pub(super) fn undo(text: &str, scopes: &[String]) -> String {
-    scopes.iter().fold(text.to_owned(), |text, scope| text.replacen(&lines(scope), "", 1))
+    scopes.iter().fold(text.to_owned(), |text, scope| {
+        text.replacen(&lines(scope), "", 1)
+    })
 }
 
 /// Whether a line is ours.

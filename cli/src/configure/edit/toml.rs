@@ -42,8 +42,16 @@ impl<'a> Toml<'a> {
         let mut headers = Vec::new();
         find_headers(document.as_table(), &mut Vec::new(), &mut headers);
         headers.sort_by_key(|header| header.at.start);
-        let trailing = document.trailing().span().map_or(text.len(), |span| span.start);
-        Ok(Self { text, document, headers, trailing })
+        let trailing = document
+            .trailing()
+            .span()
+            .map_or(text.len(), |span| span.start);
+        Ok(Self {
+            text,
+            document,
+            headers,
+            trailing,
+        })
     }
 
     pub(super) fn headers(&self) -> &[Header] {
@@ -53,7 +61,10 @@ impl<'a> Toml<'a> {
     pub(super) fn item(&self, path: &[&str]) -> Option<&Item> {
         let (last, parents) = path.split_last()?;
         let table: &dyn TableLike = self.document.as_table();
-        parents.iter().try_fold(table, |table, name| table.get(name)?.as_table_like())?.get(last)
+        parents
+            .iter()
+            .try_fold(table, |table, name| table.get(name)?.as_table_like())?
+            .get(last)
     }
 
     /// The words of a value, as they stand in the file.
@@ -68,14 +79,19 @@ impl<'a> Toml<'a> {
 
     /// What lies between a header's line and the next header's comments, its own line included.
     pub(super) fn block(&self, header: &Header) -> Range<usize> {
-        let next = self.headers.iter().find(|other| other.at.start > header.at.start);
+        let next = self
+            .headers
+            .iter()
+            .find(|other| other.at.start > header.at.start);
         line_start(self.text, header.at.start)..next.map_or(self.trailing, |next| next.from)
     }
 
     /// Where a table goes that has to come before all others: behind the keys at the top, and before the comments that belong
     /// to the first table.
     pub(super) fn before_tables(&self) -> usize {
-        let Some(first) = self.headers.first() else { return self.text.len() };
+        let Some(first) = self.headers.first() else {
+            return self.text.len();
+        };
         let line = line_start(self.text, first.at.start);
         let comments = &self.text[first.from..line];
         let mut at = first.from;
@@ -99,7 +115,10 @@ fn find_headers(table: &dyn TableLike, path: &mut Vec<String>, found: &mut Vec<H
             _ => Vec::new(),
         };
         for table in tables {
-            if let Some(at) = table.span().filter(|_| !table.is_implicit() && !table.is_dotted()) {
+            if let Some(at) = table
+                .span()
+                .filter(|_| !table.is_implicit() && !table.is_dotted())
+            {
                 let from = table.decor().prefix().and_then(|prefix| prefix.span());
                 found.push(Header {
                     path: path.clone(),
@@ -126,11 +145,18 @@ pub(super) fn set(text: &str, table: &[&str], key: &str, literal: &str) -> Resul
                 let at = line_end(text, header.at.end);
                 let indent = indent_below(text, &toml.block(header));
                 let start = if text[..at].ends_with('\n') { "" } else { eol };
-                splice(text, at..at, &format!("{start}{indent}{key} = {literal}{eol}"))
+                splice(
+                    text,
+                    at..at,
+                    &format!("{start}{indent}{key} = {literal}{eol}"),
+                )
             }
             None => {
                 let name: Vec<String> = table.iter().map(|name| key_literal(name)).collect();
-                append(text, &format!("[{}]{eol}  {key} = {literal}{eol}", name.join(".")))
+                append(
+                    text,
+                    &format!("[{}]{eol}  {key} = {literal}{eol}", name.join(".")),
+                )
             }
         },
     };
@@ -153,18 +179,28 @@ pub(super) fn unset(
     };
     if let Some(before) = original.and_then(|original| original.literal(&path)) {
         let value = parse_literal(before)?;
-        return meant(text, splice(text, span, before), |model| put(model, table, key, value));
+        return meant(text, splice(text, span, before), |model| {
+            put(model, table, key, value)
+        });
     }
     let line = line_start(text, span.start)..line_end(text, span.end);
-    let without = meant(text, splice(text, line, ""), |model| take(model, table, key))?;
+    let without = meant(text, splice(text, line, ""), |model| {
+        take(model, table, key)
+    })?;
     drop_if_empty(without, table, original)
 }
 
-fn drop_if_empty(text: String, table: &[&str], original: Option<&Toml<'_>>) -> Result<String, Unfit> {
+fn drop_if_empty(
+    text: String,
+    table: &[&str],
+    original: Option<&Toml<'_>>,
+) -> Result<String, Unfit> {
     let toml = Toml::parse(&text)?;
-    let ours = original.is_none_or(|original| original.headers.iter().all(|header| !header.is(table)));
+    let ours =
+        original.is_none_or(|original| original.headers.iter().all(|header| !header.is(table)));
     // Tables below it have headers of their own.
-    let stays = |item: &Item| item.is_value() || item.as_table().is_some_and(toml_edit::Table::is_dotted);
+    let stays =
+        |item: &Item| item.is_value() || item.as_table().is_some_and(toml_edit::Table::is_dotted);
     let empty = toml
         .item(table)
         .and_then(Item::as_table_like)
@@ -179,12 +215,21 @@ fn drop_if_empty(text: String, table: &[&str], original: Option<&Toml<'_>>) -> R
 }
 
 /// Puts a text first in the array `table.key`, which is made where it is missing.
-pub(super) fn prepend(text: &str, table: &[&str], key: &str, element: &str) -> Result<String, Unfit> {
+pub(super) fn prepend(
+    text: &str,
+    table: &[&str],
+    key: &str,
+    element: &str,
+) -> Result<String, Unfit> {
     let toml = Toml::parse(text)?;
     let literal = literal(element);
     let path = [table, &[key]].concat();
-    let Some(array) = toml.array(&path) else { return set(text, table, key, &format!("[{literal}]")) };
-    let Some(span) = array.span() else { return Err(Unfit::shape()) };
+    let Some(array) = toml.array(&path) else {
+        return set(text, table, key, &format!("[{literal}]"));
+    };
+    let Some(span) = array.span() else {
+        return Err(Unfit::shape());
+    };
     let inside = span.start + 1;
     let spaced = text[inside..].starts_with(char::is_whitespace);
     let first = match (array.is_empty(), spaced) {
@@ -209,9 +254,14 @@ pub(super) fn withdraw(
 ) -> Result<String, Unfit> {
     let toml = Toml::parse(text)?;
     let path = [table, &[key]].concat();
-    let Some(array) = toml.array(&path) else { return Ok(text.to_owned()) };
+    let Some(array) = toml.array(&path) else {
+        return Ok(text.to_owned());
+    };
     let spans: Vec<Range<usize>> = array.iter().filter_map(toml_edit::Value::span).collect();
-    let Some(i) = array.iter().position(|value| value.as_str() == Some(element)) else {
+    let Some(i) = array
+        .iter()
+        .position(|value| value.as_str() == Some(element))
+    else {
         return Ok(text.to_owned());
     };
     let there = original.is_some_and(|original| original.array(&path).is_some());
@@ -221,7 +271,10 @@ pub(super) fn withdraw(
     // Up to the next element, or from the one before: the comma goes with it.
     let cut = match (spans.get(i), spans.get(i + 1)) {
         (Some(own), Some(next)) => own.start..next.start,
-        (Some(own), None) => i.checked_sub(1).map_or(own.start, |before| spans[before].end)..own.end,
+        (Some(own), None) => {
+            i.checked_sub(1)
+                .map_or(own.start, |before| spans[before].end)..own.end
+        }
         (None, _) => return Err(Unfit::shape()),
     };
     meant(text, splice(text, cut, ""), |model| {
@@ -232,7 +285,11 @@ pub(super) fn withdraw(
 }
 
 /// The text that came out of an edit, if it means what the edit was to mean.
-pub(super) fn meant(before: &str, edited: String, change: impl FnOnce(&mut Table)) -> Result<String, Unfit> {
+pub(super) fn meant(
+    before: &str,
+    edited: String,
+    change: impl FnOnce(&mut Table),
+) -> Result<String, Unfit> {
     let mut wanted: Table = before.parse().map_err(|_| Unfit::shape())?;
     change(&mut wanted);
     match edited.parse::<Table>() {
@@ -245,7 +302,9 @@ pub(super) fn meant(before: &str, edited: String, change: impl FnOnce(&mut Table
 pub(super) fn put(model: &mut Table, table: &[&str], key: &str, value: Value) {
     let mut at = model;
     for name in table {
-        let entry = at.entry((*name).to_owned()).or_insert_with(|| Value::Table(Table::new()));
+        let entry = at
+            .entry((*name).to_owned())
+            .or_insert_with(|| Value::Table(Table::new()));
         let Value::Table(next) = entry else { return };
         at = next;
     }
@@ -260,11 +319,16 @@ fn take(model: &mut Table, table: &[&str], key: &str) {
 
 fn look_mut<'a>(model: &'a mut Table, path: &[&str]) -> Option<&'a mut Value> {
     let (last, parents) = path.split_last()?;
-    parents.iter().try_fold(model, |table, name| table.get_mut(*name)?.as_table_mut())?.get_mut(*last)
+    parents
+        .iter()
+        .try_fold(model, |table, name| table.get_mut(*name)?.as_table_mut())?
+        .get_mut(*last)
 }
 
 fn parse_literal(literal: &str) -> Result<Value, Unfit> {
-    let table: Table = format!("it = {literal}").parse().map_err(|_| Unfit::shape())?;
+    let table: Table = format!("it = {literal}")
+        .parse()
+        .map_err(|_| Unfit::shape())?;
     table.get("it").cloned().ok_or_else(Unfit::shape)
 }
 
@@ -275,7 +339,11 @@ pub(super) fn literal(text: &str) -> String {
 
 fn key_literal(name: &str) -> String {
     let bare = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_');
-    if !name.is_empty() && name.chars().all(bare) { name.to_owned() } else { literal(name) }
+    if !name.is_empty() && name.chars().all(bare) {
+        name.to_owned()
+    } else {
+        literal(name)
+    }
 }
 
 /// How the file ends its lines.
@@ -286,7 +354,11 @@ pub(super) fn eol(text: &str) -> &'static str {
 /// A block at the end, behind a blank line.
 pub(super) fn append(text: &str, block: &str) -> String {
     let eol = eol(text);
-    let end = if text.is_empty() || text.ends_with('\n') { "" } else { eol };
+    let end = if text.is_empty() || text.ends_with('\n') {
+        ""
+    } else {
+        eol
+    };
     let blank = if text.trim().is_empty() { "" } else { eol };
     format!("{text}{end}{blank}{block}")
 }
@@ -301,7 +373,9 @@ pub(super) fn line_start(text: &str, at: usize) -> usize {
 
 /// Behind the end of the line.
 pub(super) fn line_end(text: &str, at: usize) -> usize {
-    text[at..].find('\n').map_or(text.len(), |newline| at + newline + 1)
+    text[at..]
+        .find('\n')
+        .map_or(text.len(), |newline| at + newline + 1)
 }
 
 /// The same, and the blank line before it.
@@ -316,12 +390,20 @@ pub(super) fn with_blank_before(text: &str, block: Range<usize>) -> Range<usize>
 /// The same, and the blank line behind it.
 pub(super) fn with_blank_behind(text: &str, block: Range<usize>) -> Range<usize> {
     let end = line_end(text, block.end);
-    if text[block.end..end].trim().is_empty() { block.start..end } else { block }
+    if text[block.end..end].trim().is_empty() {
+        block.start..end
+    } else {
+        block
+    }
 }
 
 /// How the keys of a block are indented: as the first one, else two spaces more than the header.
 fn indent_below(text: &str, block: &Range<usize>) -> String {
-    let spaces = |line: &str| -> String { line.chars().take_while(|c| matches!(c, ' ' | '\t')).collect() };
+    let spaces = |line: &str| -> String {
+        line.chars()
+            .take_while(|c| matches!(c, ' ' | '\t'))
+            .collect()
+    };
     let mut lines = text[block.clone()].lines();
     let header = spaces(lines.next().unwrap_or_default());
     let key = lines.find(|line| !line.trim().is_empty() && !line.trim_start().starts_with('#'));
@@ -343,7 +425,10 @@ mod tests {
         let block = "[plugins.\"io.containerd.grpc.v1.cri\".registry]\n";
         for (before, after) in [
             (String::new(), format!("{block}  config_path = \"/d\"\n")),
-            ("a = 1".to_owned(), format!("a = 1\n\n{block}  config_path = \"/d\"\n")),
+            (
+                "a = 1".to_owned(),
+                format!("a = 1\n\n{block}  config_path = \"/d\"\n"),
+            ),
             (
                 "a = 1\r\n".to_owned(),
                 format!("a = 1\r\n\r\n{block}  config_path = \"/d\"\n")
@@ -358,7 +443,10 @@ mod tests {
                 format!("  {block}\n    # c\n\tx.y = 1\n"),
                 format!("  {block}\tconfig_path = \"/d\"\n\n    # c\n\tx.y = 1\n"),
             ),
-            (format!("  {block}  [a]\n"), format!("  {block}    config_path = \"/d\"\n  [a]\n")),
+            (
+                format!("  {block}  [a]\n"),
+                format!("  {block}    config_path = \"/d\"\n  [a]\n"),
+            ),
             (
                 "plugins.\"io.containerd.grpc.v1.cri\".registry.config_path=\"\"\n".to_owned(),
                 "plugins.\"io.containerd.grpc.v1.cri\".registry.config_path=\"/d\"\n".to_owned(),
@@ -377,7 +465,10 @@ mod tests {
             "plugins = 1\n",
             "[plugins",
         ] {
-            assert!(set(text, &PLUGIN, "config_path", "\"/d\"").is_err(), "{text}");
+            assert!(
+                set(text, &PLUGIN, "config_path", "\"/d\"").is_err(),
+                "{text}"
+            );
         }
     }
 
@@ -410,10 +501,18 @@ mod tests {
             let original = Toml::parse(text).unwrap();
             let more = prepend(text, &table, "mirrors", "m").unwrap();
             let toml = Toml::parse(&more).unwrap();
-            let first = toml.array(&["registry", "docker.io", "mirrors"]).unwrap().get(0).unwrap();
+            let first = toml
+                .array(&["registry", "docker.io", "mirrors"])
+                .unwrap()
+                .get(0)
+                .unwrap();
             assert_eq!(first.as_str(), Some("m"), "{more}");
             let less = withdraw(&more, &table, "mirrors", "m", Some(&original)).unwrap();
-            assert_eq!(less.parse::<Table>().unwrap(), text.parse::<Table>().unwrap(), "{more}");
+            assert_eq!(
+                less.parse::<Table>().unwrap(),
+                text.parse::<Table>().unwrap(),
+                "{more}"
+            );
         }
         let last = withdraw("mirrors = [\"a\", \"m\"]\n", &[], "mirrors", "m", None).unwrap();
         assert_eq!(last, "mirrors = [\"a\"]\n");

@@ -73,11 +73,16 @@ pub(super) enum Attack {
 impl Attack {
     /// Every attack; the control is none.
     pub(super) fn all() -> impl Iterator<Item = Self> {
-        Self::value_variants().iter().copied().filter(|attack| *attack != Attack::Control)
+        Self::value_variants()
+            .iter()
+            .copied()
+            .filter(|attack| *attack != Attack::Control)
     }
 
     pub(super) fn name(self) -> String {
-        self.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default()
+        self.to_possible_value()
+            .map(|value| value.get_name().to_owned())
+            .unwrap_or_default()
     }
 
     /// Begins it, against node, seeds and scheduler as far as each is within its reach.
@@ -90,7 +95,11 @@ impl Attack {
             Attack::SlowReaders => {
                 let blobs = huge_blobs(arena, 8);
                 for victim in mirrors {
-                    on.repeat(victim.host(), 8, SlowReader(Mirror::of(victim, arena), blobs.clone()))?;
+                    on.repeat(
+                        victim.host(),
+                        8,
+                        SlowReader(Mirror::of(victim, arena), blobs.clone()),
+                    )?;
                 }
             }
             Attack::LyingSizes => {
@@ -140,14 +149,28 @@ impl Attack {
                 let intruder = Member::new(arena)?;
                 for victim in arena.seeds().into_iter().chain([&arena.cluster.nodes[0]]) {
                     let registry = arena.evil.address().to_string();
-                    on.repeat(&intruder.host, 1, Tables { door: intruder.door(victim)?, registry })?;
+                    on.repeat(
+                        &intruder.host,
+                        1,
+                        Tables {
+                            door: intruder.door(victim)?,
+                            registry,
+                        },
+                    )?;
                 }
             }
             Attack::NamedRegistry => {
                 let intruder = Member::new(arena)?;
                 for seed in arena.seeds() {
                     let registry = arena.evil.address().to_string();
-                    on.repeat(&intruder.host, 1, ManyInterests { door: intruder.door(seed)?, registry })?;
+                    on.repeat(
+                        &intruder.host,
+                        1,
+                        ManyInterests {
+                            door: intruder.door(seed)?,
+                            registry,
+                        },
+                    )?;
                 }
             }
             Attack::ManyConnections => {
@@ -160,13 +183,31 @@ impl Attack {
                 let authority = arena.cluster.authority();
                 let content = Content::generated(0, arena.cached.size_bytes);
                 let join = |host: &Host| {
-                    Rogue::start(host, authority, "peer", Conduct::Stall, &arena.cached, &content)
-                        .map(Arc::new)
+                    Rogue::start(
+                        host,
+                        authority,
+                        "peer",
+                        Conduct::Stall,
+                        &arena.cached,
+                        &content,
+                    )
+                    .map(Arc::new)
                 };
                 on.rogues = arena.outsiders.iter().map(join).collect::<Result<_>>()?;
-                let seeds = arena.seeds().map(peer_id).into_iter().collect::<Result<Vec<_>>>()?;
+                let seeds = arena
+                    .seeds()
+                    .map(peer_id)
+                    .into_iter()
+                    .collect::<Result<Vec<_>>>()?;
                 for (rogue, host) in on.rogues.clone().into_iter().zip(&arena.outsiders) {
-                    on.repeat(host, 1, Slanderer { rogue, seeds: seeds.clone() })?;
+                    on.repeat(
+                        host,
+                        1,
+                        Slanderer {
+                            rogue,
+                            seeds: seeds.clone(),
+                        },
+                    )?;
                 }
             }
         }
@@ -222,14 +263,21 @@ impl Onslaught {
     pub(super) fn end(self) -> (u64, u64) {
         let counts = Arc::clone(&self.counts);
         drop(self);
-        (counts.tries.load(Ordering::Relaxed), counts.refused.load(Ordering::Relaxed))
+        (
+            counts.tries.load(Ordering::Relaxed),
+            counts.refused.load(Ordering::Relaxed),
+        )
     }
 }
 
 fn huge_blobs(arena: &Arena, count: u32) -> Vec<Digest> {
     let blob = |number: u32| {
         let digest = invented(number);
-        arena.evil.add_claimed_blob(REPOSITORY, &digest, Content::generated(u64::from(number), HUGE_BYTES));
+        arena.evil.add_claimed_blob(
+            REPOSITORY,
+            &digest,
+            Content::generated(u64::from(number), HUGE_BYTES),
+        );
         digest
     };
     (0..count).map(blob).collect()
@@ -247,13 +295,17 @@ struct Mirror {
 
 impl Mirror {
     fn of(hawker: &Hawker, arena: &Arena) -> Self {
-        Self { address: hawker.mirror(), registry: arena.evil.address().to_string() }
+        Self {
+            address: hawker.mirror(),
+            registry: arena.evil.address().to_string(),
+        }
     }
 
     async fn ask(&self, registry: &str, digest: Digest) -> Result<TcpStream> {
         let mut stream = TcpStream::connect(self.address).await?;
         let ns = registry.replace(':', "%3A");
-        let head = format!("GET /v2/{REPOSITORY}/blobs/{digest}?ns={ns} HTTP/1.1\r\nHost: mirror\r\n\r\n");
+        let head =
+            format!("GET /v2/{REPOSITORY}/blobs/{digest}?ns={ns} HTTP/1.1\r\nHost: mirror\r\n\r\n");
         stream.write_all(head.as_bytes()).await?;
         Ok(stream)
     }
@@ -286,7 +338,10 @@ impl Attempt for LyingSize {
     async fn once(&self, _: u64) -> Result<()> {
         let mut announced = self.1.subscribe();
         loop {
-            let stream = self.0.ask(&self.0.registry, announced.recv().await?).await?;
+            let stream = self
+                .0
+                .ask(&self.0.registry, announced.recv().await?)
+                .await?;
             // It may hang: the next blob counts more.
             let _ = timeout(PAUSE, until_closed(stream)).await;
         }
@@ -297,7 +352,13 @@ struct SilentName(Mirror);
 
 impl Attempt for SilentName {
     async fn once(&self, number: u64) -> Result<()> {
-        let stream = self.0.ask(&format!("n{number}.silent.example"), invented(number as u32)).await?;
+        let stream = self
+            .0
+            .ask(
+                &format!("n{number}.silent.example"),
+                invented(number as u32),
+            )
+            .await?;
         timeout(PATIENCE, until_closed(stream)).await?
     }
 }
@@ -314,7 +375,9 @@ impl Attempt for HalfRequest {
 
 /// TLS without a certificate. The outsider knows the cluster's authority; that alone opens nothing.
 fn stranger(host: &Host, arena: &Arena) -> Result<Arc<ClientConfig>> {
-    Attacker::join(host, arena.cluster.authority())?.membership().stranger()
+    Attacker::join(host, arena.cluster.authority())?
+        .membership()
+        .stranger()
 }
 
 async fn handshake(
@@ -322,7 +385,9 @@ async fn handshake(
     config: &Arc<ClientConfig>,
 ) -> Result<tokio_rustls::client::TlsStream<TcpStream>> {
     let tcp = TcpStream::connect(address).await?;
-    Ok(TlsConnector::from(Arc::clone(config)).connect(role_name(Role::Scheduler), tcp).await?)
+    Ok(TlsConnector::from(Arc::clone(config))
+        .connect(role_name(Role::Scheduler), tcp)
+        .await?)
 }
 
 struct LongJoin(SocketAddr, Arc<ClientConfig>);
@@ -333,20 +398,28 @@ impl Attempt for LongJoin {
         const CHUNK_BYTES: usize = 64 << 10;
         let length = 4 * MIB as u32;
         let tls = handshake(self.0, &self.1).await?;
-        let connection = hyper::client::conn::http2::handshake(TokioExecutor::new(), TokioIo::new(tls));
+        let connection =
+            hyper::client::conn::http2::handshake(TokioExecutor::new(), TokioIo::new(tls));
         let (sender, driver) = connection.await?;
         let join = move || {
             let mut sender = sender.clone();
             // One chunk is missing in the end: the message is never whole.
             let head = Bytes::from([&[0][..], &length.to_be_bytes()].concat());
-            let chunks =
-                std::iter::repeat_n(Bytes::from(vec![0; CHUNK_BYTES]), length as usize / CHUNK_BYTES - 1);
+            let chunks = std::iter::repeat_n(
+                Bytes::from(vec![0; CHUNK_BYTES]),
+                length as usize / CHUNK_BYTES - 1,
+            );
             let frames = tokio_stream::iter(std::iter::once(head).chain(chunks).map(Frame::data));
-            let body = StreamBody::new(frames.chain(tokio_stream::pending()).map(std::io::Result::Ok));
-            let request = hyper::Request::post("http://scheduler.hawker.internal/hawker.v1.Authority/Join")
-                .header("content-type", "application/grpc")
-                .header("te", "trailers")
-                .body(body);
+            let body = StreamBody::new(
+                frames
+                    .chain(tokio_stream::pending())
+                    .map(std::io::Result::Ok),
+            );
+            let request =
+                hyper::Request::post("http://scheduler.hawker.internal/hawker.v1.Authority/Join")
+                    .header("content-type", "application/grpc")
+                    .header("te", "trailers")
+                    .body(body);
             async move { anyhow::Ok(sender.send_request(request?).await.map(drop)?) }
         };
         let mut streams = tokio::task::JoinSet::new();
@@ -389,12 +462,18 @@ struct Member {
 impl Member {
     fn new(arena: &Arena) -> Result<Self> {
         let host = arena.outsiders[0].clone();
-        let membership = Attacker::join(&host, arena.cluster.authority())?.membership().clone();
+        let membership = Attacker::join(&host, arena.cluster.authority())?
+            .membership()
+            .clone();
         Ok(Self { membership, host })
     }
 
     fn door(&self, victim: &Hawker) -> Result<Door> {
-        Ok(Door { membership: self.membership.clone(), address: victim.peer(), peer: peer_id(victim)? })
+        Ok(Door {
+            membership: self.membership.clone(),
+            address: victim.peer(),
+            peer: peer_id(victim)?,
+        })
     }
 }
 
@@ -421,7 +500,8 @@ impl Attempt for Interests {
     async fn once(&self, _: u64) -> Result<()> {
         let line = self.door.enter().await?;
         for blob in &self.blobs {
-            line.tell(&interest(*blob, &self.registry, REPOSITORY), PATIENCE).await?;
+            line.tell(&interest(*blob, &self.registry, REPOSITORY), PATIENCE)
+                .await?;
         }
         sleep(3 * PAUSE).await;
         Ok(())
@@ -440,8 +520,10 @@ impl Attempt for Tables {
         let line = self.door.enter().await?;
         for one in 0..TABLES {
             let task = invented(number as u32 * TABLES + one);
-            line.tell(&interest(task, &self.registry, REPOSITORY), PATIENCE).await?;
-            line.tell(&self.door.membership.table(task, HUGE_BYTES), PATIENCE).await?;
+            line.tell(&interest(task, &self.registry, REPOSITORY), PATIENCE)
+                .await?;
+            line.tell(&self.door.membership.table(task, HUGE_BYTES), PATIENCE)
+                .await?;
             sleep(BETWEEN).await;
         }
         Ok(())
@@ -459,7 +541,8 @@ impl Attempt for ManyInterests {
         let mut line = self.door.enter().await?;
         for one in 0..INTERESTS {
             let task = invented(number as u32 * INTERESTS + one);
-            line.tell(&interest(task, &self.registry, REPOSITORY), PATIENCE).await?;
+            line.tell(&interest(task, &self.registry, REPOSITORY), PATIENCE)
+                .await?;
         }
         // Its end by the other side is a refusal, by time none.
         ensure!(timeout(PATIENCE, line.over()).await.is_err(), "dropped");

@@ -43,7 +43,12 @@ pub(super) struct Honest<'a> {
 impl<'a> Honest<'a> {
     pub(super) fn new(arena: &'a Arena) -> Self {
         let (is_over, addresses) = (AtomicBool::new(false), AtomicU32::new(0));
-        Self { arena, is_over, addresses, pulls: Mutex::default() }
+        Self {
+            arena,
+            is_over,
+            addresses,
+            pulls: Mutex::default(),
+        }
     }
 
     /// Pulls at this node until [`Honest::stop`].
@@ -70,10 +75,23 @@ impl<'a> Honest<'a> {
         let from = Ipv4Addr::from_bits(Ipv4Addr::new(127, 1, 0, 1).to_bits() + client);
         let mirror = self.arena.cluster.nodes[node].mirror();
         let start = Instant::now();
-        let got = get(mirror, &self.arena.stage.mirror_target(blob), Some(from.into()));
-        let (end, failure) =
-            (Instant::now(), got.err().map(|error| format!("{kind:?} at node {node}: {error:#}")));
-        self.pulls().push(Pull { node, kind, start, end, failure });
+        let got = get(
+            mirror,
+            &self.arena.stage.mirror_target(blob),
+            Some(from.into()),
+        );
+        let (end, failure) = (
+            Instant::now(),
+            got.err()
+                .map(|error| format!("{kind:?} at node {node}: {error:#}")),
+        );
+        self.pulls().push(Pull {
+            node,
+            kind,
+            start,
+            end,
+            failure,
+        });
     }
 
     fn pulls(&self) -> MutexGuard<'_, Vec<Pull>> {
@@ -83,9 +101,12 @@ impl<'a> Honest<'a> {
     /// What the pulls that began in this time took, in order.
     pub(super) fn seconds(&self, node: usize, kind: Kind, time: &Range<Instant>) -> Vec<f64> {
         let pulls = self.pulls();
-        let ours =
-            pulls.iter().filter(|pull| pull.node == node && pull.kind == kind && time.contains(&pull.start));
-        let mut seconds: Vec<_> = ours.map(|pull| (pull.end - pull.start).as_secs_f64()).collect();
+        let ours = pulls
+            .iter()
+            .filter(|pull| pull.node == node && pull.kind == kind && time.contains(&pull.start));
+        let mut seconds: Vec<_> = ours
+            .map(|pull| (pull.end - pull.start).as_secs_f64())
+            .collect();
         seconds.sort_by(f64::total_cmp);
         seconds
     }
@@ -99,10 +120,12 @@ impl<'a> Honest<'a> {
         limit_s: f64,
     ) -> Option<Instant> {
         let pulls = self.pulls();
-        let mut ours =
-            pulls.iter().filter(|pull| pull.node == node && pull.kind == kind && pull.start >= from);
-        let is_fast =
-            |pull: &&Pull| pull.failure.is_none() && (pull.end - pull.start).as_secs_f64() <= limit_s;
+        let mut ours = pulls
+            .iter()
+            .filter(|pull| pull.node == node && pull.kind == kind && pull.start >= from);
+        let is_fast = |pull: &&Pull| {
+            pull.failure.is_none() && (pull.end - pull.start).as_secs_f64() <= limit_s
+        };
         ours.find(is_fast).map(|pull| pull.start)
     }
 

@@ -47,7 +47,11 @@ const LOOK_AGAIN: Duration = Duration::from_millis(500);
 
 impl Prefix {
     fn position(&self, layout: PieceLayout) -> u64 {
-        layout.start(self.piece) + self.buffer.as_ref().map_or(0, |buffer| buffer.filled().len() as u64)
+        layout.start(self.piece)
+            + self
+                .buffer
+                .as_ref()
+                .map_or(0, |buffer| buffer.filled().len() as u64)
     }
 
     fn begin_piece(&mut self, buffer: PieceBuffer) {
@@ -68,7 +72,9 @@ impl Prefix {
 
     /// Whether its piece will be whole in time, at the pace so far.
     fn is_on_its_way(&self) -> bool {
-        let Some(buffer) = &self.buffer else { return true };
+        let Some(buffer) = &self.buffer else {
+            return true;
+        };
         let filled = buffer.filled().len() as f64 / buffer.piece_len().max(1) as f64;
         self.buffer_since.elapsed().as_secs_f64() <= filled * PIECE_WITHIN.as_secs_f64()
     }
@@ -94,7 +100,12 @@ pub(super) struct InOrder {
 
 impl InOrder {
     pub(super) const fn new() -> Self {
-        Self { prefix: None, room: None, passed: 0..0, ended: 0 }
+        Self {
+            prefix: None,
+            room: None,
+            passed: 0..0,
+            ended: 0,
+        }
     }
 
     /// Begins, unless this read has ended already. Whether it does.
@@ -148,7 +159,10 @@ impl InOrder {
 
     /// The end of the hashed bytes.
     pub(super) fn position(&self, layout: Option<PieceLayout>) -> Option<u64> {
-        self.prefix.as_ref().zip(layout).map(|(prefix, layout)| prefix.position(layout))
+        self.prefix
+            .as_ref()
+            .zip(layout)
+            .map(|(prefix, layout)| prefix.position(layout))
     }
 
     /// All bytes that the newest read has passed to the driver.
@@ -163,12 +177,17 @@ impl InOrder {
 
     /// Whether the read waits for the memory of its next piece.
     pub(super) fn lacks_room(&self) -> bool {
-        self.prefix.as_ref().is_some_and(|prefix| prefix.buffer.is_none())
+        self.prefix
+            .as_ref()
+            .is_some_and(|prefix| prefix.buffer.is_none())
     }
 
     /// The moment to look whether others wait for the memory of its piece.
     pub(super) fn looks_at(&self) -> Option<Instant> {
-        self.prefix.as_ref().filter(|prefix| prefix.buffer.is_some()).map(|prefix| prefix.looks_at)
+        self.prefix
+            .as_ref()
+            .filter(|prefix| prefix.buffer.is_some())
+            .map(|prefix| prefix.looks_at)
     }
 
     /// Whether a request may begin, as far as memory goes. If it may not, the wait for memory begins. With a file, or while a request
@@ -180,25 +199,38 @@ impl InOrder {
         needs_room: bool,
         is_open: bool,
     ) -> bool {
-        let waiting = self.prefix.as_ref().filter(|prefix| needs_room && prefix.buffer.is_none());
+        let waiting = self
+            .prefix
+            .as_ref()
+            .filter(|prefix| needs_room && prefix.buffer.is_none());
         let Some(prefix) = waiting.filter(|_| !is_open) else {
             self.room = None;
             return true;
         };
         let (generation, piece) = (prefix.generation, prefix.piece);
-        if self.room.as_ref().is_none_or(|room| (room.generation, room.piece) != (generation, piece)) {
+        if self
+            .room
+            .as_ref()
+            .is_none_or(|room| (room.generation, room.piece) != (generation, piece))
+        {
             let (pool, len_bytes) = (context.pool.clone(), layout.len_bytes(piece) as usize);
             let buffer = Box::pin(async move { pool.get(len_bytes).await });
-            self.room = Some(Room { generation, piece, buffer });
+            self.room = Some(Room {
+                generation,
+                piece,
+                buffer,
+            });
         }
         false
     }
 
     /// There is memory for the next piece. Whether it may be asked for now.
     pub(super) fn take_room(&mut self, buffer: PieceBuffer) -> bool {
-        let (Some(room), Some(prefix)) = (self.room.take(), &mut self.prefix) else { return false };
-        let is_awaited =
-            (prefix.generation, prefix.piece) == (room.generation, room.piece) && prefix.buffer.is_none();
+        let (Some(room), Some(prefix)) = (self.room.take(), &mut self.prefix) else {
+            return false;
+        };
+        let is_awaited = (prefix.generation, prefix.piece) == (room.generation, room.piece)
+            && prefix.buffer.is_none();
         if is_awaited {
             prefix.begin_piece(buffer);
         }
@@ -222,18 +254,26 @@ impl InOrder {
         place: &Arc<str>,
         is_from_file: bool,
     ) -> Result<Bytes, Unheard> {
-        let Some(layout) = context.layout else { return Ok(bytes) };
+        let Some(layout) = context.layout else {
+            return Ok(bytes);
+        };
         while let Some(prefix) = self.prefix.as_ref().filter(|_| !bytes.is_empty()) {
             if prefix.buffer.is_none() {
                 let (piece, generation) = (prefix.piece, prefix.generation);
                 let Some(buffer) = self.room_for(context, layout, piece, generation).await? else {
                     return Ok(bytes);
                 };
-                let Some(prefix) = &mut self.prefix else { return Ok(bytes) };
+                let Some(prefix) = &mut self.prefix else {
+                    return Ok(bytes);
+                };
                 prefix.begin_piece(buffer);
             }
-            let Some(prefix) = &mut self.prefix else { return Ok(bytes) };
-            let Some(mut buffer) = prefix.buffer.take() else { return Ok(bytes) };
+            let Some(prefix) = &mut self.prefix else {
+                return Ok(bytes);
+            };
+            let Some(mut buffer) = prefix.buffer.take() else {
+                return Ok(bytes);
+            };
             let taken = buffer.extend(&bytes);
             prefix.chain.update(&bytes.split_to(taken));
             prefix.is_from_file &= is_from_file;
@@ -242,14 +282,24 @@ impl InOrder {
                 prefix.buffer = Some(buffer);
                 return Ok(bytes);
             }
-            let (piece, generation, chain) = (prefix.piece, prefix.generation, prefix.chain.clone());
-            let (is_on_disk, registry) = (prefix.is_from_file, prefix.place.take().unwrap_or_default());
+            let (piece, generation, chain) =
+                (prefix.piece, prefix.generation, prefix.chain.clone());
+            let (is_on_disk, registry) =
+                (prefix.is_from_file, prefix.place.take().unwrap_or_default());
             prefix.piece += 1;
             prefix.is_parked = false;
             let is_last = prefix.piece >= layout.count();
             let task = context.task;
             self.passed.end = layout.range(piece).end;
-            let event = Event::OriginPiece { task, generation, registry, piece, buffer, chain, is_on_disk };
+            let event = Event::OriginPiece {
+                task,
+                generation,
+                registry,
+                piece,
+                buffer,
+                chain,
+                is_on_disk,
+            };
             context.tell(event).await?;
             if is_last {
                 self.prefix = None;
@@ -271,16 +321,30 @@ impl InOrder {
     ) -> Result<Option<PieceBuffer>, Unheard> {
         let (mut wishes, mut window) = (context.wishes.clone(), context.window.clone());
         let room = async {
-            window.wait_for(|end| piece < *end).await.map_err(|_| Unheard)?;
-            Ok(Some(context.pool.get(layout.len_bytes(piece) as usize).await))
+            window
+                .wait_for(|end| piece < *end)
+                .await
+                .map_err(|_| Unheard)?;
+            Ok(Some(
+                context.pool.get(layout.len_bytes(piece) as usize).await,
+            ))
         };
         let ended = async {
-            let is_over =
-                |wishes: &Wishes| wishes.rest.as_ref().map(|rest| rest.generation) != Some(generation);
-            wishes.wait_for(is_over).await.map(|_| ()).map_err(|_| Unheard)
+            let is_over = |wishes: &Wishes| {
+                wishes.rest.as_ref().map(|rest| rest.generation) != Some(generation)
+            };
+            wishes
+                .wait_for(is_over)
+                .await
+                .map(|_| ())
+                .map_err(|_| Unheard)
         };
         let in_order_only = context.wishes.borrow().file.is_none();
-        let within = if self.passed.is_empty() { FIRST_ROOM_WITHIN } else { ROOM_WITHIN };
+        let within = if self.passed.is_empty() {
+            FIRST_ROOM_WITHIN
+        } else {
+            ROOM_WITHIN
+        };
         tokio::select! {
             biased;
             ended = ended => ended.map(|()| None),
@@ -292,21 +356,26 @@ impl InOrder {
     /// Goes on with the prefix through loose bytes that follow it.
     pub(super) async fn absorb_loose(&mut self, context: &Context) -> Result<(), Unheard> {
         loop {
-            let (Some(prefix), Some(layout)) = (&self.prefix, context.layout) else { return Ok(()) };
+            let (Some(prefix), Some(layout)) = (&self.prefix, context.layout) else {
+                return Ok(());
+            };
             let position = prefix.position(layout);
             let piece_end = layout.range(prefix.piece).end;
             let (run, file) = {
                 let state = context.shared.lock();
                 (state.loose.run_at(position), state.file.clone())
             };
-            let (Some((end, place)), Some(file)) = (run, file) else { return Ok(()) };
+            let (Some((end, place)), Some(file)) = (run, file) else {
+                return Ok(());
+            };
             let end = end.min(piece_end);
             if prefix.is_parked && end < piece_end {
                 return Ok(());
             }
             let read = lanes::run(Lane::Downloads, move || {
                 let mut bytes = vec![0; (end - position) as usize];
-                file.read_exact_at(&mut bytes, position).map(|()| Bytes::from(bytes))
+                file.read_exact_at(&mut bytes, position)
+                    .map(|()| Bytes::from(bytes))
             });
             match read.await {
                 Some(Ok(bytes)) => {
@@ -316,7 +385,9 @@ impl InOrder {
                 }
                 _ => {
                     // They are read from the origin again.
-                    context.shared.update(|state| state.loose.remove(position..end));
+                    context
+                        .shared
+                        .update(|state| state.loose.remove(position..end));
                     return Ok(());
                 }
             }
@@ -326,14 +397,21 @@ impl InOrder {
     /// Others wait for memory: a piece that comes slowly goes on in the file or, without one, the whole read ends. Whether requests
     /// are to be planned anew.
     pub(super) async fn give_memory_back(&mut self, context: &Context) -> Result<bool, Unheard> {
-        let Some(prefix) = &mut self.prefix else { return Ok(false) };
+        let Some(prefix) = &mut self.prefix else {
+            return Ok(false);
+        };
         prefix.looks_at = Instant::now() + LOOK_AGAIN;
         if prefix.is_on_its_way() || !context.pool.has_long_waits() {
             return Ok(false);
         }
         let (piece, generation) = (prefix.piece, prefix.generation);
         if context.wishes.borrow().file.is_none() {
-            context.tell(Event::OriginHogging { task: context.task, generation }).await?;
+            context
+                .tell(Event::OriginHogging {
+                    task: context.task,
+                    generation,
+                })
+                .await?;
             return Ok(false);
         }
         // The hash goes back to the start of the piece.
@@ -348,7 +426,9 @@ impl InOrder {
 
     /// The in-order read ends here. The part of a piece that it has becomes loose.
     pub(super) async fn park(&mut self, context: &Context) {
-        let Some(prefix) = self.prefix.take() else { return };
+        let Some(prefix) = self.prefix.take() else {
+            return;
+        };
         self.ended = self.ended.max(prefix.generation);
         if let Some(buffer) = prefix.buffer {
             let place = prefix.place.unwrap_or_default();

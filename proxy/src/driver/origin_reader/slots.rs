@@ -26,7 +26,10 @@ struct Places {
 
 impl Default for Places {
     fn default() -> Self {
-        Self { taken: HashMap::new(), experience: LruCache::new(PLACES_REMEMBERED) }
+        Self {
+            taken: HashMap::new(),
+            experience: LruCache::new(PLACES_REMEMBERED),
+        }
     }
 }
 
@@ -42,7 +45,11 @@ impl Slots {
     }
 
     pub(super) fn experience(&self, place: &str) -> Experience {
-        self.places().experience.get(place).copied().unwrap_or_default()
+        self.places()
+            .experience
+            .get(place)
+            .copied()
+            .unwrap_or_default()
     }
 
     pub(super) fn learn(&self, place: &str, experience: Experience) {
@@ -63,7 +70,10 @@ impl Slots {
         let count = places.taken.entry(place.to_owned()).or_default();
         (*count < CONNECTIONS_OF_PLACE).then(|| {
             *count += 1;
-            Slot { of: self.clone(), place: place.to_owned() }
+            Slot {
+                of: self.clone(),
+                place: place.to_owned(),
+            }
         })
     }
 }

@@ -53,7 +53,18 @@ impl SpanTask {
         let (at, block_at, block) = (start, start, BytesMut::new());
         let Request { task, until, slot } = request;
         let is_paused = false;
-        Self { plain, start, at, place, block, block_at, is_paused, until, _request: task, _slot: slot }
+        Self {
+            plain,
+            start,
+            at,
+            place,
+            block,
+            block_at,
+            is_paused,
+            until,
+            _request: task,
+            _slot: slot,
+        }
     }
 }
 
@@ -76,7 +87,10 @@ impl Request {
         slot: Option<Slot>,
     ) -> Self {
         let until = watch::Sender::new(u64::MAX);
-        let gates = Gates { until: until.subscribe(), resumes };
+        let gates = Gates {
+            until: until.subscribe(),
+            resumes,
+        };
         let fetch = fetch(Arc::clone(source), id, ask, gates, news.clone());
         let request = async move {
             if !wait.is_zero() {
@@ -84,7 +98,11 @@ impl Request {
             }
             fetch.await;
         };
-        Self { task: AbortOnDrop(tokio::spawn(request).abort_handle()), until, slot }
+        Self {
+            task: AbortOnDrop(tokio::spawn(request).abort_handle()),
+            until,
+            slot,
+        }
     }
 }
 
@@ -124,9 +142,20 @@ async fn pass_on(
     news: &mpsc::Sender<(SpanId, News)>,
 ) -> Result<(), SourceError> {
     let start = ask.range.as_ref().map_or(0, |range| range.start);
-    let Opened { size_bytes, is_range, takes_ranges, place, mut body } = source.open(ask).await?;
+    let Opened {
+        size_bytes,
+        is_range,
+        takes_ranges,
+        place,
+        mut body,
+    } = source.open(ask).await?;
     let mut at = if is_range { start } else { 0 };
-    let head = Head { size_bytes, is_range, takes_ranges, place };
+    let head = Head {
+        size_bytes,
+        is_range,
+        takes_ranges,
+        place,
+    };
     let mut heard = news.send((id, News::Opened(head))).await.is_ok();
     while heard {
         if gates.until.wait_for(|until| at < *until).await.is_err() {
@@ -136,7 +165,9 @@ async fn pass_on(
         if let Some(resumes) = &mut gates.resumes {
             rest(resumes).await;
         }
-        let Some(bytes) = body.next().await else { break };
+        let Some(bytes) = body.next().await else {
+            break;
+        };
         let bytes = bytes?;
         at += bytes.len() as u64;
         heard = news.send((id, News::Chunk(bytes))).await.is_ok();

@@ -46,7 +46,9 @@ fn content(size: u64) -> Vec<u8> {
     let mut state = 1_u64;
     (0..size)
         .map(|_| {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1);
             (state >> 56) as u8
         })
         .collect()
@@ -77,8 +79,10 @@ impl World {
         });
         let source = MemorySource::new(blob.clone(), behaviour);
         let (events_in, events) = mpsc::channel(64);
-        let (window, resumes) =
-            (watch::Sender::new(PieceIndex::MAX), watch::Sender::new(tokio::time::Instant::now()));
+        let (window, resumes) = (
+            watch::Sender::new(PieceIndex::MAX),
+            watch::Sender::new(tokio::time::Instant::now()),
+        );
         let reader = OriginReader::start(Setup {
             task,
             source: Arc::new(source.clone()),
@@ -119,7 +123,11 @@ impl World {
         let from = self.pieces.len() as PieceIndex;
         let mut chain = Chain::new(self.task.algorithm());
         chain.update(&self.blob[..self.layout.start(from) as usize]);
-        let rest = Rest { generation: self.generation, from, chain };
+        let rest = Rest {
+            generation: self.generation,
+            from,
+            chain,
+        };
         self.reader.wish(|wishes| wishes.rest = Some(rest));
     }
 
@@ -131,8 +139,18 @@ impl World {
     async fn until_end(&mut self) -> End {
         loop {
             match self.events.recv().await.expect("the reader goes on") {
-                Event::OriginPiece { generation, piece, buffer, chain, is_on_disk, .. } => {
-                    assert_eq!((generation, piece as usize), (self.generation, self.pieces.len()));
+                Event::OriginPiece {
+                    generation,
+                    piece,
+                    buffer,
+                    chain,
+                    is_on_disk,
+                    ..
+                } => {
+                    assert_eq!(
+                        (generation, piece as usize),
+                        (self.generation, self.pieces.len())
+                    );
                     self.keep(piece, buffer, chain, is_on_disk);
                 }
                 Event::OriginOver { generation, .. } => {
@@ -160,9 +178,13 @@ impl World {
         assert_eq!(chain.value(), self.hashed.value(), "piece {piece}");
         match is_on_disk {
             true => self.partial.note(piece).expect("the index takes it"),
-            false => self.partial.write(piece, buffer.filled()).expect("the disk takes it"),
+            false => self
+                .partial
+                .write(piece, buffer.filled())
+                .expect("the disk takes it"),
         }
-        self.shared.update(|state| state.written.as_mut().map(|written| written.insert(piece)));
+        self.shared
+            .update(|state| state.written.as_mut().map(|written| written.insert(piece)));
         self.pieces.push(piece);
     }
 
@@ -176,10 +198,18 @@ impl World {
                 tokio::time::sleep(Duration::from_millis(5)).await;
             }
         };
-        tokio::time::timeout(Duration::from_secs(60), shown).await.expect("the range comes");
+        tokio::time::timeout(Duration::from_secs(60), shown)
+            .await
+            .expect("the range comes");
         let mut bytes = vec![0; (range.end - range.start) as usize];
-        self.partial.file().read_exact_at(&mut bytes, range.start).expect("the file has it");
-        assert!(bytes == self.blob[range.start as usize..range.end as usize], "{range:?} is another");
+        self.partial
+            .file()
+            .read_exact_at(&mut bytes, range.start)
+            .expect("the file has it");
+        assert!(
+            bytes == self.blob[range.start as usize..range.end as usize],
+            "{range:?} is another"
+        );
     }
 
     fn copies(&self) -> f64 {
@@ -193,26 +223,47 @@ async fn a_cold_blob_comes_in_order_and_once() {
         let mut world = World::new(size, Behaviour::default());
         world.want_rest();
         assert_eq!(world.until_end().await, End::Whole, "{size}");
-        assert_eq!((world.pieces.len(), world.source.sent_bytes()), (world.layout.count() as usize, size));
+        assert_eq!(
+            (world.pieces.len(), world.source.sent_bytes()),
+            (world.layout.count() as usize, size)
+        );
     }
 }
 
 #[tokio::test]
 async fn a_slow_connection_is_multiplied() {
-    let mut world = World::new(48 * MIB, Behaviour { rate_bytes: Some(10 * MIB), ..Behaviour::default() });
+    let mut world = World::new(
+        48 * MIB,
+        Behaviour {
+            rate_bytes: Some(10 * MIB),
+            ..Behaviour::default()
+        },
+    );
     let began = Instant::now();
     world.want_rest();
     assert_eq!(world.until_end().await, End::Whole);
-    assert!(world.source.most_connections() >= 4, "{} connections", world.source.most_connections());
+    assert!(
+        world.source.most_connections() >= 4,
+        "{} connections",
+        world.source.most_connections()
+    );
     // Each connection that is taken from a longer one costs what is on its way then.
     assert!(world.copies() < 1.02, "{} copies", world.copies());
-    assert!(began.elapsed() < Duration::from_millis(4800 / 2), "{:?}", began.elapsed());
+    assert!(
+        began.elapsed() < Duration::from_millis(4800 / 2),
+        "{:?}",
+        began.elapsed()
+    );
 }
 
 #[tokio::test]
 async fn ranges_are_read_alone_and_once_for_all_readers() {
     let mut world = World::new(40 * MIB, Behaviour::default());
-    let ranges = [5 * MIB..5 * MIB + 1000, 5 * MIB + 500..5 * MIB + 2000, 30 * MIB..31 * MIB];
+    let ranges = [
+        5 * MIB..5 * MIB + 1000,
+        5 * MIB + 500..5 * MIB + 2000,
+        30 * MIB..31 * MIB,
+    ];
     world.want_ranges(&ranges);
     for range in &ranges {
         world.until_shown(range.clone()).await;
@@ -227,7 +278,10 @@ async fn ranges_are_read_alone_and_once_for_all_readers() {
 
 #[tokio::test]
 async fn an_answer_that_breaks_off_is_gone_on_with() {
-    let behaviour = Behaviour { breaks_after_bytes: Some(3 * MIB), ..Behaviour::default() };
+    let behaviour = Behaviour {
+        breaks_after_bytes: Some(3 * MIB),
+        ..Behaviour::default()
+    };
     let mut world = World::new(20 * MIB, behaviour);
     world.want_rest();
     assert_eq!(world.until_end().await, End::Whole);
@@ -236,16 +290,26 @@ async fn an_answer_that_breaks_off_is_gone_on_with() {
 
 #[tokio::test]
 async fn an_origin_that_gives_nothing_fails_in_bounded_tries() {
-    let behaviour = Behaviour { breaks_after_bytes: Some(0), ..Behaviour::default() };
+    let behaviour = Behaviour {
+        breaks_after_bytes: Some(0),
+        ..Behaviour::default()
+    };
     let mut world = World::new(20 * MIB, behaviour);
     world.want_rest();
     assert_eq!(world.until_end().await, End::Failed(Failure::Unreachable));
-    assert!(world.source.asked().len() <= 4, "{:?}", world.source.asked());
+    assert!(
+        world.source.asked().len() <= 4,
+        "{:?}",
+        world.source.asked()
+    );
 }
 
 #[tokio::test]
 async fn an_origin_without_ranges_sends_one_copy_for_all_readers() {
-    let behaviour = Behaviour { honours_ranges: false, ..Behaviour::default() };
+    let behaviour = Behaviour {
+        honours_ranges: false,
+        ..Behaviour::default()
+    };
     let mut world = World::new(40 * MIB, behaviour);
     world.want_ranges(&[30 * MIB..31 * MIB, 10 * MIB..11 * MIB]);
     assert_eq!(world.until_end().await, End::Whole);
@@ -258,7 +322,10 @@ async fn the_first_answer_tells_an_unknown_size() {
     world.want_rest();
     assert_eq!(world.until_end().await, End::Whole);
     assert_eq!((world.copies(), world.source.asked()), (1.0, vec![None]));
-    let behaviour = Behaviour { tells_size: false, ..Behaviour::default() };
+    let behaviour = Behaviour {
+        tells_size: false,
+        ..Behaviour::default()
+    };
     let mut world = World::of_known_size(MIB, behaviour, false);
     world.want_rest();
     assert_eq!(world.until_end().await, End::Failed(Failure::UnknownLength));
@@ -266,13 +333,28 @@ async fn the_first_answer_tells_an_unknown_size() {
 
 #[tokio::test]
 async fn a_read_that_is_stopped_goes_on_from_what_it_had() {
-    let mut world = World::new(20 * MIB, Behaviour { rate_bytes: Some(10 * MIB), ..Behaviour::default() });
+    let mut world = World::new(
+        20 * MIB,
+        Behaviour {
+            rate_bytes: Some(10 * MIB),
+            ..Behaviour::default()
+        },
+    );
     world.want_rest();
     tokio::time::sleep(Duration::from_millis(900)).await;
     world.reader.wish(|wishes| wishes.rest = None);
     tokio::time::sleep(Duration::from_millis(100)).await;
     while let Ok(event) = world.events.try_recv() {
-        let Event::OriginPiece { piece, buffer, chain, is_on_disk, .. } = event else { panic!("a piece") };
+        let Event::OriginPiece {
+            piece,
+            buffer,
+            chain,
+            is_on_disk,
+            ..
+        } = event
+        else {
+            panic!("a piece")
+        };
         world.keep(piece, buffer, chain, is_on_disk);
     }
     world.want_rest();

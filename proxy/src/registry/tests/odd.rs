@@ -27,7 +27,10 @@ fn is_head(seen: &Seen) -> bool {
 fn introduce(node: &Node, registry: &TestRegistry) {
     let mut settings = (**node.live.load()).clone();
     let endpoints = vec![format!("http://{}", registry.name()).parse().unwrap()];
-    let known = RegistrySettings { endpoints, ..Default::default() };
+    let known = RegistrySettings {
+        endpoints,
+        ..Default::default()
+    };
     settings.registries.known.insert(registry.name(), known);
     node.live.store(Arc::new(settings));
 }
@@ -68,17 +71,20 @@ async fn a_get_proves_what_a_refused_head_does_not() {
         (429, ByGet::Range, 429, 0),
     ] {
         let blob = image.blob.clone();
-        let registry = TestRegistry::start(move |seen| match (is_head(seen), by_get, seen.header("range")) {
-            (true, ..) => say(seen, head, &[], b""),
-            (_, ByGet::Refused(status), _) => say(seen, status, &[], b"{}"),
-            (_, ByGet::NoRange(status), Some(_)) => say(seen, status, &[], b"no ranges"),
-            (_, ByGet::Range, Some("bytes=0-0")) => {
-                let range = format!("bytes 0-0/{}", blob.len());
-                say(seen, 206, &[("Content-Range", &range)], &blob[..1])
-            }
-            _ => say(seen, 200, &[], &blob),
-        })
-        .await;
+        let registry =
+            TestRegistry::start(
+                move |seen| match (is_head(seen), by_get, seen.header("range")) {
+                    (true, ..) => say(seen, head, &[], b""),
+                    (_, ByGet::Refused(status), _) => say(seen, status, &[], b"{}"),
+                    (_, ByGet::NoRange(status), Some(_)) => say(seen, status, &[], b"no ranges"),
+                    (_, ByGet::Range, Some("bytes=0-0")) => {
+                        let range = format!("bytes 0-0/{}", blob.len());
+                        say(seen, 206, &[("Content-Range", &range)], &blob[..1])
+                    }
+                    _ => say(seen, 200, &[], &blob),
+                },
+            )
+            .await;
         let node = Node::before(&registry).await;
         node.commit(&image.blob);
         let target = format!("/v2/a/b/blobs/{digest}");
@@ -87,8 +93,16 @@ async fn a_get_proves_what_a_refused_head_does_not() {
             assert_eq!(got.status, status, "HEAD {head}, {by_get:?}");
             assert!(status != 200 || got.body == image.blob);
         }
-        assert_eq!(registry.count("GET", "/v2/a/b/blobs/"), gets, "HEAD {head}, {by_get:?}");
-        assert_eq!(registry.count("HEAD", "/v2/a/b/blobs/"), 1, "what was proved is remembered");
+        assert_eq!(
+            registry.count("GET", "/v2/a/b/blobs/"),
+            gets,
+            "HEAD {head}, {by_get:?}"
+        );
+        assert_eq!(
+            registry.count("HEAD", "/v2/a/b/blobs/"),
+            1,
+            "what was proved is remembered"
+        );
     }
 }
 
@@ -97,20 +111,37 @@ async fn a_get_that_brings_something_else_proves_nothing() {
     let image = Image::new(1000);
     let other = sha256(b"other").to_string();
     for (headers, body) in [
-        (&[("Content-Type", "Text/HTML; charset=utf-8")][..], &b"<form>"[..]),
+        (
+            &[("Content-Type", "Text/HTML; charset=utf-8")][..],
+            &b"<form>"[..],
+        ),
         (&[("Docker-Content-Digest", &*other)], &image.blob[..]),
         (&[], b"another length"),
     ] {
-        let (headers, body): (Vec<_>, _) =
-            (headers.iter().map(|(n, v)| ((*n).to_owned(), (*v).to_owned())).collect(), body.to_vec());
+        let (headers, body): (Vec<_>, _) = (
+            headers
+                .iter()
+                .map(|(n, v)| ((*n).to_owned(), (*v).to_owned()))
+                .collect(),
+            body.to_vec(),
+        );
         let registry = TestRegistry::start(move |seen| {
-            let headers: Vec<_> = headers.iter().map(|(n, v)| (n.as_str(), v.as_str())).collect();
-            if is_head(seen) { say(seen, 403, &[], b"") } else { say(seen, 200, &headers, &body) }
+            let headers: Vec<_> = headers
+                .iter()
+                .map(|(n, v)| (n.as_str(), v.as_str()))
+                .collect();
+            if is_head(seen) {
+                say(seen, 403, &[], b"")
+            } else {
+                say(seen, 200, &headers, &body)
+            }
         })
         .await;
         let node = Node::before(&registry).await;
         node.commit(&image.blob);
-        let got = node.get(&format!("/v2/a/b/blobs/{}", image.blob_digest())).await;
+        let got = node
+            .get(&format!("/v2/a/b/blobs/{}", image.blob_digest()))
+            .await;
         assert_eq!(got.status, 502, "{:?}", registry.seen().last());
     }
 }
@@ -154,7 +185,12 @@ async fn a_wrong_media_type_stays_with_nobody() {
         let body = body.to_owned();
         TestRegistry::start(move |seen| {
             let digest = sha256(body.as_bytes()).to_string();
-            say(seen, 200, &[("Content-Type", told), ("Docker-Content-Digest", &digest)], body.as_bytes())
+            say(
+                seen,
+                200,
+                &[("Content-Type", told), ("Docker-Content-Digest", &digest)],
+                body.as_bytes(),
+            )
         })
     };
     for (body, sloppy, told_sloppy, good, told_good) in [
@@ -171,23 +207,39 @@ async fn a_wrong_media_type_stays_with_nobody() {
             "Application/Vnd.B+json; x=y",
             "application/vnd.b+json",
         ),
-        (&odd, "application/vnd.a+json", "application/vnd.a+json", "text/plain", "application/octet-stream"),
+        (
+            &odd,
+            "application/vnd.a+json",
+            "application/vnd.a+json",
+            "text/plain",
+            "application/octet-stream",
+        ),
     ] {
         let (first, second) = (telling(body, sloppy).await, telling(body, good).await);
         let node = Node::before(&first).await;
         introduce(&node, &second);
         let digest = sha256(body.as_bytes());
-        for (registry, expected) in [(&first, told_sloppy), (&second, told_good), (&first, told_sloppy)] {
+        for (registry, expected) in [
+            (&first, told_sloppy),
+            (&second, told_good),
+            (&first, told_sloppy),
+        ] {
             for reference in [digest.to_string(), "v1".to_owned()] {
                 for method in ["GET", "HEAD"] {
                     let target = format!("/v2/x/y/manifests/{reference}?ns={}", registry.name());
                     let got = node.ask(method, &target, &[]).await;
                     assert_eq!(got.status, 200);
-                    let generic =
-                        matches!(got.header("content-type"), "text/plain" | "application/octet-stream");
+                    let generic = matches!(
+                        got.header("content-type"),
+                        "text/plain" | "application/octet-stream"
+                    );
                     let fine = got.header("content-type") == expected
                         || generic && expected == "application/octet-stream";
-                    assert!(fine, "{body} {sloppy} {good}: {method} {target} {}", got.header("content-type"));
+                    assert!(
+                        fine,
+                        "{body} {sloppy} {good}: {method} {target} {}",
+                        got.header("content-type")
+                    );
                 }
             }
         }
@@ -198,15 +250,29 @@ async fn a_wrong_media_type_stays_with_nobody() {
 async fn a_seed_does_not_say_what_a_manifest_is() {
     let index = format!("{{\"mediaType\":\"{INDEX}\",\"manifests\":[]}}");
     let bare = "{\"manifests\":[]}".to_owned();
-    for (body, told, expected) in [(index, "", INDEX), (bare.clone(), LIST, LIST), (bare, "", INDEX)] {
+    for (body, told, expected) in [
+        (index, "", INDEX),
+        (bare.clone(), LIST, LIST),
+        (bare, "", INDEX),
+    ] {
         let copy = body.clone();
-        let registry =
-            TestRegistry::start(move |seen| say(seen, 200, &[("Content-Type", told)], copy.as_bytes())).await;
-        let seed =
-            Seed(vec![(200, "application/vnd.evil+json".to_owned(), Bytes::from(body.clone()), false)]);
+        let registry = TestRegistry::start(move |seen| {
+            say(seen, 200, &[("Content-Type", told)], copy.as_bytes())
+        })
+        .await;
+        let seed = Seed(vec![(
+            200,
+            "application/vnd.evil+json".to_owned(),
+            Bytes::from(body.clone()),
+            false,
+        )]);
         let node = Node::with_seeds(&registry, Some(Arc::new(seed))).await;
         let got = node.get(&by_digest(&sha256(body.as_bytes()))).await;
-        assert_eq!((got.status, got.header("content-type")), (200, expected), "{body} {told}");
+        assert_eq!(
+            (got.status, got.header("content-type")),
+            (200, expected),
+            "{body} {told}"
+        );
         assert_eq!(registry.count("GET", "/v2/"), 0);
     }
 }
@@ -217,7 +283,10 @@ async fn by_digest_the_clients_types_come_first_and_reach_the_registry() {
     let body = "{\"blobs\":[]}";
     let registry = TestRegistry::start(move |seen| {
         let accept = seen.header("accept").unwrap_or_default();
-        match accept.split(", ").any(|range| range.split(';').next() == Some(artifact)) {
+        match accept
+            .split(", ")
+            .any(|range| range.split(';').next() == Some(artifact))
+        {
             true => say(seen, 200, &[("Content-Type", artifact)], body.as_bytes()),
             false => say(seen, 404, &[], b"{\"errors\":[]}"),
         }
@@ -226,14 +295,24 @@ async fn by_digest_the_clients_types_come_first_and_reach_the_registry() {
     let node = Node::before(&registry).await;
     let target = by_digest(&sha256(body.as_bytes()));
     assert_eq!(node.get(&target).await.status, 404);
-    let accept = [("Accept", "application/vnd.acme.artifact.v1+json;q=0.9"), ("Accept", "a/b, */*")];
+    let accept = [
+        ("Accept", "application/vnd.acme.artifact.v1+json;q=0.9"),
+        ("Accept", "a/b, */*"),
+    ];
     for method in ["HEAD", "GET", "HEAD"] {
         let got = node.ask(method, &target, &accept).await;
-        assert_eq!((got.status, got.header("content-type")), (200, artifact), "{method}");
+        assert_eq!(
+            (got.status, got.header("content-type")),
+            (200, artifact),
+            "{method}"
+        );
     }
     let seen = registry.seen();
     let accepted = seen.last().unwrap().header("accept").unwrap().to_owned();
-    assert!(accepted.starts_with(&format!("{artifact};q=0.9, a/b, */*, {INDEX}, ")), "{accepted}");
+    assert!(
+        accepted.starts_with(&format!("{artifact};q=0.9, a/b, */*, {INDEX}, ")),
+        "{accepted}"
+    );
     assert_eq!(accepted.matches("*/*").count(), 1);
 }
 
@@ -243,21 +322,34 @@ async fn a_signed_schema_1_manifest_passes_through_and_is_not_kept() {
     let head = "{\"schemaVersion\":1,\"fsLayers\":[]";
     let protected = format!("{{\"formatLength\":{},\"formatTail\":\"fQ\"}}", head.len());
     let protected = URL_SAFE_NO_PAD.encode(protected);
-    let body = format!("{head},\"signatures\":[{{\"protected\":\"{protected}\",\"signature\":\"x\"}}]}}");
+    let body =
+        format!("{head},\"signatures\":[{{\"protected\":\"{protected}\",\"signature\":\"x\"}}]}}");
     let payload = sha256(format!("{head}}}").as_bytes());
     for announces in [true, false] {
         let copy = body.clone();
         let registry = TestRegistry::start(move |seen| {
             let digest = payload.to_string();
-            let headers = [("Content-Type", signed_type), ("Docker-Content-Digest", digest.as_str())];
-            say(seen, 200, &headers[..if announces { 2 } else { 1 }], copy.as_bytes())
+            let headers = [
+                ("Content-Type", signed_type),
+                ("Docker-Content-Digest", digest.as_str()),
+            ];
+            say(
+                seen,
+                200,
+                &headers[..if announces { 2 } else { 1 }],
+                copy.as_bytes(),
+            )
         })
         .await;
         let node = Node::before(&registry).await;
         for target in [TAG.to_owned(), by_digest(&payload)] {
             for round in 1..3 {
                 let got = node.get(&target).await;
-                assert_eq!((got.status, got.header("content-type")), (200, signed_type), "{target} {round}");
+                assert_eq!(
+                    (got.status, got.header("content-type")),
+                    (200, signed_type),
+                    "{target} {round}"
+                );
                 assert_eq!(got.body, body.as_bytes());
                 assert_eq!(got.header("docker-content-digest"), payload.to_string());
             }
@@ -266,7 +358,10 @@ async fn a_signed_schema_1_manifest_passes_through_and_is_not_kept() {
         assert!(node.mirror.inner.store.manifest_bytes(&payload).is_none());
         let status = node.get(&by_digest(&sha256(b"other"))).await.status;
         assert_eq!(status, 502, "what matches neither way is refused");
-        let (peer, ..) = node.mirror.manifest(registry.source("a/b"), payload, None).await;
+        let (peer, ..) = node
+            .mirror
+            .manifest(registry.source("a/b"), payload, None)
+            .await;
         assert_eq!(peer, 404, "a peer could not compare it");
     }
 }
@@ -307,7 +402,11 @@ async fn any_success_whose_bytes_match_is_one_and_any_other_answer_is_a_502() {
             if status == 206 {
                 headers.push(("Content-Range", &range));
             }
-            let body = if matches!(status, 101 | 204 | 205 | 304) { b"" } else { body };
+            let body = if matches!(status, 101 | 204 | 205 | 304) {
+                b""
+            } else {
+                body
+            };
             say(seen, status, &headers, body)
         })
         .await;
@@ -324,14 +423,25 @@ async fn any_success_whose_bytes_match_is_one_and_any_other_answer_is_a_502() {
         ] {
             let got = node.ask(method, target, &[]).await;
             // By digest the bytes are compared with what the client asked for, whatever is announced.
-            let works = works || (announces || target != TAG) && matches!(status, 200..=203 | 206 | 226);
+            let works =
+                works || (announces || target != TAG) && matches!(status, 200..=203 | 206 | 226);
             let expected = if works { 200 } else { 502 };
-            assert_eq!(got.status, expected, "{status} {announces} {method} {target}");
+            assert_eq!(
+                got.status, expected,
+                "{status} {announces} {method} {target}"
+            );
             if works && method == "GET" {
-                let content = if target == blob { &image.blob[..] } else { image.manifest.as_bytes() };
+                let content = if target == blob {
+                    &image.blob[..]
+                } else {
+                    image.manifest.as_bytes()
+                };
                 assert!(got.complete && got.body == content, "{status} {target}");
             }
-            assert!(works || method == "HEAD" || got.code() != "", "Hawker's own error");
+            assert!(
+                works || method == "HEAD" || got.code() != "",
+                "Hawker's own error"
+            );
         }
     }
 }
@@ -353,9 +463,14 @@ async fn a_206_that_nobody_asked_for_brings_the_whole_unless_it_says_otherwise()
         })
         .await;
         let node = Node::passing_through(&registry).await;
-        let got = node.get(&format!("/v2/a/b/blobs/{}", image.blob_digest())).await;
+        let got = node
+            .get(&format!("/v2/a/b/blobs/{}", image.blob_digest()))
+            .await;
         assert_eq!(got.status, if works { 200 } else { 502 }, "{range:?}");
-        assert!(!works || got.complete && got.body == image.blob && got.header("content-range").is_empty());
+        assert!(
+            !works
+                || got.complete && got.body == image.blob && got.header("content-range").is_empty()
+        );
     }
 }
 
@@ -365,7 +480,10 @@ async fn the_length_of_a_compressed_answer_to_a_head_does_not_reach_clients() {
     let replies = image.clone();
     let registry = TestRegistry::start(move |seen| {
         let digest = replies.manifest_digest().to_string();
-        let headers = [("Content-Type", MANIFEST), ("Docker-Content-Digest", digest.as_str())];
+        let headers = [
+            ("Content-Type", MANIFEST),
+            ("Docker-Content-Digest", digest.as_str()),
+        ];
         match is_head(seen) {
             true => {
                 let encoded = [("Content-Encoding", "gzip"), ("Content-Length", "7")];
@@ -377,20 +495,30 @@ async fn the_length_of_a_compressed_answer_to_a_head_does_not_reach_clients() {
     .await;
     let node = Node::before(&registry).await;
     let got = node.ask("HEAD", TAG, &[]).await;
-    assert_eq!((got.status, got.header("content-length")), (200, image.manifest.len().to_string().as_str()));
+    assert_eq!(
+        (got.status, got.header("content-length")),
+        (200, image.manifest.len().to_string().as_str())
+    );
 }
 
 #[tokio::test]
 async fn a_part_or_a_truncated_manifest_is_not_taken_for_the_whole() {
     let whole = format!("{{\"mediaType\":\"{INDEX}\",\"manifests\":[]}}");
-    let head =
-        |more: &str| format!("HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Type: {INDEX}\r\n{more}\r\n");
+    let head = |more: &str| {
+        format!("HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Type: {INDEX}\r\n{more}\r\n")
+    };
     let part = &whole[..whole.len() - 1];
     for (answer, status) in [
         (head("") + &whole, 200),
         (head("") + part, 502),
-        (head(&format!("Content-Length: {}\r\n", whole.len())) + part, 502),
-        (head("Content-Range: bytes 0-9/99\r\n").replace("200 OK", "206 X") + &whole, 502),
+        (
+            head(&format!("Content-Length: {}\r\n", whole.len())) + part,
+            502,
+        ),
+        (
+            head("Content-Range: bytes 0-9/99\r\n").replace("200 OK", "206 X") + &whole,
+            502,
+        ),
         (head("").replace("200 OK", "206 X") + &whole, 502),
         (head("") + "<html>", 502),
         (head("") + "[]", 502),
@@ -432,7 +560,10 @@ async fn a_heads_missing_or_wrong_type_and_length_do_not_reach_clients() {
         &["application/octet-stream"],
         &["TEXT/HTML"],
         &["nonsense"],
-        &["text/plain", "Application/vnd.oci.image.manifest.v1+JSON; charset=utf-8"],
+        &[
+            "text/plain",
+            "Application/vnd.oci.image.manifest.v1+JSON; charset=utf-8",
+        ],
     ] {
         for length in [None, Some("0")] {
             let registry = lines(types, length).await;
@@ -441,7 +572,11 @@ async fn a_heads_missing_or_wrong_type_and_length_do_not_reach_clients() {
                     let node = Node::before(&registry).await;
                     for method in order {
                         let got = node.ask(method, &target, &[]).await;
-                        let told = (got.status, got.header("content-type"), got.header("content-length"));
+                        let told = (
+                            got.status,
+                            got.header("content-type"),
+                            got.header("content-length"),
+                        );
                         let size = image.manifest.len().to_string();
                         assert_eq!(
                             told,
@@ -460,24 +595,44 @@ async fn a_digest_of_another_algorithm_or_none_is_no_contradiction() {
     let image = Image::new(1000);
     let (blob, manifest) = (image.blob.clone(), image.manifest.clone().into_bytes());
     let digests = |data: &[u8]| {
-        [Algorithm::Sha256, Algorithm::Sha512].map(|algorithm| Digest::of(algorithm, data).to_string())
+        [Algorithm::Sha256, Algorithm::Sha512]
+            .map(|algorithm| Digest::of(algorithm, data).to_string())
     };
     for lines in [&[0][..], &[1], &[0, 1], &[1, 0], &[2], &[2, 0], &[3], &[]] {
         let (data, document) = (blob.clone(), manifest.clone());
         let registry = TestRegistry::start(move |seen| {
-            let body = if seen.target.contains("/blobs/") { &data } else { &document };
+            let body = if seen.target.contains("/blobs/") {
+                &data
+            } else {
+                &document
+            };
             let digests = digests(body);
-            let all = [&*digests[0], &*digests[1], "", "md5:d41d8cd98f00b204e9800998ecf8427e"];
+            let all = [
+                &*digests[0],
+                &*digests[1],
+                "",
+                "md5:d41d8cd98f00b204e9800998ecf8427e",
+            ];
             let mut headers = vec![("Content-Type", MANIFEST)];
-            headers.extend(lines.iter().map(|line| ("Docker-Content-Digest", all[*line])));
+            headers.extend(
+                lines
+                    .iter()
+                    .map(|line| ("Docker-Content-Digest", all[*line])),
+            );
             say(seen, 200, &headers, body)
         })
         .await;
         for asked in [0, 1] {
             let node = Node::before(&registry).await;
             let (of_blob, of_manifest) = (&digests(&blob)[asked], &digests(&manifest)[asked]);
-            let got = node.ask("HEAD", &format!("/v2/a/b/blobs/{of_blob}"), &[]).await;
-            assert_eq!((got.status, got.header("docker-content-digest")), (200, &**of_blob), "{lines:?}");
+            let got = node
+                .ask("HEAD", &format!("/v2/a/b/blobs/{of_blob}"), &[])
+                .await;
+            assert_eq!(
+                (got.status, got.header("docker-content-digest")),
+                (200, &**of_blob),
+                "{lines:?}"
+            );
             for _ in 0..2 {
                 let got = node.get(&format!("/v2/a/b/manifests/{of_manifest}")).await;
                 assert_eq!(
@@ -518,7 +673,10 @@ async fn a_manifest_deleted_at_its_registry_is_served_no_longer_than_its_bound()
             _ => {
                 let past = auth::MANIFEST_BELONGS + Duration::from_secs(1);
                 let long_ago = Instant::now().checked_sub(past).unwrap();
-                node.mirror.inner.access.belongs(&registry.source("a/b"), &digest, None, long_ago);
+                node.mirror
+                    .inner
+                    .access
+                    .belongs(&registry.source("a/b"), &digest, None, long_ago);
             }
         }
         assert_eq!(node.get(&target).await.status, 404, "after {ends}");
@@ -547,7 +705,8 @@ async fn pages_of_lists_lead_on_by_what_the_registry_calls_them() {
             "next_page=two&n=1" => return say(seen, 200, &[], b"{\"tags\":[\"c\"]}"),
             _ => return say(seen, 400, &[], b"{\"errors\":[]}"),
         };
-        let link = format!("<http://inside.example/proxy{path}?next_page={next}&n=1>; rel=\"next\"");
+        let link =
+            format!("<http://inside.example/proxy{path}?next_page={next}&n=1>; rel=\"next\"");
         say(seen, 200, &[("Link", &link)], b"{\"tags\":[\"x\"]}")
     })
     .await;
@@ -592,14 +751,28 @@ async fn lists_are_content_or_a_refusal() {
         (501, false, 501),
     ] {
         let registry = TestRegistry::start(move |seen| {
-            say(seen, status, &[], if matches!(status, 204 | 304) { b"" } else { b"{}" })
+            say(
+                seen,
+                status,
+                &[],
+                if matches!(status, 204 | 304) {
+                    b""
+                } else {
+                    b"{}"
+                },
+            )
         })
         .await;
         let node = Node::before(&registry).await;
         let headers = [("If-None-Match", "\"x\"")];
-        for target in ["/v2/a/tags/list".to_owned(), format!("/v2/a/referrers/{}", sha256(b"x"))] {
+        for target in [
+            "/v2/a/tags/list".to_owned(),
+            format!("/v2/a/referrers/{}", sha256(b"x")),
+        ] {
             for method in ["GET", "HEAD"] {
-                let got = node.ask(method, &target, if conditional { &headers } else { &[] }).await;
+                let got = node
+                    .ask(method, &target, if conditional { &headers } else { &[] })
+                    .await;
                 assert_eq!(got.status, expected, "{status} {method} {target}");
             }
         }
@@ -613,14 +786,26 @@ async fn a_part_of_a_blob_is_served_although_a_head_tells_no_size() {
     let blob = image.blob.clone();
     let registry = TestRegistry::start(move |seen| match seen.header("range") {
         _ if is_head(seen) => say(seen, 200, &[("Content-Length", "0")], b""),
-        Some("bytes=0-0") => say(seen, 206, &[("Content-Range", "bytes 0-0/1000")], &blob[..1]),
-        Some("bytes=5-9") => say(seen, 206, &[("Content-Range", "bytes 5-9/1000")], &blob[5..10]),
+        Some("bytes=0-0") => say(
+            seen,
+            206,
+            &[("Content-Range", "bytes 0-0/1000")],
+            &blob[..1],
+        ),
+        Some("bytes=5-9") => say(
+            seen,
+            206,
+            &[("Content-Range", "bytes 5-9/1000")],
+            &blob[5..10],
+        ),
         _ => say(seen, 200, &[], &blob),
     })
     .await;
     // A download for a part of a blob waits until somebody tells the size.
     let node = Node::with_downloads(&registry, |state, size_bytes| {
-        state.failed = size_bytes.filter(|size| *size == 1000).map(|_| FlightError::UnknownLength);
+        state.failed = size_bytes
+            .filter(|size| *size == 1000)
+            .map(|_| FlightError::UnknownLength);
     })
     .await;
     let got = node.ask("GET", &target, &[("Range", "bytes=5-9")]).await;
@@ -633,7 +818,12 @@ async fn a_blob_comes_although_a_head_tells_a_wrong_size() {
     let blob = image.blob.clone();
     let registry = TestRegistry::start(move |seen| match seen.header("range") {
         _ if is_head(seen) => say(seen, 200, &[("Content-Length", "777")], b""),
-        Some("bytes=5-9") => say(seen, 206, &[("Content-Range", "bytes 5-9/1000")], &blob[5..10]),
+        Some("bytes=5-9") => say(
+            seen,
+            206,
+            &[("Content-Range", "bytes 5-9/1000")],
+            &blob[5..10],
+        ),
         _ => say(seen, 200, &[], &blob),
     })
     .await;
@@ -661,7 +851,11 @@ async fn a_head_by_tag_tells_the_type_of_the_manifest_that_is_here() {
     })
     .await;
     let node = Node::before(&registry).await;
-    node.mirror.inner.store.put_manifest(&image.manifest_digest(), &image.manifest.clone().into()).unwrap();
+    node.mirror
+        .inner
+        .store
+        .put_manifest(&image.manifest_digest(), &image.manifest.clone().into())
+        .unwrap();
     for _ in 0..2 {
         let got = node.ask("HEAD", TAG, &[]).await;
         assert_eq!((got.status, got.header("content-type")), (200, MANIFEST));
@@ -679,12 +873,19 @@ async fn a_head_by_tag_that_names_no_usable_digest_is_answered_by_a_get() {
             let (replies, length, digest) = (image.clone(), length.clone(), digest.clone());
             let registry = TestRegistry::start(move |seen| {
                 let mut headers = vec![("Content-Type", MANIFEST), ("Content-Length", &*length)];
-                headers.extend(digest.as_deref().map(|digest| ("Docker-Content-Digest", digest)));
+                headers.extend(
+                    digest
+                        .as_deref()
+                        .map(|digest| ("Docker-Content-Digest", digest)),
+                );
                 match is_head(seen) {
                     true => say(seen, 200, &headers, b""),
-                    false if get == 200 => {
-                        say(seen, 200, &[("Content-Type", MANIFEST)], replies.manifest.as_bytes())
-                    }
+                    false if get == 200 => say(
+                        seen,
+                        200,
+                        &[("Content-Type", MANIFEST)],
+                        replies.manifest.as_bytes(),
+                    ),
                     false => say(seen, get, &[], b"{}"),
                 }
             })
@@ -693,8 +894,14 @@ async fn a_head_by_tag_that_names_no_usable_digest_is_answered_by_a_get() {
             let got = node.ask("HEAD", TAG, &[]).await;
             if get == 200 {
                 assert_eq!(got.status, 200);
-                assert_eq!(got.header("docker-content-digest"), image.manifest_digest().to_string());
-                assert_eq!(got.header("content-length"), image.manifest.len().to_string());
+                assert_eq!(
+                    got.header("docker-content-digest"),
+                    image.manifest_digest().to_string()
+                );
+                assert_eq!(
+                    got.header("content-length"),
+                    image.manifest.len().to_string()
+                );
             } else {
                 // A client that heard 200 would not ask another mirror after the GET failed.
                 assert_eq!(got.status, get);
@@ -709,25 +916,35 @@ async fn a_size_from_a_head_refuses_no_range() {
     let blob = image.blob.clone();
     let registry = TestRegistry::start(move |seen| match seen.header("range") {
         _ if is_head(seen) => say(seen, 200, &[("Content-Length", "20")], b""),
-        Some("bytes=500-509") => say(seen, 206, &[("Content-Range", "bytes 500-509/1000")], &blob[500..510]),
+        Some("bytes=500-509") => say(
+            seen,
+            206,
+            &[("Content-Range", "bytes 500-509/1000")],
+            &blob[500..510],
+        ),
         Some(_) => say(seen, 416, &[("Content-Range", "bytes */1000")], b""),
         None => say(seen, 200, &[], &blob),
     })
     .await;
     let node = Node::before(&registry).await;
     let target = format!("/v2/a/b/blobs/{}", image.blob_digest());
-    let part = node.ask("GET", &target, &[("Range", "bytes=500-509")]).await;
+    let part = node
+        .ask("GET", &target, &[("Range", "bytes=500-509")])
+        .await;
     assert_eq!((part.status, &*part.body), (206, &image.blob[500..510]));
-    let beyond = node.ask("GET", &target, &[("Range", "bytes=5000-5009")]).await;
+    let beyond = node
+        .ask("GET", &target, &[("Range", "bytes=5000-5009")])
+        .await;
     assert_eq!(beyond.status, 416);
 }
 
 #[tokio::test]
 async fn an_error_in_place_of_a_manifest_is_none() {
     let document = b"{\"errors\":[{\"code\":\"DENIED\",\"message\":\"quota\"}]}";
-    let registry =
-        TestRegistry::start(move |seen| say(seen, 200, &[("Content-Type", "application/json")], document))
-            .await;
+    let registry = TestRegistry::start(move |seen| {
+        say(seen, 200, &[("Content-Type", "application/json")], document)
+    })
+    .await;
     let node = Node::before(&registry).await;
     assert_eq!(node.get(TAG).await.status, 502);
 }
@@ -737,15 +954,27 @@ async fn after_an_endpoint_that_answers_with_a_page_the_next_one_is_asked() {
     let image = Image::new(1000);
     let replies = image.clone();
     let page = TestRegistry::start(|seen| {
-        let body: &[u8] = if is_head(seen) { b"" } else { b"<form>sign in</form>" };
+        let body: &[u8] = if is_head(seen) {
+            b""
+        } else {
+            b"<form>sign in</form>"
+        };
         say(seen, 200, &[("Content-Type", "text/html")], body)
     })
     .await;
     let registry = TestRegistry::start(move |seen| replies.reply(seen)).await;
     let node = Node::before(&registry).await;
     let mut settings = (**node.live.load()).clone();
-    let endpoints = [&page, &registry].map(|one| format!("http://{}", one.name()).parse().unwrap()).to_vec();
-    settings.registries.known.insert(registry.name(), RegistrySettings { endpoints, ..Default::default() });
+    let endpoints = [&page, &registry]
+        .map(|one| format!("http://{}", one.name()).parse().unwrap())
+        .to_vec();
+    settings.registries.known.insert(
+        registry.name(),
+        RegistrySettings {
+            endpoints,
+            ..Default::default()
+        },
+    );
     node.live.store(Arc::new(settings));
     let got = node.get(TAG).await;
     assert_eq!((got.status, &*got.body), (200, image.manifest.as_bytes()));
@@ -754,10 +983,21 @@ async fn after_an_endpoint_that_answers_with_a_page_the_next_one_is_asked() {
 
 #[tokio::test]
 async fn a_retry_after_that_nobody_understands_is_not_passed_on() {
-    for (told, passed) in [("7", "7"), ("soon", ""), ("-5", ""), ("2.5", ""), ("3, 3", "")] {
-        let registry = TestRegistry::start(move |seen| say(seen, 503, &[("Retry-After", told)], b"{}")).await;
+    for (told, passed) in [
+        ("7", "7"),
+        ("soon", ""),
+        ("-5", ""),
+        ("2.5", ""),
+        ("3, 3", ""),
+    ] {
+        let registry =
+            TestRegistry::start(move |seen| say(seen, 503, &[("Retry-After", told)], b"{}")).await;
         let node = Node::before(&registry).await;
         let got = node.get(TAG).await;
-        assert_eq!((got.status, got.header("retry-after")), (503, passed), "{told}");
+        assert_eq!(
+            (got.status, got.header("retry-after")),
+            (503, passed),
+            "{told}"
+        );
     }
 }

@@ -22,13 +22,26 @@ async fn claiming(contents: Vec<Vec<u8>>, gives: Gives) -> TestRegistry {
     TestRegistry::start(move |seen| {
         let named = seen.target.rsplit(['/', '=']).next().unwrap_or_default();
         // By its tag: the last of the contents.
-        let named =
-            if named == "v1" { sha256(contents.last().unwrap()).to_string() } else { named.to_owned() };
-        let digest = [("Docker-Content-Digest", named.as_str()), ("Content-Type", MANIFEST)];
+        let named = if named == "v1" {
+            sha256(contents.last().unwrap()).to_string()
+        } else {
+            named.to_owned()
+        };
+        let digest = [
+            ("Docker-Content-Digest", named.as_str()),
+            ("Content-Type", MANIFEST),
+        ];
         if seen.method == "HEAD" {
-            return say(seen, 200, &[digest[0], digest[1], ("Content-Length", "77")], b"");
+            return say(
+                seen,
+                200,
+                &[digest[0], digest[1], ("Content-Length", "77")],
+                b"",
+            );
         }
-        let held = contents.iter().find(|held| sha256(held).to_string() == named);
+        let held = contents
+            .iter()
+            .find(|held| sha256(held).to_string() == named);
         let range = seen.header("range").and_then(|range| {
             let (first, last) = range.strip_prefix("bytes=")?.split_once('-')?;
             Some((first.parse::<usize>().ok()?, last.parse::<usize>().ok()?))
@@ -36,7 +49,12 @@ async fn claiming(contents: Vec<Vec<u8>>, gives: Gives) -> TestRegistry {
         match (gives, range, held) {
             (Gives::Zeros, Some((first, last)), _) => {
                 let told = format!("bytes {first}-{last}/*");
-                say(seen, 206, &[("Content-Range", &told)], &vec![0; last + 1 - first])
+                say(
+                    seen,
+                    206,
+                    &[("Content-Range", &told)],
+                    &vec![0; last + 1 - first],
+                )
             }
             (Gives::Ranges, Some((first, last)), Some(held)) => {
                 let told = format!("bytes {first}-{last}/{}", held.len());
@@ -53,7 +71,12 @@ async fn claiming(contents: Vec<Vec<u8>>, gives: Gives) -> TestRegistry {
 async fn doubting(registry: &TestRegistry) -> Node {
     let node = Node::before(registry).await;
     let mut settings = (**node.live.load()).clone();
-    settings.registries.known.get_mut(&registry.name()).unwrap().must_prove = true;
+    settings
+        .registries
+        .known
+        .get_mut(&registry.name())
+        .unwrap()
+        .must_prove = true;
     node.live.store(Arc::new(settings));
     node
 }
@@ -61,7 +84,11 @@ async fn doubting(registry: &TestRegistry) -> Node {
 fn hold(node: &Node, image: &Image) {
     node.commit(&image.blob);
     let manifest = Bytes::from(image.manifest.clone());
-    node.mirror.inner.store.put_manifest(&image.manifest_digest(), &manifest).unwrap();
+    node.mirror
+        .inner
+        .store
+        .put_manifest(&image.manifest_digest(), &manifest)
+        .unwrap();
 }
 
 #[tokio::test]
@@ -78,14 +105,36 @@ async fn a_registry_that_only_claims_to_have_an_image_gets_none_of_it() {
             ("GET", format!("blobs/{}", image.blob_digest()), ""),
             ("GET", format!("blobs/{}", image.blob_digest()), "bytes=0-0"),
             ("GET", format!("blobs/{}", image.blob_digest()), "bytes=-9"),
-            ("GET", format!("blobs/{}", image.blob_digest()), "bytes=0-9,20-29"),
-            ("GET", format!("blobs/{}", image.blob_digest()), "bytes=99999999-"),
+            (
+                "GET",
+                format!("blobs/{}", image.blob_digest()),
+                "bytes=0-9,20-29",
+            ),
+            (
+                "GET",
+                format!("blobs/{}", image.blob_digest()),
+                "bytes=99999999-",
+            ),
             ("HEAD", format!("blobs/{}", image.blob_digest()), ""),
-            ("HEAD", format!("blobs/{}", image.blob_digest()), "bytes=5-9"),
+            (
+                "HEAD",
+                format!("blobs/{}", image.blob_digest()),
+                "bytes=5-9",
+            ),
         ] {
-            let headers = if range.is_empty() { vec![] } else { vec![("Range", range)] };
-            let got = node.ask(method, &format!("/v2/a/b/{target}"), &headers).await;
-            let length = if method == "HEAD" { got.header("content-length") } else { "" };
+            let headers = if range.is_empty() {
+                vec![]
+            } else {
+                vec![("Range", range)]
+            };
+            let got = node
+                .ask(method, &format!("/v2/a/b/{target}"), &headers)
+                .await;
+            let length = if method == "HEAD" {
+                got.header("content-length")
+            } else {
+                ""
+            };
             assert!(
                 method == "HEAD" || matches!(got.status, 404 | 416 | 502),
                 "{gives:?} {method} {target} {range}: {}",
@@ -96,7 +145,10 @@ async fn a_registry_that_only_claims_to_have_an_image_gets_none_of_it() {
                 "only what the registry itself says of the length: {length}"
             );
             let held = image.blob.len().to_string();
-            assert!(!got.header("content-range").contains(&held), "{gives:?} {method} {target} {range}");
+            assert!(
+                !got.header("content-range").contains(&held),
+                "{gives:?} {method} {target} {range}"
+            );
         }
     }
 }
@@ -115,11 +167,18 @@ async fn a_registry_that_proves_what_it_has_is_asked_for_one_part_and_never_agai
         assert!(manifest.body == image.manifest.as_bytes(), "{gives:?}");
         for _ in 0..3 {
             let got = node.get(&target).await;
-            assert!(got.status == 200 && got.body == image.blob, "{gives:?}: {}", got.status);
+            assert!(
+                got.status == 200 && got.body == image.blob,
+                "{gives:?}: {}",
+                got.status
+            );
         }
         assert_eq!(registry.count("GET", &target), 1, "{gives:?}");
         assert_eq!(registry.count("GET", "/v2/a/b/manifests/"), 1, "{gives:?}");
-        let asked = registry.seen().into_iter().find(|seen| seen.method == "GET" && seen.target == target);
+        let asked = registry
+            .seen()
+            .into_iter()
+            .find(|seen| seen.method == "GET" && seen.target == target);
         assert!(asked.unwrap().header("range").is_some(), "a part is enough");
         let (store, origin) = (node.mirror.inner.store.clone(), origin(&node.live));
         let kept = || !store.origins(&image.blob_digest()).is_empty();
@@ -127,8 +186,16 @@ async fn a_registry_that_proves_what_it_has_is_asked_for_one_part_and_never_agai
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
         let after_a_restart = Proofs::new(Arc::new(store.clone()), origin);
-        assert!(after_a_restart.has_proved(&registry.name(), &image.blob_digest()).await);
-        assert!(!after_a_restart.has_proved("other.example", &image.blob_digest()).await);
+        assert!(
+            after_a_restart
+                .has_proved(&registry.name(), &image.blob_digest())
+                .await
+        );
+        assert!(
+            !after_a_restart
+                .has_proved("other.example", &image.blob_digest())
+                .await
+        );
     }
 }
 
@@ -146,15 +213,24 @@ async fn a_registry_can_not_choose_which_part_it_is_asked_for() {
         let node = doubting(&evil).await;
         hold(&node, &image);
         for _ in 0..5 {
-            let got = node.get(&format!("/v2/a/b/blobs/{}", image.blob_digest())).await;
+            let got = node
+                .get(&format!("/v2/a/b/blobs/{}", image.blob_digest()))
+                .await;
             assert_eq!(got.status, 404);
         }
-        let asked: HashSet<String> =
-            evil.seen().iter().filter_map(|seen| seen.header("range").map(str::to_owned)).collect();
+        let asked: HashSet<String> = evil
+            .seen()
+            .iter()
+            .filter_map(|seen| seen.header("range").map(str::to_owned))
+            .collect();
         assert_eq!(asked.len(), 1, "{asked:?}");
         parts.extend(asked);
     }
-    assert_eq!(parts.len(), 3, "each daemon asks for another part: {parts:?}");
+    assert_eq!(
+        parts.len(),
+        3,
+        "each daemon asks for another part: {parts:?}"
+    );
 }
 
 #[tokio::test]
@@ -179,10 +255,17 @@ async fn a_seed_says_of_a_manifest_whether_this_registry_gave_it() {
         let node = doubting(&registry).await;
         hold(&node, &image);
         for _ in 0..3 {
-            let answer = node.mirror.manifest(registry.source("a/b"), image.manifest_digest(), None).await;
+            let answer = node
+                .mirror
+                .manifest(registry.source("a/b"), image.manifest_digest(), None)
+                .await;
             assert_eq!((answer.0, answer.3), (200, expected), "{gives:?}");
         }
-        assert_eq!(registry.count("GET", "/v2/a/b/manifests/"), 1, "{gives:?}: asked once for all peers");
+        assert_eq!(
+            registry.count("GET", "/v2/a/b/manifests/"),
+            1,
+            "{gives:?}: asked once for all peers"
+        );
     }
 }
 
@@ -190,16 +273,25 @@ async fn a_seed_says_of_a_manifest_whether_this_registry_gave_it() {
 async fn a_seeds_manifest_that_another_registry_gave_is_asked_of_this_one() {
     let image = Image::new(10);
     let body = Bytes::from(image.manifest.clone());
-    for (given, gives, status, asked) in
-        [(true, Gives::Nothing, 200, 0), (false, Gives::Nothing, 404, 1), (false, Gives::Ranges, 200, 1)]
-    {
+    for (given, gives, status, asked) in [
+        (true, Gives::Nothing, 200, 0),
+        (false, Gives::Nothing, 404, 1),
+        (false, Gives::Ranges, 200, 1),
+    ] {
         let registry = claiming(vec![image.manifest.clone().into_bytes()], gives).await;
         let seed = Seed(vec![(200, MANIFEST.to_owned(), body.clone(), given)]);
         let node = Node::with_seeds(&registry, Some(Arc::new(seed))).await;
         let mut settings = (**node.live.load()).clone();
-        settings.registries.known.get_mut(&registry.name()).unwrap().must_prove = true;
+        settings
+            .registries
+            .known
+            .get_mut(&registry.name())
+            .unwrap()
+            .must_prove = true;
         node.live.store(Arc::new(settings));
-        let got = node.get(&format!("/v2/a/b/manifests/{}", image.manifest_digest())).await;
+        let got = node
+            .get(&format!("/v2/a/b/manifests/{}", image.manifest_digest()))
+            .await;
         assert_eq!(
             (got.status, registry.count("GET", "/v2/a/b/manifests/")),
             (status, asked),
