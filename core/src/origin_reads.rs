@@ -93,6 +93,8 @@ pub enum SpanEnd {
     Done,
     /// It broke off; the missing bytes are asked for again.
     Broken,
+    /// The origin answered with an error of its own (500, 502 and the like), which may be meant for the range.
+    Refused,
     /// The origin ignores `Range`: one request for all is the only way.
     RangeIgnored,
     /// The origin asks for fewer requests (429 or 503).
@@ -167,6 +169,10 @@ pub struct OriginReads {
     failures: u32,
     progress_bytes: u64,
     rests_until: Time,
+    /// The origin has answered a range with that range.
+    has_honoured: bool,
+    /// A plain request broke off at an origin that has honoured ranges: ranges are the better way there.
+    is_plain_worse: bool,
 }
 
 impl OriginReads {
@@ -189,6 +195,8 @@ impl OriginReads {
             failures: 0,
             progress_bytes: 0,
             rests_until: Time::default(),
+            has_honoured: false,
+            is_plain_worse: false,
         }
     }
 
@@ -391,29 +399,28 @@ impl OriginReads {
 
     /// The head of an answer with the bytes that were asked for came. `takes_ranges`: the answer is a 206, or says that ranges
     /// are taken.
-    pub fn answered(&mut self, takes_ranges: bool) {
+    pub fn answered(&mut self, id: SpanId, takes_ranges: bool) {
         if takes_ranges && self.support == RangeSupport::Unknown {
             self.support = RangeSupport::Honoured;
         }
+        // A promise in the answer to a plain request has not been kept yet.
+        self.has_honoured |= takes_ranges && self.open.get(&id).is_some_and(|open| !open.plain);
+    }
+
+    /// Whether a plain request may do better than ranges that are answered badly.
+    pub const fn may_ask_plain(&self) -> bool {
+        !self.is_plain_worse
     }
 
     /// A span is over.
     pub fn ended(&mut self, now: Time, id: SpanId, end: SpanEnd) {
-        if self.open.remove(&id).is_none() {
+        let Some(Open { plain, .. }) = self.open.remove(&id) else {
             return;
-        }
+        };
         match end {
             SpanEnd::Done => {}
-            SpanEnd::RangeIgnored => {
-                self.support = RangeSupport::Ignored;
-                // A request for all that is under way brings all of it: nobody else can take the end of it any more.
-                if let [(_, only)] = &mut self.open.iter_mut().collect::<Vec<_>>()[..]
-                    && only.plain
-                {
-                    only.end = self.size_bytes;
-                }
-            }
-            SpanEnd::Throttled | SpanEnd::Broken => {
+            SpanEnd::RangeIgnored => self.turn_plain(),
+            SpanEnd::Throttled | SpanEnd::Broken | SpanEnd::Refused => {
                 if end == SpanEnd::Throttled {
                     self.width.throttle(now);
                 }
@@ -421,6 +428,25 @@ impl OriginReads {
                 self.failures += 1;
                 self.progress_bytes = 0;
             }
+        }
+        if plain && end == SpanEnd::Broken && self.has_honoured {
+            self.is_plain_worse = true;
+            self.support = RangeSupport::Honoured;
+        } else if !plain && end == SpanEnd::Refused && self.is_failed() && self.may_ask_plain() {
+            // Some gateways answer every range with an error. A plain request is the last try: another copy is better than none.
+            self.failures = TRIES - 1;
+            self.turn_plain();
+        }
+    }
+
+    /// From now on the whole blob is asked for, without ranges.
+    fn turn_plain(&mut self) {
+        self.support = RangeSupport::Ignored;
+        // A request for all that is under way brings all of it: nobody else can take the end of it any more.
+        if let [(_, only)] = &mut self.open.iter_mut().collect::<Vec<_>>()[..]
+            && only.plain
+        {
+            only.end = self.size_bytes;
         }
     }
 
@@ -650,7 +676,7 @@ mod tests {
                     reads.ended(now, span.id, SpanEnd::RangeIgnored);
                     continue;
                 }
-                reads.answered(!span.plain);
+                reads.answered(span.id, !span.plain);
                 spans.insert(span.id, span);
             }
             connections = connections.max(spans.len());
@@ -829,6 +855,40 @@ mod tests {
         assert_eq!(reads.next(at_ms(100), &demand), None);
         assert_eq!(reads.deadline(at_ms(100)), Some(at_ms(210)));
         assert!(reads.next(at_ms(210), &demand).is_some());
+    }
+
+    #[test]
+    fn the_last_try_at_an_origin_that_refuses_ranges_is_a_plain_request() {
+        let mut reads = OriginReads::new(100 * MIB, KNOWN);
+        let present = ByteSet::default();
+        let demand = wanted(&present, &[]);
+        let next = |reads: &mut OriginReads, second: u64| reads.next(at_ms(second * 5000), &demand);
+        for second in 0..u64::from(TRIES) {
+            let span = next(&mut reads, second).expect("a span");
+            assert!(!span.plain);
+            reads.ended(at_ms(second * 5000), span.id, SpanEnd::Refused);
+        }
+        let last = next(&mut reads, 4).expect("a plain request");
+        assert!(last.plain && last.bytes == (0..100 * MIB));
+        reads.ended(at_ms(20_000), last.id, SpanEnd::Refused);
+        assert!(reads.is_failed() && next(&mut reads, 9).is_none());
+    }
+
+    #[test]
+    fn an_origin_that_honours_ranges_and_breaks_plain_answers_is_asked_for_ranges() {
+        let mut reads = OriginReads::new(100 * MIB, Experience::default());
+        let present = ByteSet::default();
+        let demand = wanted(&present, &[]);
+        let range = reads.next(at_ms(0), &demand).expect("a span");
+        reads.answered(range.id, true);
+        assert!(reads.may_ask_plain());
+        // The caller takes short parts for a reason to ask for the whole.
+        reads.ended(at_ms(10), range.id, SpanEnd::RangeIgnored);
+        let plain = reads.next(at_ms(10), &demand).expect("a span");
+        assert!(plain.plain);
+        reads.ended(at_ms(20), plain.id, SpanEnd::Broken);
+        assert!(!reads.may_ask_plain());
+        assert!(!reads.next(at_ms(1000), &demand).expect("a span").plain);
     }
 
     #[test]

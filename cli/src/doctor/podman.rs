@@ -15,7 +15,12 @@ use crate::program::{command, quick};
 pub(super) async fn check(args: &DoctorArgs, mirror: &str) -> Vec<Check> {
     let image = args.image.as_deref().map(selftest::full_reference);
     let registry = image.as_deref().map(selftest::registry_of);
-    let mut checks = vec![configured("podman", Runtime::Podman, registry, mirror)];
+    let pointed = configured("podman", Runtime::Podman, registry, mirror);
+    // Many nodes have podman as a tool beside their runtime. It is looked at closely once something points it at the mirror.
+    if args.runtime.is_none() && is_left_alone(mirror) {
+        return vec![Check::skip("podman", pointed.found, pointed.cure)];
+    }
+    let mut checks = vec![pointed];
     let Some(image) = &image else {
         checks.push(Check::skip(
             "podman pull",
@@ -44,6 +49,12 @@ pub(super) async fn check(args: &DoctorArgs, mirror: &str) -> Vec<Check> {
         let _ = quick(command("podman", ["image", "rm", image])).await;
     }
     checks
+}
+
+/// Whether no registry of podman goes to the mirror.
+fn is_left_alone(mirror: &str) -> bool {
+    let blocks = blocks(&View::plain(&Root::new(Path::new("/"))));
+    blocks.is_ok_and(|blocks| blocks.iter().all(|block| block.goes_to(mirror).is_none()))
 }
 
 /// How to send a registry's pulls to the mirror.

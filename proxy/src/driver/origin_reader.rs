@@ -529,8 +529,9 @@ impl Actor {
             PART_BYTES_MIN.. => SpanEnd::Done,
             _ => {
                 self.short_parts += 1;
-                let is_hopeless = self.short_parts >= SHORT_PARTS_MAX && self.in_order.is_active();
-                if is_hopeless {
+                let may_ask_plain = self.reads.as_ref().is_some_and(OriginReads::may_ask_plain);
+                let is_too_often = self.short_parts >= SHORT_PARTS_MAX;
+                if is_too_often && may_ask_plain && self.in_order.is_active() {
                     SpanEnd::RangeIgnored
                 } else {
                     SpanEnd::Done
@@ -551,7 +552,7 @@ impl Actor {
         };
         span.place = head.place;
         if head.is_range || span.plain {
-            reads.answered(head.takes_ranges);
+            reads.answered(id, head.takes_ranges);
             return Ok(());
         }
         if !is_only {
@@ -595,7 +596,7 @@ impl Actor {
             .insert(OriginReads::new(layout.size_bytes(), experience));
         let plain = !head.is_range;
         let span = reads.adopt_first(now, plain);
-        reads.answered(head.takes_ranges);
+        reads.answered(span.id, head.takes_ranges);
         let registry = head.place.to_string();
         self.spans
             .insert(span.id, SpanTask::new(plain, 0, head.place, request));
@@ -654,7 +655,7 @@ impl Actor {
             SourceError::Final {
                 failure: Failure::Status(500..),
                 ..
-            } if self.has_moved => SpanEnd::Broken,
+            } if self.has_moved => SpanEnd::Refused,
             SourceError::Final { .. } => return self.fail(error).await,
             SourceError::Throttled { .. } if is_first => return self.fail(error).await,
             SourceError::Throttled { .. } => SpanEnd::Throttled,

@@ -19,14 +19,18 @@ pub(crate) struct Behaviour {
     pub(crate) tells_size: bool,
     /// The rate of one connection, in bytes a second.
     pub(crate) rate_bytes: Option<u64>,
-    /// Each answer breaks off after so many bytes.
+    /// Each answer breaks off after so many bytes; with [`Behaviour::breaks_once`] the first one only.
     pub(crate) breaks_after_bytes: Option<u64>,
+    /// Only the first answer breaks off.
+    pub(crate) breaks_once: bool,
     /// Each answer to a range ends, as if in order, after so many bytes.
     pub(crate) part_bytes: Option<u64>,
     /// More connections at once are answered with 429.
     pub(crate) throttles_above: Option<usize>,
     /// Every request is answered with this status.
     pub(crate) refuses: Option<u16>,
+    /// Ranges that begin past the start are answered with this status.
+    pub(crate) refuses_ranges: Option<u16>,
     /// The size that answers tell, if it is another than the right one.
     pub(crate) lies_about_size: Option<u64>,
 }
@@ -38,9 +42,11 @@ impl Default for Behaviour {
             tells_size: true,
             rate_bytes: None,
             breaks_after_bytes: None,
+            breaks_once: false,
             part_bytes: None,
             throttles_above: None,
             refuses: None,
+            refuses_ranges: None,
             lies_about_size: None,
         }
     }
@@ -110,7 +116,9 @@ impl MemorySource {
             .lock()
             .expect("no test panics with it")
             .push(range.clone());
-        if let Some(status) = self.behaviour.refuses {
+        let is_later = range.as_ref().is_some_and(|range| range.start > 0);
+        let refuses_this = self.behaviour.refuses_ranges.filter(|_| is_later);
+        if let Some(status) = self.behaviour.refuses.or(refuses_this) {
             let (failure, reason) = (Failure::Status(status), "it refuses".to_owned());
             return Err(SourceError::Final { failure, reason });
         }
@@ -150,6 +158,7 @@ impl MemorySource {
             at: range.start,
             end: range.end,
             sent_bytes: 0,
+            is_first: self.asked().len() == 1,
         };
         let place = Arc::from(self.place().as_str());
         Ok(Opened {
@@ -167,6 +176,7 @@ struct MemoryBody {
     at: u64,
     end: u64,
     sent_bytes: u64,
+    is_first: bool,
 }
 
 impl Drop for MemoryBody {
@@ -186,6 +196,7 @@ impl SourceBody for MemoryBody {
                 .of
                 .behaviour
                 .breaks_after_bytes
+                .filter(|_| self.is_first || !self.of.behaviour.breaks_once)
                 .is_some_and(|after| self.sent_bytes >= after)
             {
                 return Some(Err(SourceError::Broken("it broke off".to_owned())));

@@ -289,6 +289,39 @@ async fn an_answer_that_breaks_off_is_gone_on_with() {
 }
 
 #[tokio::test]
+async fn a_gateway_that_cuts_every_answer_is_asked_for_part_after_part() {
+    for short_parts in [None, Some(MIB / 4)] {
+        let behaviour = Behaviour {
+            breaks_after_bytes: Some(MIB / 4),
+            part_bytes: short_parts,
+            ..Behaviour::default()
+        };
+        let mut world = World::new(6 * MIB, behaviour);
+        world.want_rest();
+        assert_eq!(world.until_end().await, End::Whole, "{short_parts:?}");
+        assert!(world.copies() < 1.2, "{}", world.copies());
+    }
+}
+
+#[tokio::test]
+async fn a_gateway_that_answers_ranges_with_its_own_errors_is_asked_for_the_whole_at_last() {
+    let behaviour = Behaviour {
+        breaks_after_bytes: Some(3 * MIB),
+        breaks_once: true,
+        refuses_ranges: Some(502),
+        ..Behaviour::default()
+    };
+    let mut world = World::new(6 * MIB, behaviour);
+    world.want_rest();
+    assert_eq!(world.until_end().await, End::Whole);
+    assert!(
+        world.source.asked().len() <= 6,
+        "{:?}",
+        world.source.asked()
+    );
+}
+
+#[tokio::test]
 async fn an_origin_that_gives_nothing_fails_in_bounded_tries() {
     let behaviour = Behaviour {
         breaks_after_bytes: Some(0),
