@@ -52,6 +52,9 @@ const SHORT_PARTS_MAX: u32 = 8;
 /// Requests for the size without an answer before the origin counts as failed.
 const SIZING_TRIES: u32 = 3;
 
+/// Between two waits for a rate, the in-order read takes one piece at the link's speed. It counts as held back in this time, too.
+const RATED_WITHIN: Duration = Duration::from_secs(1);
+
 /// The wait after the first such request; the next one waits twice as long.
 const SIZING_WAIT: Duration = Duration::from_millis(200);
 
@@ -183,6 +186,8 @@ struct Actor {
     sizing_span: Option<SpanId>,
     sizing_failures: u32,
     in_order: InOrder,
+    /// The last moment at which a rate held the in-order read back.
+    held_back_at: Option<Instant>,
     /// Loose bytes were written since the prefix last looked for some.
     is_loose_new: bool,
     /// Something has changed that spans depend on.
@@ -232,6 +237,7 @@ impl Actor {
             sizing_span: None,
             sizing_failures: 0,
             in_order: InOrder::new(),
+            held_back_at: None,
             is_loose_new: false,
             is_to_plan: false,
             short_parts: 0,
@@ -341,19 +347,39 @@ impl Actor {
         Ok(())
     }
 
-    /// Tells each request how far it may read. Without a file only the span goes on that the prefix is at: the others wait until
-    /// the prefix gets there, or the file.
+    /// Whether a rate holds the in-order read back, now or a moment ago.
+    fn is_held_back(&mut self) -> bool {
+        let is_held_now = self.in_order.is_active()
+            && *self.context.resumes.borrow() > tokio::time::Instant::now();
+        if is_held_now {
+            self.held_back_at = Some(Instant::now());
+        }
+        self.held_back_at
+            .is_some_and(|at| at.elapsed() < RATED_WITHIN)
+    }
+
+    /// Tells each request how far it may read. Some wait until the prefix gets to them: all of them while there is no file, and those
+    /// that no reader needs while a rate holds the prefix back.
     fn set_limits(&mut self) {
         let in_order_only = self.context.has_no_file();
+        let is_held_back = self.is_held_back();
+        let readers = match is_held_back {
+            true => self.context.wishes.borrow().readers.clone(),
+            false => Vec::new(),
+        };
         let position = self.in_order.position(self.context.layout);
         for (id, span) in &mut self.spans {
-            let pauses = in_order_only && position.is_some_and(|position| position < span.at);
-            self.is_to_plan |= std::mem::replace(&mut span.is_paused, pauses) != pauses;
             let end = self
                 .reads
                 .as_ref()
                 .and_then(|reads| reads.end_of(*id))
                 .unwrap_or(u64::MAX);
+            let is_needed = readers
+                .iter()
+                .any(|reader| reader.start < end && span.at < reader.end);
+            let is_ahead = position.is_some_and(|position| position < span.at);
+            let pauses = is_ahead && (in_order_only || is_held_back && !is_needed);
+            self.is_to_plan |= std::mem::replace(&mut span.is_paused, pauses) != pauses;
             let until = if pauses { 0 } else { end };
             span.until
                 .send_if_modified(|known| std::mem::replace(known, until) != until);
@@ -411,9 +437,7 @@ impl Actor {
             wishes.readers
         };
         // A rate holds bytes back as they are hashed: read out of order, they would come faster than that.
-        let is_held_back = self.in_order.is_active()
-            && *self.context.resumes.borrow() > tokio::time::Instant::now();
-        let lone = in_order_only || is_held_back;
+        let lone = in_order_only || self.is_held_back();
         let paused = self.spans.values().filter(|span| span.is_paused).count();
         while let Some(reads) = &mut self.reads {
             let connections = match in_order_only {

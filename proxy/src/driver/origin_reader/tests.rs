@@ -31,7 +31,7 @@ struct World {
     /// Over these.
     hashed: Chain,
     _window: watch::Sender<PieceIndex>,
-    _resumes: watch::Sender<tokio::time::Instant>,
+    resumes: watch::Sender<tokio::time::Instant>,
     _dir: TempDir,
 }
 
@@ -112,7 +112,7 @@ impl World {
             pieces: Vec::new(),
             hashed: Chain::new(task.algorithm()),
             _window: window,
-            _resumes: resumes,
+            resumes,
             _dir: dir,
         }
     }
@@ -254,6 +254,36 @@ async fn a_slow_connection_is_multiplied() {
         "{:?}",
         began.elapsed()
     );
+}
+
+#[tokio::test]
+async fn a_rate_holds_back_all_connections_that_no_reader_needs() {
+    let behaviour = Behaviour {
+        rate_bytes: Some(10 * MIB),
+        ..Behaviour::default()
+    };
+    let mut world = World::new(256 * MIB, behaviour);
+    world.want_rest();
+    let time = Duration::from_secs(2);
+    assert!(tokio::time::timeout(time, world.until_end()).await.is_err());
+    assert!(world.source.most_connections() >= 4);
+    // The rate is 1 MiB a second: after each piece of 1 MiB the driver says how long to wait.
+    let resumes = world.resumes.clone();
+    let pieces_before = world.pieces.len();
+    let rate = tokio::spawn(async move {
+        for _ in 0..30 {
+            resumes.send_replace(tokio::time::Instant::now() + Duration::from_millis(90));
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    });
+    let sent_before = world.source.sent_bytes();
+    let time = Duration::from_secs(3);
+    assert!(tokio::time::timeout(time, world.until_end()).await.is_err());
+    rate.await.unwrap();
+    let sent = world.source.sent_bytes() - sent_before;
+    // One connection reads for a tenth of the time: 3 MiB. The others read a chunk each when the rate begins.
+    assert!(sent < 5 * MIB, "{sent} bytes came");
+    assert!(world.pieces.len() > pieces_before, "the prefix goes on");
 }
 
 #[tokio::test]
