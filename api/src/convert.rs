@@ -7,14 +7,14 @@ use std::net::Ipv6Addr;
 use std::sync::Arc;
 
 use hawker_core::application::{Label, Labels, Priority, Purpose};
-use hawker_core::digest::{Algorithm, ChainValue, Digest};
 use hawker_core::message::{Message, Offer, Refusal, Role};
 use hawker_core::piece::{
     MAX_BLOB_BYTES, PeerId, PieceIndex, PieceLayout, PieceTable, SignedPrefix,
 };
-use hawker_core::reference::{MAX_NAME_BYTES, Source, canonical_host, is_repository};
 use hawker_core::right::Bearer;
 use hawker_core::share::Share;
+use hawker_oci::digest::{Algorithm, ChainValue, Digest};
+use hawker_oci::reference::{MAX_NAME_BYTES, Source, canonical_host, is_repository};
 
 use crate::v1;
 use crate::v1::peer_message::Message as Wire;

@@ -5,9 +5,9 @@ use std::str::FromStr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use hawker_core::digest::{Digest, hex};
 use hawker_core::message::Role;
 use hawker_core::piece::PeerId;
+use hawker_oci::digest::{Digest, hex};
 use hyper_util::rt::TokioIo;
 use ring::rand::{SecureRandom, SystemRandom};
 use rustls::client::WebPkiServerVerifier;

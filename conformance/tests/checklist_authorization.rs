@@ -11,7 +11,7 @@ use hawker_conformance::lab::{
 };
 use hawker_conformance::origin::{Content, Fault, Rule};
 use hawker_conformance::scene::{Plan, REPOSITORY, blob_path, join, right, until, until_committed};
-use hawker_core::digest::{Algorithm, Digest};
+use hawker_oci::digest::{Algorithm, Digest};
 
 const ANN: (&str, &str) = ("ann", "Passw0rd-of-ann");
 const BOB: (&str, &str) = ("bob", "Passw0rd-of-bob");

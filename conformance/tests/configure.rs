@@ -11,7 +11,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use hawker_conformance::lab::{DockerRegistry, Hawker, HawkerPlan, Host, Image, Lab, Process, run};
 use hawker_conformance::scene::until;
-use hawker_core::digest::{Algorithm, Digest};
+use hawker_oci::digest::{Algorithm, Digest};
 use rustix::process::Signal;
 
 /// The registry's name where it is a part of a path: references allow no port there.

@@ -6,7 +6,7 @@ use hawker_conformance::origin::{Blob, Content, Fault, Rule};
 use hawker_conformance::scene::{
     Plan, REPOSITORY, blob_path, committed_path, right, start_origin, until_committed,
 };
-use hawker_core::digest::{Algorithm, Digest};
+use hawker_oci::digest::{Algorithm, Digest};
 
 const SIZE_BYTES: u64 = (5 << 20) + 77;
 

@@ -11,7 +11,7 @@ use hawker_conformance::origin::Content;
 use hawker_conformance::scene::{
     Plan, REPOSITORY, Scene, blob_path, right, until_committed, with_origin,
 };
-use hawker_core::digest::Digest;
+use hawker_oci::digest::Digest;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpSocket, TcpStream};

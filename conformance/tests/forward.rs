@@ -169,7 +169,7 @@ fn curl_gets_blobs_from_peers_tunnels_where_it_may_and_nothing_else() -> Result<
         ] {
             let got = curl(&host, args)?;
             let digest =
-                hawker_core::digest::Digest::of(hawker_core::digest::Algorithm::Sha256, &got.body);
+                hawker_oci::digest::Digest::of(hawker_oci::digest::Algorithm::Sha256, &got.body);
             ensure!(
                 got.status == "200" && digest == blob.digest,
                 "{args:?}: {}",

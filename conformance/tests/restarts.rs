@@ -7,7 +7,7 @@ use hawker_conformance::lab::{End, Hawker, HawkerPlan, Host, Lab, Mbit, Request,
 use hawker_conformance::origin::Blob;
 use hawker_conformance::scene::{Plan, Scene, blob_path, join, right, until, until_committed};
 
-use hawker_core::digest::{Algorithm, Digest};
+use hawker_oci::digest::{Algorithm, Digest};
 
 /// At 100 Mbit/s this takes about two seconds to arrive: enough to die in.
 const SIZE_BYTES: u64 = 24 << 20;

@@ -10,9 +10,9 @@ use hawker_conformance::scene::{
     Plan, REPOSITORY, Scene, blob_path, committed_path, right, start_origin, until,
     until_committed, withheld,
 };
-use hawker_core::digest::{Algorithm, Digest};
 use hawker_core::piece::PeerId;
 use hawker_core::rendezvous;
+use hawker_oci::digest::{Algorithm, Digest};
 
 const SIZE_BYTES: u64 = (16 << 20) + 4321;
 

@@ -9,7 +9,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use crate::limit::Rates;
-use crate::reference::{Source, canonical_host};
+use hawker_oci::reference::{Source, canonical_host};
 
 /// Longest label, in bytes.
 pub const MAX_LABEL_BYTES: usize = 64;

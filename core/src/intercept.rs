@@ -2,7 +2,7 @@
 
 use regex::{Regex, RegexBuilder};
 
-use crate::reference::host_matches;
+use hawker_oci::reference::host_matches;
 
 /// The compiled form of a path's pattern is no larger than this.
 const PATTERN_BYTES: usize = 256 << 10;
@@ -69,7 +69,7 @@ impl Rules {
         self
     }
 
-    /// What becomes of a connection to `host`, given as [`crate::reference::canonical_host`] writes it. `allowed`: it may be
+    /// What becomes of a connection to `host`, given as [`hawker_oci::reference::canonical_host`] writes it. `allowed`: it may be
     /// reached though no rule names it.
     pub fn way(&self, host: &str, allowed: bool) -> Way {
         for rule in self.of(host) {

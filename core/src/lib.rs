@@ -1,9 +1,7 @@
 //! The decisions of Hawker, without I/O, clock or randomness: what each daemon does next, given what it has seen.
 //!
-//! - [`digest`], [`piece`]: what a blob's pieces are and how each is verified on its own
-//! - [`reference`], [`range`], [`accept`]: what a request asks for; [`right`]: with what right it is read at the origin;
-//!   [`challenge`]: what a registry wants first; [`manifest`]: what a manifest names; [`intercept`]: what becomes of a request
-//!   that is only passing
+//! - [`piece`]: what a blob's pieces are and how each is verified on its own
+//! - [`right`]: with what right a blob is read at its origin; [`intercept`]: what becomes of a request that is only passing
 //! - [`node`], [`fetch`], [`parents`], [`peers`], [`message`]: one peer's downloads and uploads; [`share`]: what of it may come from
 //!   other zones
 //! - [`origin_reads`]: which spans of a blob are read at its origin, and over how many connections; [`byte_set`]: sets of bytes
@@ -11,21 +9,16 @@
 //! - [`limit`], [`cache`]: how fast, and what stays on disk; [`admission`]: who gets a place at the peer port; [`connections`]: which
 //!   client connections have a place
 //!
-//! Time comes in as [`Time`], randomness as `rng: &mut R`. The proxy, the scheduler and the simulator run this same code.
+//! Names come from [`hawker_oci`]: digests, hosts, repositories. Time comes in as [`Time`], randomness as `rng: &mut R`. The proxy, the scheduler and the simulator run this same code.
 
-pub mod accept;
 pub mod admission;
 pub mod application;
 pub mod byte_set;
 pub mod cache;
-pub mod challenge;
 pub mod connections;
-pub mod digest;
 pub mod fetch;
 pub mod intercept;
 pub mod limit;
-pub mod manifest;
-pub mod media_type;
 pub mod memory;
 pub mod message;
 pub mod node;
@@ -36,12 +29,9 @@ pub mod peers;
 pub mod piece;
 pub mod place;
 pub mod proof;
-pub mod range;
 pub mod reader;
-pub mod reference;
 pub mod rendezvous;
 pub mod right;
-pub mod schema_1;
 pub mod share;
 pub mod swarm;
 

@@ -5,11 +5,11 @@
 use std::fmt;
 
 use crate::application::{Priority, Purpose};
-use crate::digest::{ChainValue, Digest};
 use crate::piece::{PieceIndex, SignedPrefix};
-use crate::reference::Source;
 use crate::right::Bearer;
 use crate::share::Share;
+use hawker_oci::digest::{ChainValue, Digest};
+use hawker_oci::reference::Source;
 
 /// What a member is allowed to be; its certificate says so.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]

@@ -13,7 +13,6 @@ use rand::rngs::StdRng;
 
 use crate::Time;
 use crate::application::{Applications, Labels, Priority, Purpose};
-use crate::digest::Digest;
 use crate::fetch::Fetch;
 use crate::limit::{Rates, TokenBucket};
 use crate::message::{Message, Refusal, Role};
@@ -21,10 +20,11 @@ use crate::offer::Offers;
 use crate::parents::{Fault, Parents};
 use crate::peers::PeerMap;
 use crate::piece::{PeerId, PieceIndex, PieceLayout, PieceSet, PieceTable};
-use crate::reference::Source;
 use crate::rendezvous;
 use crate::right::{Bearer, Right};
 use crate::share::Share;
+use hawker_oci::digest::Digest;
+use hawker_oci::reference::Source;
 
 mod decide;
 mod fair;

@@ -4,7 +4,7 @@ use std::cmp::Ordering;
 use std::fmt;
 use std::ops::Range;
 
-use crate::digest::{Algorithm, Chain, ChainValue, Digest};
+use hawker_oci::digest::{Algorithm, Chain, ChainValue, Digest};
 
 const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
@@ -410,24 +410,24 @@ impl PeerId {
 
 impl fmt::Display for PeerId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&crate::digest::hex(&self.0))
+        f.write_str(&hawker_oci::digest::hex(&self.0))
     }
 }
 
 impl fmt::Debug for PeerId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&crate::digest::hex(&self.0[..4]))
+        f.write_str(&hawker_oci::digest::hex(&self.0[..4]))
     }
 }
 
 impl std::str::FromStr for PeerId {
-    type Err = crate::digest::DigestError;
+    type Err = hawker_oci::digest::DigestError;
 
     /// 32 digits of hex.
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         // A peer id is half as long as a SHA-256 digest: pad it to reuse the one hex parser.
         let digest: Digest = format!("sha256:{text}{}", "0".repeat(32)).parse()?;
-        Self::from_bytes(&digest.as_bytes()[..16]).ok_or(crate::digest::DigestError::Hex)
+        Self::from_bytes(&digest.as_bytes()[..16]).ok_or(hawker_oci::digest::DigestError::Hex)
     }
 }
 

@@ -1,8 +1,8 @@
 //! Rendezvous hashing: everybody picks the same member for a task without asking, and few tasks move when a member comes
 //! or goes (Thaler and Ravishankar, 1998).
 
-use crate::digest::{Algorithm, Chain, Digest};
 use crate::piece::PeerId;
+use hawker_oci::digest::{Algorithm, Chain, Digest};
 
 /// The members in the order in which to try them for `task`: the owner first.
 pub fn order(task: &Digest, members: impl IntoIterator<Item = PeerId>) -> Vec<PeerId> {

@@ -35,11 +35,11 @@ use rand::Rng;
 
 use crate::Time;
 use crate::application::{Applications, Labels, Priority, Purpose};
-use crate::digest::Digest;
 use crate::message::Role;
 use crate::piece::PeerId;
 use crate::place::{Nearness, Place};
 use crate::share::Share;
+use hawker_oci::digest::Digest;
 
 use conduct::{Conduct, Standing};
 pub use conduct::{

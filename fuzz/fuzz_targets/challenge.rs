@@ -2,7 +2,7 @@
 
 #![no_main]
 
-use hawker_core::challenge::{Challenge, MAX_CHALLENGES, is_trusted, parse, repository_of};
+use hawker_oci::challenge::{Challenge, MAX_CHALLENGES, is_trusted, parse, repository_of};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|header: &[u8]| {

@@ -2,9 +2,9 @@
 
 #![no_main]
 
-use hawker_core::digest::{Algorithm, Digest};
-use hawker_core::manifest::parts;
-use hawker_core::{media_type, schema_1};
+use hawker_oci::digest::{Algorithm, Digest};
+use hawker_oci::manifest::parts;
+use hawker_oci::{media_type, schema_1};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|body: &[u8]| {

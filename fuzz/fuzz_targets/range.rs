@@ -2,7 +2,7 @@
 
 #![no_main]
 
-use hawker_core::range::{MAX_RANGES, Ranges, Resolved, Spec, content_range, parse_content_range};
+use hawker_oci::range::{MAX_RANGES, Ranges, Resolved, Spec, content_range, parse_content_range};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|input: &[u8]| {

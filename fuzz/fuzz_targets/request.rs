@@ -2,7 +2,7 @@
 
 #![no_main]
 
-use hawker_core::reference::{Asked, MAX_TARGET_BYTES, canonical_host, is_repository, parse};
+use hawker_oci::reference::{Asked, MAX_TARGET_BYTES, canonical_host, is_repository, parse};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|line: &str| {

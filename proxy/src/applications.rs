@@ -7,7 +7,7 @@ use arc_swap::ArcSwap;
 use hawker_core::application::{
     Applications, Label, Labels, MAX_LABEL_BYTES, Priority, Purpose, Told,
 };
-use hawker_core::reference::Source;
+use hawker_oci::reference::Source;
 use http::{HeaderMap, HeaderName};
 
 use crate::admin::ApplicationStatus;

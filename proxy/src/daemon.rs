@@ -6,9 +6,9 @@ use std::time::{Duration, Instant, SystemTime};
 
 use arc_swap::ArcSwap;
 use hawker_api::identity::{Identity, IdentityError};
-use hawker_core::digest::Digest;
 use hawker_core::message::Role;
 use hawker_core::rendezvous;
+use hawker_oci::digest::Digest;
 use tokio::net::{TcpListener, TcpSocket};
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;

@@ -13,16 +13,16 @@ use bytes::Bytes;
 use hawker_api::identity::Identity;
 use hawker_core::Time;
 use hawker_core::application::{Priority, Purpose};
-use hawker_core::digest::{Chain, Digest};
 use hawker_core::message::{Message, Refusal, Role};
 use hawker_core::node::{
     Child, Config, Failure, Input, Named, Node, Notary, Opening, Output, Phase, Verdict,
 };
 use hawker_core::parents::Fault;
 use hawker_core::piece::{PeerId, PieceIndex, PieceLayout, PieceSet, PieceTable, SignedPrefix};
-use hawker_core::reference::Source;
 use hawker_core::right::Bearer;
 use hawker_core::share::Share;
+use hawker_oci::digest::{Chain, Digest};
+use hawker_oci::reference::Source;
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 use tokio::sync::{mpsc, oneshot, watch};

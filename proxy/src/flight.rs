@@ -14,10 +14,10 @@ use bytes::Bytes;
 use hawker_core::Time;
 use hawker_core::application::Purpose;
 use hawker_core::byte_set::ByteSet;
-use hawker_core::digest::Digest;
 use hawker_core::node::Failure;
 use hawker_core::piece::{MAX_BLOB_BYTES, PieceIndex, PieceLayout, PieceSet};
 use hawker_core::reader::{self, Facts, Here, Reason, SIZE_WITHIN, Step, Storage, Stretch};
+use hawker_oci::digest::Digest;
 use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::time::Instant;
 

@@ -5,9 +5,9 @@ use std::time::{Duration, SystemTime};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
-use hawker_core::digest::{Algorithm, Digest};
-use hawker_core::reference::Source;
 use hawker_core::right::{Bearer, Right};
+use hawker_oci::digest::{Algorithm, Digest};
+use hawker_oci::reference::Source;
 use http::header::AUTHORIZATION;
 use http::{HeaderMap, HeaderValue};
 use serde::Deserialize;

@@ -13,10 +13,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use hawker_core::digest::{Algorithm, Digest};
 use hawker_core::piece::{PieceIndex, PieceSet, PieceTable};
 use hawker_core::proof;
-use hawker_core::reference::Source;
+use hawker_oci::digest::{Algorithm, Digest};
+use hawker_oci::reference::Source;
 use http::header::{CONTENT_ENCODING, RANGE};
 use http::{HeaderMap, HeaderValue, StatusCode};
 use lru::LruCache;

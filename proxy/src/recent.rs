@@ -4,7 +4,7 @@
 use std::collections::VecDeque;
 use std::sync::{Mutex, PoisonError};
 
-use hawker_core::reference::{Asked, Content, ManifestRef};
+use hawker_oci::reference::{Asked, Content, ManifestRef};
 use serde::{Deserialize, Serialize};
 
 /// Requests that are kept; `hawker doctor` reads them several times a second.
@@ -115,7 +115,7 @@ impl RecentRequests {
 
 #[cfg(test)]
 mod tests {
-    use hawker_core::reference;
+    use hawker_oci::reference;
 
     use super::*;
 

@@ -7,7 +7,7 @@ use std::net::{IpAddr, UdpSocket};
 use std::time::Duration;
 
 use hawker_core::place::Network;
-use hawker_core::reference::host_matches;
+use hawker_oci::reference::host_matches;
 use tokio::time::timeout;
 
 /// For looking up one name.

@@ -20,9 +20,9 @@ use hawker_api::identity::{
     AuthorityKey, Identity, IdentityError, MAX_REMOVED, member_of, validity_s,
 };
 use hawker_api::join::Token;
-use hawker_core::digest::{Algorithm, Digest};
 use hawker_core::message::Role;
 use hawker_core::piece::PeerId;
+use hawker_oci::digest::{Algorithm, Digest};
 use rustls::pki_types::CertificateDer;
 use serde::{Deserialize, Serialize};
 

@@ -11,12 +11,12 @@ use hawker_api::join::{self, JoinError, Token};
 use hawker_api::v1;
 use hawker_api::v1::scheduler_client::SchedulerClient;
 use hawker_core::application::Purpose;
-use hawker_core::digest::{Algorithm, ChainValue, Digest};
 use hawker_core::message::Role;
 use hawker_core::piece::{PeerId, PieceLayout, PieceTable, SignedPrefix};
 use hawker_core::place::{Network, Networks, Place};
-use hawker_core::reference::Source;
 use hawker_core::swarm::WARM_UP;
+use hawker_oci::digest::{Algorithm, ChainValue, Digest};
+use hawker_oci::reference::Source;
 use hawker_proxy::settings::Push;
 use hawker_proxy::tracker::{
     Capacity, Holding, Member, ReportKind, Tracker, TrackerConfig, TrackerEvent, Want,

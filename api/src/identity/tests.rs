@@ -3,8 +3,8 @@
 use std::io::{Read, Write};
 use std::os::unix::fs::PermissionsExt;
 
-use hawker_core::digest::{Algorithm, ChainValue, Digest};
 use hawker_core::piece::PieceLayout;
+use hawker_oci::digest::{Algorithm, ChainValue, Digest};
 
 use super::*;
 

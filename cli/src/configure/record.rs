@@ -7,7 +7,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, ensure};
-use hawker_core::digest::{Algorithm, Digest};
+use hawker_oci::digest::{Algorithm, Digest};
 use serde::{Deserialize, Serialize};
 
 use super::edit::Edit;

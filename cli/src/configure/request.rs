@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use hawker_core::reference::{canonical_host, host_matches};
+use hawker_oci::reference::{canonical_host, host_matches};
 use toml::{Table, Value};
 
 use super::edit::Mirrored;

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use hawker_core::digest::Digest;
+use hawker_oci::digest::Digest;
 use hawker_proxy::recent::RecentRequest;
 use serde::Deserialize;
 

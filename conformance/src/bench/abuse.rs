@@ -16,7 +16,7 @@ use clap::Args;
 use hawker_conformance::lab::{Cluster, ClusterPlan, Hawker, HawkerPlan, Host, Mbit};
 use hawker_conformance::origin::{Blob, Content, Origin, OriginConfig};
 use hawker_conformance::scene;
-use hawker_core::digest::Digest;
+use hawker_oci::digest::Digest;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde_json::json;
 use tokio::sync::broadcast;

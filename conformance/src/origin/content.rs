@@ -6,7 +6,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
 
-use hawker_core::digest::{Algorithm, Chain, Digest};
+use hawker_oci::digest::{Algorithm, Chain, Digest};
 
 /// The bytes of a blob or manifest. Cheap to clone.
 #[derive(Clone, Debug)]

@@ -2,10 +2,10 @@
 
 use std::sync::Arc;
 
-use hawker_core::digest::{Algorithm, Chain, ChainValue, Digest};
 use hawker_core::message::Role;
 use hawker_core::node::Notary;
 use hawker_core::piece::{PeerId, PieceIndex, PieceLayout, PieceTable, SignedPrefix};
+use hawker_oci::digest::{Algorithm, Chain, ChainValue, Digest};
 
 /// Sizes are multiples of this, so that the last piece, too, ends where a chaining value is.
 const BLOCK_BYTES: u64 = 64;

@@ -4,12 +4,12 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
 use hawker_core::Time;
-use hawker_core::digest::Digest;
 use hawker_core::message::{Message, Offer};
 use hawker_core::node::{Input, Node};
 use hawker_core::parents::Fault;
 use hawker_core::piece::{PeerId, PieceIndex, PieceSet};
 use hawker_core::swarm::ReportKind;
+use hawker_oci::digest::Digest;
 
 use super::content::{Blob, Keys, peer_id};
 

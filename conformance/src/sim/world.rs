@@ -4,15 +4,15 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use hawker_core::Time;
-use hawker_core::digest::Digest;
 use hawker_core::message::{Message, Refusal, Role};
 use hawker_core::node::{self, Child, Config, Named, Node, Opening, Output, Verdict};
 use hawker_core::parents::Fault;
 use hawker_core::piece::{PeerId, PieceIndex, PieceLayout};
 use hawker_core::place::Place;
-use hawker_core::reference::Source;
 use hawker_core::right::Right;
 use hawker_core::swarm::{self, Holding, Input, Registration, Swarm, Terms};
+use hawker_oci::digest::Digest;
+use hawker_oci::reference::Source;
 use rand::rngs::StdRng;
 use rand::seq::SliceRandom as _;
 use rand::{RngExt as _, SeedableRng as _};

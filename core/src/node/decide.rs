@@ -14,12 +14,12 @@ use super::{
     SEED_ANSWERS_WITHIN, TAKES_ALL_AFTER, WORKING_FOR,
 };
 use crate::application::{Priority, Purpose};
-use crate::digest::Digest;
 use crate::fetch::{Asked, Fetch};
 use crate::message::{Message, Offer, Refusal, Role};
 use crate::piece::{PeerId, PieceIndex, PieceSet, PieceTable};
 use crate::share::Share;
 use crate::{Time, rendezvous};
+use hawker_oci::digest::Digest;
 
 impl<N: Notary> Node<N> {
     /// Works out what follows from all that was told.

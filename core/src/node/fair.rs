@@ -11,10 +11,10 @@ use super::task::Task;
 use super::{Node, Notary, Output};
 use crate::Time;
 use crate::admission::Allowance;
-use crate::digest::Digest;
 use crate::message::{Refusal, Role};
 use crate::peers::PeerMap;
 use crate::piece::PeerId;
+use hawker_oci::digest::Digest;
 
 /// Tasks that one member may wait for while they are not complete here. Runtimes pull three to six layers of an image at once.
 const TASKS: usize = 64;

@@ -3,8 +3,8 @@
 use super::table::UNPROVEN_A_PEER_BYTES;
 use super::tests::{Names, id};
 use super::*;
-use crate::digest::{Algorithm, ChainValue};
 use crate::message::Offer;
+use hawker_oci::digest::{Algorithm, ChainValue};
 use rand::SeedableRng;
 
 const SEED: u8 = 200;

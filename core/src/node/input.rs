@@ -6,14 +6,14 @@ use std::sync::Arc;
 use super::{Child, Failure, Named, Node, Notary, Opening, Verdict};
 use crate::Time;
 use crate::application::{Applications, Purpose};
-use crate::digest::{Chain, Digest};
 use crate::limit::Rates;
 use crate::message::{Message, Refusal, Role};
 use crate::parents::Fault;
 use crate::piece::{PeerId, PieceIndex, PieceSet};
-use crate::reference::Source;
 use crate::right::Right;
 use crate::share::Share;
+use hawker_oci::digest::{Chain, Digest};
+use hawker_oci::reference::Source;
 
 /// An event for a [`Node`].
 #[derive(Clone)]

@@ -11,10 +11,10 @@ use super::phase::Change;
 use super::task::{Reading, Task};
 use super::{Node, Notary, Output};
 use crate::Time;
-use crate::digest::Digest;
 use crate::fetch::Fetch;
 use crate::message::{Refusal, Role};
 use crate::piece::{PeerId, PieceIndex, PieceLayout, PieceSet};
+use hawker_oci::digest::Digest;
 
 /// A piece that one child got this long ago does not wait in memory for slower children when room is short. A whole window has to go
 /// to each of several children in this time, where none of them has a disk.

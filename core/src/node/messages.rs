@@ -8,10 +8,10 @@ use super::task::{Advice, Task};
 use super::uploads::Waiting;
 use super::{Child, Node, Notary, Output};
 use crate::Time;
-use crate::digest::Digest;
 use crate::message::{Message, Offer, Refusal, Role};
 use crate::piece::{PeerId, PieceIndex, PieceSet, PieceTable, SignedPrefix};
 use crate::right::Right;
+use hawker_oci::digest::Digest;
 
 impl<N: Notary> Node<N> {
     /// Whether a decision may follow from a message at once. News of pieces that this node has no room for can wait for the next one.

@@ -7,11 +7,11 @@ use super::phase::Change;
 use super::task::Reading;
 use super::{BUSY_REST, Failure, Node, Notary, Output, Trust, Verdict};
 use crate::Time;
-use crate::digest::{Chain, Digest};
 use crate::limit::TokenBucket;
 use crate::message::{Message, Refusal};
 use crate::parents::Fault;
 use crate::piece::{PeerId, PieceIndex, PieceTable};
+use hawker_oci::digest::{Chain, Digest};
 
 impl<N: Notary> Node<N> {
     /// A piece came from a peer; `chain` ran over its bytes from the piece's start.

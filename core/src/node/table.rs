@@ -1,8 +1,8 @@
 //! Which piece tables count, and for what.
 
-use crate::digest::ChainValue;
 use crate::message::{Offer, Role};
 use crate::piece::{PeerId, PieceLayout, PieceTable, SignedPrefix};
+use hawker_oci::digest::ChainValue;
 
 /// What pieces that match a table are good for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

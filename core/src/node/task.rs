@@ -14,15 +14,15 @@ use super::{
 };
 use crate::Time;
 use crate::application::Purpose;
-use crate::digest::Digest;
 use crate::fetch::Fetch;
 use crate::message::{Message, Role};
 use crate::offer::Offers;
 use crate::peers::PeerMap;
 use crate::piece::{PeerId, PieceIndex, PieceLayout, PieceSet, PieceTable};
-use crate::reference::Source;
 use crate::right::Right;
 use crate::share::Share;
+use hawker_oci::digest::Digest;
+use hawker_oci::reference::Source;
 
 /// The origin, as far as one task goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -3,9 +3,9 @@
 use super::*;
 use crate::application::Limits;
 use crate::application::tests::{limited, purpose};
-use crate::digest::{Algorithm, Chain};
 use crate::message::Offer;
 use crate::piece::SignedPrefix;
+use hawker_oci::digest::{Algorithm, Chain};
 use rand::SeedableRng;
 
 /// Signs with nothing but a name: here members are honest about who they are.

@@ -10,8 +10,8 @@ use std::time::Duration;
 
 use crate::Time;
 use crate::application::Priority;
-use crate::digest::Digest;
 use crate::piece::{PeerId, PieceIndex};
+use hawker_oci::digest::Digest;
 
 /// Requests that wait at most, over all children; past it the answer is "busy".
 const WAITING: usize = 1024;
@@ -269,7 +269,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::digest::Algorithm;
+    use hawker_oci::digest::Algorithm;
 
     const SLOTS: usize = 2;
 

@@ -12,8 +12,8 @@ use super::{
 };
 use crate::Time;
 use crate::application::{Labels, Rule};
-use crate::digest::Digest;
 use crate::piece::PeerId;
+use hawker_oci::digest::Digest;
 
 /// How many that got nowhere are remembered.
 const TRIED: usize = 16;

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use crate::Time;
 use crate::application::{Labels, Purpose};
-use crate::digest::Digest;
 use crate::piece::{PeerId, PieceLayout};
+use hawker_oci::digest::Digest;
 
 use super::gateways::Zones;
 use super::slab::Slot;

@@ -9,8 +9,8 @@ use rand::rngs::StdRng;
 use super::*;
 use crate::application::Limits;
 use crate::application::tests::{limited, purpose};
-use crate::digest::Algorithm;
 use crate::rendezvous;
+use hawker_oci::digest::Algorithm;
 
 const MIB: u64 = 1 << 20;
 

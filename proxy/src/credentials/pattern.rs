@@ -1,6 +1,6 @@
 //! What an entry is for: `quay.io`, `https://index.docker.io/v1/`, `reg:5000/team`, `*.azurecr.io`.
 
-use hawker_core::reference::canonical_host;
+use hawker_oci::reference::canonical_host;
 
 /// A host, with or without globs in its labels, and the first parts of repositories' names.
 #[derive(Clone, Debug, PartialEq, Eq)]

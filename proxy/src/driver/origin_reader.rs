@@ -12,10 +12,10 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use hawker_core::Time;
-use hawker_core::digest::{Chain, Digest};
 use hawker_core::node::Failure;
 use hawker_core::origin_reads::{Demand, OriginReads, Span, SpanEnd, SpanId, first_range};
 use hawker_core::piece::{PieceIndex, PieceLayout};
+use hawker_oci::digest::{Chain, Digest};
 use tokio::sync::{mpsc, watch};
 use tokio::task::AbortHandle;
 use tracing::debug;

@@ -2,7 +2,7 @@
 
 use std::os::unix::fs::FileExt;
 
-use hawker_core::digest::Algorithm;
+use hawker_oci::digest::Algorithm;
 use tokio::task::JoinHandle;
 
 use super::*;

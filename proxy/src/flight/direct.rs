@@ -5,9 +5,9 @@ use std::ops::Range;
 use std::time::Duration;
 
 use bytes::Bytes;
-use hawker_core::digest::{Chain, Digest};
 use hawker_core::piece::PieceLayout;
 use hawker_core::reader::Stretch;
+use hawker_oci::digest::{Chain, Digest};
 use http::{HeaderMap, header};
 
 use super::FlightError;

@@ -15,7 +15,7 @@ use std::time::{Duration, SystemTime};
 use arc_swap::ArcSwap;
 use hawker_api::identity::IdentityError;
 use hawker_core::intercept::{Action, Way};
-use hawker_core::reference::{self, Asked, Content};
+use hawker_oci::reference::{self, Asked, Content};
 use http::{Method, Request, StatusCode};
 use hyper::body::Incoming;
 use tokio::net::TcpListener;

@@ -1,6 +1,6 @@
 //! What a proxied request is for: which host, how reached, and under which name settings and rules know it.
 
-use hawker_core::reference::canonical_host;
+use hawker_oci::reference::canonical_host;
 use http::uri::{Authority, Scheme};
 use http::{Method, Request};
 

@@ -3,9 +3,9 @@ use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
 
 use bytes::Bytes;
-use hawker_core::digest::Digest;
 use hawker_core::intercept::{Rule, Rules, path_pattern};
 use hawker_core::place::Network;
+use hawker_oci::digest::Digest;
 use http::{HeaderMap, Response};
 use http_body_util::{BodyExt, Full};
 use hyper::client::conn::http1::SendRequest;

@@ -5,7 +5,7 @@ use std::num::NonZeroUsize;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
-use hawker_core::digest::Digest;
+use hawker_oci::digest::Digest;
 use http::header::RETRY_AFTER;
 use http::{HeaderMap, HeaderValue};
 use lru::LruCache;

@@ -7,9 +7,9 @@
 use std::num::NonZeroUsize;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use hawker_core::digest::Digest;
-use hawker_core::manifest::{MAX_URLS, Part};
-use hawker_core::reference::Source;
+use hawker_oci::digest::Digest;
+use hawker_oci::manifest::{MAX_URLS, Part};
+use hawker_oci::reference::Source;
 use lru::LruCache;
 use url::Url;
 
@@ -83,7 +83,7 @@ fn usable(text: &str) -> Option<Url> {
 
 #[cfg(test)]
 mod tests {
-    use hawker_core::digest::Algorithm;
+    use hawker_oci::digest::Algorithm;
 
     use super::*;
 

@@ -27,10 +27,10 @@ use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use bytes::Bytes;
-use hawker_core::digest::Digest;
-use hawker_core::manifest::Part;
-use hawker_core::media_type;
-use hawker_core::reference::Source;
+use hawker_oci::digest::Digest;
+use hawker_oci::manifest::Part;
+use hawker_oci::media_type;
+use hawker_oci::reference::Source;
 use http::header::{
     ACCEPT, ACCEPT_ENCODING, AUTHORIZATION, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE,
     IF_NONE_MATCH, IF_RANGE, RANGE, USER_AGENT, VIA,

@@ -196,7 +196,7 @@ impl Upstream {
 
     /// The registry's own endpoint, unless it was asked under another of its names: Docker Hub's do different things.
     fn endpoint<'a>(&self, route: &'a Route) -> Option<&'a Url> {
-        let asked = hawker_core::reference::api_host(&self.name);
+        let asked = hawker_oci::reference::api_host(&self.name);
         let same = [asked, &self.name]
             .iter()
             .any(|name| self.authority.host().eq_ignore_ascii_case(bare(name)));

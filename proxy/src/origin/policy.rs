@@ -3,8 +3,8 @@
 use std::net::IpAddr;
 use std::path::PathBuf;
 
-use hawker_core::challenge::is_trusted;
-use hawker_core::reference::{api_host, canonical_host, host_matches, is_public};
+use hawker_oci::challenge::is_trusted;
+use hawker_oci::reference::{api_host, canonical_host, host_matches, is_public};
 use url::{Host, Url};
 
 use super::OriginError;

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use bytes::Bytes;
-use hawker_core::range::parse_content_range;
+use hawker_oci::range::parse_content_range;
 use http::{HeaderMap, HeaderValue, StatusCode, header};
 
 use super::{OriginBody, OriginError};

@@ -5,8 +5,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
-use hawker_core::digest::{Algorithm, Digest};
-use hawker_core::reference::Source;
+use hawker_oci::digest::{Algorithm, Digest};
+use hawker_oci::reference::Source;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 

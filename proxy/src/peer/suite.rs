@@ -3,7 +3,7 @@
 use std::time::{Duration, SystemTime};
 
 use hawker_api::identity::AuthorityKey;
-use hawker_core::digest::Algorithm;
+use hawker_oci::digest::Algorithm;
 use tokio::time::timeout;
 
 use super::memory::{Conduct, MemoryNetwork, MemoryPeers};

@@ -10,8 +10,8 @@ use std::num::NonZeroUsize;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use hawker_core::digest::Digest;
-use hawker_core::reference::Source;
+use hawker_oci::digest::Digest;
+use hawker_oci::reference::Source;
 use lru::LruCache;
 use tokio::time::Instant;
 
@@ -379,7 +379,7 @@ impl Access {
 
 #[cfg(test)]
 mod tests {
-    use hawker_core::digest::Algorithm;
+    use hawker_oci::digest::Algorithm;
 
     use super::*;
     use crate::settings::Staleness;

@@ -3,9 +3,9 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
-use hawker_core::digest::Digest;
-use hawker_core::manifest::parts;
-use hawker_core::reference::Source;
+use hawker_oci::digest::Digest;
+use hawker_oci::manifest::parts;
+use hawker_oci::reference::Source;
 use http::header::{ACCEPT, RANGE};
 use http::{Extensions, HeaderMap, HeaderValue, Method, Response, StatusCode};
 use tokio::time::{Instant, timeout};

@@ -3,9 +3,9 @@
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use hawker_core::digest::Digest;
-use hawker_core::range::{RangeError, Ranges, Resolved, content_range};
-use hawker_core::reference::Source;
+use hawker_oci::digest::Digest;
+use hawker_oci::range::{RangeError, Ranges, Resolved, content_range};
+use hawker_oci::reference::Source;
 use http::header::{ACCEPT_RANGES, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, IF_RANGE, RANGE};
 use http::{HeaderMap, HeaderValue, Method, Response, StatusCode};
 use tokio::time::Instant;

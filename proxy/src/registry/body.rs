@@ -9,7 +9,7 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::Bytes;
-use hawker_core::digest::{Chain, Digest};
+use hawker_oci::digest::{Chain, Digest};
 use hyper::body::{Frame, SizeHint};
 use tokio_util::sync::ReusableBoxFuture;
 use tracing::Span;

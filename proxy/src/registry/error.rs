@@ -1,8 +1,8 @@
 //! The one place that turns what went wrong into an answer: status, code and words of the distribution spec ("Error Codes").
 
 use bytes::Bytes;
-use hawker_core::digest::Digest;
-use hawker_core::reference::Refused;
+use hawker_oci::digest::Digest;
+use hawker_oci::reference::Refused;
 use http::header::{
     ALLOW, CONNECTION, CONTENT_RANGE, CONTENT_TYPE, RETRY_AFTER, WARNING, WWW_AUTHENTICATE,
 };
@@ -251,7 +251,7 @@ impl Problem {
                 headers.insert(RETRY_AFTER, RETRY_AFTER_SECONDS);
             }
             Problem::Unsatisfiable(size) => {
-                let range = HeaderValue::try_from(hawker_core::range::unsatisfied(*size));
+                let range = HeaderValue::try_from(hawker_oci::range::unsatisfied(*size));
                 headers.insert(CONTENT_RANGE, range.expect("digits are a header's value"));
             }
             _ => {}
@@ -277,7 +277,7 @@ pub(super) fn is_refusal(status: StatusCode) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use hawker_core::digest::{Algorithm, DigestError};
+    use hawker_oci::digest::{Algorithm, DigestError};
 
     use super::*;
 

@@ -1,6 +1,6 @@
 //! Passing an origin's answer on: which of its headers, and its body as it comes.
 
-use hawker_core::reference::{self, Source};
+use hawker_oci::reference::{self, Source};
 use http::header::{CONTENT_ENCODING, CONTENT_RANGE, LINK};
 use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode, Uri};
 

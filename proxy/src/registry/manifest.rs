@@ -5,9 +5,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use hawker_core::digest::{Algorithm, Digest};
-use hawker_core::reference::{ManifestRef, Source};
-use hawker_core::{media_type, schema_1};
+use hawker_oci::digest::{Algorithm, Digest};
+use hawker_oci::reference::{ManifestRef, Source};
+use hawker_oci::{media_type, schema_1};
 use http::header::{ACCEPT, ACCEPT_RANGES, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, ETAG};
 use http::{HeaderMap, HeaderValue, Response, StatusCode};
 use serde_json::Value;

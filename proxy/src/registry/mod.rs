@@ -34,9 +34,9 @@ use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use bytes::Bytes;
-use hawker_core::digest::Digest;
-use hawker_core::reference::Source;
 use hawker_core::right::Bearer;
+use hawker_oci::digest::Digest;
+use hawker_oci::reference::Source;
 use http::header::IF_NONE_MATCH;
 use http::request::Parts;
 use http::{HeaderMap, HeaderValue, Request, Response};

@@ -6,7 +6,7 @@
 
 use std::ops::Range;
 
-use hawker_core::range::content_range;
+use hawker_oci::range::content_range;
 use http::HeaderValue;
 
 use super::body::Payload;

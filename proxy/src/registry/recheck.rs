@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use hawker_core::Time;
 use hawker_core::cache::Recheck;
-use hawker_core::digest::Digest;
+use hawker_oci::digest::Digest;
 use tokio::time::{Instant, timeout};
 
 use crate::flight::Flights;

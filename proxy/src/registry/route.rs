@@ -4,7 +4,7 @@ use std::net::{IpAddr, Ipv6Addr};
 use std::time::Duration;
 
 use hawker_core::application::Purpose;
-use hawker_core::reference::{self, Asked};
+use hawker_oci::reference::{self, Asked};
 use http::header::{
     AUTHORIZATION, CONTENT_LENGTH, IF_NONE_MATCH, IF_RANGE, LINK, RANGE, VIA, WWW_AUTHENTICATE,
 };

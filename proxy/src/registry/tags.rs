@@ -7,10 +7,10 @@
 use std::num::NonZeroUsize;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use hawker_core::accept::Accept;
-use hawker_core::digest::Digest;
-use hawker_core::media_type;
-use hawker_core::reference::Source;
+use hawker_oci::accept::Accept;
+use hawker_oci::digest::Digest;
+use hawker_oci::media_type;
+use hawker_oci::reference::Source;
 use http::header::{
     ACCEPT, ACCEPT_RANGES, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, ETAG, IF_NONE_MATCH,
     WARNING,

@@ -9,8 +9,8 @@ use std::num::NonZeroUsize;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use hawker_core::challenge::{Bearer, Challenge, pull_scope, repository_of};
-use hawker_core::reference::{self, Asked, Refused, Source, canonical_host};
+use hawker_oci::challenge::{Bearer, Challenge, pull_scope, repository_of};
+use hawker_oci::reference::{self, Asked, Refused, Source, canonical_host};
 use http::header::{
     AUTHORIZATION, CACHE_CONTROL, CONTENT_TYPE, HOST, RETRY_AFTER, WWW_AUTHENTICATE,
 };

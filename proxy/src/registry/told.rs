@@ -4,9 +4,9 @@
 use std::num::NonZeroUsize;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use hawker_core::digest::Digest;
-use hawker_core::media_type;
-use hawker_core::reference::Source;
+use hawker_oci::digest::Digest;
+use hawker_oci::media_type;
+use hawker_oci::reference::Source;
 use http::HeaderMap;
 use http::header::CONTENT_TYPE;
 use lru::LruCache;

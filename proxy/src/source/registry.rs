@@ -4,9 +4,9 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use hawker_core::digest::Digest;
 use hawker_core::node::Failure;
 use hawker_core::piece::MAX_BLOB_BYTES;
+use hawker_oci::digest::Digest;
 use http::header::{ACCEPT_RANGES, RANGE};
 use http::{HeaderMap, Response, StatusCode};
 use tokio::sync::watch;
@@ -252,7 +252,7 @@ mod tests {
     /// A registry whose answer to a range, if it names one, is this status; 206: the range.
     async fn source_before(status: u16) -> (RegistryBlob, TestRegistry) {
         let blob = blob();
-        let task = Digest::of(hawker_core::digest::Algorithm::Sha256, &blob);
+        let task = Digest::of(hawker_oci::digest::Algorithm::Sha256, &blob);
         let registry = TestRegistry::start(move |seen| {
             let range = seen
                 .header("range")

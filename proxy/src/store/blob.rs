@@ -6,8 +6,8 @@ use std::ops::Range;
 use std::sync::{Arc, Weak};
 use std::time::SystemTime;
 
-use hawker_core::digest::{Chain, Digest};
 use hawker_core::piece::{PieceSet, PieceTable};
+use hawker_oci::digest::{Chain, Digest};
 
 use super::checks::Checks;
 use super::state::{Entry, Inner, Key, USE_GRAIN, since_1970};

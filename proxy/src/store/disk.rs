@@ -9,8 +9,8 @@ use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use hawker_core::digest::Chain;
 use hawker_core::piece::{PieceIndex, PieceSet, PieceTable};
+use hawker_oci::digest::Chain;
 use rustix::fs::OFlags;
 use rustix::io::Errno;
 

@@ -5,8 +5,8 @@ use std::io::ErrorKind;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use hawker_core::digest::Digest;
 use hawker_core::piece::{PieceIndex, PieceSet, PieceTable};
+use hawker_oci::digest::Digest;
 
 use super::{Blob, Partial, PartialTask, StoreError, TaskStore};
 

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use hawker_core::digest::{Algorithm, Digest};
+use hawker_oci::digest::{Algorithm, Digest};
 
 /// Ending of a piece table's name, beside its blob.
 pub(super) const TABLE: &str = ".table";

@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use hawker_core::digest::Digest;
+use hawker_oci::digest::Digest;
 
 use super::blob::note_use;
 use super::state::{Inner, Key, leave};

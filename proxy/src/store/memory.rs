@@ -8,8 +8,8 @@ use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use hawker_core::digest::{Chain, Digest};
 use hawker_core::piece::{MAX_BLOB_BYTES, PieceIndex, PieceLayout, PieceSet, PieceTable};
+use hawker_oci::digest::{Chain, Digest};
 use rustix::fs::{MemfdFlags, memfd_create};
 
 use super::blob::Lease;

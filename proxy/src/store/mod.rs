@@ -35,8 +35,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use hawker_core::digest::Digest;
 use hawker_core::piece::PieceLayout;
+use hawker_oci::digest::Digest;
 
 pub use self::blob::Blob;
 pub use self::disk::{disk_refuses, held_is_right};
@@ -230,8 +230,8 @@ pub struct Usage {
 impl Store {
     /// Puts a blob in as a download would, piece by piece.
     pub(crate) fn put(&self, data: &[u8]) -> Digest {
-        use hawker_core::digest::{Algorithm, Chain};
         use hawker_core::piece::PieceTable;
+        use hawker_oci::digest::{Algorithm, Chain};
 
         let (digest, layout) = (
             Digest::of(Algorithm::Sha256, data),

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 
-use hawker_core::digest::Digest;
+use hawker_oci::digest::Digest;
 
 use super::state::{Entry, Inner, Key};
 use super::{StoreError, disk};

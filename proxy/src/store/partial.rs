@@ -10,8 +10,8 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use hawker_core::byte_set::ByteSet;
-use hawker_core::digest::{Chain, Digest};
 use hawker_core::piece::{MAX_BLOB_BYTES, PieceIndex, PieceLayout, PieceSet, PieceTable};
+use hawker_oci::digest::{Chain, Digest};
 
 use super::blob::{self, Blob, MAX_INDEX_BYTES};
 use super::disk::Disk;

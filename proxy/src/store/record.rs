@@ -9,10 +9,10 @@
 
 use std::ops::Range;
 
-use hawker_core::digest::{Algorithm, ChainValue, Digest};
 use hawker_core::piece::{
     MAX_BLOB_BYTES, PeerId, PieceIndex, PieceLayout, PieceSet, PieceTable, SignedPrefix,
 };
+use hawker_oci::digest::{Algorithm, ChainValue, Digest};
 
 const MAGIC: &[u8; 6] = b"hawker";
 /// Readers refuse another major version. 2: blobs up to 256 MiB are cut into more pieces than in 1; 3: those up to 128 MiB once more,
@@ -373,7 +373,7 @@ const CRC_TABLE: [u32; 256] = {
 
 #[cfg(test)]
 mod tests {
-    use hawker_core::digest::Chain;
+    use hawker_oci::digest::Chain;
     use proptest::prelude::*;
 
     use super::*;

@@ -10,8 +10,8 @@ use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use hawker_core::Time;
-use hawker_core::digest::{Algorithm, Digest};
 use hawker_core::piece::PieceLayout;
+use hawker_oci::digest::{Algorithm, Digest};
 
 use super::layout::{
     ALGORITHMS, INDEX, Layout, TABLE, TEMPORARY, parse_blob_name, parse_flat_name,

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use hawker_core::Time;
 use hawker_core::cache::{Cache, bytes_to_free};
-use hawker_core::digest::Digest;
+use hawker_oci::digest::Digest;
 
 use super::blob::Lease;
 use super::checks::Checks;

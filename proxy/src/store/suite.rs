@@ -6,8 +6,8 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex};
 
-use hawker_core::digest::{Algorithm, Chain, Digest};
 use hawker_core::piece::{PeerId, PieceIndex, PieceLayout, PieceTable, SignedPrefix};
+use hawker_oci::digest::{Algorithm, Chain, Digest};
 use tempfile::TempDir;
 
 use super::faulty::{Faults, FaultyStore};

@@ -8,8 +8,8 @@ use std::fs::File;
 use std::ops::Range;
 use std::sync::Arc;
 
-use hawker_core::digest::Digest;
 use hawker_core::piece::{PieceIndex, PieceSet, PieceTable};
+use hawker_oci::digest::Digest;
 
 use super::checks::Checks;
 use super::{Blob, StoreError};

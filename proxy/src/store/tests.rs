@@ -8,8 +8,8 @@ use std::process::Command;
 use std::sync::Mutex;
 use std::time::{Duration, SystemTime};
 
-use hawker_core::digest::Algorithm;
 use hawker_core::piece::PieceTable;
+use hawker_oci::digest::Algorithm;
 use proptest::prelude::*;
 use tempfile::TempDir;
 

@@ -6,10 +6,10 @@ use std::sync::Arc;
 use hawker_api::convert::{self, Member};
 use hawker_api::v1;
 use hawker_api::v1::report::Kind;
-use hawker_core::digest::Digest;
 use hawker_core::message::Role;
 use hawker_core::piece::{PeerId, PieceTable};
 use hawker_core::rendezvous;
+use hawker_oci::digest::Digest;
 use tokio::sync::Notify;
 use tracing::debug;
 
@@ -481,8 +481,8 @@ mod tests {
     use std::time::{Duration, Instant};
 
     use hawker_core::application::Purpose;
-    use hawker_core::digest::Algorithm;
-    use hawker_core::reference::Source;
+    use hawker_oci::digest::Algorithm;
+    use hawker_oci::reference::Source;
     use v1::from_peer::Event;
 
     use super::*;

@@ -13,9 +13,9 @@ use hawker_conformance::attacker::{Attacker, Line, Membership, interest, invente
 use hawker_conformance::lab::{Hawker, Host};
 use hawker_conformance::origin::Content;
 use hawker_conformance::rogue::{Conduct, Rogue};
-use hawker_core::digest::Digest;
 use hawker_core::message::Role;
 use hawker_core::piece::PeerId;
+use hawker_oci::digest::Digest;
 use http_body_util::StreamBody;
 use hyper::body::Frame;
 use hyper_util::rt::{TokioExecutor, TokioIo};

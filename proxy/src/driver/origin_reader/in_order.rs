@@ -7,8 +7,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use hawker_core::digest::Chain;
 use hawker_core::piece::{PieceIndex, PieceLayout};
+use hawker_oci::digest::Chain;
 
 use super::{Context, Rest, Unheard, Wishes};
 use crate::buffer::PieceBuffer;

@@ -3,8 +3,8 @@
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use hawker_core::digest::Algorithm;
 use hawker_core::piece::PieceSet;
+use hawker_oci::digest::Algorithm;
 use tempfile::TempDir;
 
 use super::*;

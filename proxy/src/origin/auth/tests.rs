@@ -1,7 +1,7 @@
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 
 use arc_swap::ArcSwap;
-use hawker_core::reference::Source;
+use hawker_oci::reference::Source;
 
 use super::*;
 use crate::credentials::Secret;
