@@ -1,12 +1,6 @@
-//! What Hawker's members say to each other: the generated protobuf code, its conversion to core types, and the identity
-//! (key, certificate, TLS) with which they say it.
+//! What Hawker's members say to each other: the generated protobuf code, and its conversion to core types.
 
-pub mod address;
 pub mod convert;
-pub mod identity;
-pub mod join;
-pub mod member_file;
-pub mod names;
 mod redact;
 
 /// The generated messages and services of `proto/`.

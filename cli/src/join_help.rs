@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use hawker_core::message::Role;
-use hawker_scheduler::authority::create_token;
+use hawker_identity::authority::create_token;
 
 /// How long the printed token can be used.
 const TOKEN_TTL: Duration = Duration::from_secs(3600);

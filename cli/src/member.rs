@@ -5,10 +5,10 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, bail};
-use hawker_api::identity::Identity;
-use hawker_api::join::{Token, join};
-use hawker_api::member_file;
 use hawker_core::message::Role;
+use hawker_identity::join::{Token, join};
+use hawker_identity::member::Identity;
+use hawker_identity::member_file;
 
 use crate::resolve::Join;
 
@@ -245,7 +245,7 @@ fn text_of(from: impl Read) -> anyhow::Result<String> {
 
 #[cfg(test)]
 mod tests {
-    use hawker_api::identity::AuthorityKey;
+    use hawker_identity::member::AuthorityKey;
 
     use super::*;
 
@@ -342,7 +342,7 @@ mod tests {
             }),
             ("a certificate for another key", &|dir| {
                 let certificate = issued(&other_key.certificate_request);
-                let pem = hawker_api::identity::files::certificate_pem(&certificate);
+                let pem = hawker_identity::member::files::certificate_pem(&certificate);
                 std::fs::write(dir.join("certificate.pem"), pem).unwrap();
             }),
         ];

@@ -8,12 +8,13 @@ use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, bail};
-use hawker_api::identity::Identity;
+use hawker_api::v1;
 use hawker_api::v1::scheduler_client::SchedulerClient;
-use hawker_api::{join, member_file, v1};
 use hawker_core::message::Role;
 use hawker_core::piece::PeerId;
-use hawker_scheduler::authority::{self, Authority, AuthorityError};
+use hawker_identity::authority::{self, Authority, AuthorityError};
+use hawker_identity::member::Identity;
+use hawker_identity::{join, member_file};
 use serde::Serialize;
 
 use crate::args::{MemberListArgs, MemberRemoveArgs};
@@ -323,7 +324,7 @@ mod tests {
                     SystemTime::now(),
                 )
                 .unwrap();
-            ids.push(hawker_api::identity::member_of(&joined.0).unwrap().0);
+            ids.push(hawker_identity::member::member_of(&joined.0).unwrap().0);
         }
         authority::remove_member(dir.path(), ids[2]).unwrap();
         let state = v1::MemberState {

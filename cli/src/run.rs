@@ -8,14 +8,14 @@ use std::time::SystemTime;
 
 use anyhow::Context;
 use arc_swap::ArcSwap;
-use hawker_api::identity::{Identity, IdentityError};
 use hawker_config::{Daemon, Effective, Problem};
 use hawker_core::message::Role;
+use hawker_identity::authority::{AUTHORITY_DIR, Authority, AuthorityError, CERTIFICATE_LIFE};
+use hawker_identity::member::{Identity, IdentityError};
 use hawker_proxy::admin::Admin;
 use hawker_proxy::daemon;
 use hawker_proxy::settings::{Push, Settings};
 use hawker_scheduler::SchedulerConfig;
-use hawker_scheduler::authority::{AUTHORITY_DIR, Authority, AuthorityError, CERTIFICATE_LIFE};
 use sd_notify::NotifyState;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
@@ -376,7 +376,7 @@ async fn scheduler_config(resolved: &resolve::Scheduler) -> anyhow::Result<Sched
         data_dir: resolved.data_dir.clone(),
         listeners: hawker_scheduler::bind(&resolved.listen).await?,
         advertise: match resolved.advertise.is_empty() {
-            true => vec![hawker_api::address::advertised(resolved.listen[0])],
+            true => vec![hawker_network::address::advertised(resolved.listen[0])],
             false => resolved.advertise.clone(),
         },
         schedulers: others.cloned().collect(),

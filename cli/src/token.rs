@@ -5,7 +5,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use hawker_core::message::Role;
-use hawker_scheduler::authority::create_token;
+use hawker_identity::authority::create_token;
 
 use crate::args::{TokenArgs, TokenRole};
 use hawker_config::problem::{Problem, Problems};

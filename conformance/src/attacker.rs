@@ -6,13 +6,13 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
-use hawker_api::identity::{self, Identity};
-use hawker_api::join::{self, Token};
 use hawker_api::v1::peer_message::Message as Wire;
 use hawker_api::{convert, v1};
 use hawker_core::application::Purpose;
 use hawker_core::message::Message;
 use hawker_core::piece::{PeerId, PieceLayout, PieceTable};
+use hawker_identity::join::{self, Token};
+use hawker_identity::member::{self, Identity};
 use hawker_oci::digest::{Algorithm, ChainValue, Digest};
 use hawker_oci::reference::Source;
 use prost::Message as _;
@@ -151,7 +151,7 @@ impl Membership {
     ) -> Result<(ReadHalf<TlsStream<TcpStream>>, Out)> {
         let tcp = TcpStream::connect(address).await?;
         let connector = TlsConnector::from(self.identity.client_config(ALPN));
-        let tls = connector.connect(identity::peer_name(peer), tcp).await?;
+        let tls = connector.connect(member::peer_name(peer), tcp).await?;
         let (mut reader, mut out) = tokio::io::split(tls);
         write(&mut out, &encoded(Wire::Hello(hello()))).await?;
         let Wire::Hello(_) = hear(&mut reader).await?.context("no hello")? else {

@@ -7,14 +7,14 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Context as _, Result, bail, ensure};
-use hawker_api::identity::Identity;
-use hawker_api::join::{self, Token};
 use hawker_api::v1::from_peer::Event as Say;
 use hawker_api::v1::peer_message::Message as Wire;
 use hawker_api::v1::scheduler_client::SchedulerClient;
 use hawker_api::{convert, v1};
 use hawker_core::message::{Message, Offer};
 use hawker_core::piece::{PeerId, PieceIndex, PieceLayout, PieceTable};
+use hawker_identity::join::{self, Token};
+use hawker_identity::member::Identity;
 use hawker_oci::digest::Chain;
 use prost::Message as _;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};

@@ -5,9 +5,9 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant, SystemTime};
 
 use arc_swap::ArcSwap;
-use hawker_api::identity::{Identity, IdentityError};
 use hawker_core::message::Role;
 use hawker_core::rendezvous;
+use hawker_identity::member::{Identity, IdentityError};
 use hawker_oci::digest::Digest;
 use tokio::net::{TcpListener, TcpSocket};
 use tokio::sync::{mpsc, oneshot};
@@ -351,7 +351,7 @@ fn advertised(settings: &Settings, listeners: &[TcpListener]) -> Vec<String> {
     listeners
         .iter()
         .filter_map(|l| l.local_addr().ok())
-        .map(hawker_api::address::advertised)
+        .map(hawker_network::address::advertised)
         .collect()
 }
 

@@ -10,7 +10,6 @@ use std::time::{Duration, Instant, SystemTime};
 
 use arc_swap::ArcSwap;
 use bytes::Bytes;
-use hawker_api::identity::Identity;
 use hawker_core::Time;
 use hawker_core::application::{Priority, Purpose};
 use hawker_core::message::{Message, Refusal, Role};
@@ -21,6 +20,7 @@ use hawker_core::parents::Fault;
 use hawker_core::piece::{PeerId, PieceIndex, PieceLayout, PieceSet, PieceTable, SignedPrefix};
 use hawker_core::right::Bearer;
 use hawker_core::share::Share;
+use hawker_identity::member::Identity;
 use hawker_oci::digest::{Chain, Digest};
 use hawker_oci::reference::Source;
 use rand::SeedableRng;

@@ -23,11 +23,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 pub use hawker_api::convert::Member;
-use hawker_api::identity::Identity;
 use hawker_core::application::Purpose;
 use hawker_core::piece::{PeerId, PieceTable};
 use hawker_core::place::Place;
 use hawker_core::share::Share;
+use hawker_identity::member::Identity;
 use hawker_oci::digest::Digest;
 use hawker_oci::reference::Source;
 use tokio::sync::mpsc;

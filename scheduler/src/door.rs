@@ -8,20 +8,8 @@ use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use hawker_core::piece::PeerId;
+use hawker_network::client::Client;
 use tokio_util::sync::CancellationToken;
-
-/// The addresses that count as one client: an IPv4 address, or an IPv6 network of 64 bits.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub(crate) struct Client(u128);
-
-impl From<IpAddr> for Client {
-    fn from(ip: IpAddr) -> Self {
-        match ip.to_canonical() {
-            IpAddr::V4(ip) => Self(ip.to_ipv6_mapped().to_bits()),
-            IpAddr::V6(ip) => Self(ip.to_bits() >> 64 << 64),
-        }
-    }
-}
 
 /// Bounds guests in all and for each client.
 #[derive(Clone)]

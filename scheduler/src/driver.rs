@@ -8,7 +8,6 @@ use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 use hawker_api::convert::{self, Member};
-use hawker_api::identity::Identity;
 use hawker_api::v1;
 use hawker_api::v1::to_peer::Event as Say;
 use hawker_core::Time;
@@ -17,6 +16,7 @@ use hawker_core::piece::PeerId;
 use hawker_core::place::Place;
 use hawker_core::share::Share;
 use hawker_core::swarm::{Guilt, Input, Output, Registration, ReportKind, Swarm};
+use hawker_identity::member::Identity;
 use hawker_oci::digest::{Algorithm, Digest};
 use rand::SeedableRng;
 use rand::rngs::StdRng;

@@ -6,7 +6,6 @@
 //! authority, our own identity and that list: members say the rest again.
 
 pub mod advertise;
-pub mod authority;
 mod door;
 mod driver;
 mod links;
@@ -22,8 +21,6 @@ use std::time::{Duration, Instant, SystemTime};
 
 use arc_swap::ArcSwap;
 use hawker_api::convert::Member;
-use hawker_api::identity::{Identity, IdentityError};
-use hawker_api::join::{self, JoinError, Token};
 use hawker_api::v1::authority_server::AuthorityServer;
 use hawker_api::v1::scheduler_server::SchedulerServer;
 use hawker_core::application::{Applications, Labels};
@@ -31,6 +28,8 @@ use hawker_core::message::Role;
 use hawker_core::piece::PeerId;
 use hawker_core::place::Networks;
 use hawker_core::swarm::Guilt;
+use hawker_identity::join::{self, JoinError, Token};
+use hawker_identity::member::{Identity, IdentityError};
 use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, broadcast, mpsc};
 use tokio::task::JoinSet;
@@ -41,8 +40,8 @@ use tonic::transport::Server;
 use tracing::{info, warn};
 
 use advertise::AllowedAddresses;
-use authority::{Authority, AuthorityError};
 use driver::{Driver, DriverConfig};
+use hawker_identity::authority::{Authority, AuthorityError};
 use membership::Membership;
 use service::{JOINS_AT_ONCE, Service};
 
@@ -417,7 +416,7 @@ fn ourselves(config: &SchedulerConfig, identity: &Identity) -> Member {
     // Bound to all interfaces, it is the host's own address that others need.
     let bound = listener::addresses(&config.listeners)
         .into_iter()
-        .map(hawker_api::address::advertised);
+        .map(hawker_network::address::advertised);
     let addresses = if config.advertise.is_empty() {
         bound.collect()
     } else {

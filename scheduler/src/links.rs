@@ -4,14 +4,14 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use hawker_api::convert::{self, Member};
-use hawker_api::identity::Identity;
-use hawker_api::join;
 use hawker_api::v1;
 use hawker_api::v1::from_peer::Event as Say;
 use hawker_api::v1::scheduler_client::SchedulerClient;
 use hawker_api::v1::to_peer::Event as Said;
 use hawker_core::message::Role;
 use hawker_core::piece::PeerId;
+use hawker_identity::join;
+use hawker_identity::member::Identity;
 use rand::RngExt;
 use tokio::sync::{broadcast, mpsc};
 use tokio::task::JoinSet;

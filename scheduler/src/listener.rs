@@ -12,10 +12,10 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use hawker_api::identity::{Identity, member_of, validity_s};
-use hawker_api::join::ALPN;
 use hawker_core::message::Role;
 use hawker_core::piece::PeerId;
+use hawker_identity::join::ALPN;
+use hawker_identity::member::{Identity, member_of, validity_s};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};

@@ -5,9 +5,10 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use hawker_api::convert::{self, Member};
-use hawker_api::{member_file, v1};
+use hawker_api::v1;
 use hawker_core::message::Role;
 use hawker_core::piece::PeerId;
+use hawker_identity::member_file;
 use tracing::warn;
 
 /// How long a member whose stream broke stays listed: longer than trackers wait before they try again.

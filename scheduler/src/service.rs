@@ -8,13 +8,13 @@ use std::time::{Duration, Instant, SystemTime};
 
 use arc_swap::ArcSwap;
 use hawker_api::convert::{self, ConvertError, Member};
-use hawker_api::identity::Identity;
 use hawker_api::v1;
 use hawker_api::v1::from_peer::Event as Said;
 use hawker_core::message::Role;
 use hawker_core::piece::{PeerId, PieceTable};
 use hawker_core::place::{Networks, Place};
 use hawker_core::swarm::{Holding, Input, Registration, ReportKind, Terms};
+use hawker_identity::member::Identity;
 use tokio::sync::{Semaphore, mpsc};
 use tokio::time::timeout;
 use tokio_stream::Stream as AsyncStream;
@@ -24,10 +24,10 @@ use tonic::{Request, Response, Status, Streaming};
 use tracing::{debug, info, warn};
 
 use crate::advertise::AllowedAddresses;
-use crate::authority::{Authority, Refusal};
 use crate::driver::{Event, Handle, STREAM_QUEUE, Stream};
 use crate::listener::Caller;
 use crate::{LiveSettings, Numbers};
+use hawker_identity::authority::{Authority, Refusal};
 
 /// How long a stream may go on before it says who speaks.
 const REGISTER_TIMEOUT: Duration = Duration::from_secs(10);

@@ -6,8 +6,6 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
-use hawker_api::identity::{Identity, role_name};
-use hawker_api::join::{self, JoinError, Token};
 use hawker_api::v1;
 use hawker_api::v1::scheduler_client::SchedulerClient;
 use hawker_core::application::Purpose;
@@ -15,6 +13,9 @@ use hawker_core::message::Role;
 use hawker_core::piece::{PeerId, PieceLayout, PieceTable, SignedPrefix};
 use hawker_core::place::{Network, Networks, Place};
 use hawker_core::swarm::WARM_UP;
+use hawker_identity::authority::{CERTIFICATE_LIFE, create_token, remove_member};
+use hawker_identity::join::{self, JoinError, Token};
+use hawker_identity::member::{Identity, role_name};
 use hawker_oci::digest::{Algorithm, ChainValue, Digest};
 use hawker_oci::reference::Source;
 use hawker_proxy::settings::Push;
@@ -22,7 +23,6 @@ use hawker_proxy::tracker::{
     Capacity, Holding, Member, ReportKind, Tracker, TrackerConfig, TrackerEvent, Want,
 };
 use hawker_scheduler::advertise::AllowedAddresses;
-use hawker_scheduler::authority::{CERTIFICATE_LIFE, create_token, remove_member};
 use hawker_scheduler::{LiveSettings, Numbers, SchedulerConfig, SchedulerError, bind, run};
 use tempfile::TempDir;
 use tokio::sync::mpsc;
@@ -557,7 +557,7 @@ async fn who_wants_the_same_gets_the_seed_and_each_other() {
     assert_eq!((told.issuer, told.fetch_from_origin), (None, false));
     b.hears_parents("b hears of a", |told| told.parents == [seed.id(), a.id()])
         .await;
-    let saved = hawker_api::member_file::load(&a.dir.path().join("members.json")).unwrap();
+    let saved = hawker_identity::member_file::load(&a.dir.path().join("members.json")).unwrap();
     assert!(saved.iter().any(|member| member.peer == seed.id()));
 
     let connection = join::connect(&scheduler.address(), &a.identity)

@@ -13,8 +13,8 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use arc_swap::ArcSwap;
-use hawker_api::identity::IdentityError;
 use hawker_core::intercept::{Action, Way};
+use hawker_identity::member::IdentityError;
 use hawker_oci::reference::{self, Asked, Content};
 use http::{Method, Request, StatusCode};
 use hyper::body::Incoming;

@@ -5,11 +5,12 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
-use hawker_api::names::{self, NamedBy};
 use hawker_api::v1::peer_message::Message as Wire;
-use hawker_api::{convert, identity, v1};
+use hawker_api::{convert, v1};
 use hawker_core::message::Role;
 use hawker_core::piece::PeerId;
+use hawker_identity::member;
+use hawker_network::names::{self, NamedBy};
 use socket2::{SockRef, TcpKeepalive};
 use tokio::io::{AsyncWriteExt, BufReader, ReadHalf, WriteHalf};
 use tokio::net::{TcpListener, TcpStream};
@@ -135,7 +136,7 @@ async fn try_socket(
     let tcp = tcp
         .map_err(|_| "no answer in time")?
         .map_err(|e| e.to_string())?;
-    let name = peer.map_or_else(|| identity::role_name(Role::Seed), identity::peer_name);
+    let name = peer.map_or_else(|| member::role_name(Role::Seed), member::peer_name);
     let greeting = async {
         let tls = hub
             .connector
@@ -254,7 +255,7 @@ async fn greet(
     let certificate = session
         .and_then(|chain| chain.first())
         .ok_or("it showed no certificate")?;
-    let (peer, role) = identity::member_of(certificate).map_err(|e| e.to_string())?;
+    let (peer, role) = member::member_of(certificate).map_err(|e| e.to_string())?;
     if peer == hub.identity.peer_id() {
         return Err("that is this node itself".to_owned());
     }

@@ -5,13 +5,13 @@ use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use hawker_api::identity::Identity;
 use hawker_api::v1::peer_message::Message as Wire;
 use hawker_api::{VERSION, v1};
 use hawker_core::Time;
 use hawker_core::admission::{Handshakes, Refusals};
 use hawker_core::message::Role;
 use hawker_core::piece::PeerId;
+use hawker_identity::member::Identity;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
 use tokio_rustls::{TlsAcceptor, TlsConnector};

@@ -21,11 +21,11 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use hawker_api::identity::Identity;
 use hawker_core::application::Priority;
 use hawker_core::message::{Message, Refusal, Role};
 use hawker_core::piece::{PeerId, PieceIndex};
 use hawker_core::right::Bearer;
+use hawker_identity::member::Identity;
 use hawker_oci::digest::{Chain, Digest};
 use hawker_oci::reference::Source;
 use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, SystemTime};
 
-use hawker_api::identity::AuthorityKey;
+use hawker_identity::member::AuthorityKey;
 use hawker_oci::digest::Algorithm;
 use tokio::time::timeout;
 

@@ -3,10 +3,10 @@
 use std::time::{Duration, Instant, SystemTime};
 
 use arc_swap::ArcSwap;
-use hawker_api::identity;
 use hawker_api::v1::peer_message::Message as Wire;
 use hawker_api::{VERSION, convert, v1};
 use hawker_config::value::Timeout;
+use hawker_identity::member;
 use tokio::io::AsyncWriteExt;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::time::timeout;
@@ -117,7 +117,7 @@ impl Rogue {
         let tcp = TcpStream::connect(&to.address).await.unwrap();
         let connector = TlsConnector::from(identity.client_config(ALPN));
         let tls = connector
-            .connect(identity::peer_name(to.id()), tcp)
+            .connect(member::peer_name(to.id()), tcp)
             .await
             .unwrap();
         let (reader, out) = tokio::io::split(TlsStream::from(tls));

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use hawker_api::join::{self, JoinError};
 use hawker_core::message::Role;
+use hawker_identity::join::{self, JoinError};
 use rand::RngExt;
 use tokio::time::sleep;
 use tracing::{info, warn};

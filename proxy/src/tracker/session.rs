@@ -5,8 +5,6 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use hawker_api::convert::{self, ConvertError};
-use hawker_api::join::{self, Connection};
-use hawker_api::member_file;
 use hawker_api::v1;
 use hawker_api::v1::from_peer::Event as Say;
 use hawker_api::v1::scheduler_client::SchedulerClient;
@@ -15,6 +13,8 @@ use hawker_core::message::Role;
 use hawker_core::piece::PeerId;
 use hawker_core::share::Share;
 use hawker_core::swarm::ISOLATION;
+use hawker_identity::join::{self, Connection};
+use hawker_identity::member_file;
 use rand::RngExt;
 use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinSet;

@@ -2,7 +2,7 @@
 
 use std::time::SystemTime;
 
-use hawker_api::identity::AuthorityKey;
+use hawker_identity::member::AuthorityKey;
 
 use super::*;
 use crate::peer::memory::Conduct;

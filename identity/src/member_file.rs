@@ -7,7 +7,7 @@ use std::path::Path;
 use hawker_core::message::Role;
 use serde::{Deserialize, Serialize};
 
-use crate::convert::{MAX_MEMBERS, Member};
+use hawker_api::convert::{MAX_MEMBERS, Member};
 
 /// Longest file that is read: far more than [`MAX_MEMBERS`] members take.
 const MAX_FILE_BYTES: u64 = 8 << 20;

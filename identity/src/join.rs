@@ -24,13 +24,11 @@ use tokio_rustls::client::TlsStream;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Status};
 
-use crate::convert::{self, ConvertError, Member};
-use crate::identity::{
-    Identity, IdentityError, PendingIdentity, fingerprint, member_of, role_name,
-};
-use crate::names::{self, NamedBy};
-use crate::v1;
-use crate::v1::authority_client::AuthorityClient;
+use crate::member::{Identity, IdentityError, PendingIdentity, fingerprint, member_of, role_name};
+use hawker_api::convert::{self, ConvertError, Member};
+use hawker_api::v1;
+use hawker_api::v1::authority_client::AuthorityClient;
+use hawker_network::names::{self, NamedBy};
 
 /// What TLS negotiates for gRPC.
 pub const ALPN: &[u8] = b"h2";
@@ -240,7 +238,7 @@ pub async fn join(
         })?;
     let channel = channel(address, stream).await?;
     let request = v1::JoinRequest {
-        version: Some(crate::VERSION),
+        version: Some(hawker_api::VERSION),
         token_id: token.id.clone(),
         token_secret: token.secret.clone(),
         certificate_request: pending.certificate_request.clone(),
@@ -267,7 +265,7 @@ pub async fn renew(address: &str, identity: &Identity) -> Result<(), JoinError> 
     let connection = connect(address, identity).await?;
     let certificate_request = identity.renewal_request()?;
     let request = v1::RenewRequest {
-        version: Some(crate::VERSION),
+        version: Some(hawker_api::VERSION),
         certificate_request,
     };
     let reply = call(AuthorityClient::new(connection.channel).renew(request)).await?;
@@ -491,7 +489,7 @@ impl ServerCertVerifier for Pinned {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::identity::AuthorityKey;
+    use crate::member::AuthorityKey;
 
     fn token() -> Token {
         let authority = AuthorityKey::generate("test").expect("a key");

@@ -16,17 +16,15 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use hawker_api::identity::{
-    AuthorityKey, Identity, IdentityError, MAX_REMOVED, member_of, validity_s,
-};
-use hawker_api::join::Token;
+use crate::join::Token;
+use crate::member::{AuthorityKey, Identity, IdentityError, MAX_REMOVED, member_of, validity_s};
 use hawker_core::message::Role;
 use hawker_core::piece::PeerId;
 use hawker_oci::digest::{Algorithm, Digest};
 use rustls::pki_types::CertificateDer;
 use serde::{Deserialize, Serialize};
 
-use crate::door::Client;
+use hawker_network::client::Client;
 
 /// How long a certificate lives unless told otherwise. It renews itself at two thirds.
 pub const CERTIFICATE_LIFE: Duration = Duration::from_secs(7 * 24 * 3600);

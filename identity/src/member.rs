@@ -33,7 +33,7 @@ use webpki::{EndEntityCert, KeyUsage};
 pub use authority::{AuthorityKey, authority_params, serial};
 pub use removed::RemovedMembers;
 
-pub use crate::convert::MAX_REMOVED;
+pub use hawker_api::convert::MAX_REMOVED;
 
 /// All members' names end in this.
 const DOMAIN: &str = "hawker.internal";

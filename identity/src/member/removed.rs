@@ -12,7 +12,7 @@ use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::{CertificateError, DigitallySignedStruct, DistinguishedName, Error, SignatureScheme};
 
 use super::member_of;
-use crate::convert::MAX_REMOVED;
+use hawker_api::convert::MAX_REMOVED;
 
 /// The ids of removed members. Cheap to clone; all clones share one list.
 #[derive(Clone, Debug, Default)]
