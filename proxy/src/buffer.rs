@@ -140,6 +140,12 @@ impl BufferPool {
         self.wanting.load(Ordering::Relaxed) > 0
     }
 
+    /// Frees the memory that was kept to be reused and was not needed since the last call.
+    pub fn trim(&self) {
+        let mut spare = self.spare.lock().unwrap_or_else(PoisonError::into_inner);
+        spare.trim();
+    }
+
     /// Bytes that could be had now without waiting.
     pub fn free_bytes(&self) -> u64 {
         (self.budget.available_permits() * BLOCK_BYTES) as u64
@@ -149,8 +155,11 @@ impl BufferPool {
 /// Memory kept to be reused. Each buffer has a whole number of blocks.
 #[derive(Default)]
 struct Spare {
+    /// The one used last is at the end, and is the next to be used.
     buffers: Vec<Vec<u8>>,
     blocks: usize,
+    /// The fewest blocks that were spare since the last trim: so many were not needed.
+    unneeded_blocks: usize,
 }
 
 impl Spare {
@@ -160,9 +169,28 @@ impl Spare {
             .buffers
             .iter()
             .rposition(|buffer| buffer.capacity() == capacity)?;
-        let buffer = self.buffers.swap_remove(at);
-        self.blocks -= blocks_of(&buffer);
+        let buffer = self.buffers.remove(at);
+        self.forget(&buffer);
         Some(buffer)
+    }
+
+    fn forget(&mut self, buffer: &Vec<u8>) {
+        self.blocks -= blocks_of(buffer);
+        self.unneeded_blocks = self.unneeded_blocks.min(self.blocks);
+    }
+
+    fn trim(&mut self) {
+        let mut unneeded = self.unneeded_blocks;
+        self.buffers
+            .retain(|buffer| match unneeded.checked_sub(blocks_of(buffer)) {
+                Some(rest) => {
+                    unneeded = rest;
+                    false
+                }
+                None => true,
+            });
+        self.blocks = self.buffers.iter().map(blocks_of).sum();
+        self.unneeded_blocks = self.blocks;
     }
 
     fn put(&mut self, buffer: Vec<u8>) {
@@ -174,7 +202,7 @@ impl Spare {
         while self.blocks > blocks
             && let Some(buffer) = self.buffers.pop()
         {
-            self.blocks -= blocks_of(&buffer);
+            self.forget(&buffer);
         }
     }
 }
@@ -377,6 +405,31 @@ mod tests {
             assert_eq!(again.filled(), b"");
             again.extend(b"new");
             assert_eq!(again.filled().as_ptr(), at);
+        });
+    }
+
+    #[test]
+    fn memory_that_was_not_needed_between_two_trims_is_freed() {
+        runtime().block_on(async {
+            let pool = BufferPool::new(8 * BLOCK);
+            let used = [pool.get(1).await, pool.get(1).await, pool.get(1).await];
+            drop(used);
+            // The first trim only begins to count.
+            pool.trim();
+            assert_eq!(spare_blocks(&pool), 3);
+            drop(pool.get(1).await);
+            pool.trim();
+            assert_eq!(spare_blocks(&pool), 1);
+            pool.trim();
+            assert_eq!(spare_blocks(&pool), 0);
+            // A short trim leaves a buffer that is only partly unneeded.
+            drop(pool.get(3 * BLOCK_BYTES).await);
+            pool.trim();
+            drop((pool.get(3 * BLOCK_BYTES).await, pool.get(1).await));
+            pool.trim();
+            assert_eq!(spare_blocks(&pool), 4);
+            pool.trim();
+            assert_eq!(spare_blocks(&pool), 0);
         });
     }
 

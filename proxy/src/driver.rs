@@ -66,6 +66,9 @@ const BATCH: usize = 256;
 /// How often idle tasks are looked at.
 const SWEEP_EVERY: Duration = Duration::from_secs(1);
 
+/// Memory of pieces that was not used for so long goes back to the system.
+const TRIM_EVERY: Duration = Duration::from_secs(10);
+
 /// Tasks remembered whose size was told wrong.
 const SIZES_DOUBTED: usize = 4096;
 
@@ -303,6 +306,8 @@ pub(crate) struct Driver {
     tasks: HashMap<Digest, TaskState>,
     generation: u64,
     swept: Instant,
+    /// When the memory of pieces was trimmed last.
+    trimmed: Instant,
     /// The memory is to be divided anew among the tasks without disk.
     memory_changed: bool,
     /// It is being looked whether the disk takes writes again.
@@ -345,6 +350,7 @@ impl Driver {
             tasks: HashMap::new(),
             generation: 0,
             swept: Instant::now(),
+            trimmed: Instant::now(),
             memory_changed: false,
             trying_disk: false,
             sizes_doubted: HashSet::new(),
@@ -1191,6 +1197,10 @@ impl Driver {
         self.swept = Instant::now();
         self.memory_changed = true;
         self.try_disk();
+        if self.trimmed.elapsed() >= TRIM_EVERY {
+            self.trimmed = Instant::now();
+            self.pool.trim();
+        }
         let linger = *self.config.live.load().config.linger;
         let mut gone = Vec::new();
         let mut active = 0;
