@@ -6,7 +6,7 @@
 //!   other zones
 //! - [`origin_reads`]: which spans of a blob are read at its origin, and over how many connections; [`byte_set`]: sets of bytes
 //! - [`swarm`]: the scheduler's view of all peers; [`place`]: where these stand
-//! - [`limit`], [`cache`]: how fast, and what stays on disk; [`admission`]: who gets a place at the peer port; [`connections`]: which
+//! - [`limit`], [`cache`], [`lru`]: how fast, what stays on disk, and what stays in memory; [`admission`]: who gets a place at the peer port; [`connections`]: which
 //!   client connections have a place
 //!
 //! Names come from [`hawker_oci`]: digests, hosts, repositories. Time comes in as [`Time`], randomness as `rng: &mut R`. The proxy, the scheduler and the simulator run this same code.
@@ -19,6 +19,7 @@ pub mod connections;
 pub mod fetch;
 pub mod intercept;
 pub mod limit;
+pub mod lru;
 pub mod memory;
 pub mod message;
 pub mod node;

@@ -18,10 +18,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use ::lru::LruCache;
 use base64::Engine as _;
 use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
+use hawker_core::lru;
 use http::HeaderValue;
-use lru::LruCache;
 use tokio::sync::Mutex;
 use tokio::time::Instant;
 
@@ -213,7 +214,7 @@ impl Keychain {
         Self {
             sources,
             loaded,
-            helped: Mutex::new(LruCache::new(HELPED_CAPACITY)),
+            helped: Mutex::new(lru::bounded(HELPED_CAPACITY)),
         }
     }
 

@@ -1,7 +1,7 @@
 //! Lanes for work that blocks on the disk.
 //!
-//! All of it shares the runtime's threads ([`tokio::task::spawn_blocking`], 512). Each kind of work has a lane of its own, with room
-//! for so much at once; the rest waits in order. So a client that asks for what is cached never waits behind pieces that are being
+//! All of it shares the runtime's threads for such work ([`tokio::task::spawn_blocking`]). Each kind of work has a lane of its own,
+//! with room for so much at once; the rest waits in order. So a client that asks for what is cached never waits behind pieces that are being
 //! written, pieces for peers, or blobs that are hashed again. Name look-ups are not done on these threads.
 
 use std::sync::LazyLock;
@@ -21,8 +21,9 @@ pub(crate) enum Lane {
     Upkeep,
 }
 
-/// Room in each lane. All together stay below the runtime's 512 threads.
-const ROOM: [usize; 4] = [192, 96, 96, 32];
+/// Room in each lane. A disk gains nothing from more requests at once, and each thread keeps memory of its own: a thread that one
+/// busy moment brought stays as long as there is any work, since the runtime's threads take turns.
+const ROOM: [usize; 4] = [32, 24, 24, 4];
 
 static LANES: LazyLock<[Semaphore; 4]> = LazyLock::new(|| ROOM.map(Semaphore::new));
 

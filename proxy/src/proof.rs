@@ -12,14 +12,15 @@ use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use ::lru::LruCache;
 use bytes::{Bytes, BytesMut};
+use hawker_core::lru;
 use hawker_core::piece::{PieceIndex, PieceSet, PieceTable};
 use hawker_core::proof;
 use hawker_oci::digest::{Algorithm, Digest};
 use hawker_oci::reference::Source;
 use http::header::{CONTENT_ENCODING, RANGE};
 use http::{HeaderMap, HeaderValue, StatusCode};
-use lru::LruCache;
 use tokio::sync::Semaphore;
 use tokio::time::{Instant, timeout};
 
@@ -109,10 +110,10 @@ impl Proofs {
     /// Nothing is known yet but what the store has noted.
     pub fn new(store: Arc<dyn TaskStore>, origin: Origin) -> Arc<Self> {
         let facts = Facts {
-            proved: LruCache::new(CAPACITY),
-            failed: LruCache::new(CAPACITY),
+            proved: lru::bounded(CAPACITY),
+            failed: lru::bounded(CAPACITY),
             given: HashMap::new(),
-            turns: LruCache::new(COUNTED),
+            turns: lru::bounded(COUNTED),
         };
         Arc::new(Self {
             store,

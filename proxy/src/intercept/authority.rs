@@ -6,8 +6,9 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
+use ::lru::LruCache;
+use hawker_core::lru;
 use hawker_identity::member::{IdentityError, authority_params, files, serial};
-use lru::LruCache;
 use rcgen::{
     CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
     KeyUsagePurpose, PKCS_ECDSA_P256_SHA256,
@@ -92,7 +93,7 @@ impl Authority {
             issuer,
             certificate,
             leaf_key,
-            leaves: Mutex::new(LruCache::new(HOSTS)),
+            leaves: Mutex::new(lru::bounded(HOSTS)),
         })
     }
 

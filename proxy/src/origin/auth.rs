@@ -5,6 +5,8 @@ use std::num::NonZeroUsize;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use ::lru::LruCache;
+use hawker_core::lru;
 use hawker_oci::challenge::{self, Bearer, Challenge};
 use http::header::{
     AUTHORIZATION, CONTENT_LENGTH, IF_NONE_MATCH, IF_RANGE, RANGE, RETRY_AFTER, WWW_AUTHENTICATE,
@@ -12,7 +14,6 @@ use http::header::{
 use http::{HeaderMap, HeaderValue, Method, Response, StatusCode};
 use http_body_util::{BodyExt, Limited};
 use hyper::body::Incoming;
-use lru::LruCache;
 use tokio::time::{Instant, timeout};
 use url::Url;
 
@@ -126,10 +127,10 @@ impl Rights {
     pub(super) fn new(settings: Arc<LiveSettings>) -> Self {
         let keychain = Keychain::new(settings.credentials.clone());
         let (held, replaced) = (
-            Mutex::new(LruCache::new(CAPACITY)),
-            Mutex::new(LruCache::new(CAPACITY)),
+            Mutex::new(lru::bounded(CAPACITY)),
+            Mutex::new(lru::bounded(CAPACITY)),
         );
-        let pinged = Mutex::new(LruCache::new(CAPACITY));
+        let pinged = Mutex::new(lru::bounded(CAPACITY));
         Self {
             settings,
             keychain,

@@ -5,10 +5,11 @@ use std::num::NonZeroUsize;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
+use ::lru::LruCache;
+use hawker_core::lru;
 use hawker_oci::digest::Digest;
 use http::header::RETRY_AFTER;
 use http::{HeaderMap, HeaderValue};
-use lru::LruCache;
 use tokio::time::Instant;
 
 /// How long a registry is left alone that does not say for how long.
@@ -26,7 +27,7 @@ pub(super) type Whose = (String, Option<Digest>);
 
 impl Backoff {
     pub(super) fn new() -> Self {
-        Self(Mutex::new(LruCache::new(CAPACITY)))
+        Self(Mutex::new(lru::bounded(CAPACITY)))
     }
 
     fn all(&self) -> MutexGuard<'_, LruCache<Whose, Instant>> {

@@ -7,10 +7,11 @@
 use std::num::NonZeroUsize;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use ::lru::LruCache;
+use hawker_core::lru;
 use hawker_oci::digest::Digest;
 use hawker_oci::manifest::{MAX_URLS, Part};
 use hawker_oci::reference::Source;
-use lru::LruCache;
 use url::Url;
 
 use super::{Content, Target};
@@ -36,7 +37,7 @@ pub(super) struct Remembered(Mutex<LruCache<(Source, Digest), Arc<Elsewhere>>>);
 
 impl Remembered {
     pub(super) fn new() -> Self {
-        Self(Mutex::new(LruCache::new(CAPACITY)))
+        Self(Mutex::new(lru::bounded(CAPACITY)))
     }
 
     fn all(&self) -> MutexGuard<'_, LruCache<(Source, Digest), Arc<Elsewhere>>> {

@@ -4,7 +4,8 @@ use std::num::NonZeroUsize;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use lru::LruCache;
+use ::lru::LruCache;
+use hawker_core::lru;
 use tokio::time::Instant;
 use url::Url;
 
@@ -20,7 +21,7 @@ pub(super) struct Dead(Mutex<LruCache<String, Instant>>);
 
 impl Dead {
     pub(super) fn new() -> Self {
-        Self(Mutex::new(LruCache::new(CAPACITY)))
+        Self(Mutex::new(lru::bounded(CAPACITY)))
     }
 
     fn all(&self) -> MutexGuard<'_, LruCache<String, Instant>> {

@@ -10,9 +10,10 @@ use std::num::NonZeroUsize;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use ::lru::LruCache;
+use hawker_core::lru;
 use hawker_oci::digest::Digest;
 use hawker_oci::reference::Source;
-use lru::LruCache;
 use tokio::time::Instant;
 
 use crate::grant::Grant;
@@ -174,9 +175,9 @@ impl Caller {
 impl Access {
     pub(super) fn new(pull_grace: Duration) -> Self {
         let facts = Facts {
-            readable: LruCache::new(CAPACITY),
-            belongs: LruCache::new(CAPACITY),
-            read: LruCache::new(MANIFESTS),
+            readable: lru::bounded(CAPACITY),
+            belongs: lru::bounded(CAPACITY),
+            read: lru::bounded(MANIFESTS),
         };
         Self {
             facts: Mutex::new(facts),

@@ -7,6 +7,8 @@
 use std::num::NonZeroUsize;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use ::lru::LruCache;
+use hawker_core::lru;
 use hawker_oci::accept::Accept;
 use hawker_oci::digest::Digest;
 use hawker_oci::media_type;
@@ -16,7 +18,6 @@ use http::header::{
     WARNING,
 };
 use http::{HeaderMap, HeaderValue, Method, StatusCode};
-use lru::LruCache;
 use tokio::time::Instant;
 
 use super::access::Caller;
@@ -68,7 +69,7 @@ struct Pointer {
 
 impl Tags {
     pub(super) fn new() -> Self {
-        Self(Mutex::new(LruCache::new(CAPACITY)))
+        Self(Mutex::new(lru::bounded(CAPACITY)))
     }
 
     fn all(&self) -> MutexGuard<'_, LruCache<Key, Pointer>> {

@@ -9,6 +9,8 @@ use std::num::NonZeroUsize;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use ::lru::LruCache;
+use hawker_core::lru;
 use hawker_oci::challenge::{Bearer, Challenge, pull_scope, repository_of};
 use hawker_oci::reference::{self, Asked, Refused, Source, canonical_host};
 use http::header::{
@@ -19,7 +21,6 @@ use http::uri::Authority;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
 use http_body_util::{BodyExt, Limited};
 use hyper::body::Incoming;
-use lru::LruCache;
 use tokio::time::{Instant, timeout};
 use url::form_urlencoded;
 
@@ -106,7 +107,7 @@ impl Book {
 impl Tokens {
     pub(super) fn new() -> Self {
         Self(Mutex::new(Book {
-            all: LruCache::new(CAPACITY),
+            all: lru::bounded(CAPACITY),
             bytes: 0,
         }))
     }

@@ -4,12 +4,13 @@
 use std::num::NonZeroUsize;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use ::lru::LruCache;
+use hawker_core::lru;
 use hawker_oci::digest::Digest;
 use hawker_oci::media_type;
 use hawker_oci::reference::Source;
 use http::HeaderMap;
 use http::header::CONTENT_TYPE;
-use lru::LruCache;
 
 /// Manifests remembered. Nearly all say their type themselves.
 const CAPACITY: NonZeroUsize = NonZeroUsize::new(4096).expect("not zero");
@@ -18,7 +19,7 @@ pub(super) struct Told(Mutex<LruCache<(Source, Digest), Box<str>>>);
 
 impl Told {
     pub(super) fn new() -> Self {
-        Self(Mutex::new(LruCache::new(CAPACITY)))
+        Self(Mutex::new(lru::bounded(CAPACITY)))
     }
 
     fn all(&self) -> MutexGuard<'_, LruCache<(Source, Digest), Box<str>>> {

@@ -4,8 +4,9 @@ use std::collections::HashMap;
 use std::num::NonZeroUsize;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use ::lru::LruCache;
+use hawker_core::lru;
 use hawker_core::origin_reads::Experience;
-use lru::LruCache;
 
 /// Connections of this node to one place at most, for all tasks together. The first one of each task is not counted.
 const CONNECTIONS_OF_PLACE: usize = 32;
@@ -28,7 +29,7 @@ impl Default for Places {
     fn default() -> Self {
         Self {
             taken: HashMap::new(),
-            experience: LruCache::new(PLACES_REMEMBERED),
+            experience: lru::bounded(PLACES_REMEMBERED),
         }
     }
 }
