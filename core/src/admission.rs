@@ -1,5 +1,5 @@
-//! Who gets a place at the peer port: strangers in the middle of a handshake, members that broke the protocol, and how much one
-//! member may say.
+//! Admission to the peer port. It bounds three things: handshakes of strangers, members that broke the protocol, and
+//! the messages of one member.
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::{IpAddr, Ipv6Addr};
@@ -45,7 +45,8 @@ pub struct Begun {
 impl Handshakes {
     /// A stranger at this address connected. `None`: there is no place for it.
     ///
-    /// Where an address or all of them have too many, an old handshake gives way: strangers that say nothing keep nobody out.
+    /// If one address has too many handshakes, or all together are too many, an old handshake gives way. So strangers
+    /// that say nothing keep nobody out.
     pub fn begin(&mut self, now: Time, address: IpAddr) -> Option<Begun> {
         let address = network_of(address);
         let own = self.of_address.get(&address).copied().unwrap_or(0);
@@ -104,7 +105,7 @@ impl Handshakes {
     }
 }
 
-/// What one host has for itself: an IPv4 address, or an IPv6 network of 64 bits.
+/// The network of one host: an IPv4 address, or an IPv6 network of 64 bits.
 fn network_of(address: IpAddr) -> IpAddr {
     match address.to_canonical() {
         IpAddr::V6(v6) => IpAddr::V6(Ipv6Addr::from_bits(v6.to_bits() >> 64 << 64)),
@@ -312,7 +313,7 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever strangers do, their handshakes are few, and a host without any gets in within a moment.
+        /// Handshakes of strangers stay few, and a host without any gets in within a moment.
         #[test]
         fn handshakes_stay_bounded_and_a_new_host_gets_in(steps in prop::collection::vec((0..20u8, 0..50u64, any::<bool>()), 1..1500)) {
             let mut handshakes = Handshakes::default();

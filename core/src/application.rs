@@ -28,9 +28,9 @@ pub const MAX_PATTERN_BYTES: usize = 512;
 pub struct Priority(u8);
 
 impl Priority {
-    /// What nothing goes before.
+    /// The most urgent priority.
     pub const FIRST: Self = Self(0);
-    /// What everything goes before but what is prefetched.
+    /// The least urgent priority. Only prefetched blobs come after it.
     pub const LAST: Self = Self(6);
 
     /// `None`: there is no such level.
@@ -84,12 +84,12 @@ impl fmt::Debug for Label {
     }
 }
 
-/// What a pull carries, or a rule asks for.
+/// The labels of a pull, or those that a rule matches.
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Labels {
     /// For which application.
     pub application: Option<Label>,
-    /// What for there.
+    /// The tag within the application.
     pub tag: Option<Label>,
 }
 
@@ -127,8 +127,8 @@ pub struct Purpose {
 }
 
 impl Purpose {
-    /// What a download is for that serves both: as urgent as the more urgent one, and under the limits that hold for both alone,
-    /// so that nobody is held up by a limit of somebody else's.
+    /// The purpose of a download that serves both purposes. It is as urgent as the more urgent one. Only limits that
+    /// hold for both apply, so that a limit of one pull delays no other.
     pub fn and(&self, other: &Self) -> Self {
         let common = |a: &Option<Label>, b: &Option<Label>| a.clone().filter(|_| a == b);
         Self {
@@ -148,7 +148,7 @@ impl Purpose {
     }
 }
 
-/// What a client says of its pull.
+/// The labels that a client sends with its pull.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Told {
     /// For whom.
@@ -222,7 +222,7 @@ fn glob(pattern: &[u8], text: &[u8]) -> bool {
     pattern[p..].iter().all(|byte| *byte == b'*')
 }
 
-/// What the pulls that carry a rule's labels may do, all of them together.
+/// The limits of all pulls together that carry a rule's labels.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Limits {
     /// How fast, at each node.
@@ -244,7 +244,7 @@ pub struct Rule {
     pub patterns: Vec<Pattern>,
     /// How urgent they are, if their client says nothing else.
     pub priority: Option<Priority>,
-    /// What they may do.
+    /// The limits of these pulls.
     pub limits: Limits,
 }
 
@@ -275,7 +275,7 @@ impl Applications {
         &self.0
     }
 
-    /// What a pull from `source` is for, of which its client has told something.
+    /// The purpose of a pull from `source` whose client sent labels.
     pub fn purpose(&self, source: &Source, told: &Told) -> Purpose {
         let fits = |rule: &&Rule| rule.patterns.iter().any(|pattern| pattern.fits(source));
         let found = self
@@ -299,7 +299,7 @@ impl Applications {
         Purpose { labels, priority }
     }
 
-    /// What the rule says that is closest to these labels and says anything.
+    /// The priority of the closest rule that names one.
     fn priority(&self, labels: &Labels) -> Option<Priority> {
         let rules = self.of(labels).filter(|rule| rule.priority.is_some());
         rules
@@ -341,7 +341,7 @@ pub(crate) mod tests {
         }
     }
 
-    /// What a pull for an application is for.
+    /// The purpose of a pull for an application.
     pub(crate) fn purpose(application: &str, level: u32) -> Purpose {
         let labels = Labels {
             application: Label::new(application),
@@ -353,7 +353,7 @@ pub(crate) mod tests {
         }
     }
 
-    /// One rule: what pulls for an application may do.
+    /// One rule: the limits of an application's pulls.
     pub(crate) fn limited(application: &str, limits: Limits) -> Arc<Applications> {
         let labels = purpose(application, 3).labels;
         Arc::new(Applications::new([Rule {
@@ -441,7 +441,7 @@ pub(crate) mod tests {
             assert!(Pattern::new(bad).is_err(), "{bad:?}");
         }
         assert!(Pattern::new(&"a".repeat(MAX_PATTERN_BYTES + 1)).is_err());
-        // What is good in a file is good on the wire, where it is read again with the part that was left out.
+        // A pattern that is valid in a file is valid on the wire, where the omitted part is added again.
         for len in MAX_PATTERN_BYTES - 4..=MAX_PATTERN_BYTES {
             let said = Pattern::new(&format!("*{}", "a".repeat(len - 1)));
             assert_eq!(said.is_ok(), len + "/*".len() <= MAX_PATTERN_BYTES, "{len}");

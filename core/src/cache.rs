@@ -1,5 +1,5 @@
-//! What stays on disk: which blobs are read right now, which of the others go first, and when what was verified
-//! long ago should be hashed again before it is served.
+//! The decisions of the disk cache: which blobs are in use, which of the others are evicted first, and when a blob
+//! that was verified long ago is hashed again before it is served.
 //!
 //! This is policy only. The store tells it what happens and deletes what [`Cache::victims`] names.
 
@@ -268,7 +268,7 @@ impl<C: Hash + Eq, K: Hash + Eq> Recheck<C, K> {
         self.sound.put(task, found);
     }
 
-    /// What was found right lately, and when.
+    /// The range that was found intact lately, and the time of that check.
     fn found(&self, task: &K, now: Time) -> Option<(Range<u64>, Time)> {
         self.sound
             .peek(task)

@@ -8,7 +8,7 @@ use crate::Time;
 /// Files that a daemon has open for itself: listeners, its store, other members, registries.
 const OWN_FILES: usize = 64;
 
-/// What a connection does with its place.
+/// The activity of a connection that has a place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Doing {
     /// It waits for a request: it is new, half of a request came, or it is kept alive.
@@ -24,7 +24,7 @@ pub enum Doing {
 pub struct Occupant<Id> {
     /// Which connection.
     pub id: Id,
-    /// What it does.
+    /// The connection's activity.
     pub doing: Doing,
     /// Since when.
     pub since: Time,
@@ -80,7 +80,7 @@ impl Places {
         }
     }
 
-    /// Where it is too crowded for a connection that comes; `None`: there is room.
+    /// The reason why a new connection finds no place; `None`: there is room.
     pub const fn crowd(&self, taken: Taken, is_remote: bool) -> Option<Crowd> {
         if is_remote && taken.same_client >= self.one_remote {
             Some(Crowd::SameClient)

@@ -1,9 +1,9 @@
 //! One task's download: which piece to ask of which parent next.
 //!
-//! The rule, in order: what a waiting reader needs first; then, of a parent that is not busy with this node, the piece that the
-//! fewest peers offer, so that copies of everything spread; at the very end a second request for what is slow to come. Nothing
-//! is asked for that the piece table cannot verify yet. Of parents in other zones only this node's share is asked for, and of that
-//! what nobody near offers.
+//! The rule, in order. First comes the piece that a waiting reader needs. Then comes, from a parent that is not busy
+//! with this node, the piece that the fewest peers offer, so that copies of everything spread. At the very end a slow
+//! piece is requested a second time. A piece that the piece table cannot verify yet is never requested. From parents
+//! in other zones only this node's share is requested, and of that only pieces that nobody near offers.
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
@@ -23,8 +23,9 @@ use crate::share::Share;
 const REQUESTS_AIM: usize = 8;
 const REQUESTS_AIM_BYTES: u64 = 4 << 20;
 
-/// Requests under way at one parent at least. With as many parents as a swarm names, one at each keeps both links busy; what
-/// waits longer was chosen on staler news: 16 nodes with four layers were a tenth slower with two.
+/// Requests under way at one parent at least. With as many parents as a swarm names, one request at each keeps both
+/// links busy. A request that waits longer was chosen on staler news: 16 nodes with four layers were a tenth slower
+/// with two.
 const REQUESTS_A_PARENT_MIN: usize = 1;
 
 /// How many pieces after a reader's position count as what it needs first.
@@ -47,7 +48,7 @@ const HEDGE_AFTER_FACTOR: f64 = 2.0;
 const ENDGAME_PIECES: u32 = 6;
 const STALLED_AFTER: Duration = Duration::from_secs(4);
 
-/// No parent counts for less than this part of the fastest: what was measured once may be otherwise now.
+/// No parent counts for less than this part of the fastest: an old measurement may be wrong by now.
 const SLOWEST: f64 = 0.1;
 
 /// Candidates looked at for the rarest: enough to see all of a common layer or find something rare in it, and a bound for huge ones.
@@ -56,7 +57,7 @@ const CANDIDATES: usize = 256;
 /// A piece asked of a parent and not yet there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Asked {
-    /// Whom.
+    /// The parent.
     pub peer: PeerId,
     /// Under which number.
     pub request: u32,
@@ -68,9 +69,9 @@ pub struct Asked {
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Reader {
     pieces: Range<PieceIndex>,
-    /// Reads a part only: what it waits for always comes first.
+    /// It reads a part only: the pieces it waits for always come first.
     partial: bool,
-    /// What it reads after `pieces`: further parts, in whatever order.
+    /// The pieces it reads after `pieces`: further parts, in any order.
     ahead: Option<PieceSet>,
     moved: Time,
 }
@@ -117,13 +118,13 @@ pub struct Fetch {
     held: PieceSet,
     /// Every piece is wanted, reader or not.
     whole: bool,
-    /// Only pieces in here may be asked for: what is held does not go to the disk.
+    /// Only pieces in here may be requested: the pieces of this task are held in memory, not on disk.
     window: Option<Range<PieceIndex>>,
     readers: BTreeMap<u64, Reader>,
     parents: PeerMap<Parent>,
-    /// Those who offer what is new to one child only.
+    /// The peers that offer each new piece to one child only.
     issuers: BTreeSet<PeerId>,
-    /// Those who stand in other zones, parents or not, and what is taken from them.
+    /// The peers in other zones, parents or not.
     far: BTreeSet<PeerId>,
     share: Share,
     /// How many parents offer each piece, which pieces any does, and which only one.
@@ -199,7 +200,7 @@ impl Fetch {
         };
     }
 
-    /// What is taken from those in other zones.
+    /// Sets the share of pieces to fetch from peers in other zones.
     pub const fn share(&mut self, share: Share) {
         self.share = share;
     }
@@ -224,7 +225,7 @@ impl Fetch {
         }
     }
 
-    /// What a reader, who has just been told of, reads after that.
+    /// Sets the pieces that a reader, announced just before, reads next.
     pub fn reads_ahead(&mut self, id: u64, pieces: PieceSet) {
         if let Some(reader) = self.readers.get_mut(&id) {
             reader.ahead = Some(pieces);
@@ -352,7 +353,7 @@ impl Fetch {
         }
     }
 
-    /// `peer` brings the task to the others: what it offers that is new, it offers to one child only.
+    /// `peer` issues the task to the others: it offers each new piece to one child only.
     pub fn issues(&mut self, peer: PeerId) {
         self.issuers.insert(peer);
     }
@@ -405,7 +406,7 @@ impl Fetch {
         }
     }
 
-    /// What `peer` offers; `None` when it is no parent.
+    /// The pieces that `peer` offers; `None` when it is no parent.
     pub fn offers_of(&self, peer: PeerId) -> Option<&PieceSet> {
         self.parents.get(&peer).map(|p| &p.offered)
     }
@@ -487,8 +488,8 @@ impl Fetch {
         }
         let mut lone = unasked.clone();
         lone.intersect(&self.lone);
-        // Most parents have a request already: no more is worked out about them. What one parent alone offers is asked for beyond
-        // the limit: nobody else can begin to spread it.
+        // Most parents have a request already: these are skipped. A piece that one parent alone offers is requested
+        // beyond the limit, since nobody else can begin to spread it.
         let free: Vec<(&PeerId, &Parent, usize, Option<f64>)> = self
             .parents
             .iter()
@@ -521,10 +522,10 @@ impl Fetch {
             })
             .map(|(peer, offered, asked, rate)| Ready {
                 peer: *peer,
-                // Least busy first, and by lot among equals, so that children do not all start at the same parent: who brings twice
-                // as much is first four times as often. What is measured counts from the request on: who is asked by many gives each
-                // little. But an issuer that has something new for this node waits for it alone: what is not fetched from it
-                // spreads nowhere.
+                // The least busy parent first, and by lot among equals, so that children do not all start at the same
+                // parent. A parent that brings twice as much is first four times as often. The measurement counts from
+                // the request on: a parent with many children gives little to each. An issuer that has something new
+                // for this node comes before all, since a piece that is not fetched from it spreads nowhere.
                 rank: (
                     parents.shunned(now, *peer),
                     !(self.issuers.contains(peer) && offered.meets(&lone)),
@@ -577,7 +578,8 @@ impl Fetch {
         REQUESTS_AIM.max((REQUESTS_AIM_BYTES / self.layout.piece_bytes()) as usize)
     }
 
-    /// What is not taken from other zones, where that is not all the same: what this node is not to bring here, and what is here.
+    /// Pieces this node must not fetch from other zones, if there are any: shards of other gateways, and pieces
+    /// offered within the zone.
     fn near(&self) -> Option<PieceSet> {
         if self.far.is_empty() || self.share == Share::ALL {
             return None;
@@ -641,7 +643,7 @@ impl Fetch {
         open
     }
 
-    /// What readers wait for, of what may be asked for.
+    /// The requestable pieces that readers wait for.
     fn needed_first(&self, now: Time, unasked: &PieceSet) -> impl Iterator<Item = PieceIndex> {
         self.readers
             .values()
@@ -703,9 +705,10 @@ impl Fetch {
     }
 }
 
-/// A lot that is the lowest of several as often as the square of its parent's rate is a part of the sum of theirs: as the time until the
-/// next of events that come by chance. By the rate itself each parent would have as many requests under way, and those at slow ones
-/// would be what a download waits for at its end. Who has brought nothing yet counts as the fastest.
+/// A lot for a parent. The lot of a parent is the lowest of several with the probability rate² / sum of all rates²,
+/// like the time until the next of several random events. With the plain rate each parent would have as many requests
+/// under way, and the end of a download would wait for the slow parents. A parent that has brought nothing yet counts
+/// as the fastest.
 fn lot<R: Rng + ?Sized>(rate_bytes: Option<f64>, fastest: f64, rng: &mut R) -> u64 {
     let chance: f64 = 1.0 - rng.random::<f64>();
     let weight = (rate_bytes.unwrap_or(fastest) / fastest)

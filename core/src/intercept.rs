@@ -7,7 +7,7 @@ use hawker_oci::reference::host_matches;
 /// The compiled form of a path's pattern is no larger than this.
 const PATTERN_BYTES: usize = 256 << 10;
 
-/// What becomes of a request to a host that a rule names.
+/// The handling of a request to a host that a rule names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Action {
     /// Peers may answer, where it is about a blob or a manifest.
@@ -23,11 +23,11 @@ pub struct Rule {
     pub host: String,
     /// Found anywhere in the path; `None`: any path.
     pub path: Option<Regex>,
-    /// What becomes of it.
+    /// The handling of matching requests.
     pub action: Action,
 }
 
-/// What becomes of a connection.
+/// The handling of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Way {
     /// It ends here: requests are looked at one by one.
@@ -69,8 +69,8 @@ impl Rules {
         self
     }
 
-    /// What becomes of a connection to `host`, given as [`hawker_oci::reference::canonical_host`] writes it. `allowed`: it may be
-    /// reached though no rule names it.
+    /// The handling of a connection to `host`, given as [`hawker_oci::reference::canonical_host`] writes it.
+    /// `allowed`: the host may be reached though no rule names it.
     pub fn way(&self, host: &str, allowed: bool) -> Way {
         for rule in self.of(host) {
             match rule.action {
@@ -87,7 +87,7 @@ impl Rules {
         }
     }
 
-    /// What becomes of a request for `path` at `host`.
+    /// The handling of a request for `path` at `host`.
     pub fn action(&self, host: &str, path: &str) -> Action {
         let fits = |rule: &&Rule| {
             rule.path

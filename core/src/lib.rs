@@ -1,13 +1,15 @@
-//! The decisions of Hawker, without I/O, clock or randomness: what each daemon does next, given what it has seen.
+//! The decisions of Hawker, without I/O, clock or randomness: the next step of each daemon, given the inputs so far.
 //!
-//! - [`piece`]: what a blob's pieces are and how each is verified on its own
-//! - [`right`]: with what right a blob is read at its origin; [`intercept`]: what becomes of a request that is only passing
-//! - [`node`], [`fetch`], [`parents`], [`peers`], [`message`]: one peer's downloads and uploads; [`share`]: what of it may come from
-//!   other zones
-//! - [`origin_reads`]: which spans of a blob are read at its origin, and over how many connections; [`byte_set`]: sets of bytes
-//! - [`swarm`]: the scheduler's view of all peers; [`place`]: where these stand
-//! - [`limit`], [`cache`], [`lru`]: how fast, what stays on disk, and what stays in memory; [`admission`]: who gets a place at the peer port; [`connections`]: which
-//!   client connections have a place
+//! - [`piece`]: the pieces of a blob, and how each is verified on its own
+//! - [`right`]: the right by which a blob is read at its origin; [`intercept`]: the handling of requests that only
+//!   pass through
+//! - [`node`], [`fetch`], [`parents`], [`peers`], [`message`]: one peer's downloads and uploads; [`share`]: the part
+//!   of a task that may come from other zones
+//! - [`origin_reads`]: the spans of a blob to read at its origin, and over how many connections; [`byte_set`]: sets of
+//!   bytes
+//! - [`swarm`]: the scheduler's view of all peers; [`place`]: the place of each
+//! - [`limit`], [`cache`], [`lru`]: rates, the disk cache, and maps with a bound; [`admission`]: admission to the peer
+//!   port; [`connections`]: places for client connections
 //!
 //! Names come from [`hawker_oci`]: digests, hosts, repositories. Time comes in as [`Time`], randomness as `rng: &mut R`. The proxy, the scheduler and the simulator run this same code.
 

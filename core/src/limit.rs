@@ -27,8 +27,8 @@ pub struct Rates {
 
 /// A token bucket in bytes.
 ///
-/// Senders [`reserve`](TokenBucket::reserve) a frame at a time and wait as long as they are told. Who reserves first
-/// waits shortest, so streams that reserve frame by frame share the rate frame by frame.
+/// Senders [`reserve`](TokenBucket::reserve) a frame at a time and wait as long as they are told. An earlier
+/// reservation waits less, so streams that reserve frame by frame share the rate frame by frame.
 ///
 /// In any interval of `t` seconds at most `rate * t + burst` bytes are let through, where the burst is
 /// [`TokenBucket::burst_bytes`], or one reservation where that is larger. With demand, and timers late by less than
@@ -65,7 +65,7 @@ impl TokenBucket {
         self.rate_bytes.map_or(0, burst)
     }
 
-    /// Changes the rate from now on. What is reserved already stays owed, and is paid at the new rate.
+    /// Changes the rate from now on. Earlier reservations stay owed, and are paid at the new rate.
     pub fn set_rate(&mut self, rate_bytes: Option<u64>, now: Time) {
         self.refill(now);
         self.rate_bytes = rate_bytes.filter(|rate| *rate > 0);

@@ -1,4 +1,5 @@
-//! What two peers say to each other about pieces. Bytes of pieces are not here: they follow a granted [`Message::Request`].
+//! The messages between two peers about pieces. The bytes of pieces are not here: they follow a granted
+//! [`Message::Request`].
 //!
 //! `api` gives these words their form on the wire.
 
@@ -11,7 +12,7 @@ use crate::share::Share;
 use hawker_oci::digest::{ChainValue, Digest};
 use hawker_oci::reference::Source;
 
-/// What a member is allowed to be; its certificate says so.
+/// The role of a member, as its certificate names it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Role {
     /// A node: takes and gives pieces.
@@ -78,7 +79,7 @@ pub enum Message {
     Interest {
         /// The task.
         task: Digest,
-        /// Where a seed may get it.
+        /// The registry and repository where a seed may get it.
         source: Source,
         /// Its size, when known.
         size_bytes: Option<u64>,

@@ -1,4 +1,5 @@
-//! All tasks of one peer: what to ask of whom, whom to serve next, what to offer, when to go to the origin.
+//! All tasks of one peer: the requests to make, the child to serve next, the pieces to offer, the moment to read the
+//! origin.
 //!
 //! A node has no I/O and no clock. The shell feeds in events with [`Node::handle`], carries out what [`Node::poll`] gives, and
 //! sends [`Input::Decide`] after events and at [`Node::deadline`]. Bytes never come here: the shell moves and hashes them, this
@@ -96,18 +97,18 @@ const ASK_AGAIN: Duration = Duration::from_secs(3);
 /// A peer that answered "busy" is left alone for this long.
 const BUSY_REST: Duration = Duration::from_millis(200);
 
-/// A download that has not moved for this long takes all pieces from wherever they are: whoever was to bring them into the zone does
-/// not. Well before it is taken for one that does not move at all.
+/// A download that has not moved for this long takes all pieces from any zone: the gateway that was to bring them does
+/// not. This time ends well before [`PATIENCE`].
 const TAKES_ALL_AFTER: Duration = Duration::from_secs(4);
 
 /// Patience while requests are under way: the transport gives up on those that do not move well before.
 const PATIENCE_IN_FLIGHT: Duration = Duration::from_secs(25);
 
-/// What is less urgent, and what is prefetched, may add to what is under way only up to this part of the room, while somebody
-/// waits for anything more urgent.
+/// Requests of lower priority and prefetches may add to the requests under way only up to this part of the room, while
+/// a more urgent download waits.
 const LESS_URGENT_ROOM: u64 = 4;
 
-/// What this node is.
+/// The identity and limits of this node.
 #[derive(Clone, Debug)]
 pub struct Config {
     /// Its id.
@@ -125,7 +126,7 @@ pub struct Config {
 /// A peer that asks for a task, and on what terms.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Child {
-    /// Who.
+    /// The peer.
     pub peer: PeerId,
     /// For whom, and how urgent.
     pub purpose: Purpose,
@@ -140,7 +141,7 @@ pub struct Child {
 /// A peer that may be asked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Named {
-    /// Who.
+    /// The peer.
     pub peer: PeerId,
     /// It stands in another zone than this node.
     pub far: bool,
@@ -153,7 +154,7 @@ impl Named {
     }
 }
 
-/// What the shell is to do.
+/// An order to the shell.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Output {
     /// Connect to a peer; `peer_up` or `dial_failed` follows.
@@ -162,7 +163,7 @@ pub enum Output {
     Send(PeerId, Message),
     /// Ask for a piece and receive it; `piece` follows.
     Download {
-        /// Whom.
+        /// The peer to ask.
         peer: PeerId,
         /// Under which number.
         request: u32,
@@ -177,7 +178,7 @@ pub enum Output {
     },
     /// Give that request up; nothing follows.
     Cancel {
-        /// Whose.
+        /// The peer whose piece it is.
         peer: PeerId,
         /// Which.
         request: u32,
@@ -221,13 +222,13 @@ pub enum Output {
     Load {
         /// The task.
         task: Digest,
-        /// Where it may be had.
+        /// The registry and repository where it may be had.
         source: Source,
         /// With what it may be read there.
         token: Option<Bearer>,
         /// Its size as the asker tells it, who need not be right.
         size_bytes: Option<u64>,
-        /// Who asks.
+        /// The child that asks.
         child: Child,
     },
     /// A peer got wrong bytes of this task from us: hash what is on disk again.
@@ -302,7 +303,7 @@ pub enum Failure {
     WrongSize,
 }
 
-/// What a piece that came in counts for.
+/// The effect of a piece that came in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
     /// It is right: keep it, show it as told.
@@ -316,11 +317,11 @@ pub enum Verdict {
 /// A task as it is opened.
 #[derive(Clone, Debug)]
 pub struct Opening {
-    /// Where it can be had.
+    /// The registry and repository where it can be had.
     pub source: Source,
     /// With what right.
     pub right: Right,
-    /// What is known of it: size and table come with each other.
+    /// The table and the pieces held, if the size is known.
     pub known: Option<(PieceTable, PieceSet)>,
     /// All of it is held, and the blob is committed.
     pub is_committed: bool,
@@ -350,7 +351,7 @@ pub struct Node<N> {
     task_rates: Rates,
     /// All that is prefetched.
     prefetch: TokenBucket,
-    /// What each application and each tag may do.
+    /// The limits of each application and each tag.
     quotas: Quotas,
     asked: BTreeMap<(PeerId, u32), (Digest, PieceIndex, Time)>,
     next_request: u32,
@@ -391,7 +392,7 @@ impl<N: Notary> Node<N> {
         }
     }
 
-    // ---- who there is -------------------------------------------------------------------------------------------
+    // ---- the members ---------------------------------------------------------------------------------------------
 
     /// The live seeds, as the member list has them.
     fn seeds(&mut self, seeds: Vec<Named>) {
@@ -637,7 +638,8 @@ impl<N: Notary> Node<N> {
             .is_some_and(|t| t.offers.hungry() > 0)
     }
 
-    /// Where a task can be had, and with what right: the newest counts, and seeds that did without are asked again with it.
+    /// Notes the registry and the right by which a task can be read. The newest counts, and seeds that lacked a right
+    /// are asked again with it.
     fn authorize(&mut self, digest: &Digest, source: Source, right: Right) {
         let Some(task) = self.tasks.get_mut(digest) else {
             return;
@@ -686,7 +688,7 @@ impl<N: Notary> Node<N> {
         for link in task.links.values_mut() {
             link.unavailable = false;
         }
-        // What a scheduler said of another download of it is over; what it says of this one is waited for.
+        // The scheduler's answer for an earlier download of it is void; this download waits for its own answer.
         self.take(
             &digest,
             if self.scheduler && whole {
@@ -708,7 +710,7 @@ impl<N: Notary> Node<N> {
         }
     }
 
-    /// Stops downloading; what is held stays on offer. Parents are told, so that a seed does not go on for nobody.
+    /// Stops downloading. Held pieces stay on offer. Parents are told, so that a seed does not go on for nobody.
     fn pause(&mut self, digest: &Digest) {
         self.stop(digest);
         let Some(task) = self.tasks.get_mut(digest) else {
@@ -767,10 +769,11 @@ impl<N: Notary> Node<N> {
             return;
         };
         if !fetch.is_wanting() {
-            // What it newly wants has not been waited for yet.
+            // Its new wishes have not been waited for yet.
             task.moved = now;
         }
-        // Who reads to the end is shown the last piece when the whole is known to match: without a seal that takes the whole.
+        // A reader that reads to the end sees the last piece only when the whole is known to match: without a seal
+        // that takes the whole.
         if let (Some(pieces), Some(last)) = (&pieces, fetch.layout().last())
             && pieces.contains(&last)
             && !partial
@@ -799,13 +802,13 @@ impl<N: Notary> Node<N> {
         self.ask_again(digest, |_, _| true);
     }
 
-    /// Whether clients here wait for it. What is fetched though nobody does, here or at children that depend on this node, is
-    /// prefetched: it comes after everything else.
+    /// Notes whether clients of this node wait for it. A download without a waiting client, here or at dependent
+    /// children, is a prefetch and comes after everything else.
     fn read(&mut self, digest: &Digest, is_read: bool) {
         self.change(digest, |task| task.is_read = is_read);
     }
 
-    /// What the clients here want it for, all of them together. Whoever was asked already is told.
+    /// Sets the common purpose of all clients here. Parents that were asked before are told.
     fn purpose(&mut self, digest: &Digest, purpose: Purpose) {
         let role = self.config.role;
         let Some(task) = self.tasks.get_mut(digest) else {
@@ -819,7 +822,7 @@ impl<N: Notary> Node<N> {
         self.ask_again(digest, |_, _| true);
     }
 
-    /// Says again to those who were asked, and are meant, what is asked for and how: that has changed.
+    /// Repeats the interest to those asked parents that `meant` selects, since its terms have changed.
     fn ask_again(&mut self, digest: &Digest, meant: impl Fn(&PeerId, &task::Link) -> bool) {
         let Some(task) = self.tasks.get(digest).filter(|task| task.is_running()) else {
             return;
@@ -860,7 +863,7 @@ impl<N: Notary> Node<N> {
             .is_some_and(|t| t.is_prefetch(self.config.role))
     }
 
-    /// What a reader, who has just been told of, reads after that.
+    /// Sets the pieces that a reader, announced just before, reads next.
     fn reads_ahead(&mut self, digest: &Digest, id: u64, pieces: PieceSet) {
         if let Some(fetch) = self.tasks.get_mut(digest).and_then(|t| t.fetch.as_mut()) {
             fetch.reads_ahead(id, pieces);
@@ -882,7 +885,7 @@ impl<N: Notary> Node<N> {
         }
     }
 
-    /// The scheduler's answer. `share`: what is to be taken from parents in other zones.
+    /// Takes the scheduler's answer. `share`: the pieces to take from parents in other zones.
     fn parents(
         &mut self,
         now: Time,
@@ -897,7 +900,7 @@ impl<N: Notary> Node<N> {
         };
         task.advice.give();
         task.issuer = issuer;
-        // Who reads ranges brings nothing into its zone, and its zone may never have them all.
+        // A node that reads ranges brings nothing into its zone, and its zone may never have all ranges.
         let share = if !task.whole || task.takes_all(now) {
             Share::ALL
         } else {
@@ -925,7 +928,7 @@ impl<N: Notary> Node<N> {
         }
     }
 
-    /// What is taken of a task from other zones is this from now on; those who were asked there are told.
+    /// Sets the share of a task to take from other zones; the parents asked there are told.
     pub(super) fn take(&mut self, digest: &Digest, share: Share) {
         let Some(task) = self
             .tasks
@@ -941,7 +944,7 @@ impl<N: Notary> Node<N> {
         self.ask_again(digest, |_, link| link.far);
     }
 
-    /// The scheduler elects somebody for a task later: that is waited for as its answer was.
+    /// The scheduler elects a reader for a task later: this node waits for that as for an answer.
     fn postponed(&mut self, now: Time, digest: &Digest) {
         if let Some(task) = self.tasks.get_mut(digest).filter(|task| task.is_running()) {
             task.advice = Advice::Asked(now);
@@ -1025,7 +1028,7 @@ impl<N: Notary> Node<N> {
         link.waits = (!passive).then_some(role);
         self.waits.enter(peer, digest);
         link.purpose.clone_from(&child.purpose);
-        // Who leaves is not taken out of it again, before all have left: a task does not live for long.
+        // A child that leaves is not taken out of it before all have left: a task does not live for long.
         task.childrens_purpose =
             Purpose::common(task.childrens_purpose.iter().chain([&child.purpose]));
         if task.is_passive(me) != was_passive {

@@ -1,4 +1,4 @@
-//! What one task's holder offers to its children, and when.
+//! The offers of one task's holder to its children, and their times.
 //!
 //! An ordinary peer offers everything it has to everybody. The issuer is frugal while several children are hungry: it offers a
 //! new piece to one of them only, until another peer holds it, so that its uplink carries what nobody else can give (receiver-driven
@@ -28,8 +28,8 @@ const QUOTA_OF_ALL_BYTES: u64 = 16 << 20;
 /// An offer that led to nothing for this long is made to another child.
 const OFFER_LIFE: Duration = Duration::from_secs(3);
 
-/// Whoever holds less than this part of what the others do on the average, and that by more than a few pieces, does not keep up: what
-/// is new is dealt to it last, since it would spread late from there.
+/// A child that holds less than this part of the others' average, by more than a few pieces, does not keep up. New
+/// pieces are dealt to it last, since they would spread late from there.
 const KEEPS_UP: f64 = 0.8;
 const FEW_PIECES: f64 = 4.0;
 
@@ -40,7 +40,7 @@ const REVEAL: usize = 2;
 /// have from each other, and what is new waits behind that: with 600 children a seed sent nothing else in the first two seconds.
 const REVEALED_TO: usize = 16;
 
-/// What a child was dealt.
+/// The pieces dealt to a child.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Dealt {
     /// New pieces on offer to it that it does not hold yet.
@@ -65,13 +65,13 @@ impl Load {
 
 #[derive(Clone, Debug)]
 struct Child {
-    /// What it was told. As long as it `is_new` no more it stands in what all were told: see [`Child::know_told`].
+    /// The pieces offered to it. A piece that `is_new` no more stands in the common set: see [`Child::know_told`].
     told: PieceSet,
-    /// What it said it holds.
+    /// The pieces it says it holds.
     holds: PieceSet,
     /// New pieces it was offered so far.
     dealt: u32,
-    /// What it says it holds counts, and what it is given it passes on.
+    /// Its claims about held pieces count, and it passes pieces on.
     believed: bool,
     /// It stands in another zone, and takes this share.
     far: Option<Share>,
@@ -130,7 +130,7 @@ pub struct Offers {
     spread: PieceCounts,
     /// New pieces on offer to one child.
     pending: BTreeMap<PieceIndex, (PeerId, Time)>,
-    /// What every child was told that `is_new` no more.
+    /// The pieces that `is_new` no more and that were offered to every child.
     told: PieceSet,
     /// How many children are hungry: it is asked for with each piece, and a seed has thousands of children.
     hungry: usize,
@@ -157,7 +157,7 @@ impl Offers {
         }
     }
 
-    /// The same children for a task that turned out to be cut so; what they hold of it is not known yet.
+    /// The same children for a task that turned out to be cut so; the pieces that they hold of it are not known yet.
     pub fn anew(&self, layout: PieceLayout) -> Self {
         let quota_of_all = QUOTA_OF_ALL.min(QUOTA_OF_ALL_BYTES / layout.piece_bytes());
         let mut offers = Self {
@@ -209,12 +209,12 @@ impl Offers {
         child.know_told(&self.told);
         child.far = far;
         self.joined += 1;
-        // What it was dealt and does not take any more is for others.
+        // A piece that was dealt to it and that it does not take any more is for others.
         self.pending
             .retain(|piece, (to, _)| *to != peer || child.takes(*piece));
     }
 
-    /// A child is gone; what was on offer to it is new again.
+    /// A child is gone; the pieces on offer to it are new again.
     pub fn leave(&mut self, peer: PeerId) {
         if let Some(child) = self.children.remove(&peer) {
             self.hungry -= usize::from(child.is_hungry());
@@ -223,8 +223,9 @@ impl Offers {
         self.pending.retain(|_, (to, _)| *to != peer);
     }
 
-    /// Whom not to believe from now on, and nobody else: a liar who says that it has everything would otherwise make an issuer think
-    /// that all has spread. What such a child says it holds counts for nothing, and new pieces are dealt to others.
+    /// Sets the peers to disbelieve, and nobody else. A liar that claims everything would otherwise make an issuer
+    /// think that all pieces have spread. The claims of such a child count for nothing, and new pieces are dealt to
+    /// others.
     pub fn disbelieve(&mut self, liars: &BTreeSet<PeerId>) {
         for (peer, child) in &mut self.children {
             child.believed = !liars.contains(peer);
@@ -241,7 +242,7 @@ impl Offers {
             .count();
     }
 
-    /// Who hears of this task.
+    /// The children.
     pub fn children(&self) -> impl Iterator<Item = PeerId> + '_ {
         self.children.keys().copied()
     }
@@ -430,8 +431,8 @@ impl Offers {
         }
     }
 
-    /// What to tell whom now, of the pieces `held`. `frugal`: as the issuer does. `idle`: there is nothing else to send.
-    /// `elsewhere`: what each child was dealt of other tasks: its link is one for all.
+    /// The next offers, of the pieces `held`. `frugal`: as the issuer offers. `idle`: there is nothing else to send.
+    /// `elsewhere`: the pieces of other tasks dealt to each child, since its link is one for all.
     pub fn next(
         &mut self,
         now: Time,
@@ -480,7 +481,7 @@ impl Offers {
 
     fn everything(&mut self, held: &PieceSet) -> Vec<(PeerId, Vec<PieceIndex>)> {
         self.pending.clear();
-        // Mostly there are a few new pieces, the same for all: what each was told is not looked at.
+        // Mostly there are a few new pieces, the same for all: the sets of the single children are not consulted.
         let new: Vec<PieceIndex> = held.minus(&self.told).collect();
         self.told.clone_from(held);
         let children = self
@@ -554,8 +555,9 @@ impl Offers {
             if self.pending.contains_key(&piece) {
                 continue;
             }
-            // Who keeps up first; of these fewest on offer, then fewest ever, since each passes on what it got and all uplinks are to
-            // be busy: over all tasks, else layers that come in step would all start at the same children. One that let this
+            // Children that keep up come first. Among these comes first the one with the fewest pieces on offer, then
+            // with the fewest ever, since each passes on its pieces and all uplinks should be busy. The count is over
+            // all tasks, else layers that arrive in step would all start at the same children. A child that let this
             // very offer lapse comes after all others.
             let open = loads
                 .iter_mut()
@@ -586,7 +588,7 @@ impl Offers {
 
     /// Tells a few hungry children of a few pieces each that others have too, the least spread first: not the same ones to all.
     fn reveal(&mut self, held: &PieceSet, told: &mut BTreeMap<PeerId, Vec<PieceIndex>>) {
-        // What is new will come, and is not to wait behind many of these.
+        // New pieces will come, and should not wait behind many of these.
         let at_once = if held.is_full() { REVEALED_TO } else { 1 };
         let mut spread = self.spread.clone();
         let mut children: Vec<(&PeerId, &mut Child)> = self
@@ -594,7 +596,8 @@ impl Offers {
             .iter_mut()
             .filter(|(_, child)| !child.holds.is_full())
             .collect();
-        // Who has least comes first: else those who come first would be told again and again, and the last ones of nothing.
+        // The child with the fewest pieces comes first: else the first ones would be offered pieces again and again,
+        // and the last ones none.
         children.sort_unstable_by_key(|(peer, child)| (child.holds.len(), **peer));
         for (peer, child) in children {
             let open = child
@@ -623,7 +626,7 @@ impl Offers {
     }
 }
 
-/// What one child held does not count any more.
+/// Takes the pieces held by one child out of the count.
 fn uncount(spread: &mut PieceCounts, held: &PieceSet) {
     for piece in held.iter() {
         spread.subtract(piece);
@@ -1005,7 +1008,7 @@ mod tests {
         offers.takes(peer(0), Some(Share::ALL));
         assert_eq!(next(&mut offers)[&peer(0)].len(), 14);
         assert_eq!(next(&mut offers), BTreeMap::new());
-        // Who brings the task hears of all, whatever it takes.
+        // The issuer of the task hears of all, whatever it takes.
         offers.join(peer(2), true, Some(Share::NONE));
         offers.hears_all(peer(2));
         assert_eq!(next(&mut offers)[&peer(2)].len(), 16);

@@ -28,7 +28,7 @@ pub fn first_range(guess: Option<u64>) -> Option<Range<u64>> {
         .map(|_| 0..FIRST_LONE_SPAN_BYTES)
 }
 
-/// The length of a span before any rate is known: where several connections read, and where one does.
+/// The length of a span before any rate is known: for several connections, and for one.
 const FIRST_SPAN_BYTES: u64 = 4 << 20;
 const FIRST_LONE_SPAN_BYTES: u64 = 8 << 20;
 
@@ -101,7 +101,7 @@ pub enum SpanEnd {
     Throttled,
 }
 
-/// What is wanted of the blob at this moment.
+/// The bytes wanted of the blob at this moment.
 #[derive(Clone, Debug)]
 pub struct Demand<'a> {
     /// Bytes that need no read: they are here, or peers bring them.
@@ -238,7 +238,7 @@ impl OriginReads {
             None => return None,
         };
         let wants_all = demand.rest.start == 0 && demand.rest.end >= self.size_bytes;
-        // Where a part is here already, a request for all would bring it again.
+        // If a part is here already, a request for all would bring it again.
         let is_small = self.size_bytes <= WHOLE_BYTES && width == 1 && taken.is_empty();
         let plain = match self.support {
             RangeSupport::Ignored => true,
@@ -288,7 +288,7 @@ impl OriginReads {
             .iter()
             .filter_map(soon)
             .min_by_key(|(distance, gap)| (*distance, gap.start))?;
-        // Where the rest is wanted anyway, the reader only says where to begin.
+        // If the rest is wanted anyway, the reader only says where to begin.
         self.gap_of_rest(demand, taken, gap.start)
             .filter(|rest| rest.start == gap.start)
             .or_else(|| {
@@ -348,7 +348,7 @@ impl OriginReads {
         }
     }
 
-    /// Where a span ends by now; `None` when it is over. Bytes past it are somebody else's.
+    /// The end of a span by now; `None` when it is over. Bytes past it belong to other spans.
     pub fn end_of(&self, id: SpanId) -> Option<u64> {
         self.open.get(&id).map(|open| open.end)
     }
@@ -460,7 +460,7 @@ impl OriginReads {
         self.failures = 0;
     }
 
-    /// What these reads have shown of the origin.
+    /// The experience of these reads with the origin.
     pub fn experience(&self) -> Experience {
         let width = self.width.current() / if self.width.is_trial { 2 } else { 1 };
         Experience {
@@ -561,7 +561,7 @@ impl Width {
         self.judge(now, rate);
     }
 
-    /// What follows from a rate measured at the full width.
+    /// Draws the conclusion from a rate measured at the full width.
     fn judge(&mut self, now: Time, rate: f64) {
         let pays = self.paid.is_none_or(|paid| rate >= paid * WORTH_IT);
         if self.is_trial && !pays {
@@ -909,7 +909,7 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever is wanted comes, no byte twice, and nothing else beside the read-ahead of the readers' own ranges.
+        /// All wanted bytes come, no byte twice, and nothing else beside the read-ahead of the readers' own ranges.
         #[test]
         fn each_wanted_byte_is_read_once(
             size in 1..(40 * MIB),

@@ -6,7 +6,7 @@ use std::time::Duration;
 use crate::Time;
 use crate::piece::PeerId;
 
-/// What a parent did wrong.
+/// The fault of a parent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Fault {
     /// It sent bytes that do not match the table: a lie or broken memory. Banned at once.
@@ -37,29 +37,29 @@ const HALF_LIFE: Duration = Duration::from_secs(60);
 /// Faults that make a parent the last choice: two stalls within two minutes, or three failures within half of one.
 const SHUNNED: f64 = 2.5;
 
-/// All that is under way at a peer stalls or breaks off together: what comes of one cause counts once, else a restart of the only seed
-/// would make all its children shun it for minutes.
+/// All requests under way at a peer stall or break off together. Failures of one cause count once, else a restart of
+/// the only seed would make all its children shun it for minutes.
 const AT_ONCE: Duration = Duration::from_secs(1);
 
 /// How long wrong bytes keep a parent out on this node. The scheduler decides for everybody else.
 const BAN: Duration = Duration::from_secs(600);
 
-/// What was waited for less than this and did not come says nothing about its parent's rate.
+/// A request that was cancelled before this time gives no rate sample.
 const WAITED: Duration = Duration::from_secs(1);
 
 /// How much of what was measured before stays when a piece comes: four pieces or so make the estimate.
 const RATE_MEMORY: f64 = 0.75;
 
-/// What is known of one peer, over all tasks.
+/// The facts known about one peer, over all tasks.
 #[derive(Clone, Debug, Default)]
 struct Record {
-    /// What came, and in how many seconds, both forgotten piece by piece: short pieces, that take as long as it takes to answer, count
-    /// for little.
+    /// Bytes received and the seconds they took. Both fade piece by piece. Short pieces, whose time is mostly the time
+    /// to answer, count for little.
     bytes: f64,
     seconds: f64,
     faults: f64,
     faults_at: Time,
-    /// What the last one weighs.
+    /// The weight of the last sample.
     last: f64,
     banned_until: Option<Time>,
 }
@@ -71,7 +71,7 @@ impl Record {
     }
 }
 
-/// What this node knows of its parents.
+/// The facts this node knows about its parents.
 #[derive(Clone, Debug, Default)]
 pub struct Parents {
     records: BTreeMap<PeerId, Record>,
@@ -139,7 +139,7 @@ impl Parents {
                 .is_some_and(|r| r.faults(now) >= SHUNNED)
     }
 
-    /// Whether it may be counted on: what is asked of it most likely comes.
+    /// Whether a request to it will most likely be served.
     pub fn trusted(&self, now: Time, peer: PeerId) -> bool {
         !self.shunned(now, peer) && !self.banned(now, peer)
     }

@@ -5,7 +5,7 @@ use std::hash::{BuildHasherDefault, Hasher};
 
 use crate::piece::PeerId;
 
-/// What there is to know of each peer. The order is no order, but the same whenever the same happened before.
+/// A map by peer. Its order has no meaning, but is the same whenever the same happened before.
 pub type PeerMap<T> = HashMap<PeerId, T, BuildHasherDefault<PeerHasher>>;
 
 /// An odd number whose bits look drawn by lot.

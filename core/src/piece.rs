@@ -1,4 +1,4 @@
-//! Pieces: where a blob is cut, which of them are held, and the table that says what each must hash to.
+//! Pieces: the cuts of a blob, the set of held pieces, and the table of the values that each piece must hash to.
 
 use std::cmp::Ordering;
 use std::fmt;
@@ -21,7 +21,7 @@ pub const MAX_BLOB_BYTES: u64 = 16 << 40;
 /// Number of a piece within its task, from 0.
 pub type PieceIndex = u32;
 
-/// Where a blob is cut into pieces: a function of its size alone, so that everyone agrees.
+/// The cuts of a blob into pieces: a function of its size alone, so that everyone agrees.
 ///
 /// Four pieces of 256 KiB, then 256 KiB each for blobs up to 128 MiB, 512 KiB up to 256 MiB, 1 MiB up to 2 GiB, 4 MiB up to 16 GiB,
 /// 16 MiB above. All lengths but the last are multiples of 128 bytes, the longer of the two block lengths. A blob of no bytes has no
@@ -90,7 +90,7 @@ impl PieceLayout {
         u32::try_from(count).unwrap_or(u32::MAX)
     }
 
-    /// Where piece `index` starts; the blob's size for an index past the last.
+    /// The start of piece `index`; the blob's size for an index past the last.
     pub fn start(&self, index: PieceIndex) -> u64 {
         let small = u64::from(index.min(SMALL_PIECES)) * SMALL_BYTES;
         let large =
@@ -290,7 +290,7 @@ impl PieceSet {
             .any(|(own, other)| own & other != 0)
     }
 
-    /// What `other` has past this set's count does not count.
+    /// Bits of `other` past this set's count are ignored.
     fn combine(&mut self, other: &PieceSet, word: impl Fn(u64, u64) -> u64) {
         if other.held == 0 && self.held == 0 {
             return;
@@ -383,7 +383,7 @@ impl fmt::Debug for PieceSet {
     }
 }
 
-/// Who a member is: the first 16 bytes of the SHA-256 of its public key (SubjectPublicKeyInfo).
+/// The id of a member: the first 16 bytes of the SHA-256 of its public key (SubjectPublicKeyInfo).
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct PeerId(pub [u8; 16]);
 
@@ -431,7 +431,7 @@ impl std::str::FromStr for PeerId {
     }
 }
 
-/// What an issuer says, once, about the first `count` values of a table; it travels from peer to peer as it is.
+/// An issuer's statement about the first `count` values of a table, made once; it travels from peer to peer as it is.
 ///
 /// The signature covers [`SignedPrefix::statement`]. Whether the issuer may issue, and whether the signature holds, is
 /// checked by whoever receives it, before it reaches [`PieceTable`].
@@ -443,7 +443,7 @@ pub struct SignedPrefix {
     pub sealed: bool,
     /// When it was signed, in seconds since 1970 by the issuer's clock: its certificate must have held then.
     pub signed_at_s: u64,
-    /// Who signed.
+    /// The signer.
     pub issuer: PeerId,
     /// The registries that gave the issuer every byte this covers (the whole blob, if sealed), or proved that they have them.
     pub registries: Vec<String>,
@@ -486,8 +486,8 @@ impl SignedPrefix {
     }
 }
 
-/// What each piece of a task must hash to: the chaining values at the piece boundaries, from the first piece on, as far
-/// as they are known.
+/// The values that the pieces of a task must hash to: the chaining values at the piece boundaries, from the first
+/// piece on, as far as they are known.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PieceTable {
     task: Digest,
@@ -689,9 +689,10 @@ impl PieceTable {
         )
     }
 
-    /// Who sealed both this table and `other` though they differ; `None` where nobody did. If both signatures hold, that is
-    /// proof of a lie: a seal says that the whole blob was verified, and one digest has one table. Statements without a seal
-    /// prove nothing: an honest issuer may have signed what a broken origin sent before the digest told.
+    /// The issuer that sealed both this table and `other` though they differ; `None` if there is none. If both
+    /// signatures hold, that is proof of a lie: a seal says that the whole blob was verified, and one digest has one
+    /// table. Statements without a seal prove nothing: an honest issuer may have signed the bytes of a broken origin
+    /// before the digest told.
     pub fn contradiction(&self, other: &PieceTable) -> Option<PeerId> {
         let sealed = |table: &PieceTable| {
             let signed = table.signed.as_ref().filter(|signed| signed.sealed)?;

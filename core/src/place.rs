@@ -1,9 +1,9 @@
-//! Where a member stands, and how near two members are to each other.
+//! The place of a member, and the nearness of two members.
 
 use std::net::IpAddr;
 use std::sync::Arc;
 
-/// Where a member stands: names, empty where they are not told.
+/// The place of a member: names, empty if they are not told.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Place {
     /// A data centre or the like: between zones links are dear.
@@ -29,7 +29,7 @@ impl Place {
         self.zone.is_empty() && self.rack.is_empty()
     }
 
-    /// How near it is to another. Who tells no zone stands with all others who don't; who tells no rack stands in none.
+    /// The nearness of another place. Members without a zone stand together; a member without a rack stands in none.
     pub fn nearness(&self, other: &Self) -> Nearness {
         match (
             self.zone == other.zone,
@@ -88,7 +88,7 @@ impl Network {
     }
 }
 
-/// Where the members of some networks stand, for those who do not say it themselves.
+/// The places of some networks, for members that do not name their own.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Networks(Vec<(Network, Place)>);
 
@@ -99,7 +99,7 @@ impl Networks {
         Self(places)
     }
 
-    /// Where a member with this address stands.
+    /// The place of a member with this address.
     pub fn of(&self, ip: IpAddr) -> Option<&Place> {
         self.0
             .iter()

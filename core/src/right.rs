@@ -43,7 +43,7 @@ pub enum Right {
 }
 
 impl Right {
-    /// What may go to a seed.
+    /// The token that may go to a seed.
     pub const fn token(&self) -> Option<&Bearer> {
         match self {
             Right::Token(token) => Some(token),

@@ -1,19 +1,21 @@
-//! The scheduler's view of all peers: who holds what, whom to fetch from, who reads the origin, who is isolated.
+//! The scheduler's view of all peers: the holders of each task, the parents to name, the reader of the origin, the
+//! isolated peers.
 //!
 //! Soft state only: peers say everything again when the scheduler comes back. Drive a [`Swarm`] with
 //! [`Swarm::handle`] and, when [`Swarm::deadline`] has come, [`Swarm::tick`]; then carry out what [`Swarm::poll`] gives.
 //!
-//! - **Parents.** Everybody who wants a task is a future holder of it, so wanters are named to each other: up to
-//!   [`MAX_PARENTS`] of them (where there are zones, three quarters of that) everybody to everybody, beyond that a random mesh
-//!   of [`MESH_DEGREE`] links a peer. Links run both ways: who is named to a newcomer is told of the newcomer. Complete
-//!   holders come on top, a few each.
+//! - **Parents.** Every peer that wants a task is a future holder of it, so wanters are named to each other. Up to
+//!   [`MAX_PARENTS`] of them (with zones, three quarters of that) are all named to all; beyond that they form a random
+//!   mesh of [`MESH_DEGREE`] links a peer. Links run both ways: a peer that is named to a newcomer is told of the
+//!   newcomer. Complete holders come on top, a few each.
 //! - **Zones.** Parents are of the child's own zone. A few of each zone bring the task in: see the `gateways` module.
-//! - **Sources.** Who can read the origin is named first: the seed that rendezvous hashing picks, or a seed that has the
-//!   task already; without any seed one peer is elected and its table counts. Only so many children get a source directly.
-//! - **Spreading.** A task that [`HOT_WANTERS`] peers want is spread over more schedulers: peers are told over how many, and
-//!   each asks one of them. Holders announce to all schedulers; the issuer is elected by the first one only, and those who
-//!   move name it to the others. The same word brings it back after a restart.
-//! - **Evidence** decides who is isolated: see the `conduct` module.
+//! - **Sources.** A peer that can read the origin is named first: the seed that rendezvous hashing picks, or a seed
+//!   that has the task already. Without any seed one peer is elected and its table counts. Only so many children get a
+//!   source directly.
+//! - **Spreading.** A task that [`HOT_WANTERS`] peers want is spread over more schedulers: peers are told the number,
+//!   and each asks one of them. Holders announce to all schedulers; the first one alone elects the issuer, and peers
+//!   that move name it to the others. The same message brings it back after a restart.
+//! - **Evidence** decides on isolation: see the `conduct` module.
 //!
 //! Every decision looks at [`SAMPLE`] copies at most, however many there are.
 
@@ -83,7 +85,7 @@ pub const ISSUER_RETURNS: Duration = Duration::from_secs(20);
 pub const HOT_WANTERS: u32 = 1000;
 /// Schedulers over which a task is spread at most.
 pub const MAX_SPREAD: u32 = 8;
-/// Between two steps of spreading: those who were told have moved by then.
+/// The time between two steps of spreading. The peers told in the last step have moved by then.
 const SPREAD_EVERY: Duration = Duration::from_secs(2);
 /// How long news about a peer's parents wait for more of them. It doubles with each message: in a burst the first matter.
 const PUSH_DELAY: Duration = Duration::from_millis(20);
@@ -102,20 +104,20 @@ pub const MAX_WANTS_PER_PEER: u32 = 4096;
 /// Reports taken from one peer a second, and at once.
 const REPORTS_PER_SECOND: f32 = 32.0;
 const REPORTS_BURST: f32 = 256.0;
-/// Parents of a peer that are remembered after the peer is done with them: reports come a second later. That is an image of
+/// Former parents of a peer that are remembered, since reports come a second later. The number is that of an image of
 /// twenty layers with a dozen parents each.
 const NAMED_KEPT: usize = 256;
 /// A peer with limited upload counts as one slot for each of these many bytes a second.
 const SLOT_RATE_BYTES: f32 = 4_194_304.0;
 
-/// What a peer says of itself when its stream starts.
+/// The registration of a peer at the start of its stream.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Registration {
-    /// Who, by its certificate.
+    /// The peer, by its certificate.
     pub peer: PeerId,
     /// [`Role::Peer`] or [`Role::Seed`], by its certificate.
     pub role: Role,
-    /// Where it stands.
+    /// Its place.
     pub place: Place,
     /// Pieces that it sends at once.
     pub upload_slots: u32,
@@ -125,7 +127,7 @@ pub struct Registration {
     pub reads_origins: bool,
 }
 
-/// What a peer offers of one task.
+/// The pieces that a peer offers of one task.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Holding {
     /// The task.
@@ -138,7 +140,7 @@ pub struct Holding {
     pub complete: bool,
 }
 
-/// What became of a parent.
+/// The outcome with a parent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ReportKind {
     /// It sent bytes that do not match the table.
@@ -153,10 +155,10 @@ pub enum ReportKind {
     Served(u64),
 }
 
-/// What a peer adds to its question.
+/// The terms of a peer's question.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Terms {
-    /// Whom it was told as the issuer: by this scheduler before it started anew, or by another one.
+    /// The issuer that it was told: by this scheduler before it started anew, or by another one.
     pub issuer: Option<PeerId>,
     /// The task is spread over several schedulers, and this one is not the first of them: it elects nobody.
     pub guest: bool,
@@ -166,7 +168,7 @@ pub struct Terms {
     pub purpose: Purpose,
 }
 
-/// What happens to the scheduler.
+/// An input of the scheduler.
 #[derive(Clone, Debug)]
 pub enum Input {
     /// A peer's stream has started.
@@ -175,18 +177,18 @@ pub enum Input {
     Expected(Registration, Duration),
     /// A peer's stream is over.
     Left(PeerId),
-    /// What a peer holds.
+    /// A peer tells the tasks that it holds.
     Holdings {
-        /// Who.
+        /// The holder.
         peer: PeerId,
         /// Forget what it said before.
         replaces_all: bool,
-        /// What.
+        /// The tasks.
         holdings: Vec<Holding>,
     },
     /// A peer asks for parents.
     Want {
-        /// Who.
+        /// The wanter.
         peer: PeerId,
         /// The task.
         task: Digest,
@@ -196,25 +198,25 @@ pub enum Input {
         again: bool,
         /// The seeds may not read it at its origin; this peer may.
         reads: bool,
-        /// What it adds.
+        /// Its terms.
         terms: Terms,
     },
     /// A peer no longer fetches.
     Forget {
-        /// Who.
+        /// The former wanter.
         peer: PeerId,
         /// The task.
         task: Digest,
     },
     /// A peer tells what became of a parent.
     Report {
-        /// Who tells.
+        /// The reporter.
         reporter: PeerId,
         /// Of whom.
         peer: PeerId,
         /// The task that they met in.
         task: Digest,
-        /// What.
+        /// The outcome.
         kind: ReportKind,
         /// Another scheduler knows that the two met, and passes this on.
         is_vouched_for: bool,
@@ -225,10 +227,10 @@ pub enum Input {
     Contradicted(PeerId),
 }
 
-/// What to tell.
+/// A message to send.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Output {
-    /// Whom to fetch a task from.
+    /// The parents of a task for one peer.
     Parents {
         /// To whom this goes.
         to: PeerId,
@@ -243,27 +245,27 @@ pub enum Output {
         /// Over how many schedulers the task is spread, the first ones in rendezvous order; 0: nothing new. To a guest 1
         /// says: ask the first one again, there is nobody here who brings the task.
         spread: u32,
-        /// What to take from parents in other zones.
+        /// The share to take from parents in other zones.
         share: Share,
         /// Nobody is elected yet, for the application's sake: this comes again in a second.
         later: bool,
     },
     /// An accusation between two peers that met by this scheduler's word: the other schedulers are to know.
     Vouched {
-        /// Who tells.
+        /// The reporter.
         reporter: PeerId,
         /// Of whom.
         peer: PeerId,
         /// The task that they met in.
         task: Digest,
-        /// What.
+        /// The outcome.
         kind: ReportKind,
     },
     /// Everybody who is isolated, for all: it has changed.
     Isolated(Vec<PeerId>),
 }
 
-/// What is known of a peer, for people.
+/// The state of a peer, for people.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct PeerState {
     /// Why it is named to nobody, and for how long from now on.
@@ -351,10 +353,10 @@ fn meeting(peer: PeerId, task: &Digest) -> u32 {
     })
 }
 
-/// Something to look at when its time has come. What it was set for may be over by then: whoever handles it checks.
+/// Something to check when its time has come. Its reason may be gone by then: the handler checks that.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Timer {
-    /// Those who wait for their application's turn are to be looked at.
+    /// Check the wanters that wait for their application's turn.
     Postponed,
     /// A peer's grace is over.
     Gone(Slot),
@@ -425,7 +427,7 @@ impl Swarm {
         }
     }
 
-    /// What each application may have from now on.
+    /// Sets the limits of each application from now on.
     pub fn applications(&mut self, applications: Arc<Applications>) {
         self.postponements.retain(|labels, _| {
             applications
@@ -565,7 +567,7 @@ impl Swarm {
         self.isolations.get(&guilt).copied().unwrap_or(0)
     }
 
-    /// What is known of a peer; nothing known is the default.
+    /// The state of a peer; the default for an unknown one.
     pub fn peer_state(&self, now: Time, peer: PeerId) -> PeerState {
         let here = self.by_id.get(&peer).and_then(|slot| self.peers.get(*slot));
         PeerState {
@@ -671,7 +673,7 @@ impl Swarm {
         }
     }
 
-    /// A seed has come: whoever waits without a source gets it with the next news.
+    /// A seed has come: every wanter without a source gets it with the next news.
     fn offer_seed(&mut self, now: Time) {
         for task in self.wanted.iter().copied().collect::<Vec<_>>() {
             if self
@@ -709,7 +711,7 @@ impl Swarm {
         }
     }
 
-    // What peers hold and want.
+    // Holdings and wants.
 
     fn holdings<R: Rng + ?Sized>(
         &mut self,
@@ -793,7 +795,7 @@ impl Swarm {
             self.introduce(now, rng, task_slot, slot);
         }
         if completed {
-            // Who holds it all can sign for it, even where nobody who waits may read the origin.
+            // A holder of the whole can sign for it, even if no waiting peer may read the origin.
             self.ensure_source(now, rng, task_slot);
         }
     }

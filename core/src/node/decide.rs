@@ -1,4 +1,4 @@
-//! What to do next: whom to ask, whom to tell, whom to serve, when to go to the origin.
+//! The next steps: the peers to ask, to tell and to serve, and the moment to read the origin.
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
@@ -64,7 +64,7 @@ impl<N: Notary> Node<N> {
             .values()
             .filter_map(|task| task.tells_at(self.config.role))
             .min();
-        // Whoever fetches or has somebody wait looks now and then whether anybody has taken too long.
+        // A node that fetches, or on which somebody waits, checks now and then whether anybody has taken too long.
         let looks = self.uploads.is_waited_for() || self.tasks.values().any(Task::is_running);
         let looks_at = looks.then_some(now + LOOK_EVERY);
         tells
@@ -74,7 +74,7 @@ impl<N: Notary> Node<N> {
             .min()
     }
 
-    /// What to do next.
+    /// The next order to the shell.
     pub fn poll(&mut self) -> Option<Output> {
         self.outputs.pop_front()
     }
@@ -198,7 +198,8 @@ impl<N: Notary> Node<N> {
         if link.asked.is_none() {
             link.asked = Some(now);
             if may_announce {
-                // What it takes from here it says itself; but who brings the task hears what has spread, and may never ask.
+                // A parent learns the wishes of this node from its requests. The issuer of a task also hears which
+                // pieces have spread, and may never ask.
                 let far = link.far;
                 let far = far.then_some(if task.is_brought_by(peer, *role) {
                     Share::ALL
@@ -249,7 +250,7 @@ impl<N: Notary> Node<N> {
         if bringing && self.peers_bring_the_rest(now, task) {
             return;
         }
-        // What was asked of those that stall is not waited for any longer than nothing at all.
+        // A request to a stalled parent gives no more reason to wait than no request at all.
         let moving = task
             .fetch
             .as_ref()
@@ -430,7 +431,7 @@ impl<N: Notary> Node<N> {
             let working = link.working.is_some_and(|at| now.since(at) < WORKING_FOR) && reads;
             !link.unavailable && (dialling || asked || working) && will_do(*peer)
         };
-        // What costs least to find out comes first.
+        // The cheapest check comes first.
         let peers = || task.links.iter().any(may_help);
         scheduler || offers() || peers()
     }
@@ -440,16 +441,16 @@ impl<N: Notary> Node<N> {
         self.tasks.values().map(Task::asked_bytes).sum()
     }
 
-    /// Sends requests as long as there is room in flight: for what is most urgent first, and of what is as urgent for all tasks in
-    /// turn; what nobody waits for comes last. While there is anything more urgent, what is less so gets what is left of a part
-    /// of the room, and one request of each priority may always be under way: so nobody waits for ever.
+    /// Sends requests as long as there is room in flight. The most urgent tasks come first, tasks of equal priority
+    /// take turns, and prefetches come last. While a more urgent task waits, less urgent ones get the rest of a part
+    /// of the room. One request of each priority may always be under way, so that nobody waits for ever.
     pub(super) fn ask(&mut self, now: Time, tasks: &[Digest]) {
         let mut levels: BTreeMap<(bool, Priority), Vec<Digest>> = BTreeMap::new();
         for digest in tasks {
             let task = &self.tasks[digest];
             if task.is_running() && task.fetch.is_some() {
                 let prefetch = task.is_prefetch(self.config.role);
-                // What is prefetched is all the same.
+                // All prefetches are of one priority.
                 let priority = if prefetch {
                     Priority::LAST
                 } else {
@@ -484,7 +485,8 @@ impl<N: Notary> Node<N> {
             .filter_map(|digest| self.tasks.get(digest))
             .map(Task::asked_bytes)
             .sum();
-        // Who has least under way is first: else one task would get each place that comes free, and the issuers of the others idle.
+        // The task with the fewest bytes under way is first: else one task would get each place that comes free, and
+        // the issuers of the others would idle.
         open.sort_by_key(|digest| self.tasks.get(digest).map(Task::asked_bytes));
         while !open.is_empty() {
             open.retain(|digest| {
@@ -521,8 +523,8 @@ impl<N: Notary> Node<N> {
                 if !task.memory.as_ref().is_none_or(fits) {
                     return false;
                 }
-                // At least one request is always allowed: a piece may be longer than the room. What would be chosen is not worked
-                // out without it.
+                // At least one request is always allowed: a piece may be longer than the room. Without that, nothing
+                // is worked out.
                 let has_one = if prefetch { in_flight > 0 } else { own > 0 };
                 if has_one && in_flight + fetch.layout().piece_bytes() > room {
                     // Held back as well, if it could go on.

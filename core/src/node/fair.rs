@@ -1,8 +1,9 @@
-//! What one member may have this node do for its sake, so that it takes no more than a share.
+//! The share of this node that one member may use for its downloads.
 //!
-//! A seed downloads for others. Each such download is admitted at the expense of one member that waits for it: of those that wait, the
-//! one with the fewest downloads. A member has a bounded number of downloads, and of the memory that their pieces take. What is
-//! not admitted soon is refused as busy, so that the child goes elsewhere at once. Clients of this node itself are not counted here.
+//! A seed downloads for others. Each such download is charged to one member that waits for it: the one with the fewest
+//! downloads. A member has a bounded number of downloads, and a bounded part of the memory for their pieces. A
+//! download that is not admitted soon is refused as busy, so that the child goes elsewhere at once. Clients of this
+//! node itself are not counted here.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -32,7 +33,7 @@ const DOWNLOADS_IN_ALL: usize = 256;
 /// is not counted in it: a member may have one of these beside its other downloads.
 const MEMORY_PART: u64 = 3;
 
-/// What a download of unknown size counts for.
+/// The charge for a download of unknown size.
 const SMALL_PIECE_BYTES: u64 = 256 << 10;
 
 /// A download that was not admitted for so long is refused: its children find another source well before they lose patience.
@@ -115,7 +116,7 @@ impl Failures {
     }
 }
 
-/// What is downloaded at one member's expense.
+/// The downloads charged to one member.
 #[derive(Clone, Copy, Debug, Default)]
 struct Use {
     downloads: usize,
@@ -212,7 +213,7 @@ impl<N: Notary> Node<N> {
             let Some(task) = self.tasks.get_mut(digest).filter(|task| task.is_running()) else {
                 continue;
             };
-            // What goes on comes first, the smallest before all: a task that turns out to be large gives way.
+            // Admitted downloads come first, the smallest before all: a task that turns out to be large gives way.
             let turn = match task.admission {
                 _ if task.is_read => None,
                 Admission::For(_, since) => Some((false, task.piece_bytes(), since)),

@@ -1,4 +1,4 @@
-//! What one member can make a seed do, and what two seeds do for each other.
+//! The downloads that one member can cause at a seed, and those that two seeds cause for each other.
 
 use super::table::UNPROVEN_A_PEER_BYTES;
 use super::tests::{Names, id};
@@ -156,7 +156,7 @@ impl Seed {
         }
     }
 
-    /// What was said to a member of this kind, since the last time.
+    /// The number of refusals to a member of this kind since the last call.
     fn refused(&mut self, member: u8) -> usize {
         let said = std::mem::take(&mut self.said);
         let is_refusal = |(peer, message): &(PeerId, Message)| {

@@ -59,7 +59,7 @@ pub enum Input {
     Open {
         /// The task.
         task: Digest,
-        /// What is known of it.
+        /// The known facts about it.
         opening: Box<Opening>,
     },
     /// A task goes out of play: no client reads it, and no peer asks for it.
@@ -97,7 +97,7 @@ pub enum Input {
     Purpose {
         /// The task.
         task: Digest,
-        /// What they have in common.
+        /// The common purpose of all readers.
         purpose: Purpose,
     },
     /// A client's reader has come, moved or left.

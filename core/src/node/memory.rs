@@ -26,7 +26,7 @@ const STRAGGLERS_LEAVE_AFTER: Duration = Duration::from_secs(5);
 /// A piece that children need and that nobody holds any more is read again after this long.
 const READ_AGAIN_AFTER: Duration = Duration::from_secs(2);
 
-/// What a task without disk keeps.
+/// The pieces and parts that a task without disk keeps.
 #[derive(Clone, Debug)]
 pub(super) struct Memory {
     on_disk: PieceSet,
@@ -126,7 +126,7 @@ impl Memory {
         }
     }
 
-    /// Forgets all pieces: what was verified turned out to be wrong.
+    /// Forgets all pieces: verified bytes turned out to be wrong.
     pub(super) fn clear(&mut self) {
         *self = Self {
             budget_bytes: self.budget_bytes,
@@ -275,7 +275,7 @@ impl<N: Notary> Node<N> {
             task.refills = true;
             task.moved = now;
         }
-        // Those who left when the disk refused hear of it again where they still are parents.
+        // Parents that were left when the disk refused hear of the interest again.
         let parents: Vec<PeerId> = task
             .links
             .iter()

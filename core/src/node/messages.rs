@@ -1,4 +1,4 @@
-//! What peers say, and what their piece tables are worth.
+//! Messages from peers, and the value of the piece tables in them.
 
 use std::borrow::Cow;
 
@@ -404,7 +404,7 @@ impl<N: Notary> Node<N> {
         }
     }
 
-    /// What a peer offered before its table counted.
+    /// Takes the offers of a peer from before its table counted.
     fn have_early(&mut self, now: Time, peer: PeerId, digest: &Digest, early: Vec<(u64, Offer)>) {
         for (size_bytes, offer) in early {
             self.have(now, peer, *digest, size_bytes, &offer);

@@ -11,7 +11,7 @@ use crate::Time;
 use crate::application::{Applications, Labels, Purpose};
 use crate::limit::{Rates, TokenBucket};
 
-/// What a piece comes by.
+/// The source of a piece.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
     /// From a peer.
@@ -72,7 +72,7 @@ pub(super) fn buckets<'a>(
         .chain(prefetched)
 }
 
-/// What each application and each tag may do at this node.
+/// The limits of each application and each tag at this node.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Quotas {
     applications: Arc<Applications>,
@@ -81,7 +81,7 @@ pub(super) struct Quotas {
 }
 
 impl Quotas {
-    /// Takes other rules; who has been under one before still owes what it owed. `true`: they are new.
+    /// Takes other rules; an application that was under a rule before still owes its debt. `true`: they are new.
     pub(super) fn set(&mut self, now: Time, applications: &Arc<Applications>) -> bool {
         if Arc::ptr_eq(&self.applications, applications) || self.applications == *applications {
             return false;

@@ -68,8 +68,8 @@ impl<N: Notary> Node<N> {
         }
     }
 
-    /// A peer brings pieces after all: whoever is not to read the origin for others stops reading it. For the sake of one that
-    /// brings something now and then it does not.
+    /// A peer brings pieces after all: a node that should not read the origin for others stops reading it. A peer that
+    /// brings a piece only now and then does not count.
     fn leave_origin_to_others(&mut self, now: Time, digest: &Digest, peer: PeerId) {
         if !self.parents.trusted(now, peer) {
             return;
@@ -302,7 +302,7 @@ impl<N: Notary> Node<N> {
         if fetch.held().is_full() {
             task.enter(Change::Filled);
             task.refills = false;
-            // Every piece matches and the last one ends in the digest: whoever made the table, it is right.
+            // Every piece matches and the last one ends in the digest: the table is right, whatever its source.
             task.trust = Some(Trust::Clients);
             if task.brings(self.config.role) {
                 task.issue(&self.notary);

@@ -4,7 +4,7 @@ use crate::message::{Offer, Role};
 use crate::piece::{PeerId, PieceLayout, PieceTable, SignedPrefix};
 use hawker_oci::digest::ChainValue;
 
-/// What pieces that match a table are good for.
+/// The use that pieces may have once they match a table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Trust {
     /// Other peers' disks: an elected peer issued the table and has not sealed it.
@@ -22,7 +22,7 @@ pub trait Notary {
     fn sign(&self, table: &mut PieceTable, sealed: bool);
 }
 
-/// What a statement is worth.
+/// The value of a statement.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Weight {
     /// It counts: a seed signed it, or the issuer that the scheduler named.
@@ -43,7 +43,7 @@ impl Weight {
     }
 }
 
-/// What a statement is worth, where the scheduler named this issuer.
+/// The value of a statement, if the scheduler named this issuer.
 pub(super) fn weigh<N: Notary>(
     notary: &N,
     signed: &SignedPrefix,
@@ -69,7 +69,7 @@ pub(super) const UNPROVEN_A_PEER_BYTES: usize = 1 << 20;
 /// Offers kept at most while the size is unknown.
 const EARLY_OFFERS: usize = 64;
 
-/// What one peer sent of a table, until a statement makes it count.
+/// The part of a table that one peer sent, until a statement makes it count.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Unproven {
     size_bytes: u64,
@@ -80,8 +80,8 @@ pub(super) struct Unproven {
 }
 
 impl Unproven {
-    /// Values that follow, or repeat, those sent before; another size or a gap starts over. `known`: this node's own table. What
-    /// counts is in there, and is not kept here a second time for each peer that says it.
+    /// Takes values that follow, or repeat, the values sent before; another size or a gap starts over. `known`: this
+    /// node's own table. A value that is in there is not kept here a second time for each peer that sends it.
     pub(super) fn take_in(
         &mut self,
         size_bytes: u64,

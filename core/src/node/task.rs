@@ -74,7 +74,7 @@ impl Advice {
     }
 }
 
-/// What one peer has to do with one task.
+/// The relation of one peer to one task.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Link {
     /// We told it of our interest at that time.
@@ -94,7 +94,7 @@ pub(super) struct Link {
     pub(super) told: Option<Time>,
     /// Values it sent that do not count yet.
     pub(super) unproven: Unproven,
-    /// What it wants the task for, as a child.
+    /// The child's purpose.
     pub(super) purpose: Purpose,
     /// It waits for the task here: its role. Nobody else's interest keeps a task in play.
     pub(super) waits: Option<Role>,
@@ -121,28 +121,28 @@ pub(super) struct Task {
     pub(super) trust: Option<Trust>,
     pub(super) offers: Offers,
     pub(super) links: PeerMap<Link>,
-    /// Whose statements count besides the seeds'.
+    /// The peer whose statements count besides the seeds'.
     pub(super) issuer: Option<PeerId>,
     /// We are to read the origin and issue the table.
     pub(super) elected: bool,
     pub(super) announce: bool,
     /// For whose sake a seed downloads it.
     pub(super) admission: Admission,
-    /// What it keeps while the disk takes nothing.
+    /// The pieces kept while the disk takes nothing.
     pub(super) memory: Option<Memory>,
     /// It fetches what it once held and let go while the disk took nothing.
     pub(super) refills: bool,
     pub(super) phase: Phase,
     /// Clients of this node read it.
     pub(super) is_read: bool,
-    /// What they want it for; where there are none any more, what the last ones did.
+    /// The common purpose of the readers; after the last reader has left, its purpose.
     pub(super) purpose: Purpose,
-    /// What those want it for who are to get it from here.
+    /// The common purpose of the children that depend on this node.
     pub(super) childrens_purpose: Option<Purpose>,
     /// Since when it may not be read from the origin, for its application's sake.
     pub(super) held_back: Option<Time>,
     pub(super) pace: Pace,
-    /// What is taken from other zones.
+    /// The share of pieces to take from other zones.
     pub(super) share: Share,
     /// All of them.
     pub(super) whole: bool,
@@ -189,7 +189,7 @@ impl Task {
         if few { FIRST_NEWS_EVERY } else { NEWS_EVERY }
     }
 
-    /// What there is to tell children now.
+    /// The news for children by now.
     pub(super) fn news(&self) -> News {
         News {
             held: self.fetch.as_ref().map_or(0, |fetch| fetch.held().len()),
@@ -203,8 +203,8 @@ impl Task {
         }
     }
 
-    /// When children are to be told something next: news are gathered for a while. Who is frugal looks again and again to whom
-    /// it may offer more.
+    /// The next moment to send news to children: news are gathered for a while. A frugal node checks again and again
+    /// to which child it may offer more.
     pub(super) fn tells_at(&self, role: Role) -> Option<Time> {
         let brings = self.brings(role) && (self.is_running() || self.offers.hungry() > 0);
         let has_news = || brings || self.told != Some(self.news());
@@ -304,7 +304,7 @@ impl Task {
         }
     }
 
-    /// Whether its own zone does not suffice: whoever was to bring it there does not, or nobody says who that is.
+    /// Whether its own zone does not suffice: the gateway does not bring its share, or nobody names a gateway.
     pub(super) fn takes_all(&self, now: Time) -> bool {
         now.since(self.moved)
             >= if self.advice.is_given() {

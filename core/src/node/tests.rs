@@ -1914,7 +1914,7 @@ fn a_peer_that_stalls_delays_the_origin_once_and_stops_it_no_more() {
                 _ => {}
             }
         }
-        // One piece comes now and then: that is no reason to count on the rest.
+        // A single piece now and then is no reason to count on the rest.
         if reads_at.is_some_and(|reads| ms == reads + 1_000)
             && let Some((request, (piece, _))) = open.pop_first()
         {
@@ -2490,7 +2490,7 @@ fn no_more_of_an_applications_blobs_are_read_from_their_origins_than_may_be_the_
     );
     node.handle(now, Input::Pause(tasks[1]));
     assert_eq!(reads(&mut node, at(5)), [tasks[2]]);
-    // Who has waited for long is next, whatever comes.
+    // The request that has waited for long is next, whatever comes.
     node.handle(
         at(14),
         Input::Run {

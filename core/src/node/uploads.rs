@@ -1,9 +1,10 @@
-//! Whom to serve next, and whom to send elsewhere: few at a time, what is most urgent and the fewest hold first.
+//! The choice of the child to serve next, and of the children to send elsewhere. Few are served at a time. The most
+//! urgent request comes first, then the piece that the fewest hold.
 //!
-//! While something more urgent is sent or waits, nothing less urgent is begun beside it: they would share one link. But one
-//! request of [`LESS_URGENT_ONE_IN`] is the oldest of the less urgent ones, and they go when nothing more urgent was begun for
-//! [`LESS_URGENT_AFTER`]: so none of them waits for ever, and a slow child that is urgent holds nobody up. What is prefetched has no
-//! such share.
+//! While a more urgent request is served or waits, no less urgent one is begun beside it: they would share one link.
+//! But one request of [`LESS_URGENT_ONE_IN`] is the oldest of the less urgent ones, and they are served when no more
+//! urgent one was begun for [`LESS_URGENT_AFTER`]. So none of them waits for ever, and a slow urgent child delays
+//! nobody. Prefetches have no such share.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -32,11 +33,12 @@ const LESS_URGENT_ONE_IN: u32 = 8;
 /// When nothing as urgent was begun for so long, what is sent has left room: less urgent requests are begun beside it.
 const LESS_URGENT_AFTER: Duration = Duration::from_secs(2);
 
-/// What fewer children than this hold (or, where they are not told of it by an issuer, are sent) goes first; and while it is sent,
-/// others get half of the slots. Each copy of it soon becomes many: beside seven other pieces it would take eight times as long.
+/// A piece that fewer children than this hold goes first (without news from an issuer: that fewer children are sent).
+/// While it is sent, others get half of the slots. Each copy of it soon becomes many: beside seven other pieces it
+/// would take eight times as long.
 const FEW: u16 = 3;
 
-/// What has waited for so long counts as rare: what few hold may come without end.
+/// A request that has waited for so long counts as rare: rare pieces may come without end.
 const RARE_AFTER: Duration = Duration::from_secs(2);
 
 /// A request that waits for a slot.
@@ -52,7 +54,7 @@ pub(super) struct Waiting {
     pub(super) since: Time,
 }
 
-/// What is served first is least.
+/// The rank of a request; the least is served first.
 type Turn = (bool, Priority);
 
 /// A piece that is being sent.
@@ -66,7 +68,7 @@ struct Active {
 }
 
 impl Waiting {
-    /// What is prefetched is all the same.
+    /// All prefetches have the same rank.
     fn turn(&self) -> Turn {
         (
             self.prefetch,
@@ -107,8 +109,8 @@ impl Uploads {
         self.slots = if slots == 0 { 1 } else { slots };
     }
 
-    /// Puts a request in the queue. Who has to go elsewhere when that is full: whoever asked last for what is least urgent, if
-    /// that is less so than this one, else this one.
+    /// Puts a request in the queue. If the queue is full, one request goes elsewhere: the last of the least urgent
+    /// ones if these are less urgent than the new one, else the new one.
     pub(super) fn wait(&mut self, waiting: Waiting) -> Option<Waiting> {
         let theirs = self
             .waiting
@@ -570,7 +572,7 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever comes, each request is served after a bounded number of others, and equals in the order of before.
+        /// Each request is served after a bounded number of others, and equal requests in their order.
         #[test]
         fn nobody_waits_for_ever_and_most_of_what_is_sent_is_the_most_urgent(
             levels in prop::collection::vec(0..=6u32, 1..24), steady in 0..=5u32,

@@ -1,4 +1,4 @@
-//! What a reader that was asked for several ranges reads after the current one.
+//! The ranges that a reader with several ranges reads after the current one.
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -44,7 +44,8 @@ impl Ahead {
         self.ranges.iter().cloned()
     }
 
-    /// What to read for `current` and the ranges after it: in the blob's order, with short gaps between them read through.
+    /// The bytes to read for `current` and the ranges after it: in the blob's order, with short gaps between them read
+    /// through.
     pub(super) fn to_read(&self, current: Range<u64>) -> Vec<Range<u64>> {
         let mut ranges: Vec<Range<u64>> = std::iter::once(current).chain(self.ranges()).collect();
         ranges.sort_unstable_by_key(|range| range.start);
@@ -68,8 +69,8 @@ impl Ahead {
         self.pieces = (!pieces.is_empty()).then_some(pieces);
     }
 
-    /// Where a request to the origin that begins in the current range, which ends at `end`, had best end: with the last of the
-    /// ranges that follow each other with nothing but short gaps between them.
+    /// The best end of a request to the origin that begins in the current range, which ends at `end`. It is the end of
+    /// the last of the ranges that follow each other with nothing but short gaps between them.
     pub(super) fn stretch(&self, end: u64) -> u64 {
         let follows = |end: &mut u64, next: &Range<u64>| {
             let gap_bytes = next.start.checked_sub(*end)?;

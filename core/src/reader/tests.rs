@@ -273,8 +273,8 @@ fn facts() -> impl Strategy<Value = Facts> {
 }
 
 proptest! {
-    /// Whatever happens, a reader moves on, waits for a bounded time, or ends. It asks the origin once, for bytes of the blob that
-    /// it may show, and gives out no loose bytes beyond these.
+    /// In every case a reader moves on, waits for a bounded time, or ends. It asks the origin once, for bytes of the
+    /// blob that it may show, and gives out no loose bytes beyond these.
     #[test]
     fn no_reader_waits_without_a_bound_or_asks_twice(
         start in 0..SIZE, len in 1..SIZE, partial: bool, all in prop::collection::vec((facts(), 0..20_000u64), 1..60),

@@ -3,7 +3,7 @@
 use super::Nearness;
 use super::slab::Slot;
 
-/// What is known of a possible parent.
+/// The facts known about a possible parent.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Candidate {
     pub(super) peer: Slot,
@@ -33,12 +33,13 @@ const SUSPICION_WEIGHT: f32 = 3.0;
 const COMPLETENESS_WEIGHT: f32 = 1.0;
 /// As much as completeness: a complete holder with all its slots given away twice over is worth a fellow with none.
 const FREE_WEIGHT: f32 = 1.5;
-/// What did not suffice is not asked first again, but may be the best there is.
+/// A parent that did not suffice is not asked first again, but may be the best there is.
 const TRIED_WEIGHT: f32 = 1.0;
 /// Less than any of the above, more than small differences in completeness or load.
 const JITTER_WEIGHT: f32 = 0.5;
 
-/// Of the parents, one in this many is not as near as the nearest are, where there are any: what exists only there must come across.
+/// Of the parents, one in this many is not among the nearest, if there are others: a piece that exists only far away
+/// must come across.
 const REMOTE_ONE_IN: usize = 4;
 
 impl Candidate {

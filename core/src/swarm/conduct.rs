@@ -1,19 +1,23 @@
-//! Who reported whom, who is trusted less for it, and who is isolated: the rule of evidence.
+//! The rule of evidence: accusations, the trust in reporters, and isolation.
 //!
-//! - An accusation counts only if the reporter and the accused were named to each other for that task: the caller sees to it.
-//! - A seed is isolated on the word of [`REPORTERS_TO_ISOLATE_SEED`] reporters, and only if they are more than the others that it
-//!   served within [`EVIDENCE_WINDOW`]. Reports never isolate the last seed: without it everybody reads the origin alone.
+//! - An accusation counts only if the reporter and the accused were named to each other for that task: the caller sees
+//!   to it.
+//! - A seed is isolated on the word of [`REPORTERS_TO_ISOLATE_SEED`] reporters, and only if they are more than the
+//!   others that it served within [`EVIDENCE_WINDOW`]. Reports never isolate the last seed: without it everybody reads
+//!   the origin alone.
 //! - Wrong bytes isolate a peer when two different reporters, both with a vote, said so within [`EVIDENCE_WINDOW`].
-//! - So do stalls, and refusals of what was offered, within [`STALL_WINDOW`], while nobody says that the peer served anything:
-//!   one whom two can't use and nobody can is of no use, be it by will or by a broken link. It is soon given another chance.
-//!   A slow peer serves somebody; that refutes them.
+//! - So do stalls, and refusals of offered pieces, within [`STALL_WINDOW`], while nobody says that the peer served
+//!   anything. A peer that two can't use and nobody can is of no use, be it by will or by a broken link. It is soon
+//!   given another chance. A slow peer serves somebody; that refutes them.
 //! - Two sealed statements of one issuer that contradict each other isolate it alone, whoever brings them.
-//! - A reporter whose accusations nobody shares, or that were refuted, has no vote after [`LONE_ACCUSATIONS`] of them, and no
-//!   reporter takes part in more than [`VERDICTS_PER_REPORTER`] verdicts a window: two liars isolate a few peers at most.
-//! - Failures to reach a peer never isolate: each finds them out by himself, and they may be his own. They lower its score,
-//!   less the more peers a reporter complains about alone: who fails with everybody has a bad link of his own.
-//! - What a peer did fades with [`SUSPICION_HALF_LIFE`]. After [`ISOLATION`] (for stalls [`STALL_ISOLATION`]) a peer is let back,
-//!   on probation: its suspicion starts high, so that it is chosen last.
+//! - A reporter whose accusations nobody shares, or that were refuted, has no vote after [`LONE_ACCUSATIONS`] of them.
+//!   No reporter takes part in more than [`VERDICTS_PER_REPORTER`] verdicts a window: two liars isolate a few peers at
+//!   most.
+//! - Failures to reach a peer never isolate: each peer finds them out by itself, and they may be its own. They lower
+//!   the score, less the more peers a reporter complains about alone: a reporter that fails with everybody has a bad
+//!   link.
+//! - The record of a peer fades with [`SUSPICION_HALF_LIFE`]. After [`ISOLATION`] (for stalls [`STALL_ISOLATION`]) a
+//!   peer is let back on probation: its suspicion starts high, so that it is chosen last.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -45,12 +49,12 @@ pub const VERDICTS_PER_REPORTER: usize = 3;
 /// Suspicion halves in this time: a bad minute is forgiven within the hour, not within the pull.
 pub const SUSPICION_HALF_LIFE: Duration = Duration::from_secs(5 * 60);
 
-/// What an accusation adds to suspicion, out of 1: wrong bytes weigh as much as five stalls.
+/// The suspicion that an accusation adds, out of 1: wrong bytes weigh as much as five stalls.
 const WRONG_BYTES_WEIGHT: f32 = 0.5;
 const STALLED_WEIGHT: f32 = 0.1;
 const NOT_HELD_WEIGHT: f32 = 0.1;
 const FAILED_WEIGHT: f32 = 0.1;
-/// Where suspicion starts again when isolation ends.
+/// The suspicion at the end of an isolation.
 const PROBATION_SUSPICION: f32 = 0.9;
 /// Suspicion below this is none.
 const NEGLIGIBLE: f32 = 0.01;
@@ -114,9 +118,9 @@ struct Record {
     served_at: Option<Time>,
     /// Of a seed: the peers that said so, and when last.
     served: Vec<(PeerId, Time)>,
-    /// Who accused this peer.
+    /// The accusations against this peer.
     accusers: Vec<Accusation>,
-    /// Whom this peer accused.
+    /// The accusations by this peer.
     accused: Vec<Accusation>,
 }
 
@@ -128,7 +132,7 @@ struct Accusation {
     at: Time,
 }
 
-/// What is held against a peer: what isolates, each kind by itself, and what only lowers its score.
+/// The kind of an accusation. Some kinds isolate, each by itself; the others only lower the score.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Charge {
     WrongBytes,
@@ -137,7 +141,7 @@ enum Charge {
 }
 
 impl Charge {
-    /// What enough reporters of it find a peer guilty of, how long their word counts, and how long it is isolated.
+    /// The verdict that enough reporters lead to, the time for which their word counts, and the time of the isolation.
     const fn verdict(self) -> Option<(Guilt, Duration, Duration)> {
         match self {
             Charge::WrongBytes => Some((Guilt::WrongBytes, EVIDENCE_WINDOW, ISOLATION)),
@@ -452,7 +456,7 @@ mod tests {
         Time(Duration::from_secs(seconds))
     }
 
-    /// Reports of wrong bytes as (reporter, accused), a second apart; who is isolated in the end.
+    /// Reports wrong bytes as (reporter, accused), a second apart, and gives the peers isolated in the end.
     fn isolated_after(reports: &[(u8, u8)]) -> Vec<PeerId> {
         let mut conduct = Conduct::default();
         for (second, (reporter, accused)) in reports.iter().enumerate() {

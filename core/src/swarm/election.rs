@@ -1,4 +1,4 @@
-//! Who reads a task from the origin where there is no seed, or none that may; and what reports lead to.
+//! The election of a peer that reads a task from the origin if no seed may, and the consequences of reports.
 
 use std::time::Duration;
 
@@ -107,7 +107,7 @@ impl Swarm {
         })
     }
 
-    /// Those who waited for their turn get it, or are told again to wait.
+    /// Gives postponed wanters their turn, or tells them again to wait.
     pub(super) fn look_at_postponed<R: Rng + ?Sized>(&mut self, now: Time, rng: &mut R) {
         self.looks_at_postponed = false;
         for (_, _, task_slot) in std::mem::take(&mut self.postponed) {
@@ -145,7 +145,7 @@ impl Swarm {
         }
     }
 
-    /// A peer no longer counts as elected; where it was, somebody else takes over.
+    /// Ends a peer's election; if it was elected, another peer takes over.
     pub(super) fn dismiss<R: Rng + ?Sized>(
         &mut self,
         now: Time,
@@ -223,8 +223,8 @@ impl Swarm {
         let Some(task) = self.tasks.get(task_slot) else {
             return;
         };
-        // Whoever issued before is believed already; a complete holder only has to sign; then whoever has to read least.
-        // Equals: by chance.
+        // A peer that issued before is believed already. A complete holder only has to sign. Then comes the peer that
+        // has to read least; equals by chance.
         let named = task.named_issuers();
         let named = |copy: &Copy| {
             let peer = self.peers.get(copy.peer).map(|peer| peer.about.peer);
@@ -323,7 +323,7 @@ impl Swarm {
         if let ReportKind::Served(bytes) = kind {
             peer.served_bytes = peer.served_bytes.saturating_add(bytes);
         } else if kind != ReportKind::WrongBytes && peer.gone_at.is_some() {
-            // It is away: that is no fault, and it may be back before its grace is over.
+            // Its absence is no fault, and it may be back before its grace is over.
             return;
         }
         let standing = self.standing(now, accused);

@@ -1,9 +1,10 @@
-//! Who brings a task into a zone: its gateways. Each takes a share of the pieces from other zones, all others take theirs from
-//! their own zone. So each piece comes over the dear link once.
+//! The gateways of a zone: the peers that bring a task into it. Each takes a share of the pieces from other zones; all
+//! others take their pieces from their own zone. So each piece comes over the dear link once.
 //!
-//! The first who want the task in a zone become its gateways, one share each; what nobody took by [`SETTLES_AFTER`] the first of
-//! them takes as well. The share of one that is gone falls to whoever is told of its parents next. In the zone of a source, and
-//! where a near parent holds everything, nothing is taken from elsewhere: gateways there only give.
+//! The first peers that want the task in a zone become its gateways, one share each. The first of them also takes the
+//! shares left over at [`SETTLES_AFTER`]. The share of a peer that is gone falls to the next peer that is told its
+//! parents. In the zone of a source, and if a near parent holds everything, nothing is taken from elsewhere: gateways
+//! there only give.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -21,7 +22,7 @@ const SETTLES_AFTER: Duration = Duration::from_millis(50);
 /// Parents in other zones for one gateway: the one there with the same share, who has its pieces first, and some more.
 pub(super) const FAR_PARENTS: usize = 8;
 
-/// Who takes which share into one zone.
+/// The gateways of one zone with their shares.
 #[derive(Clone, Debug)]
 pub(super) struct Gateways {
     takers: [Option<Slot>; SHARES as usize],
@@ -47,7 +48,8 @@ impl Gateways {
         self.takers.contains(&Some(slot))
     }
 
-    /// One more takes what is free, `most` shares of it, or one of those who have several. Whose share it got.
+    /// Gives one more peer the free shares, `most` of them, or one share of a peer that has several; returns the
+    /// former owner.
     fn add(&mut self, slot: Slot, most: usize) -> Option<Slot> {
         let free: Vec<usize> = self.shares(None).take(most).collect();
         free.iter()
@@ -198,13 +200,13 @@ impl Swarm {
             .collect()
     }
 
-    /// What a child is to take from other zones.
+    /// The share that a child takes from other zones.
     pub(super) fn share(&self, now: Time, task_slot: Slot, child: Slot) -> Share {
         let Some(task) = self.tasks.get(task_slot) else {
             return Share::ALL;
         };
         let want = task.copy(child).and_then(|copy| copy.want.as_deref());
-        // Whom its own zone did not suffice takes all from anywhere.
+        // A child whose own zone did not suffice takes all from anywhere.
         if !self.has_zones() || self.is_seed(child) || want.is_none_or(|want| want.again) {
             return Share::ALL;
         }

@@ -318,8 +318,8 @@ impl Swarm {
             .count()
     }
 
-    /// Who brings the task into the swarm, and may be named to this child: the elected peer; else seeds that have the
-    /// task or are getting it; else the seed that owns it.
+    /// The peers that bring the task into the swarm and may be named to this child: the elected peer; else seeds that
+    /// have the task or are getting it; else the seed that owns it.
     pub(super) fn sources(
         &self,
         now: Time,
@@ -336,7 +336,7 @@ impl Swarm {
             .into_iter()
             .filter_map(|seed| self.seeds.get(&seed).copied())
             .collect();
-        // Where nobody is elected, the child may know from elsewhere who is.
+        // If nobody is elected, the child may know the issuer from elsewhere.
         let named = self
             .named_issuer(now, task_slot, child)
             .and_then(|issuer| self.by_id.get(&issuer).copied());
@@ -411,7 +411,7 @@ impl Swarm {
             .copy(child)
             .and_then(|copy| copy.want.as_deref())
             .map_or(&[][..], |want| &want.parents);
-        // Where these are limited, they are named as sources alone.
+        // If seeds are limited, they are named as sources alone.
         let without_seeds = self.seeds_for(task, child).is_some();
         let is_gateway = self.is_gateway(task_slot, child);
         let may = |copy: &&Copy| {

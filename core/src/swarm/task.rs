@@ -1,4 +1,4 @@
-//! One task: who holds copies of it, who wants it, who reads it from the origin.
+//! One task: its holders, its wanters, and its reader of the origin.
 
 use std::collections::BTreeMap;
 
@@ -11,7 +11,7 @@ use super::gateways::Zones;
 use super::slab::Slot;
 use super::{HOT_WANTERS, MAX_SPREAD, SPREAD_EVERY};
 
-/// What the scheduler knows of one task.
+/// The scheduler's record of one task.
 #[derive(Debug)]
 pub(super) struct Task {
     pub(super) digest: Digest,
@@ -32,7 +32,7 @@ pub(super) struct Task {
     pub(super) spread: u32,
     pub(super) spread_at: Time,
     pub(super) election: Option<Election>,
-    /// Who brings it into each zone, where there are several.
+    /// The gateways of each zone, if there are several zones.
     pub(super) gateways: Zones,
     /// Since when nobody may be elected for it, for its application's sake.
     pub(super) postponed_at: Option<Time>,
@@ -56,7 +56,7 @@ pub(super) struct Copy {
 /// A peer's open question.
 #[derive(Debug, Default)]
 pub(super) struct Want {
-    /// Whom it was told to ask. All of them have copies, if only empty ones.
+    /// The parents named to it. All of them have copies, if only empty ones.
     pub(super) parents: Vec<Slot>,
     /// When it is to be told again.
     pub(super) push_at: Option<Time>,
@@ -66,7 +66,7 @@ pub(super) struct Want {
     pub(super) said_at: Time,
     /// It may read the task at its origin, and seeds may not.
     pub(super) reads: bool,
-    /// Whom it was told as the issuer, by another scheduler or before this one started.
+    /// The issuer that it was told, by another scheduler or before this one started.
     pub(super) issuer: Option<PeerId>,
     /// It asks here because the task is spread.
     pub(super) guest: bool,
@@ -90,13 +90,13 @@ impl Want {
     }
 }
 
-/// Who reads the task from the origin, where there is no seed.
+/// The election of the peer that reads the task from the origin, if there is no seed.
 #[derive(Debug)]
 pub(super) struct Election {
     pub(super) peer: Slot,
     /// When it last had more pieces than before.
     pub(super) progress_at: Time,
-    /// Who was elected before and got nowhere.
+    /// The peers that were elected before and got nowhere.
     pub(super) tried: Vec<Slot>,
     /// For whom the task was wanted then.
     pub(super) labels: Labels,
@@ -246,7 +246,7 @@ impl Task {
         named
     }
 
-    /// What those who want it want it for, all together.
+    /// The common purpose of all wanters.
     pub(super) fn purpose(&self) -> Purpose {
         let (default, wants) = (
             Purpose::default(),
@@ -256,7 +256,7 @@ impl Task {
         Purpose::common(purposes).unwrap_or_default()
     }
 
-    /// Who wants it, ascending.
+    /// The wanters, ascending.
     pub(super) fn wanters(&self) -> impl Iterator<Item = Slot> + '_ {
         self.copies
             .iter()

@@ -1,4 +1,4 @@
-//! What the scheduler tells whom, and that its books stay right whatever happens.
+//! The scheduler's messages, and the consistency of its books whatever happens.
 
 use std::collections::BTreeMap;
 
@@ -234,7 +234,7 @@ impl World {
         &self.told(n, t).parents
     }
 
-    /// Who was told last to read the origin.
+    /// The peers that were told last to read the origin.
     fn readers(&self, t: u32) -> Vec<PeerId> {
         let of_task = self.told.iter().filter(|((_, told), _)| *told == task(t));
         of_task
@@ -636,7 +636,7 @@ fn nobody_is_elected_before_those_who_read_already_are_back() {
 fn after_a_restart_the_issuer_is_who_it_was() {
     let mut world = World::cold();
     world.join(1..=4);
-    // Another one holds more by now; what counts is whose table is known.
+    // Another one holds more by now, but the owner of the known table counts.
     world.hold(1, 1, 9, false);
     (1..=3).for_each(|n| world.want_naming(n, 1, 2, false));
     world.want(4, 1);
@@ -1076,7 +1076,7 @@ fn zoned(peers: u32, wanters: u32) -> World {
     world
 }
 
-/// Who of zone "b" takes anything from elsewhere, and who nothing.
+/// The peers of zone "b" that take anything from elsewhere, and those that take nothing.
 fn gateways(world: &World, wanters: u32) -> (Vec<u32>, Vec<u32>) {
     (100..100 + wanters).partition(|n| world.told(*n, 1).share != Share::NONE)
 }
@@ -1267,7 +1267,7 @@ fn apply(world: &mut World, step: &Step) {
     }
 }
 
-/// What must hold of everything that was said since `from`, by what is known of the peers now.
+/// Checks all messages since `from` against the present facts about the peers.
 fn check_said(world: &World, from: usize) {
     for output in &world.said[from..] {
         let Output::Parents {
@@ -1328,7 +1328,7 @@ proptest! {
             }
             world.audit();
         }
-        // Where somebody waits and no seed is there, exactly one who may be is elected.
+        // If somebody waits and no seed is there, exactly one eligible peer is elected.
         world.wait(WARM_UP + ISSUER_RETURNS + GRACE + ms(1000));
         for slot in world.swarm.wanted.clone() {
             let elected = world.swarm.tasks.get(slot).and_then(|task| task.elected());
@@ -1391,7 +1391,7 @@ fn no_more_peers_are_elected_for_an_application_than_may_be_and_the_most_urgent_
         (vec![peer(2)], vec![])
     );
     assert!(!world.told(2, 2).later && world.told(1, 1).later);
-    // Whoever waits gives up, or the limit goes: nothing is left behind.
+    // Every wanter gives up, or the limit goes: nothing is left behind.
     world.swarm.applications(Arc::default());
     world.wait(POSTPONED_FOR + ms(1));
     assert_eq!(world.readers(1), [peer(1)]);
