@@ -36,7 +36,7 @@ trap 'rm -rf "$work"' EXIT
 apt_lists
 : >"$work/nothing-installed"
 
-# closure PACKAGES: what they need beside themselves on a machine that has nothing.
+# closure PACKAGES: the packages they need on an empty machine.
 closure() {
     apt-get -s --no-install-recommends -o Dir::State::status="$work/nothing-installed" install "$@" \
         | awk '$1 == "Inst" { print $2 }'
@@ -64,7 +64,7 @@ for packages in "${layers[@]}"; do
     mkdir "$work/root"
     download "$work/debs" "${new[@]}"
     for deb in "$work"/debs/*.deb; do dpkg-deb --extract "$deb" "$work/root"; done
-    # What the packages' scripts would have done, as far as it takes to run a command.
+    # The effects of the packages' scripts, as far as a command needs them to run.
     if [[ -e $work/root/bin/busybox ]]; then
         for applet in sh ls cat echo uname; do ln -s busybox "$work/root/bin/$applet"; done
     elif [[ -e $work/root/bin/dash && ! -e $work/root/bin/sh ]]; then

@@ -8,7 +8,7 @@
 #   --rate MBIT   the rate of every link in each direction, in Mbit/s (default 200)
 #   --small       a small image, to see quickly that everything works
 #
-# HAWKER_BIN names a binary to use in place of a build. Everything is removed at the end, also on Ctrl-C; what stays are
+# HAWKER_BIN names a binary to use in place of a build. Everything is removed at the end, also on Ctrl-C, except
 # Debian's packages, the build in target/, and the image in /var/cache/hawker-conformance.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -72,7 +72,7 @@ wait_for() {
     done
 }
 
-# remove_lab NAME: whatever runs in its namespaces, is mounted in its folder, and both.
+# remove_lab NAME: the processes in its namespaces, the mounts in its folder, and both.
 remove_lab() {
     local ns pids mount signal
     for signal in TERM KILL; do
@@ -101,7 +101,7 @@ clean_up() {
     exit "$status"
 }
 
-# What a killed run left behind.
+# Remove the remains of a killed run.
 sweep() {
     local ns name pid
     for ns in /run/netns/hwk*-*-bridge; do
@@ -242,7 +242,7 @@ print_table() {
         "$(awk -v bits="$((image_bytes * nodes * 8))" -v r="$rate" 'BEGIN { printf "%.0f", bits / r / 1e6 }')" "$rate"
 }
 
-# ---------------------------------------------------------------- what happens
+# ---------------------------------------------------------------- the run
 
 need_root
 need_debian

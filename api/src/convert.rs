@@ -1,7 +1,7 @@
 //! Between generated messages and core types. Everything from the wire is checked here, once.
 //!
-//! What a later minor version may say is tolerated: unknown messages are skipped, an unknown reason of refusal counts as
-//! [`Refusal::Unable`]. What no honest member says is an error, and ends the connection.
+//! Messages of a later minor version are tolerated: unknown messages are skipped, and an unknown reason of refusal
+//! counts as [`Refusal::Unable`]. A message that no honest member sends is an error, and ends the connection.
 
 use std::net::Ipv6Addr;
 use std::sync::Arc;
@@ -268,7 +268,7 @@ pub fn purpose(purpose: &Purpose) -> v1::Purpose {
     }
 }
 
-/// The same from the wire; what is not said is the default.
+/// The same from the wire; an absent field is the default.
 pub fn from_purpose(purpose: Option<v1::Purpose>) -> Result<Purpose> {
     let v1::Purpose {
         application,
@@ -598,7 +598,7 @@ pub const fn role(role: Role) -> v1::Role {
     }
 }
 
-/// A role. What a member may do rests on its certificate, not on this.
+/// A role. The rights of a member rest on its certificate, not on this.
 pub fn from_role(role: i32) -> Result<Role> {
     match v1::Role::try_from(role) {
         Ok(v1::Role::Peer) => Ok(Role::Peer),
@@ -625,15 +625,15 @@ pub fn from_optional_peer_id(raw: &[u8]) -> Result<Option<PeerId>> {
 /// A member and how to reach it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Member {
-    /// Who.
+    /// The member.
     pub peer: PeerId,
     /// For people.
     pub name: String,
     /// `host:port`, best first.
     pub addresses: Vec<String>,
-    /// What it may be.
+    /// Its role.
     pub role: Role,
-    /// Where it stands.
+    /// Its zone; empty if it is not known.
     pub zone: String,
 }
 
@@ -1246,7 +1246,7 @@ mod tests {
             raw[place] = byte;
             raw.truncate(if cut { place } else { raw.len() });
             let Ok(wire) = v1::PeerMessage::decode(&raw[..]) else { return Ok(()) };
-            // Whatever is let in can be passed on and is let in again.
+            // A message that is let in can be passed on and is let in again.
             if let Ok(Some(message)) = from_peer_message(wire) {
                 prop_assert_eq!(from_peer_message(peer_message(&message)), Ok(Some(message)));
             }

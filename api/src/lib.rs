@@ -1,4 +1,4 @@
-//! What Hawker's members say to each other: the generated protobuf code, and its conversion to core types.
+//! The messages between Hawker's members: the generated protobuf code, and its conversion to core types.
 
 pub mod convert;
 mod redact;

@@ -36,7 +36,7 @@ pub(crate) enum Command {
     Member(MemberCommand),
     /// The certificate that clients of the forward proxy are to trust, in PEM; run it where the daemon's data is
     Ca(CaArgs),
-    /// Who is in the cluster, what this node serves, where the bytes came from
+    /// Show the members of the cluster, the served blobs and the sources of the bytes
     Status(StatusArgs),
     /// The configuration of a daemon: its effective values, its faults, the reference of all keys
     #[command(subcommand)]
@@ -132,7 +132,7 @@ pub(crate) struct MemberRemoveArgs {
     pub(crate) data_dir: PathBuf,
 }
 
-/// What a token lets a node be.
+/// The role that a token gives to a node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum TokenRole {
     Peer,
@@ -143,7 +143,7 @@ pub(crate) enum TokenRole {
 /// `hawker token create`.
 #[derive(Args, Clone, Debug)]
 pub(crate) struct TokenArgs {
-    /// What the node may be that joins with it
+    /// The role of the node that joins with it
     #[arg(long, value_enum, default_value = "peer")]
     pub(crate) role: TokenRole,
     /// How long it can be used
@@ -201,7 +201,7 @@ pub(crate) struct ConfigureArgs {
     /// configuration]
     #[arg(long, value_name = "HOST[=NAME]")]
     pub(crate) registry: Vec<String>,
-    /// The runtime's configuration [default: where it is by custom]
+    /// The runtime's configuration [default: its usual place]
     #[arg(long, value_name = "FILE")]
     pub(crate) config: Option<PathBuf>,
     /// Take the mirror out again: files are what they were before

@@ -1,4 +1,4 @@
-//! What `hawker up` prints: how the next node joins, and how containerd is pointed at the mirror.
+//! The output of `hawker up`: the way for the next node to join, and for containerd to use the mirror.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -9,7 +9,7 @@ use hawker_identity::authority::create_token;
 /// How long the printed token can be used.
 const TOKEN_TTL: Duration = Duration::from_secs(3600);
 
-/// What there is to tell.
+/// The facts that the output shows.
 pub(crate) struct JoinHelp {
     pub(crate) scheduler: String,
     pub(crate) mirror: String,

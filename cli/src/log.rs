@@ -12,7 +12,7 @@ use hawker_config::schema::LogFormat as Format;
 
 use crate::log_limit::LogLimit;
 
-/// What is logged, and how.
+/// The log's level and form.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct LogSettings {
     /// A level, or directives such as `info,hawker_proxy=debug`; checked by [`level`].

@@ -1,7 +1,8 @@
 //! Bounds how many lines one place in the code may log, so that no client, peer or registry fills a disk through the log.
 //!
-//! It holds for lines of level info and above, from every part of the program: whoever sends bad input a thousand times causes a
-//! hundred lines and one that counts the rest. Lines of level debug are not bounded: somebody asked for them.
+//! It holds for lines of level info and above, from every part of the program. A client that sends bad input a
+//! thousand times causes a hundred lines, and one that counts the rest. Lines of level debug are not bounded: somebody
+//! asked for them.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -23,7 +24,7 @@ const TELL_EVERY: Duration = Duration::from_secs(10);
 #[derive(Clone, Default)]
 pub(crate) struct LogLimit(Arc<Mutex<HashMap<Identifier, Place>>>);
 
-/// What one place in the code has logged.
+/// The lines that one place in the code has logged.
 struct Place {
     /// `file:line`
     name: String,

@@ -1,4 +1,4 @@
-//! `hawker`, the one binary: what each subcommand is called, and where it is.
+//! `hawker`, the one binary: its subcommands and their modules.
 //!
 //! Exit codes: 0 fine, 1 failed, 2 usage or configuration.
 

@@ -12,7 +12,7 @@ use hawker_identity::member_file;
 
 use crate::resolve::Join;
 
-/// Where a token may be besides a file. Never on the command line: everyone on the host can read that.
+/// The environment variable for a token. A token never stands on the command line: everyone on the host can read that.
 pub(crate) const TOKEN_VARIABLE: &str = "HAWKER_TOKEN";
 
 /// Longest text that is read as a token.
@@ -22,7 +22,7 @@ const JOIN_PATIENCE: Duration = Duration::from_secs(60);
 /// Between two tries of a node that serves alone meanwhile.
 const REJOIN_PAUSE: Duration = Duration::from_secs(15);
 
-/// Where a node's identity is.
+/// The folder of a node's identity.
 pub(crate) fn identity_dir(data_dir: &Path) -> PathBuf {
     data_dir.join("identity")
 }
@@ -53,9 +53,9 @@ pub(crate) enum Beginning {
 pub(crate) struct Impaired {
     /// The expired identity. There is none where it is damaged.
     pub(crate) identity: Option<Identity>,
-    /// What is wrong and what helps, for people.
+    /// The problem and its cure, for people.
     pub(crate) problem: String,
-    /// Where to join again, with which token.
+    /// The address to join again, and the token.
     pub(crate) rejoin: Option<(String, Token)>,
 }
 

@@ -224,7 +224,7 @@ fn gather(
     Ok(members)
 }
 
-/// What the schedulers say, all that answer.
+/// The answers of all schedulers that answer.
 async fn live(data_dir: &Path) -> anyhow::Result<Vec<v1::MemberState>> {
     let authority = Authority::open(data_dir, ASKING)?
         .ok_or_else(|| AuthorityError::Missing(data_dir.into()))?;

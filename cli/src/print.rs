@@ -1,4 +1,4 @@
-//! What commands say on standard output. Who reads it may stop reading: that is no error.
+//! Standard output of commands. A reader may stop reading, which is no error.
 
 use std::io::{self, ErrorKind, Write};
 

@@ -34,7 +34,7 @@ const SCHEDULER_ADMIN: &str = "127.0.0.1:6504";
 
 const HOW_TO_JOIN: &str = "add --join HOST:PORT with a token, or start a cluster with `hawker up`";
 
-/// What the configuration can't know by itself.
+/// The facts that the configuration can't know by itself.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Surroundings {
     /// DATA_DIR/identity holds one already.

@@ -1,4 +1,4 @@
-//! What a scheduler without a mirror shows at its admin address.
+//! The page of a scheduler without a mirror at its admin address.
 
 use std::fmt::Write;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -9,7 +9,7 @@ use hawker_core::application::{Label, Labels};
 use hawker_proxy::admin::{ApplicationStatus, MemberStatus, Status, StatusSource};
 use hawker_scheduler::{Isolation, Numbers, SchedulerConfig};
 
-/// Whose, how many are elected, how many had to wait.
+/// The application, the number of its elected peers, the number that had to wait.
 type ElectionsOf = (Labels, usize, u64);
 
 /// Status and metrics of one scheduler. Cheap to share.
@@ -157,7 +157,7 @@ impl SchedulerPage {
         }
     }
 
-    /// Who is isolated, and why; the others are listed by the nodes.
+    /// The isolated members with the reasons; the others are listed by the nodes.
     fn isolated(&self) -> Vec<MemberStatus> {
         let isolations = self
             .numbers

@@ -166,7 +166,7 @@ fn bytes(out: &mut String, bytes: &BytesStatus) {
         out,
         &format!("  received            {}", human_size(received)),
     );
-    // What the cache gave was not received: all four together are where the node's content came from.
+    // The bytes from the cache were not received: all four together are the sources of the node's content.
     let all = (received + bytes.served_cache).max(1);
     let sources = [
         ("cache", bytes.served_cache),

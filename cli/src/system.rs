@@ -1,4 +1,5 @@
-//! What a daemon owes the system: the limit on open files, a free port, a writable directory, and word to systemd.
+//! A daemon's dealings with the system: the limit on open files, a free port, a writable directory, and word to
+//! systemd.
 
 use std::io::{ErrorKind, Write};
 use std::net::{SocketAddr, TcpListener};

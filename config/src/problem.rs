@@ -7,7 +7,7 @@ use std::fmt;
 pub struct Wrong {
     /// The fault, as the end of a sentence that begins with the key.
     pub what: String,
-    /// What to do.
+    /// The cure.
     pub cure: String,
 }
 
@@ -51,7 +51,7 @@ pub struct Problem {
     pub key: String,
     /// The fault.
     pub what: String,
-    /// What to do.
+    /// The cure.
     pub cure: String,
 }
 

@@ -347,7 +347,7 @@ pub fn network_or_host(text: &str) -> Result<NetworkOrHost, Wrong> {
     }
 }
 
-/// Where a registry answers: `https://…`, or `http://…` which is insecure by choice.
+/// A registry's address: `https://…`, or `http://…` which is insecure by choice.
 pub fn endpoint(text: &str) -> Result<Url, Wrong> {
     let cure = "write https://HOST[:PORT][/PATH], or http://… where the registry has no TLS";
     let url = match Url::parse(text) {

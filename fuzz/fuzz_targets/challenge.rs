@@ -1,4 +1,4 @@
-//! The lines of a `WWW-Authenticate`: what is understood is bounded, can be written again, and is understood as the same.
+//! The lines of a `WWW-Authenticate`: a parsed challenge is bounded, can be written again, and is parsed as the same.
 
 #![no_main]
 

@@ -1,4 +1,5 @@
-//! What a peer sends on a connection: frames, in them messages. What is let in can be passed on, and is let in again as the same.
+//! The frames of a peer's connection, and the messages in them. An accepted message can be passed on, and is accepted
+//! again as the same.
 
 #![no_main]
 

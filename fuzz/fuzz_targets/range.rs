@@ -1,4 +1,5 @@
-//! A blob's size (eight bytes, the first the least), then a Range header: what is selected lies in the blob, in the order asked for.
+//! A blob's size (eight bytes, the first the least), then a Range header: the selected bytes lie in the blob, in the
+//! order asked for.
 
 #![no_main]
 

@@ -1,4 +1,4 @@
-//! A request's line, `METHOD PATH?QUERY`: what is accepted is clean, and means the same when it is said again.
+//! A request's line, `METHOD PATH?QUERY`: an accepted request is clean, and means the same when it is written again.
 
 #![no_main]
 

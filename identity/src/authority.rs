@@ -1,8 +1,8 @@
 //! The cluster's certificate authority: its key, the tokens that let nodes join once, certificates made and renewed.
 //!
-//! On disk, below the data directory: `authority/` with key and certificate, `authority/tokens/<id>` for tokens not used
-//! yet, `<id>.spent` for those that were (so that a second user is told so). A token's file holds the SHA-256 of its secret,
-//! never the secret. Whoever renames the file has spent the token: the file system picks the one winner.
+//! On disk, below the data directory: `authority/` with key and certificate, `authority/tokens/<id>` for tokens not
+//! used yet, `<id>.spent` for those that were (so that a second user is told so). A token's file holds the SHA-256 of
+//! its secret, never the secret. The rename of the file spends the token: the file system picks the one winner.
 //!
 //! `authority/members/<peer id>` records each certificate that was made, for `hawker member ls`. `authority/removed/<peer id>`
 //! names a member that was removed. `hawker member rm` writes it, running or not; a running scheduler notices within a second.
@@ -51,7 +51,7 @@ const SPENT: &str = "spent";
 /// A token that is just being written.
 const NEW: &str = "new";
 
-/// What goes wrong with the authority's files. Ours.
+/// An error of the authority's files. The fault is ours.
 #[derive(Debug, thiserror::Error)]
 pub enum AuthorityError {
     /// A file could not be read or written; retry helps when the disk is mended.
@@ -125,7 +125,7 @@ struct StoredToken {
     role: String,
     /// Seconds since 1970 by the authority's clock, which alone counts.
     expires_at: u64,
-    /// Whose key it was spent for: who asks again has lost the answer.
+    /// The key that it was spent for: a second request with that key has lost the answer.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     spent_for: Option<String>,
 }
@@ -386,11 +386,11 @@ impl Authority {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(Refusal::Spent),
             done => done.map_err(at(&path))?,
         }
-        // Whoever is killed in between has spent it for nobody: the safe side.
+        // A kill in between spends it for nobody: the safe side.
         Ok(write_json(&spent, &token).map_err(at(&spent))?)
     }
 
-    /// Where a token lies. An id that is not hex is no path of ours.
+    /// The file of a token. An id that is not hex is no path of ours.
     fn path(&self, id: &str) -> Result<PathBuf, Refusal> {
         let is_id = (1..=64).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_hexdigit());
         if is_id {

@@ -30,7 +30,7 @@ use hawker_api::v1;
 use hawker_api::v1::authority_client::AuthorityClient;
 use hawker_network::names::{self, NamedBy};
 
-/// What TLS negotiates for gRPC.
+/// The protocol that TLS negotiates for gRPC.
 pub const ALPN: &[u8] = b"h2";
 /// The first part of every token. A later form gets another number.
 const TOKEN_FORM: &str = "hawker1";
@@ -41,16 +41,17 @@ const CALL_TIMEOUT: Duration = Duration::from_secs(20);
 /// A connection over which nothing comes back for twice this long is given up.
 const KEEPALIVE: Duration = Duration::from_secs(10);
 
-/// What lets a node join once: shown to people as `hawker1.<id>.<secret>.<SHA-256 of the authority's certificate>`.
+/// A join token: it lets a node join once, and is shown to people as `hawker1.<id>.<secret>.<SHA-256 of the
+/// authority's certificate>`.
 ///
 /// `Display` shows all of it, for the one who made it; `Debug` hides the secret.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Token {
     /// Which token: lower-case hex.
     pub id: String,
-    /// What proves it: lower-case hex.
+    /// The secret, in lower-case hex.
     pub secret: String,
-    /// The SHA-256 of the authority's certificate: whom the joiner trusts.
+    /// The SHA-256 of the certificate of the authority that the joiner trusts.
     pub authority: [u8; 32],
 }
 
@@ -135,7 +136,7 @@ pub enum ConnectError {
     Unreachable {
         /// As it was given.
         address: String,
-        /// What the last try said.
+        /// The result of the last try.
         why: String,
     },
     /// Somebody answers, but not a scheduler of our cluster.
@@ -143,7 +144,7 @@ pub enum ConnectError {
     Stranger {
         /// As it was given.
         address: String,
-        /// What is wrong with its certificate.
+        /// The fault of its certificate.
         why: String,
     },
     /// Our own certificate does not suffice.
@@ -151,7 +152,7 @@ pub enum ConnectError {
     Ours(String),
 }
 
-/// Why joining or renewing failed. What a person reads names the cure.
+/// The reason why joining or renewing failed. The text for people names the cure.
 #[derive(Debug, thiserror::Error)]
 pub enum JoinError {
     /// No scheduler there.
@@ -207,7 +208,7 @@ impl JoinError {
     }
 }
 
-/// A connection to a scheduler. It is not dialled again when it breaks: who dials again resolves the name again.
+/// A connection to a scheduler. It is not dialled again when it breaks: the next dial resolves the name again.
 #[derive(Clone, Debug)]
 pub struct Connection {
     /// For the generated clients.
@@ -218,9 +219,10 @@ pub struct Connection {
     pub local: std::net::SocketAddr,
 }
 
-/// Joins the cluster whose scheduler is at `address`: with a new key ([`Identity::request`]), for the certificate that the token
-/// buys. Whoever tries again uses the same key: an answer that was lost has spent the token for that key alone. Also gives the
-/// members (seeds and schedulers) and the cluster's name. `name` is for people. Nothing is written to disk.
+/// Joins the cluster whose scheduler is at `address`: with a new key ([`Identity::request`]), for the certificate that
+/// the token buys. A second try uses the same key: an answer that was lost has spent the token for that key alone.
+/// Also gives the members (seeds and schedulers) and the cluster's name. `name` is for people. Nothing is written to
+/// disk.
 pub async fn join(
     address: &str,
     token: &Token,
@@ -386,7 +388,7 @@ fn stranger(address: &str, error: &rustls::Error) -> ConnectError {
              a new token"
             ))
         }
-        // What the other side says of our certificate.
+        // The other side's judgement of our certificate.
         rustls::Error::AlertReceived(alert) => ConnectError::Ours(format!(
             "{address} answered {alert:?}; join again with a new token"
         )),
@@ -419,7 +421,7 @@ fn pinned_config(authority: [u8; 32]) -> Result<Arc<ClientConfig>, IdentityError
     Ok(Arc::new(config))
 }
 
-/// What [`Pinned`] says of a chain without the authority.
+/// The error of [`Pinned`] for a chain without the authority.
 fn not_pinned() -> rustls::Error {
     rustls::Error::InvalidCertificate(CertificateError::ApplicationVerificationFailure)
 }

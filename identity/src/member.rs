@@ -1,4 +1,4 @@
-//! Who a member is: its key, its certificate from the cluster's authority, and the TLS that rests on them.
+//! The identity of a member: its key, its certificate from the cluster's authority, and the TLS that rests on them.
 //!
 //! A member's certificate carries DNS names and nothing else that matters: `<peer id>.peer.hawker.internal` always, and
 //! `seed.hawker.internal` or `scheduler.hawker.internal` for these roles. So the standard verification by name is all there is:
@@ -45,7 +45,7 @@ const REMOVED_FILE: &str = "removed.json";
 /// How many issuers' certificates are remembered as checked: far more than a cluster has issuers.
 const CHECKED_AT_MOST: usize = 1024;
 
-/// What is wrong with an identity, ours or another's.
+/// The fault of an identity, ours or another's.
 #[derive(Debug, thiserror::Error)]
 pub enum IdentityError {
     /// A file of ours could not be read or written. Ours; retry helps when the disk is mended.
@@ -83,7 +83,7 @@ struct Inner {
     checked: Mutex<HashMap<[u8; 32], Checked>>,
 }
 
-/// What changes when the certificate is renewed.
+/// The part that changes when the certificate is renewed.
 #[derive(Debug)]
 struct Current {
     certified: Arc<CertifiedKey>,
@@ -91,7 +91,7 @@ struct Current {
     member: Checked,
 }
 
-/// What a certificate says, its chain to our authority having been verified.
+/// The facts in a certificate, whose chain to our authority has been verified.
 #[derive(Clone, Copy, Debug)]
 struct Checked {
     peer: PeerId,
@@ -101,7 +101,7 @@ struct Checked {
 }
 
 impl Identity {
-    /// What `save` wrote into `dir`; `None` when there is nothing yet.
+    /// Loads the files that `save` wrote into `dir`; `None` when there is nothing yet.
     pub fn load(dir: &Path) -> Result<Option<Self>, IdentityError> {
         // The certificate is written last: without it nothing was completed.
         let Some(certificate) = files::read_if_there(&dir.join(CERTIFICATE_FILE))? else {
@@ -336,7 +336,7 @@ impl Identity {
         Some(issuer.role)
     }
 
-    /// What a certificate of our authority says, if it was valid at that time. Issuers sign again and again: their
+    /// The facts in a certificate of our authority, if it was valid at that time. Issuers sign again and again: their
     /// certificates are remembered.
     fn checked(&self, certificate: &CertificateDer<'_>, at_s: u64) -> Option<Checked> {
         let hash = fingerprint(certificate);
@@ -551,7 +551,7 @@ fn unix_seconds(time: SystemTime) -> u64 {
         .map_or(0, |since| since.as_secs())
 }
 
-/// Whose certificate this is: id (from the key) and role (from the names). The chain has been verified already.
+/// The owner of a certificate: id (from the key) and role (from the names). The chain has been verified already.
 pub fn member_of(certificate: &CertificateDer<'_>) -> Result<(PeerId, Role), IdentityError> {
     let end_entity = EndEntityCert::try_from(certificate).map_err(unusable)?;
     let peer = peer_id_of_spki(&end_entity.subject_public_key_info());

@@ -30,7 +30,7 @@ struct Entry {
 
 const VERSION: u32 = 1;
 
-/// What [`save`] wrote; nothing when there is no file. Entries that make no sense are left out.
+/// Loads the list that [`save`] wrote; nothing when there is no file. Entries that make no sense are left out.
 ///
 /// Errors: the file can't be read, or is no member list. Ours; the file can be removed, it fills again.
 pub fn load(path: &Path) -> io::Result<Vec<Member>> {

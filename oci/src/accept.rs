@@ -1,5 +1,5 @@
-//! What a client accepts, in one form for all ways to say the same (RFC 9110, 12.5.1): what a registry answered to one of them
-//! counts for the others.
+//! The media types that a client accepts, in one form for all equal headers (RFC 9110, 12.5.1): a registry's answer to
+//! one of them counts for the others.
 
 use std::collections::BTreeMap;
 
@@ -11,13 +11,13 @@ pub const MAX_ACCEPT_BYTES: usize = 4 << 10;
 /// Weights are in thousandths (RFC 9110, 12.4.2).
 const FULL: u16 = 1000;
 
-/// What is accepted, each with its weight. Equal when the same is accepted.
+/// The accepted media types, each with its weight. Two values are equal when they accept the same.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Accept(Vec<(String, u16)>);
 
 impl Accept {
-    /// Understands the lines of an `Accept`; no line at all is everything. `None` for what is too long to be remembered or has a
-    /// weight that is none: what a registry makes of that is not known.
+    /// Parses the lines of an `Accept`; no line at all accepts everything. `None` for a list that is too long to be
+    /// remembered, or has an invalid weight: registries treat those in unknown ways.
     pub fn parse<'a>(lines: impl IntoIterator<Item = &'a str>) -> Option<Self> {
         let (mut accepted, mut bytes) = (BTreeMap::new(), 0);
         for line in lines {
@@ -41,7 +41,7 @@ impl Accept {
         Some(Self(accepted.into_iter().collect()))
     }
 
-    /// What stands for it where many are remembered: the hash of its one form.
+    /// The hash of its one form, to be remembered in its place.
     pub fn digest(&self) -> Digest {
         let mut chain = Chain::new(Algorithm::Sha256);
         for (range, weight) in &self.0 {

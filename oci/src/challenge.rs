@@ -1,5 +1,5 @@
-//! What a registry wants before it gives: the challenges of `WWW-Authenticate` (RFC 9110, 11.6.1; distribution's token
-//! specification), and whether the realm that one names may be believed to speak for the registry.
+//! The demands of a registry: the challenges of `WWW-Authenticate` (RFC 9110, 11.6.1; distribution's token
+//! specification), and whether a realm in them may be trusted to speak for the registry.
 
 use std::fmt;
 
@@ -23,12 +23,12 @@ pub enum Challenge {
     },
 }
 
-/// Where a token is to be had, and for what.
+/// The endpoint of a token and its scope.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Bearer {
     /// The token endpoint's address, as it came.
     pub realm: String,
-    /// What the token is for: the registry, as the token endpoint knows it.
+    /// The service of the token: the registry, as the token endpoint knows it.
     pub service: Option<String>,
     /// Rights, separated by spaces: `repository:library/debian:pull`.
     pub scope: Option<String>,
@@ -37,8 +37,8 @@ pub struct Bearer {
 }
 
 impl Bearer {
-    /// The rights to ask for in order to read `repository`: what the challenge says, and the repository's own where it says
-    /// nothing of repositories. Empty for `/v2/` (an empty name), where it says nothing at all.
+    /// The rights to ask for in order to read `repository`: those of the challenge, and the repository's own if the
+    /// challenge names no repository. Empty for `/v2/` (an empty name) if the challenge names nothing at all.
     pub fn scopes(&self, repository: &str) -> Vec<String> {
         let said = self
             .scope
@@ -97,8 +97,8 @@ impl fmt::Display for Quoted<'_> {
     }
 }
 
-/// The challenges in all lines of a response, in order. What can't be understood is left out, with what follows it in its
-/// line; so is a challenge that says one thing twice.
+/// The challenges in all lines of a response, in order. A challenge that can't be parsed is left out with the rest of
+/// its line; so is a challenge that has a parameter twice.
 pub fn parse<'a>(lines: impl IntoIterator<Item = &'a [u8]>) -> Vec<Challenge> {
     let lines = lines
         .into_iter()
@@ -111,7 +111,7 @@ pub fn parse<'a>(lines: impl IntoIterator<Item = &'a [u8]>) -> Vec<Challenge> {
         .collect()
 }
 
-/// What is left of a line. Each step yields one challenge, `None` for one that is left out.
+/// The rest of a line. Each step yields one challenge, `None` for one that is left out.
 struct Cursor<'a>(&'a [u8]);
 
 impl Iterator for Cursor<'_> {
@@ -157,7 +157,7 @@ impl<'a> Cursor<'a> {
             .filter(|token| !token.is_empty())
     }
 
-    /// A parameter's name with its `=`. What is none is the next challenge, and stays.
+    /// A parameter's name with its `=`. Any other text begins the next challenge, and stays.
     fn name(&mut self) -> Option<String> {
         let blank = |c| matches!(c, b' ' | b'\t' | b',');
         let mut ahead = Cursor(self.0);
@@ -211,7 +211,7 @@ fn text(bytes: &[u8]) -> Option<String> {
     Some(text.to_owned()).filter(|text| !text.chars().any(char::is_control))
 }
 
-/// What a challenge says, as far as anybody needs it.
+/// The parameters of a challenge that Hawker needs.
 #[derive(Default)]
 struct Parameters {
     realm: Option<String>,
@@ -291,10 +291,10 @@ const HANDED_OUT: [&str; 14] = [
 /// Whether a realm at the host `realm` may give rights for a registry, both without or with ports, in lower case: secrets for
 /// the registry go there, and clients are sent there.
 ///
-/// It may when it is the same host, above it or below it in the DNS (whoever owns one owns the other), or beside it in one
-/// organisation's domain. Where an organisation's domain begins is told without the public suffix list, which would be 9 MB of
-/// generated code that is out of date a week later: what can't be told for certain is not trusted, and left to the
-/// configuration.
+/// A realm is trusted if it is the same host, above it or below it in the DNS (the owner of one owns the other), or
+/// beside it in one organisation's domain. The start of an organisation's domain is told without the public suffix
+/// list, which would be 9 MB of generated code that is out of date a week later. A realm that can't be judged for
+/// certain is not trusted, and left to the configuration.
 pub fn is_trusted(registry: &str, realm: &str) -> bool {
     let (registry, realm) = (host_name(registry), host_name(realm));
     if registry == realm || ELSEWHERE.contains(&(registry, realm)) {

@@ -2,8 +2,9 @@
 //! says why not. Nothing here does I/O or decides anything.
 //!
 //! - [`digest`]: names of content, and hashing that can stop and go on; [`reference`]: hosts, repositories, tags
-//! - [`range`], [`accept`]: what a client's headers ask for; [`challenge`]: what a registry wants before it answers
-//! - [`manifest`], [`media_type`], [`schema_1`]: what a manifest names, and what kind of manifest it is
+//! - [`range`], [`accept`]: the wishes in a client's headers; [`challenge`]: the demands of a registry before it
+//!   answers
+//! - [`manifest`], [`media_type`], [`schema_1`]: the content of a manifest, and its kind
 //!
 //! Sources: the OCI distribution and image specifications, RFC 9110, Docker's manifest schemas.
 

@@ -1,4 +1,4 @@
-//! What an image's manifest names: its configuration and layers; and which of it its registry must have.
+//! The content of an image's manifest: its configuration and layers, and those of them that its registry must have.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -13,14 +13,14 @@ pub const MAX_PARTS: usize = 1024;
 /// URLs of one part that are looked at.
 pub const MAX_URLS: usize = 4;
 
-/// What manifests of one image are called, where the body says it.
+/// The media types of one image's manifests, if the body names one.
 const OF_IMAGES: [&str; 2] = [
     "application/vnd.oci.image.manifest.v1+json",
     "application/vnd.docker.distribution.manifest.v2+json",
 ];
 
-/// What an image's configuration and its layers are called. Some registries look at an artifact's blobs less closely, or at those of
-/// layers that are not to be distributed (zot checks neither).
+/// The media types of an image's configuration and of its layers. Some registries look at an artifact's blobs less
+/// closely, or at those of layers that are not to be distributed (zot checks neither).
 const CONFIGURATIONS: [&str; 2] = [
     "application/vnd.oci.image.config.v1+json",
     "application/vnd.docker.container.image.v1+json",
@@ -41,12 +41,12 @@ pub struct Part {
     pub digest: Digest,
     /// Its size, where the manifest tells it.
     pub size_bytes: Option<u64>,
-    /// Where it may be had if the registry does not have it (image spec, "Content Descriptors").
+    /// Other places of it, if the registry does not have it (image spec, "Content Descriptors").
     pub urls: Vec<String>,
-    /// The registry took the manifest because it has this in the same repository: registries look for an image's blobs at the
-    /// push. They do not for what has URLs, nor, all of them, for an index's manifests or an artifact's blobs; and of a document
-    /// that can be read in two ways nobody knows which one they looked at. Whoever may push could name what is not there to be
-    /// read.
+    /// The registry took the manifest because it has this blob in the same repository: registries look for an image's
+    /// blobs at the push. They do not look for a blob with URLs, nor, all of them, for an index's manifests or an
+    /// artifact's blobs. For a document that can be read in two ways nobody knows which one they looked at. A person
+    /// with the right to push could name a blob that may not be read.
     pub vouched: bool,
 }
 
@@ -85,12 +85,12 @@ pub fn parts(body: &[u8]) -> Vec<Part> {
         .collect()
 }
 
-/// What manifests of the OCI image spec, and docker's second schema, name.
+/// The content of manifests of the OCI image spec, and of docker's second schema.
 struct Named {
     media_type: Option<String>,
     config: Option<Descriptor>,
     layers: Option<First<Descriptor, MAX_PARTS>>,
-    /// Whoever reads it reads the same, and it is not an index, or of the first schema, as well.
+    /// Every parser reads the same, and it is not an index, or of the first schema, as well.
     plain: bool,
 }
 

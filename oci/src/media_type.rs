@@ -1,5 +1,5 @@
-//! The media type of a manifest. Registries tell it in `Content-Type`, and some tell it wrongly. The bytes decide where they can:
-//! whatever they say is the same for every registry that has them.
+//! The media type of a manifest. Registries tell it in `Content-Type`, and some tell it wrongly. The bytes decide if
+//! they can: they are the same at every registry.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -19,7 +19,7 @@ pub const UNKNOWN: &str = "application/octet-stream";
 /// Longest media type that is believed, in bytes: two names of at most 127 bytes each (RFC 6838, 4.2).
 const MAX_TYPE_BYTES: usize = 255;
 
-/// What a document is, judged by its keys.
+/// The kind of a document, judged by its keys.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Shape {
     Index,
@@ -88,8 +88,8 @@ pub fn is_page(normal: &str) -> bool {
 
 /// The media type of a manifest with this body, where the registry that was asked told `told`.
 ///
-/// In this order: the body's own `mediaType`; what the body looks like; what the registry told. A registry's word counts before
-/// the looks only if it does not contradict them.
+/// The media type, in this order: the body's own `mediaType`; the type that its keys suggest; the registry's. A
+/// registry's type counts before the keys only if it does not contradict them.
 pub fn media_type(body: &[u8], told: Option<&str>) -> String {
     let told = told.and_then(normal);
     let specific = told.as_deref().filter(|told| is_specific(told));

@@ -1,14 +1,14 @@
 //! Byte ranges of requests (RFC 9110, section 14): parsed once without the blob's size, resolved when it is known.
 //!
-//! Where the RFC leaves a choice, this does what runtimes get from registries today: what makes no sense is answered 416
-//! rather than ignored, and ranges are neither merged nor reordered.
+//! If the RFC leaves a choice, this does as registries do today: senseless ranges are answered 416 rather than
+//! ignored, and ranges are neither merged nor reordered.
 
 use std::ops::Range;
 
 /// Longest header value looked at. The 1024 ranges of a zstd:chunked client take about 25 KB.
 pub const MAX_HEADER_BYTES: usize = 64 << 10;
 
-/// Most ranges in one request: what containers/image sends at once.
+/// Most ranges in one request: as many as containers/image sends at once.
 pub const MAX_RANGES: usize = 1024;
 
 /// Why a Range header can't be served, whatever the size. The client's fault.
@@ -49,7 +49,7 @@ pub enum Spec {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Ranges(Vec<Spec>);
 
-/// What to send, once the size is known.
+/// The bytes to send, once the size is known.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Resolved {
     /// 200 and everything: there is nothing of which a part could be sent.
@@ -95,7 +95,7 @@ impl Ranges {
         &self.0
     }
 
-    /// The first byte asked for, where that is known without the size: what to fetch first.
+    /// The first byte asked for, if it is known without the size: the first byte to fetch.
     pub fn start_hint(&self) -> Option<u64> {
         match self.0.first()? {
             Spec::From(first) | Spec::Between(first, _) => Some(*first),
@@ -125,7 +125,7 @@ impl Ranges {
         }
     }
 
-    /// What to send of `size_bytes`. Ranges are cut off at the end; those wholly past it are left out.
+    /// The bytes to send of `size_bytes`. Ranges are cut off at the end; those wholly past it are left out.
     ///
     /// An empty blob asked for from byte 0, as containerd does, is no error.
     pub fn resolve(&self, size_bytes: u64) -> Resolved {
@@ -181,7 +181,7 @@ impl Spec {
     }
 }
 
-/// Digits, or nothing. What is too large for a position is past every end.
+/// Digits, or nothing. A number too large for a position is past every end.
 fn position(digits: &str) -> Result<Option<u64>, RangeError> {
     match digits {
         "" => Ok(None),

@@ -1,4 +1,4 @@
-//! What a request to the mirror asks for: a `/v2/` path, with or without `ns`, as a type.
+//! The subject of a request to the mirror: a `/v2/` path, with or without `ns`, as a type.
 //!
 //! The grammar is the OCI distribution spec's ("Pull", "Content Discovery"); how runtimes name the upstream registry is
 //! three things: containerd's `ns` parameter, a host before `/v2/`, a host as the first part of the repository's name.
@@ -19,7 +19,7 @@ pub const MAX_NAME_BYTES: usize = 255;
 /// Longest tag, in bytes (distribution spec, "Pulling manifests").
 pub const MAX_TAG_BYTES: usize = 128;
 
-/// Where content can be had: a registry and a repository there.
+/// The place of content: a registry and a repository there.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Source {
     /// The registry's host as references name it, with the port where it has one: `docker.io`, `[::1]:5000`.
@@ -47,11 +47,11 @@ pub struct Request {
     pub registry: Option<String>,
     /// The repository's name, of the spec's grammar.
     pub repository: String,
-    /// What of it.
+    /// The content within it.
     pub content: Content,
 }
 
-/// What of a repository is asked for.
+/// The content that a request names within a repository.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Content {
     /// `manifests/<tag or digest>`
@@ -135,9 +135,9 @@ impl Refused {
 
 /// Understands a request. `path` and `query` (without the `?`) are as they came, not decoded.
 ///
-/// The registry is, first found: a host before `/v2/` (containerd's path prefix); `ns`; the first part of the name, when it
-/// contains `.` or `:` or is `localhost` (containers/image; containerd's `override_path`). Where `ns` is given, a first
-/// part counts as host only if it says the same.
+/// The registry is, first found: a host before `/v2/` (containerd's path prefix); `ns`; the first part of the name,
+/// when it contains `.` or `:` or is `localhost` (containers/image; containerd's `override_path`). If `ns` is given, a
+/// first part counts as host only if it is the same.
 pub fn parse(method: &str, path: &str, query: Option<&str>) -> Result<Asked, Refused> {
     let (parts, query) = looked_at(method, path, query)?;
     let (prefix, parts) = match parts.as_slice() {
@@ -211,8 +211,9 @@ fn looked_at<'a>(
 }
 
 impl Request {
-    /// Where this is to be had, `default_registry` being the upstream of requests that name none. A name of one part is Docker
-    /// Hub's `library/` of that name: clients that put a mirror's host before `docker.io/nginx` leave `library/` out.
+    /// The place of this content, `default_registry` being the upstream of requests that name none. A name of one part
+    /// is Docker Hub's `library/` of that name: clients that put a mirror's host before `docker.io/nginx` leave
+    /// `library/` out.
     pub fn source(&self, default_registry: &str) -> Source {
         let registry = self
             .registry
@@ -311,7 +312,7 @@ pub fn is_repository(name: &str) -> bool {
 
 fn is_name_component(component: &str) -> bool {
     let word = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit();
-    // What stands between the words; before the first and after the last stands nothing.
+    // The separators between the words; nothing stands before the first and after the last.
     let separators: Vec<&str> = component
         .split(word)
         .filter(|separator| !separator.is_empty())
@@ -350,7 +351,7 @@ fn is_namespace(pair: &str) -> bool {
     decode(key).is_some_and(|key| key == "ns")
 }
 
-/// What a registry gets of a query: every parameter as the client wrote it, except `ns`. The result is printable ASCII.
+/// The query for a registry: every parameter as the client wrote it, except `ns`. The result is printable ASCII.
 fn for_registry(query: &str) -> String {
     let pairs = query
         .split('&')
@@ -404,8 +405,8 @@ fn decode_host(text: &str) -> Result<String, Refused> {
     Ok(decode_path(text).ok_or(HostError::Form)?)
 }
 
-/// Decodes one part of a path. Only `:`, `[` and `]` may be escaped: whatever else a legal path contains needs no escape,
-/// so that an escaped dot or slash never means anything here.
+/// Decodes one part of a path. Only `:`, `[` and `]` may be escaped: the other characters of a legal path need no
+/// escape, so that an escaped dot or slash never means anything here.
 fn decode_path(part: &str) -> Option<String> {
     let escapes = part
         .match_indices('%')
@@ -621,7 +622,7 @@ mod tests {
                 "quay.io foo tags/list?n=10&last=v1",
             ),
             ("/v2/foo/tags/list?last=a%26b", "- foo tags/list?last=a%26b"),
-            // What is wrong with a query is for the registry to say.
+            // The registry judges the faults of a query.
             ("/v2/foo/tags/list?n=ten", "- foo tags/list?n=ten"),
             ("/v2/foo/tags/list?n=1&n=2", "- foo tags/list?n=1&n=2"),
             (

@@ -27,7 +27,7 @@ struct Protected {
     format_tail: String,
 }
 
-/// What was signed; `None` for a document that is not signed in this way.
+/// The signed payload; `None` for a document that is not signed in this way.
 fn payload(body: &[u8]) -> Option<Vec<u8>> {
     let signed: Signed = serde_json::from_slice(body).ok()?;
     let protected = decode(&signed.signatures.first()?.protected)?;

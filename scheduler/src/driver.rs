@@ -39,7 +39,7 @@ const COUNTED_EVERY: Duration = Duration::from_secs(1);
 /// How long changes of the member list are gathered.
 const NEWS_DELAY: Duration = Duration::from_millis(100);
 
-/// What a stream carries to a peer.
+/// The sending end of a peer's stream.
 pub(crate) type Outgoing = mpsc::Sender<Result<v1::ToPeer, Status>>;
 
 /// A peer's stream, from the driver's side.
@@ -51,7 +51,7 @@ pub(crate) struct Stream {
     pub(crate) over: CancellationToken,
 }
 
-/// What happens to the driver.
+/// An event for the driver.
 pub(crate) enum Event {
     /// A stream has begun.
     Opened {
@@ -85,7 +85,7 @@ pub(crate) enum Event {
     States(oneshot::Sender<Vec<v1::MemberState>>),
 }
 
-/// Where the events go.
+/// The sending end of the driver's events.
 #[derive(Clone)]
 pub(crate) struct Handle(mpsc::Sender<Event>);
 
@@ -120,7 +120,7 @@ struct Open {
     configuration_error: String,
 }
 
-/// What the driver works with.
+/// The parts that the driver works with.
 pub(crate) struct DriverConfig {
     pub(crate) membership: Membership,
     pub(crate) cluster: String,
@@ -139,7 +139,7 @@ pub(crate) struct Driver {
     membership: Membership,
     streams: BTreeMap<PeerId, Open>,
     identity: Identity,
-    /// Where the removed members are kept.
+    /// The folder of the list of removed members.
     identity_dir: PathBuf,
     connections: MemberConnections,
     /// Accusations that this scheduler vouches for go to the links to the others.
@@ -301,7 +301,7 @@ impl Driver {
                 self.numbers.received.fetch_add(1, Relaxed);
                 self.swarm_input(input);
             }
-            // Whoever asked may have gone away meanwhile.
+            // The caller may have gone away meanwhile.
             Event::List(answer) => drop(answer.send(self.membership.list())),
             Event::States(answer) => drop(answer.send(self.states())),
         }

@@ -1,4 +1,5 @@
-//! The scheduler: who holds what, whom to fetch from, who is isolated; and the authority for the members' certificates.
+//! The scheduler: holders of each task, parents for each peer, isolation; and the authority for the members'
+//! certificates.
 //!
 //! A member's connection comes in through `listener` (TLS, who calls), `service` turns its messages into inputs, `driver`
 //! owns `hawker_core::swarm` and answers over the streams. [`authority`] makes certificates, `membership` keeps the list of
@@ -79,9 +80,9 @@ pub struct SchedulerConfig {
     pub name: String,
     /// The cluster's name, used when this process creates the authority.
     pub cluster: String,
-    /// Where authority, identity and member list are kept.
+    /// The folder of authority, identity and member list.
     pub data_dir: PathBuf,
-    /// Where members come in. Bound already, so that whoever starts the scheduler knows the ports.
+    /// The listeners for members. They are bound already, so that the caller knows the ports.
     pub listeners: Vec<TcpListener>,
     /// How members are told to reach this scheduler, `host:port`; empty: by the listeners' addresses.
     pub advertise: Vec<String>,
@@ -91,7 +92,7 @@ pub struct SchedulerConfig {
     pub join: Option<(String, Token)>,
     /// Settings that may change while the scheduler runs.
     pub live: Arc<ArcSwap<LiveSettings>>,
-    /// What members may advertise besides the address that they connect from.
+    /// Addresses that members may advertise besides the one that they connect from.
     pub allowed_addresses: AllowedAddresses,
     /// How long certificates live that are made here.
     pub certificate_life: Duration,
@@ -102,7 +103,7 @@ pub struct SchedulerConfig {
 /// Settings of a scheduler that may change while it runs.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct LiveSettings {
-    /// The rules of applications: what is limited at the scheduler is limited here.
+    /// The rules of applications: the scheduler enforces its limits here.
     pub applications: Arc<Applications>,
     /// The places of members that name none, by their addresses.
     pub networks: Arc<Networks>,
@@ -123,7 +124,7 @@ pub struct Isolation {
     pub until: Instant,
 }
 
-/// What a scheduler counts, for metrics.
+/// The counters of a scheduler, for metrics.
 #[derive(Debug, Default)]
 pub struct Numbers {
     /// Peers and seeds, those that just lost their stream included.
@@ -132,7 +133,7 @@ pub struct Numbers {
     pub tasks: AtomicU64,
     /// Isolated peers.
     pub isolated: AtomicU64,
-    /// Who these are. Bounded by the members there are.
+    /// The isolated members. Bounded by the members there are.
     pub isolations: Mutex<Vec<Isolation>>,
     /// Of each application whose elected peers are limited: its labels, how many there are, how many had to wait since the start.
     pub applications: Mutex<Vec<(Labels, usize, u64)>>,
@@ -186,7 +187,7 @@ pub async fn run(
     config: SchedulerConfig,
     shutdown: CancellationToken,
 ) -> Result<(), SchedulerError> {
-    // Whatever ends first, the rest ends with it.
+    // If one part ends, the rest ends with it.
     let shutdown = shutdown.child_token();
     let _ends_all = shutdown.clone().drop_guard();
     let Start {
@@ -321,12 +322,12 @@ pub async fn run(
     Ok(())
 }
 
-/// What a scheduler has before it serves.
+/// The parts that a scheduler has before it serves.
 struct Start {
     identity: Identity,
     authority: Option<Arc<Authority>>,
     cluster: String,
-    /// What the cluster said when we joined it.
+    /// The member list that the cluster gave when we joined it.
     members: Vec<Member>,
 }
 

@@ -33,14 +33,14 @@ const SAY_TIMEOUT: Duration = Duration::from_secs(10);
 /// How often a link looks whether the other scheduler was removed from the cluster.
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 
-/// What every link needs.
+/// The parts that every link needs.
 #[derive(Clone)]
 pub(crate) struct Links {
     pub(crate) identity: Identity,
     /// How others reach us.
     pub(crate) ourselves: Member,
     pub(crate) driver: Handle,
-    /// What this scheduler vouches for, told to all others.
+    /// Reports that this scheduler vouches for, told to all others.
     pub(crate) vouched: broadcast::Sender<v1::Report>,
 }
 

@@ -59,7 +59,7 @@ pub(crate) struct Caller {
     pub(crate) local: SocketAddr,
 }
 
-/// Where connections go that are ready for gRPC.
+/// The queues for connections that are ready for gRPC.
 #[derive(Clone)]
 pub(crate) struct Ready {
     pub(crate) members: mpsc::Sender<io::Result<Connection>>,
@@ -210,7 +210,7 @@ async fn handshake(
 
 type End = Pin<Box<dyn Future<Output = ()> + Send>>;
 
-/// What a connection occupies as long as it lives.
+/// The place that a connection occupies as long as it lives.
 enum Place {
     Stranger(#[expect(dead_code, reason = "held for its drop")] Guest),
     Member(

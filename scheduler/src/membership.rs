@@ -1,4 +1,4 @@
-//! Who is in the cluster and how to reach each: the list of seeds and schedulers that every member keeps.
+//! The members of the cluster and their addresses: the list of seeds and schedulers that every member keeps.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::path::PathBuf;
@@ -18,7 +18,7 @@ pub(crate) const LISTED_AFTER: Duration = Duration::from_secs(20);
 pub(crate) struct Membership {
     ourselves: Member,
     known: BTreeMap<PeerId, Known>,
-    /// Who went, and when, in order.
+    /// The members that went, with the times, in order.
     departed: VecDeque<(Instant, PeerId)>,
     file: PathBuf,
     /// The list as it was told and saved last.

@@ -1,4 +1,4 @@
-//! What members and joiners can ask over gRPC. Who asks is in the certificate, never in a message.
+//! The gRPC service for members and joiners. The certificate tells the caller, never a message.
 
 use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
@@ -49,7 +49,7 @@ pub(crate) struct Service {
     pub(crate) streams: Arc<AtomicU64>,
     /// The places of members that name none, among others.
     pub(crate) live: Arc<ArcSwap<LiveSettings>>,
-    /// What members may advertise besides the address that they connect from.
+    /// Addresses that members may advertise besides the one that they connect from.
     pub(crate) allowed_addresses: Arc<AllowedAddresses>,
     /// Bounds the joins that are looked at at once.
     pub(crate) joins: Arc<Semaphore>,
@@ -252,7 +252,7 @@ async fn registered(
     Ok((member, registration, refused, names_none))
 }
 
-/// Where a member stands, by the first of its addresses that an entry covers.
+/// The place of a member, by the first of its addresses that an entry covers.
 pub(crate) fn by_address(networks: &Networks, addresses: &[String]) -> Option<Place> {
     let ips = addresses
         .iter()
@@ -262,7 +262,7 @@ pub(crate) fn by_address(networks: &Networks, addresses: &[String]) -> Option<Pl
         .cloned()
 }
 
-/// What a message says. One that a later version knows says nothing.
+/// The inputs in a message. One that only a later version knows has none.
 fn inputs(
     identity: &Identity,
     (peer, role): (PeerId, Role),
@@ -317,7 +317,7 @@ fn inputs(
     })
 }
 
-/// What two tables prove, if both signatures hold.
+/// The guilt that two tables prove, if both signatures hold.
 fn contradicted(
     identity: &Identity,
     reporter: PeerId,

@@ -7,10 +7,10 @@ use super::plan::{View, Wanted};
 use super::request::{Own, Request};
 use super::{Restart, Wishes};
 
-/// Where its configuration is.
+/// The usual place of its configuration.
 pub(crate) const FILE: &str = "/etc/buildkit/buildkitd.toml";
 
-/// What is to be written.
+/// The files to write.
 pub(super) fn wishes(request: &Request, view: &View<'_>) -> Wishes {
     let path = request
         .config

@@ -13,9 +13,9 @@ use super::request::{ALL, Request};
 use super::{Restart, Wishes};
 use hawker_config::problem::Problem;
 
-/// Where its configuration is.
+/// The usual place of its configuration.
 pub(crate) const FILE: &str = "/etc/containerd/config.toml";
-/// Where hosts.toml files are by custom.
+/// The usual folder of hosts.toml files.
 pub(crate) const HOSTS_DIR: &str = "/etc/containerd/certs.d";
 /// The part of [`super::containerd`]'s default from 2.2 on that is docker's.
 const DOCKER_DIR: &str = "/etc/docker/certs.d";
@@ -36,7 +36,7 @@ const DROP_IN: &str = "50-hawker.toml";
 /// Files that a configuration may import, its own included.
 const FILES_MAX: usize = 64;
 
-/// What of containerd's configuration matters here.
+/// The parts of containerd's configuration that matter here.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Config {
     /// The format of the main file: 1 and 2 for containerd 1.x, 3 from 2.0 on, 4 from 2.3 on.
@@ -189,7 +189,7 @@ impl Config {
         ))
     }
 
-    /// Where hosts.toml files are looked for first.
+    /// The first folder that containerd searches for hosts.toml files.
     pub(crate) fn hosts_dir(&self) -> Option<&Path> {
         self.config_path
             .as_deref()
@@ -302,7 +302,7 @@ pub(crate) fn folders_of(dir: &Path, registry: &str) -> Vec<PathBuf> {
         .collect()
 }
 
-/// What is to be written.
+/// The files to write.
 pub(super) fn wishes(request: &Request, view: &View<'_>) -> anyhow::Result<Wishes> {
     let mut wishes = Wishes::default();
     let path = request.config.as_deref().unwrap_or(Path::new(FILE));

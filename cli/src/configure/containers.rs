@@ -18,7 +18,7 @@ pub(crate) const FILE: &str = "/etc/containers/registries.conf";
 /// The drop-ins, read after it in the order of their names; a later block for a prefix takes an earlier one's place.
 pub(crate) const FOLDER: &str = "/etc/containers/registries.conf.d";
 
-/// Where a runtime's drop-in goes.
+/// The place of a runtime's drop-in.
 pub(crate) fn drop_in(runtime: Runtime) -> PathBuf {
     let name = if runtime == Runtime::Crio {
         "50-hawker-crio.conf"
@@ -95,7 +95,7 @@ fn block(file: &Path, registry: &Value) -> Option<Block> {
     })
 }
 
-/// What is to be written.
+/// The files to write.
 pub(super) fn wishes(
     request: &Request,
     view: &View<'_>,

@@ -9,10 +9,10 @@ use super::request::{Own, Request};
 use super::{Restart, Wishes};
 use hawker_config::problem::Problem;
 
-/// Where its configuration is.
+/// The usual place of its configuration.
 pub(crate) const FILE: &str = "/etc/docker/daemon.json";
 
-/// Where dockerd's flags are: one that is also a key of the file keeps it from starting.
+/// The usual places of dockerd's flags: a flag that is also a key of the file keeps dockerd from starting.
 const FLAGS: [&str; 4] = [
     "/etc/systemd/system/docker.service",
     "/lib/systemd/system/docker.service",
@@ -21,7 +21,7 @@ const FLAGS: [&str; 4] = [
 ];
 const FLAGS_FOLDER: &str = "/etc/systemd/system/docker.service.d";
 
-/// What is to be written.
+/// The files to write.
 pub(super) fn wishes(request: &Request, view: &View<'_>) -> Wishes {
     let path = request
         .config

@@ -1,4 +1,4 @@
-//! What `hawker configure` puts into one file, and how it takes it out again: text in, text out.
+//! The edits of `hawker configure` in one file, and their removal: text in, text out.
 
 mod buildkitd;
 mod config_path;
@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use self::toml::Toml;
 
-/// What is to be in one file.
+/// The wanted content of one file.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "kebab-case")]
 pub(crate) enum Edit {

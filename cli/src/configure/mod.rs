@@ -31,7 +31,7 @@ use crate::args::{ConfigureArgs, Runtime};
 use crate::{print, program};
 use hawker_config::problem::{Problem, Problems};
 
-/// What a runtime needs, what there is to say about it, and what is in the way.
+/// The files that a runtime needs, remarks for the person, and obstacles.
 #[derive(Debug, Default)]
 struct Wishes {
     files: Vec<Wanted>,
@@ -39,7 +39,7 @@ struct Wishes {
     problems: Vec<Problem>,
 }
 
-/// What makes a runtime take notice.
+/// The action that makes a runtime take notice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Restart {
     /// Nothing, for this reason.
@@ -51,7 +51,7 @@ enum Restart {
     },
 }
 
-/// What keeps the files from being changed.
+/// The obstacles to a change of the files.
 #[derive(Debug)]
 struct InTheWay(Vec<Problem>);
 
@@ -123,7 +123,7 @@ pub(crate) async fn run(args: &ConfigureArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// What changes, with what is to be said about it.
+/// The changes, with the remarks about them.
 fn plan(
     root: &Root,
     args: &ConfigureArgs,
@@ -168,7 +168,7 @@ fn restart(runtime: Runtime, changes: &[Change], view: &View<'_>) -> Restart {
     }
 }
 
-/// What was done, in a line.
+/// The outcome, in a line.
 fn outcome(args: &ConfigureArgs, request: &Request, view: &View<'_>, plan: &Plan) -> String {
     let runtime = name(args.runtime);
     let paths: Vec<String> = plan

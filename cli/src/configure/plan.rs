@@ -17,7 +17,7 @@ use super::root::Root;
 use crate::args::Runtime;
 use hawker_config::problem::Problem;
 
-/// What a file's original is called, beside it.
+/// The suffix of a file's original, kept beside it.
 pub(crate) const BACKUP: &str = ".before-hawker";
 
 /// A file that a runtime wants edited.
@@ -45,7 +45,7 @@ struct Earlier {
     changed: bool,
 }
 
-/// What is to be done.
+/// The changes to make.
 #[derive(Debug, Default)]
 pub(crate) struct Plan {
     pub(crate) changes: Vec<Change>,
@@ -64,7 +64,7 @@ pub(crate) struct Change {
     pub(crate) after: Option<String>,
 }
 
-/// What was written before for a runtime, and what would be there without.
+/// The files written before for a runtime, and their content without Hawker.
 #[derive(Debug)]
 pub(crate) struct Past {
     files: BTreeMap<PathBuf, Earlier>,
@@ -217,7 +217,7 @@ impl Earlier {
 }
 
 impl Plan {
-    /// What changes, or all that is in the way.
+    /// The changes, or all obstacles.
     pub(crate) fn make(
         root: &Root,
         runtime: Runtime,

@@ -20,7 +20,7 @@ pub(crate) struct Distribution {
     units: [&'static str; 2],
 }
 
-/// Where the containerd of both listens.
+/// The socket of the containerd of both.
 pub(crate) const SOCKET: &str = "/run/k3s/containerd/containerd.sock";
 
 const ALL_OF_THEM: [Distribution; 2] = [

@@ -1,7 +1,7 @@
-//! What was written where, so that it can be taken out again.
+//! The record of the written files, so that the edits can be taken out again.
 //!
-//! The record is root's: what it says is undone with root's rights. So it is not in the daemon's DATA_DIR, which belongs to the
-//! user that the daemon runs as.
+//! The record belongs to root: its entries are undone with root's rights. So it is not in the daemon's DATA_DIR, which
+//! belongs to the user that the daemon runs as.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -93,7 +93,7 @@ impl Record {
     }
 }
 
-/// What a text is recognised by.
+/// The fingerprint of a text.
 pub(crate) fn hash(text: &str) -> String {
     Digest::of(Algorithm::Sha256, text.as_bytes()).to_string()
 }

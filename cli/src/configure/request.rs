@@ -1,4 +1,4 @@
-//! What a person asked for, checked: the mirror, and the registries whose pulls go to it.
+//! A person's request, checked: the mirror, and the registries whose pulls go to it.
 
 use std::path::{Path, PathBuf};
 
@@ -14,7 +14,7 @@ use hawker_config::problem::Problem;
 /// containerd's name for all registries.
 pub(crate) const ALL: &str = "_default";
 
-/// Whose images are pulled in most clusters. podman, CRI-O and BuildKit have no word for all registries.
+/// The registries of most clusters' images. podman, CRI-O and BuildKit have no word for all registries.
 const WELL_KNOWN: [&str; 7] = [
     "docker.io",
     "quay.io",
@@ -141,7 +141,7 @@ pub(crate) fn can_be_path(name: &str) -> bool {
     !name.contains(':') && (name.contains('.') || name == "localhost")
 }
 
-/// What Hawker's own configuration says about registries; all empty where there is none.
+/// The registries in Hawker's own configuration; all empty if there is none.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Own {
     known: Vec<String>,

@@ -29,7 +29,7 @@ impl Root {
         self.0 == Path::new("/")
     }
 
-    /// Where a path of the root is on this machine.
+    /// The place of a root's path on this machine.
     pub(crate) fn on_disk(&self, path: &Path) -> PathBuf {
         self.0.join(path.strip_prefix("/").unwrap_or(path))
     }
@@ -145,7 +145,7 @@ impl Root {
         for folder in missing.iter().rev() {
             let on_disk = self.on_disk(folder);
             DirBuilder::new().mode(0o755).create(&on_disk)?;
-            // Whatever the umask: other users' runtimes read these.
+            // The umask must not matter: other users' runtimes read these.
             fs::set_permissions(&on_disk, Permissions::from_mode(0o755))?;
         }
         Ok(missing.into_iter().rev().map(Path::to_owned).collect())

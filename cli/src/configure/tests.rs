@@ -581,7 +581,7 @@ fn signatures_that_are_attached_are_looked_for_at_the_mirror_too() {
         scopes(&system.text(ours)),
         ["10.0.0.1:7000/corp.internal/team/app", both[1], both[2]]
     );
-    // What others add to it stays.
+    // Additions of others stay.
     let more = "  \"other.example\":\n    use-sigstore-attachments: true\n";
     system.write(ours, &(system.text(ours) + more));
     system.run("crio --remove").unwrap();
@@ -870,7 +870,7 @@ const BUILDKIT_PARTS: &[&str] = &[
 proptest! {
     #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
 
-    /// Whatever the files say, and whatever runs came between: what was there comes back, byte for byte.
+    /// For all files and all runs in between: the original content comes back, byte for byte.
     #[test]
     fn to_configure_and_to_remove_is_to_do_nothing(
         config in made_of(CONFIG_PARTS),
@@ -885,7 +885,7 @@ proptest! {
         let system = System::with(&files);
         let before = system.snapshot();
         for runtime in order {
-            // What cannot be read is refused, and then nothing is done.
+            // An unreadable file is refused, and then nothing is done.
             let _ = system.run(runtime);
             let _ = system.run(&format!("{runtime} --mirror https://m.example"));
         }
@@ -895,7 +895,7 @@ proptest! {
         prop_assert_eq!(system.snapshot(), before);
     }
 
-    /// What others add at either end while it is configured is there afterwards, and nothing else is.
+    /// Additions of others at either end, made while it is configured, are there afterwards, and nothing else is.
     #[test]
     fn what_others_add_meanwhile_is_all_that_is_new(
         config in made_of(CONFIG_PARTS),

@@ -11,7 +11,7 @@ use crate::configure::buildkit::FILE;
 use crate::configure::mirror::is_mirror;
 use crate::program::command;
 
-/// Where buildkitd listens unless told otherwise.
+/// The default socket of buildkitd.
 const SOCKET: &str = "/run/buildkit/buildkitd.sock";
 /// The environment's word for where it listens, as `buildctl` has it.
 const HOST: &str = "BUILDKIT_HOST";

@@ -1,5 +1,5 @@
-//! containerd: where its configuration sends pulls; a pull by `ctr` through the same hosts directory, and one as the kubelet
-//! asks for it.
+//! containerd: the targets of pulls in its configuration; a pull by `ctr` through the same hosts directory, and one as
+//! the kubelet asks for it.
 
 use std::path::{Path, PathBuf};
 
@@ -14,9 +14,9 @@ use crate::configure::rancher::{self, Distribution};
 use crate::configure::root::Root;
 use crate::program::{command, quick};
 
-/// Where containerd listens unless told otherwise.
+/// The default socket of containerd.
 pub(super) const SOCKET: &str = "/run/containerd/containerd.sock";
-/// What the self-test pulls lives here, and goes with it.
+/// The namespace of the self-test's pulls; it is removed with them.
 const NAMESPACE: &str = "hawker-doctor";
 
 /// A containerd of this machine.

@@ -5,7 +5,7 @@ use super::selftest::{self, Pull};
 use super::{Check, podman};
 use crate::args::{DoctorArgs, Runtime};
 
-/// Where CRI-O listens unless told otherwise.
+/// The default socket of CRI-O.
 pub(crate) const SOCKET: &str = "/run/crio/crio.sock";
 
 /// The configuration, and a pull.

@@ -10,7 +10,7 @@ use crate::system::OPEN_FILES_LEAST;
 use crate::{client, resolve, status};
 use hawker_config::quantity::human_duration;
 
-/// What the daemon says of itself.
+/// The daemon's own view.
 pub(super) async fn check(args: &DoctorArgs) -> (Vec<Check>, Option<Status>) {
     let json = match status::ask(&args.admin).await {
         Ok(json) => json,

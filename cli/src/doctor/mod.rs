@@ -17,7 +17,7 @@ use serde::Serialize;
 use crate::args::{DoctorArgs, Runtime};
 use crate::print;
 
-/// What came out of one check.
+/// The outcome of one check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 enum Outcome {
@@ -34,9 +34,9 @@ enum Outcome {
 struct Check {
     name: &'static str,
     outcome: Outcome,
-    /// What was found.
+    /// The finding.
     found: String,
-    /// What to do, lines with exact contents where a file is to be written. Empty when nothing is.
+    /// The cure: lines with exact contents if a file is to be written. Empty when nothing is to be done.
     #[serde(skip_serializing_if = "String::is_empty")]
     cure: String,
     /// Whether the mirror is known to have served a runtime's pull.
@@ -118,7 +118,7 @@ pub(crate) async fn run(args: &DoctorArgs) -> anyhow::Result<bool> {
     let mut checks = Vec::new();
     let mut tell = |new: Vec<Check>| {
         if !args.json {
-            // What can't be printed has been looked at all the same.
+            // A check that can't be printed was made all the same.
             new.iter()
                 .for_each(|check| drop(print::line(check.render().trim_end())));
         }

@@ -24,11 +24,11 @@ pub(super) struct Pull<'a> {
     pub(super) admin: &'a str,
     /// The mirror's address.
     pub(super) mirror: &'a str,
-    /// What to do when the pull goes past the mirror.
+    /// The cure for a pull that goes past the mirror.
     pub(super) cure: String,
 }
 
-/// What the mirror's record says about one image's pull.
+/// The mirror's record of one image's pull.
 #[derive(Debug, PartialEq, Eq)]
 enum Finding {
     /// The mirror was not asked for anything of the repository.
@@ -286,7 +286,7 @@ fn words<'a>(refused: impl Iterator<Item = &'a RecentRequest>) -> String {
     lines.split_off(lines.len().saturating_sub(3)).join("\n")
 }
 
-/// What to do about a refusal that begins with its status.
+/// The cure for a refusal that begins with its status.
 fn cure_of(words: &str) -> &'static str {
     let last = words.lines().last().unwrap_or_default();
     match last.split(' ').next().unwrap_or_default() {

@@ -8,7 +8,7 @@ use super::{Check, buildkit, containerd};
 use crate::args::{DoctorArgs, Runtime};
 use crate::configure::name;
 
-/// Where programs are that a service starts, besides `PATH`.
+/// The folders of services' programs, besides `PATH`.
 const PROGRAM_FOLDERS: [&str; 5] = [
     "/usr/local/sbin",
     "/usr/local/bin",

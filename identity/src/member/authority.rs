@@ -1,4 +1,4 @@
-//! The authority's key: what signs the certificates of a cluster's members.
+//! The authority's key, which signs the certificates of a cluster's members.
 
 use std::fmt;
 use std::path::Path;
@@ -59,8 +59,8 @@ impl AuthorityKey {
         Self::assemble(key, certificate)
     }
 
-    /// What `save` wrote into `dir`; `None` when there is nothing yet. A key without its certificate is an error: with a new
-    /// authority in its place, no member would belong to the cluster any more.
+    /// Loads the files that `save` wrote into `dir`; `None` when there is nothing yet. A key without its certificate
+    /// is an error: with a new authority in its place, no member would belong to the cluster any more.
     pub fn load(dir: &Path) -> Result<Option<Self>, IdentityError> {
         let Some(certificate) = files::read_if_there(&dir.join(CERTIFICATE_FILE))? else {
             return match files::read_if_there(&dir.join(KEY_FILE))? {

@@ -38,7 +38,7 @@ fn check(by: &Identity, table: &PieceTable) -> Option<Role> {
     )
 }
 
-/// Runs a handshake in memory; what each side found wrong, or who the client was to the server.
+/// Runs a handshake in memory; gives the error of either side, or the certificate of the client as the server saw it.
 fn handshake(
     client: Arc<rustls::ClientConfig>,
     server: Arc<rustls::ServerConfig>,

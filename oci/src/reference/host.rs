@@ -7,7 +7,7 @@ const MAX_HOST_BYTES: usize = 253;
 
 /// Docker Hub as references name it.
 const HUB: &str = "docker.io";
-/// Where Docker Hub's API is.
+/// The host of Docker Hub's API.
 const HUB_API: &str = "registry-1.docker.io";
 /// Names under which Docker Hub is asked for, too.
 const HUB_ALIASES: [&str; 2] = ["index.docker.io", HUB_API];
@@ -45,7 +45,7 @@ pub(super) fn is_hub(canonical: &str) -> bool {
     canonical == HUB
 }
 
-/// Where a registry's API is: the same host, but for Docker Hub.
+/// The host of a registry's API: the same host, but for Docker Hub.
 pub fn api_host(canonical: &str) -> &str {
     if canonical == HUB { HUB_API } else { canonical }
 }

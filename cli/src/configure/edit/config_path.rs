@@ -1,4 +1,4 @@
-//! containerd's configuration: where CRI looks for hosts.toml.
+//! containerd's configuration: the folder in which CRI looks for hosts.toml.
 
 use super::toml::{self, Toml};
 use super::{NOTE, Unfit};
@@ -6,7 +6,7 @@ use crate::configure::containerd::CRI;
 
 const CRI_OF_2: &str = CRI[2];
 
-/// What a new file begins with: containerd takes one without a version for the oldest.
+/// The start of a new file: containerd takes one without a version for the oldest.
 const VERSION_2: &str = "version = 2";
 /// The same for a plugin of containerd 2.x.
 const VERSION_3: &str = "version = 3";

@@ -76,8 +76,8 @@ pub(super) fn undo(text: &str, url: &str, original: Option<&str>) -> Result<Stri
     meant(root.to_string(), &wanted)
 }
 
-/// What the file means, and the object that it is. dockerd takes no comments, no commas too many; an empty file is one
-/// without keys.
+/// The value of the file, and the object in it. dockerd takes no comments and no trailing commas; an empty file counts
+/// as one without keys.
 fn parse(text: &str) -> Result<(Value, CstObject, CstRootNode), Unfit> {
     let model = if text.trim().is_empty() { "{}" } else { text };
     let model: Value = serde_json::from_str(model).map_err(|error| {
@@ -107,7 +107,7 @@ fn lists(object: &CstObject) -> Vec<(String, CstObjectProp)> {
         .collect()
 }
 
-/// Where the mirror is: dockerd ends each URL with a slash, whether it is written with one or without.
+/// The position of the mirror: dockerd ends each URL with a slash, whether it is written with one or without.
 fn position(array: &CstArray, url: &str) -> Option<usize> {
     let bare = |url: &str| url.strip_suffix('/').unwrap_or(url).to_owned();
     let text = |node: &CstNode| node.as_string_lit()?.decoded_value().ok();
@@ -182,7 +182,7 @@ mod tests {
                 .what
                 .contains("`Registry-Mirrors`: dockerd would not start")
         );
-        // What was written beside such a key goes again.
+        // Text written beside such a key is removed again.
         let written =
             "{\"Registry-Mirrors\": [\"http://127.0.0.1:6500\", \"https://b\"], \"x\": 1}";
         assert_eq!(model(&undo(written, URL, Some(odd)).unwrap()), model(odd));

@@ -60,7 +60,7 @@ fn blocks_of(model: &Table) -> Vec<Value> {
         .unwrap_or_default()
 }
 
-/// What a registry's mirror takes.
+/// The block for a registry's mirror.
 pub(crate) fn block(mirror: &str, insecure: bool, mirrored: &Mirrored) -> String {
     let location = toml::literal(&mirrored.registry);
     let path = toml::literal(&format!("{mirror}/{}", mirrored.name));

@@ -6,8 +6,8 @@ use super::super::mirror::is_mirror;
 use super::toml::{self, Toml, eol, line_start};
 use super::{NOTE, Unfit};
 
-/// What hosts.toml must say for all registries at once (in `_default`), or for one. There is a `[host]` always: 1.6 and 1.7
-/// ignore a file without.
+/// The table in hosts.toml for all registries at once (in `_default`), or for one. There is a `[host]` always: 1.6 and
+/// 1.7 ignore a file without.
 pub(crate) fn table(url: &str) -> String {
     format!(
         "[host.{}]\n  capabilities = [\"pull\", \"resolve\"]\n",
@@ -41,7 +41,7 @@ pub(super) fn apply(text: &str, url: &str) -> Result<String, Unfit> {
     })
 }
 
-/// Where the host goes, and whether a blank line is needed before it and behind it.
+/// The place for the host, and whether a blank line is needed before it and behind it.
 fn place(text: &str, file: &Toml<'_>) -> (usize, bool, bool) {
     let at = file.before_tables();
     let above = text[..at].trim_end_matches(['\n', '\r']);
@@ -82,7 +82,7 @@ pub(super) fn undo(text: &str, url: &str, original: Option<&str>) -> Result<Stri
     }
 }
 
-/// What one hosts.toml does to pulls.
+/// The effect of one hosts.toml on pulls.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Verdict {
     Good,

@@ -13,7 +13,7 @@ pub(super) struct Toml<'a> {
     text: &'a str,
     document: Document<&'a str>,
     headers: Vec<Header>,
-    /// Where what follows the last key begins: comments and blank lines.
+    /// The start of the comments and blank lines after the last key.
     trailing: usize,
 }
 
@@ -22,7 +22,7 @@ pub(super) struct Header {
     pub(super) path: Vec<String>,
     /// The header itself, from bracket to bracket.
     at: Range<usize>,
-    /// Where the comments and blank lines above it begin.
+    /// The start of the comments and blank lines above it.
     from: usize,
 }
 
@@ -77,7 +77,7 @@ impl<'a> Toml<'a> {
         self.item(path)?.as_array()
     }
 
-    /// What lies between a header's line and the next header's comments, its own line included.
+    /// The lines from a header to the next header's comments, its own line included.
     pub(super) fn block(&self, header: &Header) -> Range<usize> {
         let next = self
             .headers
@@ -86,8 +86,8 @@ impl<'a> Toml<'a> {
         line_start(self.text, header.at.start)..next.map_or(self.trailing, |next| next.from)
     }
 
-    /// Where a table goes that has to come before all others: behind the keys at the top, and before the comments that belong
-    /// to the first table.
+    /// The place for a table that has to come before all others: behind the keys at the top, and before the comments
+    /// that belong to the first table.
     pub(super) fn before_tables(&self) -> usize {
         let Some(first) = self.headers.first() else {
             return self.text.len();
