@@ -26,7 +26,7 @@ use tokio_rustls::client::TlsStream;
 
 use crate::lab::{Hawker, Host};
 
-/// What peers agree on in TLS.
+/// The protocol that peers negotiate in TLS.
 const ALPN: &[u8] = b"hawker-peer/3";
 /// How long joining, and connecting, may take.
 const DEADLINE: Duration = Duration::from_secs(20);

@@ -3,10 +3,10 @@
 //! - [`lab`]: hosts in network namespaces with shaped links, and the daemons that run on them.
 //! - [`attacker`]: a member of a cluster that floods others.
 //! - [`faults`]: daemons broken by a seeded plan while clients pull through them.
-//! - [`origin`]: a registry that notes what it sends and misbehaves on demand.
+//! - [`origin`]: a registry that notes its answers and misbehaves on demand.
 //! - [`rogue`]: a member of a cluster that lies.
 //! - [`sim`]: a swarm of thousands in one process.
-//! - [`scene`]: what most end-to-end tests start from: such an origin, a cluster and blobs that nobody has seen.
+//! - [`scene`]: the start of most end-to-end tests: such an origin, a cluster and blobs that nobody has seen.
 //!
 //! The end-to-end tests are in `tests/`, the benches in `src/bench/` (binary `hawker-bench`). All of it needs root and the
 //! Debian packages that `conformance/run.sh` installs.

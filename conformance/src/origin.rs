@@ -1,7 +1,8 @@
 //! The origin registry of tests and benches: it serves blobs and manifests, notes every request, and misbehaves on demand.
 //!
-//! It runs on a thread of its own, so that a test's or bench's own work does not hold it up; started from a thread inside a
-//! network namespace, it stays there. What it does wrong can be changed at any time, through [`Origin`] or the control port:
+//! It runs on a thread of its own, so that the work of a test or bench does not hold it up; started from a thread
+//! inside a network namespace, it stays there. Its faults can be changed at any time, through [`Origin`] or the
+//! control port:
 //!
 //! | request to the control port | what for |
 //! |---|---|
@@ -37,11 +38,11 @@ pub use content::Content;
 pub use fault::{Fault, Rule};
 pub use log::{Entry, Totals};
 
-/// Where and how an origin listens.
+/// The addresses of an origin.
 pub struct OriginConfig {
-    /// Where registry clients connect; port 0 picks a free one.
+    /// The address for registry clients; port 0 picks a free one.
     pub listen: SocketAddr,
-    /// Where the control port listens, if there is to be one.
+    /// The address of the control port, if there is to be one.
     pub control: Option<SocketAddr>,
     /// Serve HTTPS with this certificate.
     pub tls: Option<Arc<rustls::ServerConfig>>,
@@ -110,12 +111,12 @@ impl Origin {
         })
     }
 
-    /// Where registry clients connect.
+    /// The address for registry clients.
     pub const fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// Where the control port listens, if there is one.
+    /// The address of the control port, if there is one.
     pub const fn control_address(&self) -> Option<SocketAddr> {
         self.control_address
     }
@@ -238,7 +239,7 @@ impl Drop for Origin {
     }
 }
 
-/// What all connections share.
+/// The state that all connections share.
 #[derive(Default)]
 struct State {
     shelves: Mutex<Shelves>,
@@ -250,7 +251,7 @@ struct State {
     log: log::Log,
 }
 
-/// What the repositories hold, by repository and reference.
+/// The content of the repositories, by repository and reference.
 #[derive(Default)]
 struct Shelves {
     blobs: HashMap<(String, String), Content>,

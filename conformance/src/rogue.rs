@@ -27,7 +27,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use crate::lab::{Hawker, Host};
 use crate::origin::{Blob, Content};
 
-/// What peers agree on in TLS.
+/// The protocol that peers negotiate in TLS.
 const ALPN: &[u8] = b"hawker-peer/3";
 const PORT: u16 = 6501;
 /// How long joining and being known may take.
@@ -39,7 +39,7 @@ const DATA_AT_MOST_BYTES: usize = 64 << 10;
 /// Longer than anything that a node says here.
 const CONTROL_AT_MOST_BYTES: usize = 1 << 20;
 
-/// What a rogue does when it is asked for a piece, and what it says before.
+/// The answers of a rogue to a request for a piece, and its claims before.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Conduct {
     /// Sends other bytes than the blob's.

@@ -1,4 +1,4 @@
-//! What most end-to-end tests start from: an origin that notes what it sends, a cluster, and blobs that nobody has seen.
+//! The start of most end-to-end tests: an origin that notes its answers, a cluster, and blobs that nobody has seen.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -17,7 +17,7 @@ pub const REPOSITORY: &str = "team/app";
 /// How long a commit may take after a client has the last byte.
 const COMMIT: Duration = Duration::from_secs(10);
 
-/// What a scene is to be.
+/// The plan of a scene.
 #[derive(Clone, Debug, Default)]
 pub struct Plan {
     nodes: usize,
@@ -117,7 +117,7 @@ pub fn start_origin(host: &Host) -> Result<Origin> {
         .context("starting the origin")
 }
 
-/// A lab with an origin, in which the caller starts its daemons. What these log is shown where it fails.
+/// A lab with an origin, in which the caller starts its daemons. The daemons' logs are shown on failure.
 ///
 /// # Errors
 /// Whatever `play` says.
@@ -267,7 +267,7 @@ pub fn blob_path(blob: &Blob) -> String {
     format!("/v2/{REPOSITORY}/blobs/{}", blob.digest)
 }
 
-/// That an answer is the whole blob.
+/// Checks that an answer is the whole blob.
 ///
 /// # Errors
 /// When it is not.
@@ -293,7 +293,7 @@ pub fn right(answer: Answer, blob: &Blob) -> Result<Answer> {
     Ok(answer)
 }
 
-/// That an answer is not passed off as the blob: an error status, or a body that ends short with FIN.
+/// Checks that an answer is not passed off as the blob: an error status, or a body that ends short with FIN.
 ///
 /// # Errors
 /// When it is complete, or reset.
@@ -319,7 +319,7 @@ pub fn until_committed(node: &Hawker, blob: &Blob) -> Result<()> {
     })
 }
 
-/// Where a node keeps the blob once it is committed.
+/// The file of a committed blob on a node.
 #[must_use]
 pub fn committed_path(node: &Hawker, blob: &Blob) -> PathBuf {
     let hex = blob.digest.hex();
@@ -330,7 +330,7 @@ pub fn committed_path(node: &Hawker, blob: &Blob) -> PathBuf {
         .join(hex)
 }
 
-/// Where a node keeps what it has of a blob until then.
+/// The file of a partial blob on a node.
 #[must_use]
 pub fn partial_path(node: &Hawker, blob: &Blob) -> PathBuf {
     let name = format!("{}-{}", blob.digest.algorithm().name(), blob.digest.hex());

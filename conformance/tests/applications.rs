@@ -1,4 +1,5 @@
-//! Applications, tags and priorities: who is urgent comes first, who is limited keeps to that, and no registry hears of it.
+//! Applications, tags and priorities: urgent pulls come first, limited ones keep to their limit, and no registry hears
+//! of it.
 
 use std::time::{Duration, Instant};
 

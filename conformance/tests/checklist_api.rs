@@ -1,4 +1,5 @@
-//! The mirror contract's part about the API: what a client asks through Hawker is answered as docker-registry itself would.
+//! The mirror contract's part about the API: a client's request through Hawker is answered as docker-registry itself
+//! would.
 
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
@@ -106,7 +107,7 @@ impl Stage {
     }
 }
 
-/// That both say the same about the content, in head and body.
+/// Checks that both answers tell the same about the content, in head and body.
 fn alike(what: &str, (direct, mirrored): &(Answer, Answer)) -> Result<()> {
     ensure!(
         direct.status == mirrored.status,
@@ -204,7 +205,7 @@ fn one_tag_is_several_manifests_and_accept_says_which() -> Result<()> {
     play(|stage| {
         let both = format!("{MANIFEST}, {INDEX}");
         let weighted = format!("{MANIFEST};q=0.5,{INDEX};q=0.9");
-        // Twice, and in turn: what one client was given must not be given to another that accepts something else.
+        // Twice, and in turn: the answer to one client must not be given to another that accepts something else.
         for _ in 0..2 {
             let mut outcomes = std::collections::HashSet::new();
             for (tag, accepts) in [
@@ -383,7 +384,7 @@ fn requests_without_ns_go_to_the_path_s_registry_or_to_the_default_one() -> Resu
                 layer.digest
             ),
             format!("/{ALIAS}/v2/team/app/blobs/{}", layer.digest),
-            // What containerd makes of a host with a path, whose ns is another registry's.
+            // The request that containerd makes for a host with a path, whose ns is another registry's.
             format!(
                 "/{ALIAS}/v2/team/app/blobs/{}?ns=elsewhere.test",
                 layer.digest
@@ -527,7 +528,7 @@ fn connections_are_kept_and_ended_as_http_1_1_has_it() -> Result<()> {
         )?;
         ensure!(ok(&heard) == 3, "{heard}");
         ensure!(heard.matches("fifteen letters").count() == 1, "{heard}");
-        // A body that nobody asked for is passed over: what follows is the next request, or the connection's end.
+        // A body that nobody asked for is passed over: then follows the next request, or the connection's end.
         for body in ["Content-Length: 5\r\n\r\nhello", "Transfer-Encoding: chunked\r\n\r\n3\r\nhel\r\n0\r\n\r\n"] {
             let heard = converse(
                 node,

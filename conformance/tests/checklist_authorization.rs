@@ -124,7 +124,7 @@ fn is_cached(node: &Hawker, layer: &Layer) -> bool {
         .is_file()
 }
 
-/// That an answer says no, and has nothing of the layer in it.
+/// Checks that an answer refuses, and has nothing of the layer in it.
 fn denied(what: &str, answer: &Answer, statuses: &[u16]) -> Result<()> {
     ensure!(
         statuses.contains(&answer.status),
@@ -139,7 +139,7 @@ fn denied(what: &str, answer: &Answer, statuses: &[u16]) -> Result<()> {
     Ok(())
 }
 
-/// Who asks whom for what, and what must come of it, on a node that may have all or nothing of it.
+/// The callers, the content they ask for, and the right answers, on a node that may have all or nothing of it.
 fn matrix(scene: &Tenants, node: &Hawker, round: &str) -> Result<()> {
     let anns = scene.bearer(Some(ANN), "ann/app");
     let bobs = scene.bearer(Some(BOB), "bob/app");
@@ -229,7 +229,7 @@ fn matrix(scene: &Tenants, node: &Hawker, round: &str) -> Result<()> {
                 denied(&format!("{round}: nobody at {target}"), &answer, &[401])?;
             }
         }
-        // What is another tenant's is not here, though it is on this very node.
+        // The content of another tenant counts as missing, though it is on this very node.
         let elsewhere = blob(repository, others);
         denied(
             &format!("{round}: {elsewhere}"),
@@ -314,14 +314,14 @@ fn each_tenant_reads_its_own_and_what_is_shared_through_its_own_repository_and_n
             "nobody fetched {anns}"
         );
         matrix(scene, &nodes[0], "cached here")?;
-        // The other node has nothing yet: what it gets comes from the seed and from the first one.
+        // The other node has nothing yet: its bytes come from the seed and from the first one.
         matrix(scene, &nodes[1], "cached elsewhere")?;
         scene.containerd(&nodes[1], "fourth")?.fetch_as(BOB, bobs)?;
         nothing_shows(scene)
     })
 }
 
-/// That no password and no token is in a log, on a status page, on a command line, or on a disk.
+/// Checks that no password and no token is in a log, on a status page, on a command line, or on a disk.
 fn nothing_shows(scene: &Tenants) -> Result<()> {
     // All tokens begin alike; a password's Basic form is searched for as well.
     let token = scene.tokens.token(None, "x");
@@ -489,7 +489,7 @@ fn what_a_user_may_no_longer_have_is_denied_though_it_is_cached() -> Result<()> 
         )?;
         let containerd = scene.containerd(node, "containerd")?;
         ensure!(containerd.fetch_as(ANN, &scene.references[0]).is_err());
-        // What everybody may have, anybody gets.
+        // Public content is for everybody.
         containerd.fetch(&format!("{}/base:v1", scene.registry.authority()))?;
         scene.tokens.oauth(false);
         scene
@@ -730,7 +730,7 @@ fn a_pull_outlives_its_token_and_no_other_does() -> Result<()> {
         })
 }
 
-/// Whoever may push to a repository writes its manifests: what they name need not have been the writer's to read.
+/// A user that may push to a repository writes its manifests: they may name blobs that the user could not read.
 #[test]
 fn a_manifest_that_names_anothers_digest_gives_nobody_what_it_stands_for() -> Result<()> {
     Plan::nodes(2).play(|scene| {
@@ -809,7 +809,7 @@ fn a_manifest_that_names_anothers_digest_gives_nobody_what_it_stands_for() -> Re
     })
 }
 
-/// What a pushed document means is for the registry to say, which may read it otherwise than we do.
+/// The registry judges the meaning of a pushed document, and may read it otherwise than we do.
 #[test]
 fn no_document_that_a_real_registry_takes_gives_what_the_registry_does_not() -> Result<()> {
     let lab = Lab::new()?;

@@ -1,4 +1,5 @@
-//! What bad input gets: a clear 4xx or a closed connection, within a deadline, in bounded memory, and the daemon goes on.
+//! The answers to bad input: a clear 4xx or a closed connection, within a deadline, in bounded memory, and the daemon
+//! goes on.
 
 use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::{Shutdown, TcpStream};
@@ -12,7 +13,7 @@ use hawker_conformance::scene::{Plan, REPOSITORY, Scene, join, right};
 /// For an answer or the end of a connection that sends what no client sends.
 const PROMPT: Duration = Duration::from_secs(5);
 
-/// What came back for some bytes until the connection ended; an error if it does not end within `deadline`.
+/// The answer to some bytes until the connection ended; an error if it does not end within `deadline`.
 fn say(node: &Hawker, bytes: &[u8], hang_up: bool, deadline: Duration) -> Result<String> {
     node.host().enter(|| -> Result<String> {
         let mut stream = TcpStream::connect(node.mirror())?;
@@ -189,7 +190,7 @@ fn manifests_made_to_fill_memory_do_not() -> Result<()> {
                 peak < before + 128,
                 "the {name} went from {before} to {peak} MiB"
             );
-            // What the C library keeps for the next time.
+            // The memory that the allocator keeps for the next time.
             ensure!(
                 after < before + 96,
                 "the {name} went from {before} MiB to {after}, and stays there"
@@ -200,7 +201,7 @@ fn manifests_made_to_fill_memory_do_not() -> Result<()> {
     })
 }
 
-/// That a node is well after what it was told: it answers, its memory is bounded, and nothing in it panicked.
+/// Checks that a node is well afterwards: it answers, its memory is bounded, and nothing in it panicked.
 fn is_well(node: &Hawker) -> Result<()> {
     let answer = Request::get(node.mirror(), "/v2/")
         .within(PROMPT)
@@ -382,7 +383,8 @@ fn slow_half_open_and_silent_clients_are_let_go() -> Result<()> {
             hawker_conformance::scene::blob_path(&blob),
             scene.registry()
         );
-        // Whoever hangs up half of a connection counts as gone: runtimes never do. The rest ends as soon as that is seen.
+        // A client that hangs up half of a connection counts as gone: runtimes never do. The rest ends as soon as that
+        // is seen.
         let request = format!("GET {target} HTTP/1.1\r\nHost: m\r\n\r\n");
         say(node, request.as_bytes(), true, PROMPT)?;
         for (what, bytes) in [

@@ -22,7 +22,7 @@ fn start(lab: &Lab) -> Result<(DockerRegistry, Hawker)> {
     Ok((registry, plan.flag("--registry", alias).start()?))
 }
 
-/// That the registry sent each layer once.
+/// Checks that the registry sent each layer once.
 #[test]
 fn a_kubelet_s_pull_by_the_runtime_interface_goes_through() -> Result<()> {
     let lab = Lab::new()?;

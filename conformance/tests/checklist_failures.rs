@@ -283,7 +283,7 @@ fn the_registry_s_object_store_is_asked_by_the_mirror_and_gets_no_credentials() 
         let store = ObjectStore::start(&elsewhere, &registry.storage())?;
         let image = Image::noise(74, &[SIZE_BYTES as usize, 5000]);
         let reference = registry.push_as(ann, &image, "ann/app", "v1")?;
-        // The registry alone is listed; where it sends its clients is a private address, too.
+        // The registry alone is listed; it sends its clients to a private address, too.
         let node = HawkerPlan::proxy(&node)
             .plain_registry(registry.authority())
             .flag("--allow-network", "10.77.0.0/16")
@@ -322,7 +322,7 @@ fn the_registry_s_object_store_is_asked_by_the_mirror_and_gets_no_credentials() 
     })())
 }
 
-/// What a runtime does with a mirror whose registry asks it to wait: a few retries at once, then the next host.
+/// The behaviour of a runtime with a mirror whose registry asks it to wait: a few retries at once, then the next host.
 #[test]
 fn a_limited_registry_is_left_alone_while_containerd_retries_and_falls_through() -> Result<()> {
     let lab = Lab::new()?;

@@ -393,7 +393,7 @@ fn dockerd_goes_through_hawker_from_a_reload_on_until_that_is_undone() -> Result
         };
         let mirrored = || Ok(docker(&["info"])?.contains(&format!("http://{}", node.mirror())));
         let daemon = start()?;
-        // What dockerd makes there at its start, its key, counts as there before.
+        // The key that dockerd makes there at its start counts as there before.
         let before = system.files()?;
         let said = system.configure(&node, "docker")?;
         ensure!(said.contains("systemctl reload docker"), "{said}");

@@ -147,7 +147,7 @@ fn a_layer_that_the_registry_does_not_have_comes_from_its_url() -> Result<()> {
             unnamed.status
         );
         ensure!(node.request(&registry, &path).send(node.host())?.status == 200);
-        // What the URL gave once belongs to the repository, and is kept from then on.
+        // Content that the URL gave once belongs to the repository, and is kept from then on.
         for time in 0..2 {
             ensure!(committed_path(&node, &layer).exists() == (time > 1));
             let head = Request::new(

@@ -20,7 +20,7 @@ const SIZE_BYTES: u64 = 3 << 20;
 /// More than a node serves at once.
 const CROWD: usize = 6000;
 
-/// What a connection says before it falls silent.
+/// The bytes that a connection sends before it falls silent.
 const SAYINGS: [&[u8]; 4] = [
     b"",
     b"GET /v2/ HTTP/1.1\r\nHost: m",
@@ -163,7 +163,8 @@ fn hundreds_of_clients_that_do_not_read_huge_blobs_hold_little_memory() -> Resul
         );
         let (new, started) = (scene.blob(SIZE_BYTES)?, Instant::now());
         scene.pull(node, &new).context("a new blob")?;
-        // Where memory is short, the tasks of such blobs look for nothing: neither origin nor scheduler nor seed is kept busy by them.
+        // If memory is short, the tasks of such blobs look for nothing: neither origin nor scheduler nor seed is kept
+        // busy by them.
         ensure!(
             started.elapsed() < Duration::from_secs(20),
             "a new blob took {:?}",

@@ -1,4 +1,4 @@
-//! What is expected of a daemon: its clients, its process, its disk, its people's commands.
+//! The duties of a daemon: to its clients, its process, its disk, its people's commands.
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -224,7 +224,7 @@ fn a_full_disk_does_not_fail_a_pull() -> Result<()> {
         };
         pull()?;
         pull()?;
-        // What fits is still cached.
+        // A blob that fits is still cached.
         let small = origin.add_blob(REPOSITORY, Content::generated(2, 300_000))?;
         right(
             node.request(origin.address(), &blob_path(&small))

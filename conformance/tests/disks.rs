@@ -21,7 +21,7 @@ fn pull(scene: &Scene, what: &str) -> Result<(Duration, f64)> {
     let begun = Instant::now();
     scene.pull_on_all(&scene.cluster.nodes, &blob)?;
     let (took, copies) = (begun.elapsed(), scene.origin_copies(&blob));
-    // What the callers allow is less; this says who read what.
+    // The callers allow less; this tells the reader of each blob.
     ensure!(
         copies < 2.0,
         "{what}: {took:?}, {copies:.2} copies{}",

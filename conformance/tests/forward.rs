@@ -1,5 +1,5 @@
-//! The forward proxy, by those who use one: dockerd, curl, lazy loaders; what it lets through and what it does not; and the
-//! mirror by TLS.
+//! The forward proxy with its users: dockerd, curl, lazy loaders; the requests that it lets through and those it
+//! refuses; and the mirror by TLS.
 
 use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::{Shutdown, SocketAddr, TcpStream};
@@ -90,7 +90,7 @@ fn dockerd_pulls_from_any_registry_at_once_on_all_nodes_and_pushes_through() -> 
     })())
 }
 
-/// What curl says of a request through the forward proxy: the answer's status, that to CONNECT, and the body's digest.
+/// curl's report of a request through the forward proxy: the answer's status, that to CONNECT, and the body's digest.
 struct Curled {
     status: String,
     connect: String,
@@ -280,7 +280,7 @@ fn a_lazy_loaders_ranges_come_by_whole_addresses_from_a_registry_with_tls() -> R
     })())
 }
 
-/// What came back for some bytes at the forward proxy until the connection ended; an error if it does not end in time.
+/// The answer to some bytes at the forward proxy until the connection ended; an error if it does not end in time.
 fn say(node: &Hawker, bytes: &[u8], within: Duration) -> Result<String> {
     node.host().enter(|| -> Result<String> {
         let mut stream = TcpStream::connect(forward()?)?;

@@ -1,4 +1,4 @@
-//! The lab itself: what the other tests and the benches take for granted about it.
+//! The lab itself: the properties that the other tests and the benches take for granted.
 
 use std::io::{Read as _, Write as _};
 use std::net::{TcpListener, TcpStream};
@@ -195,7 +195,7 @@ fn skopeo_gets(host: &Host, reference: &str, user: Option<&str>, flags: &[&str])
     let copied = run(command
         .arg(format!("docker://{reference}"))
         .arg(format!("dir:{}", target.display())));
-    // What is there already would not be asked for again.
+    // Content that is there already would not be asked for again.
     let _ = std::fs::remove_dir_all(target);
     copied.is_ok()
 }

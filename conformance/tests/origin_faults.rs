@@ -1,4 +1,5 @@
-//! What an origin can do wrong: nothing hangs, no wrong byte completes, and the client gets what lets it fall through.
+//! The faults of an origin: nothing hangs, no wrong byte completes, and the client gets an answer that lets it fall
+//! through.
 
 use std::time::{Duration, Instant};
 
@@ -358,7 +359,7 @@ fn blobs_that_trickle_do_not_keep_memory_from_the_others() -> Result<()> {
         let scene = &*scene;
         std::thread::scope(|scope| {
             for blob in &slow {
-                // Whoever leaves soon has a download that goes on for a while.
+                // A client that leaves soon has a download that goes on for a while.
                 let request = scene
                     .request(scene.node(), blob)
                     .within(Duration::from_secs(2));
@@ -423,7 +424,7 @@ fn bytes_that_were_wrong_once_are_read_again() -> Result<()> {
             .times(1)
         },
         |scene, blob| {
-            // What was already sent cannot be taken back, so the first answer may be short; it is not wrong.
+            // Sent bytes cannot be taken back, so the first answer may be short; it is not wrong.
             let answer = scene.get(scene.node(), blob)?;
             if answer.end == End::Complete && answer.status == 200 {
                 right(answer, blob)?;

@@ -93,7 +93,7 @@ impl World {
         Ok(self.scene.origin.add_blob(REPOSITORY, content)?)
     }
 
-    /// That the claimant's clients get nothing of a blob from this node.
+    /// Checks that the claimant's clients get nothing of a blob from this node.
     fn is_withheld(&self, node: &Hawker, blob: &Blob) -> Result<()> {
         for range in [
             None,
@@ -146,7 +146,7 @@ fn a_registry_gets_nothing_of_a_blob_that_it_only_claims_to_have() -> Result<()>
         until_committed(holder, &blob)?;
         world.is_withheld(holder, &blob)?;
         world.is_withheld(stranger, &blob)?;
-        // What only the seed has.
+        // A blob that only the seed has.
         let seeds = world.blob(2)?;
         world.scene.pull(&world.scene.cluster.seed, &seeds)?;
         until_committed(&world.scene.cluster.seed, &seeds)?;

@@ -21,7 +21,7 @@ fn get(node: &Hawker, registry: &str, blob: &Blob, ranges: &[Range<u64>]) -> Res
         .send(node.host())
 }
 
-/// That the answer has just these parts, in this order.
+/// Checks that the answer has just these parts, in this order.
 fn right_parts(answer: &Answer, content: &Content, ranges: &[Range<u64>]) -> Result<()> {
     ensure!(answer.status == 206, "{}: {}", answer.status, answer.text());
     let parts = answer.parts()?;
@@ -143,7 +143,7 @@ fn alone(fault: Option<Fault>, ranges: &[Range<u64>], requests: u64, copies: f64
 
 #[test]
 fn an_origin_that_knows_single_ranges_only_is_not_asked_once_a_range() -> Result<()> {
-    // Up to the last piece by one request; that one takes the whole.
+    // Up to the last piece by one request; the last request takes the whole.
     alone(None, &a_thousand(), 4, 2.1)
 }
 

@@ -1,4 +1,4 @@
-//! Rates of a blob, changed while the daemons run; what nobody waits for; and a seed that has more to send than it can.
+//! Rates of a blob, changed while the daemons run; prefetches; and a seed that has more to send than it can.
 
 use std::time::Duration;
 
@@ -125,7 +125,7 @@ fn a_seed_sends_what_clients_wait_for_before_what_nobody_does() -> Result<()> {
         let [idle, busy] = ["idle", "busy"].map(|name| seed.join(lab, origin, name, ""));
         let (idle, busy) = (idle?.node, busy?.node);
         leave(&idle, origin, &long)?;
-        // What was asked for while the client was there goes out as asked: up to 32 pieces.
+        // Pieces that were requested while the client was there go out as requested: up to 32 pieces.
         std::thread::sleep(Duration::from_secs(12));
         // 16 MiB at 4 MB/s are 4.2 s alone, and twice that at half the rate.
         let took = pull(&busy, origin, &[short])?;

@@ -1,4 +1,4 @@
-//! What clients may ask, and what they get: shapes, ranges, and requests that are refused.
+//! The requests of clients and their answers: shapes, ranges, and requests that are refused.
 
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;

@@ -48,7 +48,7 @@ fn a_node_killed_in_mid_pull_goes_on_from_its_pieces() -> Result<()> {
         let client = std::thread::spawn(move || request.send(&host));
         until_under_way(scene.node())?;
         scene.cluster.nodes[0].kill()?;
-        // Whatever this client saw of the death, it saw no complete blob.
+        // This client may have seen the death in any way, but no complete blob.
         ensure!(join(client.join()).is_ok_and(|answer| answer.end != End::Complete));
         scene.cluster.nodes[0].restart()?;
         let kept = scene.node().status()?.store;

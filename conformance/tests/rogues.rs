@@ -1,4 +1,4 @@
-//! What members do wrong that have joined like any other: the pull goes on, and no wrong byte completes.
+//! The faults of members that have joined like any other: the pull goes on, and no wrong byte completes.
 
 use std::time::{Duration, Instant};
 

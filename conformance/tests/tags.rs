@@ -1,4 +1,4 @@
-//! Tags through the real daemons: what the registry is asked, and what a client gets while it is down.
+//! Tags through the real daemons: the requests to the registry, and the answers to a client while it is down.
 
 use std::time::{Duration, Instant};
 

@@ -29,10 +29,10 @@ use attacks::Attack;
 use load::{Honest, KINDS};
 
 const NODES: usize = 2;
-/// What the honest nodes pull.
+/// The size of the new blobs that the honest nodes pull.
 const NEW_BYTES: u64 = 4 * MIB;
 const CACHED_BYTES: u64 = 64 * MIB;
-/// What a lying registry says that each of these blobs has.
+/// The size that a lying registry tells for each of these blobs.
 const LIE_BYTES: u64 = 777_777;
 /// The links of both registries. Those of members are faster: no attack is to win by its bandwidth alone.
 const REGISTRY_LINK: Mbit = Mbit(100);
@@ -50,7 +50,7 @@ const MEMORY_RATIO: f64 = 1.2;
 
 #[derive(Args, Clone)]
 pub(crate) struct AbuseOptions {
-    /// Where to write the results as JSON
+    /// Write the results as JSON into this file
     #[arg(long, value_name = "FILE")]
     pub(crate) json: Option<PathBuf>,
     /// How many seconds each attack lasts
@@ -61,7 +61,7 @@ pub(crate) struct AbuseOptions {
     attacks: Vec<Attack>,
 }
 
-/// What is asked of each attack.
+/// The figures of each attack.
 struct Figures {
     failed: f64,
     slowdown: f64,
@@ -245,7 +245,7 @@ impl Played {
             .iter()
             .map(|(name, pid)| (name.clone(), json!(peak(pid))))
             .collect();
-        // What is over has no memory any more.
+        // A process that has ended has no memory any more.
         let ended: Vec<_> = daemons
             .iter()
             .filter(|(_, pid)| !PathBuf::from(format!("/proc/{pid}/exe")).exists())
@@ -298,7 +298,7 @@ struct Arena {
     outsiders: Vec<Host>,
     /// Reads what it is asked, and never answers.
     _silent_dns: UdpSocket,
-    /// What all nodes have from the beginning.
+    /// The blob that all nodes have from the beginning.
     cached: Blob,
     /// The digest of each blob that a node is going to pull.
     announced: broadcast::Sender<Digest>,

@@ -61,7 +61,7 @@ impl Nginx {
         self.process.pid()
     }
 
-    /// Where it serves HTTP on its host's loopback.
+    /// Its HTTP address on its host's loopback.
     pub(crate) fn loopback(&self) -> SocketAddr {
         SocketAddr::new(self.host.loopback(), HTTP_PORT)
     }

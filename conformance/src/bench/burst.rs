@@ -64,7 +64,7 @@ pub(crate) fn run(report: &mut Report, options: &BurstOptions) -> Result<()> {
     Ok(())
 }
 
-/// What the stores of all members and the origin's log may come to.
+/// The most that the stores of all members and the origin's log take.
 pub(crate) fn disk_gib(options: &BurstOptions) -> u64 {
     let pulls = VARIANTS.len() as u64 * (u64::from(options.common.rounds) + 1);
     1 + pulls * (u64::from(options.nodes) + 1) * TOTAL_BYTES / (1 << 30)

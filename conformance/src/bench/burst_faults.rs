@@ -1,5 +1,6 @@
-//! `burst --faults`: the burst while three nodes are killed in mid-pull, a member with a token lies about the first blob, and the
-//! scheduler is killed and restarted. What counts is how the surviving nodes fare, against the same bound.
+//! `burst --faults`: the burst while three nodes are killed in mid-pull, a member with a token lies about the first
+//! blob, and the scheduler is killed and restarted. The figures are those of the surviving nodes, against the same
+//! bound.
 
 use std::time::{Duration, Instant};
 
@@ -42,7 +43,7 @@ pub(crate) fn run(report: &mut Report, options: &BurstOptions) -> Result<()> {
     let mut fared = VARIANTS.map(|_| Vec::new());
     for round in 1..=options.common.rounds {
         for (fared, (blobs, name)) in fared.iter_mut().zip(VARIANTS) {
-            // What is killed stays dead, and a rogue lies about one blob: each round has a cluster of its own.
+            // A killed node stays dead, and a rogue lies about one blob: each round has a cluster of its own.
             let mut stage = Stage::new(Some(LINK), disk_gib(options))?;
             fared.push(round_of(report, &mut stage, nodes, blobs, name, round)?);
         }
@@ -105,7 +106,7 @@ fn round_of(
             scope.spawn(move || request.send(&node).map(|answer| (answer, start.elapsed())))
         };
         let pulls: Vec<_> = pulls.into_iter().map(send).collect();
-        // What clients of the dead see is no matter.
+        // The answers to clients of the dead nodes do not matter.
         victims.into_iter().for_each(|pull| drop(send(pull)));
         break_things(&mut cluster, survivors)?;
         anyhow::Ok(

@@ -1,5 +1,5 @@
-//! `cpu`: what a node spends to receive 1 GiB from a peer over TLS, verify it, store it and serve it to its client, against
-//! `curl -o f` over TLS and `openssl dgst -sha256 f`.
+//! `cpu`: the CPU time of a node that receives 1 GiB from a peer over TLS, verifies it, stores it and serves it to its
+//! client, against `curl -o f` over TLS and `openssl dgst -sha256 f`.
 
 use std::fs;
 use std::path::Path;
@@ -64,7 +64,7 @@ fn node(
     let got = node.host().enter(|| get(node.mirror(), target, None))??;
     let load = watch.stop()?;
     committed(node, blob)?;
-    // What follows a commit (telling the tracker, closing files) counts as well.
+    // The work after a commit (telling the tracker, closing files) counts as well.
     std::thread::sleep(Duration::from_millis(200));
     let cpu_s = cpu_seconds(pid)? - before.0;
     let bytes = node.status()?.bytes;

@@ -14,7 +14,7 @@ use crate::report::{Report, Target};
 
 #[derive(Args, Clone)]
 pub(crate) struct FaultsOptions {
-    /// Where to write the results as JSON
+    /// Write the results as JSON into this file
     #[arg(long, value_name = "FILE")]
     pub(crate) json: Option<PathBuf>,
     /// How many seeds
@@ -26,7 +26,7 @@ pub(crate) struct FaultsOptions {
     /// How many runs at once: most of a run is waiting
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=16))]
     jobs: u8,
-    /// Where the logs of failed runs are kept
+    /// Keep the logs of failed runs in this folder
     #[arg(long, value_name = "FOLDER", default_value = "/var/tmp/hawker-faults")]
     logs: PathBuf,
 }

@@ -1,4 +1,4 @@
-//! What a link really carries: plain TCP both ways at once. The bound is computed from it.
+//! The real capacity of a link: plain TCP both ways at once. The bound is computed from it.
 
 use std::io::{Read as _, Write as _};
 use std::net::{Shutdown, TcpListener, TcpStream};

@@ -15,10 +15,10 @@ use crate::report::{Report, Target};
 use crate::stage::{Stage, committed};
 
 const SIZE_BYTES: u64 = GIB;
-/// What one measurement moves at least, so that neither clock ticks nor the cores the scheduler happens to pick matter.
+/// The least that one measurement moves, so that neither clock ticks nor the choice of cores matter.
 const MOVED_GIB: u64 = 8;
 
-/// One side of the comparison: where it serves the blob, and whose CPU time counts.
+/// One side of the comparison: its address, and the processes whose CPU time counts.
 #[derive(Clone, Copy)]
 struct Side<'a> {
     name: &'static str,
@@ -27,7 +27,7 @@ struct Side<'a> {
     pid: u32,
 }
 
-/// What one measurement found.
+/// The result of one measurement.
 pub(crate) struct Served {
     pub(crate) gib_per_s: f64,
     pub(crate) cpu_s_per_gib: f64,

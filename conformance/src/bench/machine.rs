@@ -1,5 +1,5 @@
-//! `machine`: what this machine gives the other side of each ratio: the goodput of shaped links, nginx, curl and openssl.
-//! No Hawker takes part; the figures are there to judge other runs by.
+//! `machine`: the other side of each ratio on this machine: the goodput of shaped links, nginx, curl and openssl. No
+//! Hawker takes part; the figures help to judge other runs.
 
 use std::path::Path;
 

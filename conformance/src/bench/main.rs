@@ -1,4 +1,5 @@
-//! `hawker-bench NAME --json FILE`: what Hawker costs and how near the limit it is, against nginx, curl and the bound.
+//! `hawker-bench NAME --json FILE`: the cost of Hawker and its distance from the limit, against nginx, curl and the
+//! bound.
 //!
 //! Both sides of every ratio are measured in one run, several times in turn; figures are ratios of medians, and over several
 //! variants the worst. Needs root (network namespaces), nginx, curl and openssl.
@@ -66,17 +67,17 @@ enum Bench {
     FullDisk(Options),
     /// Honest pulls while clients, strangers and members attack, one attack after the other, against the same pulls before
     Abuse(abuse::AbuseOptions),
-    /// What the mirror adds to a manifest, 5,000 short connections, and the memory of an idle daemon
+    /// The delay that the mirror adds to a manifest, 5,000 short connections, and the memory of an idle daemon
     Manifest(Options),
     /// Peak anonymous memory of any Hawker process in a burst and in a 4 GiB pull
     Memory(BurstOptions),
-    /// What a scheduler's decision takes in time and what its books take in memory: no daemon runs
+    /// The time of a scheduler's decision and the memory of its books; no daemon runs
     Scheduler(SchedulerOptions),
     /// A swarm of thousands in one process, deciding with the daemons' own code: no daemon runs
     Sim(Box<sim::SimOptions>),
     /// Real nodes killed, stopped, cut off and corrupted by seeded plans while clients pull through them
     Faults(faults::FaultsOptions),
-    /// What this machine gives the other side of each ratio; needs no Hawker
+    /// The other side of each ratio on this machine; needs no Hawker
     Machine(Options),
     /// Runs the fault-injecting origin registry until it is ended
     Origin(origin::OriginArgs),
@@ -84,7 +85,7 @@ enum Bench {
 
 #[derive(Args, Clone)]
 struct Options {
-    /// Where to write the results as JSON
+    /// Write the results as JSON into this file
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
     /// How many times each side is measured

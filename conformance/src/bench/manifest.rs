@@ -1,5 +1,5 @@
-//! `manifest`: what the mirror adds to a manifest by tag, which the registry is asked about each time; whether thousands of short
-//! connections are all answered; what an idle daemon holds.
+//! `manifest`: the delay that the mirror adds to a manifest by tag, about which the registry is asked each time; the
+//! answers to thousands of short connections; the memory of an idle daemon.
 
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
@@ -17,7 +17,7 @@ use crate::stage::{REPOSITORY, Stage};
 
 /// Requests to each side in a round.
 const REQUESTS: usize = 2000;
-/// Requests to one side before it is the other's turn: whatever else the machine does meanwhile hits both.
+/// Requests to one side before it is the other's turn: other work of the machine hits both sides.
 const IN_TURN: usize = 10;
 /// Differences measured at least; the median counts.
 const ROUNDS: u32 = 5;
@@ -151,7 +151,7 @@ fn short_connections(
     Ok(failed)
 }
 
-/// What a daemon that has nothing to do holds, all of its code that it has used included.
+/// The memory of a daemon that has nothing to do, all of its used code included.
 fn idle_mib(report: &mut Report, node: &Hawker, during: &str) -> Result<f64> {
     std::thread::sleep(IDLE);
     let bytes = memory_bytes(node.pid().context("the node ended")?, Memory::Resident)

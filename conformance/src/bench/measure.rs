@@ -52,7 +52,7 @@ fn pids() -> impl Iterator<Item = u32> {
     entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok())
 }
 
-/// What /proc/PID/stat says (proc_pid_stat(5)).
+/// The content of /proc/PID/stat (proc_pid_stat(5)).
 struct Stat {
     parent: u32,
     /// utime and stime.
@@ -212,7 +212,7 @@ impl MemorySampler {
         })
     }
 
-    /// What each process had in this time, in MiB, in the order of time.
+    /// The memory of each process in this time, in MiB, in the order of time.
     pub(crate) fn during(&self, time: Range<Instant>) -> BTreeMap<u32, Vec<f64>> {
         let samples = lock(&self.samples);
         let within = |all: &Vec<(Instant, f64)>| {

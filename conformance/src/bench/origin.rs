@@ -13,10 +13,10 @@ use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 
 #[derive(Args)]
 pub(crate) struct OriginArgs {
-    /// Where registry clients connect
+    /// The address for registry clients
     #[arg(long, default_value = "127.0.0.1:5000", value_name = "ADDR")]
     listen: SocketAddr,
-    /// Where the control port listens
+    /// The address of the control port
     #[arg(long, default_value = "127.0.0.1:5001", value_name = "ADDR")]
     control: SocketAddr,
     /// Serve HTTPS with this certificate chain (PEM)

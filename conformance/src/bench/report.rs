@@ -1,4 +1,4 @@
-//! What a bench says in the end: JSON for machines, lines for people.
+//! The report of a bench: JSON for machines, lines for people.
 
 use std::path::Path;
 use std::process::Command;
@@ -6,7 +6,7 @@ use std::process::Command;
 use anyhow::{Context as _, Result};
 use serde_json::{Map, Value, json};
 
-/// What a figure must reach.
+/// The aim of a figure.
 #[derive(Clone, Copy)]
 pub(crate) enum Target {
     AtLeast(f64),

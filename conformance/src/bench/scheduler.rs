@@ -1,4 +1,4 @@
-//! `scheduler`: what the scheduler's decisions cost, in time and memory, with a big cluster's books open.
+//! `scheduler`: the time and memory of the scheduler's decisions, with a big cluster's books open.
 //!
 //! It is [`hawker_core::swarm`] itself, as the daemon runs it, without streams around it. Peers register and announce; the
 //! process's resident memory tells what that took (what the allocator keeps for itself included). Then peers ask for parents: at

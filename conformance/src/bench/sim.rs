@@ -13,8 +13,8 @@ use serde_json::{Value, json};
 use crate::measure::median;
 use crate::report::{Report, Target};
 
-/// What the real burst is: its size, its links' goodput where it is not measured, and what the kernel holds of it: sockets'
-/// buffers and the shaped link's own queue (its latency at most).
+/// The real burst: its size, its links' goodput if it is not measured, and the part that the kernel holds of it:
+/// sockets' buffers and the shaped link's own queue (its latency at most).
 const BURST_BYTES: u64 = 128 << 20;
 const BURST_RATE: f64 = 11.9e6;
 const BURST_BUFFER: Duration = Duration::from_millis(60);
@@ -23,7 +23,7 @@ const BURST_DELAY: Duration = Duration::from_millis(1);
 /// How often a long run says how far it is.
 const PROGRESS_EVERY: Duration = Duration::from_secs(10);
 
-/// What is simulated. A scenario file has the same names as keys, and its own aims; flags override it.
+/// The simulation to run. A scenario file has the same names as keys, and its own aims; flags override it.
 #[derive(Args, Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 pub(crate) struct SimOptions {
@@ -31,18 +31,18 @@ pub(crate) struct SimOptions {
     #[arg(value_name = "FILE")]
     #[serde(skip)]
     scenario: Option<PathBuf>,
-    /// Where to write the results as JSON
+    /// Write the results as JSON into this file
     #[arg(long, value_name = "FILE")]
     #[serde(skip)]
     pub(crate) json: Option<PathBuf>,
-    /// Where to draw completion over time
+    /// Draw completion over time into this file
     #[arg(long, value_name = "FILE")]
     #[serde(skip)]
     svg: Option<PathBuf>,
     /// Nodes that pull, all at once
     #[arg(long)]
     hosts: Option<u32>,
-    /// What each pulls: 3GB, 128MiB
+    /// The size of each blob: 3GB, 128MiB
     #[arg(long)]
     size: Option<String>,
     /// Into how many blobs that is cut
@@ -93,7 +93,7 @@ pub(crate) struct SimOptions {
     aims: Aims,
 }
 
-/// What figures must come to at most.
+/// The upper bounds of figures.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 struct Aims {

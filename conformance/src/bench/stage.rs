@@ -1,4 +1,4 @@
-//! What all benches are played on: a lab, an origin on a host of its own, fresh blobs, and Hawkers around it.
+//! The stage of all benches: a lab, an origin on a host of its own, fresh blobs, and Hawkers around it.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -104,7 +104,7 @@ impl Stage {
         format!("http://{}{}", self.registry(), blob_path(blob))
     }
 
-    /// What a runtime asks its node's mirror for.
+    /// The target that a runtime requests at its node's mirror.
     pub(crate) fn mirror_target(&self, blob: &Blob) -> String {
         format!(
             "{}?ns={}",
@@ -114,7 +114,7 @@ impl Stage {
     }
 }
 
-/// Where registries have it.
+/// The blob's path at registries.
 pub(crate) fn blob_path(blob: &Blob) -> String {
     format!("/v2/{REPOSITORY}/blobs/{}", blob.digest)
 }

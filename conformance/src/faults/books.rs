@@ -1,4 +1,5 @@
-//! What was broken when, and what a client may see of it: the rule of [`super`], in one place.
+//! The record of broken things and their times, and the answers that a client may see: the rule of [`super`], in one
+//! place.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
@@ -6,7 +7,7 @@ use std::time::Instant;
 use super::PULL_WITHIN;
 use super::schedule::Member;
 
-/// What must not happen.
+/// A forbidden event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     /// A client got a wrong byte.
@@ -24,11 +25,11 @@ pub enum Kind {
 pub struct Violation {
     /// Which rule it is against.
     pub kind: Kind,
-    /// What was seen.
+    /// The observation.
     pub what: String,
 }
 
-/// What a span of time was like for a member.
+/// The state of a member during a span of time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Why {
     /// Its clients may get errors.
@@ -44,7 +45,7 @@ struct Span {
     until: Option<Instant>,
 }
 
-/// What the faults and the clients of one run write down.
+/// The notes of the faults and the clients of one run.
 #[derive(Default)]
 pub(super) struct Books(Mutex<Inner>);
 

@@ -29,11 +29,11 @@ pub(super) struct Client<'a> {
     /// The GET of the whole blob at the node's mirror.
     pub(super) request: Request,
     pub(super) known: &'a Known,
-    /// What it wants, or else all.
+    /// The wanted range, or else all.
     pub(super) range: Option<Range<u64>>,
 }
 
-/// What an answer comes to.
+/// The result of an answer.
 enum Came {
     /// These many right bytes, and all that was asked for.
     All,
@@ -91,7 +91,7 @@ impl Client<'_> {
                         format!("from byte {from} on, {:.1?}: {why}", since.elapsed()),
                     ));
                 }
-                // What it has may be wrong from the beginning, so it asks for the whole: that makes the node look, too.
+                // Its first bytes may be wrong, so it asks for the whole, which makes the node look, too.
                 Came::Wrong { .. } => from = wanted.start,
                 Came::Some(bytes, _) => from += bytes,
             }

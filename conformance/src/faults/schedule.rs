@@ -1,4 +1,4 @@
-//! What a seed stands for: who suffers what and when, and who pulls what meanwhile.
+//! The schedule of a seed: the faults of each member with their times, and the pulls meanwhile.
 
 use std::fmt;
 use std::ops::Range;
@@ -23,7 +23,7 @@ const PULLS_PER_NODE: usize = 5;
 /// Several pieces, and at the link's rate long enough to be struck in mid-pull.
 const SIZE_BYTES: Range<u64> = (3 << 20)..(8 << 20);
 
-/// Who takes part.
+/// A member of the run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Member {
     /// The scheduler, which is the authority as well.
@@ -36,7 +36,7 @@ pub enum Member {
     Origin,
 }
 
-/// What happens to a member.
+/// A fault of a member.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Fault {
     /// kill -9; in the end it is started again, perhaps with some bytes of a blob's file turned around meanwhile.
@@ -64,7 +64,7 @@ pub enum Fault {
     Lies {
         /// The blob.
         blob: usize,
-        /// Where in it, in thousandths of its size.
+        /// The position in it, in thousandths of its size.
         at_permille: u64,
     },
 }
@@ -72,9 +72,9 @@ pub enum Fault {
 /// A fault of a member, from its beginning to its end: nothing is broken that is not mended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Trouble {
-    /// Whose.
+    /// The member.
     pub member: Member,
-    /// What.
+    /// The fault.
     pub fault: Fault,
     /// When it begins, after the pulls' start.
     pub from_ms: u64,
@@ -95,13 +95,13 @@ pub(super) struct Pull {
 /// A whole run.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Plan {
-    /// What it was made from.
+    /// The seed that it was made from.
     pub seed: u64,
     /// The node that nothing happens to, but for its link's rate.
     pub survivor: usize,
     /// How a member lies that has joined and says that it holds the first blob.
     pub rogue: Option<Conduct>,
-    /// What happens, by time.
+    /// The faults, by time.
     pub troubles: Vec<Trouble>,
     pub(super) sizes: Vec<u64>,
     pub(super) pulls: Vec<Pull>,

@@ -16,21 +16,21 @@ use crate::scene::{self, REPOSITORY, Scene, committed_path, partial_path};
 
 /// Slow enough that pulls are under way when something breaks, fast enough that a run is short.
 const LINK: Mbit = Mbit(50);
-/// What a failed run is explained by.
+/// The log level that explains a failed run.
 const LOG_LEVEL: &str = "info,hawker_proxy=debug";
 /// How many wrong bytes a lying origin sends.
 const LIE_BYTES: u64 = 100;
 
-/// What came of a run.
+/// The result of a run.
 #[derive(Debug)]
 pub struct Outcome {
-    /// What must not have happened.
+    /// The forbidden events that happened.
     pub violations: Vec<Violation>,
     /// How long each pull took.
     pub pulls: Vec<Duration>,
     /// Setting the scene included.
     pub total: Duration,
-    /// Where the daemons' logs are, if anything was violated.
+    /// The folder of the daemons' logs, if anything was violated.
     pub logs: Option<PathBuf>,
 }
 
@@ -233,7 +233,7 @@ enum Body<'a> {
     Origin(&'a Origin),
 }
 
-/// What mends a fault.
+/// The way to mend a fault.
 enum Mend {
     Restart(Option<PathBuf>),
     Continue,

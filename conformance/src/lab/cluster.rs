@@ -10,7 +10,7 @@ use super::hawker::{Hawker, HawkerPlan};
 use super::host::Mbit;
 use super::small_disk::SmallDisk;
 
-/// What a cluster is to be.
+/// The plan of a cluster.
 #[derive(Clone, Debug, Default)]
 pub struct ClusterPlan {
     /// Nodes besides the seed.
@@ -90,7 +90,7 @@ impl Cluster {
         })
     }
 
-    /// Who signs certificates and makes tokens.
+    /// The member that signs certificates and makes tokens.
     #[must_use]
     pub fn authority(&self) -> &Hawker {
         self.scheduler.as_ref().unwrap_or(&self.seed)
@@ -98,7 +98,7 @@ impl Cluster {
 }
 
 impl ClusterPlan {
-    /// What each member of the cluster has beside its own arguments.
+    /// The arguments of each member of the cluster beside its own.
     ///
     /// # Errors
     /// When a file of the host cannot be written.

@@ -81,7 +81,7 @@ impl Containerd {
             .with_context(|| format!("writing to {}", dir.display()))
     }
 
-    /// Where it listens.
+    /// Its address.
     #[must_use]
     pub fn socket(&self) -> PathBuf {
         self.dir.join("containerd.sock")

@@ -95,7 +95,7 @@ impl ContainersTools {
     /// When it fails.
     pub fn skopeo_copy(&self, reference: &str) -> Result<PathBuf> {
         let target = self.dir.join("copied");
-        // What is there already would not be asked for again.
+        // Content that is there already would not be asked for again.
         let _ = fs::remove_dir_all(&target);
         let mut command = self.command("skopeo");
         // It reads no variable for this.

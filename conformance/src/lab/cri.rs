@@ -1,4 +1,5 @@
-//! What a kubelet says to containerd: as much of the container runtime interface (`runtime/v1/api.proto`) as a pull needs.
+//! The requests of a kubelet to containerd: as much of the container runtime interface (`runtime/v1/api.proto`) as a
+//! pull needs.
 
 use std::path::Path;
 use std::time::Duration;

@@ -345,7 +345,7 @@ impl Hawker {
         SmallDisk::at(self.data_dir())
     }
 
-    /// Where it keeps blobs.
+    /// The folder of its blobs.
     #[must_use]
     pub fn store_dir(&self) -> PathBuf {
         let own = if self.plan.kind == Kind::Up {
@@ -356,25 +356,25 @@ impl Hawker {
         own.join("store")
     }
 
-    /// Where runtimes on its host reach it.
+    /// The address for runtimes on its host.
     #[must_use]
     pub fn mirror(&self) -> SocketAddr {
         SocketAddr::new(self.plan.host.loopback(), MIRROR_PORT)
     }
 
-    /// Where other peers reach it.
+    /// The address for other peers.
     #[must_use]
     pub fn peer(&self) -> SocketAddr {
         self.plan.host.at(PEER_PORT)
     }
 
-    /// Where nodes reach its scheduler.
+    /// The address of its scheduler for nodes.
     #[must_use]
     pub fn scheduler(&self) -> SocketAddr {
         self.plan.host.at(SCHEDULER_PORT)
     }
 
-    /// Where its status and metrics are, on its host's loopback.
+    /// The address of its status and metrics, on its host's loopback.
     #[must_use]
     pub fn admin(&self) -> SocketAddr {
         self.plan.admin()
@@ -400,7 +400,7 @@ impl Hawker {
         memory_bytes(pid, Memory::Anonymous).context("it has ended")
     }
 
-    /// What it logged, over all its lives.
+    /// Its log, over all its lives.
     #[must_use]
     pub fn log(&self) -> String {
         std::fs::read_to_string(self.plan.log_path()).unwrap_or_default()
@@ -485,7 +485,7 @@ impl Hawker {
             .send(&self.plan.host)
     }
 
-    /// What `/status` says.
+    /// The content of `/status`.
     ///
     /// # Errors
     /// When it does not answer with that JSON.
@@ -560,9 +560,9 @@ pub struct Status {
     pub schedulers: Vec<Scheduler>,
     /// The members it knows.
     pub members: Vec<Member>,
-    /// What it received and gave.
+    /// The bytes that it received and gave.
     pub bytes: Bytes,
-    /// What it holds.
+    /// The content of its store.
     pub store: Store,
     /// Active downloads.
     pub tasks: Vec<Task>,
@@ -590,7 +590,7 @@ pub struct Member {
     pub peer_id: String,
     /// Its role.
     pub role: String,
-    /// Where it is reached.
+    /// Its addresses.
     pub addresses: Vec<String>,
     /// Whether this node has a connection to it.
     pub connected: bool,

@@ -202,7 +202,7 @@ impl Host {
         ))
     }
 
-    /// What went over the link since the host was made.
+    /// The bytes that went over the link since the host was made.
     ///
     /// # Errors
     /// When the kernel's counters cannot be read.
@@ -257,7 +257,7 @@ impl Host {
         })
     }
 
-    /// A tokio runtime whose workers live in the namespace: what is *spawned* on it makes its sockets there. (The
+    /// A tokio runtime whose workers live in the namespace: a future *spawned* on it makes its sockets there. (The
     /// future given to `block_on` itself runs on the calling thread, which is elsewhere: use [`Host::block_on`].)
     ///
     /// # Errors

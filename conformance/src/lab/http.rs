@@ -12,7 +12,7 @@ use super::host::Host;
 
 /// Headers longer than this are not from a sane server.
 const MAX_HEAD_BYTES: usize = 64 << 10;
-/// What is kept of a body that is to be discarded: enough for an error's text.
+/// The bytes kept of a discarded body: enough for an error's text.
 const GLIMPSE_BYTES: usize = 2 << 10;
 
 /// One request. The connection is closed after it.
@@ -41,7 +41,7 @@ pub enum End {
     Left,
 }
 
-/// What came back.
+/// An answer.
 #[derive(Clone, Debug)]
 pub struct Answer {
     /// The status code.
@@ -325,9 +325,9 @@ impl Request {
 /// A chunked body (RFC 9112, 7.1), without extensions and trailers.
 #[derive(Default)]
 struct Chunks {
-    /// What came and is not decoded yet.
+    /// Bytes that came and are not decoded yet.
     raw: Vec<u8>,
-    /// What is left of the chunk, and of the line end after it.
+    /// The rest of the chunk, and of the line end after it.
     left: usize,
     /// The last chunk has come.
     over: bool,

@@ -11,7 +11,7 @@
 //! # Ok(()) }
 //! ```
 //!
-//! A lab removes everything when it is dropped: processes, namespaces, mounts, files. What a killed run left behind is
+//! A lab removes everything when it is dropped: processes, namespaces, mounts, files. The remains of a killed run are
 //! removed when the next lab starts.
 
 mod certificates;

@@ -68,7 +68,7 @@ impl ObjectStore {
         base(&self.host)
     }
 
-    /// What it answered so far.
+    /// Its answers so far.
     #[must_use]
     pub fn reads(&self) -> Vec<ObjectRead> {
         self.process.log().lines().filter_map(read).collect()

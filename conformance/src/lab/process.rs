@@ -70,7 +70,7 @@ impl Process {
         self.child.id()
     }
 
-    /// What it wrote so far.
+    /// Its output so far.
     #[must_use]
     pub fn log(&self) -> String {
         fs::read_to_string(&self.log).unwrap_or_default()
@@ -203,10 +203,10 @@ pub(super) fn tails(lab: &Path) -> String {
     logs(lab).iter().map(|log| tail(log)).collect()
 }
 
-/// What of a process's memory.
+/// A kind of a process's memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Memory {
-    /// What no file is behind.
+    /// Memory without a file behind it.
     Anonymous,
     /// All that is resident, its code included.
     Resident,

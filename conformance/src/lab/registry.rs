@@ -46,7 +46,7 @@ pub struct DockerRegistry {
     process: Process,
 }
 
-/// What a registry answered to blob GETs.
+/// The answers of a registry to blob GETs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct BlobReads {
     /// Requests answered with 200 or 206.
@@ -293,7 +293,7 @@ impl DockerRegistry {
         self.process.log()
     }
 
-    /// What it sent to blob GETs so far: of `digest`, or of all.
+    /// The bytes that it sent to blob GETs so far: of `digest`, or of all.
     #[must_use]
     pub fn blob_reads(&self, digest: Option<&str>) -> BlobReads {
         let log = self.process.log();
@@ -323,7 +323,7 @@ impl DockerRegistry {
         Ok(())
     }
 
-    /// What it was asked so far, a line of its access log each.
+    /// The requests so far, a line of its access log each.
     #[must_use]
     pub fn requests(&self) -> Vec<String> {
         self.process

@@ -9,7 +9,7 @@ use anyhow::{Context as _, Result};
 
 use super::process::run;
 
-/// What fills the disk.
+/// The file that fills the disk.
 const BALLAST: &str = "ballast";
 
 /// A tmpfs. The lab unmounts it.

@@ -1,4 +1,4 @@
-//! Removing a lab: what runs in its namespaces, what is mounted in its folder, then both.
+//! The removal of a lab: the processes in its namespaces, the mounts in its folder, then both.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -14,12 +14,12 @@ use super::process::run;
 /// How long killed processes may take to disappear.
 const DEATH: Duration = Duration::from_secs(5);
 
-/// Where the labs' folders are. Not `/tmp`, which may be memory.
+/// The folder of all labs. Not `/tmp`, which may be memory.
 pub(super) fn base_dir() -> PathBuf {
     std::env::var_os("TMPDIR").map_or_else(|| "/var/tmp".into(), PathBuf::from)
 }
 
-/// Removes the labs whose process is gone. What cannot be removed stays for the next time.
+/// Removes the labs whose process is gone. A lab that cannot be removed stays for the next time.
 pub(super) fn stale_labs() {
     let names = names_in(Path::new("/run/netns")).chain(names_in(&base_dir()));
     let mut labs: Vec<String> = names

@@ -21,11 +21,11 @@ use super::host::Host;
 use crate::origin::http::{Connection, Request};
 
 const PORT: u16 = 5001;
-/// What docker-registry is told to expect.
+/// The issuer that docker-registry expects.
 pub(super) const ISSUER: &str = "the lab's token server";
 pub(super) const SERVICE: &str = "the lab's registry";
 
-/// A running token server. What it allows can be changed at any time; what it gave out stays good for its life.
+/// A running token server. Its grants can be changed at any time; a token that it gave out stays good for its life.
 #[derive(Debug)]
 pub struct TokenServer {
     state: Arc<State>,
@@ -40,7 +40,7 @@ pub struct TokenServer {
 pub struct TokenAsked {
     /// `GET`, or `POST` for the OAuth 2 variant.
     pub method: String,
-    /// Who asked with the right password; `None` for anonymous and for wrong ones.
+    /// The user with the right password; `None` for anonymous callers and for wrong passwords.
     pub user: Option<String>,
     /// The scopes asked for.
     pub scopes: Vec<String>,
@@ -56,11 +56,11 @@ struct State {
     signer: Signer,
 }
 
-/// Who may have what.
+/// The rights of users.
 #[derive(Debug)]
 struct Rules {
     passwords: HashMap<String, String>,
-    /// Who may pull and push, by repository.
+    /// The users that may pull and push, by repository.
     members: HashMap<String, HashSet<String>>,
     /// Repositories that everybody may pull.
     public: HashSet<String>,
@@ -121,7 +121,7 @@ impl TokenServer {
         })
     }
 
-    /// Where it gives tokens: the `realm` of challenges.
+    /// The endpoint of tokens: the `realm` of challenges.
     #[must_use]
     pub fn realm(&self) -> &str {
         &self.realm
@@ -162,7 +162,7 @@ impl TokenServer {
         self.state.rules().oauth = offered;
     }
 
-    /// What it was asked so far.
+    /// The requests so far.
     #[must_use]
     pub fn log(&self) -> Vec<TokenAsked> {
         lock(&self.state.log).clone()
@@ -225,7 +225,7 @@ async fn converse(
     Ok(())
 }
 
-/// Who asks.
+/// The caller.
 enum Caller {
     Anonymous,
     User(String),
@@ -370,7 +370,8 @@ impl Rules {
         (self.passwords.get(name)? == password).then(|| name.to_owned())
     }
 
-    /// What of the scopes this user (everybody, without one) may have; as all token servers, it says no by granting less.
+    /// The scopes that this user (everybody, without one) may have; like all token servers, it refuses by granting
+    /// less.
     fn grant(&self, user: Option<&str>, scopes: &[String]) -> Vec<Scope> {
         let wanted = scopes
             .iter()

@@ -11,15 +11,15 @@ use super::fault::Fault;
 use super::http::Request;
 use super::{State, lock};
 
-/// What `/token` gives out where tokens live for ever.
+/// The token that `/token` gives out if tokens live for ever.
 const TOKEN: &str = "origin-token";
-/// What a token is made of whose life is limited: a JSON web token (RFC 7519), but for a real signature.
+/// The parts of a token whose life is limited: a JSON web token (RFC 7519), but for a real signature.
 const TOKEN_PARTS: [&str; 2] = ["e30", "b3JpZ2lu"];
-/// What a signed URL's path begins with; the URL's number and the path asked for follow.
+/// The start of a signed URL's path; the URL's number and the requested path follow.
 const SIGNED: &str = "/signed/";
 const EXPIRED: &str = "/signed/expired/";
 
-/// An answer: what its head says, and which bytes follow.
+/// An answer: its head, and the bytes that follow.
 pub(super) struct Answer {
     pub(super) status: u16,
     pub(super) headers: Vec<(&'static str, String)>,
@@ -195,7 +195,7 @@ fn redirect(state: &State, path: &str, fault: &Fault) -> Option<Answer> {
     )
 }
 
-/// What lies at this path; 404 where there is nothing.
+/// The content at this path; 404 if there is none.
 fn find(state: &State, path: &str) -> Answer {
     let shelves = lock(&state.shelves);
     let key = |at: usize, kind: &str| {

@@ -1,4 +1,4 @@
-//! What a blob consists of: bytes made from a seed as they are needed, a file, or bytes in memory.
+//! The content of a blob: bytes made from a seed as they are needed, a file, or bytes in memory.
 
 use std::fs::File;
 use std::io;

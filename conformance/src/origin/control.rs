@@ -12,7 +12,7 @@ use tokio::net::{TcpListener, TcpStream};
 use super::http::{Connection, Request};
 use super::{Blob, Content, State};
 
-/// What `POST /blobs` takes.
+/// The body of `POST /blobs`.
 #[derive(Deserialize)]
 struct NewBlob {
     repository: String,
@@ -27,7 +27,7 @@ enum BlobSource {
     File { file: PathBuf },
 }
 
-/// What `POST /manifests` takes.
+/// The body of `POST /manifests`.
 #[derive(Deserialize)]
 struct NewManifest {
     repository: String,

@@ -1,4 +1,4 @@
-//! What the origin does wrong, to whom, and how often.
+//! The faults of the origin, their victims, and their number.
 
 use serde::{Deserialize, Serialize};
 
@@ -54,7 +54,7 @@ pub enum Fault {
     /// Content-Length is off by this much. Too long: the connection closes early. Too short: bytes follow that
     /// belong to no answer, and the connection stays open.
     LieLength {
-        /// What is added to the true length.
+        /// The number added to the true length.
         off_by_bytes: i64,
     },
     /// Wrong bytes, at these offsets in the blob.
@@ -82,7 +82,7 @@ pub enum Fault {
         /// `/token` gives one to everybody; or else only to `user` with `password`.
         #[serde(default)]
         anonymous: bool,
-        /// Who may have a token.
+        /// The user that may have a token.
         #[serde(default)]
         user: String,
         /// The password of that user.
@@ -94,7 +94,7 @@ pub enum Fault {
     },
     /// Basic credentials are required.
     Basic {
-        /// Who may pull.
+        /// The user that may pull.
         user: String,
         /// The password of that user.
         password: String,
@@ -103,7 +103,7 @@ pub enum Fault {
     Redirect {
         /// 301, 302, 303, 307 or 308.
         status: u16,
-        /// What the signed URL begins with, such as `http://10.0.0.9:80`; empty makes the Location relative.
+        /// The start of the signed URL, such as `http://10.0.0.9:80`; empty makes the Location relative.
         #[serde(default)]
         base: String,
         /// How many of the URLs handed out have expired when they are asked (403); those after them work.
@@ -115,7 +115,7 @@ pub enum Fault {
 /// A fault and the requests it strikes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Rule {
-    /// What happens.
+    /// The fault.
     #[serde(flatten)]
     pub fault: Fault,
     /// Only requests whose path contains this, such as a digest, a repository, `/manifests/`; all when empty.

@@ -1,4 +1,4 @@
-//! What the origin was asked and what it sent: the proof of who fetched what, and how often.
+//! The requests to the origin and its answers: the proof of each fetch.
 
 use std::sync::Mutex;
 use std::time::Instant;
@@ -62,7 +62,7 @@ struct Inner {
     entries: Vec<Entry>,
 }
 
-/// Where an answer under way is noted.
+/// The note of an answer under way.
 pub(super) struct Mark {
     generation: u64,
     index: usize,

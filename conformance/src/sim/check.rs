@@ -1,4 +1,4 @@
-//! What must hold in every run, checked as it goes.
+//! The invariants of every run, checked as it goes.
 
 use hawker_core::message::Offer;
 use hawker_core::piece::PieceSet;
@@ -14,7 +14,7 @@ pub struct Checks {
 }
 
 impl Checks {
-    /// What was violated, the first twenty.
+    /// The violations, the first twenty.
     pub fn found(&self) -> &[String] {
         &self.found
     }

@@ -9,7 +9,7 @@ use hawker_core::Time;
 /// As long as one bucket of the queue.
 const BUCKET: Duration = Duration::from_micros(100);
 
-/// Buckets at most: what comes later waits in a heap.
+/// Buckets at most: later events wait in a heap.
 const BUCKETS: usize = 1 << 12;
 
 /// When, which in turn, and what.
@@ -18,9 +18,9 @@ type Entry<E> = (Time, u64, E);
 /// Events in the order of their times; those of one time in the order in which they were put in. Nearly all come within
 /// milliseconds: they lie in buckets, which are sorted when their time has come. One heap of all would be a tenth of a run.
 pub(super) struct Queue<E> {
-    /// What is next: the last comes first.
+    /// The next events: the last comes first.
     current: Vec<Entry<E>>,
-    /// The number of the first of `buckets`; what is earlier is in `current`.
+    /// The number of the first of `buckets`; earlier events are in `current`.
     first: u64,
     buckets: VecDeque<Vec<Entry<E>>>,
     /// How many are in `buckets`.
@@ -66,7 +66,8 @@ impl<E> Queue<E> {
         self.near += 1;
     }
 
-    /// Makes what is next the current, if it is not later than `by`: what is put in until then would have to be sorted in.
+    /// Makes the next bucket the current one, if it is not later than `by`: events put in until then would have to be
+    /// sorted in.
     fn advance(&mut self, by: Time) {
         let last = bucket_of(by);
         while self.current.is_empty() && self.first <= last {

@@ -107,7 +107,7 @@ pub(super) struct Local {
     pub(super) reading: Option<u64>,
     pub(super) done_at: Option<Time>,
     pub(super) changed: bool,
-    /// Whom the scheduler named as its issuer.
+    /// The issuer that the scheduler named.
     pub(super) issuer: Option<PeerId>,
 }
 
@@ -125,7 +125,7 @@ impl Local {
         }
     }
 
-    /// A client may have this piece: where it reads now, if it moves.
+    /// A client may have this piece; gives the client's new position, if it moves.
     pub(super) fn show(&mut self, piece: PieceIndex) -> Option<PieceIndex> {
         self.shown.insert(piece);
         let next = self.shown.first_missing(self.reader_at);
@@ -151,7 +151,7 @@ pub(super) struct Host {
     pub(super) sending: VecDeque<Sending>,
     /// When it looks at its uplink next.
     pub(super) pumps_at: Option<Time>,
-    /// What was said to it, by when it is there.
+    /// The messages to it, by the time of their arrival.
     pub(super) inbox: VecDeque<Letter>,
     /// The tick at which it takes that in.
     pub(super) looks_at: Option<u64>,
@@ -230,7 +230,7 @@ impl Host {
         }
     }
 
-    /// Takes in what has come by `now`: what follows from it.
+    /// Takes in the messages that have come by `now`, and decides.
     pub(super) fn decide(&mut self, now: Time, blobs: &[Blob]) {
         while let Some(Letter { from, content, .. }) = self.letter(now) {
             self.arrive(now, from, content.message(blobs));

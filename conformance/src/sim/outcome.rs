@@ -1,4 +1,4 @@
-//! What came of a run.
+//! The result of a run.
 
 use super::Checks;
 
@@ -13,7 +13,7 @@ pub struct Finish {
     pub dead: bool,
 }
 
-/// What came of a run.
+/// The result of a run.
 #[derive(Clone, Debug)]
 pub struct Outcome {
     /// The least time possible, in seconds.
@@ -40,7 +40,7 @@ pub struct Outcome {
     pub lasted_s: f64,
     /// Of everything that any node wanted done: the same for the same scenario and seed.
     pub trace: u64,
-    /// What was violated.
+    /// The violations.
     pub checks: Checks,
 }
 

@@ -1,4 +1,4 @@
-//! What is simulated.
+//! The scenario of a simulation.
 
 use std::time::Duration;
 
@@ -14,7 +14,7 @@ pub struct Scenario {
     pub hosts: u32,
     /// Seed peers besides.
     pub seed_peers: u32,
-    /// What each node pulls, in bytes.
+    /// The size of each node's pull, in bytes.
     pub size_bytes: u64,
     /// Into how many blobs that is cut.
     pub layers: u32,
@@ -28,15 +28,15 @@ pub struct Scenario {
     pub zones: u32,
     /// From the end of one link to the start of the next.
     pub delay: Duration,
-    /// What is committed ahead of an uplink, as time at its rate.
+    /// The data committed ahead of an uplink, as time at its rate.
     pub buffer: Duration,
-    /// What a piece is sent in when several go at once.
+    /// The part of a piece sent in one turn when several go at once.
     pub turn_bytes: u64,
     /// Pieces that a node sends at once.
     pub upload_slots: usize,
     /// Bytes that a node asks for at once.
     pub in_flight_bytes: u64,
-    /// What goes wrong.
+    /// The faults.
     pub faults: Faults,
     /// Origin bytes over the size, at most: more is a violation.
     pub origin_copies_max: f64,
@@ -46,7 +46,7 @@ pub struct Scenario {
     pub rng: u64,
 }
 
-/// What goes wrong in a run.
+/// The faults in a run.
 #[derive(Clone, Debug, Default)]
 pub struct Faults {
     /// The part of the hosts that is slow.
@@ -130,7 +130,7 @@ impl Scenario {
         }
     }
 
-    /// When the run is given up: what has not ended by then never will.
+    /// The end of the run's patience: a download that has not ended by then never will.
     pub fn limit(&self) -> Duration {
         let slowest = if self.faults.slow > 0.0 {
             self.faults.slow_rate.max(0.01)

@@ -1,4 +1,4 @@
-//! All hosts, their scheduler and the origin: what happens, and what is done about it.
+//! All hosts, their scheduler and the origin: the events, and their effects.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -116,7 +116,7 @@ pub(super) struct World<'a> {
     origin: Link,
     streams: u64,
     swarm: Option<Swarm>,
-    /// How many schedulers there were: what was said to an earlier one is lost.
+    /// The number of schedulers so far: messages to an earlier one are lost.
     life: u32,
     ticks_at: Option<Time>,
     scheduler_messages: u64,
@@ -165,7 +165,7 @@ impl<'a> World<'a> {
                     in_flight_bytes: scenario.in_flight_bytes,
                     layout: scenario.layout(),
                 };
-                // Its own chance: what it draws does not depend on who decides before it.
+                // Its own chance: its draws do not depend on the hosts that decide before it.
                 let chance = StdRng::seed_from_u64(rng.random());
                 let mut node = Node::new(config, Keys::new(index, seeds), chance);
                 let now = Time::default();
@@ -341,7 +341,7 @@ impl<'a> World<'a> {
         }
     }
 
-    // ---- what happens -------------------------------------------------------------------------------------------
+    // ---- events ---------------------------------------------------------------------------------------------------
 
     fn host(&mut self, index: u32) -> &mut Host {
         &mut self.hosts[index as usize]
@@ -479,7 +479,7 @@ impl<'a> World<'a> {
     /// Nodes take in what came and decide what follows; then that is done, of one after the other.
     fn look(&mut self, tick: u64, nodes: Vec<u32>) {
         let now = self.now;
-        // Whoever looked at an earlier tick since is not here for this one.
+        // A host that looked at an earlier tick since is not here for this one.
         let is_due = |index: &u32| {
             let host = &mut self.hosts[*index as usize];
             !host.dead && host.looks_at.take_if(|set| *set == tick).is_some()
@@ -544,7 +544,7 @@ impl<'a> World<'a> {
         }
     }
 
-    // ---- what a node wants done ---------------------------------------------------------------------------------
+    // ---- a node's orders ------------------------------------------------------------------------------------------
 
     fn carry_out(&mut self, me: u32, output: Output) {
         let (now, delay) = (self.now, self.scenario.delay);
@@ -874,7 +874,7 @@ impl<'a> World<'a> {
             if backlog > buffer {
                 return self.pump_at(index, now + (backlog - buffer));
             }
-            // Whose downlink has room first, in turn.
+            // Senders whose receiver's downlink has room come first, in turn.
             let waits =
                 |sending: &Sending| self.congestion(index, sending.to).saturating_sub(buffer);
             let sending = &self.hosts[index as usize].sending;
@@ -1325,7 +1325,7 @@ fn doubled(hosts: &[Host], blobs: &[Blob]) -> u64 {
     hosts.iter().map(of).sum()
 }
 
-/// Who is slow and who lies, by lot.
+/// Draws the slow hosts and the liars by lot.
 fn afflict(scenario: &Scenario, hosts: &mut [Host], rng: &mut StdRng) {
     let faults = &scenario.faults;
     let many = |part: f64| (part * f64::from(scenario.hosts)).round() as usize;

@@ -215,7 +215,7 @@ impl Attack {
     }
 }
 
-/// One part of an attack: what is tried again and again.
+/// One part of an attack, tried again and again.
 trait Attempt: Send + Sync + 'static {
     /// One try, until either side has had enough. `number` is no other try's.
     fn once(&self, number: u64) -> impl Future<Output = Result<()>> + Send;
@@ -373,7 +373,7 @@ impl Attempt for HalfRequest {
     }
 }
 
-/// TLS without a certificate. The outsider knows the cluster's authority; that alone opens nothing.
+/// TLS without a certificate. The outsider knows the cluster's authority, which alone opens nothing.
 fn stranger(host: &Host, arena: &Arena) -> Result<Arc<ClientConfig>> {
     Attacker::join(host, arena.cluster.authority())?
         .membership()

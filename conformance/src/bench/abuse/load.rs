@@ -98,7 +98,7 @@ impl<'a> Honest<'a> {
         self.pulls.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What the pulls that began in this time took, in order.
+    /// The seconds of the pulls that began in this time, in order.
     pub(super) fn seconds(&self, node: usize, kind: Kind, time: &Range<Instant>) -> Vec<f64> {
         let pulls = self.pulls();
         let ours = pulls
