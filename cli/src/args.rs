@@ -28,6 +28,8 @@ pub(crate) enum Command {
     Scheduler(SchedulerFlags),
     /// Scheduler, authority and a seed in one process: a cluster's first node
     Up(UpFlags),
+    /// A containerd snapshotter (proxy plugin) with overlay for every image
+    Snapshotter(SnapshotterArgs),
     /// Tokens, with which nodes join
     #[command(subcommand)]
     Token(TokenCommand),
@@ -108,6 +110,35 @@ pub(crate) struct ConfigCheckArgs {
     /// The daemon that the file is for [default: the one that the file fits best]
     #[arg(long, value_enum)]
     pub(crate) daemon: Option<DaemonName>,
+}
+
+/// `hawker snapshotter`.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct SnapshotterArgs {
+    /// The folder of all snapshots; its file system must carry overlay's upper folders
+    #[arg(
+        long,
+        value_name = "DIR",
+        env = "HAWKER_SNAPSHOTTER_ROOT",
+        default_value = "/var/lib/hawker-snapshotter"
+    )]
+    pub(crate) root: PathBuf,
+    /// The unix socket that containerd's proxy_plugins name
+    #[arg(
+        long,
+        value_name = "SOCKET",
+        env = "HAWKER_SNAPSHOTTER_SOCKET",
+        default_value = "/run/hawker-snapshotter/snapshotter.sock"
+    )]
+    pub(crate) socket: PathBuf,
+    /// The log level, or directives such as info,hawker_snapshotter=debug
+    #[arg(
+        long,
+        value_name = "LEVEL",
+        env = "HAWKER_LOG_LEVEL",
+        default_value = "info"
+    )]
+    pub(crate) log_level: String,
 }
 
 /// `hawker member ls`.

@@ -21,6 +21,7 @@ mod resolve;
 mod run;
 mod scheduler_page;
 mod signals;
+mod snapshotter;
 mod status;
 mod system;
 mod token;
@@ -46,6 +47,7 @@ async fn main() -> ExitCode {
         Command::Proxy(_) => run::proxy(argv).await,
         Command::Scheduler(_) => run::scheduler(argv).await,
         Command::Up(_) => run::up(argv).await,
+        Command::Snapshotter(args) => snapshotter::run(&args).await,
         Command::Token(TokenCommand::Create(args)) => token::create(&args),
         Command::Member(MemberCommand::Ls(args)) => members::list(&args).await,
         Command::Member(MemberCommand::Rm(args)) => members::remove(&args).await,

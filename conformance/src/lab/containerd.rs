@@ -29,7 +29,15 @@ impl Containerd {
     /// # Errors
     /// When it does not come up; the error has the end of its log.
     pub fn start(host: &Host, name: &str) -> Result<Self> {
-        Self::start_with(host, name, false)
+        Self::start_with(host, name, false, None)
+    }
+
+    /// Starts one whose images lie in the proxy plugin that listens at `socket`.
+    ///
+    /// # Errors
+    /// As [`Containerd::start`].
+    pub fn start_with_snapshotter(host: &Host, name: &str, socket: &Path) -> Result<Self> {
+        Self::start_with(host, name, true, Some(socket))
     }
 
     /// Starts one that kubelets could talk to; see [`Containerd::pull_as_kubelet`].
@@ -37,15 +45,25 @@ impl Containerd {
     /// # Errors
     /// As [`Containerd::start`].
     pub fn start_for_kubelet(host: &Host, name: &str) -> Result<Self> {
-        Self::start_with(host, name, true)
+        Self::start_with(host, name, true, None)
     }
 
-    fn start_with(host: &Host, name: &str, kubelet: bool) -> Result<Self> {
+    fn start_with(host: &Host, name: &str, kubelet: bool, plugin: Option<&Path>) -> Result<Self> {
         let dir = host.dir().join(name);
         fs::create_dir_all(dir.join("certs.d"))?;
-        let snapshotter = snapshotter(&dir)?;
+        let snapshotter = match plugin {
+            Some(_) => "hawker",
+            None => snapshotter(&dir)?,
+        };
         let config = dir.join("config.toml");
-        fs::write(&config, config_text(&dir, snapshotter, kubelet))?;
+        let mut text = config_text(&dir, snapshotter, kubelet);
+        if let Some(socket) = plugin {
+            text += &format!(
+                "[proxy_plugins.hawker]\n  type = \"snapshot\"\n  address = \"{}\"\n",
+                socket.display()
+            );
+        }
+        fs::write(&config, text)?;
         let log = host.dir().join(format!("{name}.log"));
         let process = Process::start(host.command("containerd").arg("--config").arg(&config), log)?;
         let mut containerd = Self {
