@@ -106,15 +106,22 @@ fn an_image_pulled_through_hawker_runs_survives_crashes_and_goes_away_whole() ->
         // A kubelet's pull of the same image uses the same snapshotter.
         containerd.pull_as_kubelet(&reference, None)?;
 
-        let mut remove = containerd.ctr();
-        run(remove.args(["images", "rm", "--sync", &reference]))?;
-        let mut remove = containerd.ctr();
-        run(remove.args(["-n", "k8s.io", "images", "rm", "--sync", &reference]))?;
+        // A kubelet's containerd knows an image by three names.
+        for namespace in ["default", "k8s.io"] {
+            let mut list = containerd.ctr();
+            let names = run(list.args(["-n", namespace, "images", "ls", "-q"]))?;
+            let mut remove = containerd.ctr();
+            remove.args(["-n", namespace, "images", "rm", "--sync"]);
+            run(remove.args(names.lines()))?;
+        }
         let end = Instant::now() + Duration::from_secs(20);
         while snapshotter.entries("records")? > 0 && Instant::now() < end {
             std::thread::sleep(Duration::from_millis(200));
         }
-        ensure!(snapshotter.entries("snapshots")? <= snapshotter.entries("records")?);
+        for folder in ["records", "snapshots"] {
+            let left = snapshotter.entries(folder)?;
+            ensure!(left == 0, "{left} {folder} of removed images are left");
+        }
         Ok(())
     })())
 }
