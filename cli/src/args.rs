@@ -7,6 +7,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::flags::{ProxyFlags, SchedulerFlags, UpFlags};
 
+/// The default socket of CRI-O.
+pub(crate) const CRIO_SOCKET: &str = "/run/crio/crio.sock";
+
 /// Hands every node its container images: a registry mirror that takes layers from other nodes.
 #[derive(Debug, Parser)]
 #[command(
@@ -271,7 +274,7 @@ pub(crate) struct DoctorArgs {
     #[arg(long, value_name = "SOCKET")]
     pub(crate) containerd_address: Option<PathBuf>,
     /// CRI-O's socket
-    #[arg(long, value_name = "SOCKET", default_value = crate::doctor::CRIO_SOCKET)]
+    #[arg(long, value_name = "SOCKET", default_value = CRIO_SOCKET)]
     pub(crate) crio_address: PathBuf,
     /// The results as JSON
     #[arg(long)]

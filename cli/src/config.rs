@@ -8,7 +8,7 @@ use hawker_config::{Daemon, Effective, Layered, Problems};
 
 use crate::args::{ConfigCheckArgs, ConfigCommand, ConfigShowArgs, DaemonName};
 use crate::resolve::{self, Surroundings};
-use crate::{flags, print, reload, run};
+use crate::{flags, print, reload, surroundings};
 
 impl From<DaemonName> for Daemon {
     fn from(name: DaemonName) -> Self {
@@ -37,8 +37,8 @@ fn show(args: &ConfigShowArgs) -> Result<()> {
     warn(warning.as_deref());
     let effective = Effective::new(daemon, pushed.layers().chain(own));
     let around = match effective.daemon {
-        Daemon::Scheduler => run::scheduler_surroundings(&effective),
-        _ => run::surroundings(&effective),
+        Daemon::Scheduler => surroundings::of_scheduler(&effective),
+        _ => surroundings::of_proxy(&effective),
     };
     problems(&effective, around)?;
     if !args.json {

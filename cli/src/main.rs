@@ -23,6 +23,7 @@ mod scheduler_page;
 mod signals;
 mod snapshotter;
 mod status;
+mod surroundings;
 mod system;
 mod token;
 

@@ -22,6 +22,11 @@ const JOIN_PATIENCE: Duration = Duration::from_secs(60);
 /// Between two tries of a node that serves alone meanwhile.
 const REJOIN_PAUSE: Duration = Duration::from_secs(15);
 
+/// A scheduler's identity is apart from that of a proxy with the same data directory.
+pub(crate) fn scheduler_identity_dir(data_dir: &Path) -> PathBuf {
+    identity_dir(&data_dir.join("scheduler"))
+}
+
 /// The folder of a node's identity.
 pub(crate) fn identity_dir(data_dir: &Path) -> PathBuf {
     data_dir.join("identity")

@@ -15,7 +15,7 @@ use hawker_proxy::settings::{LiveSettings, Push};
 use hawker_scheduler::LiveSettings as ClusterSettings;
 
 use crate::log::LogHandle;
-use crate::{flags, resolve, run};
+use crate::{flags, resolve, surroundings};
 
 /// The settings of a daemon after all layers.
 pub(crate) enum Resolved {
@@ -79,9 +79,9 @@ impl State {
     fn resolve(&self) -> Result<(Resolved, Effective), Problems> {
         let all = Effective::new(self.daemon, self.pushed.layers().chain(self.own.clone()));
         let resolved = match self.daemon {
-            Daemon::Proxy => Resolved::Proxy(resolve::proxy(&all, run::surroundings(&all))?),
+            Daemon::Proxy => Resolved::Proxy(resolve::proxy(&all, surroundings::of_proxy(&all))?),
             Daemon::Scheduler => {
-                Resolved::Scheduler(resolve::scheduler(&all, run::scheduler_surroundings(&all))?)
+                Resolved::Scheduler(resolve::scheduler(&all, surroundings::of_scheduler(&all))?)
             }
             // The scheduler does not push what was pushed.
             Daemon::Up => {

@@ -2,13 +2,13 @@
 
 use std::ffi::OsString;
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::SystemTime;
 
 use anyhow::Context;
 use arc_swap::ArcSwap;
-use hawker_config::{Daemon, Effective, Problem};
+use hawker_config::{Daemon, Problem};
 use hawker_core::message::Role;
 use hawker_identity::authority::{AUTHORITY_DIR, Authority, AuthorityError, CERTIFICATE_LIFE};
 use hawker_identity::member::{Identity, IdentityError};
@@ -22,7 +22,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::member::Beginning;
 use crate::reload::{self, Reloader, Resolved, Start};
-use crate::resolve::{self, Surroundings};
+use crate::resolve;
 use crate::scheduler_page::SchedulerPage;
 use crate::signals::Signals;
 use crate::{join_help, log, member, system};
@@ -331,29 +331,9 @@ impl std::fmt::Display for Unable {
 
 impl std::error::Error for Unable {}
 
-pub(crate) fn surroundings(effective: &Effective) -> Surroundings {
-    surroundings_of(&member::identity_dir(&effective.config.data_dir))
-}
-
-pub(crate) fn scheduler_surroundings(effective: &Effective) -> Surroundings {
-    surroundings_of(&scheduler_identity_dir(&effective.config.data_dir))
-}
-
-fn surroundings_of(identity_dir: &Path) -> Surroundings {
-    Surroundings {
-        has_identity: member::has_identity(identity_dir),
-        has_token: std::env::var_os(member::TOKEN_VARIABLE).is_some(),
-    }
-}
-
-/// A scheduler's identity is apart from that of a proxy with the same data directory.
-fn scheduler_identity_dir(data_dir: &Path) -> PathBuf {
-    member::identity_dir(&data_dir.join("scheduler"))
-}
-
 /// Makes the authority, if this is the cluster's first scheduler, and takes the listeners.
 async fn scheduler_config(resolved: &resolve::Scheduler) -> anyhow::Result<SchedulerConfig> {
-    let is_member = member::has_identity(&scheduler_identity_dir(&resolved.data_dir));
+    let is_member = member::has_identity(&member::scheduler_identity_dir(&resolved.data_dir));
     let join = match &resolved.join {
         Some(join) if !is_member => Some((
             join.address.clone(),

@@ -4,6 +4,7 @@
 //! later layer replaces the values of an earlier one, key by key, and each value keeps its origin. [`Effective`] is the result
 //! with all its problems; [`reference`] prints the pages for people.
 
+mod choice;
 mod de;
 pub mod layers;
 pub mod problem;

@@ -10,8 +10,8 @@ use hawker_core::intercept::{Action, path_pattern};
 use hawker_core::place::Network;
 use url::Url;
 
+use crate::choice::{AuthorizationMode, CredentialSource, LogFormat};
 use crate::problem::{Wrong, wrong};
-use crate::schema::{AuthorizationMode, CredentialSource, LogFormat};
 
 const SIZE_UNITS: [(&str, u64); 9] = [
     ("B", 1),

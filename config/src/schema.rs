@@ -2,7 +2,6 @@
 //! applies. Flags, environment, file, `--help` and the reference all follow from it.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
 
 use hawker_core::application::{Labels, Limits, Rule};
 use hawker_core::intercept;
@@ -10,6 +9,7 @@ use hawker_core::limit::Rates;
 use hawker_core::place::{Network, Place};
 use serde::Deserialize;
 
+pub use crate::choice::{AuthorizationMode, CredentialSource, LogFormat};
 use crate::de;
 use crate::problem::{Wrong, wrong};
 use crate::value::{
@@ -555,40 +555,6 @@ impl InterceptEntry {
             action: action.0,
         })
     }
-}
-
-/// The source of names and passwords for registries. Files are read when they are needed, and again when they change.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum CredentialSource {
-    /// Docker's `config.json`, or podman's `auth.json`: with credential helpers.
-    Docker(PathBuf),
-    /// containerd's `config.toml`: the part of its CRI plugin under `registry`.
-    Containerd(PathBuf),
-    /// A Kubernetes pull secret, or a folder of them as they are mounted.
-    Kubernetes(PathBuf),
-    /// A variable of the environment that holds the text of Docker's `config.json`.
-    Environment(String),
-}
-
-/// The right by which a registry's content is read.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum AuthorizationMode {
-    /// The client's, which it gets from the registry's own realm: challenges and tokens are passed on.
-    #[default]
-    Relay,
-    /// The client's, which it gets here: this mirror is the realm, and asks the registry's with the client's credentials.
-    Token,
-    /// This node's, for every client. It does not keep clients apart.
-    Node,
-}
-
-/// The form of log lines.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum LogFormat {
-    /// For people.
-    Text,
-    /// For machines.
-    Json,
 }
 
 /// The flag of a key, without `--`.

@@ -15,9 +15,9 @@ use serde::de::{Error, IntoDeserializer, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 use url::Url;
 
+use crate::choice::{AuthorizationMode, CredentialSource, LogFormat};
 use crate::problem::{Wrong, wrong};
 use crate::quantity::{self, NetworkOrHost};
-use crate::schema::{AuthorizationMode, CredentialSource, LogFormat};
 
 /// The number of values that a key takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

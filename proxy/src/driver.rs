@@ -11,14 +11,13 @@ use std::time::{Duration, Instant, SystemTime};
 use arc_swap::ArcSwap;
 use bytes::Bytes;
 use hawker_core::Time;
-use hawker_core::application::{Priority, Purpose};
+use hawker_core::application::Purpose;
 use hawker_core::message::{Message, Refusal, Role};
 use hawker_core::node::{
-    Child, Config, Failure, Input, Named, Node, Notary, Opening, Output, Phase, Verdict,
+    Child, Config, Failure, Input, Named, Node, Notary, Opening, Phase, Verdict,
 };
 use hawker_core::parents::Fault;
 use hawker_core::piece::{PeerId, PieceIndex, PieceLayout, PieceSet, PieceTable, SignedPrefix};
-use hawker_core::right::Bearer;
 use hawker_core::share::Share;
 use hawker_identity::member::Identity;
 use hawker_oci::digest::{Chain, Digest};
@@ -27,20 +26,20 @@ use rand::SeedableRng;
 use rand::rngs::StdRng;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, info, warn};
+use tracing::{debug, warn};
 
 use crate::applications::Desk;
 use crate::buffer::{BufferPool, PieceBuffer};
-use crate::flight::{FlightError, Shared, State};
-use crate::grant::{Authorization, Grant};
+use crate::download::{FlightError, Shared};
+use crate::grant::Grant;
 use crate::lanes::{self, Lane};
 use crate::metrics::{Metrics, Moved, Refused};
 use crate::origin::Origin;
-use crate::peer::{Download, PeerError, PeerEvent, Peers, PieceSource, Received};
+use crate::peer::{PeerError, PeerEvent, Peers, PieceSource, Received};
 use crate::proof::Proofs;
 use crate::settings::LiveSettings;
-use crate::store::{Blob, Partial, StoreError, TaskStore, held_is_right};
-use crate::tracker::{Holding, Member, ReportKind, Tracker, TrackerEvent, Want};
+use crate::store::{Blob, Partial, StoreError, TaskStore};
+use crate::tracker::{Member, ReportKind, Tracker, TrackerEvent};
 
 mod disk;
 mod members;
@@ -55,7 +54,7 @@ mod tests;
 pub(crate) use members::Members;
 
 use origin_reader::{LooseFile, Slots};
-use task::{MemoryClaim, OnDisk, Reading, TaskState};
+use task::{OnDisk, Reading, TaskState};
 
 /// Events that wait for the driver at most; senders wait in turn.
 pub(crate) const EVENTS: usize = 4096;

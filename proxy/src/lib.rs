@@ -11,6 +11,7 @@ pub mod buffer;
 mod coalesce;
 pub mod credentials;
 pub mod daemon;
+pub mod download;
 pub mod driver;
 pub mod flight;
 pub mod grant;

@@ -24,7 +24,7 @@ use http::{HeaderMap, HeaderValue, StatusCode};
 use tokio::sync::Semaphore;
 use tokio::time::{Instant, timeout};
 
-use crate::flight::Segment;
+use crate::download::Segment;
 use crate::lanes::{self, Lane};
 use crate::origin::ranges::{content_range_start, skip};
 use crate::origin::{Content, Origin, OriginBody, OriginError, Target};

@@ -15,6 +15,7 @@ use hawker_core::intercept::Rules;
 pub use hawker_core::limit::Rates;
 use hawker_core::piece::PeerId;
 use hawker_core::place::{Network, Place};
+use hawker_oci::reference::host_matches;
 use rustls::ServerConfig;
 use url::Url;
 
@@ -143,8 +144,23 @@ impl Registries {
     pub fn is_believed(&self, registry: &str) -> bool {
         match self.known.get(registry) {
             Some(known) => !known.must_prove,
-            None => crate::origin::is_listed(self, registry),
+            None => self.is_listed(registry),
         }
+    }
+
+    /// Whether the configuration names a registry, given as [`hawker_oci::reference::canonical_host`] writes it.
+    pub(crate) fn is_listed(&self, registry: &str) -> bool {
+        self.known.contains_key(registry)
+            || self
+                .default
+                .as_deref()
+                .is_some_and(|d| d.eq_ignore_ascii_case(registry))
+            || self.is_allowed(registry)
+    }
+
+    /// Whether a pattern of the list of further registries fits.
+    pub(crate) fn is_allowed(&self, host: &str) -> bool {
+        self.allow.iter().any(|pattern| host_matches(pattern, host))
     }
 }
 

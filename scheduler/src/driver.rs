@@ -27,7 +27,7 @@ use tracing::{debug, info, warn};
 
 use crate::door::MemberConnections;
 use crate::membership::{LISTED_AFTER, Membership};
-use crate::service::{self, by_address};
+use crate::standing::{self, by_address};
 use crate::{Isolation, LiveSettings, Numbers};
 
 /// Messages from all streams that wait for the driver. Streams wait for room: a flood slows the flooder.
@@ -378,7 +378,7 @@ impl Driver {
         }
         for peer in new {
             info!(%peer, "a member was removed from the cluster");
-            self.close(peer, Some(service::removed()));
+            self.close(peer, Some(standing::removed()));
             self.connections.close_all(peer);
             self.membership.remove(peer);
             self.swarm_input(Input::Removed(peer));

@@ -13,6 +13,7 @@ mod links;
 mod listener;
 mod membership;
 mod service;
+mod standing;
 
 use std::io;
 use std::path::PathBuf;

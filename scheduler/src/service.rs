@@ -1,6 +1,6 @@
 //! The gRPC service for members and joiners. The certificate tells the caller, never a message.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -12,7 +12,7 @@ use hawker_api::v1;
 use hawker_api::v1::from_peer::Event as Said;
 use hawker_core::message::Role;
 use hawker_core::piece::{PeerId, PieceTable};
-use hawker_core::place::{Networks, Place};
+use hawker_core::place::Place;
 use hawker_core::swarm::{Holding, Input, Registration, ReportKind, Terms};
 use hawker_identity::member::Identity;
 use tokio::sync::{Semaphore, mpsc};
@@ -26,6 +26,7 @@ use tracing::{debug, info, warn};
 use crate::advertise::AllowedAddresses;
 use crate::driver::{Event, Handle, STREAM_QUEUE, Stream};
 use crate::listener::Caller;
+use crate::standing::{by_address, removed};
 use crate::{LiveSettings, Numbers};
 use hawker_identity::authority::{Authority, Refusal};
 
@@ -61,14 +62,6 @@ pub(crate) struct Service {
 pub(crate) struct Refusals {
     logged_at: Option<Instant>,
     silent: u64,
-}
-
-/// The answer to a member that was removed.
-pub(crate) fn removed() -> Status {
-    Status::permission_denied(
-        "this member was removed from the cluster. To let it join again, stop it, delete its identity folder and start it with a \
-         new token",
-    )
 }
 
 fn anybody<T>(request: &Request<T>) -> Result<Caller, Status> {
@@ -250,16 +243,6 @@ async fn registered(
         reads_origins: register.reads_origins,
     };
     Ok((member, registration, refused, names_none))
-}
-
-/// The place of a member, by the first of its addresses that an entry covers.
-pub(crate) fn by_address(networks: &Networks, addresses: &[String]) -> Option<Place> {
-    let ips = addresses
-        .iter()
-        .filter_map(|address| address.parse::<SocketAddr>().ok());
-    ips.map(|address| address.ip())
-        .find_map(|ip| networks.of(ip))
-        .cloned()
 }
 
 /// The inputs in a message. One that only a later version knows has none.

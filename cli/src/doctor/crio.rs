@@ -5,9 +5,6 @@ use super::selftest::{self, Pull};
 use super::{Check, podman};
 use crate::args::{DoctorArgs, Runtime};
 
-/// The default socket of CRI-O.
-pub(crate) const SOCKET: &str = "/run/crio/crio.sock";
-
 /// The configuration, and a pull.
 pub(super) async fn check(args: &DoctorArgs, mirror: &str) -> Vec<Check> {
     let socket = &args.crio_address;

@@ -11,7 +11,6 @@ mod probe;
 mod selftest;
 mod state;
 
-pub(crate) use crio::SOCKET as CRIO_SOCKET;
 use serde::Serialize;
 
 use crate::args::{DoctorArgs, Runtime};

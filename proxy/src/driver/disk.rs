@@ -1,6 +1,20 @@
 //! Pieces on their way to the disk, and the commit at the end.
 
-use super::*;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use hawker_core::node::{Input, Phase, Verdict};
+use hawker_core::piece::PieceIndex;
+use hawker_oci::digest::Digest;
+use tokio::sync::mpsc;
+use tracing::{info, warn};
+
+use super::task::{OnDisk, TaskState};
+use super::{Driver, Event};
+use crate::buffer::PieceBuffer;
+use crate::lanes::{self, Lane};
+use crate::store::{Blob, Partial, StoreError};
+use crate::tracker::Holding;
 
 impl Driver {
     /// What becomes of a piece's bytes.

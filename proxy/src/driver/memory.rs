@@ -1,9 +1,19 @@
 //! Tasks whose pieces the disk does not take: how much memory each gets, and when the disk is tried again.
 
-use hawker_core::memory::shares;
-use hawker_core::reader::Storage;
+use std::time::{Duration, Instant};
 
-use super::*;
+use hawker_core::Time;
+use hawker_core::memory::shares;
+use hawker_core::node::Input;
+use hawker_core::piece::{PieceIndex, PieceLayout};
+use hawker_core::reader::Storage;
+use hawker_oci::digest::Digest;
+use tracing::{info, warn};
+
+use super::origin_reader::LooseFile;
+use super::task::{MemoryClaim, OnDisk, TaskState};
+use super::{Driver, Event};
+use crate::lanes::{self, Lane};
 
 /// The memory of one task without disk, at most.
 const WINDOW_BYTES: u64 = 12 << 20;

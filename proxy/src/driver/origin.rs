@@ -1,7 +1,20 @@
 //! What the driver does about the origin: one reader a task, told what is wanted.
 
-use super::origin_reader::{OriginReader, Rest, Setup};
-use super::*;
+use std::ops::Range;
+use std::sync::Arc;
+
+use hawker_core::node::{Failure, Input, Verdict};
+use hawker_core::piece::{PieceIndex, PieceTable};
+use hawker_oci::digest::{Chain, Digest};
+use tracing::{debug, info, warn};
+
+use super::origin_reader::{LooseFile, OriginReader, Rest, Setup};
+use super::task::{Reading, TaskState};
+use super::{Driver, Event};
+use crate::buffer::PieceBuffer;
+use crate::download::FlightError;
+use crate::lanes::{self, Lane};
+use crate::store::StoreError;
 
 impl Driver {
     /// The core wants the rest of a task read in order, from this piece on.

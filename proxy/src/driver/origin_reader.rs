@@ -22,7 +22,7 @@ use tracing::debug;
 
 use super::Event;
 use crate::buffer::{BufferPool, PieceBuffer};
-use crate::flight::Shared;
+use crate::download::Shared;
 use crate::lanes::{self, Lane};
 use crate::source::{Ask, Source, SourceError};
 use crate::store::Partial;

@@ -1,6 +1,29 @@
 //! What the core asks for, carried out.
 
-use super::*;
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Instant;
+
+use hawker_core::application::Priority;
+use hawker_core::message::{Message, Refusal};
+use hawker_core::node::{Child, Failure, Input, Output};
+use hawker_core::parents::Fault;
+use hawker_core::piece::{PeerId, PieceIndex, PieceLayout, PieceTable};
+use hawker_core::right::Bearer;
+use hawker_oci::digest::Digest;
+use hawker_oci::reference::Source;
+use tokio::sync::oneshot;
+use tracing::{debug, info, warn};
+
+use super::task::TaskState;
+use super::{Driver, Event, Found, RECHECK_EVERY, SIZES_DOUBTED, TASKS, begin, look, task};
+use crate::download::{FlightError, Shared, State};
+use crate::grant::{Authorization, Grant};
+use crate::lanes::{self, Lane};
+use crate::metrics::{Moved, Refused};
+use crate::peer::{Download, PeerError};
+use crate::store::{Blob, TaskStore, held_is_right};
+use crate::tracker::{ReportKind, Want};
 
 impl Driver {
     pub(super) fn carry_out(&mut self, output: Output) {

@@ -13,7 +13,7 @@ use hawker_core::reader::Storage;
 use tokio::sync::watch;
 
 use super::origin_reader::OriginReader;
-use crate::flight::Shared;
+use crate::download::Shared;
 use crate::grant::Grant;
 use crate::peer::PieceSource;
 use crate::store::{Blob, Partial};

@@ -7,7 +7,8 @@ use tokio::task::JoinHandle;
 
 use super::*;
 use crate::daemon::forward;
-use crate::flight::{Flight, Flights, Reader, Segment};
+use crate::download::Segment;
+use crate::flight::{Flight, Flights, Reader};
 use crate::origin;
 use crate::peer::memory::MemoryNetwork;
 use crate::source::memory::{Behaviour, MemorySource};

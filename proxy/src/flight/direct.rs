@@ -10,8 +10,8 @@ use hawker_core::reader::Stretch;
 use hawker_oci::digest::{Chain, Digest};
 use http::{HeaderMap, header};
 
-use super::FlightError;
 use crate::buffer::BLOCK_BYTES;
+use crate::download::FlightError;
 use crate::grant::Grant;
 use crate::origin::ranges::{Answered, range_header, skip};
 use crate::origin::{Content, Origin, OriginBody, OriginError, PassedBody, Target};

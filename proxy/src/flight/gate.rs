@@ -9,7 +9,8 @@ use hawker_core::piece::{PieceIndex, PieceLayout, PieceSet};
 use http::HeaderMap;
 use tokio::time::Instant;
 
-use super::{FILE_SEGMENT_BYTES, Flight, FlightError, State};
+use super::Flight;
+use crate::download::{FILE_SEGMENT_BYTES, FlightError, State};
 use crate::proof::{Asking, Proofs, Unproved};
 
 /// An issuer's word about where a piece came from may arrive a moment after the piece.

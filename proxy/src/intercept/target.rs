@@ -4,7 +4,7 @@ use hawker_oci::reference::canonical_host;
 use http::uri::{Authority, Scheme};
 use http::{Method, Request};
 
-use crate::origin::{Upstream, is_listed, is_listed_realm};
+use crate::origin::{Upstream, is_listed_realm};
 use crate::registry::Problem;
 use crate::settings::Registries;
 
@@ -42,7 +42,7 @@ fn name(
     let name = canonical_host(authority.as_str()).map_err(bad)?;
     match name.strip_suffix(HTTP_SUFFIX) {
         // A registry may well be named with it.
-        Some(host) if !is_listed(registries, &name) => Ok(host.to_owned()),
+        Some(host) if !registries.is_listed(&name) => Ok(host.to_owned()),
         // HTTPS's port, with plain HTTP, is not what goes without saying.
         None if *scheme == Scheme::HTTP && authority.port_u16() == Some(443) => {
             Ok(format!("{name}:443"))
@@ -62,7 +62,7 @@ fn is_allowed_name(name: &str, registries: &Registries) -> bool {
     let with_port = name
         .rsplit_once(':')
         .is_some_and(|(_, port)| port.bytes().all(|b| b.is_ascii_digit()));
-    is_listed(registries, name) || (registries.allow.is_empty() && !with_port)
+    registries.is_listed(name) || (registries.allow.is_empty() && !with_port)
 }
 
 #[cfg(test)]

@@ -4,7 +4,7 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 
 use hawker_oci::challenge::is_trusted;
-use hawker_oci::reference::{api_host, canonical_host, host_matches, is_public};
+use hawker_oci::reference::{api_host, canonical_host, is_public};
 use url::{Host, Url};
 
 use super::OriginError;
@@ -86,7 +86,7 @@ impl Route {
     pub(super) fn to(registries: &Registries, registry: &str) -> Result<Self, OriginError> {
         let forbidden = || OriginError::Forbidden(registry.to_owned());
         let registry = canonical_host(registry).map_err(|_| forbidden())?;
-        if !registries.allow.is_empty() && !is_listed(registries, &registry) {
+        if !registries.allow.is_empty() && !registries.is_listed(&registry) {
             return Err(forbidden());
         }
         Self::to_allowed(registries, &registry)
@@ -226,7 +226,7 @@ impl Route {
         let host = url.host_str().unwrap_or_default();
         let in_the_clear = |known: &Url| known.scheme() == "http" && known.origin() == url.origin();
         let safe = url.scheme() == "https" || is_known_endpoint(registries, in_the_clear);
-        if !safe || !registries.allow.is_empty() && !is_allowed(registries, host) {
+        if !safe || !registries.allow.is_empty() && !registries.is_allowed(host) {
             return Err(OriginError::Forbidden(host.to_owned()));
         }
         Ok(Self {
@@ -236,23 +236,6 @@ impl Route {
             realms: Vec::new(),
         })
     }
-}
-
-/// Whether the configuration names a registry, given as [`canonical_host`] writes it.
-pub(crate) fn is_listed(registries: &Registries, registry: &str) -> bool {
-    registries.known.contains_key(registry)
-        || registries
-            .default
-            .as_deref()
-            .is_some_and(|d| d.eq_ignore_ascii_case(registry))
-        || is_allowed(registries, registry)
-}
-
-fn is_allowed(registries: &Registries, host: &str) -> bool {
-    registries
-        .allow
-        .iter()
-        .any(|pattern| host_matches(pattern, host))
 }
 
 /// Where a registry is asked when nothing is configured: over TLS. One in the clear is configured with an `http` address.

@@ -10,7 +10,7 @@ use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode};
 
 use super::Answer;
 use super::body::Payload;
-use crate::flight::FlightError;
+use crate::download::FlightError;
 use crate::metrics::{Metrics, RequestKind};
 use crate::origin::{OriginError, PassError, is_retry_after};
 

@@ -11,7 +11,8 @@ use http::HeaderValue;
 
 use super::body::Payload;
 use super::stored::Stored;
-use crate::flight::{FlightError, Reader, Segment};
+use crate::download::{FlightError, Segment};
+use crate::flight::Reader;
 use crate::metrics::ServedFrom;
 
 /// Which parts of a blob an answer has, and what stands between them.

@@ -7,7 +7,8 @@ use std::sync::Arc;
 use hawker_core::application::Purpose;
 use tokio::task::JoinHandle;
 
-use crate::flight::{FlightError, Flights, Reader, Segment};
+use crate::download::{FlightError, Segment};
+use crate::flight::{Flights, Reader};
 use crate::grant::Grant;
 use crate::store::Blob;
 

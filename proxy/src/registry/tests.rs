@@ -8,8 +8,8 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use super::*;
+use crate::download::{FlightError, Shared, State};
 use crate::driver::Event;
-use crate::flight::{FlightError, Shared, State};
 use crate::origin::testing::{Reply, Seen, TestRegistry, knowing, noise, origin, say, sha256};
 use crate::settings::{AuthorizationMode, CacheSettings, CredentialSource};
 
