@@ -11,8 +11,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use arc_swap::ArcSwap;
 use hawker_config::{Daemon, Document, Effective, Layered, Problems, Pushed};
 use hawker_core::piece::PeerId;
-use hawker_proxy::settings::{LiveSettings, Push};
+use hawker_proxy::settings::LiveSettings;
 use hawker_scheduler::LiveSettings as ClusterSettings;
+use hawker_tracker::Push;
 
 use crate::log::LogHandle;
 use crate::{flags, resolve, surroundings};

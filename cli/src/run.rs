@@ -14,8 +14,9 @@ use hawker_identity::authority::{AUTHORITY_DIR, Authority, AuthorityError, CERTI
 use hawker_identity::member::{Identity, IdentityError};
 use hawker_proxy::admin::Admin;
 use hawker_proxy::daemon;
-use hawker_proxy::settings::{Push, Settings};
+use hawker_proxy::settings::Settings;
 use hawker_scheduler::SchedulerConfig;
+use hawker_tracker::Push;
 use sd_notify::NotifyState;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;

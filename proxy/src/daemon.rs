@@ -32,7 +32,7 @@ use crate::registry::{Mirror, MirrorConfig, SeedAnswer, SeedManifests};
 use crate::settings::{LiveSettings, Settings};
 use crate::source::RegistryBlob;
 use crate::store::{Store, StoreError};
-use crate::tracker::{Capacity, Holding, Tracker, TrackerConfig};
+use hawker_tracker::{Capacity, Holding, Tracker, TrackerConfig};
 
 /// Connections that wait to be accepted.
 const BACKLOG: u32 = 1024;

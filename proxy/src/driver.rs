@@ -32,14 +32,14 @@ use crate::applications::Desk;
 use crate::buffer::{BufferPool, PieceBuffer};
 use crate::download::{FlightError, Shared};
 use crate::grant::Grant;
-use crate::lanes::{self, Lane};
 use crate::metrics::{Metrics, Moved, Refused};
 use crate::origin::Origin;
 use crate::peer::{PeerError, PeerEvent, Peers, PieceSource, Received};
 use crate::proof::Proofs;
 use crate::settings::LiveSettings;
 use crate::store::{Blob, Partial, StoreError, TaskStore};
-use crate::tracker::{Member, ReportKind, Tracker, TrackerEvent};
+use hawker_lanes::{self as lanes, Lane};
+use hawker_tracker::{Member, ReportKind, Tracker, TrackerEvent};
 
 mod disk;
 mod members;

@@ -2,21 +2,19 @@
 //!
 //! A blob GET goes [`registry`] → [`flight`] → [`driver`] → `hawker_core::node`: four places, one direction. Around them:
 //! [`store`] bytes on disk, [`peer`] the piece protocol, [`origin`] upstream registries, `source` blobs at them, [`grant`] with whose right they are
-//! asked, [`tracker`] the scheduler's stream, [`intercept`] the forward proxy, [`admin`] what people and Prometheus look at.
+//! asked, [`hawker_tracker`] the scheduler's stream, [`intercept`] the forward proxy, [`admin`] what people and Prometheus look at.
 //! [`daemon`] puts them together.
 
 pub mod admin;
 pub mod applications;
 pub mod buffer;
 mod coalesce;
-pub mod credentials;
 pub mod daemon;
 pub mod download;
 pub mod driver;
 pub mod flight;
 pub mod grant;
 pub mod intercept;
-mod lanes;
 pub mod limits;
 mod log_limit;
 pub mod metrics;
@@ -28,4 +26,3 @@ pub mod registry;
 pub mod settings;
 mod source;
 pub mod store;
-pub mod tracker;

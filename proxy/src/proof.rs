@@ -25,11 +25,11 @@ use tokio::sync::Semaphore;
 use tokio::time::{Instant, timeout};
 
 use crate::download::Segment;
-use crate::lanes::{self, Lane};
 use crate::origin::ranges::{content_range_start, skip};
 use crate::origin::{Content, Origin, OriginBody, OriginError, Target};
 use crate::settings::LiveSettings;
 use crate::store::TaskStore;
+use hawker_lanes::{self as lanes, Lane};
 
 /// Facts that are kept in memory; the store keeps those about what it holds.
 const CAPACITY: NonZeroUsize = NonZeroUsize::new(64 << 10).expect("not zero");

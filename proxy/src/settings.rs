@@ -13,9 +13,9 @@ pub use hawker_config::schema::{AuthorizationMode, CredentialSource};
 use hawker_core::application::Applications;
 use hawker_core::intercept::Rules;
 pub use hawker_core::limit::Rates;
-use hawker_core::piece::PeerId;
 use hawker_core::place::{Network, Place};
 use hawker_oci::reference::host_matches;
+use hawker_tracker::Push;
 use rustls::ServerConfig;
 use url::Url;
 
@@ -58,16 +58,6 @@ pub struct Settings {
     pub pull_grace: Duration,
     /// How long bodies may go on after SIGTERM.
     pub drain: Duration,
-}
-
-/// Takes configuration that schedulers push to this node.
-pub trait Push: fmt::Debug + Send + Sync {
-    /// Applies a document of the scheduler `from` as a whole, or leaves everything as it was. `known` are the schedulers whose
-    /// documents may stay. Blocking.
-    ///
-    /// # Errors
-    /// The reason, for people.
-    fn push(&self, from: PeerId, known: &[PeerId], document: &str) -> Result<(), String>;
 }
 
 /// Settings that change while the daemon runs: by SIGHUP, or because a scheduler pushes them.

@@ -18,12 +18,12 @@ use hawker_identity::join::{self, JoinError, Token};
 use hawker_identity::member::{Identity, role_name};
 use hawker_oci::digest::{Algorithm, ChainValue, Digest};
 use hawker_oci::reference::Source;
-use hawker_proxy::settings::Push;
-use hawker_proxy::tracker::{
-    Capacity, Holding, Member, ReportKind, Tracker, TrackerConfig, TrackerEvent, Want,
-};
 use hawker_scheduler::advertise::AllowedAddresses;
 use hawker_scheduler::{LiveSettings, Numbers, SchedulerConfig, SchedulerError, bind, run};
+use hawker_tracker::Push;
+use hawker_tracker::{
+    Capacity, Holding, Member, ReportKind, Tracker, TrackerConfig, TrackerEvent, Want,
+};
 use tempfile::TempDir;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;

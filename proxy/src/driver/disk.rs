@@ -12,9 +12,9 @@ use tracing::{info, warn};
 use super::task::{OnDisk, TaskState};
 use super::{Driver, Event};
 use crate::buffer::PieceBuffer;
-use crate::lanes::{self, Lane};
 use crate::store::{Blob, Partial, StoreError};
-use crate::tracker::Holding;
+use hawker_lanes::{self as lanes, Lane};
+use hawker_tracker::Holding;
 
 impl Driver {
     /// What becomes of a piece's bytes.

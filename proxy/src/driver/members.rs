@@ -7,7 +7,7 @@ use hawker_core::node::Named;
 use hawker_core::piece::PeerId;
 
 use crate::peer::Dial;
-use crate::tracker::{Isolation, Member};
+use hawker_tracker::{Isolation, Member};
 
 /// Who is known in the cluster, for the driver, manifests and people.
 #[derive(Debug, Default)]

@@ -13,7 +13,7 @@ use tracing::{info, warn};
 use super::origin_reader::LooseFile;
 use super::task::{MemoryClaim, OnDisk, TaskState};
 use super::{Driver, Event};
-use crate::lanes::{self, Lane};
+use hawker_lanes::{self as lanes, Lane};
 
 /// The memory of one task without disk, at most.
 const WINDOW_BYTES: u64 = 12 << 20;

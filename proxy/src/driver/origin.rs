@@ -13,8 +13,8 @@ use super::task::{Reading, TaskState};
 use super::{Driver, Event};
 use crate::buffer::PieceBuffer;
 use crate::download::FlightError;
-use crate::lanes::{self, Lane};
 use crate::store::StoreError;
+use hawker_lanes::{self as lanes, Lane};
 
 impl Driver {
     /// The core wants the rest of a task read in order, from this piece on.

@@ -23,9 +23,9 @@ use tracing::debug;
 use super::Event;
 use crate::buffer::{BufferPool, PieceBuffer};
 use crate::download::Shared;
-use crate::lanes::{self, Lane};
 use crate::source::{Ask, Source, SourceError};
 use crate::store::Partial;
+use hawker_lanes::{self as lanes, Lane};
 
 mod in_order;
 mod slots;

@@ -19,11 +19,11 @@ use super::task::TaskState;
 use super::{Driver, Event, Found, RECHECK_EVERY, SIZES_DOUBTED, TASKS, begin, look, task};
 use crate::download::{FlightError, Shared, State};
 use crate::grant::{Authorization, Grant};
-use crate::lanes::{self, Lane};
 use crate::metrics::{Moved, Refused};
 use crate::peer::{Download, PeerError};
 use crate::store::{Blob, TaskStore, held_is_right};
-use crate::tracker::{ReportKind, Want};
+use hawker_lanes::{self as lanes, Lane};
+use hawker_tracker::{ReportKind, Want};
 
 impl Driver {
     pub(super) fn carry_out(&mut self, output: Output) {

@@ -21,8 +21,8 @@ use super::request::Asked;
 use super::token::{self, Denied, Wanted};
 use super::{Content, OriginError, content_length, join, remote_name};
 use crate::coalesce::Coalesced;
-use crate::credentials::{Credential, Keychain};
 use crate::settings::{AuthorizationMode, LiveSettings};
+use hawker_credentials::{Credential, Keychain};
 
 /// How long a refusal counts before the realm is asked again.
 const REFUSED: Duration = Duration::from_secs(10);

@@ -62,11 +62,11 @@ pub(crate) use self::policy::is_listed_realm;
 use self::policy::{Reach, Route, Trust};
 use self::request::{Asked, unreachable};
 pub use self::tls::check_identity;
-use crate::credentials::{Credential, Stamp};
 use crate::grant::Authorization;
 use crate::limits::Limits;
 use crate::metrics::Metrics;
 use crate::settings::LiveSettings;
+use hawker_credentials::{Credential, Stamp};
 
 /// From the request to the response's head, all endpoints and redirects together. Runtimes wait for 30 s, and then they must have
 /// heard that there is nothing.

@@ -19,7 +19,7 @@ use url::form_urlencoded::Serializer;
 use super::OriginError;
 use super::auth::Granted;
 use super::request::{Asked, reasons, unreachable};
-use crate::credentials::Credential;
+use hawker_credentials::Credential;
 
 /// For a realm to give a token, all tries together.
 const TOKEN: Duration = Duration::from_secs(10);

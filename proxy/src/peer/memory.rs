@@ -11,7 +11,7 @@ use hawker_core::piece::PeerId;
 use tokio::sync::{mpsc, oneshot};
 
 use super::{Dial, Download, PeerError, PeerEvent, Peers, PeersFuture, PieceSource, Received};
-use crate::lanes::{self, Lane};
+use hawker_lanes::{self as lanes, Lane};
 
 /// Requests of one member at another one that are noted at once, as on a connection.
 const ASKED_AT_MOST: usize = 64;

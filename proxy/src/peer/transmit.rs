@@ -19,8 +19,8 @@ use super::PieceSource;
 use super::connection::{Connection, Order, Outgoing, Queues};
 use super::frame::{DATA_AT_MOST_BYTES, data_header, put_control};
 use super::hub::Hub;
-use crate::lanes::{self, Lane};
 use crate::limits::Direction;
+use hawker_lanes::{self as lanes, Lane};
 
 /// Pieces sent at once on one connection, in turn; more wait. Their read-ahead is what a connection costs in memory.
 const ACTIVE_AT_MOST: usize = 4;

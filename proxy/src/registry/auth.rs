@@ -18,13 +18,13 @@ use super::room::SHORT_BYTES;
 use super::{Answer, Ask, Inner};
 use crate::applications::Turn;
 use crate::flight::Flights;
-use crate::lanes::{self, Lane};
 use crate::origin::ranges::content_range_size;
 use crate::origin::{
     ByCredentials, Content, FromElsewhere, OriginError, Target, content_length, has_content,
     is_page,
 };
 use crate::proof::Proofs;
+use hawker_lanes::{self as lanes, Lane};
 
 /// For an origin to answer where what it said before would do as well.
 const WITH_ANOTHER_ANSWER: Duration = Duration::from_secs(5);

@@ -22,11 +22,11 @@ use super::{Answer, Ask, Inner, etag, not_modified};
 use crate::coalesce::Coalesced;
 use crate::download::{FlightError, Segment};
 use crate::flight::{Gate, Reader};
-use crate::lanes::{self, Lane};
 use crate::origin::ranges::content_range_start;
 use crate::origin::{Content, OriginBody, Target, content_length};
 use crate::proof::{Asking, Unproved};
 use crate::store::{Blob, TaskStore};
+use hawker_lanes::{self as lanes, Lane};
 
 const OCTETS: HeaderValue = HeaderValue::from_static("application/octet-stream");
 

@@ -23,10 +23,10 @@ use super::told::told;
 use super::{Answer, Ask, Inner, etag, not_modified, tags};
 use crate::coalesce::Coalesced;
 use crate::grant::Grant;
-use crate::lanes::{self, Lane};
 use crate::origin::{Content, OriginBody, Target, content_length, has_content, is_page};
 use crate::settings::LiveSettings;
 use crate::store::{Place, StoredManifest};
+use hawker_lanes::{self as lanes, Lane};
 
 /// A manifest's length at most (distribution spec, "Pushing manifests").
 const MAX_BYTES: usize = 4 << 20;

@@ -30,10 +30,10 @@ use super::error::Problem;
 use super::forward::with;
 use super::route::not_in_a_circle;
 use super::{Answer, Inner};
-use crate::credentials::{Credential, Secret};
 use crate::metrics::RequestKind;
 use crate::origin::{Exchanged, Granted};
 use crate::settings::{AuthorizationMode, Registries};
+use hawker_credentials::{Credential, Secret};
 
 /// Where tokens are to be had.
 const PATH: &str = "/hawker/token";

@@ -16,7 +16,7 @@ use tokio::time::timeout;
 
 use super::blob::Blob;
 use super::disk;
-use crate::lanes::{self, Lane};
+use hawker_lanes::{self as lanes, Lane};
 
 /// The longest wait for one piece to be hashed. A disk that takes longer is taken for one that can't be read.
 const HASHED_WITHIN: Duration = Duration::from_secs(30);

@@ -8,7 +8,7 @@
 //! - `record`, `layout`, `disk`: the form of the files, their names, the few things done with them
 //! - `recovery`: what is there when the daemon starts
 //!
-//! All methods block on the disk unless they say otherwise: async code calls them through [`crate::lanes`].
+//! All methods block on the disk unless they say otherwise: async code calls them through [`hawker_lanes`].
 
 mod blob;
 mod checks;

@@ -13,7 +13,7 @@ use hawker_oci::digest::Chain;
 use super::{Context, Rest, Unheard, Wishes};
 use crate::buffer::PieceBuffer;
 use crate::driver::Event;
-use crate::lanes::{self, Lane};
+use hawker_lanes::{self as lanes, Lane};
 
 /// Without a file, an open request waits so long for memory: one that has brought no piece yet, and any other. Then it ends, and the
 /// next one begins once there is memory for a piece. A request takes sockets and buffers of its own as long as it waits.

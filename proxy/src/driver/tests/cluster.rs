@@ -449,7 +449,7 @@ async fn members_that_are_removed_or_isolated_give_nothing_more() {
         let seed = cluster.seed().await;
         let node = cluster.peer(&[&seed]).await;
         let until = Instant::now() + Duration::from_secs(60);
-        let isolation = crate::tracker::Isolation {
+        let isolation = hawker_tracker::Isolation {
             peer: seed.id(),
             why: "a test".to_owned(),
             until,

@@ -4,10 +4,10 @@ use arc_swap::ArcSwap;
 use hawker_oci::reference::Source;
 
 use super::*;
-use crate::credentials::Secret;
 use crate::origin::testing::{Reply, Seen, TestRegistry, knowing, origin, say};
 use crate::origin::{Origin, Target};
 use crate::settings::CredentialSource;
+use hawker_credentials::Secret;
 
 const SECRET: &str = "hunter2";
 

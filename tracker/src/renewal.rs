@@ -10,7 +10,7 @@ use tokio::time::sleep;
 use tracing::{info, warn};
 
 use super::Shared;
-use crate::lanes::{self, Lane};
+use hawker_lanes::{self as lanes, Lane};
 
 /// Waits between tries grow from the first to the last: a third of the certificate's life is left to try.
 const FIRST_WAIT: Duration = Duration::from_secs(5);

@@ -27,8 +27,8 @@ use tokio::sync::Mutex;
 use tokio::time::Instant;
 
 use self::pattern::Pattern;
-use crate::lanes::{self, Lane};
-use crate::settings::CredentialSource;
+use hawker_config::schema::CredentialSource;
+use hawker_lanes::{self as lanes, Lane};
 
 /// Longest file read.
 const MAX_FILE_BYTES: u64 = 1 << 20;
@@ -172,7 +172,7 @@ struct Loaded {
 
 /// What changes when a file does.
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) struct Stamp {
+pub struct Stamp {
     modified: Option<SystemTime>,
     inode: u64,
     len_bytes: u64,
@@ -180,7 +180,7 @@ pub(crate) struct Stamp {
 
 impl Stamp {
     /// That of a file; `None` where there is none that may be looked at.
-    pub(crate) fn of(file: &Path) -> Option<Self> {
+    pub fn of(file: &Path) -> Option<Self> {
         let about = std::fs::metadata(file).ok()?;
         Some(Self {
             modified: about.modified().ok(),

@@ -24,7 +24,7 @@ use tracing::{info, warn};
 
 use super::outbox::{Announcement, Answer};
 use super::{Holding, Isolation, Member, Shared, TrackerEvent};
-use crate::lanes::{self, Lane};
+use hawker_lanes::{self as lanes, Lane};
 
 /// Waits between tries grow from the first to the last, each doubled and then changed at random by up to a half: after a
 /// scheduler's restart not all come at once.

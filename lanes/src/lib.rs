@@ -10,7 +10,7 @@ use tokio::sync::{Semaphore, SemaphorePermit};
 
 /// A kind of work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Lane {
+pub enum Lane {
     /// A client waits for what is on disk: blobs that are opened, pieces that are hashed before they leave, manifests.
     Clients,
     /// Downloads begin, are written and committed.
@@ -32,7 +32,7 @@ fn of(lane: Lane) -> &'static Semaphore {
 }
 
 /// Does something that blocks; `None` when it panicked or the runtime ends.
-pub(crate) async fn run<T: Send + 'static>(
+pub async fn run<T: Send + 'static>(
     lane: Lane,
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Option<T> {
@@ -41,7 +41,7 @@ pub(crate) async fn run<T: Send + 'static>(
 }
 
 /// Begins something that blocks and waits for nothing.
-pub(crate) fn start(lane: Lane, work: impl FnOnce() + Send + 'static) {
+pub fn start(lane: Lane, work: impl FnOnce() + Send + 'static) {
     match of(lane).try_acquire() {
         Ok(place) => drop(at(place, work)),
         Err(_) => drop(tokio::spawn(run(lane, work))),

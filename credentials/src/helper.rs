@@ -97,7 +97,7 @@ mod tests {
     use std::os::unix::fs::PermissionsExt as _;
 
     use super::*;
-    use crate::credentials::Secret;
+    use crate::Secret;
 
     async fn answer(script: &str, server: &str) -> Result<Option<Credential>, String> {
         let folder = tempfile::tempdir().unwrap();

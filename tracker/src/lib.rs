@@ -18,6 +18,7 @@ mod renewal;
 mod session;
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
@@ -37,7 +38,15 @@ use tracing::warn;
 pub use outbox::MAX_WANTS;
 use outbox::Outboxes;
 
-use crate::settings::Push;
+/// Takes configuration that schedulers push to this node.
+pub trait Push: fmt::Debug + Send + Sync {
+    /// Applies a document of the scheduler `from` as a whole, or leaves everything as it was. `known` are the schedulers whose
+    /// documents may stay. Blocking.
+    ///
+    /// # Errors
+    /// The reason, for people.
+    fn push(&self, from: PeerId, known: &[PeerId], document: &str) -> Result<(), String>;
+}
 
 /// What a scheduler says.
 #[derive(Clone, Debug)]
