@@ -168,7 +168,7 @@ impl SchedulerPage {
             name: isolation.name.clone(),
             peer_id: isolation.peer.to_string(),
             isolated: true,
-            isolated_for: isolation.guilt.to_string(),
+            isolated_for: isolation.reason.to_string(),
             isolated_for_s: isolation
                 .until
                 .saturating_duration_since(Instant::now())

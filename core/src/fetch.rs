@@ -56,7 +56,7 @@ const CANDIDATES: usize = 256;
 
 /// A piece asked of a parent and not yet there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Asked {
+pub struct InFlightRequest {
     /// The parent.
     pub peer: PeerId,
     /// Under which number.
@@ -131,7 +131,7 @@ pub struct Fetch {
     offers: PieceCounts,
     available: PieceSet,
     lone: PieceSet,
-    asked: BTreeMap<PieceIndex, Vec<Asked>>,
+    asked: BTreeMap<PieceIndex, Vec<InFlightRequest>>,
     asked_set: PieceSet,
     asked_bytes: u64,
     /// Duplicate requests made in the endgame so far.
@@ -274,7 +274,7 @@ impl Fetch {
     }
 
     /// A piece is there, verified; the requests for it that are now for nothing.
-    pub fn got(&mut self, piece: PieceIndex) -> Vec<Asked> {
+    pub fn got(&mut self, piece: PieceIndex) -> Vec<InFlightRequest> {
         self.held.insert(piece);
         let rest = self.asked.remove(&piece).unwrap_or_default();
         rest.iter().for_each(|_| self.settle(piece));
@@ -433,7 +433,7 @@ impl Fetch {
     }
 
     /// A request was sent.
-    pub fn ask(&mut self, piece: PieceIndex, asked: Asked) {
+    pub fn ask(&mut self, piece: PieceIndex, asked: InFlightRequest) {
         let all = self.asked.entry(piece).or_default();
         self.duplicates += u64::from(!all.is_empty());
         all.push(asked);
@@ -840,7 +840,7 @@ mod tests {
         (0..19).for_each(|piece| drop(fetch.got(piece)));
         fetch.ask(
             19,
-            Asked {
+            InFlightRequest {
                 peer: peer(1),
                 request: 1,
                 at: Time::default(),
@@ -862,7 +862,7 @@ mod tests {
         assert_eq!(choose(&fetch, late), Some((peer(2), 19)));
         fetch.ask(
             19,
-            Asked {
+            InFlightRequest {
                 peer: peer(2),
                 request: 2,
                 at: late,
@@ -882,7 +882,7 @@ mod tests {
         fetch.got(2);
         fetch.ask(
             3,
-            Asked {
+            InFlightRequest {
                 peer: peer(1),
                 request: 1,
                 at: Time::default(),

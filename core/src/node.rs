@@ -49,8 +49,8 @@ pub use input::Input;
 use pace::{Pace, Quotas};
 use phase::Change;
 pub use phase::Phase;
-pub use table::{Notary, Trust};
-use task::{Advice, Reading, Task};
+pub use table::{TableSigner, Trust};
+use task::{Advice, OriginState, Task};
 use uploads::Uploads;
 
 /// News for peers is gathered for this long: each time a piece is passed on waits for it, and at a high rate several pieces go into one
@@ -362,7 +362,7 @@ pub struct Node<N> {
     outputs: VecDeque<Output>,
 }
 
-impl<N: Notary> Node<N> {
+impl<N: TableSigner> Node<N> {
     /// A node that knows nobody yet. `rng`: its own, so that the same events lead to the same outputs.
     pub fn new(config: Config, notary: N, rng: StdRng) -> Self {
         let uploads = Uploads::new(config.upload_slots);
@@ -552,7 +552,7 @@ impl<N: Notary> Node<N> {
             pace: Pace::new(&self.task_rates, now),
             share: Share::ALL,
             whole: false,
-            reading: Reading::No,
+            reading: OriginState::No,
             shown: PieceSet::empty(0),
             in_vain: false,
             moved: now,
@@ -682,8 +682,8 @@ impl<N: Notary> Node<N> {
         task.moved = now;
         task.in_vain = false;
         task.advice = Advice::NotAsked;
-        if let Reading::FailedAt(..) = task.reading {
-            task.reading = Reading::No;
+        if let OriginState::FailedAt(..) = task.reading {
+            task.reading = OriginState::No;
         }
         for link in task.links.values_mut() {
             link.unavailable = false;
@@ -733,10 +733,10 @@ impl<N: Notary> Node<N> {
         let Some(task) = self.tasks.get_mut(digest) else {
             return;
         };
-        if let Reading::At(_) = task.reading {
+        if let OriginState::At(_) = task.reading {
             self.outputs.push_back(Output::StopOrigin(*digest));
         }
-        task.reading = Reading::No;
+        task.reading = OriginState::No;
         let theirs: Vec<(PeerId, u32)> = self
             .asked
             .iter()
@@ -877,7 +877,7 @@ impl<N: Notary> Node<N> {
         };
         if task.fetch.is_none() {
             task.set_size(&digest, (self.config.layout)(size_bytes), None);
-            if task.brings(self.config.role) {
+            if task.is_issuer(self.config.role) {
                 task.issue(&self.notary);
             }
             self.outputs.push_back(Output::Sized(digest, size_bytes));

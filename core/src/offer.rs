@@ -38,11 +38,11 @@ const REVEAL: usize = 2;
 
 /// To how many children at a time: as many as keep it busy. Revealed to each of thousands, they all ask it for what they could
 /// have from each other, and what is new waits behind that: with 600 children a seed sent nothing else in the first two seconds.
-const REVEALED_TO: usize = 16;
+const SPREAD_TO: usize = 16;
 
 /// The pieces dealt to a child.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Dealt {
+pub struct SuperSeeded {
     /// New pieces on offer to it that it does not hold yet.
     pub pending: usize,
     /// New pieces it was offered so far.
@@ -51,7 +51,7 @@ pub struct Dealt {
 
 /// A child to whom new pieces are dealt.
 struct Load {
-    dealt: Dealt,
+    dealt: SuperSeeded,
     keeps_up: bool,
     /// New pieces that it may have on offer.
     quota: usize,
@@ -422,7 +422,7 @@ impl Offers {
     }
 
     /// Adds what each child was dealt of this task.
-    pub fn add_dealt(&self, sum: &mut BTreeMap<PeerId, Dealt>) {
+    pub fn add_super_seeded(&self, sum: &mut BTreeMap<PeerId, SuperSeeded>) {
         for (peer, child) in self.children.iter().filter(|(_, child)| child.dealt > 0) {
             sum.entry(*peer).or_default().ever += child.dealt;
         }
@@ -439,7 +439,7 @@ impl Offers {
         held: &PieceSet,
         frugal: bool,
         idle: bool,
-        elsewhere: &BTreeMap<PeerId, Dealt>,
+        elsewhere: &BTreeMap<PeerId, SuperSeeded>,
     ) -> Vec<(PeerId, Vec<PieceIndex>)> {
         if !(frugal && self.deals()) {
             return self.everything(held);
@@ -449,7 +449,7 @@ impl Offers {
         self.expire(now);
         self.deal(now, held, elsewhere, &mut told);
         if idle && told.is_empty() {
-            self.reveal(held, &mut told);
+            self.offer_spread(held, &mut told);
         }
         self.tell_readers_of_parts(held, &mut told);
         told.into_iter().collect()
@@ -519,11 +519,11 @@ impl Offers {
         &mut self,
         now: Time,
         held: &PieceSet,
-        elsewhere: &BTreeMap<PeerId, Dealt>,
+        elsewhere: &BTreeMap<PeerId, SuperSeeded>,
         told: &mut BTreeMap<PeerId, Vec<PieceIndex>>,
     ) {
         let mut dealt = elsewhere.clone();
-        self.add_dealt(&mut dealt);
+        self.add_super_seeded(&mut dealt);
         let children = || {
             self.dealt_to()
                 .map(|(peer, child)| (*peer, f64::from(child.holds.len())))
@@ -587,9 +587,9 @@ impl Offers {
     }
 
     /// Tells a few hungry children of a few pieces each that others have too, the least spread first: not the same ones to all.
-    fn reveal(&mut self, held: &PieceSet, told: &mut BTreeMap<PeerId, Vec<PieceIndex>>) {
+    fn offer_spread(&mut self, held: &PieceSet, told: &mut BTreeMap<PeerId, Vec<PieceIndex>>) {
         // New pieces will come, and should not wait behind many of these.
-        let at_once = if held.is_full() { REVEALED_TO } else { 1 };
+        let at_once = if held.is_full() { SPREAD_TO } else { 1 };
         let mut spread = self.spread.clone();
         let mut children: Vec<(&PeerId, &mut Child)> = self
             .children
@@ -867,7 +867,7 @@ mod tests {
         let mut offers = offers(2, 8);
         let elsewhere = BTreeMap::from([(
             peer(0),
-            Dealt {
+            SuperSeeded {
                 pending: OF_ALL / 2,
                 ever: 0,
             },
@@ -880,12 +880,12 @@ mod tests {
             [(peer(1), 8)]
         );
         let mut dealt = BTreeMap::new();
-        offers.add_dealt(&mut dealt);
+        offers.add_super_seeded(&mut dealt);
         assert_eq!(
             dealt,
             BTreeMap::from([(
                 peer(1),
-                Dealt {
+                SuperSeeded {
                     pending: 8,
                     ever: 8
                 }
@@ -928,7 +928,7 @@ mod tests {
             held.insert(piece);
             for (layer, other) in [(0, 1), (1, 0)] {
                 let mut elsewhere = BTreeMap::new();
-                layers[other].add_dealt(&mut elsewhere);
+                layers[other].add_super_seeded(&mut elsewhere);
                 let told = layers[layer].next(Time::default(), &held, true, false, &elsewhere);
                 assert_eq!(told.len(), 1);
                 told.iter()
@@ -936,7 +936,9 @@ mod tests {
             }
         }
         let mut dealt = BTreeMap::new();
-        layers.iter().for_each(|layer| layer.add_dealt(&mut dealt));
+        layers
+            .iter()
+            .for_each(|layer| layer.add_super_seeded(&mut dealt));
         assert!(dealt.values().all(|dealt| dealt.ever == 8), "{dealt:?}");
         // By counting for each layer alone, half of them would have got nothing of a layer, and the others both.
         assert!((0..8).all(|n| dealt.contains_key(&peer(n))));

@@ -15,15 +15,15 @@
 //! - **Spreading.** A task that [`HOT_WANTERS`] peers want is spread over more schedulers: peers are told the number,
 //!   and each asks one of them. Holders announce to all schedulers; the first one alone elects the issuer, and peers
 //!   that move name it to the others. The same message brings it back after a restart.
-//! - **Evidence** decides on isolation: see the `conduct` module.
+//! - **Evidence** decides on isolation: see the `reputation` module.
 //!
 //! Every decision looks at [`SAMPLE`] copies at most, however many there are.
 
 mod choose;
-mod conduct;
 mod election;
 mod gateways;
 mod parents;
+mod reputation;
 mod slab;
 mod task;
 #[cfg(test)]
@@ -43,12 +43,12 @@ use crate::place::{Nearness, Place};
 use crate::share::Share;
 use hawker_oci::digest::Digest;
 
-use conduct::{Conduct, Standing};
-pub use conduct::{
-    EVIDENCE_WINDOW, Guilt, ISOLATION, LONE_ACCUSATIONS, REPORTERS_TO_ISOLATE,
+pub use reputation::{
+    EVIDENCE_WINDOW, ISOLATION, IsolationReason, LONE_ACCUSATIONS, REPORTERS_TO_ISOLATE,
     REPORTERS_TO_ISOLATE_SEED, STALL_ISOLATION, STALL_WINDOW, SUSPICION_HALF_LIFE,
     VERDICTS_PER_REPORTER,
 };
+use reputation::{Reputation, Standing};
 use slab::{Slab, Slot};
 use task::Task;
 
@@ -269,7 +269,7 @@ pub enum Output {
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct PeerState {
     /// Why it is named to nobody, and for how long from now on.
-    pub isolation: Option<(Guilt, Duration)>,
+    pub isolation: Option<(IsolationReason, Duration)>,
     /// Tasks in which it has a part.
     pub tasks: usize,
     /// Bytes that others said it served.
@@ -396,8 +396,8 @@ pub struct Swarm {
     looks_at_postponed: bool,
     /// How many were postponed so far, by the rule's labels.
     postponements: BTreeMap<Labels, u64>,
-    conduct: Conduct,
-    isolations: BTreeMap<Guilt, u64>,
+    reputation: Reputation,
+    isolations: BTreeMap<IsolationReason, u64>,
     timers: BTreeSet<(Time, Timer)>,
     outputs: VecDeque<Output>,
 }
@@ -420,7 +420,7 @@ impl Swarm {
             postponed: BTreeSet::new(),
             looks_at_postponed: false,
             postponements: BTreeMap::new(),
-            conduct: Conduct::default(),
+            reputation: Reputation::default(),
             isolations: BTreeMap::new(),
             timers: BTreeSet::from([(elects_from, Timer::WarmUp)]),
             outputs: VecDeque::new(),
@@ -513,9 +513,9 @@ impl Swarm {
                 Timer::Elect(task) => self.ensure_source(now, rng, task),
             }
         }
-        if self.conduct.sweep(now) {
+        if self.reputation.sweep(now) {
             self.outputs
-                .push_back(Output::Isolated(self.conduct.isolated(now)));
+                .push_back(Output::Isolated(self.reputation.isolated(now)));
             self.ensure_sources(now, rng);
         }
         while let Some((touched, task)) = self
@@ -536,7 +536,7 @@ impl Swarm {
     pub fn deadline(&self) -> Option<Time> {
         let timer = self.timers.first().map(|(due, _)| *due);
         let idle = self.idle.first().map(|(touched, _)| *touched + IDLE_TTL);
-        [timer, idle, self.conduct.deadline()]
+        [timer, idle, self.reputation.deadline()]
             .into_iter()
             .flatten()
             .min()
@@ -559,22 +559,22 @@ impl Swarm {
 
     /// Everybody who is isolated, ascending.
     pub fn isolated(&self, now: Time) -> Vec<PeerId> {
-        self.conduct.isolated(now)
+        self.reputation.isolated(now)
     }
 
     /// How many were isolated so far for this.
-    pub fn isolations(&self, guilt: Guilt) -> u64 {
-        self.isolations.get(&guilt).copied().unwrap_or(0)
+    pub fn isolations(&self, reason: IsolationReason) -> u64 {
+        self.isolations.get(&reason).copied().unwrap_or(0)
     }
 
     /// The state of a peer; the default for an unknown one.
     pub fn peer_state(&self, now: Time, peer: PeerId) -> PeerState {
         let here = self.by_id.get(&peer).and_then(|slot| self.peers.get(*slot));
         PeerState {
-            isolation: self.conduct.isolation(now, peer),
+            isolation: self.reputation.isolation(now, peer),
             tasks: here.map_or(0, |peer| peer.tasks.len()),
             served_bytes: here.map_or(0, |peer| peer.served_bytes),
-            suspicion: self.conduct.suspicion(now, peer),
+            suspicion: self.reputation.suspicion(now, peer),
         }
     }
 

@@ -14,7 +14,7 @@ use hawker_core::Time;
 use hawker_core::application::Purpose;
 use hawker_core::message::{Message, Refusal, Role};
 use hawker_core::node::{
-    Child, Config, Failure, Input, Named, Node, Notary, Opening, Phase, Verdict,
+    Child, Config, Failure, Input, Named, Node, TableSigner, Opening, Phase, Verdict,
 };
 use hawker_core::parents::Fault;
 use hawker_core::piece::{PeerId, PieceIndex, PieceLayout, PieceSet, PieceTable, SignedPrefix};
@@ -253,7 +253,7 @@ struct Keys {
     proofs: Arc<Proofs>,
 }
 
-impl Notary for Keys {
+impl TableSigner for Keys {
     fn check(&self, signed: &SignedPrefix, statement: &[u8]) -> Option<Role> {
         self.identity.as_ref()?.check(signed, statement)
     }

@@ -15,7 +15,7 @@ use hawker_core::message::Role;
 use hawker_core::piece::PeerId;
 use hawker_core::place::Place;
 use hawker_core::share::Share;
-use hawker_core::swarm::{Guilt, Input, Output, Registration, ReportKind, Swarm};
+use hawker_core::swarm::{Input, IsolationReason, Output, Registration, ReportKind, Swarm};
 use hawker_identity::member::Identity;
 use hawker_oci::digest::{Algorithm, Digest};
 use rand::SeedableRng;
@@ -569,15 +569,18 @@ impl Driver {
             Output::Isolated(isolated) => {
                 info!(?isolated, "the isolated members have changed");
                 self.numbers.isolated.store(isolated.len() as u64, Relaxed);
-                for (guilt, number) in [
-                    (Guilt::WrongBytes, &self.numbers.isolated_for_wrong_bytes),
-                    (Guilt::Stalled, &self.numbers.isolated_for_stalls),
+                for (reason, number) in [
                     (
-                        Guilt::Contradiction,
+                        IsolationReason::WrongBytes,
+                        &self.numbers.isolated_for_wrong_bytes,
+                    ),
+                    (IsolationReason::Stalled, &self.numbers.isolated_for_stalls),
+                    (
+                        IsolationReason::Contradiction,
                         &self.numbers.isolated_for_contradictions,
                     ),
                 ] {
-                    number.store(self.swarm.isolations(guilt), Relaxed);
+                    number.store(self.swarm.isolations(reason), Relaxed);
                 }
                 *self
                     .numbers
@@ -593,7 +596,7 @@ impl Driver {
     fn isolations(&self, peers: &[PeerId]) -> Vec<Isolation> {
         let now = self.now();
         let isolation = |peer: &PeerId| {
-            let (guilt, left) = self.swarm.peer_state(now, *peer).isolation?;
+            let (reason, left) = self.swarm.peer_state(now, *peer).isolation?;
             let name = self
                 .membership
                 .wire(*peer)
@@ -602,7 +605,7 @@ impl Driver {
             Some(Isolation {
                 peer: *peer,
                 name,
-                guilt,
+                reason,
                 until: Instant::now() + left,
             })
         };
@@ -612,7 +615,7 @@ impl Driver {
     fn isolated_list(&self, peers: &[PeerId]) -> Say {
         let said = |isolation: Isolation| v1::Isolation {
             peer_id: isolation.peer.0.to_vec(),
-            why: isolation.guilt.to_string(),
+            why: isolation.reason.to_string(),
             for_s: isolation
                 .until
                 .saturating_duration_since(Instant::now())
@@ -672,7 +675,7 @@ impl Driver {
                 isolated: state.isolation.is_some(),
                 isolated_for: state
                     .isolation
-                    .map(|(guilt, _)| guilt.to_string())
+                    .map(|(reason, _)| reason.to_string())
                     .unwrap_or_default(),
                 isolated_for_s: state.isolation.map_or(0, |(_, left)| left.as_secs()),
                 tasks: u32::try_from(state.tasks).unwrap_or(u32::MAX),

@@ -29,7 +29,7 @@ use hawker_core::application::{Applications, Labels};
 use hawker_core::message::Role;
 use hawker_core::piece::PeerId;
 use hawker_core::place::Networks;
-use hawker_core::swarm::Guilt;
+use hawker_core::swarm::IsolationReason;
 use hawker_identity::join::{self, JoinError, Token};
 use hawker_identity::member::{Identity, IdentityError};
 use tokio::net::TcpListener;
@@ -120,7 +120,7 @@ pub struct Isolation {
     /// Its name, empty when it is gone.
     pub name: String,
     /// Why.
-    pub guilt: Guilt,
+    pub reason: IsolationReason,
     /// When it is let back.
     pub until: Instant,
 }

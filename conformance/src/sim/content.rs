@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use hawker_core::message::Role;
-use hawker_core::node::Notary;
+use hawker_core::node::TableSigner;
 use hawker_core::piece::{PeerId, PieceIndex, PieceLayout, PieceTable, SignedPrefix};
 use hawker_oci::digest::{Algorithm, Chain, ChainValue, Digest};
 
@@ -93,7 +93,7 @@ fn sum(bytes: &[u8]) -> u64 {
     })
 }
 
-impl Notary for Keys {
+impl TableSigner for Keys {
     fn check(&self, signed: &SignedPrefix, statement: &[u8]) -> Option<Role> {
         let is_seed = index_of(signed.issuer) < self.seeds;
         let good = signed.signature == sum(statement).to_be_bytes();

@@ -6,22 +6,22 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::memory::Memory;
 use super::pace::{self, Kind};
 use super::phase::Change;
-use super::task::{Link, Reading, Task};
+use super::task::{Link, OriginState, Task};
 use super::uploads::Waiting;
 use super::{
     ANSWER_WITHIN, ASK_AGAIN, ELECTED_WITHIN, Failure, LESS_URGENT_ROOM, LOOK_EVERY, Named, Node,
-    Notary, ORIGIN_RETRY, Output, PATIENCE, PATIENCE_IN_FLIGHT, RANGE_PATIENCE, SAY_WORKING_EVERY,
-    SEED_ANSWERS_WITHIN, TAKES_ALL_AFTER, WORKING_FOR,
+    ORIGIN_RETRY, Output, PATIENCE, PATIENCE_IN_FLIGHT, RANGE_PATIENCE, SAY_WORKING_EVERY,
+    SEED_ANSWERS_WITHIN, TAKES_ALL_AFTER, TableSigner, WORKING_FOR,
 };
 use crate::application::{Priority, Purpose};
-use crate::fetch::{Asked, Fetch};
+use crate::fetch::{Fetch, InFlightRequest};
 use crate::message::{Message, Offer, Refusal, Role};
 use crate::piece::{PeerId, PieceIndex, PieceSet, PieceTable};
 use crate::share::Share;
 use crate::{Time, rendezvous};
 use hawker_oci::digest::Digest;
 
-impl<N: Notary> Node<N> {
+impl<N: TableSigner> Node<N> {
     /// Works out what follows from all that was told.
     pub(super) fn decide(&mut self, now: Time) {
         let busy =
@@ -213,7 +213,7 @@ impl<N: Notary> Node<N> {
         }
     }
 
-    /// Goes to the origin when this node is elected, when there is nobody else to hope for, or when it has waited enough.
+    /// Goes to the origin when this node is elected, when there is no other source left, or when it has waited enough.
     pub(super) fn read_origin(&mut self, now: Time, digest: &Digest) {
         let Some(task) = self
             .tasks
@@ -223,7 +223,7 @@ impl<N: Notary> Node<N> {
             return;
         };
         // For readers of ranges alone the blob is not read from its start: they read theirs from the origin themselves.
-        if !(task.whole || task.elected) || matches!(task.reading, Reading::At(_)) {
+        if !(task.whole || task.elected) || matches!(task.reading, OriginState::At(_)) {
             return;
         }
         let from = match &task.fetch {
@@ -238,7 +238,7 @@ impl<N: Notary> Node<N> {
                 let will_do = |peer| self.parents.trusted(now, peer);
                 // Peers bring to a seed or issuer what they offer: after a time without disk that is most of it.
                 let offered_by_nobody = || fetch.first_offered_by_nobody(verifiable, will_do);
-                let bringing = task.brings(self.config.role) && task.refills;
+                let bringing = task.is_issuer(self.config.role) && task.refills;
                 let first = bringing.then(offered_by_nobody).flatten();
                 first
                     .unwrap_or_else(|| fetch.held().first_missing(0))
@@ -246,7 +246,7 @@ impl<N: Notary> Node<N> {
             }
             None => 0,
         };
-        let bringing = task.brings(self.config.role);
+        let bringing = task.is_issuer(self.config.role);
         if bringing && self.peers_bring_the_rest(now, task) {
             return;
         }
@@ -260,29 +260,30 @@ impl<N: Notary> Node<N> {
         let reading = task.reading;
         // Most of the time it moves, and whoever was asked may bring it: no more is worked out.
         let will_do = |peer| !self.parents.banned(now, peer);
-        let hope =
-            moving || !(task.elected && reading == Reading::No) && self.hope(now, digest, will_do);
+        let has_source = moving
+            || !(task.elected && reading == OriginState::No)
+                && self.has_pending_source(now, digest, will_do);
         let Some(task) = self.tasks.get_mut(digest) else {
             return;
         };
         match reading {
-            Reading::At(_) => return,
-            Reading::FailedAt(at, failure) => {
+            OriginState::At(_) => return,
+            OriginState::FailedAt(at, failure) => {
                 let useless = task
                     .fetch
                     .as_ref()
                     .is_none_or(|f| !f.has_useful_parent(will_do));
-                if useless && (!hope || overdue) {
+                if useless && (!has_source || overdue) {
                     task.enter(Change::GaveUp(failure));
                     self.outputs.push_back(Output::Failed(*digest, failure));
                     return;
                 }
-                if now.since(at) < ORIGIN_RETRY || !task.elected && hope && !waited {
+                if now.since(at) < ORIGIN_RETRY || !task.elected && has_source && !waited {
                     return;
                 }
             }
-            Reading::No => {
-                if !task.elected && hope && !waited {
+            OriginState::No => {
+                if !task.elected && has_source && !waited {
                     return;
                 }
             }
@@ -295,7 +296,7 @@ impl<N: Notary> Node<N> {
         };
         task.held_back = None;
         task.in_vain = waited;
-        task.reading = Reading::At(from);
+        task.reading = OriginState::At(from);
         self.outputs.push_back(Output::ReadOrigin {
             task: *digest,
             from,
@@ -330,8 +331,10 @@ impl<N: Notary> Node<N> {
         };
         let will_do = |peer| self.parents.trusted(now, peer);
         let is_served = fetch.is_moving(now, &self.parents);
-        let has_hope = || now.since(task.moved) < RANGE_PATIENCE && self.hope(now, digest, will_do);
-        let is_alone = !is_served && !has_hope();
+        let has_source = || {
+            now.since(task.moved) < RANGE_PATIENCE && self.has_pending_source(now, digest, will_do)
+        };
+        let is_alone = !is_served && !has_source();
         if let Some(task) = self
             .tasks
             .get_mut(digest)
@@ -367,7 +370,7 @@ impl<N: Notary> Node<N> {
         let reading = self
             .tasks
             .values()
-            .filter(|task| matches!(task.reading, Reading::At(_)));
+            .filter(|task| matches!(task.reading, OriginState::At(_)));
         let reading: Vec<Purpose> = reading.map(|task| task.purpose(role)).collect();
         let Some(task) = self.tasks.get_mut(digest) else {
             return false;
@@ -390,7 +393,7 @@ impl<N: Notary> Node<N> {
     }
 
     /// Whether anybody else, of those that will do, may still bring what is missing.
-    pub(super) fn hope(
+    pub(super) fn has_pending_source(
         &self,
         now: Time,
         digest: &Digest,
@@ -511,7 +514,7 @@ impl<N: Notary> Node<N> {
                     return false;
                 }
                 drop(buckets);
-                let taken = if let Reading::At(piece) = task.reading {
+                let taken = if let OriginState::At(piece) = task.reading {
                     Some(piece)
                 } else {
                     None
@@ -566,7 +569,7 @@ impl<N: Notary> Node<N> {
                 self.next_request = self.next_request.wrapping_add(1);
                 fetch.ask(
                     piece,
-                    Asked {
+                    InFlightRequest {
                         peer,
                         request,
                         at: now,
@@ -595,7 +598,7 @@ impl<N: Notary> Node<N> {
         let Some(task) = self.tasks.get(digest).filter(due) else {
             return;
         };
-        let issuer = task.brings(role);
+        let issuer = task.is_issuer(role);
         // While there is more to come, what is new is not to wait behind what has spread.
         let holds_all = task
             .fetch
@@ -605,7 +608,7 @@ impl<N: Notary> Node<N> {
         let mut elsewhere = BTreeMap::new();
         if issuer && task.offers.deals() {
             let others = self.tasks.iter().filter(|(other, _)| *other != digest);
-            others.for_each(|(_, task)| task.offers.add_dealt(&mut elsewhere));
+            others.for_each(|(_, task)| task.offers.add_super_seeded(&mut elsewhere));
         }
         let Some(task) = self.tasks.get_mut(digest) else {
             return;
@@ -721,7 +724,7 @@ impl<N: Notary> Node<N> {
                     held_back.insert(task);
                 }
                 // It will not say so: it knows that it is known here.
-                if !state.brings(self.config.role) {
+                if !state.is_issuer(self.config.role) {
                     state.offers.holds(peer, [piece]);
                 }
                 if let Some(link) = state.links.get(&peer) {

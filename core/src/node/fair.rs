@@ -9,7 +9,7 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use super::task::Task;
-use super::{Node, Notary, Output};
+use super::{Node, Output, TableSigner};
 use crate::Time;
 use crate::admission::Allowance;
 use crate::message::{Refusal, Role};
@@ -139,7 +139,7 @@ impl Task {
     }
 }
 
-impl<N: Notary> Node<N> {
+impl<N: TableSigner> Node<N> {
     /// Whether a member may wait for one more task, or waits for this one already. From now on it does.
     pub(super) fn may_wait(&mut self, peer: PeerId, digest: &Digest) -> bool {
         let limit = TASKS * self.factor(peer);

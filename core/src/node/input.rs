@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::{Child, Failure, Named, Node, Notary, Opening, Verdict};
+use super::{Child, Failure, Named, Node, Opening, TableSigner, Verdict};
 use crate::Time;
 use crate::application::{Applications, Purpose};
 use crate::limit::Rates;
@@ -245,7 +245,7 @@ pub enum Input {
     Serve,
 }
 
-impl<N: Notary> Node<N> {
+impl<N: TableSigner> Node<N> {
     /// Takes in an event. The answer is the verdict on the piece that came with it, if one did.
     pub fn handle(&mut self, now: Time, input: Input) -> Option<Verdict> {
         match input {

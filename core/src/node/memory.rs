@@ -8,8 +8,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use super::phase::Change;
-use super::task::{Reading, Task};
-use super::{Node, Notary, Output};
+use super::task::{OriginState, Task};
+use super::{Node, Output, TableSigner};
 use crate::Time;
 use crate::fetch::Fetch;
 use crate::message::{Refusal, Role};
@@ -200,7 +200,7 @@ impl Task {
     }
 }
 
-impl<N: Notary> Node<N> {
+impl<N: TableSigner> Node<N> {
     /// The disk takes no more pieces of this task; it has those `on_disk`, and all others that are held are in memory, which may
     /// take so much.
     pub(super) fn without_disk(
@@ -261,7 +261,7 @@ impl<N: Notary> Node<N> {
             return;
         };
         // A node whose clients have had the blob does without it: hundreds that fetched it again would keep others waiting.
-        let resumes = task.whole && (task.is_read || role == Role::Seed || task.brings(role));
+        let resumes = task.whole && (task.is_read || role == Role::Seed || task.is_issuer(role));
         let (Some(memory), Some(fetch)) = (task.memory.take(), &mut task.fetch) else {
             return;
         };
@@ -302,7 +302,9 @@ impl<N: Notary> Node<N> {
                 .as_ref()
                 .is_some_and(|memory| !memory.pieces.is_empty());
             let is_read = task.fetch.as_ref().is_some_and(Fetch::has_readers_in_want);
-            keeps || is_read || task.brings(role) && (task.is_running() || task.offers.hungry() > 0)
+            keeps
+                || is_read
+                || task.is_issuer(role) && (task.is_running() || task.offers.hungry() > 0)
         })
     }
 
@@ -324,7 +326,7 @@ impl<N: Notary> Node<N> {
         let Some(task) = self.tasks.get_mut(digest) else {
             return;
         };
-        let feeds = task.brings(role) && !task.offers.is_empty();
+        let feeds = task.is_issuer(role) && !task.offers.is_empty();
         let (Some(memory), Some(fetch)) = (&mut task.memory, &mut task.fetch) else {
             return;
         };
@@ -388,7 +390,7 @@ impl<N: Notary> Node<N> {
             );
         }
         // The origin is read as far as there is room, and for this node's readers alone no further than these need.
-        let next = if let Reading::At(next) = task.reading {
+        let next = if let OriginState::At(next) = task.reading {
             next
         } else {
             fetch.held().first_missing(0)
@@ -416,7 +418,11 @@ impl<N: Notary> Node<N> {
     /// Gets pieces back that children need and that nobody holds any more.
     fn read_lost_again(&mut self, now: Time, digest: &Digest) {
         let role = self.config.role;
-        let Some(task) = self.tasks.get_mut(digest).filter(|task| task.brings(role)) else {
+        let Some(task) = self
+            .tasks
+            .get_mut(digest)
+            .filter(|task| task.is_issuer(role))
+        else {
             return;
         };
         let (Some(memory), Some(fetch)) = (&mut task.memory, &mut task.fetch) else {

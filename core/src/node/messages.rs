@@ -6,14 +6,14 @@ use super::memory::Memory;
 use super::table::{self, UNPROVEN_A_PEER_BYTES, Weight};
 use super::task::{Advice, Task};
 use super::uploads::Waiting;
-use super::{Child, Node, Notary, Output};
+use super::{Child, Node, Output, TableSigner};
 use crate::Time;
 use crate::message::{Message, Offer, Refusal, Role};
 use crate::piece::{PeerId, PieceIndex, PieceSet, PieceTable, SignedPrefix};
 use crate::right::Right;
 use hawker_oci::digest::Digest;
 
-impl<N: Notary> Node<N> {
+impl<N: TableSigner> Node<N> {
     /// Whether a decision may follow from a message at once. News of pieces that this node has no room for can wait for the next one.
     pub fn is_urgent(&self, peer: PeerId, message: &Message) -> bool {
         match message {
@@ -126,7 +126,7 @@ impl<N: Notary> Node<N> {
                     // It need not be told what it says itself.
                     link.signed_sent = link.signed_sent.max(Some((signed.sealed, signed.count)));
                     link.table_sent = link.table_sent.max(signed.count);
-                    link.unproven.take_in(
+                    link.unproven.accept_values(
                         size_bytes,
                         first,
                         values,

@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use super::pace::{self, Kind};
 use super::phase::Change;
-use super::task::Reading;
-use super::{BUSY_REST, Failure, Node, Notary, Output, Trust, Verdict};
+use super::task::OriginState;
+use super::{BUSY_REST, Failure, Node, Output, TableSigner, Trust, Verdict};
 use crate::Time;
 use crate::limit::TokenBucket;
 use crate::message::{Message, Refusal};
@@ -13,7 +13,7 @@ use crate::parents::Fault;
 use crate::piece::{PeerId, PieceIndex, PieceTable};
 use hawker_oci::digest::{Chain, Digest};
 
-impl<N: Notary> Node<N> {
+impl<N: TableSigner> Node<N> {
     /// A piece came from a peer; `chain` ran over its bytes from the piece's start.
     pub(super) fn piece(
         &mut self,
@@ -82,12 +82,12 @@ impl<N: Notary> Node<N> {
         if task.memory.is_some() {
             return;
         }
-        let reads = !task.elected && matches!(task.reading, Reading::At(_));
-        if !reads || !self.hope(now, digest, |peer| self.parents.trusted(now, peer)) {
+        let reads = !task.elected && matches!(task.reading, OriginState::At(_));
+        if !reads || !self.has_pending_source(now, digest, |peer| self.parents.trusted(now, peer)) {
             return;
         }
         if let Some(task) = self.tasks.get_mut(digest) {
-            task.reading = Reading::No;
+            task.reading = OriginState::No;
             self.outputs.push_back(Output::StopOrigin(*digest));
         }
     }
@@ -169,7 +169,7 @@ impl<N: Notary> Node<N> {
         let Some(task) = self.tasks.get_mut(digest) else {
             return Verdict::Drop;
         };
-        let (Some(fetch), Some(table), Reading::At(at)) =
+        let (Some(fetch), Some(table), OriginState::At(at)) =
             (&task.fetch, &mut task.table, task.reading)
         else {
             return Verdict::Drop;
@@ -208,7 +208,7 @@ impl<N: Notary> Node<N> {
             .fetch
             .as_ref()
             .is_some_and(|f| !f.held().contains(piece));
-        task.reading = Reading::At(next);
+        task.reading = OriginState::At(next);
         let len = task
             .fetch
             .as_ref()
@@ -249,12 +249,12 @@ impl<N: Notary> Node<N> {
         let Some(fetch) = &task.fetch else { return };
         if task.is_complete() || next >= fetch.layout().count() {
             // The stream ends by itself, or there is nothing left to read.
-            if !matches!(task.reading, Reading::No) {
-                task.reading = Reading::No;
+            if !matches!(task.reading, OriginState::No) {
+                task.reading = OriginState::No;
                 self.outputs.push_back(Output::StopOrigin(*digest));
             }
         } else if fetch.held().contains(next) {
-            task.reading = Reading::No;
+            task.reading = OriginState::No;
             self.outputs.push_back(Output::StopOrigin(*digest));
         }
     }
@@ -267,14 +267,14 @@ impl<N: Notary> Node<N> {
         let Some(task) = self.tasks.get_mut(digest) else {
             return;
         };
-        if let Reading::At(_) = task.reading {
+        if let OriginState::At(_) = task.reading {
             task.reading = match failure {
-                Some(failure) => Reading::FailedAt(now, failure),
-                None => Reading::No,
+                Some(failure) => OriginState::FailedAt(now, failure),
+                None => OriginState::No,
             };
         }
         if failure == Some(Failure::WrongDigest) {
-            task.reading = Reading::FailedAt(now, Failure::WrongDigest);
+            task.reading = OriginState::FailedAt(now, Failure::WrongDigest);
             self.outputs.push_back(Output::Poisoned(*digest));
             task.start_over(digest);
         }
@@ -304,12 +304,12 @@ impl<N: Notary> Node<N> {
             task.refills = false;
             // Every piece matches and the last one ends in the digest: the table is right, whatever its source.
             task.trust = Some(Trust::Clients);
-            if task.brings(self.config.role) {
+            if task.is_issuer(self.config.role) {
                 task.issue(&self.notary);
             }
             task.show(digest, &mut self.outputs);
-            if let Reading::At(_) = task.reading {
-                task.reading = Reading::No;
+            if let OriginState::At(_) = task.reading {
+                task.reading = OriginState::No;
                 self.outputs.push_back(Output::StopOrigin(*digest));
             }
             self.outputs.push_back(Output::Complete(*digest));

@@ -14,7 +14,7 @@ pub enum Trust {
 }
 
 /// Signs for this node and checks what others signed: the shell has the keys.
-pub trait Notary {
+pub trait TableSigner {
     /// The role of the member who signed, if the signature and its certificate hold.
     fn check(&self, signed: &SignedPrefix, statement: &[u8]) -> Option<Role>;
 
@@ -44,7 +44,7 @@ impl Weight {
 }
 
 /// The value of a statement, if the scheduler named this issuer.
-pub(super) fn weigh<N: Notary>(
+pub(super) fn weigh<N: TableSigner>(
     notary: &N,
     signed: &SignedPrefix,
     statement: &[u8],
@@ -82,7 +82,7 @@ pub(super) struct Unproven {
 impl Unproven {
     /// Takes values that follow, or repeat, the values sent before; another size or a gap starts over. `known`: this
     /// node's own table. A value that is in there is not kept here a second time for each peer that sends it.
-    pub(super) fn take_in(
+    pub(super) fn accept_values(
         &mut self,
         size_bytes: u64,
         first: u32,

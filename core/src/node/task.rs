@@ -9,8 +9,8 @@ use super::pace::Pace;
 use super::phase::{Change, Phase};
 use super::table::Unproven;
 use super::{
-    ANSWER_WITHIN, FIRST_NEWS_EVERY, FIRST_PIECES, Failure, NEWS_EVERY, Notary, Output,
-    TAKES_ALL_AFTER, Trust,
+    ANSWER_WITHIN, FIRST_NEWS_EVERY, FIRST_PIECES, Failure, NEWS_EVERY, Output, TAKES_ALL_AFTER,
+    TableSigner, Trust,
 };
 use crate::Time;
 use crate::application::Purpose;
@@ -26,7 +26,7 @@ use hawker_oci::reference::Source;
 
 /// The origin, as far as one task goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Reading {
+pub(super) enum OriginState {
     No,
     /// The piece that comes next.
     At(PieceIndex),
@@ -146,7 +146,7 @@ pub(super) struct Task {
     pub(super) share: Share,
     /// All of them.
     pub(super) whole: bool,
-    pub(super) reading: Reading,
+    pub(super) reading: OriginState,
     pub(super) shown: PieceSet,
     /// When a piece last came, or the download began.
     pub(super) moved: Time,
@@ -206,20 +206,20 @@ impl Task {
     /// The next moment to send news to children: news are gathered for a while. A frugal node checks again and again
     /// to which child it may offer more.
     pub(super) fn tells_at(&self, role: Role) -> Option<Time> {
-        let brings = self.brings(role) && (self.is_running() || self.offers.hungry() > 0);
+        let brings = self.is_issuer(role) && (self.is_running() || self.offers.hungry() > 0);
         let has_news = || brings || self.told != Some(self.news());
         (self.may_announce(role) && !self.offers.is_empty() && has_news())
             .then(|| self.news + self.news_every())
     }
 
     /// Whether a node of this `role` is to bring it to the others: it reads the origin for all, issues the table, is frugal.
-    pub(super) fn brings(&self, role: Role) -> bool {
+    pub(super) fn is_issuer(&self, role: Role) -> bool {
         self.elected || role == Role::Seed
     }
 
     /// Whether pieces may be offered. Without disk only a node that brings the task feeds children.
     pub(super) fn may_announce(&self, role: Role) -> bool {
-        let feeds = |memory: &Memory| memory.has_budget() && self.brings(role);
+        let feeds = |memory: &Memory| memory.has_budget() && self.is_issuer(role);
         self.announce && self.memory.as_ref().is_none_or(feeds)
     }
 
@@ -242,7 +242,7 @@ impl Task {
 
     /// Whether it goes on though nobody waits for it: no client here, and no child of whoever is to bring it to the others.
     pub(super) fn is_prefetch(&self, role: Role) -> bool {
-        self.is_running() && !self.is_read && !(self.brings(role) && self.offers.hungry() > 0)
+        self.is_running() && !self.is_read && !(self.is_issuer(role) && self.offers.hungry() > 0)
     }
 
     /// For whom it is fetched: for clients here, and, by whoever is to bring it to the others, for these too.
@@ -251,7 +251,7 @@ impl Task {
         let children = self
             .childrens_purpose
             .as_ref()
-            .filter(|_| self.brings(role));
+            .filter(|_| self.is_issuer(role));
         Purpose::common(own.into_iter().chain(children)).unwrap_or_else(|| self.purpose.clone())
     }
 
@@ -393,7 +393,7 @@ impl Task {
     }
 
     /// Signs what has not been signed yet, as the issuer.
-    pub(super) fn issue<N: Notary>(&mut self, notary: &N) {
+    pub(super) fn issue<N: TableSigner>(&mut self, notary: &N) {
         let is_complete = self.is_complete();
         let Some(table) = &mut self.table else { return };
         let count = table.values().len() as u32;

@@ -15,7 +15,7 @@ pub(super) struct Names {
     pub(super) roles: BTreeMap<PeerId, Role>,
 }
 
-impl Notary for Names {
+impl TableSigner for Names {
     fn check(&self, signed: &SignedPrefix, statement: &[u8]) -> Option<Role> {
         let good = signed.signature == Digest::of(Algorithm::Sha256, statement).as_bytes();
         good.then(|| self.roles.get(&signed.issuer).copied())

@@ -7,7 +7,7 @@ use rand::{Rng, RngExt};
 use super::slab::Slot;
 use super::task::{Copy, Election, Task};
 use super::{
-    ELECTION_STALL, GRACE, Guilt, ISOLATION, ISSUER_RETURNS, Output, POSTPONED_AT_MOST,
+    ELECTION_STALL, GRACE, ISOLATION, ISSUER_RETURNS, IsolationReason, Output, POSTPONED_AT_MOST,
     POSTPONED_FOR, REPORTERS_TO_ISOLATE, ReportKind, Standing, Swarm, Timer,
 };
 use crate::Time;
@@ -130,7 +130,7 @@ impl Swarm {
             .and_then(|slot| self.peers.get(slot))
             .is_some_and(|peer| peer.gone_at.is_none());
         let until = match (is_here, slot.and_then(|slot| task.copy(slot))) {
-            _ if self.conduct.is_isolated(now, issuer) => return None,
+            _ if self.reputation.is_isolated(now, issuer) => return None,
             (false, _) => self.elects_from + ISSUER_RETURNS,
             (true, Some(copy)) if self.is_eligible(now, copy, task.is_private()) => return None,
             (true, _) => task.named_at + GRACE,
@@ -327,7 +327,10 @@ impl Swarm {
             return;
         }
         let standing = self.standing(now, accused);
-        if self.conduct.report(now, reporter, accused, standing, kind) {
+        if self
+            .reputation
+            .report(now, reporter, accused, standing, kind)
+        {
             self.isolate(now, rng, about);
         }
     }
@@ -355,7 +358,7 @@ impl Swarm {
             .filter(|(seed, slot)| **seed != accused && is_here(slot));
         match others
             .map(|(seed, _)| *seed)
-            .any(|seed| !self.conduct.is_isolated(now, seed))
+            .any(|seed| !self.reputation.is_isolated(now, seed))
         {
             true => Standing::Seed,
             false => Standing::LastSeed,
@@ -367,8 +370,8 @@ impl Swarm {
         let slot = self.by_id.get(&issuer).copied();
         if let Some(slot) = slot
             && self
-                .conduct
-                .convict(now, issuer, Guilt::Contradiction, ISOLATION)
+                .reputation
+                .convict(now, issuer, IsolationReason::Contradiction, ISOLATION)
         {
             self.isolate(now, rng, slot);
         }
@@ -377,11 +380,11 @@ impl Swarm {
     /// Takes a peer that has just been found guilty out of all lists.
     fn isolate<R: Rng + ?Sized>(&mut self, now: Time, rng: &mut R, slot: Slot) {
         let id = self.peers.get(slot).map(|peer| peer.about.peer);
-        if let Some((guilt, _)) = id.and_then(|peer| self.conduct.isolation(now, peer)) {
-            *self.isolations.entry(guilt).or_default() += 1;
+        if let Some((reason, _)) = id.and_then(|peer| self.reputation.isolation(now, peer)) {
+            *self.isolations.entry(reason).or_default() += 1;
         }
         self.outputs
-            .push_back(Output::Isolated(self.conduct.isolated(now)));
+            .push_back(Output::Isolated(self.reputation.isolated(now)));
         let Some(peer) = self.peers.get_mut(slot) else {
             return;
         };

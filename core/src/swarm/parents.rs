@@ -154,7 +154,7 @@ impl Swarm {
         copy.want
             .as_deref()?
             .issuer
-            .filter(|issuer| !self.conduct.is_isolated(now, *issuer))
+            .filter(|issuer| !self.reputation.is_isolated(now, *issuer))
     }
 
     /// Over how many schedulers a peer is told that the task is spread.
@@ -216,7 +216,7 @@ impl Swarm {
     /// Whether a peer may be named: it is here and not isolated.
     pub(super) fn is_namable(&self, now: Time, slot: Slot) -> bool {
         self.peers.get(slot).is_some_and(|peer| {
-            peer.gone_at.is_none() && !self.conduct.is_isolated(now, peer.about.peer)
+            peer.gone_at.is_none() && !self.reputation.is_isolated(now, peer.about.peer)
         })
     }
 
@@ -239,7 +239,7 @@ impl Swarm {
         self.seeds
             .keys()
             .copied()
-            .filter(move |seed| !self.conduct.is_isolated(now, *seed))
+            .filter(move |seed| !self.reputation.is_isolated(now, *seed))
     }
 
     /// Names a parent to a child, and the child to the parent if that wants the task, too: it would have been told of the
@@ -453,7 +453,7 @@ impl Swarm {
             completeness: task.completeness(copy),
             load: peer.load(),
             nearness: peer.about.place.nearness(place),
-            suspicion: self.conduct.suspicion(now, peer.about.peer),
+            suspicion: self.reputation.suspicion(now, peer.about.peer),
             tried: tried.contains(&copy.peer),
             jitter,
         })

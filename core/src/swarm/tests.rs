@@ -957,7 +957,7 @@ fn who_is_away_is_not_blamed_for_stalling() {
     assert!(world.isolated.is_empty());
     (2..=3).for_each(|n| complain(&mut world, n));
     assert_eq!(world.isolated, [peer(1)]);
-    assert_eq!(world.swarm.isolations(Guilt::Stalled), 1);
+    assert_eq!(world.swarm.isolations(IsolationReason::Stalled), 1);
     world.wait(STALL_ISOLATION);
     assert!(world.isolated.is_empty());
 }
@@ -977,7 +977,7 @@ fn an_issuer_that_contradicts_itself_is_isolated_at_once() {
             .issuer
             .is_some_and(|issuer| issuer != peer(1))
     );
-    assert_eq!(world.swarm.isolations(Guilt::Contradiction), 1);
+    assert_eq!(world.swarm.isolations(IsolationReason::Contradiction), 1);
 }
 
 #[test]

@@ -80,7 +80,7 @@ pub(super) enum Standing {
 
 /// Why a peer is isolated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Guilt {
+pub enum IsolationReason {
     /// Several got wrong bytes from it.
     WrongBytes,
     /// Several got nothing from it that it had offered, and nobody got anything.
@@ -89,19 +89,19 @@ pub enum Guilt {
     Contradiction,
 }
 
-impl fmt::Display for Guilt {
+impl fmt::Display for IsolationReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Guilt::WrongBytes => "wrong bytes",
-            Guilt::Stalled => "stalling",
-            Guilt::Contradiction => "two seals that contradict each other",
+            IsolationReason::WrongBytes => "wrong bytes",
+            IsolationReason::Stalled => "stalling",
+            IsolationReason::Contradiction => "two seals that contradict each other",
         })
     }
 }
 
 /// The records of everybody who reported or was reported.
 #[derive(Debug, Default)]
-pub(super) struct Conduct {
+pub(super) struct Reputation {
     records: BTreeMap<PeerId, Record>,
     /// When isolated peers are let back.
     releases: BTreeSet<Time>,
@@ -113,7 +113,7 @@ struct Record {
     suspicion: f32,
     /// When `suspicion` was right.
     at: Time,
-    isolated: Option<(Guilt, Time)>,
+    isolated: Option<(IsolationReason, Time)>,
     /// When somebody last said that it served him.
     served_at: Option<Time>,
     /// Of a seed: the peers that said so, and when last.
@@ -142,10 +142,10 @@ enum Charge {
 
 impl Charge {
     /// The verdict that enough reporters lead to, the time for which their word counts, and the time of the isolation.
-    const fn verdict(self) -> Option<(Guilt, Duration, Duration)> {
+    const fn verdict(self) -> Option<(IsolationReason, Duration, Duration)> {
         match self {
-            Charge::WrongBytes => Some((Guilt::WrongBytes, EVIDENCE_WINDOW, ISOLATION)),
-            Charge::Stalled => Some((Guilt::Stalled, STALL_WINDOW, STALL_ISOLATION)),
+            Charge::WrongBytes => Some((IsolationReason::WrongBytes, EVIDENCE_WINDOW, ISOLATION)),
+            Charge::Stalled => Some((IsolationReason::Stalled, STALL_WINDOW, STALL_ISOLATION)),
             Charge::Failed => None,
         }
     }
@@ -198,7 +198,7 @@ fn note(accusations: &mut Vec<Accusation>, new: Accusation) {
     }
 }
 
-impl Conduct {
+impl Reputation {
     /// 0 (nothing known against it) to 1.
     pub(super) fn suspicion(&self, now: Time, peer: PeerId) -> f32 {
         self.records
@@ -286,7 +286,7 @@ impl Conduct {
         &mut self,
         now: Time,
         peer: PeerId,
-        guilt: Guilt,
+        reason: IsolationReason,
         isolation: Duration,
     ) -> bool {
         if self.is_isolated(now, peer) {
@@ -295,15 +295,15 @@ impl Conduct {
         let Some(record) = self.record(peer) else {
             return false;
         };
-        record.isolated = Some((guilt, now + isolation));
+        record.isolated = Some((reason, now + isolation));
         self.releases.insert(now + isolation);
         true
     }
 
     /// Why a peer is isolated, and for how long from now on.
-    pub(super) fn isolation(&self, now: Time, peer: PeerId) -> Option<(Guilt, Duration)> {
-        let (guilt, until) = self.records.get(&peer)?.isolated?;
-        (now < until).then(|| (guilt, until.since(now)))
+    pub(super) fn isolation(&self, now: Time, peer: PeerId) -> Option<(IsolationReason, Duration)> {
+        let (reason, until) = self.records.get(&peer)?.isolated?;
+        (now < until).then(|| (reason, until.since(now)))
     }
 
     /// Drops what has faded, at most once a minute. `true`: somebody is no longer isolated.
@@ -339,7 +339,7 @@ impl Conduct {
         released
     }
 
-    /// When [`Conduct::sweep`] has something to do.
+    /// When [`Reputation::sweep`] has something to do.
     pub(super) fn deadline(&self) -> Option<Time> {
         let sweep = (!self.records.is_empty()).then_some(self.swept_at + SWEEP_EVERY);
         self.releases
@@ -351,7 +351,7 @@ impl Conduct {
     }
 
     fn judge(&mut self, now: Time, accused: PeerId, standing: Standing, charge: Charge) -> bool {
-        let Some((guilt, window, isolation)) = charge.verdict() else {
+        let Some((reason, window, isolation)) = charge.verdict() else {
             return false;
         };
         let Some(record) = self.records.get(&accused) else {
@@ -383,7 +383,7 @@ impl Conduct {
             }
             Standing::LastSeed => false,
         };
-        is_enough && self.convict(now, accused, guilt, isolation)
+        is_enough && self.convict(now, accused, reason, isolation)
     }
 
     /// How much of a report is believed, 0 to 1.
@@ -458,9 +458,9 @@ mod tests {
 
     /// Reports wrong bytes as (reporter, accused), a second apart, and gives the peers isolated in the end.
     fn isolated_after(reports: &[(u8, u8)]) -> Vec<PeerId> {
-        let mut conduct = Conduct::default();
+        let mut reputation = Reputation::default();
         for (second, (reporter, accused)) in reports.iter().enumerate() {
-            conduct.report(
+            reputation.report(
                 at(second as u64),
                 peer(*reporter),
                 peer(*accused),
@@ -468,7 +468,7 @@ mod tests {
                 ReportKind::WrongBytes,
             );
         }
-        conduct.isolated(at(reports.len() as u64))
+        reputation.isolated(at(reports.len() as u64))
     }
 
     #[test]
@@ -519,9 +519,9 @@ mod tests {
 
     #[test]
     fn failures_never_isolate_and_are_forgiven() {
-        let mut conduct = Conduct::default();
+        let mut reputation = Reputation::default();
         for reporter in 1..30 {
-            assert!(!conduct.report(
+            assert!(!reputation.report(
                 at(0),
                 peer(reporter),
                 peer(99),
@@ -529,10 +529,10 @@ mod tests {
                 ReportKind::Failed
             ));
         }
-        assert!(conduct.isolated(at(0)).is_empty());
-        assert!(conduct.suspicion(at(0), peer(99)) > 0.9);
-        assert!(conduct.suspicion(at(300), peer(99)) < 0.51);
-        assert!(conduct.suspicion(at(1800), peer(99)) < 0.02);
+        assert!(reputation.isolated(at(0)).is_empty());
+        assert!(reputation.suspicion(at(0), peer(99)) > 0.9);
+        assert!(reputation.suspicion(at(300), peer(99)) < 0.51);
+        assert!(reputation.suspicion(at(1800), peer(99)) < 0.02);
     }
 
     #[test]
@@ -564,26 +564,26 @@ mod tests {
             ),
         ];
         for (name, reports, isolated) in cases {
-            let mut conduct = Conduct::default();
+            let mut reputation = Reputation::default();
             for (second, reporter, kind) in *reports {
-                conduct.report(at(*second), peer(*reporter), peer(9), Standing::Peer, *kind);
+                reputation.report(at(*second), peer(*reporter), peer(9), Standing::Peer, *kind);
             }
-            assert_eq!(conduct.is_isolated(at(31), peer(9)), *isolated, "{name}");
+            assert_eq!(reputation.is_isolated(at(31), peer(9)), *isolated, "{name}");
         }
     }
 
     #[test]
     fn who_was_refuted_has_no_vote_on_stalls() {
-        let mut conduct = Conduct::default();
+        let mut reputation = Reputation::default();
         for accused in 10..13 {
-            conduct.report(
+            reputation.report(
                 at(0),
                 peer(1),
                 peer(accused),
                 Standing::Peer,
                 ReportKind::Stalled,
             );
-            conduct.report(
+            reputation.report(
                 at(1),
                 peer(2),
                 peer(accused),
@@ -591,31 +591,31 @@ mod tests {
                 ReportKind::Served(1),
             );
         }
-        conduct.report(at(2), peer(1), peer(9), Standing::Peer, ReportKind::Stalled);
-        assert!(!conduct.report(at(3), peer(3), peer(9), Standing::Peer, ReportKind::Stalled));
-        assert!(conduct.report(at(4), peer(4), peer(9), Standing::Peer, ReportKind::Stalled));
+        reputation.report(at(2), peer(1), peer(9), Standing::Peer, ReportKind::Stalled);
+        assert!(!reputation.report(at(3), peer(3), peer(9), Standing::Peer, ReportKind::Stalled));
+        assert!(reputation.report(at(4), peer(4), peer(9), Standing::Peer, ReportKind::Stalled));
     }
 
     #[test]
     fn isolation_tells_why_and_how_long() {
-        let mut conduct = Conduct::default();
-        conduct.report(at(0), peer(1), peer(9), Standing::Peer, ReportKind::Stalled);
-        conduct.report(at(0), peer(2), peer(9), Standing::Peer, ReportKind::Stalled);
+        let mut reputation = Reputation::default();
+        reputation.report(at(0), peer(1), peer(9), Standing::Peer, ReportKind::Stalled);
+        reputation.report(at(0), peer(2), peer(9), Standing::Peer, ReportKind::Stalled);
         assert_eq!(
-            conduct.isolation(at(20), peer(9)),
-            Some((Guilt::Stalled, Duration::from_secs(40)))
+            reputation.isolation(at(20), peer(9)),
+            Some((IsolationReason::Stalled, Duration::from_secs(40)))
         );
-        assert!(conduct.convict(at(1), peer(8), Guilt::Contradiction, ISOLATION));
-        assert!(!conduct.convict(at(2), peer(8), Guilt::Contradiction, ISOLATION));
-        assert!(conduct.sweep(at(60)), "the shorter one ends first");
-        assert_eq!(conduct.isolated(at(60)), [peer(8)]);
+        assert!(reputation.convict(at(1), peer(8), IsolationReason::Contradiction, ISOLATION));
+        assert!(!reputation.convict(at(2), peer(8), IsolationReason::Contradiction, ISOLATION));
+        assert!(reputation.sweep(at(60)), "the shorter one ends first");
+        assert_eq!(reputation.isolated(at(60)), [peer(8)]);
     }
 
     #[test]
     fn who_stalls_with_everybody_is_believed_less() {
-        let mut conduct = Conduct::default();
+        let mut reputation = Reputation::default();
         for accused in 2..40 {
-            conduct.report(
+            reputation.report(
                 at(0),
                 peer(1),
                 peer(accused),
@@ -623,21 +623,21 @@ mod tests {
                 ReportKind::Failed,
             );
         }
-        assert!(conduct.suspicion(at(0), peer(2)) > 0.05);
-        assert!(conduct.suspicion(at(0), peer(39)) < 0.001);
+        assert!(reputation.suspicion(at(0), peer(2)) > 0.05);
+        assert!(reputation.suspicion(at(0), peer(39)) < 0.001);
     }
 
     #[test]
     fn old_evidence_does_not_count() {
-        let mut conduct = Conduct::default();
-        conduct.report(
+        let mut reputation = Reputation::default();
+        reputation.report(
             at(0),
             peer(1),
             peer(9),
             Standing::Peer,
             ReportKind::WrongBytes,
         );
-        assert!(!conduct.report(
+        assert!(!reputation.report(
             at(601),
             peer(2),
             peer(9),
@@ -648,32 +648,32 @@ mod tests {
 
     #[test]
     fn isolation_ends_in_probation_and_everything_fades() {
-        let mut conduct = Conduct::default();
-        conduct.report(
+        let mut reputation = Reputation::default();
+        reputation.report(
             at(0),
             peer(1),
             peer(9),
             Standing::Peer,
             ReportKind::WrongBytes,
         );
-        assert!(conduct.report(
+        assert!(reputation.report(
             at(0),
             peer(2),
             peer(9),
             Standing::Peer,
             ReportKind::WrongBytes
         ));
-        assert!(conduct.is_isolated(at(599), peer(9)));
-        assert!(!conduct.is_isolated(at(600), peer(9)));
-        assert!(conduct.sweep(at(600)));
-        assert!(conduct.suspicion(at(600), peer(9)) > 0.8);
+        assert!(reputation.is_isolated(at(599), peer(9)));
+        assert!(!reputation.is_isolated(at(600), peer(9)));
+        assert!(reputation.sweep(at(600)));
+        assert!(reputation.suspicion(at(600), peer(9)) > 0.8);
         let mut now = at(600);
-        while let Some(deadline) = conduct.deadline() {
+        while let Some(deadline) = reputation.deadline() {
             assert!(deadline > now, "a sweep must not come due again at once");
             now = deadline;
-            conduct.sweep(now);
+            reputation.sweep(now);
         }
-        assert!(conduct.records.is_empty() && now < at(7200));
+        assert!(reputation.records.is_empty() && now < at(7200));
     }
 
     #[test]
@@ -739,9 +739,9 @@ mod tests {
             ),
         ];
         for (name, standing, reports, isolated) in cases {
-            let mut conduct = Conduct::default();
+            let mut reputation = Reputation::default();
             for (second, (reporter, kind)) in reports.iter().enumerate() {
-                conduct.report(
+                reputation.report(
                     at(second as u64),
                     peer(*reporter),
                     peer(9),
@@ -749,15 +749,15 @@ mod tests {
                     *kind,
                 );
             }
-            assert_eq!(conduct.is_isolated(at(9), peer(9)), *isolated, "{name}");
+            assert_eq!(reputation.is_isolated(at(9), peer(9)), *isolated, "{name}");
         }
     }
 
     #[test]
     fn what_a_seed_served_is_bounded_and_fades() {
-        let mut conduct = Conduct::default();
+        let mut reputation = Reputation::default();
         for reporter in 0..200 {
-            conduct.report(
+            reputation.report(
                 at(0),
                 peer(reporter),
                 peer(201),
@@ -765,9 +765,9 @@ mod tests {
                 ReportKind::Served(1),
             );
         }
-        assert_eq!(conduct.records[&peer(201)].served.len(), SERVED_KEPT);
-        conduct.sweep(at(600));
-        conduct.sweep(at(1200));
-        assert!(conduct.records.is_empty());
+        assert_eq!(reputation.records[&peer(201)].served.len(), SERVED_KEPT);
+        reputation.sweep(at(600));
+        reputation.sweep(at(1200));
+        assert!(reputation.records.is_empty());
     }
 }
