@@ -1,9 +1,10 @@
-//! containerd's `config.toml`: what its CRI plugin has under `registry.configs."HOST".auth` and, older, `registry.auths`.
+//! containerd's `config.toml`: the credentials of its CRI plugin under `registry.configs."HOST".auth` and, older,
+//! `registry.auths`.
 
 use super::Entries;
 use super::docker::{Auth, Auths, listed};
 
-/// Where the plugin's settings are: in 2.x, in 1.x, in files of version 1.
+/// The tables of the plugin's settings: in 2.x, in 1.x, in files of version 1.
 const PLUGINS: [&str; 3] = [
     "io.containerd.cri.v1.images",
     "io.containerd.grpc.v1.cri",

@@ -29,7 +29,7 @@ pub(super) struct Auth {
 }
 
 impl Auth {
-    /// What it has to show; an entry of a registry that a helper is for is empty.
+    /// The credential to show; an entry of a registry that a helper serves is empty.
     pub(super) fn credential(self) -> Option<Credential> {
         let some = |text: Option<String>| text.filter(|text| !text.is_empty());
         if let Some(token) = some(self.identitytoken) {

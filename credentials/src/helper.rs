@@ -26,7 +26,7 @@ struct Answer {
     secret: String,
 }
 
-/// What `helper` has for `registry`, `None` when it has nothing. The error names no secret.
+/// The credential that `helper` has for `registry`, `None` when it has none. The error names no secret.
 pub(super) async fn get(helper: &str, registry: &str) -> Result<Option<Credential>, String> {
     let legal = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
     if helper.is_empty() || !helper.chars().all(legal) {

@@ -1,5 +1,5 @@
-//! Kubernetes' pull secrets: what is in one (`.dockerconfigjson`, or the older `.dockercfg`), a whole Secret or list of them in
-//! JSON, and a folder of either, as a volume shows them.
+//! Kubernetes' pull secrets: the content of one (`.dockerconfigjson`, or the older `.dockercfg`), a whole Secret or
+//! list of them in JSON, and a folder of either, as a volume shows them.
 //!
 //! Helpers that a secret names are not run: kubelet does not, and a secret's author is not the node's master.
 
@@ -51,7 +51,7 @@ pub(super) fn parse(text: &str) -> Result<Entries, String> {
     Ok(all)
 }
 
-/// Adds what `content` holds; what that is shows in its keys.
+/// Adds the entries of `content`; its keys show its kind.
 fn add(mut content: Value, all: &mut Entries) -> Result<(), String> {
     if let Some(Value::Array(items)) = content.get_mut("items").map(Value::take) {
         return items.into_iter().try_for_each(|item| add(item, all));

@@ -1,4 +1,4 @@
-//! Names and passwords for registries: where they are written, and which is for what.
+//! Names and passwords for registries: their files, and the registry of each.
 //!
 //! [`docker`], [`containerd`] and [`kubernetes`] read what these have; [`pattern`] says what an entry is for; [`helper`] runs
 //! docker's credential helpers. [`Keychain`] puts them together. Nothing here is logged but names of files and registries.
@@ -68,7 +68,7 @@ impl fmt::Debug for Secret {
     }
 }
 
-/// What somebody has to show a registry, or its realm.
+/// The credential for a registry, or its realm.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Credential {
     /// Name and password.
@@ -124,7 +124,7 @@ impl Credential {
     }
 }
 
-/// What one source says.
+/// The entries of one source.
 #[derive(Debug, Default)]
 struct Entries {
     listed: Vec<(Pattern, Credential)>,
@@ -134,7 +134,7 @@ struct Entries {
     store: Option<String>,
 }
 
-/// Where the answer to a question is.
+/// The place of the answer to a question.
 #[derive(Debug, PartialEq, Eq)]
 enum Found<'a> {
     Here(&'a Credential),
@@ -163,14 +163,14 @@ impl Entries {
     }
 }
 
-/// What was read, and of which files.
+/// The entries that were read, and their files.
 #[derive(Debug)]
 struct Loaded {
     stamps: Vec<(PathBuf, Option<Stamp>)>,
     entries: Arc<Entries>,
 }
 
-/// What changes when a file does.
+/// The facts that change when a file does.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Stamp {
     modified: Option<SystemTime>,
@@ -179,7 +179,7 @@ pub struct Stamp {
 }
 
 impl Stamp {
-    /// That of a file; `None` where there is none that may be looked at.
+    /// The stamp of a file; `None` if there is none that may be looked at.
     pub fn of(file: &Path) -> Option<Self> {
         let about = std::fs::metadata(file).ok()?;
         Some(Self {
@@ -200,7 +200,7 @@ pub struct Keychain {
     helped: Mutex<LruCache<(String, String), Helped>>,
 }
 
-/// What a helper said, and when.
+/// A helper's answer, and its time.
 #[derive(Debug)]
 struct Helped {
     credential: Option<Credential>,
@@ -218,8 +218,8 @@ impl Keychain {
         }
     }
 
-    /// What to show for `repository` at `registry`: the closest entry of the first source that has one. What can't be read is
-    /// logged, once for each change, and counts as empty.
+    /// The credential for `repository` at `registry`: the closest entry of the first source that has one. An
+    /// unreadable source is logged, once for each change, and counts as empty.
     pub async fn find(&self, registry: &str, repository: &str) -> Option<Credential> {
         for entries in self.all().await {
             for found in entries.find(registry, repository) {
@@ -235,7 +235,7 @@ impl Keychain {
         None
     }
 
-    /// What helpers said about `registry` was refused: they are asked again.
+    /// The registry refused the answers of helpers about `registry`: they are asked again.
     pub async fn doubt(&self, registry: &str) {
         let mut helped = self.helped.lock().await;
         let doubted = helped
@@ -272,7 +272,7 @@ impl Keychain {
         credential
     }
 
-    /// What each source says now.
+    /// The entries of each source now.
     async fn all(&self) -> Vec<Arc<Entries>> {
         let mut loaded = self.loaded.lock().await;
         let (sources, mut now) = (self.sources.clone(), std::mem::take(&mut *loaded));
@@ -283,7 +283,7 @@ impl Keychain {
             }
             now
         };
-        // It does not fail: what can't be read is logged and empty. If it did, all is read anew next time.
+        // It does not fail: an unreadable source is logged and empty. If it did, all is read anew next time.
         *loaded = lanes::run(Lane::Upkeep, read).await.unwrap_or_default();
         loaded
             .iter()
@@ -369,7 +369,7 @@ fn read(file: &Path) -> Result<String, String> {
     Ok(text)
 }
 
-/// Where JSON went wrong; the parser's own words may quote what is there.
+/// The place of a JSON error; the parser's own words may quote the content.
 fn json_error(error: &serde_json::Error) -> String {
     format!(
         "it is not what it should be at line {}, column {}",

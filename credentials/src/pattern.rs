@@ -1,4 +1,4 @@
-//! What an entry is for: `quay.io`, `https://index.docker.io/v1/`, `reg:5000/team`, `*.azurecr.io`.
+//! The pattern of an entry: `quay.io`, `https://index.docker.io/v1/`, `reg:5000/team`, `*.azurecr.io`.
 
 use hawker_oci::reference::canonical_host;
 
@@ -103,7 +103,7 @@ impl Host {
 fn fits(glob: &str, text: &str) -> bool {
     let (glob, text): (Vec<char>, Vec<char>) = (glob.chars().collect(), text.chars().collect());
     let (mut g, mut t) = (0, 0);
-    // Where the last `*` is, and how much of the text it stands for.
+    // The position of the last `*`, and the length of the text that it stands for.
     let mut star = None;
     while t < text.len() {
         match glob.get(g) {

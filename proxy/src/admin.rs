@@ -1,4 +1,5 @@
-//! What people, Prometheus and `hawker doctor` look at: `/healthy`, `/readyz`, `/metrics`, `/status` and `/requests`, on loopback.
+//! The pages for people, Prometheus and `hawker doctor`: `/healthy`, `/readyz`, `/metrics`, `/status` and `/requests`,
+//! on loopback.
 //!
 //! It is read-only and tells no secrets, but it is for this machine: bind it to loopback.
 
@@ -30,7 +31,8 @@ const CONNECTION_TIMEOUT: Duration = Duration::from_secs(20);
 /// Before accepting again after an error such as no file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// What `/status` says, and `hawker status` prints. Unknown fields are ignored, missing ones are empty: two versions may talk.
+/// The content of `/status`, which `hawker status` prints. Unknown fields are ignored, missing ones are empty: two
+/// versions may talk.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Status {
@@ -51,13 +53,13 @@ pub struct Status {
     /// Why this node serves alone though it was a member, if so.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub problem: String,
-    /// Where runtimes reach the mirror.
+    /// The addresses of the mirror for runtimes.
     pub mirror: Vec<String>,
-    /// Where the forward proxy listens; empty where it does not.
+    /// The addresses of the forward proxy; empty if there is none.
     pub forward_proxy: Vec<String>,
-    /// What this node asks for advice.
+    /// The schedulers that this node asks.
     pub schedulers: Vec<SchedulerStatus>,
-    /// Who is in the cluster, this node included.
+    /// The members of the cluster, this node included.
     pub members: Vec<MemberStatus>,
     /// Since the start.
     pub bytes: BytesStatus,
@@ -127,7 +129,7 @@ pub struct BytesStatus {
     pub uploaded: u64,
 }
 
-/// What is counted of one application's pulls since the start, or by a scheduler of its peers.
+/// The counts of one application's pulls since the start, or of its peers at a scheduler.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct ApplicationStatus {
@@ -152,7 +154,7 @@ impl ApplicationStatus {
     }
 }
 
-/// What is on disk.
+/// The content of the disk.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct StoreStatus {
@@ -167,7 +169,7 @@ pub struct StoreStatus {
     /// How full its file system is, in percent; [`disk_used_percent`] tells.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub disk_used_percent: Option<u8>,
-    /// Where eviction starts, in percent; 0 when not told.
+    /// The start of eviction, in percent; 0 when not told.
     pub high_percent: u8,
 }
 
@@ -199,7 +201,7 @@ pub struct CertificateStatus {
     pub not_after_s: u64,
 }
 
-/// What the system allows the daemon, and what it uses of it.
+/// The limits of the system for the daemon, and its use of them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct ProcessStatus {
@@ -224,7 +226,7 @@ impl ProcessStatus {
     }
 }
 
-/// How full the file system of `path` is, as `df` counts: what only root may use counts as used.
+/// The use of the file system of `path`, as `df` counts: space that only root may use counts as used.
 pub fn disk_used_percent(path: &Path) -> Option<u8> {
     let fs = rustix::fs::statvfs(path).ok()?;
     let used = fs.f_blocks.saturating_sub(fs.f_bfree);
@@ -232,7 +234,7 @@ pub fn disk_used_percent(path: &Path) -> Option<u8> {
     u8::try_from(u128::from(used) * 100 / u128::from(total.max(1))).ok()
 }
 
-/// Who knows how the daemon is.
+/// The source of the daemon's status.
 pub trait StatusSource: Send + Sync {
     /// As of now. Cheap: called for each `/status`.
     fn status(&self) -> Status;
@@ -244,7 +246,7 @@ pub trait StatusSource: Send + Sync {
     }
 }
 
-/// What the admin server shows.
+/// The content of the admin server.
 pub struct Admin {
     /// For `/status` and `/readyz`.
     pub status: Arc<dyn StatusSource>,

@@ -34,7 +34,7 @@ pub(crate) fn strip(headers: &mut HeaderMap) {
     }
 }
 
-/// What a request says of itself. The error is for people.
+/// The labels of a request. The error is for people.
 pub(crate) fn told(headers: &HeaderMap) -> Result<Told, &'static str> {
     let label = |names: &[HeaderName], what: &'static str| {
         let Some(value) = names.iter().find_map(|name| headers.get(name)) else {
@@ -91,7 +91,7 @@ impl Desk {
         Arc::clone(&self.live.load().applications)
     }
 
-    /// What a request for something of `source` is for.
+    /// The purpose of a request for something of `source`.
     pub(crate) fn purpose(&self, source: &Source, told: &Told) -> Purpose {
         self.rules().purpose(source, told)
     }
@@ -134,7 +134,7 @@ impl Desk {
         }
     }
 
-    /// What `/status` shows: each application that a rule names, and all the others together if there are any.
+    /// The applications in `/status`: each that a rule names, and all the others together if there are any.
     pub(crate) fn status(&self) -> Vec<ApplicationStatus> {
         let rules = self.rules();
         let named = rules

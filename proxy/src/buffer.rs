@@ -20,7 +20,7 @@ const LONG: Duration = Duration::from_secs(2);
 /// How often whoever may have to give memory back looks whether it is waited for.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 
-/// Where buffers for pieces come from.
+/// The source of buffers for pieces.
 ///
 /// A buffer in use holds permits for its memory until it is dropped. Memory that is kept to be reused never exceeds what
 /// is free at that moment, so that both together stay within the budget.
@@ -28,7 +28,7 @@ const LOOK_EVERY: Duration = Duration::from_millis(500);
 pub struct BufferPool {
     budget: Arc<Semaphore>,
     total_blocks: usize,
-    /// What long pieces have of the budget.
+    /// The part of the budget for long pieces.
     long: Arc<Semaphore>,
     spare: Arc<Mutex<Spare>>,
     /// How many have waited for long.
@@ -70,7 +70,8 @@ impl BufferPool {
 
     /// A buffer for a piece of `len` bytes; waits until there is room. A piece longer than the whole pool gets all of it.
     ///
-    /// That can take as long as others hold theirs: whoever fills a buffer slowly gives it back when [`BufferPool::is_wanted`].
+    /// The wait can take as long as others hold their buffers. A holder that fills a buffer slowly gives it back when
+    /// [`BufferPool::is_wanted`].
     pub async fn get(&self, len: usize) -> PieceBuffer {
         let blocks = len.div_ceil(BLOCK_BYTES).clamp(1, self.total_blocks);
         let mut acquiring = Box::pin(self.acquire(blocks));
@@ -230,7 +231,7 @@ impl Home {
         if spare.blocks <= self.budget.available_permits() {
             spare.put(buffer);
         }
-        // The permits go back only now that the buffer counts as spare: whoever gets them sees it and makes room.
+        // The permits go back only now that the buffer counts as spare: the next holder sees it and makes room.
     }
 }
 
@@ -458,7 +459,7 @@ mod tests {
     }
 
     proptest! {
-        /// Getting where there is room, and dropping any: what is in use and what is spare never exceed the budget.
+        /// Gets buffers as long as there is room, and drops any: used and spare memory never exceed the budget.
         #[test]
         fn used_and_spare_memory_together_stay_within_the_budget(
             total in 1..40u64,

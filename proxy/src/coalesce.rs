@@ -1,4 +1,4 @@
-//! One for all: who asks for what is being fetched already waits for it.
+//! One fetch for all: a caller that asks for something under way waits for it.
 
 use std::collections::HashMap;
 use std::hash::Hash;
@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::OnceCell;
 
-/// What is being fetched, by key: as many entries as there are keys that somebody waits for.
+/// The fetches under way, by key: as many entries as there are keys that somebody waits for.
 pub(crate) struct Coalesced<K, V>(Mutex<HashMap<K, Fetch<V>>>);
 
 struct Fetch<V> {
@@ -21,7 +21,7 @@ impl<K, V> Default for Coalesced<K, V> {
 }
 
 impl<K: Clone + Eq + Hash, V: Clone> Coalesced<K, V> {
-    /// What `fetch` gives; of many who ask at once only one does it. If that one goes away, the next one does it.
+    /// The result of `fetch`; of many callers at once only one runs it. If that one goes away, the next one runs it.
     pub(crate) async fn run(&self, key: K, fetch: impl Future<Output = V>) -> V {
         let (result, _waiting) = self.join(key);
         result.get_or_init(|| fetch).await.clone()

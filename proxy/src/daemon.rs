@@ -480,7 +480,7 @@ impl SeedManifests for Seeds {
     }
 }
 
-/// What people see.
+/// The status for people.
 struct Overview {
     settings: Settings,
     beside: Option<Beside>,

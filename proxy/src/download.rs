@@ -41,7 +41,7 @@ pub enum FlightError {
     /// The origin does not say how long the blob is: stream it without pieces.
     #[error("the origin does not say how long the blob is")]
     UnknownLength,
-    /// The origin says another length than was known; what is known of it has been thrown away.
+    /// The origin says another length than was known; the known facts about it have been thrown away.
     #[error("the origin says another length of {0} than before")]
     WrongSize(Digest),
     /// Another registry says another size than this client's, and none is proved right: stream it without pieces.
@@ -49,7 +49,7 @@ pub enum FlightError {
         "registries disagree on the size of {0}: it is streamed from the client's own until one size is proved"
     )]
     OtherSize(Digest),
-    /// What is here of the blob came from elsewhere, and this registry has not proved that it has it.
+    /// The bytes here came from elsewhere, and this registry has not proved that it has the blob.
     #[error("the registry has not proved that it has the blob: {0}")]
     Unproved(String),
     /// The same, and nothing speaks against the registry: the blob can come from it, past what is here.
@@ -61,7 +61,7 @@ pub enum FlightError {
 }
 
 impl FlightError {
-    /// What a failure of the origin means for a reader.
+    /// The meaning of a failure of the origin for a reader.
     pub(crate) fn of(task: Digest, failure: Failure, reason: &str) -> Self {
         match failure {
             Failure::Status(status) => FlightError::Origin(status),
@@ -84,12 +84,12 @@ pub enum Segment {
     File {
         /// The file.
         file: Arc<File>,
-        /// Where in the file.
+        /// The range in the file.
         range: Range<u64>,
     },
 }
 
-/// What the driver and a task's readers share.
+/// The state that the driver and a task's readers share.
 #[derive(Debug)]
 pub(crate) struct Shared {
     pub(crate) task: Digest,

@@ -14,7 +14,7 @@ use hawker_core::Time;
 use hawker_core::application::Purpose;
 use hawker_core::message::{Message, Refusal, Role};
 use hawker_core::node::{
-    Child, Config, Failure, Input, Named, Node, TableSigner, Opening, Phase, Verdict,
+    Child, Config, Failure, Input, Named, Node, Opening, Phase, TableSigner, Verdict,
 };
 use hawker_core::parents::Fault;
 use hawker_core::piece::{PeerId, PieceIndex, PieceLayout, PieceSet, PieceTable, SignedPrefix};
@@ -83,7 +83,7 @@ const LET_GO_AFTER: Duration = Duration::from_secs(30);
 /// A download for peers, of which none waits any more, rests after this long: a child may come back.
 const REST_AFTER: Duration = Duration::from_secs(3);
 
-/// What happens to the driver.
+/// An event for the driver.
 pub(crate) enum Event {
     /// A client wants a blob.
     Open {
@@ -187,7 +187,7 @@ pub(crate) enum Event {
     },
     /// A blob was streamed from an origin, without pieces, and matched its digest.
     SizeProven { task: Digest, size_bytes: u64 },
-    /// What the disk has of a task was hashed again: of the task as it was `seen` in play then, if it was.
+    /// The bytes of a task on the disk were hashed again: of the task as it was `seen` in play then, if it was.
     Rechecked {
         task: Digest,
         seen: Option<Arc<Shared>>,
@@ -210,13 +210,13 @@ pub(crate) enum Event {
     },
     /// The store let these tasks go.
     Gone(Vec<Digest>),
-    /// The disk needs room: what nobody reads should not be kept from being evicted.
+    /// The disk needs room: blobs without a reader should not be kept from being evicted.
     Crowded,
-    /// For people: what is being downloaded.
+    /// For people: the downloads under way.
     List(oneshot::Sender<Vec<Running>>),
 }
 
-/// What the disk has of a task.
+/// The content of the disk for a task.
 pub(crate) enum Found {
     /// All of it.
     Blob(Blob),
@@ -311,7 +311,7 @@ pub(crate) struct Driver {
     memory_changed: bool,
     /// It is being looked whether the disk takes writes again.
     trying_disk: bool,
-    /// Tasks whose size the origin told wrong once: what anybody remembers of it does not count.
+    /// Tasks whose size the origin told wrong once: remembered sizes do not count.
     sizes_doubted: HashSet<Digest>,
     /// Sizes of blobs that matched their digest, where registries disagree.
     sizes_proven: HashMap<Digest, u64>,
@@ -423,7 +423,7 @@ impl Driver {
         self.node.handle(now, input);
     }
 
-    // ---- what happens -------------------------------------------------------------------------------------------
+    // ---- events -------------------------------------------------------------------------------------------------
 
     fn apply(&mut self, event: Event) {
         let now = self.now();
@@ -647,7 +647,7 @@ impl Driver {
         self.gone(task);
     }
 
-    /// What the store had of a task is no more.
+    /// The store has nothing of a task any more.
     fn gone(&mut self, task: &Digest) {
         self.tell(Input::Close(*task));
         self.config.proofs.forget(task);
@@ -1231,7 +1231,8 @@ impl Driver {
                     tracker.forget(task);
                 }
             } else if !running
-                // That a piece is being written keeps the task, but not the download: one that never rests would never end.
+                // A piece that is being written keeps the task, but not the download: one that never rests would never
+                // end.
                 && state.writing == 0
                 && idle >= LET_GO_AFTER.min(linger)
                 && (!is_waited_for || idle >= 4 * LET_GO_AFTER)
@@ -1307,7 +1308,8 @@ impl Driver {
     }
 }
 
-/// What the disk has of a task. Where the size is in doubt only a committed blob counts, and a size that was proved. Blocking.
+/// Looks for a task on the disk. If the size is in doubt, only a committed blob counts, and a size that was proved.
+/// Blocking.
 fn look(
     store: &dyn TaskStore,
     task: &Digest,

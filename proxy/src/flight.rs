@@ -1,8 +1,9 @@
 //! One download a task, many readers.
 //!
-//! The driver downloads; a [`Reader`] takes bytes in order as they are shown: from memory while they are being written, from the
-//! file afterwards, so that a slow client holds no memory. What the flight can't give in time the reader gets from the origin
-//! by itself ([`direct`]). When it waits, asks or gives up is decided by [`hawker_core::reader`].
+//! The driver downloads; a [`Reader`] takes bytes in order as they are shown: from memory while they are being
+//! written, from the file afterwards, so that a slow client holds no memory. Bytes that the flight can't give in time
+//! the reader gets from the origin by itself ([`direct`]). [`hawker_core::reader`] decides when it waits, asks or
+//! gives up.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -45,8 +46,9 @@ impl Flights {
         }
     }
 
-    /// Hashes again what the disk has of these bytes, and whether all were right; `None`: not all are there. If not, what is there
-    /// of the blob is gone: who reads it ends short, and a download that begins after this begins anew.
+    /// Hashes the bytes of this range on the disk again, and tells whether all were right; `None`: not all are there.
+    /// If not, the blob's bytes here are gone: a present reader ends short, and a download that begins after this
+    /// begins anew.
     pub async fn recheck(&self, task: Digest, bytes: Range<u64>) -> Option<bool> {
         let (reply, right) = oneshot::channel();
         // Without a driver nothing is downloaded any more.
@@ -233,14 +235,15 @@ impl Drop for Flight {
 /// Reads verified bytes in order, as they come.
 pub struct Reader {
     flight: Flight,
-    /// What to do next, by a clock that begins with this reader.
+    /// The decisions, by a clock that begins with this reader.
     decisions: reader::Reader,
     began: Instant,
     announced: Option<PieceIndex>,
     direct: Option<Direct>,
     /// Bytes that were waited for before anybody wanted them.
     first: Option<Segment>,
-    /// What holds bytes back that its registry has not given or proved to have; `None`: the registry is believed.
+    /// The gate that holds back bytes that the registry has not given or proved to have; `None`: the registry is
+    /// believed.
     gate: Option<Gate>,
 }
 
@@ -271,7 +274,7 @@ impl Reader {
         true
     }
 
-    /// Waits for the first bytes: what can't be had is known before anything is promised.
+    /// Waits for the first bytes: a failure is known before anything is promised.
     pub async fn begin(&mut self) -> Result<(), FlightError> {
         self.first = self.next().await?;
         Ok(())
@@ -345,7 +348,7 @@ impl Reader {
         }
     }
 
-    /// What is here at this reader's position.
+    /// The bytes here at this reader's position.
     fn look(&self, shared: &Shared) -> Found {
         let (rest, layout) = (self.decisions.rest(), self.decisions.layout());
         let open_to = match &self.gate {
@@ -404,7 +407,7 @@ impl Reader {
         }
     }
 
-    /// What may be shown of a segment. `None`: the blob has wrong bytes there, and the driver knows.
+    /// The part of a segment that may be shown. `None`: the blob has wrong bytes there, and the driver knows.
     async fn checked(&self, segment: Segment, blob: Option<Blob>) -> Option<Segment> {
         let (Segment::File { file, range }, Some(blob)) = (&segment, blob) else {
             return Some(segment);
@@ -448,7 +451,7 @@ impl Reader {
         Ok(None)
     }
 
-    /// What is missing here comes by the flight, which may read all of the blob for it.
+    /// Missing bytes come by the flight, which may read all of the blob for it.
     async fn want_whole(&mut self) {
         self.flight.want_whole().await;
         self.announced = None;
@@ -486,7 +489,7 @@ impl Reader {
     }
 }
 
-/// What a reader finds at its position.
+/// The bytes that a reader finds at its position.
 struct Found {
     facts: Facts,
     /// The bytes that are here, if any may ever be given out.

@@ -1,4 +1,4 @@
-//! Where content can be had, and with whose right: this node's own, or that of the client who asks for it.
+//! The place of content and the right to it: this node's own right, or that of the client who asks for it.
 
 use std::fmt;
 use std::time::{Duration, SystemTime};
@@ -22,7 +22,7 @@ const LONGEST_LIFE: Duration = Duration::from_secs(15 * 60);
 pub struct Authorization(HeaderValue);
 
 impl Authorization {
-    /// What a request carries, if anything. Of several lines the first counts, as for any server.
+    /// The authorization in a request, if any. Of several lines the first counts, as for any server.
     pub fn of(headers: &HeaderMap) -> Option<Self> {
         headers.get(AUTHORIZATION).cloned().map(Self::new)
     }
@@ -32,7 +32,7 @@ impl Authorization {
         Self(value)
     }
 
-    /// That of a token.
+    /// The authorization by a token.
     pub fn bearer(token: &Bearer) -> Option<Self> {
         HeaderValue::try_from(format!("Bearer {}", token.reveal()))
             .ok()
@@ -49,7 +49,7 @@ impl Authorization {
         }
     }
 
-    /// What stands for it where it is remembered.
+    /// The hash to remember in its place.
     pub fn hash(&self) -> Digest {
         Digest::of(Algorithm::Sha256, self.0.as_bytes())
     }
@@ -85,13 +85,13 @@ struct Claims {
     exp: Option<f64>,
 }
 
-/// What a JSON web token says of itself.
+/// The claims of a JSON web token.
 fn claims(token: &str) -> Option<Claims> {
     let payload = token.split('.').nth(1)?;
     serde_json::from_slice(&URL_SAFE_NO_PAD.decode(payload.trim_end_matches('=')).ok()?).ok()
 }
 
-/// Where content can be had, and with what right.
+/// The place of content, and the right to read it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Grant {
     /// Registry and repository.

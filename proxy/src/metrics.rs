@@ -1,4 +1,4 @@
-//! What the daemon counts. One [`Metrics`] a process, shared by `Arc`; counting bytes is one atomic addition, no lock.
+//! The daemon's counters. One [`Metrics`] a process, shared by `Arc`; counting bytes is one atomic addition, no lock.
 //!
 //! All names begin with `hawker_`. Bytes are body bytes: no headers, no TLS.
 
@@ -20,7 +20,7 @@ use crate::recent::RecentRequests;
 /// A number that goes up and down, and is never negative.
 pub type Level = Gauge<u64, AtomicU64>;
 
-/// What a request at the mirror was for: the label `kind`.
+/// The kind of a request at the mirror: the label `kind`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum RequestKind {
     /// `/v2/`.
@@ -57,7 +57,7 @@ impl RequestKind {
     }
 }
 
-/// Where bytes that went to a runtime came from.
+/// The source of bytes that went to a runtime.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ServedFrom {
     /// This node's store.
@@ -68,7 +68,7 @@ pub enum ServedFrom {
     Origin,
 }
 
-/// What became of bytes of an application's pulls: the label `how`.
+/// The fate of bytes of an application's pulls: the label `how`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Moved {
     /// To clients.
@@ -93,7 +93,7 @@ impl Moved {
     }
 }
 
-/// Who was told to ask elsewhere.
+/// The kind of a peer that was told to ask elsewhere.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Refused {
     /// A peer, by this node.
@@ -373,7 +373,7 @@ impl Metrics {
             .inc();
     }
 
-    /// What is counted of one application.
+    /// The counts of one application.
     pub(crate) fn application(&self, name: &str) -> ApplicationStatus {
         let bytes = |how| {
             self.application_bytes

@@ -45,7 +45,7 @@ const GIVERS: usize = 4;
 const WITHIN: Duration = Duration::from_secs(20);
 /// A registry that sent wrong bytes is not asked again for this long.
 const FAILED_FOR: Duration = Duration::from_secs(30);
-/// What a registry that ignores `Range` may send before the part that is compared.
+/// Bytes that a registry that ignores `Range` may send before the compared part.
 const MAX_SKIP_BYTES: u64 = 64 << 20;
 
 /// Why a registry has not proved that it has some content.
@@ -68,7 +68,7 @@ pub(crate) enum Unproved {
     Unclear(Digest),
 }
 
-/// Who asks for a proof, of which registry.
+/// A request for a proof, about one registry.
 pub(crate) struct Asking<'a> {
     pub(crate) source: &'a Source,
     /// The client's right, and what else the registry should see.
@@ -76,14 +76,14 @@ pub(crate) struct Asking<'a> {
     pub(crate) client: IpAddr,
 }
 
-/// What is known of possession on this node.
+/// The facts about possession on this node.
 pub struct Proofs {
     store: Arc<dyn TaskStore>,
     origin: Origin,
     facts: Mutex<Facts>,
     /// The files of the store are read and then written.
     writing: Mutex<()>,
-    /// What decides which part of a task is compared, chosen at random when the daemon starts.
+    /// The secret that decides which part of a task is compared, chosen at random when the daemon starts.
     secret: [u8; 32],
 }
 
@@ -240,7 +240,7 @@ impl Proofs {
         }
     }
 
-    /// A committed blob is in play again: what the disk says about it. Blocking.
+    /// A committed blob is in play again: notes the facts on the disk about it. Blocking.
     pub(crate) fn reopened(&self, table: &PieceTable) {
         let count = table.layout().count();
         for registry in self.store.origins(table.task()) {
@@ -249,7 +249,7 @@ impl Proofs {
         self.claims(table);
     }
 
-    /// What an issuer that counts says in its table about where the bytes came from.
+    /// Notes the registries that an issuer that counts names in its table.
     pub(crate) fn claims(&self, table: &PieceTable) {
         let Some(signed) = table.signed() else { return };
         let count = table.layout().count();
@@ -263,7 +263,8 @@ impl Proofs {
         }
     }
 
-    /// The registries that gave the first `pieces` of a task, or have proved to have it: what this node may sign as an issuer.
+    /// The registries that gave the first `pieces` of a task, or have proved to have it: this node may sign them as an
+    /// issuer.
     pub(crate) fn givers(&self, task: &Digest, pieces: u32) -> Vec<String> {
         let facts = self.facts();
         let gave = facts.given.get(task).into_iter().flatten();
@@ -291,7 +292,7 @@ impl Proofs {
         whole.iter().for_each(|registry| self.note(registry, task));
     }
 
-    /// What was given turned out to be wrong, or nobody needs the task any more.
+    /// Forgets a task: its bytes turned out to be wrong, or nobody needs it any more.
     pub(crate) fn forget(&self, task: &Digest) {
         self.facts().given.remove(task);
     }

@@ -32,7 +32,7 @@ pub struct RecentRequest {
     pub reason: String,
 }
 
-/// What `/requests?after=N` says: the requests with numbers from N on, as far as they are still kept.
+/// The content of `/requests?after=N`: the requests with numbers from N on, as far as they are still kept.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct RecentPage {

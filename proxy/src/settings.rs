@@ -1,4 +1,4 @@
-//! What the daemon runs with: resolved and checked. `cli` makes it out of what a person wrote.
+//! The daemon's settings, resolved and checked. `cli` makes them from a person's configuration.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -26,17 +26,17 @@ pub struct Settings {
     pub name: String,
     /// Why this node serves alone though it was a member before, for people.
     pub problem: Option<String>,
-    /// Where this node stands, as far as it is told.
+    /// The place of this node, as far as it is told.
     pub place: Place,
     /// Identity, members, store.
     pub data_dir: PathBuf,
-    /// Where runtimes reach the mirror.
+    /// The addresses of the mirror for runtimes.
     pub mirror: Vec<SocketAddr>,
-    /// Where the forward proxy listens; empty: there is none.
+    /// The addresses of the forward proxy; empty: there is none.
     pub forward_proxy: Vec<SocketAddr>,
     /// Metrics, health, status.
     pub admin: SocketAddr,
-    /// Where peers reach this node.
+    /// The addresses of this node for peers.
     pub peer_listen: Vec<SocketAddr>,
     /// How peers are told to reach this node, `host:port`; empty: the addresses the listener has.
     pub advertise: Vec<String>,
@@ -46,7 +46,7 @@ pub struct Settings {
     pub seeds: Vec<String>,
     /// Schedulers by `host:port`.
     pub schedulers: Vec<String>,
-    /// What may be changed while the daemon runs (SIGHUP).
+    /// The settings that may be changed while the daemon runs (SIGHUP).
     pub live: Arc<ArcSwap<LiveSettings>>,
     /// Takes the configuration that schedulers push; `None`: it is refused.
     pub push: Option<Arc<dyn Push>>,
@@ -72,15 +72,15 @@ pub struct LiveSettings {
     pub rates: Rates,
     /// Of each task.
     pub task_rates: Rates,
-    /// What is said of applications, their tags and their limits.
+    /// The rules of applications, their tags and their limits.
     pub applications: Arc<Applications>,
     /// Upstream registries.
     pub registries: Registries,
-    /// Where this node's own names and passwords for registries are; the first that has one counts.
+    /// The sources of this node's own names and passwords for registries; the first that has one counts.
     pub credentials: Vec<CredentialSource>,
     /// How old what the origin said may be while it can't be asked.
     pub staleness: Staleness,
-    /// What the forward proxy does with whom.
+    /// Forward-proxy rules: the hosts that are intercepted, tunnelled or refused.
     pub intercept: Rules,
     /// The mirror speaks TLS with clients that want it.
     pub tls: Option<Arc<ServerConfig>>,
@@ -89,9 +89,9 @@ pub struct LiveSettings {
 /// How old what the origin said may be while it can't be asked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Staleness {
-    /// Where a tag was; `None`: that is not enough.
+    /// The digest of a tag; `None`: that is not enough.
     pub tags: Option<Duration>,
-    /// That anybody may read something.
+    /// Public access to something.
     pub public_grace: Duration,
 }
 
@@ -115,12 +115,12 @@ pub struct Registries {
     pub known: BTreeMap<String, RegistrySettings>,
     /// Networks that may be reached though they are loopback, private or link-local: address and prefix length.
     pub allow_networks: Vec<Network>,
-    /// Whose right counts at registries that do not say.
+    /// The right that counts at registries without a setting of their own.
     pub authorization: AuthorizationMode,
 }
 
 impl Registries {
-    /// Whose right counts at `registry`.
+    /// The right that counts at `registry`.
     pub fn authorization(&self, registry: &str) -> AuthorizationMode {
         let own = self
             .known
@@ -165,9 +165,9 @@ pub struct RegistrySettings {
     pub insecure: bool,
     /// Shown to its endpoints where they ask for a client's certificate.
     pub identity: Option<ClientIdentity>,
-    /// Where tokens for it may be had, besides its own domain: scheme, host and port count.
+    /// The realms for its tokens, besides its own domain: scheme, host and port count.
     pub realms: Vec<Url>,
-    /// Whose right counts, if not the one that counts everywhere.
+    /// The right that counts, if not the one that counts everywhere.
     pub authorization: Option<AuthorizationMode>,
     /// Its word that it has some content is not enough, though the configuration names it.
     pub must_prove: bool,

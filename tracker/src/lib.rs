@@ -1,17 +1,18 @@
 //! The schedulers' streams, and the list of members that outlives them.
 //!
-//! What is to be said is kept as state, not as a queue (`outbox`): what is still wanted, the latest of each holding. So
-//! nothing piles up while no scheduler is there, and a new stream starts with the whole. `session` runs one stream after
-//! another to one scheduler; `renewal` keeps the certificate fresh.
+//! Messages to send are kept as state, not as a queue (`outbox`): the open wants, the latest of each holding. So
+//! nothing piles up while no scheduler is there, and a new stream starts with the whole. `session` runs one stream
+//! after another to one scheduler; `renewal` keeps the certificate fresh.
 //!
-//! Wants and reports go to the scheduler that rendezvous hashing names for the task among those connected; holdings go to
-//! all, so that a task finds its holders whoever tracks it. Where a scheduler says that too many ask it for a task, the task
-//! is spread: each node asks one of the first few in the order, by its own hash. Whom a node was told as the issuer it says
-//! with its question wherever it asks next: to the next scheduler, or to the same one after its restart.
+//! Wants and reports go to the scheduler that rendezvous hashing names for the task among those connected; holdings go
+//! to all, so that a task finds its holders whoever tracks it. If too many ask a scheduler for a task, the task is
+//! spread: each node asks one of the first few in the order, by its own hash. A node repeats the issuer that it was
+//! told with its next question: to the next scheduler, or to the same one after its restart.
 //!
-//! Reports of wrong bytes go to all schedulers, too: who is isolated must not depend on which tasks two reporters met it in.
+//! Reports of wrong bytes go to all schedulers, too: isolation must not depend on the tasks in which two reporters met
+//! the peer.
 //!
-//! What is dropped: reports while no scheduler is connected or when too many wait; wants beyond [`MAX_WANTS`].
+//! Dropped are reports while no scheduler is connected or when too many wait, and wants beyond [`MAX_WANTS`].
 
 mod outbox;
 mod renewal;
@@ -48,29 +49,29 @@ pub trait Push: fmt::Debug + Send + Sync {
     fn push(&self, from: PeerId, known: &[PeerId], document: &str) -> Result<(), String>;
 }
 
-/// What a scheduler says.
+/// An event from a scheduler.
 #[derive(Clone, Debug)]
 pub enum TrackerEvent {
     /// Seeds and schedulers, the whole list. Also sent at start, from the disk.
     Members(Vec<Member>),
-    /// Whom to fetch a task from.
+    /// The parents of a task.
     Parents {
         /// The task.
         task: Digest,
         /// The parents.
         parents: Vec<Member>,
-        /// Whose table counts although it is no seed's.
+        /// The member whose table counts although it is no seed.
         issuer: Option<PeerId>,
         /// This node is elected to read it from the origin and issue the table.
         fetch_from_origin: bool,
-        /// What to take from parents in other zones.
+        /// The share to take from parents in other zones.
         share: Share,
     },
     /// Members that nobody fetches from, the whole list.
     Isolated(Vec<Isolation>),
     /// Members that were removed from the cluster just now: their connections are to end.
     Removed(Vec<PeerId>),
-    /// Where this node stands: its zone.
+    /// The zone of this node.
     Zone(String),
     /// Nobody is elected for this task yet, for its application's sake.
     Postponed(Digest),
@@ -79,7 +80,7 @@ pub enum TrackerEvent {
 /// A member that nobody fetches from.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Isolation {
-    /// Who.
+    /// The peer.
     pub peer: PeerId,
     /// Why, for people.
     pub why: String,
@@ -87,7 +88,7 @@ pub struct Isolation {
     pub until: Instant,
 }
 
-/// What became of a parent, for the scheduler.
+/// The outcome with a parent, for the scheduler.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ReportKind {
     /// It sent bytes that do not match the table.
@@ -107,7 +108,7 @@ pub enum ReportKind {
 pub struct Want {
     /// Its size, when known.
     pub size_bytes: Option<u64>,
-    /// Where it can be had.
+    /// The registry and repository that have it.
     pub source: Source,
     /// The parents named before did not suffice.
     pub again: bool,
@@ -119,7 +120,7 @@ pub struct Want {
     pub partial: bool,
 }
 
-/// What a peer holds of a task.
+/// The pieces that a peer holds of a task.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Holding {
     /// The task.
@@ -143,11 +144,11 @@ pub struct Capacity {
 
 /// How to run the [`Tracker`].
 pub struct TrackerConfig {
-    /// Who we are.
+    /// Our identity.
     pub identity: Identity,
     /// For people.
     pub name: String,
-    /// Where we stand.
+    /// Our place.
     pub place: Place,
     /// How others reach us.
     pub addresses: Vec<String>,
@@ -157,11 +158,11 @@ pub struct TrackerConfig {
     pub push: Option<Arc<dyn Push>>,
     /// Schedulers by `host:port`, besides those in the member list.
     pub schedulers: Vec<String>,
-    /// Where the member list is kept.
+    /// The file of the member list.
     pub members_file: PathBuf,
     /// All that this node holds, asked at each new stream.
     pub holdings: Arc<dyn Fn() -> Vec<Holding> + Send + Sync>,
-    /// Where events go.
+    /// The channel for events.
     pub events: mpsc::Sender<TrackerEvent>,
 }
 
@@ -173,7 +174,7 @@ pub struct Tracker {
     _stop: Arc<tokio_util::sync::DropGuard>,
 }
 
-/// What the streams' tasks and the tracker share.
+/// The state that the streams' tasks and the tracker share.
 struct Shared {
     config: TrackerConfig,
     outboxes: Mutex<Outboxes>,
@@ -182,7 +183,7 @@ struct Shared {
 }
 
 impl Shared {
-    /// Where the identity is saved.
+    /// The folder of the identity.
     fn identity_dir(&self) -> PathBuf {
         self.config.members_file.with_file_name("identity")
     }
@@ -245,12 +246,12 @@ impl Tracker {
         self.shared.outboxes().forget(task);
     }
 
-    /// What is held of one task has changed; sent at most once a second.
+    /// The held pieces of one task have changed; sent at most once a second.
     pub fn holding(&self, holding: Holding) {
         self.shared.outboxes().holding(&holding);
     }
 
-    /// What became of a parent; sent batched.
+    /// The outcome with a parent; sent batched.
     pub fn report(&self, peer: PeerId, task: &Digest, kind: ReportKind) {
         self.shared.outboxes().report(peer, task, kind);
     }

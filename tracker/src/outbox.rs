@@ -1,4 +1,4 @@
-//! What is still to be said to which scheduler. No I/O and no clock: the sessions take from here what they send.
+//! The messages still to be sent, by scheduler. No I/O and no clock: the sessions take from here.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -26,7 +26,7 @@ const MAX_CONTRADICTIONS: usize = 2;
 /// Values of a table that is sent as proof: with SHA-512, two such tables fill half of a message.
 const MAX_PROOF_VALUES: usize = 16_384;
 
-/// What all schedulers are still to be told, and what they told last.
+/// The messages for all schedulers, and their last answers.
 pub(super) struct Outboxes {
     me: PeerId,
     wants: BTreeMap<Digest, Wanted>,
@@ -40,7 +40,7 @@ struct Wanted {
     want: Want,
     /// Which scheduler knows of it.
     asked: Option<Asked>,
-    /// Who issues its table, as far as this node was told.
+    /// The issuer of its table, as far as this node was told.
     issuer: Option<PeerId>,
     /// Over how many schedulers it is spread.
     spread: u32,
@@ -48,7 +48,7 @@ struct Wanted {
     stays: bool,
 }
 
-/// Where a task is asked for.
+/// The scheduler that is asked for a task.
 #[derive(Clone, Copy, PartialEq, Eq)]
 struct Asked {
     scheduler: PeerId,
@@ -56,7 +56,7 @@ struct Asked {
     guest: bool,
 }
 
-/// What a scheduler says of a task, besides its parents.
+/// A scheduler's answer about a task, besides its parents.
 pub(super) struct Answer {
     pub(super) issuer: Option<PeerId>,
     /// This node is the issuer.
@@ -65,7 +65,7 @@ pub(super) struct Answer {
     pub(super) spread: u32,
 }
 
-/// What one scheduler is still to be told.
+/// The messages for one scheduler.
 struct Outbox {
     address: String,
     wake: Arc<Notify>,
@@ -119,8 +119,8 @@ impl Outboxes {
         self.reassign_one(task);
     }
 
-    /// Notes what a scheduler says of a task; where that means to ask another one from now on, it is asked. `false`: it is not
-    /// the one that was asked, and its word no longer counts.
+    /// Notes a scheduler's answer about a task; if that means to ask another one from now on, it is asked. `false`: it
+    /// is not the one that was asked, and its word no longer counts.
     pub(super) fn heard_parents(&mut self, scheduler: PeerId, task: &Digest, said: Answer) -> bool {
         // Elected for what it holds, a node need not want it.
         let Some(wanted) = self.wants.get_mut(task) else {
@@ -219,7 +219,7 @@ impl Outboxes {
         self.sessions.contains_key(&scheduler)
     }
 
-    /// A stream to this scheduler has begun; what wakes it when there is something to say. `None`: it has one already.
+    /// A stream to this scheduler has begun; gives the notifier for new messages. `None`: it has one already.
     pub(super) fn open(&mut self, scheduler: PeerId, address: &str) -> Option<Arc<Notify>> {
         if self.is_connected(scheduler) {
             return None;
@@ -417,9 +417,9 @@ impl Outboxes {
         rendezvous::owner(task, self.sessions.keys().copied())
     }
 
-    /// Where a task is to be asked for.
+    /// The scheduler to ask for a task.
     fn place(&self, task: &Digest, wanted: &Wanted) -> Option<Asked> {
-        // Who may read what seeds may not may be elected, which only the first does.
+        // A node that may read origins that seeds may not read may be elected, which only the first does.
         let spread = if wanted.stays || wanted.want.reads {
             1
         } else {

@@ -49,7 +49,7 @@ const MAX_SCHEDULERS: usize = 32;
 /// How often the list of schedulers is compared with the streams.
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 
-/// Where a scheduler may be: one that the configuration names has one address, a member several.
+/// The addresses of a scheduler: one that the configuration names has one address, a member several.
 type Target = Vec<String>;
 
 /// Sends the member list from the disk, then keeps a stream to each scheduler that is known.
@@ -187,7 +187,7 @@ impl Session<'_> {
         let mut incoming = opened.into_inner();
         info!(address = self.address, scheduler = %self.scheduler, "connected to a scheduler");
         self.shared.problems().remove(self.target);
-        // Holdings come before questions: who is elected depends on what it holds.
+        // Holdings come before questions: the election depends on them.
         self.say_news(&say).await?;
         let mut news_at = tokio::time::Instant::now() + NEWS_INTERVAL;
         let mut configured_at: Option<tokio::time::Instant> = None;

@@ -17,7 +17,7 @@ use hawker_lanes::{self as lanes, Lane};
 use hawker_tracker::Holding;
 
 impl Driver {
-    /// What becomes of a piece's bytes.
+    /// Takes a piece's bytes.
     pub(super) fn take(
         &mut self,
         task: Digest,

@@ -1,4 +1,4 @@
-//! Who is known in the cluster.
+//! The known members of the cluster.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
@@ -9,7 +9,7 @@ use hawker_core::piece::PeerId;
 use crate::peer::Dial;
 use hawker_tracker::{Isolation, Member};
 
-/// Who is known in the cluster, for the driver, manifests and people.
+/// The known members of the cluster, for the driver, manifests and people.
 #[derive(Debug, Default)]
 pub(crate) struct Members {
     state: std::sync::Mutex<MembersState>,
@@ -17,7 +17,7 @@ pub(crate) struct Members {
 
 #[derive(Debug, Default)]
 pub(super) struct MembersState {
-    /// Where this node stands; empty when not told.
+    /// This node's zone; empty when not told.
     pub(super) zone: String,
     pub(super) listed: Vec<Member>,
     pub(super) met: HashMap<PeerId, Member>,

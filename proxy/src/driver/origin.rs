@@ -1,4 +1,4 @@
-//! What the driver does about the origin: one reader a task, told what is wanted.
+//! The driver's dealings with the origin: one reader a task, told the wanted bytes.
 
 use std::ops::Range;
 use std::sync::Arc;

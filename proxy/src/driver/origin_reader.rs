@@ -58,7 +58,7 @@ const RATED_WITHIN: Duration = Duration::from_secs(1);
 /// The wait after the first such request; the next one waits twice as long.
 const SIZING_WAIT: Duration = Duration::from_millis(200);
 
-/// What the driver wants read.
+/// The bytes that the driver wants read.
 #[derive(Clone, Default)]
 pub(super) struct Wishes {
     /// The rest of the blob from the first piece that is missing on, in order.
@@ -73,7 +73,7 @@ pub(super) struct Wishes {
     pub(super) size_guess: Option<u64>,
 }
 
-/// Where the in-order read begins.
+/// The start of the in-order read.
 #[derive(Clone)]
 pub(super) struct Rest {
     /// Tells this read from earlier ones of the same task.
@@ -297,7 +297,7 @@ impl Actor {
         }
     }
 
-    // ---- what is wanted -----------------------------------------------------------------------------------------
+    // ---- wishes -------------------------------------------------------------------------------------------------
 
     /// Begins or ends the in-order read, and ends requests that nobody wants any more.
     async fn follow_wishes(&mut self) -> Result<(), Unheard> {

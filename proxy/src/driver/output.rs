@@ -1,4 +1,4 @@
-//! What the core asks for, carried out.
+//! The core's orders, carried out.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -147,7 +147,7 @@ impl Driver {
                 }
             }
             Output::RatesChanged => {
-                // Whoever waits for the origin's rate looks again at how long.
+                // Reads that wait for the origin's rate look again at their wait.
                 let reading = self.tasks.values().filter(|state| state.reading.is_some());
                 for state in reading {
                     state.resumes.send_replace(tokio::time::Instant::now());
@@ -440,7 +440,7 @@ impl Driver {
         }
     }
 
-    /// The disk let what it had of a task rot. Whoever reads it ends short; for whoever waits for it, it is fetched again.
+    /// The disk let its bytes of a task rot. Present readers end short; for waiting clients it is fetched again.
     pub(super) fn rotten(&mut self, task: Digest, seen: Option<Arc<Shared>>) {
         warn!(%task, "what the disk had of a blob was rotten and is gone");
         let Some(state) = self.tasks.get(&task) else {
@@ -566,8 +566,8 @@ impl Driver {
         }
     }
 
-    /// The origin's bytes don't make up the blob, or it says another length by now: the length may be what is wrong. Whoever reads
-    /// has got its error; the next one begins with what the origin says then.
+    /// The origin's bytes don't make up the blob, or it says another length by now: the known length may be wrong.
+    /// Present readers have got their error; the next one begins with the length that the origin says then.
     pub(super) fn doubt_size(&mut self, task: Digest) {
         if self.sizes_doubted.len() >= SIZES_DOUBTED {
             self.sizes_doubted.clear();

@@ -1,4 +1,4 @@
-//! What the driver keeps of one task beside the core's own state.
+//! The driver's state of one task beside the core's own.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -24,7 +24,7 @@ const GRANTS: usize = 4;
 /// Peers that wait for the disk to be looked at.
 pub(super) const ASKING: usize = 1024;
 
-/// What a client's reader wants.
+/// The wishes of a client's reader.
 pub(super) struct Reading {
     /// The pieces that it still needs, once it has said so.
     pub(super) pieces: Option<Range<PieceIndex>>,
@@ -113,7 +113,7 @@ pub(super) enum MemoryClaim {
 
 pub(super) struct TaskState {
     pub(super) shared: Arc<Shared>,
-    /// Where it can be had and with what right, the newest last. Whoever reads the origin follows it.
+    /// The places and rights of it, the newest last. The reader of the origin follows it.
     pub(super) grants: watch::Sender<Vec<Grant>>,
     /// Idle tasks were let go since the disk had no room for this one.
     pub(super) has_made_room: bool,
@@ -174,7 +174,7 @@ impl TaskState {
         }
     }
 
-    /// What the clients want it for, all together; `None`: nobody reads it.
+    /// The common purpose of its clients; `None`: nobody reads it.
     pub(super) fn purpose(&self) -> Option<Purpose> {
         Purpose::common(self.readers.values().map(|reading| &reading.purpose))
     }
@@ -199,8 +199,8 @@ impl TaskState {
         });
     }
 
-    /// Where a peer says that the task can be had. It is tried after what is known already, and takes the place of nothing but what
-    /// was said of the same repository: a member cannot lead others to where they do not want to go.
+    /// Adds a place that a peer names for the task. It is tried after the known ones, and replaces nothing but an
+    /// earlier word about the same repository: a member cannot lead others to places where they do not want to go.
     pub(super) fn add_peers_grant(&self, grant: Grant) {
         let is_new = |grants: &Vec<Grant>| {
             let named = grants.iter().filter(|old| !old.source.registry.is_empty());
@@ -256,7 +256,7 @@ impl TaskState {
         self.shared.lock().in_memory()
     }
 
-    /// From now on nothing goes to the disk. What is there already may be read.
+    /// From now on nothing goes to the disk. Pieces that are there already may be read.
     pub(super) fn degrade(&mut self) {
         self.shared.update(|s| {
             if s.storage == Storage::Disk {
@@ -269,7 +269,7 @@ impl TaskState {
         self.unwritten.clear();
     }
 
-    /// Where a piece's bytes are for an upload.
+    /// The source of a piece's bytes for an upload.
     pub(super) fn piece_source(&self, piece: PieceIndex) -> Option<PieceSource> {
         let state = self.shared.lock();
         let layout = state.layout?;

@@ -16,7 +16,7 @@ use crate::grant::Grant;
 use crate::origin::ranges::{Answered, range_header, skip};
 use crate::origin::{Content, Origin, OriginBody, OriginError, PassedBody, Target};
 
-/// Where the origin gives smaller parts than this of what it is asked for, it is asked for the whole, if it may be skipped.
+/// An origin that gives smaller parts than this is asked for the whole, if it may be skipped.
 const LEAST_PART_BYTES: u64 = 1 << 20;
 
 /// A client that has not read for so long loses the origin's answer, where many clients do not read. The origin is asked for the
@@ -31,9 +31,9 @@ pub(super) struct Direct {
     headers: HeaderMap,
     task: Digest,
     layout: PieceLayout,
-    /// What the client is still to get.
+    /// The bytes that the client is still to get.
     range: Range<u64>,
-    /// Where the request ends.
+    /// The end of the request.
     until: u64,
     /// Read from the blob's start and hash, holding the last piece back until the digest matches.
     proof: Option<Proof>,
@@ -41,11 +41,11 @@ pub(super) struct Direct {
     /// The origin does not understand ranges as they are asked for.
     whole: bool,
     body: Option<PassedBody>,
-    /// Where the body is.
+    /// The position of the body.
     at: u64,
-    /// Where the body began.
+    /// The start of the body.
     asked_at: u64,
-    /// What came and was not given out yet, and where it begins.
+    /// Bytes that came and were not given out yet, with their start.
     ready: VecDeque<(u64, Bytes)>,
 }
 
@@ -155,7 +155,7 @@ impl Direct {
         }
     }
 
-    /// What is ready of the range; what comes before it is dropped.
+    /// The ready bytes of the range; earlier ones are dropped.
     fn take_ready(&mut self) -> Option<Bytes> {
         while let Some((mut start, mut bytes)) = self.ready.pop_front() {
             let passed = self
@@ -200,7 +200,7 @@ impl Direct {
                 Answered::From(start) if start == self.at => {
                     return Ok((answer.into_body(), Bytes::new()));
                 }
-                // What comes before is the rest of a piece at most, or else the client wants it skipped.
+                // The earlier bytes are the rest of a piece at most, or else the client wants them skipped.
                 Answered::From(start) if self.skips || start > 0 => {
                     let skipped = skip(answer.into_body(), self.at - start).await;
                     return Ok(skipped.map_err(|error| unreachable(&error))?);

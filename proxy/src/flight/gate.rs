@@ -1,4 +1,5 @@
-//! What a reader may show of bytes that came from elsewhere than its own registry: what that registry gave, or has proved to have.
+//! The gate of a reader whose bytes came from elsewhere than its own registry. It shows bytes that this registry gave,
+//! or has proved to have.
 
 use std::net::IpAddr;
 use std::ops::Range;
@@ -26,7 +27,7 @@ const PROOF_EVERY: Duration = Duration::from_secs(5);
 pub(crate) struct Gate {
     proofs: Arc<Proofs>,
     client: IpAddr,
-    /// What the registry is asked with.
+    /// The headers for requests to the registry.
     headers: HeaderMap,
     /// Pieces that a proof covers.
     passed: Option<PieceSet>,

@@ -46,7 +46,7 @@ struct Leaf {
     renew_at: SystemTime,
 }
 
-/// Where a daemon with this data folder keeps the authority.
+/// The folder of the authority for a daemon with this data folder.
 pub fn authority_dir(data_dir: &Path) -> PathBuf {
     data_dir.join("intercept")
 }

@@ -78,7 +78,7 @@ impl ForwardProxy {
             .await;
     }
 
-    /// What becomes of a request that names a host, and of the connection if it is for one.
+    /// Answers a request that names a host; the connection may become one to that host.
     async fn proxied(&self, request: Request<Incoming>, client: IpAddr) -> Result<Reply, Problem> {
         if self.inner.mirror.has_seen(request.headers()) {
             return Err(Problem::Loop);
@@ -145,7 +145,7 @@ impl Service for ForwardProxy {
     }
 }
 
-/// What answers inside of a connection that was opened.
+/// The handler inside of an opened connection.
 struct Inside {
     inner: Arc<Inner>,
     upstream: Upstream,

@@ -1,4 +1,4 @@
-//! What a proxied request is for: which host, how reached, and under which name settings and rules know it.
+//! The target of a proxied request: the host, the way to it, and its name in settings and rules.
 
 use hawker_oci::reference::canonical_host;
 use http::uri::{Authority, Scheme};

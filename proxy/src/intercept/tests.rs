@@ -28,7 +28,7 @@ use crate::registry::MirrorConfig;
 use crate::settings::{CacheSettings, RegistrySettings};
 use crate::store::Store;
 
-/// What the registry at `host` wants. It gives no tokens.
+/// The challenge of the registry at `host`. It gives no tokens.
 fn challenge(host: &str) -> String {
     format!("Bearer realm=\"http://{host}/token\",service=\"r\"")
 }

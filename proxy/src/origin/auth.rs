@@ -1,5 +1,6 @@
-//! This node's own right at a registry: what its realm gives to anybody or, where the configuration says so, for this node's
-//! credentials. It is got when the registry asks for it, kept no longer than it lives, and got once for all who need it.
+//! This node's own right at a registry: the token that its realm gives to anybody or, if the configuration says so,
+//! for this node's credentials. It is fetched when the registry asks for it, kept no longer than it lives, and fetched
+//! once for all.
 
 use std::num::NonZeroUsize;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -41,7 +42,7 @@ const CAPACITY: NonZeroUsize = NonZeroUsize::new(1024).expect("not zero");
 const LEFTOVER_BYTES: u64 = 64 << 10;
 const LEFTOVER: Duration = Duration::from_secs(1);
 
-/// What a client's name and password are worth at a registry.
+/// The value of a client's name and password at a registry.
 #[derive(Clone, Debug)]
 pub enum Exchanged {
     /// The right to read.
@@ -70,12 +71,13 @@ pub(super) struct Rights {
     held: Mutex<LruCache<Place, Held>>,
     /// The last time that a right was replaced because of an answer without a challenge, and that right.
     replaced: Mutex<LruCache<Place, (Instant, Option<HeaderValue>)>>,
-    /// What `/v2/` asks for, by endpoint.
+    /// The challenges of `/v2/`, by endpoint.
     pinged: Mutex<LruCache<Url, Pinged>>,
     getting: Coalesced<Place, Result<Right, Denied>>,
 }
 
-/// What a right is for. Registries that share an endpoint share no rights: each has a mode and credentials of its own.
+/// The scope of a right. Registries that share an endpoint share no rights: each has a mode and credentials of its
+/// own.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct Place {
     registry: String,
@@ -280,7 +282,7 @@ impl Rights {
             .map(|granted| (granted, None))
     }
 
-    /// What `/v2/` of the endpoint asks for; nothing where it is open.
+    /// The challenges of the endpoint's `/v2/`; none if it is open.
     async fn ping(&self, asked: &Asked<'_>, headers: &HeaderMap) -> Vec<Challenge> {
         let known = |now: Instant| {
             let mut all = self.pinged.lock().unwrap_or_else(PoisonError::into_inner);
@@ -336,12 +338,12 @@ impl Rights {
             Some(Right::Shown(_, used)) => used.as_ref(),
             None => None,
         };
-        // There is nothing: that is believed, unless this node has credentials that were not shown.
+        // The content is missing: that is believed, unless this node has credentials that were not shown.
         let credential = self.credential(asked, &place.repository).await;
         credential.is_some() && credential.as_ref() != used
     }
 
-    /// What this node may show there on its own.
+    /// The credential that this node may show there on its own.
     async fn credential(&self, asked: &Asked<'_>, repository: &str) -> Option<Credential> {
         let registry = asked.registry;
         let may = self.settings.registries.authorization(registry) == AuthorizationMode::Node
@@ -364,10 +366,11 @@ impl Rights {
 }
 
 impl Asked<'_> {
-    /// Asks with this node's own right. Where it has none, or the registry refuses it, a new one is got, and shown once.
+    /// Asks with this node's own right. If there is none, or the registry refuses it, a new one is fetched, and shown
+    /// once.
     ///
-    /// Registries refuse in several ways: by a 401 with or without a challenge, by a 403 for a token that has run out, by a 404 for
-    /// content that only some may know of. Where the answer has no challenge, `/v2/` is asked for one.
+    /// Registries refuse in several ways: by a 401 with or without a challenge, by a 403 for a token that has run out,
+    /// by a 404 for content that only some may know of. If the answer has no challenge, `/v2/` is asked for one.
     pub(super) async fn by_own_right(
         &self,
         rights: &Rights,
@@ -465,7 +468,8 @@ impl Asked<'_> {
         Ok(second.map(Some))
     }
 
-    /// What a client's name and password are worth here, by what `/v2/` asks for or, where that is open, the repository.
+    /// The value of a client's name and password here, by the challenge of `/v2/` or, if that is open, of the
+    /// repository.
     pub(super) async fn exchange(
         &self,
         repository: &str,
@@ -562,8 +566,8 @@ impl Asked<'_> {
             .ok()
     }
 
-    /// Leaves those challenges in a response whose realm may be trusted, written anew: clients read no more into them than we do.
-    /// What they say of a token that was this node's `own` is not about the client.
+    /// Leaves those challenges in a response whose realm may be trusted, written anew: clients read no more into them
+    /// than we do. A refusal of a token that was this node's `own` says nothing about the client.
     pub(super) fn keep_trusted(&self, headers: &mut HeaderMap, own: bool) {
         if !headers.contains_key(WWW_AUTHENTICATE) {
             return;
@@ -633,7 +637,7 @@ async fn finish(response: Response<Incoming>) {
         return;
     }
     let rest = Limited::new(response.into_body(), LEFTOVER_BYTES as usize).collect();
-    // Whatever goes wrong closes the connection, which is all that happens.
+    // Any failure closes the connection, and nothing else happens.
     let _ = timeout(LEFTOVER, rest).await;
 }
 

@@ -16,7 +16,7 @@ use crate::metrics::Metrics;
 
 /// Between two frames of a body.
 const BODY_IDLE: Duration = Duration::from_secs(30);
-/// What is handed out of a body at once, and charged to the rate at once.
+/// The part of a body handed out at once, and charged to the rate at once.
 pub(super) const FRAME_BYTES: usize = 64 << 10;
 
 /// A body from the origin, frame by frame, each wait with a deadline, charged to the origin's rate.
@@ -24,7 +24,7 @@ pub struct OriginBody {
     pub(super) incoming: Option<Incoming>,
     /// Bytes that came and are not handed out yet.
     pub(super) pending: Bytes,
-    /// What the origin still owes, if it said how much there is.
+    /// The bytes that the origin still owes, if it said how many there are.
     pub(super) remaining_bytes: Option<u64>,
     pub(super) registry: String,
     pub(super) limits: Limits,
@@ -59,7 +59,7 @@ impl OriginBody {
         Ok(Some(frame))
     }
 
-    /// What the connection has read; not empty.
+    /// The bytes that the connection has read; not empty.
     async fn receive(&mut self) -> Result<Option<Bytes>, OriginError> {
         loop {
             let Some(incoming) = &mut self.incoming else {

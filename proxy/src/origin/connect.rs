@@ -64,7 +64,8 @@ pub(super) struct Proxies {
     matcher: Matcher,
     /// Entries `HOST:PORT` of `NO_PROXY`, which the matcher does not know.
     without: Vec<String>,
-    /// Where this daemon's mirror and forward proxy listen: a proxy setting that points there is for the runtime, not for us.
+    /// The addresses of this daemon's mirror and forward proxy: a proxy setting that points there is for the runtime,
+    /// not for us.
     own: Vec<SocketAddr>,
 }
 
@@ -209,7 +210,7 @@ impl Dialer {
                 race(addresses).await.map_err(|why| failed(&host, why))?,
             )));
         };
-        // The proxy resolves the name; what resolves here is checked here all the same.
+        // The proxy resolves the name; a name that resolves here is checked here all the same.
         if let Ok(addresses) = self.resolve(&host, port).await {
             self.allowed(&host, port, addresses)?;
         }

@@ -1,8 +1,9 @@
 //! Blobs that a registry does not have itself: manifests name URLs for layers that may not be distributed with the rest (OCI image
 //! spec, "Descriptors", `urls`).
 //!
-//! Whoever may push a manifest chooses these URLs, so they are treated like registries that only a client named: public
-//! addresses, no credentials, TLS, no authorities but the system's. What comes is verified by its digest like anything else.
+//! A person who may push a manifest chooses these URLs. So they are treated like registries that only a client named:
+//! public addresses, no credentials, TLS, no authorities but the system's. Their bytes are verified by the digest like
+//! all others.
 
 use std::num::NonZeroUsize;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -21,7 +22,7 @@ const CAPACITY: NonZeroUsize = NonZeroUsize::new(1024).expect("not zero");
 /// Longest URL remembered.
 const MAX_URL_BYTES: usize = 2048;
 
-/// Where a blob may be had besides its registry.
+/// The other places of a blob besides its registry.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Elsewhere {
     /// The manifest that says so.
@@ -32,7 +33,7 @@ pub(crate) struct Elsewhere {
     pub(super) urls: Vec<Url>,
 }
 
-/// What is remembered, each for the repository whose manifest it was in.
+/// The remembered URLs, each for the repository whose manifest it was in.
 pub(super) struct Remembered(Mutex<LruCache<(Source, Digest), Arc<Elsewhere>>>);
 
 impl Remembered {
@@ -63,7 +64,7 @@ impl Remembered {
         }
     }
 
-    /// What is known of the blob asked for.
+    /// The known URLs of the blob.
     pub(super) fn of(&self, target: &Target) -> Option<Arc<Elsewhere>> {
         let Content::Blob(blob) = &target.content else {
             return None;

@@ -1,9 +1,10 @@
-//! Upstream registries: who may be asked, and asking them.
+//! Upstream registries: the right to ask them, and the requests to them.
 //!
-//! [`policy`] says which registries and addresses may be reached, [`connect`] reaches them, [`tls`] believes them or not,
-//! [`backoff`] leaves them alone when they ask for it. [`request`] asks one endpoint, by [`auth`] with this node's own right
-//! where the client brings none; [`token`] gets that from the registry's realm. [`pass`] hands on what others ask of them.
-//! What a registry does not have itself may be [`elsewhere`]. [`ranges`] understands answers to range requests.
+//! [`policy`] says which registries and addresses may be reached, [`connect`] reaches them, [`tls`] believes them or
+//! not, [`backoff`] leaves them alone when they ask for it. [`request`] asks one endpoint, by [`auth`] with this
+//! node's own right if the client brings none; [`token`] gets that from the registry's realm. [`pass`] hands on the
+//! requests of others to them. A blob that a registry does not have itself may be [`elsewhere`]. [`ranges`]
+//! understands answers to range requests.
 
 mod auth;
 mod backoff;
@@ -83,22 +84,22 @@ const POOL_PER_HOST: usize = 32;
 const MAX_HEAD_BYTES: usize = 256 << 10;
 /// Header lines of a response at most. Each costs 64 bytes while the head is parsed.
 const MAX_HEADERS: usize = 2048;
-/// What of a client's request an origin gets to see.
+/// The headers of a client's request that an origin gets to see.
 const PASSED_ON: [HeaderName; 4] = [RANGE, IF_NONE_MATCH, IF_RANGE, AUTHORIZATION];
-/// What registries are told that we are.
+/// Our name for registries.
 const OWN_NAME: HeaderValue =
     HeaderValue::from_static(concat!("hawker/", env!("CARGO_PKG_VERSION")));
 
-/// What to ask of a registry.
+/// The target of a request to a registry.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Target {
     /// Registry and repository.
     pub source: Source,
-    /// What in it.
+    /// The content in it.
     pub content: Content,
 }
 
-/// What in a repository.
+/// The content within a repository.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Content {
     /// `manifests/<tag or digest>`
@@ -126,8 +127,8 @@ impl Content {
     }
 }
 
-/// The change of the configuration that lets a registry be asked, at private addresses too. What follows the registry's name
-/// after a space is the reason.
+/// The change of the configuration that lets a registry be asked, at private addresses too. The text after the
+/// registry's name and a space is the reason.
 fn how_to_allow(forbidden: &str) -> String {
     let host = forbidden.split(' ').next().unwrap_or_default();
     format!(
@@ -195,7 +196,7 @@ type HttpClient = Client<HttpsConnector<Dialer>, Sent>;
 /// The body of a request: in memory, mostly nothing, or one that passes through.
 type Sent = Either<Full<Bytes>, Upload>;
 
-/// What lasts as long as the settings do.
+/// The parts that last as long as the settings do.
 struct Current {
     settings: Arc<LiveSettings>,
     /// Connections are shared only among requests that trust and may reach the same.
@@ -230,7 +231,7 @@ struct Clients {
     away: HttpClient,
 }
 
-/// What asking a registry takes.
+/// The means to ask a registry.
 struct Means {
     clients: Clients,
     realm_clients: Clients,
@@ -296,11 +297,12 @@ impl Origin {
         self.inner.lot.sweep(Instant::now());
     }
 
-    /// HEAD. Whatever status the origin gives is an `Ok`; redirects are followed here.
+    /// HEAD. Every status of the origin is an `Ok`; redirects are followed here.
     ///
-    /// As with [`Origin::get`] and [`Origin::get_page`], a request without `Authorization` is made with this node's own right:
-    /// what the registry's realm gives to anybody or, where the configuration says so, for this node's credentials. A 401 is
-    /// then the last word. Its challenges are the registry's own, but for those whose realm is not to be trusted.
+    /// As with [`Origin::get`] and [`Origin::get_page`], a request without `Authorization` is made with this node's
+    /// own right: the token that the registry's realm gives to anybody or, if the configuration says so, for this
+    /// node's credentials. A 401 is then the last word. Its challenges are the registry's own, but for those whose
+    /// realm is not to be trusted.
     pub async fn head(
         &self,
         target: &Target,
@@ -349,7 +351,7 @@ impl Origin {
         self.inner.elsewhere.note(source, manifest, part);
     }
 
-    /// Where else the blob asked for may be had, if a manifest of its repository says so.
+    /// The other places of the blob, if a manifest of its repository names any.
     pub(crate) fn elsewhere(&self, target: &Target) -> Option<Arc<Elsewhere>> {
         self.inner.elsewhere.of(target)
     }
@@ -448,13 +450,13 @@ impl Origin {
         None
     }
 
-    /// What the registry would say, had it been asked.
+    /// The answer that the registry would give, had it been asked.
     fn too_many(&self, registry: &str, rest: Duration) -> Response<OriginBody> {
         auth::too_many(Some((rest.as_secs() + 1).into()))
             .map(|none| self.body(registry, none, Some(0)))
     }
 
-    /// Asks the registry's endpoints in order. What the last one says counts, unless only an earlier one said something.
+    /// Asks the registry's endpoints in order. The last one's answer counts, unless only an earlier one answered.
     async fn ask_endpoints(
         &self,
         method: &Method,
@@ -543,7 +545,7 @@ impl Origin {
         best.map(|response| self.with_body(registry, method, response))
     }
 
-    /// What the registry, or its realm, gives for a client's name and password: the right to read one repository.
+    /// The right that the registry, or its realm, gives for a client's name and password: to read one repository.
     pub async fn exchange(
         &self,
         source: &Source,
@@ -615,7 +617,7 @@ impl Origin {
         }
     }
 
-    /// The headers an origin gets: what is passed on of the client's, and who we are.
+    /// The headers for an origin: those passed on of the client's, and our name.
     fn outgoing(&self, headers: &HeaderMap) -> HeaderMap {
         let mut out = HeaderMap::new();
         for name in PASSED_ON {

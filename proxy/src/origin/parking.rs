@@ -44,8 +44,8 @@ impl<B> Default for Lot<B> {
 }
 
 impl<B> Lot<B> {
-    /// Takes a body until its client has taken what was read of it. Where many bodies wait, this one may be dropped after
-    /// `may_wait`.
+    /// Takes a body until its client has taken the bytes read of it. If many bodies wait, this one may be dropped
+    /// after `may_wait`.
     pub(crate) fn park(self: &Arc<Self>, now: Instant, body: B, may_wait: Duration) -> Ticket<B> {
         let mut parked = self.lock();
         let number = parked.next;

@@ -1,4 +1,5 @@
-//! What only passes through: requests as a client made them, with their bodies, and connections whose bytes are its own business.
+//! Traffic that only passes through: requests as a client made them, with their bodies, and connections whose bytes
+//! are the client's own business.
 
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -30,7 +31,7 @@ const CONNECT: Duration = Duration::from_secs(20);
 const LEAST_BYTES: u64 = 4 << 10;
 const LEAST_WITHIN: Duration = Duration::from_secs(60);
 
-/// What is about one connection, and ends there (RFC 9110, 7.6.1).
+/// The headers about one connection, which end there (RFC 9110, 7.6.1).
 const HOP_BY_HOP: [HeaderName; 9] = [
     CONNECTION,
     HeaderName::from_static("keep-alive"),
@@ -43,10 +44,10 @@ const HOP_BY_HOP: [HeaderName; 9] = [
     UPGRADE,
 ];
 
-/// Where a passing request was sent.
+/// The target of a passing request.
 #[derive(Clone, Debug)]
 pub(crate) struct Upstream {
-    /// The host in its one spelling: what settings are looked up by.
+    /// The host in its one spelling: the key for settings.
     pub(crate) name: String,
     /// As the client asked for it.
     pub(crate) scheme: Scheme,
@@ -235,7 +236,7 @@ async fn stalled(moved: &Mutex<Instant>) {
     }
 }
 
-/// A client's body on its way to an origin, frame by frame. Who sends next to nothing is given up.
+/// A client's body on its way to an origin, frame by frame. A client that sends next to nothing is given up.
 pub(super) struct Upload {
     incoming: Incoming,
     moved: Arc<Mutex<Instant>>,

@@ -1,4 +1,4 @@
-//! Who may be asked: which registries, and which addresses a request may end up at.
+//! The policy for requests: the registries, and the addresses at which a request may end up.
 
 use std::net::IpAddr;
 use std::path::PathBuf;
@@ -15,15 +15,15 @@ use crate::settings::{ClientIdentity, Registries};
 pub(super) struct Route {
     /// Base addresses, to be tried in order; never empty.
     pub(super) endpoints: Vec<Url>,
-    /// Whom to believe on TLS.
+    /// The trust in TLS.
     pub(super) trust: Trust,
-    /// Where connections may go.
+    /// The addresses that connections may reach.
     pub(super) reach: Reach,
     /// Realms that the configuration trusts, besides those in the registry's own domain.
     realms: Vec<Url>,
 }
 
-/// Whom to believe on TLS.
+/// The trust in TLS certificates.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub(super) struct Trust {
     /// A PEM file of authorities, besides the system's.
@@ -53,7 +53,7 @@ impl Trust {
     }
 }
 
-/// Where connections may go.
+/// The addresses that connections may reach.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Reach {
     /// Public addresses and the networks that the configuration lists: for registries that only a client named.
@@ -220,8 +220,9 @@ impl Route {
         }
     }
 
-    /// The way to a URL that a manifest names, if hosts like it may be asked. What comes in the clear could be anybody's, and most
-    /// of it is passed on before its digest is known: only to where the configuration asks in the clear as well.
+    /// The way to a URL that a manifest names, if hosts like it may be asked. Bytes in the clear could be anybody's,
+    /// and most of them are passed on before their digest is known. So plain HTTP is used only for hosts that the
+    /// configuration asks in the clear as well.
     pub(super) fn elsewhere(registries: &Registries, url: &Url) -> Result<Self, OriginError> {
         let host = url.host_str().unwrap_or_default();
         let in_the_clear = |known: &Url| known.scheme() == "http" && known.origin() == url.origin();
@@ -238,7 +239,7 @@ impl Route {
     }
 }
 
-/// Where a registry is asked when nothing is configured: over TLS. One in the clear is configured with an `http` address.
+/// The endpoint of a registry without configuration: over TLS. One in the clear is configured with an `http` address.
 fn own_endpoint(registry: &str) -> Option<Url> {
     Url::parse(&format!("https://{}", api_host(registry))).ok()
 }

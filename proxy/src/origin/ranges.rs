@@ -25,11 +25,11 @@ pub(crate) enum Answered {
 }
 
 impl Answered {
-    /// That of an answer with these headers, for the bytes from `at` on. `ranged`: the request named a range.
+    /// The start of an answer with these headers, for the bytes from `at` on. `ranged`: the request named a range.
     pub(crate) fn of(status: StatusCode, headers: &HeaderMap, at: u64, ranged: bool) -> Self {
         match status {
             StatusCode::PARTIAL_CONTENT => match content_range(headers) {
-                // What is to be skipped of a part is no more than what would be of the whole.
+                // Skipping within a part costs no more than skipping within the whole.
                 Some((sent, _)) if sent.start <= at => Answered::From(sent.start),
                 _ if ranged => Answered::NoRanges,
                 _ => Answered::Nothing(StatusCode::BAD_GATEWAY),
@@ -56,7 +56,7 @@ pub(crate) fn content_range(headers: &HeaderMap) -> Option<(Range<u64>, Option<u
     parse_content_range(headers.get(header::CONTENT_RANGE)?.to_str().ok()?)
 }
 
-/// Where a 206 says that it starts.
+/// The start in a 206's Content-Range.
 pub(crate) fn content_range_start(headers: &HeaderMap) -> Option<u64> {
     content_range(headers).map(|(range, _)| range.start)
 }

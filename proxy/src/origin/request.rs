@@ -82,7 +82,7 @@ impl Asked<'_> {
         Err(self.broken(format!("it redirects more than {MAX_REDIRECTS} times")))
     }
 
-    /// Where the response sends us, if it does.
+    /// The target of the response's redirect, if it is one.
     fn redirect(
         &self,
         from: &Url,

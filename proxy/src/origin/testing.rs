@@ -35,7 +35,7 @@ impl Seen {
     }
 }
 
-/// What the registry does with a request.
+/// The registry's reaction to a request.
 pub(crate) enum Reply {
     /// Sends this and keeps the connection.
     Say(Vec<u8>),

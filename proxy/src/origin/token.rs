@@ -31,10 +31,10 @@ const MAX_TOKEN_BYTES: usize = 16 << 10;
 const DEFAULT_LIFE: Duration = Duration::from_secs(60);
 /// A token's life at most, whatever its realm says.
 const LONGEST_LIFE: Duration = Duration::from_secs(24 * 60 * 60);
-/// Who asks, for the realm's records.
+/// Our name in the realm's records.
 const CLIENT_ID: &str = "hawker";
 
-/// What to ask a realm for.
+/// The wish to a realm.
 pub(super) struct Wanted<'a> {
     pub(super) realm: &'a Url,
     pub(super) service: Option<&'a str>,

@@ -1,4 +1,4 @@
-//! What one connection has under way: downloads, uploads asked for, manifests. Shared by its reader, its writer and the
+//! The transfers of one connection: downloads, uploads asked for, manifests. Shared by its reader, its writer and the
 //! daemon's calls; no I/O here.
 
 use std::collections::{HashMap, HashSet, VecDeque};
@@ -46,7 +46,7 @@ pub(super) struct Outgoing {
     pub(super) _room: Option<OwnedSemaphorePermit>,
 }
 
-/// What the writer does about pieces.
+/// An order to the writer about pieces.
 pub(super) enum Order {
     /// Send this under that number.
     Send(u32, PieceSource),
@@ -54,7 +54,7 @@ pub(super) enum Order {
     Drop(u32),
 }
 
-/// Who is at the other end, from certificate and hello.
+/// The other end, from certificate and hello.
 pub(super) struct Remote {
     pub(super) peer: PeerId,
     pub(super) role: Role,
@@ -68,7 +68,7 @@ pub(super) struct Remote {
 
 pub(super) struct Connection {
     pub(super) remote: Remote,
-    /// What it shares with the member's other connections.
+    /// The state shared with the member's other connections.
     pub(super) member: Arc<Member>,
     control: mpsc::Sender<Outgoing>,
     orders: mpsc::Sender<Order>,
@@ -111,7 +111,7 @@ struct Entry {
     served: bool,
 }
 
-/// A piece being received. Whatever becomes of it, its outcome is told: dropped, it was lost.
+/// A piece being received. Its outcome is told in any case: dropped, it was lost.
 pub(super) struct Slot(Option<Box<Filling>>);
 
 struct Filling {
@@ -171,7 +171,7 @@ impl Drop for Slot {
     }
 }
 
-/// Where the bytes of a data frame go.
+/// The target of a data frame's bytes.
 pub(super) enum Taken {
     Slot(Slot),
     /// It was given up here.
@@ -180,7 +180,7 @@ pub(super) enum Taken {
     NotAsked,
 }
 
-/// What becomes of a peer's request.
+/// The fate of a peer's request.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Asked {
     Noted,

@@ -233,7 +233,7 @@ fn tune(tcp: TcpStream) -> BufReader<TcpStream> {
     BufReader::with_capacity(READ_BYTES, tcp)
 }
 
-/// Says hello and hears theirs; who they are is in their certificate.
+/// Says hello and hears theirs; their certificate tells the member.
 async fn greet(
     hub: &Hub,
     mut tls: Stream,

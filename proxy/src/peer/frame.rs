@@ -13,7 +13,7 @@ const CONTROL: u8 = 1;
 const DATA: u8 = 2;
 /// Length field and kind.
 const HEADER_BYTES: usize = 5;
-/// What stands before the bytes of a piece: length field, kind, request number.
+/// The header before the bytes of a piece: length field, kind, request number.
 pub(super) const DATA_HEADER_BYTES: usize = HEADER_BYTES + 4;
 /// Bytes of a piece in one frame at most: control never waits behind more than this.
 pub(super) const DATA_AT_MOST_BYTES: usize = 64 << 10;
@@ -21,10 +21,10 @@ pub(super) const DATA_AT_MOST_BYTES: usize = 64 << 10;
 pub(super) const CONTROL_AT_MOST_BYTES: usize = (4 << 20) + (64 << 10);
 /// A message longer than this leaves no memory behind.
 const CONTROL_KEPT_BYTES: usize = 64 << 10;
-/// A message of any other kind than a table or a manifest at most: what a peer holds of the longest blob has 128 KiB.
+/// A message of any other kind than a table or a manifest at most: the held pieces of the longest blob take 128 KiB.
 pub(super) const ORDINARY_AT_MOST_BYTES: usize = 256 << 10;
 
-/// What makes a connection end.
+/// The reason for the end of a connection.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum FrameError {
     /// The socket or TLS broke. Nobody's fault; dial again.
@@ -39,7 +39,7 @@ pub(super) fn protocol(why: impl Into<String>) -> FrameError {
     FrameError::Protocol(why.into())
 }
 
-/// What the next frame is. Its payload follows in the stream.
+/// The kind of the next frame. Its payload follows in the stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Frame {
     /// A protobuf message of this many bytes.
@@ -55,7 +55,7 @@ pub(super) enum Frame {
     Unknown(usize),
 }
 
-/// What a message is, by the tag that it begins with (protobuf, one-byte tags: field number and wire type).
+/// The kind of a message, by the tag that it begins with (protobuf, one-byte tags: field number and wire type).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
     /// Values of a piece table.
@@ -83,7 +83,7 @@ pub(super) fn put_control(message: &v1::PeerMessage, out: &mut Vec<u8>) {
     message.encode_raw(out);
 }
 
-/// What goes before `len` bytes of a piece.
+/// The header before `len` bytes of a piece.
 pub(super) fn data_header(request: u32, len: usize) -> [u8; DATA_HEADER_BYTES] {
     let mut header = [0; DATA_HEADER_BYTES];
     let mut out = &mut header[..];

@@ -1,4 +1,4 @@
-//! All connections of this daemon: who is connected, over which, and what the driver is told of it.
+//! All connections of this daemon: the connected members, their connections, and the events for the driver.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
@@ -42,7 +42,7 @@ const CONNECTIONS_A_MEMBER: usize = 4;
 /// Members whose allowances are remembered though they are not connected.
 const MEMBERS_REMEMBERED: usize = 4096;
 
-/// What coalesces concurrent dials: the peer, or for "any seed" the addresses.
+/// The key that coalesces concurrent dials: the peer, or for "any seed" the addresses.
 pub(super) type DialKey = (Option<PeerId>, Vec<String>);
 type DialWaiters = Vec<oneshot::Sender<Result<PeerId, PeerError>>>;
 
@@ -100,7 +100,7 @@ impl State {
     }
 }
 
-/// What a caller does about a dial.
+/// The part of a caller in a dial.
 pub(super) enum DialTurn {
     /// There is a connection.
     Warm(PeerId),
@@ -294,7 +294,7 @@ impl Hub {
         Ok(())
     }
 
-    /// What a member's connections share. It outlives them, so that nobody begins anew by coming back.
+    /// The state that a member's connections share. It outlives them, so that nobody begins anew by coming back.
     fn member(&self, remote: &Remote) -> Arc<Member> {
         let mut state = self.state();
         if state.members.len() >= MEMBERS_REMEMBERED {
@@ -412,7 +412,7 @@ impl Hub {
             if let Some(list) = state.peers.get_mut(&peer) {
                 list.retain(|other| !Arc::ptr_eq(other, connection));
                 if !quiet {
-                    // What was said on it may be lost. The driver learns that by `Down`, so the others must go as well.
+                    // Messages on it may be lost. The driver learns that by `Down`, so the others must go as well.
                     list.iter().for_each(|other| other.close.cancel());
                 }
                 if list.is_empty() {

@@ -1,4 +1,5 @@
-//! What all connections of one member share: how much it may say, and how much of that may wait for the driver.
+//! The state that all connections of one member share: the rate of its messages, and the number of them that may wait
+//! for the driver.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -11,7 +12,7 @@ use tokio::sync::Semaphore;
 
 /// Messages of one member that may wait for the driver: many members together do not fill its queue.
 const QUEUE: usize = 256;
-/// What a member may say at once, and a second in the long run. A message that makes work costs one.
+/// Messages that a member may send at once, and a second in the long run. A message that makes work costs one.
 const AT_ONCE: f64 = 512.0;
 const A_SECOND: f64 = 100.0;
 /// A seed speaks for all of its children.

@@ -35,14 +35,14 @@ use self::hub::Hub;
 use crate::buffer::PieceBuffer;
 use crate::limits::Limits;
 
-/// What happens on the connections.
+/// An event on the connections.
 #[derive(Debug)]
 pub enum PeerEvent {
     /// A connection stands (either side dialled).
     Up {
-        /// Who.
+        /// The peer.
         peer: PeerId,
-        /// What it may be, by its certificate.
+        /// Its role, by its certificate.
         role: Role,
         /// For people.
         name: String,
@@ -51,22 +51,22 @@ pub enum PeerEvent {
     },
     /// The last connection with it is gone; its transfers have failed.
     Down {
-        /// Who.
+        /// The peer.
         peer: PeerId,
     },
     /// It said something about pieces. A `Reject` does not come here but as the outcome of its [`Download`]; a `Cancel`
     /// does come, for requests whose upload has not been handed over yet.
     Message {
-        /// Who.
+        /// The sender.
         peer: PeerId,
-        /// What.
+        /// The message.
         message: Message,
         /// Its places among those of the member's messages that wait: they come free when this is dropped.
         places: Vec<OwnedSemaphorePermit>,
     },
     /// An upload to it is over: sent whole, cancelled by it, or failed.
     Uploaded {
-        /// Who.
+        /// The peer.
         peer: PeerId,
         /// Its number.
         request: u32,
@@ -77,10 +77,10 @@ pub enum PeerEvent {
     },
 }
 
-/// Whom to dial, by any of its addresses in turn.
+/// The peer to dial, by any of its addresses in turn.
 #[derive(Clone, Debug)]
 pub struct Dial {
-    /// Who it must be; `None`: any seed.
+    /// The id that it must have; `None`: any seed.
     pub peer: Option<PeerId>,
     /// `host:port`, each resolved at every dial.
     pub addresses: Vec<String>,
@@ -126,11 +126,11 @@ pub struct Download {
     pub prefetch: bool,
     /// How urgent it is.
     pub priority: Priority,
-    /// Where its bytes go; as long as the piece.
+    /// The target of its bytes; as long as the piece.
     pub buffer: PieceBuffer,
     /// The hash at the piece's start.
     pub chain: Chain,
-    /// Where the outcome goes.
+    /// The channel for the outcome.
     pub done: oneshot::Sender<Result<Received, PeerError>>,
 }
 
@@ -142,7 +142,7 @@ pub enum PieceSource {
     File {
         /// The file.
         file: Arc<File>,
-        /// Where in it.
+        /// The range in it.
         range: Range<u64>,
     },
 }
@@ -163,7 +163,7 @@ pub type PeersFuture<'a, T> = std::pin::Pin<Box<dyn Future<Output = T> + Send + 
 
 /// All connections with peers. When the last handle is dropped, they end.
 ///
-/// Whatever happens on them goes to the driver as [`PeerEvent`]s, in the order in which it happens.
+/// All events on them go to the driver as [`PeerEvent`]s, in their order.
 pub trait Peers: Send + Sync + 'static {
     /// A connection with this member, new or warm, and the member's name. Events must be taken meanwhile: `Up` comes before the
     /// answer.
@@ -197,7 +197,7 @@ pub struct TlsPeers {
 
 /// How to run [`TlsPeers`].
 pub struct PeersConfig {
-    /// Who we are.
+    /// Our identity.
     pub identity: Identity,
     /// For people.
     pub name: String,
@@ -209,7 +209,7 @@ pub struct PeersConfig {
     pub max_connections: usize,
     /// Answers for manifests.
     pub manifests: Arc<dyn ManifestSource>,
-    /// Where events go.
+    /// The channel for events.
     pub events: mpsc::Sender<PeerEvent>,
 }
 

@@ -126,7 +126,7 @@ impl<R: AsyncRead + Unpin> Receiver<R> {
         }
     }
 
-    /// Something about pieces: what concerns the transport is done here, the rest is the driver's.
+    /// A message about pieces: the part of the transport is done here, the rest is the driver's.
     async fn pieces(
         &mut self,
         message: Message,

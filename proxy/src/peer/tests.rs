@@ -767,7 +767,7 @@ async fn messages_of_one_member_do_not_fill_the_drivers_queue() {
     assert!(before <= 300, "{before}");
 }
 
-/// What the data path costs, each end on a runtime of its own: from the page cache into hashed memory.
+/// The cost of the data path, each end on a runtime of its own: from the page cache into hashed memory.
 #[test]
 fn the_data_path_is_cheap() {
     let runtime = |name: &str| {

@@ -81,7 +81,7 @@ enum Sending {
     Memory(Bytes),
     File {
         file: Arc<File>,
-        /// What has not been read yet.
+        /// The bytes not read yet.
         unread: Range<u64>,
         reading: bool,
         now: Vec<u8>,

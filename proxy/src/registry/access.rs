@@ -35,7 +35,7 @@ const PULLS: usize = 8;
 /// Facts of each kind that are remembered.
 const CAPACITY: NonZeroUsize = NonZeroUsize::new(64 << 10).expect("not zero");
 
-/// Who asks, as far as it matters for what is remembered.
+/// The caller, as far as it matters for remembered facts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Caller {
     /// Without credentials: may have what this node has a right of its own to.
@@ -44,7 +44,7 @@ pub(super) enum Caller {
     Client(Digest),
 }
 
-/// What is known about a digest in a repository. Sizes are in bytes, where known.
+/// The facts about a digest in a repository. Sizes are in bytes, if known.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Standing {
     /// Both facts are fresh.
@@ -72,7 +72,7 @@ struct Facts {
 /// The configuration and layers that a manifest names, by [`short`].
 pub(super) type Parts = Arc<[u64]>;
 
-/// A digest's first bytes. That two parts of one repository share them opens nothing that the caller may not have.
+/// A digest's first bytes. Two parts of one repository that share them open nothing that the caller may not have.
 fn short(digest: &Digest) -> u64 {
     digest
         .as_bytes()
@@ -92,7 +92,7 @@ struct Readable {
     life: Duration,
     /// When the caller last asked within its token's life, or when bytes of a blob last went to it.
     used: Instant,
-    /// The manifests that it read within its token's life: what they name may still come after that.
+    /// The manifests that it read within its token's life: the blobs in them may still come after that.
     pulls: VecDeque<Parts>,
     /// Bytes of such blobs that went to it.
     served: HashMap<u64, u64>,
@@ -163,7 +163,7 @@ impl Belonging {
 }
 
 impl Caller {
-    /// Whose right a grant is.
+    /// The caller of a grant.
     pub(super) fn of(grant: &Grant) -> Self {
         grant
             .authorization
@@ -203,8 +203,8 @@ impl Access {
         readable.is_some_and(|r| r.age(caller, live, now) > Age::Void)
     }
 
-    /// What is known at `now`. A fresh yes counts as used. `live`: the settings that count now, which also say how long what
-    /// anybody could read counts while the origin can't be asked.
+    /// The facts at `now`. A fresh yes counts as used. `live`: the present settings, which also say how long public
+    /// content stays readable while the origin can't be asked.
     pub(super) fn standing(
         &self,
         caller: Caller,
@@ -254,7 +254,7 @@ impl Access {
             life
         };
         let (key, mut facts) = ((caller, source.clone()), self.facts());
-        // Anew within its token's life: what went out before does not count against it.
+        // Anew within its token's life: earlier bytes do not count against it.
         let pulls = facts
             .readable
             .pop(&key)
@@ -342,7 +342,7 @@ impl Access {
         );
     }
 
-    /// What a manifest of this repository names, if that was noted within the last minute: a manifest may be long.
+    /// The parts of a manifest of this repository, if they were noted within the last minute: a manifest may be long.
     pub(super) fn parts_of(
         &self,
         source: &Source,

@@ -29,10 +29,11 @@ use hawker_lanes::{self as lanes, Lane};
 /// For an origin to answer where what it said before would do as well.
 const WITH_ANOTHER_ANSWER: Duration = Duration::from_secs(5);
 
-/// How long the registry's word that a manifest is in a repository counts: what is deleted there is served from here no longer.
+/// The time for which the registry's word counts that a manifest is in a repository: a manifest deleted there is
+/// served from here no longer.
 pub(super) const MANIFEST_BELONGS: Duration = Duration::from_secs(5 * 60);
 
-/// What an origin is asked; no longer than a client gladly waits where there is `another` answer than its own.
+/// Waits for an origin's answer, but no longer than a client gladly waits if there is `another` answer.
 pub(super) async fn unless_slow<T>(
     another: bool,
     ask: impl Future<Output = Result<T, Problem>>,
@@ -45,19 +46,20 @@ pub(super) async fn unless_slow<T>(
         .unwrap_or(Err(Problem::Slow))
 }
 
-/// What is confirmed of a digest that a caller may have.
+/// The confirmed fact about a digest that a caller may have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Confirmed {
     /// The registry has it in this repository; its size in bytes, where known.
     Here(Option<u64>),
-    /// A manifest of the repository, which the caller may read, names URLs for it, and the registry does not have it: whoever
-    /// wrote the manifest need not have had it either, so only what the URLs give may be given. So many bytes, as it says.
+    /// A manifest of the repository, which the caller may read, names URLs for it, and the registry does not have it.
+    /// The author of the manifest need not have had it either, so only the bytes from the URLs may be given. So many
+    /// bytes, as it says.
     Elsewhere(Option<u64>),
 }
 
-/// Makes sure that the caller may read the repository and that `digest` belongs to it: from memory, or by asking the origin with
-/// the caller's own right. If the origin can't be asked, what anybody could read within `public_grace` counts; what needs
-/// credentials does not.
+/// Makes sure that the caller may read the repository and that `digest` belongs to it: from memory, or by asking the
+/// origin with the caller's own right. If the origin can't be asked, content that anybody could read within
+/// `public_grace` counts; content that needs credentials does not.
 ///
 /// A manifest may be deleted at its registry. So what is remembered of one counts for [`MANIFEST_BELONGS`] only, and a client's
 /// HEAD, which asks whether it exists, is always asked of the registry.
@@ -101,7 +103,7 @@ pub(super) async fn confirm(
                 content,
             };
             match head(mirror, ask, &target).await {
-                // What a URL has given before may be given again.
+                // Bytes that a URL has given before may be given again.
                 Ok(head) if is_about(mirror, source, &elsewhere.manifest, &head).await => {
                     readable(mirror, ask, head.extensions());
                     return Ok(match standing(ask.caller) {
@@ -155,7 +157,7 @@ async fn claimed(
         Ok(_) => something_else(digest, target),
         Err(problem) => problem,
     };
-    // What the registry does not have may be had from a URL in its manifest; a GET would go there.
+    // A blob that the registry does not have may be had from a URL in its manifest; a GET would go there.
     if !may_get(&ask.method, &problem) || mirror.origin.elsewhere(target).is_some() {
         note_refusal(mirror, ask, problem.status());
         return Err(problem);
@@ -237,9 +239,9 @@ async fn head(mirror: &Inner, ask: &Ask, target: &Target) -> Result<Response<()>
     }
 }
 
-/// Whether a successful answer can be about this content: what stands before a registry may lead those who may not read it to a
-/// page of its own, which is a 200 too. A digest of another algorithm says nothing here; the bytes are compared in any case. The
-/// length of what is here counts only for a registry that has it: others would learn it.
+/// Whether a successful answer can be about this content: a gateway before a registry may lead callers without the
+/// right to a page of its own, which is a 200 too. A digest of another algorithm says nothing here; the bytes are
+/// compared in any case. The length of the bytes here counts only for a registry that has them: others would learn it.
 async fn is_about(mirror: &Inner, source: &Source, digest: &Digest, answer: &Response<()>) -> bool {
     let mut told = digests_of(answer.headers())
         .filter(|told| told.algorithm() == digest.algorithm())
@@ -284,7 +286,8 @@ pub(super) fn readable(mirror: &Inner, ask: &Ask, answer: &Extensions) {
         .readable(ask.caller, &ask.grant.source, life, by, Instant::now());
 }
 
-/// What the registry vouches for with a manifest belongs to the repository that it was read through.
+/// Notes that the content that the registry vouches for with a manifest belongs to the repository that it was read
+/// through.
 pub(super) async fn note_parts(mirror: &Inner, ask: &Ask, found: &Manifest) {
     let (source, now) = (&ask.grant.source, Instant::now());
     let pulls = |parts| {
@@ -330,7 +333,7 @@ pub(crate) struct Given {
 }
 
 impl Given {
-    /// What a manifest of the repository that is asked for says is to be had elsewhere.
+    /// A blob that a manifest of the repository names as elsewhere.
     pub(super) fn elsewhere(mirror: &Inner, ask: &Ask, digest: &Digest) -> Self {
         let (access, proofs) = (Arc::clone(&mirror.access), Arc::clone(&mirror.proofs));
         Self {

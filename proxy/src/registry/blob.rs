@@ -72,7 +72,7 @@ async fn given(mirror: &Inner, ask: &Ask, digest: &Digest) -> Result<Answer, Pro
     }
     if let Some(blob) = committed(mirror, digest).await {
         let (size, wanted) = (blob.size_bytes(), resolve(range, blob.size_bytes())?);
-        // What the disk let rot while no daemon ran is downloaded like anything that is not there.
+        // A blob that the disk let rot while no daemon ran is downloaded like one that is not there.
         if ask.method == Method::HEAD
             || Stored::is_sound(&blob, &wanted.ranges(size), &mirror.flights).await
         {
@@ -151,7 +151,7 @@ fn unproved(reason: Unproved) -> Problem {
         Unproved::Refused(status, headers) => Problem::refusal(status, &headers),
         Unproved::Origin(error) => error.into(),
         Unproved::Slow => Problem::Slow,
-        // Not how it differs: that is about what others may have.
+        // The difference is not told: it is about content that only others may have.
         Unproved::Wrong(_) | Unproved::Unclear(_) => Problem::Unproved(reason.to_string()),
     }
 }
@@ -205,7 +205,7 @@ async fn download(
     range: Option<&str>,
     is_theirs: bool,
 ) -> Result<Answer, Problem> {
-    // What can be refused is refused before anything is downloaded for it.
+    // A request that can be refused is refused before anything is downloaded for it.
     if let Some(size) = size
         && let Err(problem) = resolve(range, size)
     {
@@ -218,7 +218,7 @@ async fn download(
         let answer = straight(mirror, ask, digest).await;
         return answer.ok().filter(is_longer).ok_or(problem);
     }
-    // Who reads from somewhere to the end reads the whole, in one go or in several.
+    // A client that reads from somewhere to the end reads the whole, in one go or in several.
     let partial = range
         .and_then(|r| Ranges::parse(r).ok())
         .is_some_and(|r| r.open_from().is_none());
@@ -289,7 +289,7 @@ async fn committed(mirror: &Inner, digest: &Digest) -> Option<Blob> {
     lanes::run(Lane::Clients, move || store.committed(&task)).await?
 }
 
-/// Has what this client asks for again hashed first. What is to be the whole and is not yet is hashed once it is.
+/// Has the bytes that this client asks for again hashed first. A blob that is not whole yet is hashed once it is.
 async fn doubt(mirror: &Inner, ask: &Ask, digest: &Digest, range: Option<&str>, size: Option<u64>) {
     let (bytes, held) = match range.map(Ranges::parse) {
         None => (0..u64::MAX, mirror.store.has(digest)),
@@ -302,8 +302,8 @@ async fn doubt(mirror: &Inner, ask: &Ask, digest: &Digest, range: Option<&str>, 
         .await;
 }
 
-/// Passes on what the blob's own URLs give, all of it, compared with its digest on the way. What is held here already shows
-/// nothing of that, and is not given.
+/// Passes on the answer of the blob's own URLs, all of it, compared with its digest on the way. Bytes held here
+/// already show nothing of that, and are not given.
 async fn elsewhere(
     mirror: &Inner,
     ask: &Ask,
@@ -397,7 +397,7 @@ fn refused(response: Response<OriginBody>, source: &Source) -> Result<Answer, Pr
     }
 }
 
-/// What of a blob to send.
+/// The part of a blob to send.
 enum Wanted {
     /// 200
     Whole,
@@ -417,7 +417,7 @@ impl Wanted {
     }
 }
 
-/// Where its bytes are.
+/// The place of its bytes.
 enum Held {
     /// Not here, and only its head is asked for.
     Elsewhere,

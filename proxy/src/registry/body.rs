@@ -1,4 +1,4 @@
-//! What a response carries: memory, a file, a download, or an origin's body; never more than was promised.
+//! The body of a response: memory, a file, a download, or an origin's body; never more than was promised.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -47,7 +47,7 @@ pub(super) enum Cut {
     Short(u64),
 }
 
-/// Where a body's bytes come from.
+/// The source of a body's bytes.
 pub(crate) enum Payload {
     /// Nowhere.
     Empty,
@@ -69,7 +69,7 @@ pub(crate) enum Payload {
     Parts(Box<Parts>, u64),
     /// The origin: so many bytes, if it said how many.
     Origin(OriginBody, Option<u64>),
-    /// The origin, the last bytes held back until the digest matches; who is to know then.
+    /// The origin, the last bytes held back until the digest matches, and the note to make then.
     Checked(OriginBody, Option<u64>, Digest, Option<Box<Given>>),
 }
 
@@ -101,7 +101,7 @@ pub(super) struct Body {
     span: Span,
     /// A range of a file that is to be sent next.
     file: Option<(Arc<File>, Range<u64>)>,
-    /// What else comes.
+    /// The rest to come.
     rest: Rest,
     /// The last bytes lie in a buffer of a connection to the origin: no more are taken before these are sent.
     holds_buffer: bool,
@@ -119,7 +119,7 @@ enum Rest {
     Failed(Cut),
 }
 
-/// What gives segments one after the other.
+/// A source of segments, one after the other.
 enum Feed {
     Stored(Box<Stored>),
     Flight(Box<Reader>),

@@ -42,7 +42,7 @@ const HANDSHAKE: Duration = Duration::from_secs(10);
 const WATCH: Duration = Duration::from_secs(1);
 /// For a client to hang up after we have.
 const LINGER: Duration = Duration::from_secs(2);
-/// What a client may still send after we have hung up, in bytes.
+/// Bytes that a client may still send after we have hung up.
 const LINGER_BYTES: usize = 1 << 20;
 /// Pipelined requests in a row that are answered without a pause, and the pause before each later one. Runtimes do not pipeline.
 const PIPELINED_AT_ONCE: u32 = 16;
@@ -62,7 +62,7 @@ pub(crate) type Replying<'a> = Pin<Box<dyn Future<Output = Reply> + Send + 'a>>;
 
 /// Answers the requests of a listener's connections.
 pub(crate) trait Service: Send + Sync + 'static {
-    /// Answers a request, whatever it is. What is not read of its body is not waited for.
+    /// Answers a request of any kind. The unread rest of its body is not waited for.
     fn answer(&self, request: Request<Incoming>, client: IpAddr) -> Replying<'_>;
 
     /// How to speak TLS with connections that begin with it; `None`: none may.
@@ -71,7 +71,7 @@ pub(crate) trait Service: Send + Sync + 'static {
     }
 }
 
-/// What a request gets.
+/// The answer to a request.
 #[expect(
     clippy::large_enum_variant,
     reason = "there is one at a time, for a moment, and it is nearly always an answer"
@@ -83,7 +83,7 @@ pub(crate) enum Reply {
     Connected(Becomes),
 }
 
-/// What a connection becomes after CONNECT.
+/// The state of a connection after CONNECT.
 pub(crate) enum Becomes {
     /// Its bytes go there and back.
     Tunnel(Stream, OwnedSemaphorePermit),
@@ -187,7 +187,7 @@ impl Visit {
 
     /// Goes on with whatever the connection becomes; why it is over.
     async fn go_on(&self, mut service: Arc<dyn Service>, line: &Arc<Line>) -> &'static str {
-        // What says nothing costs no more than its socket.
+        // A silent connection costs no more than its socket.
         if !matches!(
             self.unless_stopped(self.socket.readable()).await,
             Some(Ok(()))
@@ -311,7 +311,7 @@ impl Visit {
     }
 }
 
-/// What the requests of one connection share.
+/// The state that the requests of one connection share.
 struct Talk {
     service: Arc<dyn Service>,
     line: Arc<Line>,
@@ -369,7 +369,7 @@ impl Talk {
         }
     }
 
-    /// What the connection becomes, if it ended for that.
+    /// The next state of the connection, if it ended for that.
     async fn ended(&self) -> Ended {
         let taken = self
             .becomes

@@ -22,7 +22,7 @@ const RETRY_AFTER_SECONDS: HeaderValue = HeaderValue::from_static("5");
 /// Why a request gets no content.
 #[derive(Clone, Debug, thiserror::Error)]
 pub(crate) enum Problem {
-    /// Its head can be read in more than one way, or in none; what follows it on the connection is in doubt too.
+    /// Its head can be read in more than one way, or in none; the next bytes on the connection are in doubt too.
     #[error("the request is malformed: {0}")]
     Malformed(&'static str),
     /// It is none for a forward proxy.
@@ -85,7 +85,7 @@ pub(crate) enum Problem {
     /// The origin said no, with these headers.
     #[error("the origin answered {status}")]
     Origin {
-        /// What it said.
+        /// The status of its answer.
         status: StatusCode,
         /// Those of its headers that matter.
         headers: HeaderMap,
@@ -100,7 +100,7 @@ pub(crate) enum Problem {
     /// The download failed.
     #[error("{0}")]
     Flight(#[from] FlightError),
-    /// What is here came from elsewhere, and the registry has not proved that it has it.
+    /// The bytes here came from elsewhere, and the registry has not proved that it has them.
     #[error("{0}")]
     Unproved(String),
     /// A manifest that nobody should send.
@@ -129,7 +129,7 @@ impl From<PassError> for Problem {
 }
 
 impl Problem {
-    /// What the origin said, as far as it concerns a client.
+    /// The origin's refusal, as far as it concerns a client.
     pub(super) fn refusal(status: StatusCode, from: &HeaderMap) -> Self {
         if !is_refusal(status) {
             return Problem::Odd(status);
@@ -184,7 +184,7 @@ impl Problem {
 
     /// Whether the origin can't be asked just now, so that what it said before may have to do.
     pub(super) fn is_out_of_order(&self) -> bool {
-        // What it may not be asked, and what it answers though it makes no sense, is not silence.
+        // A request that the origin may not get, and a senseless answer, are not silence.
         let is_answer = matches!(
             self,
             Problem::Unasked(OriginError::Forbidden(_) | OriginError::Broken { .. })

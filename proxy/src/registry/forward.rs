@@ -11,7 +11,7 @@ use super::error::{Problem, is_refusal};
 use crate::origin::ranges::{content_range_size, content_range_start};
 use crate::origin::{OriginBody, OriginError, content_length, is_page};
 
-/// What of an origin's answer a client gets to see, besides what concerns rates.
+/// The headers of an origin's answer that a client gets to see, besides those about rates.
 const PASSED_ON: [&str; 11] = [
     "accept-ranges",
     "content-length",

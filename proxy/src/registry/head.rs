@@ -1,4 +1,4 @@
-//! What must be right about a request's head, whoever answers it: heads that two programs could read in two ways are refused.
+//! The checks of a request's head before any answer: heads that two programs could read in two ways are refused.
 //!
 //! hyper has seen to the rest: one framing (a `Content-Length` beside `Transfer-Encoding` counts for nothing and ends the
 //! connection), no folded lines, no space before a colon, no control characters, bounds.

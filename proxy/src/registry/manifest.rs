@@ -34,7 +34,7 @@ const MAX_BYTES: usize = 4 << 20;
 const FROM_FILE_BYTES: usize = 16 << 10;
 /// For a seed to answer before the origin is asked.
 const SEED: Duration = Duration::from_secs(10);
-/// What a request by digest accepts besides what the client does: the digest says which type it is.
+/// The types that a request by digest accepts besides the client's: the digest says which type it is.
 const ANY_TYPE: [&str; 8] = [
     "application/vnd.oci.image.index.v1+json",
     "application/vnd.oci.image.manifest.v1+json",
@@ -55,9 +55,9 @@ pub(super) struct Manifest {
     pub(super) body: Bytes,
     /// The body does not hash to the digest, its payload does: it is passed on and not kept.
     pub(super) is_signed: bool,
-    /// Where the body is on disk, if it is there and worth looking for.
+    /// The place of the body on disk, if it is there and worth looking for.
     file: Option<Place>,
-    /// What else the origin said.
+    /// The other headers of the origin.
     headers: HeaderMap,
 }
 
@@ -65,8 +65,8 @@ pub(super) struct Manifest {
 pub(super) type Fetching =
     Coalesced<(Caller, Source, Digest, HeaderValue, Under), Result<Manifest, Problem>>;
 
-/// The settings that a caller came under. They say what right this node has of its own: what is being fetched with one that it
-/// has lost since is not for those who come after.
+/// The settings that a caller came under. They tell the own right of this node: a fetch by a right that it has lost
+/// since is not for later callers.
 #[derive(Clone)]
 pub(super) struct Under(Arc<LiveSettings>);
 
@@ -151,8 +151,8 @@ pub(super) async fn for_peer(
     }
 }
 
-/// From the cache, a seed, or the origin. Only the origin's own bytes show that the caller may read the repository; whatever is
-/// had from elsewhere is confirmed first.
+/// From the cache, a seed, or the origin. Only the origin's own bytes show that the caller may read the repository;
+/// bytes from elsewhere are confirmed first.
 async fn by_digest(mirror: &Inner, ask: &Ask, digest: &Digest) -> Result<Manifest, Problem> {
     if mirror.store.manifest_bytes(digest).is_some() || mirror.seeds.is_some() {
         confirm(mirror, ask, digest, Content::Manifest(digest.to_string())).await?;
@@ -167,7 +167,7 @@ pub(super) async fn confirmed(
     ask: &Ask,
     digest: &Digest,
 ) -> Result<Manifest, Problem> {
-    // What came here from elsewhere is not for the clients of a registry that has not given it.
+    // A manifest that came here from elsewhere is not for the clients of a registry that has not given it.
     let is_theirs = is_for_clients_of(mirror, ask, digest).await;
     let Some(found) = (if is_theirs {
         cached(mirror, &ask.grant.source, digest).await?
@@ -181,7 +181,7 @@ pub(super) async fn confirmed(
     Ok(found)
 }
 
-/// Whether what is here may go to a client of this registry: that is believed, or has given it.
+/// Whether the content here may go to a client of this registry: a registry that is believed, or has given it.
 pub(super) async fn is_for_clients_of(mirror: &Inner, ask: &Ask, digest: &Digest) -> bool {
     mirror
         .proofs
@@ -259,7 +259,8 @@ async fn fetch(
     Ok(found)
 }
 
-/// What the task's seed has, and whether this registry gave it to the seed; `None` whenever it is not exactly what was asked for.
+/// The manifest of the task's seed, and whether this registry gave it to the seed; `None` if it is not exactly the
+/// requested one.
 async fn from_seed(mirror: &Inner, grant: &Grant, digest: &Digest) -> Option<(Manifest, bool)> {
     let seeds = mirror.seeds.as_ref()?;
     // The media type is not the seed's to say: it may know the manifest from another registry.
@@ -285,8 +286,8 @@ async fn from_seed(mirror: &Inner, grant: &Grant, digest: &Digest) -> Option<(Ma
     Some((found, given))
 }
 
-/// Reads a manifest from an origin's answer and compares it with its digest: the one asked for, or the one announced. Whatever
-/// matches is right, however the answer describes it.
+/// Reads a manifest from an origin's answer and compares it with its digest: the requested one, or the announced one.
+/// A body that matches is right, however the answer describes it.
 pub(super) async fn read(
     mirror: &Inner,
     response: Response<OriginBody>,
@@ -420,8 +421,8 @@ fn is_all(status: StatusCode, head: &HeaderMap, bytes: usize) -> bool {
 }
 
 impl Ask {
-    /// What the origin is asked for by digest: the client's own types first, since some registries take them literally, then all
-    /// that are known.
+    /// The types that the origin is asked for by digest: the client's own first, since some registries take them
+    /// literally, then all known ones.
     pub(super) fn accept(&self) -> HeaderValue {
         let lines = self
             .headers
@@ -478,7 +479,7 @@ impl Manifest {
         with(StatusCode::OK, headers, self.payload())
     }
 
-    /// What a client gets of it.
+    /// The payload for a client.
     pub(super) fn payload(self) -> Payload {
         match self.file {
             Some((file, range)) => Payload::File(file, range),
@@ -498,7 +499,7 @@ pub(super) fn unchanged(digest: &Digest) -> Answer {
     with(StatusCode::NOT_MODIFIED, identity(digest), Payload::Empty)
 }
 
-/// What is cached of it; an error only when there is no room for it in memory.
+/// The cached manifest; an error only when there is no room for it in memory.
 pub(super) async fn cached(
     mirror: &Inner,
     source: &Source,

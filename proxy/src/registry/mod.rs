@@ -72,9 +72,9 @@ pub trait SeedManifests: Send + Sync + 'static {
     fn manifest<'a>(&'a self, grant: &'a Grant, digest: &'a Digest) -> SeedAnswer<'a>;
 }
 
-/// What a [`Mirror`] works with.
+/// The parts that a [`Mirror`] works with.
 pub struct MirrorConfig {
-    /// What is on disk.
+    /// The blobs on disk.
     pub store: Store,
     /// Downloads.
     pub flights: Flights,
@@ -82,13 +82,13 @@ pub struct MirrorConfig {
     pub origin: Origin,
     /// Which of them have which content.
     pub proofs: Arc<Proofs>,
-    /// Where manifests are asked for before the origin is; `None` on a node without peers, and on a seed.
+    /// The seeds that are asked for manifests before the origin is; `None` on a node without peers, and on a seed.
     pub seeds: Option<Arc<dyn SeedManifests>>,
     /// Settings that may change.
     pub live: Arc<ArcSwap<LiveSettings>>,
-    /// Where it counts.
+    /// The counters.
     pub metrics: Arc<Metrics>,
-    /// What pulls are for.
+    /// The purposes of pulls.
     pub desk: Arc<Desk>,
     /// How long a client's pull goes on without a word after its token has run out.
     pub pull_grace: Duration,
@@ -158,7 +158,7 @@ impl Mirror {
         }
     }
 
-    /// Where it counts.
+    /// The counters.
     pub(crate) fn metrics(&self) -> &Metrics {
         &self.inner.metrics
     }

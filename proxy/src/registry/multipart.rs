@@ -77,7 +77,7 @@ impl Multipart {
         )
     }
 
-    /// What comes before the bytes of a part.
+    /// The header before the bytes of a part.
     fn head(&self, part: usize) -> Option<String> {
         let range = content_range(self.ranges.get(part)?, self.size_bytes);
         let (line_end, boundary) = (if part == 0 { "" } else { "\r\n" }, &self.boundary);
@@ -86,7 +86,7 @@ impl Multipart {
         ))
     }
 
-    /// What comes after the last part.
+    /// The text after the last part.
     fn end(&self) -> String {
         format!("\r\n--{}--\r\n", self.boundary)
     }
@@ -102,7 +102,7 @@ pub(crate) struct Parts {
     inside: bool,
 }
 
-/// Where the bytes are. The lease lives as long as the body.
+/// The source of the bytes. The lease lives as long as the body.
 enum Source {
     Blob(Box<Stored>),
     Flight(Box<Reader>),
@@ -116,7 +116,7 @@ impl Parts {
         }
     }
 
-    /// What comes next; `None` at the end.
+    /// The next segment; `None` at the end.
     pub(super) async fn next(&mut self) -> Result<Option<Segment>, FlightError> {
         if self.inside
             && let Some(bytes) = self.bytes().await?

@@ -1,4 +1,5 @@
-//! The places of a daemon's client connections, on all its listeners together: who has one, and who gives way.
+//! The places of a daemon's client connections, on all its listeners together: the holders, and the choice of the one
+//! that gives way.
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::{IpAddr, Ipv4Addr};
@@ -16,7 +17,7 @@ const MAX_CONNECTIONS: usize = 4096;
 /// Those that wait for a request are counted once for so many that come.
 const COUNTED_EVERY: u32 = 32;
 
-/// Who counts as one client.
+/// One client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Client {
     /// This host: all loopback addresses are one client, the node's own runtimes. Only the places of everybody bound it.
@@ -66,7 +67,7 @@ struct Held {
 pub(super) struct Place {
     places: Arc<Places>,
     id: u64,
-    /// What the connection's parts tell each other.
+    /// The line between the connection's parts.
     pub(super) line: Arc<Line>,
     /// Cancelled when somebody else needs the place more.
     pub(super) leave: CancellationToken,

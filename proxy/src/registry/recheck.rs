@@ -1,5 +1,5 @@
-//! A client that asks for the same bytes again may have got wrong ones: what the disk has of them is hashed before it is served
-//! once more.
+//! A client that asks for the same bytes again may have got wrong ones: the bytes on the disk are hashed before they
+//! are served once more.
 
 use std::net::IpAddr;
 use std::num::NonZeroUsize;
@@ -16,7 +16,8 @@ use crate::flight::Flights;
 
 /// Questions that are remembered.
 const QUESTIONS: NonZeroUsize = NonZeroUsize::new(16 << 10).expect("not zero");
-/// For the hashing that is under way to end. Who waits in vain gets what there is, and another chance when it asks again.
+/// The wait for a hashing under way to end. A client that waits in vain gets the bytes as they are, and another chance
+/// when it asks again.
 const TURN: Duration = Duration::from_secs(1);
 /// For bytes to be hashed before they are served all the same.
 const HASHED_WITHIN: Duration = Duration::from_secs(10);
@@ -54,7 +55,7 @@ impl Rechecks {
         let Ok(turn) = timeout(TURN, Arc::clone(&self.turn).lock_owned()).await else {
             return;
         };
-        // Whoever waited may find out that they were hashed meanwhile.
+        // A client that waited may find out that they were hashed meanwhile.
         if !is_suspicious() {
             return;
         }

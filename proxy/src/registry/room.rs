@@ -13,8 +13,8 @@ use super::error::Problem;
 pub(super) const SHORT_BYTES: usize = 64 << 10;
 /// For all long ones together: 16 of the longest.
 const ALL_KIB: usize = 64 << 10;
-/// For room to become free. What takes it is read from an origin or a disk, or is on its way to a client from a node that
-/// could not write it to its disk.
+/// The wait for free room. The room is taken by bytes that are read from an origin or a disk, or are on their way to a
+/// client from a node that could not write them to its disk.
 const WAIT: Duration = Duration::from_secs(10);
 
 /// The room that is left.

@@ -67,7 +67,7 @@ impl Ask {
         })
     }
 
-    /// That of a peer, for whom this node is the seed.
+    /// The caller of a peer, for which this node is the seed.
     pub(super) fn of_peer(grant: Grant) -> Self {
         let (headers, client) = (HeaderMap::new(), IpAddr::V6(Ipv6Addr::UNSPECIFIED));
         let (method, purpose) = (Method::GET, Purpose::default());
@@ -138,7 +138,7 @@ pub(super) async fn answer(
     let mut admission = Admission::default();
     let asked = asked.map_err(Problem::from).and_then(|asked| {
         not_in_a_circle(mirror, &request.headers)?;
-        // Who asks the registry itself is the registry's own client.
+        // A caller that asks the registry itself is the registry's own client.
         if at.is_none() {
             admission = token::admit(mirror, &mut request, &asked)?;
         }

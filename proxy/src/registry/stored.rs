@@ -1,5 +1,5 @@
-//! A committed blob whose pieces were not all looked at since the daemon started: each is hashed before its bytes leave, once for all
-//! readers. Where one is wrong, the rest comes from a new download.
+//! A committed blob whose pieces were not all hashed since the daemon started: each is hashed before its bytes leave,
+//! once for all readers. If one is wrong, the rest comes from a new download.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -24,7 +24,7 @@ pub(super) struct Again {
 pub(crate) struct Stored {
     blob: Blob,
     again: Again,
-    /// What is still to be read of the current range.
+    /// The rest of the current range.
     range: Range<u64>,
     /// The piece that comes next, while the one before it is sent.
     ahead: Option<JoinHandle<bool>>,

@@ -1,5 +1,5 @@
-//! Tags: where each one is now is asked of the origin every time, by a HEAD, which registries do not count. When it is where it
-//! was, or where something is that this node has already, the manifest comes from here.
+//! Tags: the origin is asked for the present digest of a tag every time, by a HEAD, which registries do not count. If
+//! the digest has not changed, or this node has its manifest already, the manifest comes from here.
 //!
 //! While the origin is down or wants to be left alone, a tag may be answered as it was last confirmed, for as long as the
 //! configuration lets it (`stale_tags`), and only to a caller whose own right, or that of anybody, is still remembered.
@@ -38,29 +38,29 @@ const CAPACITY: NonZeroUsize = NonZeroUsize::new(4096).expect("not zero");
 /// Longest media type and `ETag` that are remembered.
 const MAX_HEADER_BYTES: usize = 256;
 
-/// What comes with a tag that nobody has confirmed just now (RFC 9111, 5.5).
+/// The warning with a tag that nobody has confirmed just now (RFC 9111, 5.5).
 const STALE: HeaderValue = HeaderValue::from_static("110 - \"Response is Stale\"");
 
-/// Where tags were when the origin was last asked.
+/// The digests of tags when the origin was last asked.
 pub(super) struct Tags(Mutex<LruCache<Key, Pointer>>);
 
-/// What an answer about a tag depends on.
+/// The facts on which an answer about a tag depends.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct Key {
     caller: Caller,
     source: Source,
     tag: String,
-    /// The hash of what the client accepts: what it says may be long.
+    /// The hash of the types that the client accepts: the list may be long.
     accept: Digest,
 }
 
-/// Where a tag leads.
+/// The digest of a tag.
 #[derive(Clone, Debug)]
 struct Pointer {
     digest: Digest,
     media_type: HeaderValue,
     size_bytes: Option<u64>,
-    /// What the origin calls this state.
+    /// The origin's name for this state.
     etag: Option<HeaderValue>,
     confirmed: Instant,
     /// Media type and size are those of the manifest itself, not what a HEAD told of it.
@@ -97,8 +97,8 @@ fn kept(value: &HeaderValue) -> Option<HeaderValue> {
 }
 
 impl Pointer {
-    /// What the head of an answer says; `None` when it does not say which digest. Some registries tell a length of 0, or that of
-    /// what they would compress.
+    /// The pointer in the head of an answer; `None` when it names no digest. Some registries tell a length of 0, or
+    /// that of the compressed body.
     fn of(head: &HeaderMap) -> Option<Self> {
         let media_type = told(head).and_then(|told| HeaderValue::try_from(told).ok());
         Some(Self {
@@ -144,7 +144,7 @@ impl Pointer {
         self.is_read || is_specific && self.size_bytes.is_some()
     }
 
-    /// What a manifest that was read by its tag shows.
+    /// The pointer to a manifest that was read by its tag.
     fn to(found: &Manifest, etag: Option<HeaderValue>) -> Option<Self> {
         Some(Self {
             digest: found.digest,
@@ -195,7 +195,7 @@ struct Request<'a> {
     mirror: &'a Inner,
     ask: &'a Ask,
     target: Target,
-    /// `None`: what it accepts is not understood, and nothing is remembered of it.
+    /// `None`: its accepted types are not understood, and nothing is remembered of it.
     key: Option<Key>,
 }
 
@@ -281,7 +281,7 @@ impl Request<'_> {
         }
     }
 
-    /// What the tag leads to: from here, else from the origin.
+    /// The tag's manifest: from here, else from the origin.
     async fn answer(&self, pointer: Pointer, told: HeaderMap) -> Result<Answer, Problem> {
         if self.client_has(&pointer) {
             return Ok(unchanged(&pointer.digest));
@@ -366,7 +366,7 @@ impl Request<'_> {
         }
     }
 
-    /// Where the tag was, if the configuration lets that be enough and the caller may know it.
+    /// The former digest of the tag, if the configuration lets that be enough and the caller may know it.
     fn was(&self) -> Option<Pointer> {
         let live = self.mirror.live.load_full();
         let (key, longest) = (self.key.as_ref()?, live.staleness.tags?);
@@ -414,7 +414,7 @@ impl Request<'_> {
 }
 
 impl Pointer {
-    /// The answer to a HEAD: what a GET would have.
+    /// The answer to a HEAD: the head of a GET's answer.
     fn head(self, told: HeaderMap) -> Answer {
         let size_bytes = self.size_bytes;
         let mut headers = self.headers(told);

@@ -27,7 +27,7 @@ fn challenge(registry: &str) -> String {
     )
 }
 
-/// What the test registry holds: one manifest, `a/b:v1`, that names one blob.
+/// The content of the test registry: one manifest, `a/b:v1`, that names one blob.
 #[derive(Clone)]
 struct Image {
     blob: Vec<u8>,
@@ -58,7 +58,7 @@ impl Image {
         sha256(self.manifest.as_bytes())
     }
 
-    /// What a registry says: repository `a/b` is public, `private` wants a token, others have nothing.
+    /// The answers of a registry: repository `a/b` is public, `private` wants a token, others have nothing.
     fn reply(&self, seen: &Seen) -> Reply {
         let (blob, manifest) = (
             self.blob_digest().to_string(),
@@ -136,7 +136,7 @@ impl Node {
     }
 
     async fn with_seeds(registry: &TestRegistry, seeds: Option<Arc<dyn SeedManifests>>) -> Self {
-        // Nobody takes part in downloads here: whatever needs one is refused at once.
+        // Nobody takes part in downloads here: a request that needs one is refused at once.
         Self::start(registry, seeds, tokio::sync::mpsc::channel(1).0).await
     }
 
@@ -447,7 +447,7 @@ async fn requests_that_make_no_sense_are_answered_as_the_spec_says() {
     ]
     .map(|bytes| bytes.get());
     assert_eq!(served, [0; 3], "errors and pings are no content");
-    // What a HEAD does not find is asked for by GET, since some registries refuse every HEAD.
+    // Content that a HEAD does not find is asked for by GET, since some registries refuse every HEAD.
     assert_eq!(registry.count("GET", "/v2/a/b/blobs/"), 1);
 }
 
@@ -614,7 +614,7 @@ async fn many_who_ask_for_a_manifest_at_once_cost_one_request() {
         });
     }
     assert!(clients.join_all().await.iter().all(|status| *status == 200));
-    // Those who come when it is there already ask whether they may have it, at most.
+    // Later callers ask whether they may have it, at most.
     assert_eq!(registry.count("GET", "/v2/a/b/manifests/"), 1);
 }
 
@@ -969,7 +969,7 @@ async fn a_miss_that_can_not_be_downloaded_is_an_error_at_once() {
     let (image, _registry, node) = image_node(1000).await;
     let target = format!("/v2/a/b/blobs/{}", image.blob_digest());
     assert_eq!(node.get(&target).await.status, 503);
-    // What can't be satisfied is not even begun.
+    // An unsatisfiable request is not even begun.
     assert_eq!(
         node.ask("GET", &target, &[("Range", "bytes=1000-")])
             .await
@@ -1177,7 +1177,7 @@ async fn a_mirror_that_is_its_own_origin_notices() {
     assert_eq!(node.get("/v2/a/b/manifests/v1").await.status, 508);
 }
 
-/// What stands before some registries leads whoever may not read there to a page that asks for a login.
+/// A gateway before some registries leads callers without the right to read to a page that asks for a login.
 #[tokio::test]
 async fn a_page_that_asks_for_a_login_is_no_yes() {
     let image = Image::new(1000);

@@ -35,9 +35,9 @@ use crate::origin::{Exchanged, Granted};
 use crate::settings::{AuthorizationMode, Registries};
 use hawker_credentials::{Credential, Secret};
 
-/// Where tokens are to be had.
+/// The path of the token endpoint.
 const PATH: &str = "/hawker/token";
-/// What a token is for when the request that it is wanted for names no registry. No host is called that.
+/// The service of a token when its request names no registry. No host is called that.
 const SERVICE: &str = "hawker mirror";
 /// How each token of ours begins.
 const PREFIX: &str = "hawker-";
@@ -54,7 +54,7 @@ const MAX_SCOPES: usize = 4;
 const MAX_FORM_BYTES: usize = 16 << 10;
 /// For a form to arrive.
 const FORM: Duration = Duration::from_secs(10);
-/// For a token: whatever is asked for it upstream.
+/// The time for a token, all upstream requests included.
 const ANSWER: Duration = Duration::from_secs(28);
 
 const FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
@@ -67,12 +67,12 @@ struct Book {
     bytes: usize,
 }
 
-/// What a token stands for.
+/// The right behind a token.
 struct Minted {
     /// By repository: the registry's own `Authorization`; `None` where it wants none.
     rights: Vec<(Source, Option<HeaderValue>)>,
-    /// Until when it is understood. That is longer than it lives, so that a pull outlives it: what it may still read is for the
-    /// facts remembered of it to say, and the registry refuses the rest.
+    /// The time until which it is understood. That is longer than its life, so that a pull outlives it: the remembered
+    /// facts say what it may still read, and the registry refuses the rest.
     until: Instant,
 }
 
@@ -130,7 +130,7 @@ impl Tokens {
         token
     }
 
-    /// What `token` stands for at `source` (nowhere: at `/v2/`); the outer `None` when that is nothing.
+    /// The right behind `token` at `source` (nowhere: at `/v2/`); the outer `None` when there is none.
     fn right(&self, token: &str, source: Option<&Source>) -> Option<Option<HeaderValue>> {
         if token == ANYBODY {
             return Some(None);
@@ -171,8 +171,8 @@ impl Admission {
     }
 }
 
-/// Puts the registry's own `Authorization` in place of a token of ours, or takes the token out where it stands for anybody.
-/// Where the registry is in token mode, whoever has none is sent to get one.
+/// Puts the registry's own `Authorization` in place of a token of ours, or takes the token out if it stands for
+/// anybody. If the registry is in token mode, a client without a token is sent to get one.
 pub(super) fn admit(
     mirror: &Inner,
     request: &mut Parts,
@@ -365,7 +365,7 @@ fn takes_password(registries: &Registries, registry: &str, is_in_its_path: bool)
     }
 }
 
-/// What a password is worth at a registry; `None` where that wants none.
+/// The value of a password at a registry; `None` if the registry wants none.
 async fn exchange(
     mirror: &Inner,
     source: &Source,
@@ -385,8 +385,8 @@ async fn exchange(
     }
 }
 
-/// A login names no repository, and mostly no registry. Where only one registry is in token mode, that one says whether name and
-/// password are right. Of several, no registry is shown a password that is meant for another: the first pull tells.
+/// A login names no repository, and mostly no registry. If only one registry is in token mode, that one judges name
+/// and password. Of several, no registry is shown a password that is meant for another: the first pull tells.
 async fn login(
     mirror: &Inner,
     registries: &Registries,
@@ -415,7 +415,7 @@ async fn login(
     Ok(given(ANYBODY, ANYBODY_LIFE))
 }
 
-/// What is asked for, and with what.
+/// The wish of a token request, and its credentials.
 #[derive(Debug, Default)]
 struct Wish {
     service: Option<String>,

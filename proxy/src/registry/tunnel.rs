@@ -13,7 +13,7 @@ use super::wire::{Plain, hang_up};
 use crate::metrics::Metrics;
 use crate::origin::Stream;
 
-/// What is on its way in each direction at most.
+/// The most bytes on their way in each direction.
 const BUFFER_BYTES: usize = 16 << 10;
 /// Without a byte in either direction.
 const IDLE: Duration = Duration::from_secs(600);
@@ -127,7 +127,7 @@ async fn send(
         to.writable().await?;
         match to.try_write(bytes) {
             Ok(n) => {
-                // Where both sides are fast, others want a turn too.
+                // If both sides are fast, others want a turn too.
                 tokio::task::consume_budget().await;
                 bytes = &bytes[n..];
                 note(n, moved, metrics);

@@ -33,9 +33,9 @@ static PHANTOM: [u8; 1 << 20] = [0; 1 << 20];
 const MAX_SPAN_BYTES: u64 = PHANTOM.len() as u64;
 /// How far ahead of the sending position the kernel is asked to read.
 const READ_AHEAD_BYTES: u64 = 4 << 20;
-/// What one read takes from the socket.
+/// The most bytes that one read takes from the socket.
 const READ_BYTES: usize = 8 << 10;
-/// What is read of a file at once for TLS: as much as a record holds (RFC 8446, 5.1).
+/// The bytes read of a file at once for TLS: as much as a record holds (RFC 8446, 5.1).
 const BLOCK_BYTES: usize = 16 << 10;
 
 /// For a request's head to come, from its first byte to its last.
@@ -50,11 +50,11 @@ const PROGRESS_BYTES: usize = 1 << 20;
 /// are scarce.
 const RESTS: Duration = Duration::from_secs(20);
 
-/// What the parts of one connection tell each other.
+/// The line between the parts of one connection.
 pub(super) struct Line(Mutex<State>);
 
 struct State {
-    /// What the phantoms on their way stand for, in order.
+    /// The spans behind the phantoms on their way, in order.
     spans: VecDeque<Span>,
     phase: Phase,
     /// Something of the current response is not sent yet.
@@ -75,7 +75,7 @@ struct Span {
     more: bool,
 }
 
-/// Where a connection stands with its requests.
+/// The state of a connection with its requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Phase {
     /// Between requests.
@@ -124,8 +124,8 @@ impl Line {
             return None;
         }
         if offset / READ_AHEAD_BYTES != (offset + len) / READ_AHEAD_BYTES || offset == 0 {
-            // Only a hint: where it does not work, reading waits for the disk. Not past the range: in a blob that still comes there
-            // are holes, and the pages read of them would be filled twice.
+            // Only a hint: if it does not work, reading waits for the disk. Not past the range: a blob that still
+            // comes has holes, and the pages read of them would be filled twice.
             let ahead =
                 NonZeroU64::new(range.end.saturating_sub(offset + len).min(READ_AHEAD_BYTES));
             let _ = ahead.map(|ahead| fadvise(file, offset + len, Some(ahead), Advice::WillNeed));
@@ -161,7 +161,7 @@ impl Line {
         self.state().phase = Phase::Tunnel;
     }
 
-    /// What the connection does at `now`, and since when.
+    /// The activity of the connection at `now`, and its start.
     pub(super) fn doing(&self, now: Instant) -> (Doing, Instant) {
         let state = self.state();
         let busy = |since: Instant| match now.saturating_duration_since(since) > RESTS {
@@ -199,7 +199,7 @@ impl Line {
         self.state().phase = Phase::Idle(Instant::now());
     }
 
-    /// Waits until all that was given to the connection is sent: what comes before a failure still arrives.
+    /// Waits until all bytes given to the connection are sent: bytes before a failure still arrive.
     pub(super) fn poll_flushed(&self, cx: &Context<'_>) -> Poll<()> {
         let mut state = self.state();
         if !state.unsent {
@@ -230,13 +230,13 @@ pub(super) struct Wire {
     pub(super) line: Arc<Line>,
 }
 
-/// What a connection's bytes go over.
+/// The channel of a connection's bytes.
 pub(super) enum Channel {
     Plain(Plain),
     Tls(Box<TlsStream<Plain>>),
 }
 
-/// A client's socket, shared with whoever ends it. What was read of it too early comes first.
+/// A client's socket, shared with the part that ends it. Bytes that were read of it too early come first.
 pub(super) struct Plain {
     pub(super) socket: Arc<TcpStream>,
     pub(super) early: Bytes,
@@ -244,7 +244,7 @@ pub(super) struct Plain {
     pub(super) corked: bool,
 }
 
-/// What comes first of some slices.
+/// The first part of some slices.
 enum Next<'a, 'b> {
     Nothing,
     /// Memory, up to the first phantom.
@@ -277,7 +277,7 @@ fn next<'a, 'b>(slices: &'a [IoSlice<'b>]) -> Next<'a, 'b> {
 }
 
 impl Line {
-    /// What the next phantom, `len` bytes long, stands for.
+    /// The span behind the next phantom, `len` bytes long.
     fn stood_for(&self, len: usize) -> io::Result<Span> {
         let state = self.state();
         let span = state.spans.front().filter(|span| span.len == len).cloned();
@@ -348,7 +348,7 @@ impl Plain {
     fn cork(&mut self, corked: bool) {
         if self.corked != corked {
             self.corked = corked;
-            // Only how it is cut into segments depends on it: what is corked is sent after 200 ms at the latest.
+            // Only the cut into segments depends on it: corked bytes are sent after 200 ms at the latest.
             let _ = set_tcp_cork(&*self.socket, corked);
         }
     }

@@ -30,7 +30,7 @@ pub(crate) trait Source: Send + Sync + 'static {
     fn place(&self) -> String;
 }
 
-/// What is asked of a source.
+/// A request to a source.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Ask {
     /// These bytes; `None`: the whole blob, by a plain request.

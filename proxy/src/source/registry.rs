@@ -303,7 +303,7 @@ mod tests {
             (500, 0, true),
             (502, 0, true),
             (504, 0, true),
-            // What is here already would be read again.
+            // Bytes that are here already would be read again.
             (500, 5, false),
             (401, 0, false),
             (429, 0, false),

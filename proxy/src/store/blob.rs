@@ -13,7 +13,7 @@ use super::checks::Checks;
 use super::state::{Entry, Inner, Key, USE_GRAIN, since_1970};
 use super::{Keeper, StoreError, disk, record};
 
-/// The longest table or index file that is read: what [`record::MAX_BLOB_BYTES`] takes, several times over.
+/// The longest table or index file that is read: several times the need of [`record::MAX_BLOB_BYTES`].
 pub(super) const MAX_INDEX_BYTES: u64 = 512 << 20;
 
 /// A committed blob under lease, of whatever store.

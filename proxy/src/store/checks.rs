@@ -21,7 +21,8 @@ use hawker_lanes::{self as lanes, Lane};
 /// The longest wait for one piece to be hashed. A disk that takes longer is taken for one that can't be read.
 const HASHED_WITHIN: Duration = Duration::from_secs(30);
 
-/// What is known of one committed blob. It lives as long as the blob is in the store, and costs one bit a piece at most.
+/// The facts about one committed blob. They live as long as the blob is in the store, and cost one bit a piece at
+/// most.
 #[derive(Debug, Default)]
 pub(super) struct Checks {
     state: Mutex<State>,

@@ -189,7 +189,7 @@ fn replace_after(
         Ok(file)
     });
     if written.is_err() {
-        // The first error is the one to tell; what is left is removed at the next start.
+        // The first error is the one to tell; leftovers are removed at the next start.
         let _ = fs::remove_file(&temporary);
     }
     written

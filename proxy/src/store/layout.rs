@@ -1,4 +1,4 @@
-//! Where everything lies below the store's folder. Names derive from a digest's algorithm and hex alone.
+//! The paths of everything below the store's folder. Names derive from a digest's algorithm and hex alone.
 
 use std::path::{Path, PathBuf};
 
@@ -8,7 +8,7 @@ use hawker_oci::digest::{Algorithm, Digest};
 pub(super) const TABLE: &str = ".table";
 /// Ending of an index's name, beside its partial file.
 pub(super) const INDEX: &str = ".index";
-/// Ending of a file that is not whole yet: whoever finds one at start removes it.
+/// Ending of a file that is not whole yet: the next start removes it.
 pub(super) const TEMPORARY: &str = ".tmp";
 
 /// The algorithms that have a folder.

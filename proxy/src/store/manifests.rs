@@ -17,19 +17,19 @@ const MAX_MANIFEST_BYTES: usize = 16 << 20;
 /// Room for framing.
 const MAX_FILE_BYTES: u64 = MAX_MANIFEST_BYTES as u64 + (64 << 10);
 
-/// Where a manifest's body is on disk; reading goes on even if the file is unlinked.
+/// The place of a manifest's body on disk; reading goes on even if the file is unlinked.
 pub type Place = (Arc<File>, Range<u64>);
 
 /// A manifest on disk.
 #[derive(Clone, Debug)]
 pub struct StoredManifest {
-    /// What hashes to its digest.
+    /// The bytes that hash to its digest.
     pub body: Bytes,
-    /// Where that is as well.
+    /// The place of these bytes.
     pub place: Place,
 }
 
-/// Writes a manifest; where its body is then, unless it is too long to be kept.
+/// Writes a manifest; gives the place of its body, unless it is too long to be kept.
 pub(super) fn put(
     store: &Inner,
     digest: &Digest,

@@ -3,10 +3,10 @@
 //! - [`task_store`](TaskStore): the seam to the driver, with a suite for all implementations
 //! - `partial`: pieces come in, in any order, over any number of restarts
 //! - [`blob`](Blob): committed, leased to readers; `checks`: which of its pieces were hashed since the start
-//! - `origins`: which registries gave what is here
-//! - `state`: what is known in memory, claims, eviction, what happens when the disk refuses
+//! - `origins`: the registries that gave the bytes here
+//! - `state`: the facts in memory, claims, eviction, the reaction to a full disk
 //! - `record`, `layout`, `disk`: the form of the files, their names, the few things done with them
-//! - `recovery`: what is there when the daemon starts
+//! - `recovery`: the files found when the daemon starts
 //!
 //! All methods block on the disk unless they say otherwise: async code calls them through [`hawker_lanes`].
 
@@ -53,7 +53,7 @@ pub enum StoreError {
     /// The disk does not take it: full, no inodes, quota, read-only, EIO. Go on without the disk.
     #[error("{what}: {source}")]
     Disk {
-        /// What was tried, with the path.
+        /// The attempt, with the path.
         what: String,
         /// Why it failed.
         source: std::io::Error,
@@ -61,7 +61,7 @@ pub enum StoreError {
     /// Another download of this task is under way here already, or it is committed.
     #[error("the task is being written already")]
     Busy,
-    /// What is on disk is not what it should be.
+    /// The bytes on disk are corrupt.
     #[error("{0} is rotten")]
     Rotten(Digest),
 }
@@ -135,7 +135,8 @@ impl Store {
         self.inner.set_limits(settings);
     }
 
-    /// Puts a manifest in the cache, under its digest; where its body is then, unless it is too long to be kept. Blocking.
+    /// Puts a manifest in the cache, under its digest; gives the place of its body, unless it is too long to be kept.
+    /// Blocking.
     pub fn put_manifest(&self, digest: &Digest, body: &Bytes) -> Result<Option<Place>, StoreError> {
         manifests::put(&self.inner, digest, body)
     }
@@ -158,7 +159,7 @@ impl Store {
         self.inner.take_gone()
     }
 
-    /// Whether more should go than could: what is leased stays. Blocking.
+    /// Whether more should go than could: leased blobs stay. Blocking.
     pub fn is_crowded(&self) -> bool {
         self.inner.excess_bytes() > 0
     }

@@ -1,6 +1,6 @@
 //! Partial tasks: a sparse file as long as the blob will be, and an index that says which of its pieces count.
 //!
-//! A piece is noted after it is written, so what the index says after kill -9 is there. What it says after a power failure
+//! A piece is noted after it is written, so each piece in the index is there after kill -9. After a power failure it
 //! may not be, and while no daemon ran the disk may have rotted: each piece that an earlier run noted is hashed again.
 
 use std::fs::File;
@@ -56,7 +56,7 @@ fn write_at(disk: &dyn Disk, file: &File, data: &[u8], start: u64) -> io::Result
 
 struct Index {
     file: File,
-    /// Where the next record goes.
+    /// The place of the next record.
     end: u64,
     /// An append failed and may have left bytes after `end`.
     torn: bool,
@@ -391,7 +391,7 @@ pub(super) fn begin(
     Ok(partial)
 }
 
-/// What is on disk of a task.
+/// The content of the disk for a task.
 struct Known {
     size_bytes: u64,
     held_bytes: u64,
@@ -489,7 +489,7 @@ fn create(store: &Inner, task: &Digest, size_bytes: u64) -> Result<(File, Index)
     Ok((file, index))
 }
 
-/// What the index at this path says, if it and its data file are those of `task`; else why not.
+/// The content of the index at this path, if it and its data file are those of `task`; else the reason why not.
 pub(super) fn read_index(
     data: &File,
     index: &Path,

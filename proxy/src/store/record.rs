@@ -36,10 +36,10 @@ const FRAME_BYTES: usize = 1 + 4 + SUM_BYTES;
 /// Values in one record, so that a torn one costs little.
 const VALUES_PER_RECORD: usize = 4096;
 
-/// What a file is about.
+/// The subject of a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Header {
-    /// Whose file this is.
+    /// The digest of its task.
     pub(super) digest: Digest,
     /// Size of the blob or manifest.
     pub(super) size_bytes: u64,
@@ -54,7 +54,7 @@ pub(super) enum Unreadable {
     Version(u8),
 }
 
-/// What an index or a table file says.
+/// The content of an index or a table file.
 #[derive(Debug)]
 pub(super) struct Contents {
     pub(super) header: Header,
@@ -236,7 +236,7 @@ pub(super) fn index(about: &Header, known: &PieceTable, held: &PieceSet) -> Vec<
     out
 }
 
-/// What a manifest file has before the body and behind it: a body may be long, and is not copied.
+/// The parts of a manifest file before the body and behind it: a body may be long, and is not copied.
 pub(super) fn manifest(digest: &Digest, body: &[u8]) -> (Vec<u8>, [u8; SUM_BYTES]) {
     let about = Header {
         digest: *digest,

@@ -1,4 +1,4 @@
-//! What is on disk when the daemon starts: found, and rid of what a crash left behind.
+//! The files on disk when the daemon starts: found, and rid of a crash's leftovers.
 //!
 //! Tables are not read and blobs are not hashed here: a blob is under its final name only after it was verified and
 //! synced, and its files are looked at when it is first asked for. So a start stays quick however much there is.
@@ -74,7 +74,7 @@ pub(super) fn lock(layout: &Layout) -> Result<Option<File>, StoreError> {
     }
 }
 
-/// Whoever held the lock may be about to end; and a child of its holds it for a moment, between fork and exec.
+/// The holder of the lock may be about to end; and a child of its holds it for a moment, between fork and exec.
 fn try_lock_for_a_while(file: &File) -> Result<(), fs::TryLockError> {
     const TRIES: u32 = 20;
     for _ in 1..TRIES {
@@ -175,7 +175,7 @@ fn list_whole(folder: &Path) -> Vec<(String, DirEntry)> {
     whole
 }
 
-/// What is known of a file of ours; a link, a folder or a pipe in its place goes.
+/// The metadata of a file of ours; a link, a folder or a pipe in its place is removed.
 fn regular(entry: &DirEntry) -> Option<Metadata> {
     let meta = entry.metadata().ok()?;
     if !meta.is_file() {

@@ -1,7 +1,7 @@
-//! What the store knows in memory, and the rules for changing it.
+//! The store's facts in memory, and the rules for changing them.
 //!
-//! The mutex guards memory only and is never held over file I/O. Whoever makes, moves or deletes a task's files first takes
-//! a [`Claim`] on the task: one at a time does so, and eviction passes claimed tasks by.
+//! The mutex guards memory only and is never held over file I/O. Code that makes, moves or deletes a task's files
+//! first takes a [`Claim`] on the task: one at a time does so, and eviction passes claimed tasks by.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::fs::File;
@@ -32,7 +32,7 @@ const MIN_ROUND_BYTES: u64 = 1 << 20;
 /// The order of use on disk is kept this coarsely.
 pub(super) const USE_GRAIN: Duration = Duration::from_secs(10 * 60);
 
-/// What eviction chooses among.
+/// The candidates of eviction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Key {
     /// A blob, committed or partial.
@@ -48,7 +48,7 @@ pub(super) enum Entry {
         size_bytes: u64,
         /// The file and table that its readers share, while there are any.
         opened: Weak<Lease>,
-        /// What was found of its pieces, once it was opened.
+        /// The checks of its pieces, once it was opened.
         checks: Option<Arc<Checks>>,
     },
     Partial {
@@ -63,7 +63,7 @@ pub(super) enum Entry {
 }
 
 impl Entry {
-    /// What it takes on disk.
+    /// The bytes that it takes on disk.
     pub(super) const fn bytes(&self) -> u64 {
         match self {
             Entry::Blob { size_bytes, .. } => *size_bytes,
@@ -317,7 +317,8 @@ impl Inner {
         went
     }
 
-    /// Deletes the files behind a key. What names the rest goes first: what is left after a crash is removed at start.
+    /// Deletes the files behind a key. The file that names the rest goes first: leftovers of a crash are removed at
+    /// start.
     fn delete(&self, key: Key, committed: bool) -> io::Result<()> {
         match key {
             Key::Manifest(digest) => {
@@ -376,7 +377,7 @@ impl Inner {
         })
     }
 
-    /// What is on disk of a partial task that nobody has open counts only once it is hashed again.
+    /// The pieces on disk of a partial task that nobody has open count only once they are hashed again.
     pub(super) fn doubt(&self, task: &Digest) {
         if let Some(Entry::Partial {
             pieces,

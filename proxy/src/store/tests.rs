@@ -121,7 +121,7 @@ fn folder() -> (TempDir, PathBuf) {
     (temporary, dir)
 }
 
-/// What kill -9 at this moment leaves behind.
+/// The files that kill -9 at this moment leaves behind.
 fn snapshot(dir: &Path) -> (TempDir, PathBuf) {
     let (temporary, copy) = folder();
     let status = Command::new("cp")
@@ -240,7 +240,7 @@ fn an_index_torn_at_any_byte_loses_its_tail_and_nothing_else() {
                 .all(|piece| held.contains(*piece))
         );
         seen = held.len();
-        // It goes on: what is noted now is there at the next start.
+        // It goes on: a piece noted now is there at the next start.
         partial.keep_table(&content.table).unwrap();
         content.write(&partial, [2]).unwrap();
         drop((partial, store));
@@ -502,7 +502,7 @@ fn a_committed_blob_whose_files_are_not_whole_is_not_served() {
     }
 }
 
-/// What an earlier run of the daemon committed.
+/// A blob that an earlier run of the daemon committed.
 fn committed_before(dir: &Path, content: &Content) -> (Store, Blob) {
     let store = open(dir);
     assert!(content.put(&store).is_checked(&ALL), "this run wrote it");

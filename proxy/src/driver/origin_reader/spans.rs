@@ -21,7 +21,7 @@ pub(super) enum News {
     Over(Result<(), SourceError>),
 }
 
-/// What the head of an answer tells.
+/// The head of an answer.
 pub(super) struct Head {
     pub(super) size_bytes: Option<u64>,
     pub(super) is_range: bool,

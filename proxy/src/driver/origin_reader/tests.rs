@@ -35,7 +35,7 @@ struct World {
     _dir: TempDir,
 }
 
-/// What the stand-in heard that ends a read.
+/// The event that ends a read, as the stand-in heard it.
 #[derive(Debug, PartialEq, Eq)]
 enum End {
     Whole,

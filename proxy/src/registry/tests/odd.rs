@@ -1,4 +1,4 @@
-//! Odd registries: what some products answer, and what clients must get all the same.
+//! Odd registries: the answers of some products, and the right answers to clients all the same.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 

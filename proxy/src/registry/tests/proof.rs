@@ -11,9 +11,9 @@ enum Gives {
     Nothing,
     /// Ranges of the right length, of zeros.
     Zeros,
-    /// What it has, by ranges.
+    /// Its bytes, by ranges.
     Ranges,
-    /// What it has, whole whatever range is asked for.
+    /// Its bytes, whole for any range.
     Whole,
 }
 

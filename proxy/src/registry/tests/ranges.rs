@@ -6,7 +6,7 @@ use proptest::prelude::*;
 
 use super::*;
 
-/// What a naive reader makes of a `multipart/byteranges` body: each part's Content-Range, and its bytes.
+/// A naive reading of a `multipart/byteranges` body: each part's Content-Range, and its bytes.
 fn parts(got: &Got) -> Vec<(String, Vec<u8>)> {
     let boundary = got
         .header("content-type")

@@ -7,12 +7,13 @@ use crate::settings::Staleness;
 
 const INDEX: &str = "application/vnd.oci.image.index.v1+json";
 
-/// A registry with one tag, which moves through `states`; who accepts no index gets the manifest in its place.
+/// A registry with one tag, which moves through `states`; a client that accepts no index gets the manifest in its
+/// place.
 #[derive(Clone)]
 struct Moving {
     states: [&'static str; 2],
     at: Arc<AtomicUsize>,
-    /// What it answers in place of anything else; 0: nothing of the kind.
+    /// The status of every answer; 0: no such status.
     failing: Arc<AtomicU16>,
     digests: bool,
 }
