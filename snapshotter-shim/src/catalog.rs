@@ -50,7 +50,7 @@ impl Kind {
     }
 }
 
-/// What a snapshot takes on disk without its parents.
+/// The space of a snapshot on disk without its parents.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Usage {
     /// Allocated bytes.
@@ -538,7 +538,7 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever is asked, no parent of a snapshot is missing or writable.
+        /// After any requests, no parent of a snapshot is missing or writable.
         #[test]
         fn every_parent_exists_and_is_committed(
             steps in proptest::collection::vec((0..4_u8, 0..6_u8, 0..6_u8), 0..60)

@@ -110,7 +110,7 @@ fn listen(path: &Path) -> io::Result<UnixListener> {
         Err(_) => {}
     }
     let listener = UnixListener::bind(path)?;
-    // Whoever connects has the rights of root over all images.
+    // A client of this socket has the rights of root over all images.
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
     Ok(listener)
 }

@@ -367,7 +367,7 @@ impl Store {
             })
             .and_then(|()| fs::rename(&new, &path));
         if let Err(error) = written {
-            // What is left would only take room; the next start removes it too.
+            // A leftover would only take room; the next start removes it too.
             let _ = fs::remove_file(&new);
             return Err(at(&path)(error));
         }

@@ -17,7 +17,8 @@ use crate::scene::{self, REPOSITORY, Scene, committed_path, partial_path};
 /// Slow enough that pulls are under way when something breaks, fast enough that a run is short.
 const LINK: Mbit = Mbit(50);
 /// The log level that explains a failed run.
-const LOG_LEVEL: &str = "info,hawker_proxy=debug";
+const LOG_LEVEL: &str =
+    "info,hawker_proxy=debug,hawker_tracker=debug,hawker_identity=debug,hawker_credentials=debug";
 /// How many wrong bytes a lying origin sends.
 const LIE_BYTES: u64 = 100;
 
