@@ -17,7 +17,7 @@ const LONG_PART: usize = 8;
 
 /// A wait for memory that is longer than this is a nuisance to a client.
 const LONG: Duration = Duration::from_secs(2);
-/// How often whoever may have to give memory back looks whether it is waited for.
+/// A holder of memory looks this often whether a request has waited for memory for long.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 
 /// The source of buffers for pieces.
@@ -31,11 +31,11 @@ pub struct BufferPool {
     /// The part of the budget for long pieces.
     long: Arc<Semaphore>,
     spare: Arc<Mutex<Spare>>,
-    /// How many have waited for long.
+    /// The number of requests that have waited for longer than `LONG`.
     wanting: Arc<AtomicUsize>,
 }
 
-/// One who has waited for long.
+/// A request for memory that has waited for longer than `LONG`, counted until it is dropped.
 struct Wanting(Arc<AtomicUsize>);
 
 impl Wanting {
@@ -136,7 +136,7 @@ impl BufferPool {
         }
     }
 
-    /// Whether somebody has waited for memory for long.
+    /// A request has waited for memory for longer than two seconds.
     pub fn has_long_waits(&self) -> bool {
         self.wanting.load(Ordering::Relaxed) > 0
     }

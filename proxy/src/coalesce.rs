@@ -42,7 +42,7 @@ impl<K: Clone + Eq + Hash, V: Clone> Coalesced<K, V> {
     }
 }
 
-/// One of those who wait; the last one to go takes the entry along.
+/// A caller that waits for a fetch. The last caller to go removes the entry.
 struct Waiting<'a, K: Clone + Eq + Hash, V: Clone> {
     all: &'a Coalesced<K, V>,
     key: K,

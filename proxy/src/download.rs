@@ -120,7 +120,7 @@ pub(crate) struct State {
     pub(crate) failed: Option<FlightError>,
     /// The registry that told the size; `None` where it came from the disk or from peers.
     pub(crate) sized_by: Option<String>,
-    /// All bytes were compared with the digest, here or by whoever sealed the table: so the size is right.
+    /// The size is right: this node or the issuer that sealed the table compared all bytes with the digest.
     pub(crate) is_size_proven: bool,
     /// The place of verified pieces.
     pub(crate) storage: Storage,

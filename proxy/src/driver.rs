@@ -152,7 +152,7 @@ pub(crate) enum Event {
         failure: Failure,
         reason: String,
     },
-    /// The origin knows no ranges: it sends all of the blob to whoever asks for any of it.
+    /// The origin knows no ranges: it answers a request for any part with the whole blob.
     OriginWholeOnly { task: Digest },
     /// The disk takes no loose bytes.
     DiskRefused { task: Digest, error: StoreError },

@@ -80,7 +80,7 @@ impl Flights {
         size_hint: Option<u64>,
         partial: bool,
     ) -> Result<Flight, FlightError> {
-        // A size that no blob has is nobody's knowledge, whoever told it: it would cost memory for each of its pieces.
+        // A size above the limit of blobs is ignored: it would cost memory for each of its pieces.
         let size_hint = size_hint.filter(|size| *size <= MAX_BLOB_BYTES);
         let id = self.next_reader.fetch_add(1, Ordering::Relaxed);
         let (reply, answer) = oneshot::channel();

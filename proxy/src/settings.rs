@@ -78,7 +78,7 @@ pub struct LiveSettings {
     pub registries: Registries,
     /// The sources of this node's own names and passwords for registries; the first that has one counts.
     pub credentials: Vec<CredentialSource>,
-    /// How old what the origin said may be while it can't be asked.
+    /// The greatest age of the origin's answers that count while the origin can't be asked.
     pub staleness: Staleness,
     /// Forward-proxy rules: the hosts that are intercepted, tunnelled or refused.
     pub intercept: Rules,
@@ -86,12 +86,12 @@ pub struct LiveSettings {
     pub tls: Option<Arc<ServerConfig>>,
 }
 
-/// How old what the origin said may be while it can't be asked.
+/// The greatest age of the origin's answers that count while the origin can't be asked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Staleness {
-    /// The digest of a tag; `None`: that is not enough.
+    /// For the digest of a tag; `None`: a remembered digest never answers for the origin.
     pub tags: Option<Duration>,
-    /// Public access to something.
+    /// For the fact that anybody may read a repository.
     pub public_grace: Duration,
 }
 

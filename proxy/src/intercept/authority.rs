@@ -19,7 +19,7 @@ use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use crate::registry::tls;
 
 const KEY_FILE: &str = "key.pem";
-/// The authority's certificate, for those who are to trust it.
+/// The authority's certificate, in PEM: clients of the forward proxy put it into their trust stores.
 pub const CERTIFICATE_FILE: &str = "ca.pem";
 /// It is put into trust stores by hand.
 const AUTHORITY_LIFE: Duration = Duration::from_secs(10 * 365 * 24 * 3600);

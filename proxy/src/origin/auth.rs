@@ -338,7 +338,7 @@ impl Rights {
             Some(Right::Shown(_, used)) => used.as_ref(),
             None => None,
         };
-        // The content is missing: that is believed, unless this node has credentials that were not shown.
+        // The registry may hide content from this caller. Only credentials that were not shown yet could change that.
         let credential = self.credential(asked, &place.repository).await;
         credential.is_some() && credential.as_ref() != used
     }

@@ -356,8 +356,8 @@ impl Origin {
         self.inner.elsewhere.of(target)
     }
 
-    /// Asks the registry, unless it wants to be left alone by this caller; for the bytes of a blob that it does not have, whoever
-    /// its manifest names.
+    /// Asks the registry, unless its backoff for this caller still runs. If the registry answers a GET with 404 and a
+    /// manifest names other URLs for the blob, asks those.
     async fn ask(
         &self,
         method: Method,

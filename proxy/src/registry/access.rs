@@ -3,7 +3,7 @@
 //! The first is remembered per caller, for as long as the origin's yes may count: for anybody a few minutes, and a grace while
 //! the origin can't be asked; for a client with credentials at most as long as its token lives. A runtime can't renew its token in
 //! mid-pull, so a pull that is under way may go on after that: each blob that a manifest names which the client read within its
-//! token's life, once, and while bytes go out. The second is a fact of the registry, whoever asks.
+//! token's life, once, and while bytes go out. The second is a fact of the registry, the same for every caller.
 
 use std::collections::{HashMap, VecDeque};
 use std::num::NonZeroUsize;

@@ -60,7 +60,7 @@ impl Rechecks {
             return;
         }
         let (this, bytes) = (Arc::clone(self), bytes.clone());
-        // It goes on to its end, whoever waits for it.
+        // A task of its own: the hashing goes on to its end after the client that began it is gone.
         let hashing = tokio::spawn(async move {
             if this.flights.recheck(task, bytes.clone()).await == Some(true) {
                 this.with(|memory, now| memory.found_sound(task, bytes, now));

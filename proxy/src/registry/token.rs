@@ -71,8 +71,8 @@ struct Book {
 struct Minted {
     /// By repository: the registry's own `Authorization`; `None` where it wants none.
     rights: Vec<(Source, Option<HeaderValue>)>,
-    /// The time until which it is understood. That is longer than its life, so that a pull outlives it: the remembered
-    /// facts say what it may still read, and the registry refuses the rest.
+    /// The end of the token's recognition: its life and `LONGEST_PULL`, so that a pull outlives the token. After its
+    /// life, the remembered facts decide which blobs it still reads, and the registry refuses the rest.
     until: Instant,
 }
 
