@@ -68,7 +68,7 @@ async fn main() -> ExitCode {
     result.map_or_else(|error| report(&error), |()| ExitCode::SUCCESS)
 }
 
-#[expect(clippy::print_stderr, reason = "the last word to whoever started this")]
+#[expect(clippy::print_stderr, reason = "the error goes to standard error")]
 fn report(error: &anyhow::Error) -> ExitCode {
     eprintln!("hawker: {error:#}");
     if error.is::<Problems>() {

@@ -241,14 +241,14 @@ fn warnings(settings: &Settings) -> Vec<String> {
         open(
             "the mirror's address",
             address,
-            "whoever reaches it may pull through this node",
+            "every host that reaches it may pull through this node",
         )
     });
     let forward = settings.forward_proxy.iter().filter_map(|address| {
         open(
             "the forward proxy's address",
             address,
-            "whoever reaches it may reach through it what you allow",
+            "every host that reaches it may use this proxy to reach the hosts that you allow",
         )
     });
     let unnamed = !settings.forward_proxy.is_empty() && settings.live.load().intercept.is_empty();
@@ -258,7 +258,7 @@ fn warnings(settings: &Settings) -> Vec<String> {
     let admin = open(
         "the admin address",
         &settings.admin,
-        "whoever reaches it may read status and metrics",
+        "every host that reaches it may read status and metrics",
     );
     let modes = unsafe_modes(settings)
         .into_iter()
@@ -283,7 +283,7 @@ fn unsafe_modes(settings: &Settings) -> Vec<String> {
     let risks = [
         (
             AuthorizationMode::Node,
-            "whoever reaches the mirror may pull what this node's credentials may",
+            "every host that reaches the mirror may pull with this node's credentials",
         ),
         (
             AuthorizationMode::Token,
