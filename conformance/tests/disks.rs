@@ -86,8 +86,13 @@ fn a_seed_with_a_full_disk_feeds_its_children_once_and_recovers_when_there_is_ro
             let begun = Instant::now();
             scene.pull(&scene.cluster.nodes[3], &first)?;
             let copies = scene.origin_copies(&first);
-            // The seed, which did not keep it, begins to read before it knows who has it.
-            ensure!(copies <= 1.4, "the same blob again: {copies} copies");
+            // The seed, which did not keep it, begins to read before it knows of the holders. The news of these take up to a second
+            // and a half, which is 18 MB on this link.
+            ensure!(
+                copies <= 1.6,
+                "the same blob again: {copies} copies{}",
+                reads(scene, &first)
+            );
             ensure!(
                 begun.elapsed() < Duration::from_secs(10),
                 "the same blob again: {:?}",
