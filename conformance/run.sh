@@ -32,7 +32,7 @@ need_root
 need_debian
 install_missing ip=iproute2 nsenter=util-linux iptables=iptables containerd=containerd runc=runc jq=jq curl=curl \
     docker-registry=docker-registry skopeo=skopeo umoci=umoci openssl=openssl nginx=nginx-light \
-    htpasswd=apache2-utils podman=podman buildah=buildah dockerd=docker.io cc=gcc c++=g++
+    htpasswd=apache2-utils podman=podman buildah=buildah dockerd=docker.io cc=gcc c++=g++ make=make
 need_namespaces
 need_cargo
 cargo fmt --version >/dev/null 2>&1 || die "rustfmt is missing" "Run: rustup component add rustfmt"

@@ -247,7 +247,7 @@ print_table() {
 need_root
 need_debian
 install_missing ip=iproute2 nsenter=util-linux containerd=containerd runc=runc docker-registry=docker-registry \
-    skopeo=skopeo umoci=umoci jq=jq curl=curl cc=gcc
+    skopeo=skopeo umoci=umoci jq=jq curl=curl cc=gcc make=make
 need_namespaces
 [[ -n ${HAWKER_BIN-} ]] || need_cargo
 free_mb=$(df --output=avail -m "$base" | tail -n 1)

@@ -35,9 +35,9 @@ use crate::args::{Cli, Command, MemberCommand, TokenCommand};
 use hawker_config::problem::Problems;
 
 /// A daemon lives for months, and an attack or a burst must not leave it large. The C library's allocator keeps most of what was
-/// freed; this one gives it back.
+/// freed. This one returns it, with the settings in `.cargo/config.toml`.
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 
 #[tokio::main]
 async fn main() -> ExitCode {

@@ -1,12 +1,18 @@
 //! Lanes for work that blocks on the disk.
 //!
-//! All of it shares the runtime's threads for such work ([`tokio::task::spawn_blocking`]). Each kind of work has a lane of its own,
-//! with room for so much at once; the rest waits in order. So a client that asks for what is cached never waits behind pieces that are being
-//! written, pieces for peers, or blobs that are hashed again. Name look-ups are not done on these threads.
+//! All lanes share a pool of threads. Each kind of work has a lane of its own, with room for so much at once; the rest waits in
+//! order. So a client that asks for what is cached never waits behind pieces that are being written, pieces for peers, or blobs that are
+//! hashed again. Name look-ups are not done on these threads.
 
+mod threads;
+
+use std::io;
 use std::sync::LazyLock;
+use std::time::Duration;
 
-use tokio::sync::{Semaphore, SemaphorePermit};
+use tokio::sync::{Semaphore, SemaphorePermit, oneshot};
+
+use threads::Threads;
 
 /// A kind of work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,23 +27,25 @@ pub enum Lane {
     Upkeep,
 }
 
-/// Room in each lane. A disk gains nothing from more requests at once, and each thread keeps memory of its own: a thread that one
-/// busy moment brought stays as long as there is any work, since the runtime's threads take turns.
+/// Room in each lane. A disk gains nothing from more requests at once, and each thread keeps memory of its own.
 const ROOM: [usize; 4] = [32, 24, 24, 4];
+/// A thread without work ends after this.
+const REST: Duration = Duration::from_secs(10);
 
 static LANES: LazyLock<[Semaphore; 4]> = LazyLock::new(|| ROOM.map(Semaphore::new));
+static THREADS: LazyLock<Threads> = LazyLock::new(|| Threads::new(REST));
 
 fn of(lane: Lane) -> &'static Semaphore {
     &LANES[lane as usize]
 }
 
-/// Does something that blocks; `None` when it panicked or the runtime ends.
+/// Does something that blocks; `None` when it panicked, or the system gives no thread.
 pub async fn run<T: Send + 'static>(
     lane: Lane,
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Option<T> {
     let place = of(lane).acquire().await.ok()?;
-    at(place, work).await.ok()
+    at(place, work).ok()?.await.ok()
 }
 
 /// Begins something that blocks and waits for nothing.
@@ -51,11 +59,15 @@ pub fn start(lane: Lane, work: impl FnOnce() + Send + 'static) {
 fn at<T: Send + 'static>(
     place: SemaphorePermit<'static>,
     work: impl FnOnce() -> T + Send + 'static,
-) -> tokio::task::JoinHandle<T> {
-    tokio::task::spawn_blocking(move || {
-        let _place = place;
-        work()
-    })
+) -> io::Result<oneshot::Receiver<T>> {
+    let (send, result) = oneshot::channel();
+    THREADS.run(Box::new(move || {
+        let value = work();
+        drop(place);
+        // Nobody waits for it where the future was dropped.
+        let _ = send.send(value);
+    }))?;
+    Ok(result)
 }
 
 #[cfg(test)]

@@ -40,7 +40,7 @@ use report::Report;
 /// Two threads decide for ten thousand simulated nodes, and free what the other allocated: the C library's allocator makes them wait
 /// for each other, and takes half as long again.
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 
 #[derive(Parser)]
 #[command(about = "Measures Hawker against nginx, curl and the bound", version)]
