@@ -87,6 +87,8 @@ if ! cargo build --release --locked --workspace --bins; then
     exit 1
 fi
 step "Lints" cargo clippy --release --locked --workspace --all-targets -- -D warnings
+cargo machete --version >/dev/null 2>&1 || { say "Building cargo-machete" && cargo install --locked cargo-machete; }
+step "Unused dependencies" cargo machete
 if [[ -n $deny ]]; then
     command -v cargo-deny >/dev/null || { say "Building cargo-deny" && cargo install --locked cargo-deny; }
     step "Licences, advisories, duplicates" cargo deny check

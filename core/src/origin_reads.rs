@@ -97,8 +97,10 @@ pub enum SpanEnd {
     Refused,
     /// The origin ignores `Range`: one request for all is the only way.
     RangeIgnored,
-    /// The origin asks for fewer requests (429 or 503).
+    /// The origin asks for fewer requests (429).
     Throttled,
+    /// The origin answered 503: it asks for fewer requests, or cannot serve ranges.
+    Unavailable,
 }
 
 /// The bytes wanted of the blob at this moment.
@@ -420,8 +422,8 @@ impl OriginReads {
         match end {
             SpanEnd::Done => {}
             SpanEnd::RangeIgnored => self.turn_plain(),
-            SpanEnd::Throttled | SpanEnd::Broken | SpanEnd::Refused => {
-                if end == SpanEnd::Throttled {
+            SpanEnd::Throttled | SpanEnd::Unavailable | SpanEnd::Broken | SpanEnd::Refused => {
+                if matches!(end, SpanEnd::Throttled | SpanEnd::Unavailable) {
                     self.width.throttle(now);
                 }
                 self.rests_until = now + FIRST_WAIT * (1 << self.failures.min(8));
@@ -429,10 +431,11 @@ impl OriginReads {
                 self.progress_bytes = 0;
             }
         }
+        let may_mean_ranges = matches!(end, SpanEnd::Refused | SpanEnd::Unavailable);
         if plain && end == SpanEnd::Broken && self.has_honoured {
             self.is_plain_worse = true;
             self.support = RangeSupport::Honoured;
-        } else if !plain && end == SpanEnd::Refused && self.is_failed() && self.may_ask_plain() {
+        } else if !plain && may_mean_ranges && self.is_failed() && self.may_ask_plain() {
             // Some gateways answer every range with an error. A plain request is the last try: another copy is better than none.
             self.failures = TRIES - 1;
             self.turn_plain();
@@ -859,19 +862,30 @@ mod tests {
 
     #[test]
     fn the_last_try_at_an_origin_that_refuses_ranges_is_a_plain_request() {
-        let mut reads = OriginReads::new(100 * MIB, KNOWN);
-        let present = ByteSet::default();
-        let demand = wanted(&present, &[]);
-        let next = |reads: &mut OriginReads, second: u64| reads.next(at_ms(second * 5000), &demand);
-        for second in 0..u64::from(TRIES) {
-            let span = next(&mut reads, second).expect("a span");
-            assert!(!span.plain);
-            reads.ended(at_ms(second * 5000), span.id, SpanEnd::Refused);
+        for (refusal, is_plain) in [
+            (SpanEnd::Refused, true),
+            (SpanEnd::Unavailable, true),
+            (SpanEnd::Throttled, false),
+            (SpanEnd::Broken, false),
+        ] {
+            let mut reads = OriginReads::new(100 * MIB, KNOWN);
+            let present = ByteSet::default();
+            let demand = wanted(&present, &[]);
+            let next =
+                |reads: &mut OriginReads, second: u64| reads.next(at_ms(second * 5000), &demand);
+            for second in 0..u64::from(TRIES) {
+                let span = next(&mut reads, second).expect("a span");
+                assert!(!span.plain);
+                reads.ended(at_ms(second * 5000), span.id, refusal);
+            }
+            let last = next(&mut reads, 4);
+            assert_eq!(last.is_some(), is_plain, "{refusal:?}");
+            if let Some(last) = last {
+                assert!(last.plain && last.bytes == (0..100 * MIB));
+                reads.ended(at_ms(20_000), last.id, refusal);
+            }
+            assert!(reads.is_failed() && next(&mut reads, 9).is_none());
         }
-        let last = next(&mut reads, 4).expect("a plain request");
-        assert!(last.plain && last.bytes == (0..100 * MIB));
-        reads.ended(at_ms(20_000), last.id, SpanEnd::Refused);
-        assert!(reads.is_failed() && next(&mut reads, 9).is_none());
     }
 
     #[test]

@@ -682,6 +682,7 @@ impl Actor {
             } if self.has_moved => SpanEnd::Refused,
             SourceError::Final { .. } => return self.fail(error).await,
             SourceError::Throttled { .. } if is_first => return self.fail(error).await,
+            SourceError::Throttled { status: 503 } => SpanEnd::Unavailable,
             SourceError::Throttled { .. } => SpanEnd::Throttled,
             SourceError::Broken(_) if self.spans.get(&id).is_some_and(|span| span.is_paused) => {
                 SpanEnd::Done

@@ -119,6 +119,9 @@ impl MemorySource {
         let is_later = range.as_ref().is_some_and(|range| range.start > 0);
         let refuses_this = self.behaviour.refuses_ranges.filter(|_| is_later);
         if let Some(status) = self.behaviour.refuses.or(refuses_this) {
+            if matches!(status, 429 | 503) {
+                return Err(SourceError::Throttled { status });
+            }
             let (failure, reason) = (Failure::Status(status), "it refuses".to_owned());
             return Err(SourceError::Final { failure, reason });
         }

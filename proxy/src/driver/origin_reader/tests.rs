@@ -335,20 +335,22 @@ async fn a_gateway_that_cuts_every_answer_is_asked_for_part_after_part() {
 
 #[tokio::test]
 async fn a_gateway_that_answers_ranges_with_its_own_errors_is_asked_for_the_whole_at_last() {
-    let behaviour = Behaviour {
-        breaks_after_bytes: Some(3 * MIB),
-        breaks_once: true,
-        refuses_ranges: Some(502),
-        ..Behaviour::default()
-    };
-    let mut world = World::new(6 * MIB, behaviour);
-    world.want_rest();
-    assert_eq!(world.until_end().await, End::Whole);
-    assert!(
-        world.source.asked().len() <= 6,
-        "{:?}",
-        world.source.asked()
-    );
+    for status in [502, 503] {
+        let behaviour = Behaviour {
+            breaks_after_bytes: Some(3 * MIB),
+            breaks_once: true,
+            refuses_ranges: Some(status),
+            ..Behaviour::default()
+        };
+        let mut world = World::new(6 * MIB, behaviour);
+        world.want_rest();
+        assert_eq!(world.until_end().await, End::Whole, "{status}");
+        assert!(
+            world.source.asked().len() <= 6,
+            "{status}: {:?}",
+            world.source.asked()
+        );
+    }
 }
 
 #[tokio::test]
