@@ -12,8 +12,9 @@ use hawker_conformance::origin::Blob;
 use super::Arena;
 use crate::client::get;
 
-/// Between two pulls of a client.
-const PAUSE: Duration = Duration::from_millis(150);
+/// Between two pulls of a client, in milliseconds. The pauses differ: clients that pull in step share the origin's link for minutes,
+/// and look slowed down.
+const PAUSE_MS: Range<u64> = 50..250;
 
 /// Which blob is pulled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,7 +58,7 @@ impl<'a> Honest<'a> {
             while !self.is_over.load(Ordering::Relaxed) {
                 let new = self.arena.next_blob()?;
                 for (kind, blob) in KINDS.into_iter().zip([self.arena.cached, new]) {
-                    std::thread::sleep(PAUSE);
+                    std::thread::sleep(Duration::from_millis(rand::random_range(PAUSE_MS)));
                     self.pull(node, kind, &blob);
                 }
             }
